@@ -1,0 +1,81 @@
+"""The pipeline on one screen: everything Dagster is told of, and the settings it is made with."""
+
+from typing import Any
+
+import dagster as dg
+
+from imagepipeline.defs import assets, jobs, resources, sensors
+from imagepipeline.imaging.variants import recipe as variants_recipe
+from imagepipeline.models import VARIANT_SPECS, Recipe
+from imagepipeline.services import embedder, vision
+from imagepipeline.settings import Settings
+
+
+@dg.definitions
+def defs() -> dg.Definitions:
+    """The code location. Nothing connects and nothing is read from a disk here."""
+    settings = Settings.load()
+    recipes = build_recipes(settings)
+    return dg.Definitions(
+        assets=[
+            asset.map_asset_specs(
+                lambda spec: spec.replace_attributes(code_version=recipes[spec.key.to_user_string()].version)
+            )
+            for asset in (assets.metadata, assets.variants, assets.embedding)
+        ],
+        jobs=[jobs.process_upload],
+        sensors=[sensors.upload_sensor],
+        resources=build_resources(settings),
+        executor=dg.in_process_executor,
+    )
+
+
+def build_recipes(settings: Settings) -> dict[str, Recipe]:
+    """What will make each asset under these settings; a change of it marks the asset's results as outdated."""
+    return {
+        "metadata": (
+            vision.openai_recipe(settings.vision_model, settings.vision_prompt or vision.DEFAULT_PROMPT)
+            if settings.openai_api_key
+            else vision.LOCAL_RECIPE
+        ),
+        "variants": variants_recipe(VARIANT_SPECS),
+        "embedding": (
+            embedder.openrouter_recipe(settings.embedding_model)
+            if settings.openrouter_api_key
+            else embedder.LOCAL_RECIPE
+        ),
+    }
+
+
+def build_resources(settings: Settings) -> dict[str, Any]:
+    """The resources; a secret is named by its variable, never given."""
+    return {
+        "queue": resources.UploadQueueResource(
+            url=dg.EnvVar("REDIS_URL") if settings.explicit_redis_url else settings.redis_url,
+            prefix=settings.queue_prefix,
+        ),
+        "catalogue": resources.CatalogueResource(
+            url=dg.EnvVar("DATABASE_URL") if settings.explicit_database_url else settings.database_url
+        ),
+        "files": resources.FileStoreResource(root=str(settings.storage_folder)),
+        "index": resources.EmbeddingIndexResource(uri=settings.index_uri),
+        "vision": (
+            resources.OpenAIVisionResource(
+                api_key=dg.EnvVar("OPENAI_API_KEY"),
+                base_url=settings.openai_base_url,
+                model=settings.vision_model,
+                prompt=settings.vision_prompt or vision.DEFAULT_PROMPT,
+            )
+            if settings.openai_api_key
+            else resources.LocalVisionResource()
+        ),
+        "embedder": (
+            resources.OpenRouterEmbedderResource(
+                api_key=dg.EnvVar("OPENROUTER_API_KEY"),
+                base_url=settings.openrouter_base_url,
+                model=settings.embedding_model,
+            )
+            if settings.openrouter_api_key
+            else resources.LocalEmbedderResource()
+        ),
+    }

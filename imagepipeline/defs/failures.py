@@ -1,0 +1,95 @@
+"""An attempt at one asset of one image: the claim it needs, and what its failure means to Dagster and the catalogue."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import dagster as dg
+from dagster._core.errors import DagsterExecutionInterruptedError
+
+from imagepipeline.errors import ImageBusyError, PermanentError, RetryableError, StaleClaimError
+from imagepipeline.models import ASSETS, Claim
+from imagepipeline.stores.catalogue import Catalogue
+
+GENERATION_TAG = "imagepipeline/generation"
+MAX_ATTEMPTS = 3
+# For errors nobody classified. Dagster waits (2^n - 1) x delay: 1 s, then 3 s.
+RETRY_POLICY = dg.RetryPolicy(max_retries=MAX_ATTEMPTS - 1, delay=1, backoff=dg.Backoff.EXPONENTIAL)
+
+
+@contextmanager
+def attempt(context: dg.AssetExecutionContext, catalogue: Catalogue) -> Iterator[Claim | None]:
+    """Claims the partition's image for the asset in the body and ends the claim after the run's last asset.
+
+    Gives None where another run has taken the image over: the asset then yields nothing, its step succeeds and
+    those behind it are skipped. A retryable error is tried again after 1 s, 2 s, or what the provider asked for;
+    a permanent one, or the last attempt, ends the image as failed.
+    """
+    claim = _claim(context, catalogue)
+    if claim is None:
+        context.log.info(f"{context.partition_key} is not this run's to process any more: nothing was done.")
+        yield None
+        return
+    number = context.retry_number + 1
+    try:
+        catalogue.record_attempt(claim, number)
+        yield claim
+        if _is_last_asset(context):
+            context.log.info(f"{claim.image_id} is {catalogue.finish(claim)}.")
+    except StaleClaimError as error:
+        context.log.warning(f"{error}: this run writes nothing more.")
+    except RetryableError as error:
+        if number < MAX_ATTEMPTS:
+            wait_seconds = max(error.retry_after_seconds or 0, 2**context.retry_number)
+            context.log.warning(f"Attempt {number} of {MAX_ATTEMPTS} failed, next in {wait_seconds:g} s: {error}")
+            raise dg.RetryRequested(max_retries=MAX_ATTEMPTS - 1, seconds_to_wait=wait_seconds) from error
+        raise _failed(catalogue, claim, error.reason, f"{error} (after {number} attempts)") from error
+    except PermanentError as error:
+        raise _failed(catalogue, claim, error.reason, str(error)) from error
+    except DagsterExecutionInterruptedError as interrupt:
+        # Raised again as it is, Dagster would take it for a reason to retry and swallow the stop.
+        raise _interrupted(context, catalogue, claim) from interrupt
+    except Exception as error:
+        if number == MAX_ATTEMPTS:
+            raise _failed(catalogue, claim, "unexpected", f"{type(error).__name__}: {error}") from error
+        raise
+
+
+def _claim(context: dg.AssetExecutionContext, catalogue: Catalogue) -> Claim | None:
+    generation = context.run.tags.get(GENERATION_TAG)
+    is_re_execution = context.run.parent_run_id is not None  # of a run whose generation has ended
+    if generation is not None and not is_re_execution:
+        return catalogue.claim(context.partition_key, int(generation), context.run_id)
+    try:
+        return catalogue.claim_anew(context.partition_key, context.run_id)
+    except ImageBusyError as error:
+        raise dg.Failure(str(error), allow_retries=False) from error
+
+
+def _is_last_asset(context: dg.AssetExecutionContext) -> bool:
+    """Whether no later asset of this image belongs to the run: runs started by hand may select any of them."""
+    steps = context.run.step_keys_to_execute
+    selection = context.run.asset_selection
+    names = set(steps) if steps else {key.to_user_string() for key in selection} if selection else set(ASSETS)
+    this = context.asset_key.to_user_string()
+    return not names.intersection(ASSETS[ASSETS.index(this) + 1 :])
+
+
+def _failed(catalogue: Catalogue, claim: Claim, reason: str, error: str) -> dg.Failure:
+    try:
+        catalogue.fail(claim, reason, error)
+    except StaleClaimError as stale:
+        return dg.Failure(f"{stale}. It failed anyway: {error}", allow_retries=False)
+    return dg.Failure(
+        f"{claim.image_id} failed ({reason}): {error}",
+        metadata={"image_id": claim.image_id, "reason": reason},
+        allow_retries=False,
+    )
+
+
+def _interrupted(context: dg.AssetExecutionContext, catalogue: Catalogue, claim: Claim) -> dg.Failure:
+    """A person who cancels means it; any other stop gives the image back to the queue."""
+    run = context.instance.get_run_by_id(context.run_id)
+    if run is not None and run.status == dg.DagsterRunStatus.CANCELING:
+        return _failed(catalogue, claim, "cancelled", f"run {context.run_id} was cancelled")
+    catalogue.hand_back(claim)
+    return dg.Failure(f"The run was stopped; {claim.image_id} waits for another one.", allow_retries=False)

@@ -1,0 +1,97 @@
+"""What the assets and the sensor are given: each resource is a recipe for a plain object of `stores` or `services`.
+
+Secrets arrive as `dg.EnvVar`, so that no value of theirs is shown in the UI or stored by Dagster.
+"""
+
+from pathlib import Path
+
+import dagster as dg
+
+from imagepipeline.services.embedder import LocalEmbedder, OpenRouterEmbedder
+from imagepipeline.services.vision import LocalVision, OpenAIVision
+from imagepipeline.stores.catalogue import Catalogue
+from imagepipeline.stores.files import FileStore
+from imagepipeline.stores.uploads import UploadQueue
+from imagepipeline.stores.vectors import EmbeddingIndex
+
+
+class UploadQueueResource(dg.ConfigurableResource[UploadQueue]):
+    """The Redis lists uploads arrive on."""
+
+    url: str
+    prefix: str
+
+    def create_resource(self, context: dg.InitResourceContext) -> UploadQueue:
+        """The queue; it connects when first used."""
+        return UploadQueue(self.url, self.prefix)
+
+
+class CatalogueResource(dg.ConfigurableResource[Catalogue]):
+    """The SQL record of all images."""
+
+    url: str
+
+    def create_resource(self, context: dg.InitResourceContext) -> Catalogue:
+        """The catalogue; it connects when first used."""
+        return Catalogue(self.url)
+
+
+class FileStoreResource(dg.ConfigurableResource[FileStore]):
+    """Originals and variants."""
+
+    root: str
+
+    def create_resource(self, context: dg.InitResourceContext) -> FileStore:
+        """The store below the root."""
+        return FileStore(Path(self.root))
+
+
+class EmbeddingIndexResource(dg.ConfigurableResource[EmbeddingIndex]):
+    """The embeddings, in LanceDB."""
+
+    uri: str
+
+    def create_resource(self, context: dg.InitResourceContext) -> EmbeddingIndex:
+        """The index; it connects when first used."""
+        return EmbeddingIndex(self.uri)
+
+
+class OpenAIVisionResource(dg.ConfigurableResource[OpenAIVision]):
+    """A remote vision model."""
+
+    api_key: str
+    base_url: str
+    model: str
+    prompt: str
+
+    def create_resource(self, context: dg.InitResourceContext) -> OpenAIVision:
+        """The model; it connects when first asked."""
+        return OpenAIVision(self.api_key, self.base_url, self.model, self.prompt)
+
+
+class LocalVisionResource(dg.ConfigurableResource[LocalVision]):
+    """The vision model that needs no key and no network."""
+
+    def create_resource(self, context: dg.InitResourceContext) -> LocalVision:
+        """The model; its weights are read when first asked."""
+        return LocalVision()
+
+
+class OpenRouterEmbedderResource(dg.ConfigurableResource[OpenRouterEmbedder]):
+    """A remote embedding model."""
+
+    api_key: str
+    base_url: str
+    model: str
+
+    def create_resource(self, context: dg.InitResourceContext) -> OpenRouterEmbedder:
+        """The embedder; it connects when first asked."""
+        return OpenRouterEmbedder(self.api_key, self.base_url, self.model)
+
+
+class LocalEmbedderResource(dg.ConfigurableResource[LocalEmbedder]):
+    """The embedding model that needs no key and no network."""
+
+    def create_resource(self, context: dg.InitResourceContext) -> LocalEmbedder:
+        """The embedder; its weights are read when first asked."""
+        return LocalEmbedder()

@@ -1,0 +1,108 @@
+"""From the Redis list to runs: every upload is recorded first, then every pending image without a run gets one."""
+
+import dagster as dg
+
+from imagepipeline.defs.failures import GENERATION_TAG
+from imagepipeline.defs.jobs import process_upload
+from imagepipeline.defs.partitions import uploads
+from imagepipeline.errors import InvalidUploadError, StackError
+from imagepipeline.models import Upload
+from imagepipeline.stores.catalogue import Catalogue, Pending
+from imagepipeline.stores.uploads import UploadQueue
+
+ENTRIES_PER_TICK = 50
+# The backlog waits in the catalogue, where it can be re-ordered; Dagster's queue holds enough to keep five busy.
+MAX_UNFINISHED_RUNS = 25
+UNFINISHED = [
+    dg.DagsterRunStatus.NOT_STARTED,
+    dg.DagsterRunStatus.QUEUED,
+    dg.DagsterRunStatus.STARTING,
+    dg.DagsterRunStatus.STARTED,
+    dg.DagsterRunStatus.CANCELING,
+]
+
+
+@dg.sensor(
+    job=process_upload,
+    minimum_interval_seconds=1,  # 0 would silently mean 30; the daemon looks every 5 s at best
+    default_status=dg.DefaultSensorStatus.RUNNING,
+)
+def upload_sensor(
+    context: dg.SensorEvaluationContext,
+    queue: dg.ResourceParam[UploadQueue],
+    catalogue: dg.ResourceParam[Catalogue],
+) -> dg.SensorResult | dg.SkipReason:
+    """Takes uploads from the Redis list into the catalogue and starts one run for each image that waits for one.
+
+    The list is `image-processing:wait`. What cannot be read goes to `image-processing:dead`. If Redis is down,
+    images that are already in the catalogue still get their runs.
+    """
+    problem = None
+    try:
+        queue.check()
+        for line in take_in(queue, catalogue):
+            context.log.info(line)
+    except StackError as error:
+        problem = str(error)
+        context.log.error(problem)
+    unfinished = find_unfinished(context.instance)
+    pending = catalogue.list_pending(MAX_UNFINISHED_RUNS, except_for=unfinished)
+    chosen = pending[: max(0, MAX_UNFINISHED_RUNS - len(unfinished))]
+    if not chosen:
+        return dg.SkipReason(problem or explain_idleness(len(pending), len(unfinished)))
+    image_ids = [image.image_id for image in chosen]
+    return dg.SensorResult(
+        run_requests=[build_run_request(image) for image in chosen],
+        dynamic_partitions_requests=[uploads.build_add_request(image_ids)],
+    )
+
+
+def take_in(queue: UploadQueue, catalogue: Catalogue) -> list[str]:
+    """Records what waits on the Redis list and takes it off; gives a line for the log for each entry.
+
+    Safe to be cut off anywhere and to run twice at once: an entry leaves the list only after the catalogue
+    has committed, and recording an upload twice changes nothing.
+    """
+    lines = []
+    for entry, copies in queue.claim(ENTRIES_PER_TICK).items():
+        try:
+            upload = Upload.from_entry(entry)
+        except InvalidUploadError as error:
+            queue.dead_letter(entry, copies, str(error))
+            lines.append(f"An entry went to the dead list: {error}")
+            continue
+        is_new = upload.image_id in catalogue.accept([upload])
+        queue.acknowledge(entry, copies)
+        lines.append(
+            f"{upload.image_id} was taken in."
+            if is_new
+            else f"{upload.image_id} was pushed again while it waits or runs: nothing changes."
+        )
+    return lines
+
+
+def find_unfinished(instance: dg.DagsterInstance) -> set[tuple[str, int]]:
+    """The (image ID, generation) of every run of the job that is queued or running."""
+    records = instance.get_run_records(dg.RunsFilter(job_name=process_upload.name, statuses=UNFINISHED))
+    tags = [record.dagster_run.tags for record in records]
+    return {(tag["dagster/partition"], int(tag[GENERATION_TAG])) for tag in tags if GENERATION_TAG in tag}
+
+
+def build_run_request(image: Pending) -> dg.RunRequest:
+    """The request for an image's run; asking again is free, as its key is used once per generation."""
+    return dg.RunRequest(
+        run_key=f"{image.image_id}:{image.generation}",
+        partition_key=image.image_id,
+        tags={
+            GENERATION_TAG: str(image.generation),
+            "imagepipeline/lane": "live",
+            "dagster/priority": str(image.priority),
+        },
+    )
+
+
+def explain_idleness(pending_count: int, unfinished_count: int) -> str:
+    """Why a tick starts no run, as a sentence."""
+    if pending_count:
+        return f"{unfinished_count} runs are queued or running, which is all there is room for; the rest waits."
+    return "No upload waits."

@@ -1,0 +1,180 @@
+"""What a person reads: progress, tables, addresses; and the same as JSON. Progress goes to stderr, results to stdout."""
+
+import json
+import time
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from datetime import datetime
+from typing import Any
+
+from rich.console import Console
+from rich.live import Live
+from rich.markup import escape
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.table import Table
+
+from imagepipeline.models import Status
+from imagepipeline.settings import Settings
+from imagepipeline.stores.catalogue import Catalogue
+from imagepipeline.stores.vectors import EmbeddingIndex, Neighbour
+
+POLL_SECONDS = 0.3
+STYLES = {Status.COMPLETED: "green", Status.FAILED: "red", Status.PROCESSING: "yellow", Status.PENDING: "dim"}
+out = Console()
+err = Console(stderr=True)
+
+
+def report(line: str) -> None:
+    """Says what the stack is doing."""
+    err.print(line, style="dim", highlight=False)
+
+
+def follow(catalogue: Catalogue, awaited: Mapping[str, int], pause: Callable[[float], None]) -> None:
+    """Shows progress until each image has ended in the awaited generation or a later one."""
+    waiting = dict(awaited)
+    columns = [TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn()]
+    with Progress(*columns, console=err) as progress:
+        bar = progress.add_task("waiting", total=len(awaited))
+        while waiting:
+            states = catalogue.get_states(list(waiting))
+            for image_id, (generation, status) in states.items():
+                if status.has_ended and generation >= waiting[image_id]:
+                    del waiting[image_id]
+                    progress.console.print(f"[{STYLES[status]}]{status:<10}[/] {escape(image_id)}")
+            current = Counter(status for image_id, (_, status) in states.items() if image_id in waiting)
+            counts = ", ".join(f"{count} {status}" for status, count in sorted(current.items()))
+            progress.update(bar, completed=len(awaited) - len(waiting), description=counts or "waiting")
+            if waiting:
+                pause(POLL_SECONDS)
+
+
+def collect_results(settings: Settings, catalogue: Catalogue, image_ids: Sequence[str]) -> list[dict[str, Any]]:
+    """For each image: status, error, tags, description, bytes before and after, and the nearest other image."""
+    index = EmbeddingIndex(settings.index_uri)
+    rows = []
+    for image_id in image_ids:
+        row = catalogue.get(image_id) or {"status": "unknown", "variants": [], "made_by": {}}
+        described = row.get("metadata") or {}
+        rows.append(
+            {
+                "image_id": image_id,
+                "status": row["status"],
+                "error": row.get("error"),
+                "tags": described.get("tags", []),
+                "description": described.get("description"),
+                "bytes_in": row.get("original_bytes"),
+                "bytes_out": sum(variant["size"] for variant in row["variants"]),
+                "nearest": _find_nearest(index, image_id, row),
+            }
+        )
+    return rows
+
+
+def show_results(rows: Sequence[Mapping[str, Any]], seconds: float, as_json: bool) -> None:
+    """The results as a table, and how long they took together."""
+    if as_json:
+        out.print_json(json.dumps({"images": list(rows), "seconds": round(seconds, 1)}))
+        return
+    table = Table(show_lines=True)
+    for heading in ("image", "status", "tags", "description"):
+        table.add_column(heading, overflow="fold")
+    table.add_column("bytes before → after", justify="right")
+    table.add_column("nearest other image", overflow="fold")
+    for row in rows:
+        nearest = row["nearest"]
+        table.add_row(
+            escape(row["image_id"]),
+            f"[{STYLES.get(row['status'], '')}]{row['status']}[/]" if row["status"] in STYLES else row["status"],
+            escape(", ".join(row["tags"])),
+            escape(row["error"] or row["description"] or ""),
+            f"{row['bytes_in'] or 0:,} → {row['bytes_out']:,}",
+            escape(f"{nearest['image_id']} ({nearest['score']:.2f})") if nearest else "",
+        )
+    out.print(table)
+    completed = sum(row["status"] == Status.COMPLETED for row in rows)
+    out.print(f"{completed} of {len(rows)} completed in {seconds:.1f} s ({len(rows) / seconds * 60:.0f} images a minute)")
+
+
+def show_addresses(settings: Settings, webserver_url: str, as_json: bool) -> None:
+    """Where the running stack is reached."""
+    own_redis = str(settings.socket_folder / "valkey.sock") if settings.has_own_redis else None
+    addresses = {
+        "webserver_url": webserver_url,
+        "redis": own_redis or "as set by REDIS_URL or REDIS_HOST",
+        "storage": str(settings.storage_folder),
+        "logs": str(settings.home / "logs"),
+        "dagster_home": str(settings.home / "dagster"),
+    }
+    if as_json:
+        print(json.dumps(addresses), flush=True)
+        return
+    for name, address in addresses.items():
+        out.print(f"{name.replace('_', ' '):<14} {address}", highlight=False, soft_wrap=True)
+    out.print("Ctrl-C stops it, after the uploads under way.", style="dim")
+
+
+def show_status(read: Callable[[], Mapping[str, Any]], as_json: bool, is_watching: bool) -> None:
+    """What `read` gives, once or every second."""
+    if as_json:
+        while True:
+            print(json.dumps(read(), default=_to_json), flush=True)
+            if not is_watching:
+                return
+            time.sleep(1)
+    if not is_watching:
+        out.print(_tabulate(read()))
+        return
+    with Live(_tabulate(read()), console=out, auto_refresh=False) as live:
+        while True:
+            time.sleep(1)
+            live.update(_tabulate(read()), refresh=True)
+
+
+def show_neighbours(catalogue: Catalogue, neighbours: Sequence[Neighbour], as_json: bool) -> None:
+    """Search results, best first."""
+    rows = []
+    for neighbour in neighbours:
+        described = (catalogue.get(neighbour.image_id) or {}).get("metadata") or {}
+        description = described.get("description", neighbour.text)
+        rows.append(
+            {"image_id": neighbour.image_id, "score": round(neighbour.score, 4), "description": description}
+        )
+    if as_json:
+        print(json.dumps(rows))
+        return
+    if not rows:
+        out.print("No image has been embedded by this model yet.")
+        return
+    table = Table("score", "image", "description")
+    for row in rows:
+        table.add_row(f"{row['score']:.2f}", escape(row["image_id"]), escape(row["description"]))
+    out.print(table)
+
+
+def _find_nearest(index: EmbeddingIndex, image_id: str, row: Mapping[str, Any]) -> dict[str, Any] | None:
+    made_by = row["made_by"].get("embedding")
+    if made_by is None:
+        return None
+    neighbour = index.nearest_other(image_id, made_by["version"])
+    return {"image_id": neighbour.image_id, "score": round(neighbour.score, 4)} if neighbour else None
+
+
+def _tabulate(values: Mapping[str, Any]) -> Table:
+    table = Table(show_header=False)
+    for name, value in values.items():
+        table.add_row(name, _to_text(value))
+    return table
+
+
+def _to_text(value: Any) -> str:
+    if isinstance(value, datetime):
+        return value.isoformat(timespec="seconds")
+    if isinstance(value, dict | list):
+        return escape(json.dumps(value, indent=1, default=_to_json))
+    return "" if value is None else escape(str(value))
+
+
+def _to_json(value: Any) -> str:
+    if isinstance(value, datetime):
+        return value.isoformat()
+    raise TypeError(f"{type(value).__name__} has no JSON form")

@@ -1,0 +1,125 @@
+"""Every error this package raises on purpose.
+
+    ImagePipelineError
+    ├── SettingsError               a setting is missing or malformed
+    ├── StackError                  the local stack cannot be started, reached or stopped
+    ├── InvalidUploadError          an entry on the Redis list cannot be read
+    ├── ImageBusyError              another run is working on the image
+    ├── StaleClaimError             the claim was taken over; write nothing more
+    ├── RetryableError              another attempt may succeed
+    │   ├── ProviderUnavailableError
+    │   └── BadAnswerError
+    └── PermanentError              no further attempt can succeed
+        ├── MissingOriginalError
+        ├── TooLargeError
+        ├── UnsupportedFormatError
+        ├── UnreadableImageError
+        ├── MissingMetadataError
+        ├── PathTakenError
+        ├── RefusedError
+        └── ProviderRejectedError
+
+`reason` is the word the catalogue stores beside the message; it is for filters, the message is for people.
+"""
+
+from typing import ClassVar
+
+
+class ImagePipelineError(Exception):
+    """Root of the tree."""
+
+
+class SettingsError(ImagePipelineError):
+    """A setting is missing or malformed; the message names it and says what it must look like."""
+
+
+class StackError(ImagePipelineError):
+    """The local stack cannot be started, reached or stopped."""
+
+
+class InvalidUploadError(ImagePipelineError):
+    """An entry on the Redis list cannot be read; it belongs on the dead list with this message."""
+
+
+class ImageBusyError(ImagePipelineError):
+    """Another run is working on the image; the message names that run."""
+
+
+class StaleClaimError(ImagePipelineError):
+    """The claim was taken over by a successor: whoever gets this writes nothing more and ends quietly."""
+
+
+class RetryableError(ImagePipelineError):
+    """Another attempt may succeed."""
+
+    reason: ClassVar[str] = "unexpected"
+
+    def __init__(self, message: str, retry_after_seconds: float | None = None) -> None:
+        super().__init__(message)
+        self.retry_after_seconds = retry_after_seconds
+
+
+class ProviderUnavailableError(RetryableError):
+    """The provider did not answer, was overloaded, or asked us to slow down."""
+
+    reason = "provider_unavailable"
+
+
+class BadAnswerError(RetryableError):
+    """The provider answered something that does not fit the schema."""
+
+    reason = "bad_output"
+
+
+class PermanentError(ImagePipelineError):
+    """No further attempt can succeed."""
+
+    reason: ClassVar[str] = "unexpected"
+
+
+class MissingOriginalError(PermanentError):
+    """There is no original, or more than one, or it is not a plain file under the storage root."""
+
+    reason = "missing"
+
+
+class TooLargeError(PermanentError):
+    """The original exceeds a limit on bytes or pixels."""
+
+    reason = "too_large"
+
+
+class UnsupportedFormatError(PermanentError):
+    """The bytes are of no accepted image format."""
+
+    reason = "unsupported"
+
+
+class UnreadableImageError(PermanentError):
+    """The bytes claim an accepted format but cannot be decoded in full."""
+
+    reason = "corrupt"
+
+
+class MissingMetadataError(PermanentError):
+    """The image has no metadata yet, which this asset is made from."""
+
+    reason = "missing_metadata"
+
+
+class PathTakenError(PermanentError):
+    """Another image already owns the path a variant would be written to."""
+
+    reason = "path_taken"
+
+
+class RefusedError(PermanentError):
+    """The model declined to describe the image, or its content policy did."""
+
+    reason = "refused"
+
+
+class ProviderRejectedError(PermanentError):
+    """The provider rejects the request itself: wrong key, wrong model, no credit, bad parameter."""
+
+    reason = "provider_rejected"

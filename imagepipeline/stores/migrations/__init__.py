@@ -1,0 +1,1 @@
+"""Alembic's scripts for the catalogue; `Catalogue.migrate` runs them."""

@@ -1,0 +1,82 @@
+"""The tables of the catalogue. A change here needs a migration; a test compares the two."""
+
+from datetime import UTC, datetime
+from typing import Any
+
+import sqlalchemy as sa
+
+from imagepipeline.models import Status
+
+
+class UtcDateTime(sa.types.TypeDecorator[datetime]):
+    """Timezone-aware UTC on every backend; SQLite itself keeps no time zone."""
+
+    impl = sa.DateTime(timezone=True)
+    cache_ok = True
+
+    def process_bind_param(self, value: datetime | None, dialect: sa.Dialect) -> datetime | None:
+        """Stores UTC."""
+        return value.astimezone(UTC) if value else None
+
+    def process_result_value(self, value: Any, dialect: sa.Dialect) -> datetime | None:
+        """Gives UTC back."""
+        return value.replace(tzinfo=UTC) if value and value.tzinfo is None else value
+
+
+schema = sa.MetaData(
+    naming_convention={
+        "pk": "pk_%(table_name)s",
+        "ix": "ix_%(table_name)s_%(column_0_N_name)s",
+        "uq": "uq_%(table_name)s_%(column_0_N_name)s",
+        "fk": "fk_%(table_name)s_%(column_0_N_name)s",
+        "ck": "ck_%(table_name)s_%(constraint_name)s",
+    }
+)
+
+images = sa.Table(
+    "images",
+    schema,
+    sa.Column("id", sa.String(64), primary_key=True),
+    sa.Column("status", sa.String(16), nullable=False),
+    sa.Column("generation", sa.Integer, nullable=False),  # one life, from push to end; never falls
+    sa.Column("fence", sa.Integer, nullable=False),  # raised by every claim; writes under an older one are refused
+    sa.Column("priority", sa.Integer, nullable=False),
+    sa.Column("attempts", sa.Integer, nullable=False),  # the most any asset has needed in this generation
+    sa.Column("run_id", sa.String(64)),  # the Dagster run that holds the claim, or held it last
+    sa.Column("path", sa.String(512)),
+    sa.Column("original_bytes", sa.Integer),
+    sa.Column("original_sha256", sa.String(64)),
+    sa.Column("metadata", sa.JSON(none_as_null=True)),
+    sa.Column("reason", sa.String(32)),
+    sa.Column("error", sa.String(300)),
+    sa.Column("accepted_at", UtcDateTime, nullable=False),
+    sa.Column("updated_at", UtcDateTime, nullable=False),
+    sa.CheckConstraint(sa.column("status").in_([status.value for status in Status]), name="status"),
+    sa.Index(None, "status", "priority", "accepted_at"),
+)
+
+image_variants = sa.Table(
+    "image_variants",
+    schema,
+    sa.Column("id", sa.String(80), primary_key=True),
+    sa.Column("image_id", sa.String(64), sa.ForeignKey("images.id"), nullable=False, index=True),
+    sa.Column("width", sa.Integer, nullable=False),
+    sa.Column("height", sa.Integer, nullable=False),
+    sa.Column("format", sa.String(8), nullable=False),
+    sa.Column("path", sa.String(512), nullable=False, unique=True),
+    sa.Column("size", sa.Integer, nullable=False),
+)
+
+# What made each image's current results: the record a later plan compares with today's settings.
+image_results = sa.Table(
+    "image_results",
+    schema,
+    sa.Column("image_id", sa.String(64), sa.ForeignKey("images.id"), primary_key=True),
+    sa.Column("asset", sa.String(16), primary_key=True),
+    sa.Column("generation", sa.Integer, nullable=False),
+    sa.Column("provider", sa.String(64), nullable=False),
+    sa.Column("model", sa.String(128), nullable=False),
+    sa.Column("settings", sa.String(128), nullable=False),
+    sa.Column("input_sha256", sa.String(64), nullable=False),
+    sa.Column("made_at", UtcDateTime, nullable=False),
+)

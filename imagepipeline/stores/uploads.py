@@ -1,0 +1,91 @@
+"""UploadQueue: the Redis lists an uploader pushes to and the sensor takes from.
+
+An entry moves `wait` → `active` → gone. It leaves `active` only when the catalogue has recorded it, so a
+crash anywhere repeats a step and loses nothing. What cannot be read ends in `dead`, with its reason.
+"""
+
+import json
+import time
+from collections import Counter
+from typing import Any
+
+import redis
+
+from imagepipeline.errors import StackError
+from imagepipeline.models import Upload
+
+DEFAULT_PREFIX = "image-processing"
+SHOWN_CHARACTERS = 200
+
+
+class UploadQueue:
+    """The three lists `{prefix}:wait`, `{prefix}:active` and `{prefix}:dead` of one Redis server.
+
+    Args:
+        url: `redis://`, `rediss://` or `unix://`; any Redis or Valkey from 6.2 on.
+        prefix: first part of the keys.
+    """
+
+    def __init__(self, url: str, prefix: str = DEFAULT_PREFIX) -> None:
+        self.wait_key, self.active_key, self.dead_key = (f"{prefix}:{name}" for name in ("wait", "active", "dead"))
+        self.redis: Any = redis.Redis.from_url(url, socket_connect_timeout=2, socket_timeout=5)
+
+    def enqueue(self, image_id: str, path: str | None = None, priority: int = 0) -> None:
+        """Asks for an image to be processed; its original must be in place.
+
+        Args:
+            image_id: 1 to 64 letters, digits, `-` or `_`.
+            path: the original's path below the storage root; by default the one file `original/<image_id>.*`.
+            priority: -1000 to 1000, higher is sooner.
+
+        Raises:
+            InvalidUploadError: an argument is malformed; nothing was pushed.
+            redis.RedisError: the server could not be reached.
+        """
+        self.redis.lpush(self.wait_key, Upload(image_id, path, priority).to_entry())
+
+    def claim(self, limit: int) -> Counter[bytes]:
+        """Up to `limit` entries, oldest first, with the number of copies of each: those left in `active` by a
+        crash, then new ones from `wait`."""
+        entries = self.redis.lrange(self.active_key, -limit, -1)[::-1]
+        while len(entries) < limit:
+            entry = self.redis.lmove(self.wait_key, self.active_key, "RIGHT", "LEFT")
+            if entry is None:
+                break
+            entries.append(entry)
+        return Counter(entries)
+
+    def acknowledge(self, entry: bytes, copies: int) -> None:
+        """Forgets claimed copies of an entry: call it after the catalogue has committed."""
+        self.redis.lrem(self.active_key, copies, entry)
+
+    def dead_letter(self, entry: bytes, copies: int, reason: str) -> None:
+        """Moves claimed copies of an unreadable entry to `dead`, as JSON with `entry` (escaped, cut), `reason`, `at`."""
+        shown = ascii(entry)[2:-1][:SHOWN_CHARACTERS]
+        letter = json.dumps({"entry": shown, "reason": reason, "at": round(time.time(), 3), "copies": copies})
+        with self.redis.pipeline(transaction=True) as pipe:
+            pipe.lpush(self.dead_key, letter)
+            pipe.lrem(self.active_key, copies, entry)
+            pipe.execute()
+
+    def count(self) -> dict[str, int]:
+        """The lengths of the lists: `waiting` (`wait` and `active`: not in the catalogue yet) and `dead`."""
+        with self.redis.pipeline(transaction=True) as pipe:
+            for key in (self.wait_key, self.active_key, self.dead_key):
+                pipe.llen(key)
+            waiting, active, dead = pipe.execute()
+        return {"waiting": waiting + active, "dead": dead}
+
+    def check(self) -> None:
+        """Returns if the server answers.
+
+        Raises:
+            StackError: if not. The message leaves out the address, which may hold a password.
+        """
+        try:
+            self.redis.ping()
+        except redis.RedisError as error:
+            raise StackError(
+                f"Redis does not answer ({type(error).__name__}): start the stack with `imagepipeline up`, "
+                "or check REDIS_URL"
+            ) from None
