@@ -1,5 +1,6 @@
 """The command line: parse, call, print. Imports what a command needs when it runs, so that `push` starts at once."""
 
+import contextlib
 import functools
 import hashlib
 import json
@@ -21,10 +22,10 @@ if TYPE_CHECKING:
     from imagepipeline.stores.catalogue import Catalogue
     from imagepipeline.stores.uploads import UploadQueue
 
-EXIT_FAILED, EXIT_SETTINGS, EXIT_STACK = 1, 3, 4
+EXIT_FAILED, EXIT_SETTINGS, EXIT_STACK, EXIT_INTERRUPTED = 1, 3, 4, 130
 EPILOG = """\b
 Exit codes: 0 all went well; 1 an image failed or is unknown; 2 wrong usage;
-3 a setting is malformed; 4 the stack cannot be started or reached."""
+3 a setting is malformed; 4 the stack cannot be started or reached; 130 interrupted."""
 
 json_option = click.option("--json", "as_json", is_flag=True, help="Print JSON instead of text.")
 photo_type = click.Path(exists=True, dir_okay=False, readable=True, path_type=Path)
@@ -37,8 +38,8 @@ def main() -> None:
     except click.ClickException as error:
         error.show()
         sys.exit(error.exit_code)
-    except click.Abort:
-        sys.exit(130)
+    except (click.Abort, KeyboardInterrupt):
+        sys.exit(EXIT_INTERRUPTED)
     except SettingsError as error:
         click.echo(f"Setting: {error}", err=True)
         sys.exit(EXIT_SETTINGS)
@@ -93,13 +94,15 @@ def demo(settings: Settings, photos: Sequence[Path], exits: bool, as_json: bool)
     photos = photos or sorted(Path(str(files("imagepipeline") / "demo_photos")).glob("*.jpg"))
     with Stack(settings, display.report) as stack:
         images = {build_image_id(photo): photo for photo in photos}
-        has_completed = push_and_wait(settings, images, 0, as_json, pause=stack.wait)
-        if not stack.is_stopping:
+        began = time.monotonic()
+        rows = push_and_follow(settings, images, 0, pause=stack.wait)
+        display.add_nearest(rows, settings, build_embedder(settings).recipe.version)
+        display.show_results(rows, time.monotonic() - began, as_json)
+        if not exits:
             display.show_addresses(settings, stack.webserver_url, as_json)
-        while not (exits or stack.is_stopping):
-            stack.wait(seconds=60)
-    if not has_completed:
-        sys.exit(EXIT_FAILED)
+            with contextlib.suppress(KeyboardInterrupt):
+                stack.wait()
+    exit_by(rows)
 
 
 @cli.command(epilog=EPILOG)
@@ -113,8 +116,8 @@ def up(settings: Settings, dev: bool, as_json: bool) -> None:
 
     with Stack(settings, display.report, reloads_code=dev) as stack:
         display.show_addresses(settings, stack.webserver_url, as_json)
-        while not stack.is_stopping:
-            stack.wait(seconds=60)
+        with contextlib.suppress(KeyboardInterrupt):
+            stack.wait()
 
 
 @cli.command(epilog=EPILOG)
@@ -151,8 +154,12 @@ def push(
         raise click.UsageError("--id names one image: push one PHOTO with it")
     images = {image_id or build_image_id(photo): photo for photo in photos}
     if waits:
-        if not push_and_wait(settings, images, priority, as_json, pause=time.sleep):
-            sys.exit(EXIT_FAILED)
+        from imagepipeline import display
+
+        began = time.monotonic()
+        results = push_and_follow(settings, images, priority, pause=time.sleep)
+        display.show_results(results, time.monotonic() - began, as_json)
+        exit_by(results)
         return
     enqueue(settings, images, priority)
     rows = [{"image_id": image_id, "photo": str(photo)} for image_id, photo in images.items()]
@@ -209,22 +216,25 @@ def search(settings: Settings, text: str, count: int, as_json: bool) -> None:
     display.show_neighbours(catalogue, neighbours, as_json)
 
 
-def push_and_wait(
-    settings: Settings, images: Mapping[str, Path], priority: int, as_json: bool, pause: Callable[[float], None]
-) -> bool:
-    """Enqueues photos by ID, shows progress and then results; gives whether every image completed."""
+def push_and_follow(
+    settings: Settings, images: Mapping[str, Path], priority: int, pause: Callable[[float], None]
+) -> list[dict[str, Any]]:
+    """Enqueues photos by ID, shows progress until all have ended, and gives what came of them."""
     from imagepipeline import display
 
     catalogue = open_catalogue(settings)
     before = catalogue.get_states(list(images))
     # An image that had ended begins a new generation: wait for the end of that one.
     awaited = {image_id: generation + status.has_ended for image_id, (generation, status) in before.items()}
-    began = time.monotonic()
     enqueue(settings, images, priority)
     display.follow(catalogue, {image_id: awaited.get(image_id, 1) for image_id in images}, pause)
-    rows = display.collect_results(settings, catalogue, list(images))
-    display.show_results(rows, time.monotonic() - began, as_json)
-    return all(row["status"] == Status.COMPLETED for row in rows)
+    return display.collect_results(catalogue, list(images))
+
+
+def exit_by(rows: Sequence[Mapping[str, Any]]) -> None:
+    """Exits with 1 unless every image completed."""
+    if any(row["status"] != Status.COMPLETED for row in rows):
+        sys.exit(EXIT_FAILED)
 
 
 def enqueue(settings: Settings, images: Mapping[str, Path], priority: int) -> None:

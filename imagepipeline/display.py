@@ -48,12 +48,11 @@ def follow(catalogue: Catalogue, awaited: Mapping[str, int], pause: Callable[[fl
                 pause(POLL_SECONDS)
 
 
-def collect_results(settings: Settings, catalogue: Catalogue, image_ids: Sequence[str]) -> list[dict[str, Any]]:
-    """For each image: status, error, tags, description, bytes before and after, and the nearest other image."""
-    index = EmbeddingIndex(settings.index_uri)
+def collect_results(catalogue: Catalogue, image_ids: Sequence[str]) -> list[dict[str, Any]]:
+    """For each image: status, error, tags, description, and its bytes before and after."""
     rows = []
     for image_id in image_ids:
-        row = catalogue.get(image_id) or {"status": "unknown", "variants": [], "made_by": {}}
+        row = catalogue.get(image_id) or {"status": "unknown", "variants": []}
         described = row.get("metadata") or {}
         rows.append(
             {
@@ -64,35 +63,47 @@ def collect_results(settings: Settings, catalogue: Catalogue, image_ids: Sequenc
                 "description": described.get("description"),
                 "bytes_in": row.get("original_bytes"),
                 "bytes_out": sum(variant["size"] for variant in row["variants"]),
-                "nearest": _find_nearest(index, image_id, row),
             }
         )
     return rows
 
 
+def add_nearest(rows: Sequence[dict[str, Any]], settings: Settings, version: str) -> None:
+    """Adds to each row the `nearest` other image among those embedded by this version."""
+    index = EmbeddingIndex(settings.index_uri)
+    for row in rows:
+        neighbour = index.nearest_other(row["image_id"], version)
+        row["nearest"] = {"image_id": neighbour.image_id, "score": round(neighbour.score, 4)} if neighbour else None
+
+
 def show_results(rows: Sequence[Mapping[str, Any]], seconds: float, as_json: bool) -> None:
     """The results as a table, and how long they took together."""
     if as_json:
-        out.print_json(json.dumps({"images": list(rows), "seconds": round(seconds, 1)}))
+        print(json.dumps({"images": list(rows), "seconds": round(seconds, 1)}), flush=True)
         return
+    has_nearest = "nearest" in rows[0]
     table = Table(show_lines=True)
     for heading in ("image", "status", "tags", "description"):
         table.add_column(heading, overflow="fold")
     table.add_column("bytes before → after", justify="right")
-    table.add_column("nearest other image", overflow="fold")
+    if has_nearest:
+        table.add_column("nearest other image", overflow="fold")
     for row in rows:
-        nearest = row["nearest"]
-        table.add_row(
+        cells = [
             escape(row["image_id"]),
-            f"[{STYLES.get(row['status'], '')}]{row['status']}[/]" if row["status"] in STYLES else row["status"],
+            f"[{STYLES.get(row['status'], 'dim')}]{row['status']}[/]",
             escape(", ".join(row["tags"])),
             escape(row["error"] or row["description"] or ""),
             f"{row['bytes_in'] or 0:,} → {row['bytes_out']:,}",
-            escape(f"{nearest['image_id']} ({nearest['score']:.2f})") if nearest else "",
-        )
+        ]
+        if has_nearest:
+            nearest = row["nearest"]
+            cells.append(escape(f"{nearest['image_id']} ({nearest['score']:.2f})") if nearest else "")
+        table.add_row(*cells)
     out.print(table)
     completed = sum(row["status"] == Status.COMPLETED for row in rows)
-    out.print(f"{completed} of {len(rows)} completed in {seconds:.1f} s ({len(rows) / seconds * 60:.0f} images a minute)")
+    rate = f"{len(rows) / seconds * 60:.0f} images a minute"
+    out.print(f"{completed} of {len(rows)} completed in {seconds:.1f} s ({rate})", highlight=False)
 
 
 def show_addresses(settings: Settings, webserver_url: str, as_json: bool) -> None:
@@ -149,14 +160,6 @@ def show_neighbours(catalogue: Catalogue, neighbours: Sequence[Neighbour], as_js
     for row in rows:
         table.add_row(f"{row['score']:.2f}", escape(row["image_id"]), escape(row["description"]))
     out.print(table)
-
-
-def _find_nearest(index: EmbeddingIndex, image_id: str, row: Mapping[str, Any]) -> dict[str, Any] | None:
-    made_by = row["made_by"].get("embedding")
-    if made_by is None:
-        return None
-    neighbour = index.nearest_other(image_id, made_by["version"])
-    return {"image_id": neighbour.image_id, "score": round(neighbour.score, 4)} if neighbour else None
 
 
 def _tabulate(values: Mapping[str, Any]) -> Table:

@@ -1,7 +1,9 @@
 """The three assets of an image. Each reads, calls, stores and reports; the work itself is done elsewhere."""
 
+import base64
 import hashlib
 from collections.abc import Iterator
+from typing import Any
 
 import dagster as dg
 
@@ -20,12 +22,13 @@ from imagepipeline.stores.files import FileStore
 from imagepipeline.stores.vectors import EmbeddingIndex
 
 OWNERS = ["team:imagepipeline"]
+THUMBNAIL_PX = 160
 
 
 @dg.asset(
     partitions_def=uploads,
     group_name="images",
-    kinds={"python", "openai"},
+    kinds={"python", "ai"},
     owners=OWNERS,
     retry_policy=RETRY_POLICY,
     output_required=False,
@@ -56,6 +59,7 @@ def metadata(
         yield dg.MaterializeResult(
             data_version=_data_version(answer.metadata.embedding_text),
             metadata={
+                "picture": _picture(decoded.image),
                 **_describe_answer(answer),
                 "provider": vision.recipe.provider,
                 "model": vision.recipe.model,
@@ -76,7 +80,7 @@ def metadata(
     partitions_def=uploads,
     deps=[metadata],
     group_name="images",
-    kinds={"python", "file"},
+    kinds={"python", "pillow"},
     owners=OWNERS,
     retry_policy=RETRY_POLICY,
     output_required=False,
@@ -111,8 +115,8 @@ def variants(
                 "variant_count": len(rendered),
                 "bytes_in": len(content),
                 "bytes_out": sum(len(variant.content) for _, variant in rendered),
-                "variants": dg.TableMetadataValue(
-                    [
+                "variants": dg.MetadataValue.table(
+                    records=[
                         dg.TableRecord(
                             {
                                 "path": variant_path,
@@ -169,6 +173,12 @@ def embedding(
                 "attempt": context.retry_number + 1,
             },
         )
+
+
+def _picture(image: Any) -> dg.MetadataValue:
+    """A thumbnail in Markdown, a few kB, for where the operator looks."""
+    thumbnail = base64.b64encode(render_preview(image, THUMBNAIL_PX)).decode()
+    return dg.MetadataValue.md(f"![the image](data:image/jpeg;base64,{thumbnail})")
 
 
 def _describe_answer(answer: VisionAnswer) -> dict[str, dg.MetadataValue | str | int]:

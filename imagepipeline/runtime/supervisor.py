@@ -2,6 +2,7 @@
 
 import fcntl
 import json
+import math
 import os
 import signal
 import socket
@@ -33,7 +34,8 @@ DEFAULT_WEBSERVER_PORT = 3000
 class Stack:
     """The processes of one home, as a context manager: started on entering, drained on leaving.
 
-    Use `wait` to keep it up. Processes that die are started again.
+    Use `wait` to keep it up. Processes that die are started again. Ctrl-C and SIGTERM raise KeyboardInterrupt;
+    the second one cuts the draining short.
     """
 
     def __init__(self, settings: Settings, report: Callable[[str], None], reloads_code: bool = False) -> None:
@@ -45,7 +47,8 @@ class Stack:
         self._starters: dict[str, Callable[[], subprocess.Popen[bytes]]] = {}
         self._running: dict[str, subprocess.Popen[bytes]] = {}
         self._restarts: deque[float] = deque(maxlen=RESTARTS_PER_MINUTE)
-        self._signals = 0
+        self._is_stopping = False
+        self._is_hurried = False
 
     def __enter__(self) -> Self:
         """Starts everything and returns when the UI answers.
@@ -69,19 +72,15 @@ class Stack:
         """Drains: no new run is started, those under way end, then every process is stopped."""
         self._stop_all()
 
-    @property
-    def is_stopping(self) -> bool:
-        """Whether Ctrl-C or SIGTERM came."""
-        return self._signals > 0
-
-    def wait(self, seconds: float) -> None:
+    def wait(self, seconds: float = math.inf) -> None:
         """Watches over the processes for a while, or until a signal comes.
 
         Raises:
             StackError: processes die again and again.
+            KeyboardInterrupt: the stack was asked to stop.
         """
         deadline = time.monotonic() + seconds
-        while not self.is_stopping:
+        while True:
             self._restart_dead()
             if self._reloads_code:
                 self._restart_on_change()
@@ -150,8 +149,6 @@ class Stack:
     def _until(self, is_ready: Callable[[], bool], name: str) -> None:
         deadline = time.monotonic() + START_SECONDS
         while not is_ready():
-            if self.is_stopping:
-                raise StackError("stopped while starting")
             if self._running[name].poll() is not None or time.monotonic() > deadline:
                 raise StackError(f"{name} did not start:\n{processes.read_tail(self._log(name))}")
             time.sleep(0.05)
@@ -178,6 +175,7 @@ class Stack:
         self._start("daemon", self._starters["daemon"])
 
     def _stop_all(self) -> None:
+        self._is_stopping = True
         # In this order: nothing new is dequeued, runs under way end, then what they needed goes.
         for name in ("daemon", "code-server", "webserver", "redis"):
             process = self._running.pop(name, None)
@@ -185,23 +183,25 @@ class Stack:
                 continue
             is_draining = name == "code-server"
             self._report("stopping code-server, after the uploads under way" if is_draining else f"stopping {name}")
-            patience_seconds = DRAIN_SECONDS if is_draining and self._signals < 2 else STOP_SECONDS
-            if not self._stop(process, patience_seconds):
+            if not self._stop(process, DRAIN_SECONDS if is_draining else STOP_SECONDS):
                 self._report(f"{name} did not end and was killed")
         self._lock.close()
 
     def _stop(self, process: subprocess.Popen[bytes], patience_seconds: float) -> bool:
-        """Stops a process; a second Ctrl-C cuts the wait short."""
+        """Stops a process; gives False if it had to be killed."""
         process.terminate()
         deadline = time.monotonic() + patience_seconds
-        while process.poll() is None and time.monotonic() < deadline and self._signals < 2:
+        while process.poll() is None and time.monotonic() < deadline and not self._is_hurried:
             time.sleep(0.05)
         return processes.stop(process, patience_seconds=0.1)
 
     def _note_signal(self, number: int, frame: FrameType | None) -> None:
-        self._signals += 1
-        if self._signals == 1:
-            self._report("draining: uploads under way are finished, the rest waits; once more to stop at once")
+        if self._is_stopping:
+            self._is_hurried = True
+            return
+        self._is_stopping = True
+        self._report("draining: uploads under way are finished, the rest waits; once more to stop at once")
+        raise KeyboardInterrupt
 
     def _log(self, name: str) -> Path:
         return self._settings.home / "logs" / f"{name}.log"

@@ -127,9 +127,10 @@ def _compose(facts: PixelFacts, label: str | None, group: str | None, certainty:
     color_names = [name for name, _, _ in facts.colors]
     mood = _mood(facts)
     sentence = f"{orientation.capitalize()} picture, mostly {' and '.join(color_names[:2])}, {mood}"
-    if label or group:
-        shown = f"{label} ({group})" if label and group and label != group else label or group
-        sentence += f"; looks like: {shown}, {certainty:.0%} sure"
+    if group or label:
+        sentence += f"; looks like: {group or label} ({certainty:.0%} sure)"
+    if group and label:
+        sentence += f", most of all {label}"
     taken = [f"with a {facts.camera}" if facts.camera else "", f"on {facts.taken_on}" if facts.taken_on else ""]
     if any(taken):
         sentence += ". Taken " + " ".join(part for part in taken if part)
