@@ -188,8 +188,7 @@ def status(settings: Settings, image_id: str | None, watch: bool, as_json: bool)
 
     def read() -> dict[str, Any]:
         if image_id is None:
-            queue = open_queue(settings).count()
-            return {"waiting": queue["waiting"], **catalogue.count(), "dead": queue["dead"]}
+            return count_images(settings, catalogue)
         row = catalogue.get(image_id)
         if row is None:
             raise ImagePipelineError(f"no image {image_id!r:.80} is in the catalogue")
@@ -214,6 +213,17 @@ def search(settings: Settings, text: str, count: int, as_json: bool) -> None:
     embedder = build_embedder(settings)
     neighbours = EmbeddingIndex(settings.index_uri).nearest(embedder.embed(text), count)
     display.show_neighbours(catalogue, neighbours, as_json)
+
+
+def count_images(settings: Settings, catalogue: "Catalogue") -> dict[str, int | None]:
+    """The images by status, with what waits on the Redis list; None for the latter while Redis is down."""
+    queue: Mapping[str, int | None]
+    try:
+        queue = open_queue(settings).count()
+    except StackError as error:
+        click.echo(f"Note: {error}", err=True)
+        queue = {"waiting": None, "dead": None}
+    return {"waiting": queue["waiting"], **catalogue.count(), "dead": queue["dead"]}
 
 
 def push_and_follow(
@@ -256,12 +266,10 @@ def build_image_id(photo: Path) -> str:
 
 
 def open_queue(settings: Settings) -> "UploadQueue":
-    """The Redis lists, known to answer."""
+    """The Redis lists; it connects when first used."""
     from imagepipeline.stores.uploads import UploadQueue
 
-    queue = UploadQueue(settings.redis_url, settings.queue_prefix)
-    queue.check()
-    return queue
+    return UploadQueue(settings.redis_url, settings.queue_prefix)
 
 
 def open_catalogue(settings: Settings) -> "Catalogue":

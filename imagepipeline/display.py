@@ -1,4 +1,4 @@
-"""What a person reads: progress, tables, addresses; and the same as JSON. Progress goes to stderr, results to stdout."""
+"""What a person reads: progress (on stderr), tables and addresses (on stdout), and the same as JSON."""
 
 import json
 import time
@@ -147,9 +147,7 @@ def show_neighbours(catalogue: Catalogue, neighbours: Sequence[Neighbour], as_js
     for neighbour in neighbours:
         described = (catalogue.get(neighbour.image_id) or {}).get("metadata") or {}
         description = described.get("description", neighbour.text)
-        rows.append(
-            {"image_id": neighbour.image_id, "score": round(neighbour.score, 4), "description": description}
-        )
+        rows.append({"image_id": neighbour.image_id, "score": round(neighbour.score, 4), "description": description})
     if as_json:
         print(json.dumps(rows))
         return

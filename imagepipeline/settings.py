@@ -3,6 +3,7 @@
 A setting's alias is its environment variable; the field's description is the text of the table in the README.
 """
 
+import difflib
 import hashlib
 import os
 from collections.abc import Mapping
@@ -23,7 +24,9 @@ def _check_redis_url(value: SecretStr) -> SecretStr:
 
 
 def _check_database_url(value: SecretStr) -> SecretStr:
-    if not value.get_secret_value().startswith(("sqlite:///", "postgresql://", "postgres://", "postgresql+psycopg2://")):
+    if not value.get_secret_value().startswith(
+        ("sqlite:///", "postgresql://", "postgres://", "postgresql+psycopg2://")
+    ):
         raise ValueError("must start with sqlite:/// or postgresql://")
     return value
 
@@ -82,7 +85,12 @@ class Settings(BaseModel):
         "openai/text-embedding-3-small", alias="IMAGEPIPELINE_EMBEDDING_MODEL", description="the embedding model"
     )
     webserver_port: Port | None = Field(
-        None, alias="IMAGEPIPELINE_WEBSERVER_PORT", description="the Dagster UI's port on 127.0.0.1 (3000, or a free one)"
+        None,
+        alias="IMAGEPIPELINE_WEBSERVER_PORT",
+        description="the Dagster UI's port on 127.0.0.1 (3000, or a free one)",
+    )
+    code_socket: Path | None = Field(
+        None, alias="IMAGEPIPELINE_CODE_SOCKET", description="the code server's socket; `up` sets it for Dagster"
     )
 
     @classmethod
@@ -92,6 +100,11 @@ class Settings(BaseModel):
         Raises:
             SettingsError: names every variable that is malformed, and what is wrong, but never its value.
         """
+        known = {field.alias for field in cls.model_fields.values() if field.alias}
+        for name in environment:
+            if name.startswith("IMAGEPIPELINE_") and name not in known:
+                similar = difflib.get_close_matches(name, known, n=1)
+                raise SettingsError(f"{name} is no setting" + (f": did you mean {similar[0]}?" if similar else ""))
         try:
             settings = cls.model_validate({name: value for name, value in environment.items() if value})
         except ValidationError as error:
@@ -143,7 +156,7 @@ class Settings(BaseModel):
         if len(str(folder)) <= MAX_SOCKET_FOLDER_CHARACTERS:
             return folder
         digest = hashlib.sha256(str(self.home).encode()).hexdigest()[:12]
-        return Path(f"/tmp/imagepipeline-{os.getuid()}-{digest}")
+        return Path(f"/tmp/imagepipeline-{os.getuid()}-{digest}")  # noqa: S108  (`up` checks its owner)
 
 
 def _explain(problem: Any) -> str:

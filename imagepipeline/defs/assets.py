@@ -38,7 +38,7 @@ def metadata(
     catalogue: dg.ResourceParam[Catalogue],
     files: dg.ResourceParam[FileStore],
     vision: dg.ResourceParam[VisionModel],
-) -> Iterator[dg.MaterializeResult]:
+) -> Iterator[dg.MaterializeResult[None]]:
     """What the image shows: description, tags, category, dominant colours and mood, by a vision model.
 
     Made from a small JPEG copy of the original; the original itself is decoded in full first, so a file that
@@ -89,7 +89,7 @@ def variants(
     context: dg.AssetExecutionContext,
     catalogue: dg.ResourceParam[Catalogue],
     files: dg.ResourceParam[FileStore],
-) -> Iterator[dg.MaterializeResult]:
+) -> Iterator[dg.MaterializeResult[None]]:
     """The image at 640, 1024 and 1920 px width, each as WebP and AVIF; never enlarged.
 
     Upright, in sRGB, with its transparency and without EXIF, GPS or comments. Each file appears in one piece
@@ -149,7 +149,7 @@ def embedding(
     catalogue: dg.ResourceParam[Catalogue],
     embedder: dg.ResourceParam[Embedder],
     index: dg.ResourceParam[EmbeddingIndex],
-) -> Iterator[dg.MaterializeResult]:
+) -> Iterator[dg.MaterializeResult[None]]:
     """The vector by which the image is found: of its description, tags, category and mood, kept in LanceDB.
 
     One row per image and embedding model, replaced when the image is done again. After it the image is

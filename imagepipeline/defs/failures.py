@@ -58,9 +58,9 @@ def _claim(context: dg.AssetExecutionContext, catalogue: Catalogue) -> Claim | N
     generation = context.run.tags.get(GENERATION_TAG)
     is_re_execution = context.run.parent_run_id is not None  # of a run whose generation has ended
     if generation is not None and not is_re_execution:
-        return catalogue.claim(context.partition_key, int(generation), context.run_id)
+        return catalogue.claim(context.partition_key, int(generation), context.run.run_id)
     try:
-        return catalogue.claim_anew(context.partition_key, context.run_id)
+        return catalogue.claim_anew(context.partition_key, context.run.run_id)
     except ImageBusyError as error:
         raise dg.Failure(str(error), allow_retries=False) from error
 
@@ -88,8 +88,8 @@ def _failed(catalogue: Catalogue, claim: Claim, reason: str, error: str) -> dg.F
 
 def _interrupted(context: dg.AssetExecutionContext, catalogue: Catalogue, claim: Claim) -> dg.Failure:
     """A person who cancels means it; any other stop gives the image back to the queue."""
-    run = context.instance.get_run_by_id(context.run_id)
+    run = context.instance.get_run_by_id(context.run.run_id)
     if run is not None and run.status == dg.DagsterRunStatus.CANCELING:
-        return _failed(catalogue, claim, "cancelled", f"run {context.run_id} was cancelled")
+        return _failed(catalogue, claim, "cancelled", f"run {context.run.run_id} was cancelled")
     catalogue.hand_back(claim)
     return dg.Failure(f"The run was stopped; {claim.image_id} waits for another one.", allow_retries=False)

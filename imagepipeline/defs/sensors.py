@@ -39,7 +39,6 @@ def upload_sensor(
     """
     problem = None
     try:
-        queue.check()
         for line in take_in(queue, catalogue):
             context.log.info(line)
     except StackError as error:

@@ -64,7 +64,7 @@ def measure(decoded: Decoded) -> PixelFacts:
 
 
 def to_lab(rgb: NDArray[np.uint8]) -> NDArray[np.float64]:
-    """sRGB bytes [n, 3] as CIE L*a*b* (D65) [n, 3]: IEC 61966-2-1 for the transfer curve and matrix, CIE 15 for Lab."""
+    """SRGB bytes [n, 3] as CIE L*a*b* (D65) [n, 3]: IEC 61966-2-1 for the transfer curve and matrix, CIE 15 for Lab."""
     value = rgb.astype(np.float64) / 255
     linear = np.where(value <= 0.04045, value / 12.92, ((value + 0.055) / 1.055) ** 2.4)
     xyz = linear @ np.array([[0.4124, 0.2126, 0.0193], [0.3576, 0.7152, 0.1192], [0.1805, 0.0722, 0.9505]])
@@ -96,4 +96,4 @@ def _names(palette: NDArray[np.uint8]) -> list[str]:
 
 
 def _hex(rgb: NDArray[np.float64]) -> str:
-    return "#" + bytes(int(round(float(channel))) for channel in rgb).hex()
+    return "#" + bytes(round(float(channel)) for channel in rgb).hex()

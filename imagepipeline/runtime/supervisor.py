@@ -108,7 +108,9 @@ class Stack:
         )
         if settings.has_own_redis:
             server_socket = settings.socket_folder / "valkey.sock"
-            self._start("redis", lambda: valkey.start_server(settings.home / "valkey", server_socket, self._log("redis")))
+            self._start(
+                "redis", lambda: valkey.start_server(settings.home / "valkey", server_socket, self._log("redis"))
+            )
         Catalogue(settings.database_url).migrate()
         self._create_dagster_tables(dagster_home, environment)
 
@@ -128,7 +130,7 @@ class Stack:
         webserver = dagster("webserver", "dagster_webserver", "-h", "127.0.0.1", "-p", str(port), *workspace)
         self._start("webserver", webserver)
         self._until(lambda: _answers_http(self.webserver_url + "/server_info"), "webserver")
-        _write_state(self._lock, {"pid": os.getpid(), "webserver_url": self.webserver_url})
+        _write_state(self._lock, self.webserver_url)
 
     def _create_dagster_tables(self, dagster_home: Path, environment: dict[str, str]) -> None:
         """Once per Dagster version, before the services: two that create tables at the same moment fail."""
@@ -185,7 +187,6 @@ class Stack:
             self._report("stopping code-server, after the uploads under way" if is_draining else f"stopping {name}")
             if not self._stop(process, DRAIN_SECONDS if is_draining else STOP_SECONDS):
                 self._report(f"{name} did not end and was killed")
-        self._lock.close()
 
     def _stop(self, process: subprocess.Popen[bytes], patience_seconds: float) -> bool:
         """Stops a process; gives False if it had to be killed."""
@@ -210,7 +211,7 @@ class Stack:
 def find_running(settings: Settings) -> dict[str, Any] | None:
     """The `pid` and `webserver_url` (None while it starts) of the stack that uses this home, if there is one."""
     try:
-        with _open_lock(settings) as lock:
+        with open(_lock_path(settings)) as lock:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
             return None
     except BlockingIOError:
@@ -227,34 +228,28 @@ def stop_running(settings: Settings, pid: int) -> None:
         time.sleep(0.1)
 
 
-def _acquire_lock(settings: Settings) -> Any:
+def _acquire_lock(settings: Settings) -> int:
+    """A descriptor that is never closed, so that the lock is held exactly as long as the process lives."""
     settings.home.mkdir(parents=True, exist_ok=True, mode=0o700)
-    _lock_path(settings).touch(mode=0o600)
-    lock = _open_lock(settings)
+    lock = os.open(_lock_path(settings), os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
     try:
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
-        lock.close()
+        os.close(lock)
         raise StackError(
             f"a stack already uses {settings.home}: stop it with `imagepipeline down`, or set IMAGEPIPELINE_HOME"
         ) from None
-    _write_state(lock, {"pid": os.getpid(), "webserver_url": None})
+    _write_state(lock, webserver_url=None)
     return lock
 
 
-def _open_lock(settings: Settings) -> Any:
-    return open(_lock_path(settings), "r+")
+def _write_state(lock: int, webserver_url: str | None) -> None:
+    os.ftruncate(lock, 0)
+    os.pwrite(lock, json.dumps({"pid": os.getpid(), "webserver_url": webserver_url}).encode(), 0)
 
 
 def _lock_path(settings: Settings) -> Path:
     return settings.home / "stack.lock"
-
-
-def _write_state(lock: Any, state: dict[str, Any]) -> None:
-    lock.seek(0)
-    lock.truncate()
-    lock.write(json.dumps(state))
-    lock.flush()
 
 
 def _read_shipped(name: str) -> str:
@@ -273,7 +268,7 @@ def _answers_socket(path: Path) -> bool:
 
 def _answers_http(url: str) -> bool:
     try:
-        with urllib.request.urlopen(url, timeout=2) as answer:
+        with urllib.request.urlopen(url, timeout=2) as answer:  # noqa: S310  (our own http URL)
             return bool(answer.status == 200)
     except (urllib.error.URLError, OSError):
         return False

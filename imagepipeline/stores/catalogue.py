@@ -4,7 +4,7 @@ Every change is one transaction. Every change by a run names the fence of its cl
 thought dead and was succeeded can change nothing any more.
 """
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -124,7 +124,7 @@ class Catalogue:
         return found[:limit]
 
     def claim(self, image_id: str, generation: int, run_id: str) -> Claim | None:
-        """Gives a run the right to an image's generation: for the first to ask, and for that run whenever it asks again.
+        """Gives a run the right to an image's generation: the first to ask, and that run whenever it asks again.
 
         Returns:
             None if the generation is not pending any more, or another run holds it.
@@ -138,8 +138,9 @@ class Catalogue:
             return self._claim_of(connection, image_id, run_id)
 
     def claim_anew(self, image_id: str, run_id: str) -> Claim:
-        """Gives a run that was started by hand the right to an image, whatever its status; an ended one begins a
-        new generation, an unknown one is recorded.
+        """Gives a run that was started by hand the right to an image, whatever its status.
+
+        An image that had ended begins a new generation; an unknown one is recorded.
 
         Raises:
             ImageBusyError: another run is working on it.
@@ -338,7 +339,7 @@ def _new_generation(now: datetime) -> dict[str, Any]:
     }
 
 
-def _describe_result(result: Mapping[str, Any]) -> dict[str, Any]:
+def _describe_result(result: sa.RowMapping) -> dict[str, Any]:
     recipe = Recipe(result["provider"], result["model"], result["settings"])
     return {
         "version": recipe.version,

@@ -44,9 +44,10 @@ class FileStore:
         except OSError as error:
             reason = error.strerror or type(error).__name__
             raise MissingOriginalError(f"{path} cannot be opened below the storage root: {reason}") from None
+        if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+            os.close(descriptor)
+            raise MissingOriginalError(f"{path} is not a plain file")
         with os.fdopen(descriptor, "rb") as file:
-            if not stat.S_ISREG(os.fstat(descriptor).st_mode):
-                raise MissingOriginalError(f"{path} is not a plain file")
             return file.read(-1 if max_bytes is None else max_bytes + 1)
 
     def put_original(self, image_id: str, content: bytes, extension: str) -> str:

@@ -20,7 +20,8 @@ class UtcDateTime(sa.types.TypeDecorator[datetime]):
 
     def process_result_value(self, value: Any, dialect: sa.Dialect) -> datetime | None:
         """Gives UTC back."""
-        return value.replace(tzinfo=UTC) if value and value.tzinfo is None else value
+        stored: datetime | None = value
+        return stored.replace(tzinfo=UTC) if stored and stored.tzinfo is None else stored
 
 
 schema = sa.MetaData(

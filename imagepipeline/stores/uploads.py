@@ -7,6 +7,8 @@ crash anywhere repeats a step and loses nothing. What cannot be read ends in `de
 import json
 import time
 from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import redis
@@ -40,52 +42,61 @@ class UploadQueue:
 
         Raises:
             InvalidUploadError: an argument is malformed; nothing was pushed.
-            redis.RedisError: the server could not be reached.
+            StackError: Redis does not take it.
         """
-        self.redis.lpush(self.wait_key, Upload(image_id, path, priority).to_entry())
+        entry = Upload(image_id, path, priority).to_entry()
+        with _translated_errors():
+            self.redis.lpush(self.wait_key, entry)
 
     def claim(self, limit: int) -> Counter[bytes]:
-        """Up to `limit` entries, oldest first, with the number of copies of each: those left in `active` by a
-        crash, then new ones from `wait`."""
-        entries = self.redis.lrange(self.active_key, -limit, -1)[::-1]
-        while len(entries) < limit:
-            entry = self.redis.lmove(self.wait_key, self.active_key, "RIGHT", "LEFT")
-            if entry is None:
-                break
-            entries.append(entry)
+        """Up to `limit` entries, oldest first, with the number of copies of each.
+
+        Those that a crash left in `active` come first, then new ones from `wait`.
+        """
+        with _translated_errors():
+            entries = self.redis.lrange(self.active_key, -limit, -1)[::-1]
+            while len(entries) < limit:
+                entry = self.redis.lmove(self.wait_key, self.active_key, "RIGHT", "LEFT")
+                if entry is None:
+                    break
+                entries.append(entry)
         return Counter(entries)
 
     def acknowledge(self, entry: bytes, copies: int) -> None:
         """Forgets claimed copies of an entry: call it after the catalogue has committed."""
-        self.redis.lrem(self.active_key, copies, entry)
+        with _translated_errors():
+            self.redis.lrem(self.active_key, copies, entry)
 
     def dead_letter(self, entry: bytes, copies: int, reason: str) -> None:
-        """Moves claimed copies of an unreadable entry to `dead`, as JSON with `entry` (escaped, cut), `reason`, `at`."""
+        """Moves claimed copies of an unreadable entry to `dead`.
+
+        There it is JSON: `entry` (escaped, at most 200 characters), `reason`, `copies`, `at` (Unix seconds).
+        """
         shown = ascii(entry)[2:-1][:SHOWN_CHARACTERS]
-        letter = json.dumps({"entry": shown, "reason": reason, "at": round(time.time(), 3), "copies": copies})
-        with self.redis.pipeline(transaction=True) as pipe:
+        letter = json.dumps({"entry": shown, "reason": reason, "copies": copies, "at": round(time.time(), 3)})
+        with _translated_errors(), self.redis.pipeline(transaction=True) as pipe:
             pipe.lpush(self.dead_key, letter)
             pipe.lrem(self.active_key, copies, entry)
             pipe.execute()
 
     def count(self) -> dict[str, int]:
         """The lengths of the lists: `waiting` (`wait` and `active`: not in the catalogue yet) and `dead`."""
-        with self.redis.pipeline(transaction=True) as pipe:
+        with _translated_errors(), self.redis.pipeline(transaction=True) as pipe:
             for key in (self.wait_key, self.active_key, self.dead_key):
                 pipe.llen(key)
             waiting, active, dead = pipe.execute()
         return {"waiting": waiting + active, "dead": dead}
 
-    def check(self) -> None:
-        """Returns if the server answers.
 
-        Raises:
-            StackError: if not. The message leaves out the address, which may hold a password.
-        """
-        try:
-            self.redis.ping()
-        except redis.RedisError as error:
-            raise StackError(
-                f"Redis does not answer ({type(error).__name__}): start the stack with `imagepipeline up`, "
-                "or check REDIS_URL"
-            ) from None
+@contextmanager
+def _translated_errors() -> Iterator[None]:
+    """Turns Redis' errors into one of ours; the message leaves out the address, which may hold a password."""
+    try:
+        yield
+    except redis.ResponseError as error:  # such as a key of another type: its text is the server's, without secrets
+        raise StackError(f"Redis refuses the command: {error}") from None
+    except redis.RedisError as error:
+        raise StackError(
+            f"Redis does not answer ({type(error).__name__}): start the stack with `imagepipeline up`, "
+            "or check REDIS_URL"
+        ) from None

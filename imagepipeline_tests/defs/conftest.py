@@ -1,0 +1,51 @@
+"""An ephemeral Dagster instance, and the resources as plain objects."""
+
+import dagster as dg
+import pytest
+
+from imagepipeline.defs.assets import embedding, metadata, variants
+from imagepipeline.defs.failures import GENERATION_TAG
+from imagepipeline.services.embedder import LocalEmbedder
+from imagepipeline.services.vision import LocalVision
+from imagepipeline_tests.conftest import PHOTOS
+
+ASSETS = [metadata, variants, embedding]
+
+
+@pytest.fixture
+def instance():
+    with dg.DagsterInstance.ephemeral() as instance:
+        yield instance
+
+
+@pytest.fixture
+def run(instance, catalogue, files, index):
+    """Runs assets of one image as a sensor's run (with a generation) or one started by hand (without)."""
+
+    def run(image_id, generation=None, assets=ASSETS, **resources):
+        instance.add_dynamic_partitions("uploads", [image_id])
+        return dg.materialize(
+            ASSETS,
+            selection=assets,
+            partition_key=image_id,
+            instance=instance,
+            tags={} if generation is None else {GENERATION_TAG: str(generation)},
+            resources={
+                "catalogue": catalogue,
+                "files": files,
+                "index": index,
+                "vision": LocalVision(),
+                "embedder": LocalEmbedder(),
+                **resources,
+            },
+            raise_on_error=False,
+        )
+
+    return run
+
+
+@pytest.fixture
+def cat(files):
+    """An image ID whose original is in place."""
+    files.put_original("cat", (PHOTOS / "cat.jpg").read_bytes(), "jpg")
+    return "cat"

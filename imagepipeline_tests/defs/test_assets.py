@@ -1,0 +1,215 @@
+"""What a run does to the catalogue, the files and the index; and what its failures mean."""
+
+import io
+
+import dagster as dg
+import pytest
+from PIL import Image
+
+from imagepipeline.defs.assets import embedding, metadata, variants
+from imagepipeline.errors import BadAnswerError, ProviderUnavailableError, RefusedError
+from imagepipeline.models import ImageMetadata, Recipe, Upload, VisionAnswer
+from imagepipeline.services.vision import LocalVision
+
+ANSWER = VisionAnswer(
+    ImageMetadata(description="A cat", tags=["cat"], category="animal", dominant_colors=[], mood="calm"), 800, 60
+)
+
+
+class ScriptedVision:
+    """Raises or answers what it was told, in order."""
+
+    recipe = Recipe("openai", "scripted", "prompt-1")
+
+    def __init__(self, *outcomes):
+        self.outcomes = list(outcomes)
+
+    def describe(self, preview, facts):
+        outcome = self.outcomes.pop(0)
+        if isinstance(outcome, BaseException):
+            raise outcome
+        return outcome
+
+
+def retry_waits(result):
+    events = result.events_for_node("metadata")
+    return [event.step_retry_data.seconds_to_wait for event in events if event.event_type_value == "STEP_UP_FOR_RETRY"]
+
+
+def test_an_upload_becomes_metadata_variants_and_an_embedding(run, cat, catalogue, files, index, instance):
+    catalogue.accept([Upload(cat)])
+    result = run(cat, generation=1)
+    assert result.success
+    row = catalogue.get(cat)
+    assert (row["status"], row["generation"], row["attempts"]) == ("completed", 1, 1)
+    assert row["run_id"] == result.run_id
+    assert row["metadata"]["category"] == "cat"
+    assert row["path"] == "original/cat.jpg"
+    assert {asset: made["provider"] for asset, made in row["made_by"].items()} == dict.fromkeys(
+        ("metadata", "variants", "embedding"), "local"
+    )
+    assert sorted(variant["path"] for variant in row["variants"]) == sorted(
+        f"variants/cat-{suffix}.{format_}" for suffix in ("sm", "md", "lg") for format_ in ("webp", "avif")
+    )
+    for variant in row["variants"]:
+        content = files.read(variant["path"])
+        image = Image.open(io.BytesIO(content))
+        assert len(content) == variant["size"]
+        assert (image.format.lower(), *image.size) == (variant["format"], variant["width"], variant["height"])
+    assert index.get(cat, "local:all-MiniLM-L6-v2-int8")["text"].startswith("Landscape picture")
+    for asset in ("metadata", "variants", "embedding"):
+        assert instance.get_materialized_partitions(dg.AssetKey(asset)) == {cat}
+
+
+def test_what_was_made_is_told_in_the_ui(run, cat, instance):
+    run(cat, vision=ScriptedVision(ANSWER))
+    event = instance.get_latest_materialization_event(dg.AssetKey("metadata"))
+    shown = {name: value.value for name, value in event.asset_materialization.metadata.items()}
+    assert shown["description"] == "A cat"
+    assert (shown["model"], shown["settings"], shown["tokens_in"], shown["tokens_out"]) == (
+        "scripted",
+        "prompt-1",
+        800,
+        60,
+    )
+    assert (shown["width_px"], shown["bytes_in"], shown["attempt"]) == (451, 38702, 1)
+    assert shown["picture"].startswith("![the image](data:image/jpeg;base64,")
+    assert len(shown["picture"]) < 12_000
+
+
+def test_the_same_text_leaves_the_embedding_fresh(run, cat, instance):
+    versions = []
+    for _ in range(2):
+        run(cat, vision=ScriptedVision(ANSWER))
+        event = instance.get_latest_materialization_event(dg.AssetKey("metadata"))
+        versions.append(event.asset_materialization.tags["dagster/data_version"])
+    assert versions[0] == versions[1]
+
+
+def test_a_retryable_error_is_tried_again_after_one_and_two_seconds(run, cat, catalogue):
+    vision = ScriptedVision(ProviderUnavailableError("busy"), BadAnswerError("prose"), ANSWER)
+    result = run(cat, vision=vision)
+    assert result.success
+    assert retry_waits(result) == [1, 2]
+    assert catalogue.get(cat)["attempts"] == 3
+
+
+def test_a_provider_may_ask_for_a_longer_wait(run, cat):
+    result = run(cat, vision=ScriptedVision(ProviderUnavailableError("slow down", 1.5), ANSWER))
+    assert result.success
+    assert retry_waits(result) == [1.5]
+
+
+@pytest.mark.parametrize("error", [ProviderUnavailableError("busy"), ValueError("nobody thought of this")])
+def test_after_three_attempts_the_image_has_failed(run, cat, catalogue, files, error):
+    result = run(cat, vision=ScriptedVision(error, error, error))
+    assert not result.success
+    row = catalogue.get(cat)
+    assert (row["status"], row["attempts"]) == ("failed", 3)
+    assert row["reason"] == getattr(error, "reason", "unexpected")
+    assert str(error) in row["error"]
+    assert row["variants"] == []
+    assert len(retry_waits(result)) == 2
+
+
+def test_a_refusal_is_final_at_once(run, cat, catalogue):
+    result = run(cat, vision=ScriptedVision(RefusedError("no")))
+    row = catalogue.get(cat)
+    assert (row["status"], row["reason"], row["attempts"]) == ("failed", "refused", 1)
+    assert retry_waits(result) == []
+
+
+@pytest.mark.parametrize(
+    ("content", "reason"), [(b"", "corrupt"), (b"<html>", "unsupported"), (b"\xff" * 25_000_001, "too_large")]
+)
+def test_a_file_that_is_no_image_fails_without_a_call(run, catalogue, files, content, reason):
+    files.put_original("bad", content, "jpg")
+    run("bad", vision=ScriptedVision())
+    row = catalogue.get("bad")
+    assert (row["status"], row["reason"], row["attempts"]) == ("failed", reason, 1)
+
+
+def test_a_missing_original_is_a_clear_failure(run, catalogue):
+    catalogue.accept([Upload("ghost")])
+    run("ghost", generation=1)
+    row = catalogue.get("ghost")
+    assert (row["status"], row["reason"]) == ("failed", "missing")
+    assert "original/ghost.*" in row["error"]
+
+
+def test_a_run_whose_generation_is_over_does_nothing_and_succeeds(run, cat, catalogue, instance):
+    catalogue.accept([Upload(cat)])
+    catalogue.claim(cat, 1, "another run")
+    before = catalogue.get(cat)
+    result = run(cat, generation=1)
+    assert result.success
+    assert catalogue.get(cat) == before
+    assert instance.get_materialized_partitions(dg.AssetKey("metadata")) == set()
+
+
+def test_a_run_that_is_succeeded_midway_writes_nothing_more(run, cat, catalogue, files, index):
+    class Thief(LocalVision):
+        def describe(self, preview, facts):
+            row = catalogue.get(cat)
+            catalogue.hand_back(catalogue.claim(cat, 1, row["run_id"]))
+            catalogue.claim(cat, 2, "successor")
+            return ANSWER
+
+    catalogue.accept([Upload(cat)])
+    result = run(cat, generation=1, vision=Thief())
+    assert result.success
+    row = catalogue.get(cat)
+    assert (row["status"], row["run_id"], row["metadata"], row["variants"]) == ("processing", "successor", None, [])
+    assert not (files.root / "variants").exists()
+
+
+def test_a_run_by_hand_does_a_completed_image_again(run, cat, catalogue, index):
+    run(cat)
+    run(cat, vision=ScriptedVision(ANSWER))
+    row = catalogue.get(cat)
+    assert (row["status"], row["generation"]) == ("completed", 2)
+    assert row["metadata"]["description"] == "A cat"
+    assert row["made_by"]["metadata"]["model"] == "scripted"
+    assert index.get(cat, "local:all-MiniLM-L6-v2-int8")["text"].startswith("A cat")
+
+
+def test_a_run_by_hand_may_do_one_asset_only(run, cat, catalogue):
+    run(cat)
+    assert run(cat, assets=[metadata], vision=ScriptedVision(ANSWER)).success
+    row = catalogue.get(cat)
+    assert (row["status"], row["generation"]) == ("completed", 2)
+    assert {asset: made["generation"] for asset, made in row["made_by"].items()} == {
+        "metadata": 2,
+        "variants": 1,
+        "embedding": 1,
+    }
+
+
+def test_one_asset_of_a_new_image_leaves_the_rest_to_the_queue(run, cat, catalogue):
+    assert run(cat, assets=[variants]).success
+    assert [image.image_id for image in catalogue.list_pending(9)] == [cat]
+
+
+def test_an_embedding_without_metadata_says_what_to_do(run, cat, catalogue):
+    assert not run(cat, assets=[embedding]).success
+    row = catalogue.get(cat)
+    assert row["reason"] == "missing_metadata"
+    assert "materialize `metadata`" in row["error"]
+
+
+def test_a_run_by_hand_names_the_run_that_holds_the_image(run, cat, catalogue):
+    catalogue.claim_anew(cat, "the-other-run")
+    result = run(cat)
+    assert not result.success
+    assert "the-other-run" in result.events_for_node("metadata")[-1].step_failure_data.user_failure_data.description
+    assert catalogue.get(cat)["status"] == "processing"
+
+
+def test_originals_that_share_a_stem_do_not_overwrite_each_other(run, catalogue, files, cat):
+    run(cat)
+    before = files.read("variants/cat-sm.webp")
+    files.write("original/cat.png", files.read("original/cat.jpg"))
+    catalogue.accept([Upload("other", "original/cat.png")])
+    run("other", generation=1)
+    assert catalogue.get("other")["reason"] == "path_taken"
+    assert files.read("variants/cat-sm.webp") == before

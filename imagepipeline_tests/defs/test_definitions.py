@@ -1,0 +1,94 @@
+"""The code location as Dagster sees it."""
+
+import inspect
+import json
+import pkgutil
+from importlib import import_module
+
+import dagster as dg
+import pytest
+
+import imagepipeline.defs
+from imagepipeline.definitions import build_recipes, build_resources, defs
+from imagepipeline.settings import Settings
+
+DEFINITIONS = (dg.AssetsDefinition, dg.SensorDefinition, dg.ScheduleDefinition, dg.AssetChecksDefinition)
+
+
+def test_nothing_in_defs_is_left_out():
+    modules = [
+        import_module(f"imagepipeline.defs.{info.name}") for info in pkgutil.iter_modules(imagepipeline.defs.__path__)
+    ]
+    written = {
+        id(value): name
+        for module in modules
+        for name, value in inspect.getmembers(module)
+        if isinstance(value, DEFINITIONS)
+    }
+    repository = defs().get_repository_def()
+    listed = {key.to_user_string() for key in repository.assets_defs_by_key} | {s.name for s in repository.sensor_defs}
+    assert set(written.values()) == listed
+    assert repository.has_job("process_upload")
+
+
+def test_assets_say_what_they_are():
+    for key, node in defs().get_repository_def().assets_defs_by_key.items():
+        spec = node.get_asset_spec(key)
+        assert spec.group_name == "images"
+        assert spec.owners
+        assert spec.kinds
+        assert spec.code_version
+        assert len(spec.description) > 150
+
+
+@pytest.mark.parametrize(
+    ("environment", "metadata", "embedding"),
+    [
+        ({}, "local:efficientnet-lite0:facts-1", "local:all-MiniLM-L6-v2-int8"),
+        ({"OPENAI_API_KEY": "k", "IMAGEPIPELINE_VISION_MODEL": "gpt-5"}, "openai:gpt-5:prompt-", "local:"),
+        ({"OPENROUTER_API_KEY": "k", "IMAGEPIPELINE_EMBEDDING_MODEL": "x/y"}, "local:", "openrouter:x/y"),
+    ],
+)
+def test_a_key_switches_to_the_remote_model_and_shows_in_the_code_version(environment, metadata, embedding):
+    recipes = build_recipes(Settings.load(environment))
+    assert recipes["metadata"].version.startswith(metadata)
+    assert recipes["embedding"].version.startswith(embedding)
+
+
+def test_the_recipe_of_the_code_version_is_the_one_the_model_reports(monkeypatch):
+    environment = {"OPENAI_API_KEY": "k", "OPENROUTER_API_KEY": "k", "IMAGEPIPELINE_VISION_PROMPT": "What is it?"}
+    for settings in (Settings.load({}), Settings.load(environment)):
+        for name, value in environment.items():
+            monkeypatch.setenv(name, value)
+        resources, recipes = build_resources(settings), build_recipes(settings)
+        for asset, resource in (("metadata", "vision"), ("embedding", "embedder")):
+            with dg.build_resources({resource: resources[resource]}) as built:
+                assert getattr(built, resource).recipe == recipes[asset]
+
+
+def test_no_secret_is_in_what_dagster_stores_or_shows(monkeypatch):
+    secrets = {
+        "OPENAI_API_KEY": "canary1",
+        "OPENROUTER_API_KEY": "canary2",
+        "REDIS_URL": "redis://:canary3@h",
+        "DATABASE_URL": "postgresql://u:canary4@h/d",
+    }
+    for name, value in secrets.items():
+        monkeypatch.setenv(name, value)
+    repository = defs().get_repository_def()
+    from dagster._core.remote_representation.external_data import RepositorySnap
+
+    snapshot = dg.serialize_value(RepositorySnap.from_def(repository))
+    assert "canary" not in snapshot
+    assert "OPENAI_API_KEY" in snapshot
+    assert json.loads(snapshot)
+
+
+def test_the_shipped_dagster_yaml_is_read_with_five_runs_at_a_time(tmp_path):
+    from imagepipeline.runtime.supervisor import _read_shipped
+
+    (tmp_path / "dagster.yaml").write_text(_read_shipped("dagster.yaml"))
+    with dg.DagsterInstance.from_config(str(tmp_path)) as instance:
+        assert instance.get_concurrency_config().run_queue_config.max_concurrent_runs == 5
+        assert instance.run_monitoring_enabled
+        assert not instance.telemetry_enabled

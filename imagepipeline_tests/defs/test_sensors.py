@@ -1,0 +1,149 @@
+"""Ticks of the upload sensor, against a real queue and catalogue."""
+
+import json
+import uuid
+
+import dagster as dg
+import pytest
+
+from imagepipeline.defs.failures import GENERATION_TAG
+from imagepipeline.defs.jobs import process_upload
+from imagepipeline.defs.sensors import MAX_UNFINISHED_RUNS, take_in, upload_sensor
+from imagepipeline.models import Upload
+from imagepipeline.stores.uploads import UploadQueue
+
+
+@pytest.fixture
+def tick(instance, catalogue, queue):
+    def tick(queue=queue):
+        context = dg.build_sensor_context(instance=instance, resources={"queue": queue, "catalogue": catalogue})
+        return upload_sensor(context)
+
+    return tick
+
+
+@pytest.fixture
+def add_run(instance):
+    def add_run(image_id, generation, status=dg.DagsterRunStatus.STARTED):
+        run = dg.DagsterRun(
+            job_name=process_upload.name,
+            run_id=str(uuid.uuid4()),
+            status=status,
+            tags={"dagster/partition": image_id, GENERATION_TAG: str(generation)},
+        )
+        return instance.add_run(run)
+
+    return add_run
+
+
+def keys(result):
+    return [request.run_key for request in result.run_requests]
+
+
+def test_a_push_becomes_a_pending_row_a_partition_and_a_run(tick, queue, catalogue):
+    queue.enqueue("a", priority=4)
+    result = tick()
+    [request] = result.run_requests
+    assert (request.run_key, request.partition_key) == ("a:1", "a")
+    assert request.tags["dagster/priority"] == "4"
+    assert request.tags[GENERATION_TAG] == "1"
+    assert [list(added.partition_keys) for added in result.dynamic_partitions_requests] == [["a"]]
+    assert catalogue.get("a")["status"] == "pending"
+    assert queue.count() == {"waiting": 0, "dead": 0}
+
+
+def test_an_idle_tick_says_so(tick):
+    assert tick().skip_message == "No upload waits."
+
+
+def test_a_bad_entry_costs_its_neighbours_nothing(tick, queue):
+    queue.enqueue("a")
+    queue.redis.lpush(queue.wait_key, b"../etc/passwd", b"\xff\x00", b"{", b"")
+    queue.enqueue("b")
+    assert sorted(keys(tick())) == ["a:1", "b:1"]
+    assert queue.count() == {"waiting": 0, "dead": 4}
+    letters = [json.loads(letter) for letter in queue.redis.lrange(queue.dead_key, 0, -1)]
+    assert all(letter["reason"] and letter["at"] for letter in letters)
+
+
+def test_every_tick_asks_again_for_all_pending_images(tick, catalogue):
+    catalogue.accept([Upload("a")])  # by a tick that died before Dagster stored its requests
+    assert keys(tick()) == ["a:1"]
+    assert keys(tick()) == ["a:1"]
+
+
+def test_an_image_with_a_run_in_flight_is_not_asked_for_twice(tick, queue, add_run):
+    queue.enqueue("a")
+    queue.enqueue("b")
+    add_run("a", 1)
+    assert keys(tick()) == ["b:1"]
+
+
+def test_a_finished_run_of_an_older_generation_does_not_count(tick, catalogue, add_run):
+    catalogue.accept([Upload("a")])
+    catalogue.hand_back(catalogue.claim("a", 1, "r"))
+    add_run("a", 1, dg.DagsterRunStatus.FAILURE)
+    assert keys(tick()) == ["a:2"]
+
+
+def test_higher_priorities_run_first_also_when_they_come_later(tick, queue):
+    queue.enqueue("first")
+    queue.enqueue("urgent", priority=9)
+    assert keys(tick()) == ["urgent:1", "first:1"]
+
+
+def test_the_backlog_waits_in_the_catalogue_not_in_dagsters_queue(tick, catalogue, add_run):
+    catalogue.accept([Upload(f"i{number}") for number in range(40)])
+    assert len(keys(tick())) == MAX_UNFINISHED_RUNS
+    for number in range(MAX_UNFINISHED_RUNS - 1):
+        add_run(f"i{number}", 1)
+    assert len(keys(tick())) == 1
+    add_run("x", 1)
+    assert "room" in tick().skip_message
+
+
+def test_while_redis_is_down_pending_images_still_get_their_runs(tick, catalogue):
+    down = UploadQueue("redis://127.0.0.1:9/0")
+    assert "does not answer" in tick(down).skip_message
+    catalogue.accept([Upload("a")])
+    assert keys(tick(down)) == ["a:1"]
+
+
+def test_nothing_leaves_the_list_before_the_catalogue_has_it(queue, catalogue, monkeypatch):
+    queue.enqueue("a")
+
+    def die(uploads):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(catalogue, "accept", die)
+        with pytest.raises(KeyboardInterrupt):
+            take_in(queue, catalogue)
+    assert queue.count()["waiting"] == 1
+    assert take_in(queue, catalogue) == ["a was taken in."]
+    assert queue.count()["waiting"] == 0
+
+
+def test_a_crash_after_the_commit_repeats_without_harm(queue, catalogue, monkeypatch):
+    queue.enqueue("a")
+
+    def die(entry, copies):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(queue, "acknowledge", die)
+        with pytest.raises(KeyboardInterrupt):
+            take_in(queue, catalogue)
+    [line] = take_in(queue, catalogue)
+    assert "pushed again" in line
+    assert catalogue.get("a")["generation"] == 1
+    assert queue.count()["waiting"] == 0
+
+
+def test_a_hundred_copies_are_one_upload(queue, catalogue, tick):
+    for _ in range(100):
+        queue.enqueue("a")
+    assert keys(tick()) == ["a:1"]
+    tick()
+    assert queue.count()["waiting"] == 0
+    assert catalogue.get("a")["generation"] == 1

@@ -1,0 +1,161 @@
+"""The whole stack as separate processes, driven as an uploader and an operator would drive it."""
+
+import io
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+import urllib.request
+from pathlib import Path
+
+import pytest
+import redis
+from PIL import Image
+
+from imagepipeline.stores.vectors import EmbeddingIndex
+from imagepipeline_tests.conftest import PHOTOS
+
+COMMAND = Path(sys.executable).parent / "imagepipeline"
+PATIENCE_SECONDS = 180
+
+
+@pytest.fixture
+def home(tmp_path, monkeypatch):
+    monkeypatch.setenv("IMAGEPIPELINE_HOME", str(tmp_path / "home"))
+    return tmp_path / "home"
+
+
+def run(*arguments, check=True):
+    result = subprocess.run([COMMAND, *arguments], capture_output=True, text=True, check=False)
+    if check:
+        assert result.returncode == 0, result.stderr
+    return result
+
+
+def wait_until(condition):
+    deadline = time.monotonic() + PATIENCE_SECONDS
+    while time.monotonic() < deadline:
+        value = condition()
+        if value:
+            return value
+        time.sleep(0.5)
+    raise AssertionError(f"not within {PATIENCE_SECONDS} s: {run('status', '--json', check=False).stdout}")
+
+
+def ask(url, query):
+    request = urllib.request.Request(
+        f"{url}/graphql", json.dumps({"query": query}).encode(), {"Content-Type": "application/json"}
+    )
+    with urllib.request.urlopen(request) as answer:
+        return json.load(answer)["data"]
+
+
+def processes_of(home):
+    """The processes whose environment names this home: all that a stack starts."""
+    found = []
+    for path in Path("/proc").glob("[0-9]*"):
+        try:
+            if str(home).encode() in (path / "environ").read_bytes() and int(path.name) != os.getpid():
+                found.append((path / "cmdline").read_bytes())
+        except OSError:
+            continue
+    return found
+
+
+def test_from_a_plain_push_to_a_search_and_a_clean_stop(home):
+    originals = home / "storage" / "original"
+    with subprocess.Popen(
+        [COMMAND, "up", "--json"], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    ) as stack:
+        try:
+            addresses = json.loads(stack.stdout.readline())
+            assert run("up", check=False).returncode == 4  # this home is taken
+
+            originals.mkdir(parents=True)
+            (originals / "cat.jpg").write_bytes((PHOTOS / "cat.jpg").read_bytes())
+            (originals / "deep").mkdir()
+            (originals / "deep" / "espresso.jpeg").write_bytes((PHOTOS / "coffee.jpg").read_bytes())
+            (originals / "broken.jpg").write_bytes((PHOTOS / "coffee.jpg").read_bytes()[:5000])
+            client = redis.Redis(unix_socket_path=addresses["redis"])
+            client.lpush("image-processing:wait", "cat")
+            client.lpush("image-processing:wait", "broken")
+            client.lpush("image-processing:wait", '{"imageId": "cup", "path": "original/deep/espresso.jpeg"}')
+            client.lpush("image-processing:wait", "../../etc/passwd")
+
+            def counts():
+                return json.loads(run("status", "--json").stdout)
+
+            wait_until(lambda: counts()["completed"] == 2 and counts()["failed"] == 1)
+            assert counts() == {"waiting": 0, "pending": 0, "processing": 0, "completed": 2, "failed": 1, "dead": 1}
+
+            broken = json.loads(run("status", "broken", "--json").stdout)
+            assert (broken["reason"], broken["attempts"]) == ("corrupt", 1)
+            cup = json.loads(run("status", "cup", "--json").stdout)
+            assert (cup["status"], cup["generation"], cup["attempts"]) == ("completed", 1, 1)
+            assert {variant["path"] for variant in cup["variants"]} >= {"variants/deep/espresso-sm.webp"}
+            for variant in cup["variants"]:
+                content = (home / "storage" / variant["path"]).read_bytes()
+                image = Image.open(io.BytesIO(content))
+                image.load()
+                assert (image.format.lower(), *image.size) == (variant["format"], variant["width"], variant["height"])
+                assert len(content) == variant["size"]
+            row = EmbeddingIndex(str(home / "lancedb")).get("cup", cup["made_by"]["embedding"]["version"])
+            assert row["text"].startswith(cup["metadata"]["description"])
+
+            asked = ask(
+                addresses["webserver_url"],
+                """{ assetNodes { assetKey { path } partitionStats { numMaterialized numFailed numPartitions } } }""",
+            )
+            stats = {node["assetKey"]["path"][0]: node["partitionStats"] for node in asked["assetNodes"]}
+            assert stats["metadata"] == {"numMaterialized": 2, "numFailed": 1, "numPartitions": 3}
+            assert stats["embedding"]["numMaterialized"] == 2
+
+            found = json.loads(run("search", "a cup of coffee", "--json").stdout)
+            assert found[0]["image_id"] == "cup"
+
+            pushed = run("push", str(PHOTOS / "rocket.jpg"), "--id", "rocket", "--wait", "--json")
+            assert json.loads(pushed.stdout)["images"][0]["status"] == "completed"
+            again = run("push", str(originals / "broken.jpg"), "--id", "broken", "--wait", check=False)
+            assert again.returncode == 1
+
+            os.kill(stack.pid, signal.SIGTERM)
+            assert stack.wait(60) == 0
+        finally:
+            stack.kill()
+    assert processes_of(home) == []
+    assert json.loads((run("status", "broken", "--json")).stdout)["generation"] == 2
+
+
+def test_a_stopped_stack_finishes_what_runs_and_goes_on_later_with_what_waits(home):
+    def start():
+        stack = subprocess.Popen([COMMAND, "up", "--json"], stdout=subprocess.PIPE, stderr=subprocess.DEVNULL)
+        assert stack.stdout.readline()
+        return stack
+
+    def counts():
+        return json.loads(run("status", "--json").stdout)
+
+    stack = start()
+    try:
+        run("push", *(str(photo) for photo in PHOTOS.glob("*.jpg")))
+        for number in range(4):
+            run("push", str(PHOTOS / "galaxies.jpg"), "--id", f"galaxy{number}")
+        wait_until(lambda: counts()["processing"])
+        assert run("down").stdout == "stopped\n"
+        assert stack.wait(10) == 0
+        assert processes_of(home) == []
+        after = counts()
+        assert after["processing"] == after["failed"] == 0
+
+        stack = start()
+        wait_until(lambda: counts()["completed"] == 9)
+        assert counts()["failed"] == 0
+        os.kill(stack.pid, signal.SIGKILL)  # and nothing is left behind
+        stack.wait()
+        if sys.platform == "linux":
+            wait_until(lambda: not processes_of(home))
+    finally:
+        stack.kill()
+        stack.stdout.close()

@@ -1,0 +1,57 @@
+"""The remote embedder against a real HTTP server."""
+
+import json
+import math
+
+import pytest
+from werkzeug import Request, Response
+
+from imagepipeline.errors import BadAnswerError, ProviderRejectedError, ProviderUnavailableError
+from imagepipeline.services.embedder import OpenRouterEmbedder
+
+
+def answer_of(vector):
+    return {
+        "object": "list",
+        "model": "m",
+        "data": [{"object": "embedding", "index": 0, "embedding": vector}],
+        "usage": {"prompt_tokens": 4, "total_tokens": 4},
+    }
+
+
+@pytest.fixture
+def embedder(httpserver):
+    return OpenRouterEmbedder("sk-canary", httpserver.url_for("/api/v1"), "openai/text-embedding-3-small")
+
+
+def test_a_text_becomes_a_vector_of_unit_length(httpserver, embedder):
+    bodies = []
+
+    def answer(request: Request) -> Response:
+        bodies.append(request.get_json())
+        return Response(json.dumps(answer_of([3.0, 4.0])), content_type="application/json")
+
+    httpserver.expect_request("/api/v1/embeddings", method="POST").respond_with_handler(answer)
+    embedding = embedder.embed("a cat")
+    assert embedding.vector == pytest.approx((0.6, 0.8))
+    assert (embedding.text, embedding.tokens_in) == ("a cat", 4)
+    assert embedding.version == "openrouter:openai/text-embedding-3-small"
+    assert bodies == [{"input": "a cat", "model": "openai/text-embedding-3-small", "encoding_format": "float"}]
+
+
+@pytest.mark.parametrize(
+    ("status", "body", "error"),
+    [
+        (503, {}, ProviderUnavailableError),
+        (401, {"error": {"message": "no"}}, ProviderRejectedError),
+        (200, {"error": {"message": "no"}}, BadAnswerError),
+        (200, answer_of([0.0, 0.0]), BadAnswerError),
+        (200, answer_of([math.nan, 1.0]), BadAnswerError),
+        (200, answer_of([]), BadAnswerError),
+    ],
+)
+def test_every_way_to_fail_is_one_of_our_errors(httpserver, embedder, status, body, error):
+    httpserver.expect_request("/api/v1/embeddings").respond_with_json(body, status)
+    with pytest.raises(error):
+        embedder.embed("a cat")
+    assert len(httpserver.log) == 1

@@ -1,0 +1,196 @@
+"""The catalogue's promises, on SQLite and on Postgres."""
+
+from concurrent.futures import ThreadPoolExecutor
+from datetime import UTC, datetime, timedelta
+from functools import partial
+
+import pytest
+import sqlalchemy as sa
+from alembic.autogenerate import compare_metadata
+from alembic.migration import MigrationContext
+
+from imagepipeline.errors import ImageBusyError, PathTakenError, StackError, StaleClaimError
+from imagepipeline.models import ImageMetadata, Recipe, Status, Upload, Variant, VariantSpec
+from imagepipeline.stores.catalogue import Catalogue
+from imagepipeline.stores.tables import schema
+
+RECIPE = Recipe("local", "m")
+METADATA = ImageMetadata(description="d", tags=["t"], category="c", dominant_colors=["#aabbcc"], mood="m")
+VARIANTS = [
+    (f"variants/a-{suffix}.webp", Variant(VariantSpec(suffix, 9, "webp"), 9, 7, b"abc")) for suffix in ("sm", "md")
+]
+
+
+class Clock:
+    def __init__(self):
+        self.now = datetime(2026, 1, 1, tzinfo=UTC)
+
+    def __call__(self):
+        self.now += timedelta(seconds=1)
+        return self.now
+
+
+@pytest.fixture
+def catalogue(catalogue_url):
+    catalogue = Catalogue(catalogue_url, Clock())
+    catalogue.migrate()
+    return catalogue
+
+
+def make(catalogue, claim):
+    """Does all that a run does."""
+    catalogue.save_metadata(claim, METADATA, "original/a.jpg", 3, "0" * 64)
+    catalogue.save_variants(claim, VARIANTS)
+    for asset in ("metadata", "variants", "embedding"):
+        catalogue.record_result(claim, asset, RECIPE, "0" * 64)
+
+
+def test_the_migrations_make_the_tables_the_code_expects(catalogue, catalogue_url):
+    catalogue.migrate()
+    catalogue.check()
+    with sa.create_engine(catalogue_url).connect() as connection:
+        context = MigrationContext.configure(connection, opts={"compare_type": True})
+        assert compare_metadata(context, schema) == []
+
+
+def test_a_database_without_tables_is_a_clear_error(catalogue_url):
+    with pytest.raises(StackError, match="imagepipeline up"):
+        Catalogue(catalogue_url).check()
+
+
+def test_an_upload_is_pending_in_its_first_generation(catalogue):
+    assert catalogue.accept([Upload("a", priority=3)]) == {"a"}
+    row = catalogue.get("a")
+    assert (row["status"], row["generation"], row["attempts"], row["priority"]) == ("pending", 1, 0, 3)
+    assert row["updated_at"] == datetime(2026, 1, 1, 0, 0, 1, tzinfo=UTC)
+    assert catalogue.count() == {"pending": 1, "processing": 0, "completed": 0, "failed": 0}
+    assert catalogue.get("b") is None
+
+
+def test_a_push_changes_nothing_while_the_image_waits_or_runs(catalogue):
+    catalogue.accept([Upload("a")])
+    assert catalogue.accept([Upload("a", "original/x.jpg")]) == set()
+    catalogue.claim("a", 1, "run")
+    assert catalogue.accept([Upload("a")]) == set()
+    assert (catalogue.get("a")["generation"], catalogue.get("a")["path"]) == (1, None)
+
+
+def test_a_push_after_the_end_begins_a_new_generation(catalogue):
+    catalogue.accept([Upload("a")])
+    catalogue.fail(catalogue.claim("a", 1, "run"), "corrupt", "cut off")
+    assert catalogue.accept([Upload("a", "original/x.jpg")]) == {"a"}
+    row = catalogue.get("a")
+    assert (row["status"], row["generation"], row["reason"], row["error"]) == ("pending", 2, None, None)
+    assert row["path"] == "original/x.jpg"
+
+
+def test_pending_images_come_by_priority_then_age(catalogue):
+    catalogue.accept([Upload("old")])
+    catalogue.accept([Upload("new")])
+    catalogue.accept([Upload("urgent", priority=5)])
+    catalogue.accept([Upload("bulk", priority=-5)])
+    assert [image.image_id for image in catalogue.list_pending(10)] == ["urgent", "old", "new", "bulk"]
+    assert [image.image_id for image in catalogue.list_pending(2, except_for={("urgent", 1)})] == ["old", "new"]
+    assert len(catalogue.list_pending(10, except_for={("urgent", 2)})) == 4
+
+
+def test_a_generation_is_claimed_by_one_run_only(catalogue):
+    catalogue.accept([Upload("a")])
+    claim = catalogue.claim("a", 1, "first")
+    assert catalogue.claim("a", 1, "second") is None
+    assert catalogue.claim("a", 1, "first") == claim
+    assert catalogue.claim("a", 2, "third") is None
+    assert catalogue.claim("b", 1, "fourth") is None
+
+
+def test_of_many_runs_at_once_one_gets_the_claim(catalogue):
+    for round_ in range(10):
+        catalogue.accept([Upload(f"i{round_}")])
+        with ThreadPoolExecutor(8) as pool:
+            claims = list(pool.map(partial(catalogue.claim, f"i{round_}", 1), map(str, range(8))))
+        assert len([claim for claim in claims if claim]) == 1
+
+
+def test_an_image_is_completed_when_all_its_results_are_in_place(catalogue):
+    catalogue.accept([Upload("a")])
+    claim = catalogue.claim("a", 1, "run")
+    make(catalogue, claim)
+    assert catalogue.finish(claim) is Status.COMPLETED
+    row = catalogue.get("a")
+    assert row["status"] == "completed"
+    assert row["metadata"] == METADATA.model_dump(by_alias=True)
+    assert row["variants"][0] == {
+        "id": "a-md-webp",
+        "image_id": "a",
+        "width": 9,
+        "height": 7,
+        "format": "webp",
+        "path": "variants/a-md.webp",
+        "size": 3,
+    }
+    assert row["made_by"]["embedding"]["version"] == "local:m"
+    assert catalogue.get_states(["a", "b"]) == {"a": (1, Status.COMPLETED)}
+
+
+def test_an_image_that_lacks_a_result_goes_back_to_the_queue(catalogue):
+    claim = catalogue.claim_anew("a", "run")
+    catalogue.record_result(claim, "metadata", RECIPE, "0" * 64)
+    assert catalogue.finish(claim) is Status.PENDING
+    assert [(image.image_id, image.generation) for image in catalogue.list_pending(9)] == [("a", 2)]
+
+
+def test_doing_it_again_replaces_the_rows(catalogue):
+    for _ in range(2):
+        claim = catalogue.claim_anew("a", "run")
+        make(catalogue, claim)
+        catalogue.finish(claim)
+    assert len(catalogue.get("a")["variants"]) == 2
+    assert catalogue.get("a")["generation"] == 2
+
+
+def test_a_path_of_another_image_is_refused(catalogue):
+    make(catalogue, catalogue.claim_anew("a", "run"))
+    other = catalogue.claim_anew("b", "run2")
+    with pytest.raises(PathTakenError, match=r"variants/a-sm\.webp"):
+        catalogue.save_variants(other, VARIANTS)
+    assert len(catalogue.get("a")["variants"]) == 2
+
+
+def test_a_stale_claim_can_change_nothing(catalogue):
+    catalogue.accept([Upload("a")])
+    stale = catalogue.claim("a", 1, "dead run")
+    catalogue.hand_back(stale)
+    fresh = catalogue.claim("a", 2, "successor")
+    before = catalogue.get("a")
+    for write in (
+        lambda: make(catalogue, stale),
+        lambda: catalogue.save_variants(stale, VARIANTS),
+        lambda: catalogue.record_result(stale, "embedding", RECIPE, "0" * 64),
+        lambda: catalogue.record_attempt(stale, 3),
+        lambda: catalogue.finish(stale),
+        lambda: catalogue.fail(stale, "corrupt", "late"),
+        lambda: catalogue.hand_back(stale),
+    ):
+        with pytest.raises(StaleClaimError):
+            write()
+    assert catalogue.get("a") == before
+    assert fresh.fence > stale.fence
+
+
+def test_a_run_started_by_hand_takes_an_image_in_any_status_but_anothers(catalogue):
+    assert catalogue.claim_anew("a", "r1").generation == 1  # unknown
+    with pytest.raises(ImageBusyError, match="r1"):
+        catalogue.claim_anew("a", "r2")
+    claim = catalogue.claim_anew("a", "r1")  # its own
+    catalogue.fail(claim, "corrupt", "x" * 1000)
+    assert len(catalogue.get("a")["error"]) == 300
+    assert catalogue.claim_anew("a", "r3").generation == 2  # failed
+    catalogue.accept([Upload("b")])
+    assert catalogue.claim_anew("b", "r4").generation == 1  # pending
+
+
+def test_attempts_are_the_most_any_asset_needed(catalogue):
+    claim = catalogue.claim_anew("a", "run")
+    for attempt in (1, 2, 1):
+        catalogue.record_attempt(claim, attempt)
+    assert catalogue.get("a")["attempts"] == 2
