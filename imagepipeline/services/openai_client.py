@@ -3,7 +3,6 @@
 Both remote models stand on it: any provider that speaks the OpenAI wire format will do.
 """
 
-import json
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -17,27 +16,30 @@ QUOTA_CODES = frozenset({"insufficient_quota", "credit_balance_exhausted"})
 POLICY_CODES = frozenset({"content_policy_violation", "content_filter", "moderation_blocked"})
 
 
-def connect(api_key: str, base_url: str) -> openai.OpenAI:
-    """A client that tries once: attempts are the pipeline's business, and a client's own retries multiply them."""
-    return openai.OpenAI(api_key=api_key, base_url=base_url, timeout=TIMEOUT_SECONDS, max_retries=0)
+class ProviderClient:
+    """A provider under the name errors call it by.
 
-
-@contextmanager
-def translated_errors(provider: str) -> Iterator[None]:
-    """Turns whatever a call raises into one of our errors, naming the provider but never quoting its answer.
-
-    The client lets foreign errors through when the body is not what it expects (ValueError, TypeError, …).
+    It tries once: attempts are the pipeline's business, and a client's own retries would multiply them.
     """
-    try:
-        yield
-    except openai.APIStatusError as error:
-        raise _classify(provider, error) from None
-    except openai.APIConnectionError as error:  # includes timeouts
-        raise ProviderUnavailableError(f"{provider} did not answer: {type(error).__name__}") from None
-    except openai.ContentFilterFinishReasonError:
-        raise RefusedError(f"{provider} stopped at its content policy") from None
-    except (openai.OpenAIError, json.JSONDecodeError, ValueError, TypeError, IndexError, AttributeError) as error:
-        raise BadAnswerError(f"{provider} sent an answer that cannot be read: {type(error).__name__}") from None
+
+    def __init__(self, name: str, api_key: str, base_url: str) -> None:
+        self._name = name
+        self._client = openai.OpenAI(api_key=api_key, base_url=base_url, timeout=TIMEOUT_SECONDS, max_retries=0)
+
+    @contextmanager
+    def call(self) -> Iterator[openai.OpenAI]:
+        """Gives the client and turns whatever a call raises into one of our errors, never quoting the answer.
+
+        The client lets foreign errors through when the body is not what it expects (ValueError, TypeError, …).
+        """
+        try:
+            yield self._client
+        except openai.APIStatusError as error:
+            raise _classify(self._name, error) from None
+        except openai.APIConnectionError as error:  # includes timeouts
+            raise ProviderUnavailableError(f"{self._name} did not answer: {type(error).__name__}") from None
+        except (openai.OpenAIError, ValueError, TypeError, IndexError, AttributeError) as error:
+            raise BadAnswerError(f"{self._name} sent an answer that cannot be read: {type(error).__name__}") from None
 
 
 def _classify(provider: str, error: openai.APIStatusError) -> Exception:

@@ -10,7 +10,6 @@ from PIL import Image
 from imagepipeline.errors import BadAnswerError, RefusedError
 from imagepipeline.models import ImageMetadata, PixelFacts, Recipe, VisionAnswer
 from imagepipeline.services.local.imagenet_groups import GROUPS, members
-from imagepipeline.services.openai_client import connect, translated_errors
 
 DEFAULT_PROMPT = (
     "Describe this image for a photo library: one or two sentences of description, up to ten tags of one or two "
@@ -62,15 +61,17 @@ class OpenAIVision:
     """A vision model behind an OpenAI-compatible chat endpoint, with structured output."""
 
     def __init__(self, api_key: str, base_url: str, model: str, prompt: str) -> None:
+        from imagepipeline.services.openai_client import ProviderClient  # here: 0.6 s of imports
+
         self.recipe = openai_recipe(model, prompt)
         self._prompt = prompt
-        self._client = connect(api_key, base_url)
+        self._provider = ProviderClient("the vision model", api_key, base_url)
 
     def describe(self, preview: bytes, facts: PixelFacts) -> VisionAnswer:
         """One call; the answer is validated against `ImageMetadata`."""
         url = "data:image/jpeg;base64," + base64.b64encode(preview).decode()
-        with translated_errors("the vision model"):
-            completion = self._client.chat.completions.create(
+        with self._provider.call() as client:
+            completion = client.chat.completions.create(
                 model=self.recipe.model,
                 messages=[
                     {
@@ -131,7 +132,7 @@ def _compose(facts: PixelFacts, label: str | None, group: str | None, certainty:
         sentence += f"; looks like: {group or label} ({certainty:.0%} sure)"
     if group and label:
         sentence += f", most of all {label}"
-    taken = [f"with a {facts.camera}" if facts.camera else "", f"on {facts.taken_on}" if facts.taken_on else ""]
+    taken = [f"with {facts.camera}" if facts.camera else "", f"on {facts.taken_on}" if facts.taken_on else ""]
     if any(taken):
         sentence += ". Taken " + " ".join(part for part in taken if part)
     tags = [tag for tag in (label, group, orientation, *color_names) if tag]
