@@ -83,11 +83,13 @@ def show_results(rows: Sequence[Mapping[str, Any]], seconds: float, as_json: boo
         return
     has_nearest = "nearest" in rows[0]
     table = Table(show_lines=True)
-    for heading in ("image", "status", "tags", "description"):
-        table.add_column(heading, overflow="fold")
-    table.add_column("bytes before → after", justify="right")
+    table.add_column("image", overflow="fold", ratio=3)
+    table.add_column("status", no_wrap=True)
+    table.add_column("tags", ratio=3)
+    table.add_column("description", ratio=5)
+    table.add_column("bytes before → after", justify="right", ratio=2)
     if has_nearest:
-        table.add_column("nearest other image", overflow="fold")
+        table.add_column("nearest other image", overflow="fold", ratio=3)
     for row in rows:
         cells = [
             escape(row["image_id"]),
