@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from imagepipeline.errors import ImagePipelineError, SettingsError, StackError
+from imagepipeline.errors import ImagePipelineError, PostponedError, SettingsError, StackError
 from imagepipeline.models import PRIORITY_LIMIT, Status
 from imagepipeline.settings import Settings
 
@@ -43,7 +43,7 @@ def main() -> None:
     except SettingsError as error:
         click.echo(f"Setting: {error}", err=True)
         sys.exit(EXIT_SETTINGS)
-    except StackError as error:
+    except (StackError, PostponedError) as error:
         click.echo(f"Error: {error}", err=True)
         sys.exit(EXIT_STACK)
     except ImagePipelineError as error:
@@ -220,7 +220,7 @@ def count_images(settings: Settings, catalogue: "Catalogue") -> dict[str, int | 
     queue: Mapping[str, int | None]
     try:
         queue = open_queue(settings).count()
-    except StackError as error:
+    except (StackError, PostponedError) as error:
         click.echo(f"Note: {error}", err=True)
         queue = {"waiting": None, "dead": None}
     return {"waiting": queue["waiting"], **catalogue.count(), "dead": queue["dead"]}

@@ -4,7 +4,7 @@ from typing import Any
 
 import dagster as dg
 
-from imagepipeline.defs import assets, jobs, resources, sensors
+from imagepipeline.defs import assets, jobs, reconciler, resources, sensors
 from imagepipeline.imaging.variants import recipe as variants_recipe
 from imagepipeline.models import VARIANT_SPECS, Recipe
 from imagepipeline.services import embedder, vision
@@ -24,7 +24,7 @@ def defs() -> dg.Definitions:
             for asset in (assets.metadata, assets.variants, assets.embedding)
         ],
         jobs=[jobs.process_upload],
-        sensors=[sensors.upload_sensor],
+        sensors=[sensors.upload_sensor, reconciler.reconciler],
         resources=build_resources(settings),
         executor=dg.in_process_executor,
     )

@@ -6,6 +6,9 @@
     ├── InvalidUploadError          an entry on the Redis list cannot be read
     ├── ImageBusyError              another run is working on the image
     ├── StaleClaimError             the claim was taken over; write nothing more
+    ├── PostponedError              nothing is wrong with the image; it waits, and no attempt is used
+    │   ├── CatalogueDownError
+    │   └── DiskFullError
     ├── RetryableError              another attempt may succeed
     │   ├── ProviderUnavailableError
     │   └── BadAnswerError
@@ -47,6 +50,22 @@ class ImageBusyError(ImagePipelineError):
 
 class StaleClaimError(ImagePipelineError):
     """The claim was taken over by a successor: whoever gets this writes nothing more and ends quietly."""
+
+
+class PostponedError(ImagePipelineError):
+    """Nothing is wrong with the image, but it cannot be worked on now: it goes back to wait, no attempt is used."""
+
+    wait_seconds: ClassVar[float] = 60
+
+
+class CatalogueDownError(PostponedError):
+    """The database does not answer. The message leaves out the address, which may hold a password."""
+
+    wait_seconds = 5
+
+
+class DiskFullError(PostponedError):
+    """There is no room left to write to."""
 
 
 class RetryableError(ImagePipelineError):

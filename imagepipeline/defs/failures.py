@@ -1,12 +1,13 @@
 """An attempt at one asset of one image: the claim it needs, and what its failure means to Dagster and the catalogue."""
 
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 
 import dagster as dg
 from dagster._core.errors import DagsterExecutionInterruptedError
 
-from imagepipeline.errors import ImageBusyError, PermanentError, RetryableError, StaleClaimError
+from imagepipeline.errors import ImageBusyError, PermanentError, PostponedError, RetryableError, StaleClaimError
 from imagepipeline.models import ASSETS, Claim
 from imagepipeline.stores.catalogue import Catalogue
 
@@ -14,6 +15,7 @@ GENERATION_TAG = "imagepipeline/generation"
 MAX_ATTEMPTS = 3
 # For errors nobody classified. Dagster waits (2^n - 1) x delay: 1 s, then 3 s.
 RETRY_POLICY = dg.RetryPolicy(max_retries=MAX_ATTEMPTS - 1, delay=1, backoff=dg.Backoff.EXPONENTIAL)
+BEAT_SECONDS = 10
 
 
 @contextmanager
@@ -32,6 +34,7 @@ def attempt(context: dg.AssetExecutionContext, catalogue: Catalogue) -> Iterator
     number = context.retry_number + 1
     try:
         catalogue.record_attempt(claim, number)
+        _start_heartbeat(catalogue, claim)
         yield claim
         if _is_last_asset(context):
             context.log.info(f"{claim.image_id} is {catalogue.finish(claim)}.")
@@ -41,16 +44,21 @@ def attempt(context: dg.AssetExecutionContext, catalogue: Catalogue) -> Iterator
         if number < MAX_ATTEMPTS:
             wait_seconds = max(error.retry_after_seconds or 0, 2**context.retry_number)
             context.log.warning(f"Attempt {number} of {MAX_ATTEMPTS} failed, next in {wait_seconds:g} s: {error}")
+            _note_failure(context, catalogue, claim, wait_seconds, str(error))
             raise dg.RetryRequested(max_retries=MAX_ATTEMPTS - 1, seconds_to_wait=wait_seconds) from error
-        raise _failed(catalogue, claim, error.reason, f"{error} (after {number} attempts)") from error
+        raise _failed(context, catalogue, claim, error.reason, f"{error} (after {number} attempts)") from error
     except PermanentError as error:
-        raise _failed(catalogue, claim, error.reason, str(error)) from error
+        raise _failed(context, catalogue, claim, error.reason, str(error)) from error
+    except PostponedError as error:
+        raise _handed_back(catalogue, claim, str(error), error.wait_seconds) from error
     except DagsterExecutionInterruptedError as interrupt:
         # Raised again as it is, Dagster would take it for a reason to retry and swallow the stop.
         raise _interrupted(context, catalogue, claim) from interrupt
     except Exception as error:
+        description = f"{type(error).__name__}: {error}"
         if number == MAX_ATTEMPTS:
-            raise _failed(catalogue, claim, "unexpected", f"{type(error).__name__}: {error}") from error
+            raise _failed(context, catalogue, claim, "unexpected", description) from error
+        _note_failure(context, catalogue, claim, RETRY_POLICY.calculate_delay(number), description)
         raise
 
 
@@ -65,6 +73,32 @@ def _claim(context: dg.AssetExecutionContext, catalogue: Catalogue) -> Claim | N
         raise dg.Failure(str(error), allow_retries=False) from error
 
 
+_beating: set[tuple[str, int]] = set()
+
+
+def _start_heartbeat(catalogue: Catalogue, claim: Claim) -> None:
+    """Keeps the row's beat rising as long as this process holds the claim, also while it waits between attempts.
+
+    By its standing still the reconciler tells a run whose process died unseen.
+    """
+    key = (claim.image_id, claim.fence)
+    if key not in _beating:
+        _beating.add(key)
+        threading.Thread(target=_beat, args=(catalogue, claim), name="heartbeat", daemon=True).start()
+
+
+def _beat(catalogue: Catalogue, claim: Claim) -> None:
+    pause = threading.Event()
+    while not pause.wait(BEAT_SECONDS):
+        try:
+            catalogue.beat(claim)
+        except StaleClaimError:  # it ended, or another run took over
+            _beating.discard((claim.image_id, claim.fence))
+            return
+        except PostponedError:
+            continue
+
+
 def _is_last_asset(context: dg.AssetExecutionContext) -> bool:
     """Whether no later asset of this image belongs to the run: runs started by hand may select any of them."""
     steps = context.run.step_keys_to_execute
@@ -74,11 +108,24 @@ def _is_last_asset(context: dg.AssetExecutionContext) -> bool:
     return not names.intersection(ASSETS[ASSETS.index(this) + 1 :])
 
 
-def _failed(catalogue: Catalogue, claim: Claim, reason: str, error: str) -> dg.Failure:
+def _note_failure(
+    context: dg.AssetExecutionContext, catalogue: Catalogue, claim: Claim, wait_seconds: float, error: str
+) -> None:
+    asset = context.asset_key.to_user_string()
+    try:
+        catalogue.record_failure(claim, asset, context.retry_number + 1, wait_seconds, error)
+    except (StaleClaimError, PostponedError) as problem:  # the next attempt will meet it, and decide
+        context.log.warning(str(problem))
+
+
+def _failed(
+    context: dg.AssetExecutionContext, catalogue: Catalogue, claim: Claim, reason: str, error: str
+) -> dg.Failure:
     try:
         catalogue.fail(claim, reason, error)
-    except StaleClaimError as stale:
-        return dg.Failure(f"{stale}. It failed anyway: {error}", allow_retries=False)
+    except (StaleClaimError, PostponedError) as problem:
+        return dg.Failure(f"{problem}. It failed anyway: {error}", allow_retries=False)
+    context.log.error(f"{claim.image_id} failed ({reason}) at attempt {context.retry_number + 1}: {error}")
     return dg.Failure(
         f"{claim.image_id} failed ({reason}): {error}",
         metadata={"image_id": claim.image_id, "reason": reason},
@@ -86,10 +133,17 @@ def _failed(catalogue: Catalogue, claim: Claim, reason: str, error: str) -> dg.F
     )
 
 
+def _handed_back(catalogue: Catalogue, claim: Claim, cause: str, wait_seconds: float) -> dg.Failure:
+    try:
+        catalogue.hand_back(claim, cause, wait_seconds)
+    except (StaleClaimError, PostponedError) as problem:  # the reconciler gives it back
+        return dg.Failure(f"{cause}; {problem}.", allow_retries=False)
+    return dg.Failure(f"{cause}; {claim.image_id} waits for another run.", allow_retries=False)
+
+
 def _interrupted(context: dg.AssetExecutionContext, catalogue: Catalogue, claim: Claim) -> dg.Failure:
     """A person who cancels means it; any other stop gives the image back to the queue."""
     run = context.instance.get_run_by_id(context.run.run_id)
     if run is not None and run.status == dg.DagsterRunStatus.CANCELING:
-        return _failed(catalogue, claim, "cancelled", f"run {context.run.run_id} was cancelled")
-    catalogue.hand_back(claim)
-    return dg.Failure(f"The run was stopped; {claim.image_id} waits for another one.", allow_retries=False)
+        return _failed(context, catalogue, claim, "cancelled", f"run {context.run.run_id} was cancelled")
+    return _handed_back(catalogue, claim, "the run was stopped", 0)

@@ -5,14 +5,14 @@ import dagster as dg
 from imagepipeline.defs.failures import GENERATION_TAG
 from imagepipeline.defs.jobs import process_upload
 from imagepipeline.defs.partitions import uploads
-from imagepipeline.errors import InvalidUploadError, StackError
+from imagepipeline.errors import InvalidUploadError, PostponedError, StackError
 from imagepipeline.models import Upload
 from imagepipeline.stores.catalogue import Catalogue, Pending
 from imagepipeline.stores.uploads import UploadQueue
 
 ENTRIES_PER_TICK = 50
 # The backlog waits in the catalogue, where it can be re-ordered; Dagster's queue holds enough to keep five busy.
-MAX_UNFINISHED_RUNS = 25
+MAX_UNFINISHED_RUNS = 15
 UNFINISHED = [
     dg.DagsterRunStatus.NOT_STARTED,
     dg.DagsterRunStatus.QUEUED,
@@ -44,6 +44,8 @@ def upload_sensor(
     except StackError as error:
         problem = str(error)
         context.log.error(problem)
+    except PostponedError as error:
+        return dg.SkipReason(str(error))
     unfinished = find_unfinished(context.instance)
     pending = catalogue.list_pending(MAX_UNFINISHED_RUNS, except_for=unfinished)
     chosen = pending[: max(0, MAX_UNFINISHED_RUNS - len(unfinished))]

@@ -4,20 +4,43 @@ Every change is one transaction. Every change by a run names the fence of its cl
 thought dead and was succeeded can change nothing any more.
 """
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
-from datetime import UTC, datetime
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
 
 import sqlalchemy as sa
 from sqlalchemy.dialects import postgresql, sqlite
 
-from imagepipeline.errors import ImageBusyError, PathTakenError, StackError, StaleClaimError
+from imagepipeline.errors import CatalogueDownError, ImageBusyError, PathTakenError, StackError, StaleClaimError
 from imagepipeline.models import ASSETS, Claim, ImageMetadata, Recipe, Status, Upload, Variant
-from imagepipeline.stores.tables import image_results, image_variants, images
+from imagepipeline.stores.tables import UtcDateTime, image_history, image_results, image_variants, images, notifications
 
 ERROR_CHARACTERS = 300
+
+
+ENDED = (Status.COMPLETED, Status.FAILED)
+POISON_RECOVERIES, POISON_WINDOW = 3, timedelta(hours=72)
+NOTIFICATION_WINDOW = timedelta(days=7)
+HISTORY_FIELDS = ("at", "event", "generation", "fence", "run_id", "detail")
+
+
+@dataclass(frozen=True)
+class Processing:
+    """An image that a run holds; `beat` rises while that run lives."""
+
+    image_id: str
+    generation: int
+    fence: int
+    run_id: str
+    beat: int
+
+    @property
+    def claim(self) -> Claim:
+        """The claim that run has."""
+        return Claim(self.image_id, self.generation, self.fence, None)
 
 
 @dataclass(frozen=True)
@@ -70,58 +93,73 @@ class Catalogue:
         """
         try:
             with self._engine.connect() as connection:
-                connection.execute(sa.select(images.c.id).limit(1))
+                connection.execute(sa.select(image_history.c.seq).limit(1))
         except sa.exc.DBAPIError as error:
             raise StackError(
                 f"the catalogue does not answer ({type(error.orig).__name__}): start the stack with "
                 "`imagepipeline up`, or check DATABASE_URL"
             ) from None
 
-    def accept(self, uploads: Iterable[Upload]) -> set[str]:
+    def accept(self, uploads: Iterable[Upload], event: str = "accepted") -> set[str]:
         """Records uploads as `pending`; gives the IDs for which that began a new generation.
 
         An image that is pending or processing is left as it is.
         """
-        now = self._clock()
         begun = set()
-        with self._engine.begin() as connection:
+        with self._transaction() as connection:
             for upload in uploads:
+                now = self._clock()
                 insert = self._insert(images).values(
-                    id=upload.image_id,
-                    status=Status.PENDING,
-                    generation=1,
-                    fence=0,
-                    priority=upload.priority,
-                    attempts=0,
-                    path=upload.path,
-                    accepted_at=now,
-                    updated_at=now,
+                    id=upload.image_id, priority=upload.priority, path=upload.path, **_first_generation(now)
                 )
                 new_life = _new_generation(now) | {
                     "priority": insert.excluded.priority,
                     "path": sa.func.coalesce(insert.excluded.path, images.c.path),
                 }
                 statement = insert.on_conflict_do_update(
-                    index_elements=[images.c.id],
-                    set_=new_life,
-                    where=images.c.status.in_([Status.COMPLETED, Status.FAILED]),
+                    index_elements=[images.c.id], set_=new_life, where=images.c.status.in_(ENDED)
                 )
                 if connection.execute(statement).rowcount:
                     begun.add(upload.image_id)
+                    self._record(connection, upload.image_id, event)
         return begun
 
     def list_pending(self, limit: int, except_for: Iterable[tuple[str, int]] = ()) -> list[Pending]:
-        """Up to `limit` pending images, highest priority first, then oldest, without the given (ID, generation)s."""
+        """Up to `limit` pending images that are due, highest priority first, then oldest.
+
+        The (ID, generation)s of `except_for` are left out.
+        """
         query = (
             sa.select(images.c.id, images.c.generation, images.c.priority)
             .where(images.c.status == Status.PENDING)
+            .where(sa.or_(images.c.not_before.is_(None), images.c.not_before <= self._clock()))
             .order_by(images.c.priority.desc(), images.c.accepted_at, images.c.id)
         )
         known = set(except_for)
-        with self._engine.connect() as connection:
+        with self._transaction() as connection:
             rows = connection.execute(query.limit(limit + len(known)))
             found = [Pending(*row) for row in rows if (row.id, row.generation) not in known]
         return found[:limit]
+
+    def list_processing(self) -> list[Processing]:
+        """All images that a run holds."""
+        columns = (images.c.id, images.c.generation, images.c.fence, images.c.run_id, images.c.beat)
+        with self._transaction() as connection:
+            rows = connection.execute(sa.select(*columns).where(images.c.status == Status.PROCESSING))
+            return [Processing(*row) for row in rows]
+
+    def list_ended(self, status: Status, since: datetime | None = None, limit: int = 1000) -> list[dict[str, Any]]:
+        """The images that ended so, newest first, without failures that were discarded."""
+        query = (
+            sa.select(images)
+            .where(images.c.status == status, images.c.discarded_at.is_(None))
+            .order_by(images.c.updated_at.desc())
+            .limit(limit)
+        )
+        if since is not None:
+            query = query.where(images.c.updated_at >= since)
+        with self._transaction() as connection:
+            return [{**row} for row in connection.execute(query).mappings()]
 
     def claim(self, image_id: str, generation: int, run_id: str) -> Claim | None:
         """Gives a run the right to an image's generation: the first to ask, and that run whenever it asks again.
@@ -129,12 +167,8 @@ class Catalogue:
         Returns:
             None if the generation is not pending any more, or another run holds it.
         """
-        with self._engine.begin() as connection:
-            connection.execute(
-                sa.update(images)
-                .where(images.c.id == image_id, images.c.generation == generation, images.c.status == Status.PENDING)
-                .values(self._claimed_by(run_id))
-            )
+        with self._transaction() as connection:
+            self._take(connection, run_id, images.c.id == image_id, images.c.generation == generation)
             return self._claim_of(connection, image_id, run_id)
 
     def claim_anew(self, image_id: str, run_id: str) -> Claim:
@@ -146,48 +180,45 @@ class Catalogue:
             ImageBusyError: another run is working on it.
         """
         now = self._clock()
-        with self._engine.begin() as connection:
+        with self._transaction() as connection:
             known = connection.execute(
                 sa.select(images.c.status, images.c.run_id).where(images.c.id == image_id).with_for_update()
             ).first()
             if known is None:
-                connection.execute(
-                    sa.insert(images).values(
-                        id=image_id,
-                        status=Status.PENDING,
-                        generation=1,
-                        fence=0,
-                        priority=0,
-                        attempts=0,
-                        accepted_at=now,
-                        updated_at=now,
-                    )
-                )
-            elif Status(known.status).has_ended:
+                connection.execute(sa.insert(images).values(id=image_id, priority=0, **_first_generation(now)))
+            elif known.status in ENDED:
                 connection.execute(sa.update(images).where(images.c.id == image_id).values(_new_generation(now)))
             elif known.status == Status.PROCESSING and known.run_id != run_id:
                 raise ImageBusyError(f"run {known.run_id} is working on {image_id}: wait until it has ended")
-            connection.execute(
-                sa.update(images)
-                .where(images.c.id == image_id, images.c.status == Status.PENDING)
-                .values(self._claimed_by(run_id))
-            )
+            self._take(connection, run_id, images.c.id == image_id)
             claim = self._claim_of(connection, image_id, run_id)
         if claim is None:
             raise ImageBusyError(f"{image_id} was claimed by another run at the same moment: try again")
         return claim
 
+    def beat(self, claim: Claim) -> None:
+        """Shows that the claim's run is alive."""
+        with self._transaction() as connection:
+            self._update(connection, claim, beat=images.c.beat + 1)
+
     def record_attempt(self, claim: Claim, attempt: int) -> None:
         """Writes down that an asset is being tried for the `attempt`th time (from 1)."""
         most = sa.case((images.c.attempts < attempt, attempt), else_=images.c.attempts)
-        with self._engine.begin() as connection:
-            self._update(connection, claim, attempts=most)
+        with self._transaction() as connection:
+            self._update(connection, claim, attempts=most, beat=images.c.beat + 1)
+
+    def record_failure(self, claim: Claim, asset: str, attempt: int, wait_seconds: float, error: str) -> None:
+        """Writes down that an attempt at an asset failed, and how long the next one waits."""
+        detail = f"{asset}, attempt {attempt}, next in {wait_seconds:g} s: {error}"
+        with self._transaction() as connection:
+            self._update(connection, claim, error=error[:ERROR_CHARACTERS])
+            self._record(connection, claim.image_id, "attempt_failed", detail)
 
     def save_metadata(
         self, claim: Claim, metadata: ImageMetadata, path: str, original_bytes: int, original_sha256: str
     ) -> None:
         """Stores what the vision model said, and which original it said it of."""
-        with self._engine.begin() as connection:
+        with self._transaction() as connection:
             self._update(
                 connection,
                 claim,
@@ -216,7 +247,7 @@ class Catalogue:
             for path, variant in variants
         ]
         try:
-            with self._engine.begin() as connection:
+            with self._transaction() as connection:
                 self._update(connection, claim)
                 connection.execute(sa.delete(image_variants).where(image_variants.c.image_id == claim.image_id))
                 connection.execute(sa.insert(image_variants), rows)
@@ -237,33 +268,155 @@ class Catalogue:
             "made_at": self._clock(),
         }
         insert = self._insert(image_results).values(image_id=claim.image_id, asset=asset, **values)
-        with self._engine.begin() as connection:
+        with self._transaction() as connection:
             self._update(connection, claim)
             connection.execute(insert.on_conflict_do_update(index_elements=["image_id", "asset"], set_=values))
+            self._record(connection, claim.image_id, "made", f"{asset} by {recipe.version}")
 
     def finish(self, claim: Claim) -> Status:
         """Ends a claim: `completed` if all results are in place, else back to `pending` for a run that makes them."""
         count = sa.select(sa.func.count()).where(image_results.c.image_id == claim.image_id)
-        with self._engine.begin() as connection:
+        with self._transaction() as connection:
             if connection.execute(count).scalar_one() == len(ASSETS):
-                self._update(connection, claim, status=Status.COMPLETED)
+                self._update(connection, claim, status=Status.COMPLETED, error=None)
+                self._record(connection, claim.image_id, "completed")
                 return Status.COMPLETED
-            self._hand_back(connection, claim)
+            self._hand_back(connection, claim, "results are missing", 0)
             return Status.PENDING
 
     def fail(self, claim: Claim, reason: str, error: str) -> None:
-        """Ends a claim as `failed`, with a word to filter by and a sentence of at most 300 characters."""
-        with self._engine.begin() as connection:
-            self._update(connection, claim, status=Status.FAILED, reason=reason, error=error[:ERROR_CHARACTERS])
+        """Ends a claim as `failed`, with a word to filter by and a sentence, and puts the notice into the outbox."""
+        with self._transaction() as connection:
+            self._fail(connection, claim, reason, error)
 
-    def hand_back(self, claim: Claim) -> None:
-        """Gives the claim up without an end: the image is `pending` again, in a new generation."""
-        with self._engine.begin() as connection:
-            self._hand_back(connection, claim)
+    def hand_back(self, claim: Claim, cause: str, wait_seconds: float = 0) -> None:
+        """Gives a claim up without an end: the image is `pending` again, in a new generation, after a wait."""
+        with self._transaction() as connection:
+            self._hand_back(connection, claim, cause, wait_seconds)
+
+    def recover(self, lost: Processing, cause: str) -> Status:
+        """Takes an image from a run that is gone: `pending` again, or at the third time `failed`.
+
+        Counted are the recoveries since the image was accepted and within 72 hours; an image that loses its
+        worker again and again is likely what kills it.
+
+        Raises:
+            StaleClaimError: the run ended, or another one took over, in the meantime.
+        """
+        since = self._clock() - POISON_WINDOW
+        count = sa.select(sa.func.count()).where(
+            image_history.c.image_id == lost.image_id,
+            image_history.c.event == "recovered",
+            image_history.c.at >= sa.func.coalesce(_accepted_at(lost.image_id), since),
+            image_history.c.at >= since,
+        )
+        claim = lost.claim
+        with self._transaction() as connection:
+            earlier = connection.execute(count).scalar_one()
+            self._update(connection, claim)
+            self._record(connection, lost.image_id, "recovered", cause)
+            if earlier + 1 >= POISON_RECOVERIES:
+                self._fail(
+                    connection, claim, "poison", f"its run was lost {earlier + 1} times, at last because {cause}"
+                )
+                return Status.FAILED
+            self._hand_back(connection, claim, cause, 0)
+            return Status.PENDING
+
+    def renew(self, pending: Pending, cause: str, wait_seconds: float) -> bool:
+        """Raises the generation of an image whose run ended before it began; False if it was claimed meanwhile."""
+        statement = (
+            sa.update(images)
+            .where(
+                images.c.id == pending.image_id,
+                images.c.generation == pending.generation,
+                images.c.status == Status.PENDING,
+            )
+            .values(self._pending_again(wait_seconds))
+        )
+        with self._transaction() as connection:
+            if not connection.execute(statement).rowcount:
+                return False
+            self._record(connection, pending.image_id, "renewed", cause)
+            return True
+
+    def count_renewals(self, pending: Pending) -> int:
+        """How often an image's generation was raised by `renew` since it was accepted."""
+        query = sa.select(sa.func.count()).where(
+            image_history.c.image_id == pending.image_id,
+            image_history.c.event == "renewed",
+            image_history.c.at >= _accepted_at(pending.image_id),
+        )
+        with self._transaction() as connection:
+            return int(connection.execute(query).scalar_one())
+
+    def cancel(self, pending: Pending) -> bool:
+        """Ends a pending image whose run a person cancelled; False if it was claimed meanwhile."""
+        claim = self.claim(pending.image_id, pending.generation, "cancelled")
+        if claim is None:
+            return False
+        self.fail(claim, "cancelled", "its run was cancelled before it began")
+        return True
+
+    def prioritize(self, image_id: str, priority: int) -> bool:
+        """Changes the priority of an image that waits; False if it does not."""
+        statement = (
+            sa.update(images)
+            .where(images.c.id == image_id, images.c.status == Status.PENDING)
+            .values(priority=priority, updated_at=self._clock())
+        )
+        with self._transaction() as connection:
+            if not connection.execute(statement).rowcount:
+                return False
+            self._record(connection, image_id, "prioritized", str(priority))
+            return True
+
+    def discard(self, image_id: str) -> bool:
+        """Takes a failed image off the list of failures; False if it has not failed."""
+        statement = (
+            sa.update(images)
+            .where(images.c.id == image_id, images.c.status == Status.FAILED)
+            .values(discarded_at=self._clock())
+        )
+        with self._transaction() as connection:
+            if not connection.execute(statement).rowcount:
+                return False
+            self._record(connection, image_id, "discarded")
+            return True
+
+    def count_events(self, image_id: str, event: str, since: datetime) -> int:
+        """How often something has happened to an image since then."""
+        query = sa.select(sa.func.count()).where(
+            image_history.c.image_id == image_id, image_history.c.event == event, image_history.c.at >= since
+        )
+        with self._transaction() as connection:
+            return int(connection.execute(query).scalar_one())
+
+    def list_unsent(self, channel: str, limit: int = 100) -> list[dict[str, Any]]:
+        """Failures of the last week that `webhook` or `mail` was not told of yet, oldest first."""
+        sent_at = notifications.c[f"{channel}_sent_at"]
+        query = (
+            sa.select(notifications)
+            .where(sent_at.is_(None), notifications.c.failed_at >= self._clock() - NOTIFICATION_WINDOW)
+            .order_by(notifications.c.failed_at)
+            .limit(limit)
+        )
+        with self._transaction() as connection:
+            return [{**row} for row in connection.execute(query).mappings()]
+
+    def mark_sent(self, channel: str, sent: Iterable[Mapping[str, Any]]) -> None:
+        """Writes down that a channel was told of these failures."""
+        with self._transaction() as connection:
+            for row in sent:
+                connection.execute(
+                    sa.update(notifications)
+                    .where(notifications.c.image_id == row["image_id"], notifications.c.generation == row["generation"])
+                    .values({f"{channel}_sent_at": self._clock()})
+                )
 
     def get(self, image_id: str) -> dict[str, Any] | None:
-        """All that is known of an image: its row, `variants`, and `made_by` per asset; None if it is unknown."""
-        with self._engine.connect() as connection:
+        """All that is known of an image, or None: its row, `variants`, `made_by` per asset, and `history`."""
+        with self._transaction() as connection:
             row = connection.execute(sa.select(images).where(images.c.id == image_id)).mappings().first()
             if row is None:
                 return None
@@ -274,28 +427,68 @@ class Catalogue:
                 sa.select(image_results).where(image_results.c.image_id == image_id)
             ).mappings()
             made_by = {result["asset"]: _describe_result(result) for result in results}
-            return {**row, "variants": [{**variant} for variant in variants], "made_by": made_by}
+            events = connection.execute(
+                sa.select(image_history).where(image_history.c.image_id == image_id).order_by(image_history.c.seq)
+            ).mappings()
+            return {
+                **row,
+                "variants": [{**variant} for variant in variants],
+                "made_by": made_by,
+                "history": [{name: event[name] for name in HISTORY_FIELDS} for event in events],
+            }
 
     def get_states(self, image_ids: Sequence[str]) -> dict[str, tuple[int, Status]]:
         """The generation and status of each known image among the given ones."""
         query = sa.select(images.c.id, images.c.generation, images.c.status).where(images.c.id.in_(image_ids))
-        with self._engine.connect() as connection:
+        with self._transaction() as connection:
             return {row.id: (row.generation, Status(row.status)) for row in connection.execute(query)}
 
     def count(self) -> dict[str, int]:
         """The number of images in each status."""
         query = sa.select(images.c.status, sa.func.count()).group_by(images.c.status)
-        with self._engine.connect() as connection:
+        with self._transaction() as connection:
             counts = dict(connection.execute(query).tuples().all())
         return {status.value: counts.get(status, 0) for status in Status}
 
-    def _claimed_by(self, run_id: str) -> dict[str, Any]:
-        return {
-            "status": Status.PROCESSING,
-            "run_id": run_id,
-            "fence": images.c.fence + 1,
-            "updated_at": self._clock(),
-        }
+    @contextmanager
+    def _transaction(self) -> Iterator[sa.Connection]:
+        try:
+            with self._engine.begin() as connection:
+                yield connection
+        except (sa.exc.OperationalError, sa.exc.InterfaceError) as error:
+            raise CatalogueDownError(f"the catalogue does not answer ({type(error.orig).__name__})") from None
+
+    def _record(self, connection: sa.Connection, image_id: str, event: str, detail: str | None = None) -> None:
+        """Adds a line to an image's history, with the row as it is now."""
+        values = sa.select(
+            sa.literal(self._clock(), UtcDateTime),
+            images.c.id,
+            images.c.generation,
+            images.c.fence,
+            images.c.run_id,
+            sa.literal(event),
+            sa.literal(detail[:ERROR_CHARACTERS] if detail else None, sa.String),
+        ).where(images.c.id == image_id)
+        names = ["at", "image_id", "generation", "fence", "run_id", "event", "detail"]
+        connection.execute(sa.insert(image_history).from_select(names, values))
+
+    def _take(self, connection: sa.Connection, run_id: str, *conditions: sa.ColumnElement[bool]) -> None:
+        """Claims the pending row that meets the conditions, if there is one."""
+        statement = (
+            sa.update(images)
+            .where(images.c.status == Status.PENDING, *conditions)
+            .values(
+                status=Status.PROCESSING,
+                run_id=run_id,
+                fence=images.c.fence + 1,
+                beat=images.c.beat + 1,
+                not_before=None,
+                updated_at=self._clock(),
+            )
+            .returning(images.c.id)
+        )
+        for image_id in connection.execute(statement).scalars().all():
+            self._record(connection, image_id, "claimed")
 
     def _claim_of(self, connection: sa.Connection, image_id: str, run_id: str) -> Claim | None:
         row = connection.execute(
@@ -310,19 +503,56 @@ class Catalogue:
         statement = (
             sa.update(images)
             .where(images.c.id == claim.image_id, images.c.fence == claim.fence, images.c.status == Status.PROCESSING)
-            .values(updated_at=self._clock(), **values)
+            .values({"updated_at": self._clock(), **values})
         )
         if connection.execute(statement).rowcount == 0:
             raise StaleClaimError(f"the claim on {claim.image_id} (fence {claim.fence}) was taken over")
 
-    def _hand_back(self, connection: sa.Connection, claim: Claim) -> None:
-        self._update(
-            connection,
-            claim,
-            status=Status.PENDING,
-            generation=images.c.generation + 1,  # a used run key starts no second run
-            fence=images.c.fence + 1,
-        )
+    def _hand_back(self, connection: sa.Connection, claim: Claim, cause: str, wait_seconds: float) -> None:
+        self._update(connection, claim, **self._pending_again(wait_seconds))
+        self._record(connection, claim.image_id, "handed_back", cause)
+
+    def _pending_again(self, wait_seconds: float) -> dict[str, Any]:
+        now = self._clock()
+        return {
+            "status": Status.PENDING,
+            "generation": images.c.generation + 1,  # a used run key starts no second run
+            "fence": images.c.fence + 1,
+            "not_before": now + timedelta(seconds=wait_seconds) if wait_seconds else None,
+            "updated_at": now,
+        }
+
+    def _fail(self, connection: sa.Connection, claim: Claim, reason: str, error: str) -> None:
+        self._update(connection, claim, status=Status.FAILED, reason=reason, error=error[:ERROR_CHARACTERS])
+        self._record(connection, claim.image_id, "failed", f"{reason}: {error}")
+        now = self._clock()
+        row = sa.select(
+            images.c.id,
+            images.c.generation,
+            images.c.reason,
+            images.c.error,
+            images.c.attempts,
+            sa.literal(now, UtcDateTime),
+        ).where(images.c.id == claim.image_id)
+        names = ["image_id", "generation", "reason", "error", "attempts", "failed_at"]
+        connection.execute(sa.insert(notifications).from_select(names, row))
+
+
+def _accepted_at(image_id: str) -> sa.ScalarSelect[Any]:
+    return sa.select(images.c.accepted_at).where(images.c.id == image_id).scalar_subquery()
+
+
+def _first_generation(now: datetime) -> dict[str, Any]:
+    """Column values of an image that was not known before."""
+    return {
+        "status": Status.PENDING,
+        "generation": 1,
+        "fence": 0,
+        "attempts": 0,
+        "beat": 0,
+        "accepted_at": now,
+        "updated_at": now,
+    }
 
 
 def _new_generation(now: datetime) -> dict[str, Any]:
@@ -334,6 +564,8 @@ def _new_generation(now: datetime) -> dict[str, Any]:
         "attempts": 0,
         "reason": None,
         "error": None,
+        "not_before": None,
+        "discarded_at": None,
         "accepted_at": now,
         "updated_at": now,
     }

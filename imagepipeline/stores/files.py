@@ -4,12 +4,13 @@ Paths are those of the contract: relative, with `/`, `original/…` or `variants
 opened, and no symbolic link, device or pipe is followed.
 """
 
+import errno
 import os
 import stat
 import uuid
 from pathlib import Path
 
-from imagepipeline.errors import MissingOriginalError
+from imagepipeline.errors import DiskFullError, MissingOriginalError
 from imagepipeline.models import check_image_id
 
 
@@ -60,7 +61,11 @@ class FileStore:
         return path
 
     def write(self, path: str, content: bytes) -> None:
-        """Writes a file so that readers see the old content or the new, never a part, also after a power cut."""
+        """Writes a file so that readers see the old content or the new, never a part, also after a power cut.
+
+        Raises:
+            DiskFullError: there is no room; the old content stays.
+        """
         target = self.root / path
         target.parent.mkdir(parents=True, exist_ok=True)
         beside = target.with_name(f".{target.name}.{uuid.uuid4().hex}.tmp")
@@ -70,9 +75,12 @@ class FileStore:
                 file.flush()
                 os.fsync(file.fileno())
             beside.rename(target)
-        except BaseException:
-            beside.unlink(missing_ok=True)
+        except OSError as error:
+            if error.errno in (errno.ENOSPC, errno.EDQUOT):
+                raise DiskFullError(f"no room below the storage root for {path}") from error
             raise
+        finally:
+            beside.unlink(missing_ok=True)
 
     def _open(self, path: str) -> int:
         """Opens a path part by part from the root down, so that no link in it is followed."""

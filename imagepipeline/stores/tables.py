@@ -50,6 +50,9 @@ images = sa.Table(
     sa.Column("metadata", sa.JSON(none_as_null=True)),
     sa.Column("reason", sa.String(32)),
     sa.Column("error", sa.String(300)),
+    sa.Column("not_before", UtcDateTime),  # a pending image waits until then
+    sa.Column("beat", sa.Integer, nullable=False),  # raised by a living run; one that stands still is dead
+    sa.Column("discarded_at", UtcDateTime),  # a failure that a person has seen and let go
     sa.Column("accepted_at", UtcDateTime, nullable=False),
     sa.Column("updated_at", UtcDateTime, nullable=False),
     sa.CheckConstraint(sa.column("status").in_([status.value for status in Status]), name="status"),
@@ -80,4 +83,33 @@ image_results = sa.Table(
     sa.Column("settings", sa.String(128), nullable=False),
     sa.Column("input_sha256", sa.String(64), nullable=False),
     sa.Column("made_at", UtcDateTime, nullable=False),
+)
+
+# Each change of an image, written in the transaction that makes it: an image's story, and the proof of ours.
+image_history = sa.Table(
+    "image_history",
+    schema,
+    sa.Column("seq", sa.Integer, primary_key=True, autoincrement=True),
+    sa.Column("at", UtcDateTime, nullable=False),
+    sa.Column("image_id", sa.String(64), sa.ForeignKey("images.id"), nullable=False),
+    sa.Column("generation", sa.Integer, nullable=False),
+    sa.Column("fence", sa.Integer, nullable=False),
+    sa.Column("run_id", sa.String(64)),
+    sa.Column("event", sa.String(16), nullable=False),
+    sa.Column("detail", sa.String(300)),
+    sa.Index(None, "image_id", "seq"),
+)
+
+# The outbox: one row per final failure, written in the transaction that fails the image.
+notifications = sa.Table(
+    "notifications",
+    schema,
+    sa.Column("image_id", sa.String(64), sa.ForeignKey("images.id"), primary_key=True),
+    sa.Column("generation", sa.Integer, primary_key=True),
+    sa.Column("reason", sa.String(32), nullable=False),
+    sa.Column("error", sa.String(300), nullable=False),
+    sa.Column("attempts", sa.Integer, nullable=False),
+    sa.Column("failed_at", UtcDateTime, nullable=False),
+    sa.Column("webhook_sent_at", UtcDateTime),
+    sa.Column("mail_sent_at", UtcDateTime),
 )

@@ -151,7 +151,7 @@ def test_a_run_that_is_succeeded_midway_writes_nothing_more(run, cat, catalogue,
     class Thief(LocalVision):
         def describe(self, preview, facts):
             row = catalogue.get(cat)
-            catalogue.hand_back(catalogue.claim(cat, 1, row["run_id"]))
+            catalogue.hand_back(catalogue.claim(cat, 1, row["run_id"]), "x")
             catalogue.claim(cat, 2, "successor")
             return ANSWER
 

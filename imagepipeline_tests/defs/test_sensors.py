@@ -81,7 +81,7 @@ def test_an_image_with_a_run_in_flight_is_not_asked_for_twice(tick, queue, add_r
 
 def test_a_finished_run_of_an_older_generation_does_not_count(tick, catalogue, add_run):
     catalogue.accept([Upload("a")])
-    catalogue.hand_back(catalogue.claim("a", 1, "r"))
+    catalogue.hand_back(catalogue.claim("a", 1, "r"), "x")
     add_run("a", 1, dg.DagsterRunStatus.FAILURE)
     assert keys(tick()) == ["a:2"]
 

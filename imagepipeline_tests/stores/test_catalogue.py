@@ -159,7 +159,7 @@ def test_a_path_of_another_image_is_refused(catalogue):
 def test_a_stale_claim_can_change_nothing(catalogue):
     catalogue.accept([Upload("a")])
     stale = catalogue.claim("a", 1, "dead run")
-    catalogue.hand_back(stale)
+    catalogue.hand_back(stale, "x")
     fresh = catalogue.claim("a", 2, "successor")
     before = catalogue.get("a")
     for write in (
@@ -169,7 +169,7 @@ def test_a_stale_claim_can_change_nothing(catalogue):
         lambda: catalogue.record_attempt(stale, 3),
         lambda: catalogue.finish(stale),
         lambda: catalogue.fail(stale, "corrupt", "late"),
-        lambda: catalogue.hand_back(stale),
+        lambda: catalogue.hand_back(stale, "x"),
     ):
         with pytest.raises(StaleClaimError):
             write()

@@ -1,4 +1,4 @@
-"""The first tables: images, their variants, and what made their results."""
+"""The first tables: images, their variants, what made their results, their history, and the outbox."""
 
 import sqlalchemy as sa
 from alembic import op
@@ -26,6 +26,9 @@ def upgrade() -> None:
         sa.Column("metadata", sa.JSON()),
         sa.Column("reason", sa.String(32)),
         sa.Column("error", sa.String(300)),
+        sa.Column("not_before", sa.DateTime(timezone=True)),
+        sa.Column("beat", sa.Integer(), nullable=False),
+        sa.Column("discarded_at", sa.DateTime(timezone=True)),
         sa.Column("accepted_at", sa.DateTime(timezone=True), nullable=False),
         sa.Column("updated_at", sa.DateTime(timezone=True), nullable=False),
         sa.CheckConstraint("status IN ('pending', 'processing', 'completed', 'failed')", name="ck_images_status"),
@@ -58,4 +61,31 @@ def upgrade() -> None:
         sa.Column("made_at", sa.DateTime(timezone=True), nullable=False),
         sa.PrimaryKeyConstraint("image_id", "asset", name="pk_image_results"),
         sa.ForeignKeyConstraint(["image_id"], ["images.id"], name="fk_image_results_image_id"),
+    )
+    op.create_table(
+        "image_history",
+        sa.Column("seq", sa.Integer(), autoincrement=True, nullable=False),
+        sa.Column("at", sa.DateTime(timezone=True), nullable=False),
+        sa.Column("image_id", sa.String(64), nullable=False),
+        sa.Column("generation", sa.Integer(), nullable=False),
+        sa.Column("fence", sa.Integer(), nullable=False),
+        sa.Column("run_id", sa.String(64)),
+        sa.Column("event", sa.String(16), nullable=False),
+        sa.Column("detail", sa.String(300)),
+        sa.PrimaryKeyConstraint("seq", name="pk_image_history"),
+        sa.ForeignKeyConstraint(["image_id"], ["images.id"], name="fk_image_history_image_id"),
+    )
+    op.create_index("ix_image_history_image_id_seq", "image_history", ["image_id", "seq"])
+    op.create_table(
+        "notifications",
+        sa.Column("image_id", sa.String(64), nullable=False),
+        sa.Column("generation", sa.Integer(), nullable=False),
+        sa.Column("reason", sa.String(32), nullable=False),
+        sa.Column("error", sa.String(300), nullable=False),
+        sa.Column("attempts", sa.Integer(), nullable=False),
+        sa.Column("failed_at", sa.DateTime(timezone=True), nullable=False),
+        sa.Column("webhook_sent_at", sa.DateTime(timezone=True)),
+        sa.Column("mail_sent_at", sa.DateTime(timezone=True)),
+        sa.PrimaryKeyConstraint("image_id", "generation", name="pk_notifications"),
+        sa.ForeignKeyConstraint(["image_id"], ["images.id"], name="fk_notifications_image_id"),
     )

@@ -1,0 +1,135 @@
+"""Recovery from crashes: rows whose run is gone, runs that died before they began, runs that hold nothing.
+
+It is the only owner of recovery (docs/decisions/0005-the-reconciler-owns-recovery.md). It looks at the catalogue
+and at Dagster's runs and changes a row only under the fence it has read, so that a late one does no harm.
+"""
+
+import time
+from collections.abc import Callable, Hashable
+
+import dagster as dg
+
+from imagepipeline.defs.failures import GENERATION_TAG
+from imagepipeline.defs.jobs import process_upload
+from imagepipeline.errors import PostponedError, StaleClaimError
+from imagepipeline.stores.catalogue import Catalogue, Pending, Processing
+
+INTERVAL_SECONDS = 15
+STALL_SECONDS = 45  # more than four beats of a living run
+MAX_PENDING_CHECKED = 50
+RENEWAL_WAITS_SECONDS = (1, 5, 30, 120)  # for a run that ends before it begins, again and again
+JOB_NAMES = (process_upload.name, "__ASSET_JOB")  # the latter is Dagster's name for runs started by hand
+HOLDING_A_SLOT = [dg.DagsterRunStatus.STARTING, dg.DagsterRunStatus.STARTED, dg.DagsterRunStatus.CANCELING]
+
+
+class StandstillWatch:
+    """Tells what has not changed for a while, by a clock of its own that no change of the time of day can move."""
+
+    def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
+        self._clock = clock
+        self._seen: dict[Hashable, tuple[object, float]] = {}
+
+    def measure_seconds(self, key: Hashable, value: object) -> float:
+        """For how long `key` has been seen with this value."""
+        known = self._seen.get(key)
+        if known is None or known[0] != value:
+            known = self._seen[key] = (value, self._clock())
+        return self._clock() - known[1]
+
+    def forget_all_but(self, keys: set[Hashable]) -> None:
+        """Drops what is not watched any more."""
+        self._seen = {key: seen for key, seen in self._seen.items() if key in keys}
+
+
+# Kept between ticks by the code server's process. Lost with it, which only makes the wait begin again.
+watch = StandstillWatch()
+
+
+@dg.sensor(minimum_interval_seconds=INTERVAL_SECONDS, default_status=dg.DefaultSensorStatus.RUNNING)
+def reconciler(context: dg.SensorEvaluationContext, catalogue: dg.ResourceParam[Catalogue]) -> dg.SkipReason:
+    """Repairs what a crash left behind, every 15 s, and says in the tick's log what it repaired.
+
+    An image whose run is gone waits for another one; at the third time it fails as `poison`. A run that holds no
+    image is ended, so that its slot is free.
+    """
+    try:
+        lines = reconcile(catalogue, context.instance, watch)
+    except PostponedError as error:
+        return dg.SkipReason(str(error))
+    for line in lines:
+        context.log.warning(line)
+    return dg.SkipReason(f"{len(lines)} repaired." if lines else "Nothing to repair.")
+
+
+def reconcile(catalogue: Catalogue, instance: dg.DagsterInstance, watch: StandstillWatch) -> list[str]:
+    """One look at everything; gives a line per repair."""
+    processing = catalogue.list_processing()
+    watched: set[Hashable] = set()
+    lines = []
+    for row in processing:
+        watched.add((row.image_id, row.fence))
+        lines += _recover_if_lost(catalogue, instance, watch, row)
+    for pending in catalogue.list_pending(MAX_PENDING_CHECKED):
+        lines += _renew_if_run_ended(catalogue, instance, pending)
+    owners = {row.run_id for row in processing}
+    for record in instance.get_run_records(dg.RunsFilter(statuses=HOLDING_A_SLOT)):
+        run = record.dagster_run
+        if run.job_name in JOB_NAMES and "dagster/partition" in run.tags and run.run_id not in owners:
+            watched.add(run.run_id)
+            if watch.measure_seconds(run.run_id, "holds no image") >= STALL_SECONDS:
+                end_run(instance, run, "it holds no image")
+                lines.append(f"Run {run.run_id} was ended: it held a slot and no image.")
+    watch.forget_all_but(watched)
+    return lines
+
+
+def _recover_if_lost(
+    catalogue: Catalogue, instance: dg.DagsterInstance, watch: StandstillWatch, row: Processing
+) -> list[str]:
+    """An image whose run has ended without ending it, or stands still."""
+    run = instance.get_run_by_id(row.run_id)
+    seconds = watch.measure_seconds((row.image_id, row.fence), row.beat)
+    if run is None:
+        cause = "its run was deleted"
+    elif run.is_finished:
+        cause = "its run ended without a result"
+    elif seconds >= STALL_SECONDS:
+        cause = f"its run stood still for {seconds:.0f} s"
+    else:
+        return []
+    try:
+        if run is not None and run.status == dg.DagsterRunStatus.CANCELED:
+            catalogue.fail(row.claim, "cancelled", f"run {row.run_id} was cancelled")
+            return [f"{row.image_id} has failed: its run {row.run_id} was cancelled."]
+        status = catalogue.recover(row, cause)
+    except StaleClaimError:  # it ended, or was taken over, since we looked
+        return []
+    if run is not None and not run.is_finished:
+        end_run(instance, run, cause)
+    return [f"{row.image_id} was recovered and is {status}: {cause} (run {row.run_id})."]
+
+
+def _renew_if_run_ended(catalogue: Catalogue, instance: dg.DagsterInstance, pending: Pending) -> list[str]:
+    """A pending image whose run key is used up: its run ended before it claimed the image."""
+    tags = {"dagster/partition": pending.image_id, GENERATION_TAG: str(pending.generation)}
+    runs = [run for run in instance.get_runs(dg.RunsFilter(tags=tags)) if run.parent_run_id is None]
+    if not runs or not all(run.is_finished for run in runs):
+        return []
+    if runs[0].status == dg.DagsterRunStatus.CANCELED:
+        is_changed, what = catalogue.cancel(pending), "failed: its run was cancelled before it began"
+    else:
+        wait_seconds = RENEWAL_WAITS_SECONDS[min(catalogue.count_renewals(pending), len(RENEWAL_WAITS_SECONDS) - 1)]
+        is_changed = catalogue.renew(pending, f"run {runs[0].run_id} ended before it began", wait_seconds)
+        what = f"asked for again in {wait_seconds} s: its run ended before it began"
+    return [f"{pending.image_id} is {what} (run {runs[0].run_id})."] if is_changed else []
+
+
+def end_run(instance: dg.DagsterInstance, run: dg.DagsterRun, cause: str) -> None:
+    """Stops a run's process if it can be reached, and frees its slot in any case."""
+    try:
+        instance.run_launcher.terminate(run.run_id)
+    except Exception as error:  # its server may be gone, or frozen: whatever it is, the slot must be freed
+        instance.report_engine_event(f"The run could not be stopped: {type(error).__name__}", run)
+    current = instance.get_run_by_id(run.run_id)
+    if current is not None and not current.is_finished:
+        instance.report_run_failed(current, f"Ended by the reconciler: {cause}.")
