@@ -8,13 +8,22 @@ import re
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from datetime import UTC, datetime, timedelta
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 
-from imagepipeline.errors import ImagePipelineError, PostponedError, SettingsError, StackError
-from imagepipeline.models import PRIORITY_LIMIT, Status
+from imagepipeline.errors import (
+    ImagePipelineError,
+    InvalidUploadError,
+    PostponedError,
+    SettingsError,
+    StackError,
+)
+from imagepipeline.models import PRIORITY_LIMIT, Status, Upload
 from imagepipeline.settings import Settings
 
 if TYPE_CHECKING:
@@ -23,6 +32,7 @@ if TYPE_CHECKING:
     from imagepipeline.stores.uploads import UploadQueue
 
 EXIT_FAILED, EXIT_SETTINGS, EXIT_STACK, EXIT_INTERRUPTED = 1, 3, 4, 130
+MAX_RETRIES_PER_DAY = 5
 EPILOG = """\b
 Exit codes: 0 all went well; 1 an image failed or is unknown; 2 wrong usage;
 3 a setting is malformed; 4 the stack cannot be started or reached; 130 interrupted."""
@@ -197,6 +207,110 @@ def status(settings: Settings, image_id: str | None, watch: bool, as_json: bool)
     display.show_status(read, as_json, watch)
 
 
+@cli.command("list", epilog=EPILOG)
+@click.option("--all", "is_all", is_flag=True, help="Also those that ended longer ago.")
+@json_option
+@with_settings
+def list_finished(settings: Settings, is_all: bool, as_json: bool) -> None:
+    """List the images that ended: completed within the last hour, failed within the last day.
+
+    How long they are listed is a setting; neither this nor `failed discard` deletes anything.
+    """
+    from imagepipeline import display
+
+    catalogue = open_catalogue(settings)
+    now = datetime.now(UTC)
+    rows = []
+    for state, hours in (
+        (Status.COMPLETED, settings.list_completed_hours),
+        (Status.FAILED, settings.list_failed_hours),
+    ):
+        rows += catalogue.list_ended(state, None if is_all else now - timedelta(hours=hours))
+    display.show_rows(rows, ("id", "status", "generation", "attempts", "reason", "error", "updated_at"), as_json)
+
+
+@cli.command(epilog=EPILOG)
+@click.argument("image_id")
+@click.argument("priority", type=click.IntRange(-PRIORITY_LIMIT, PRIORITY_LIMIT))
+@json_option
+@with_settings
+def prioritize(settings: Settings, image_id: str, priority: int, as_json: bool) -> None:
+    """Change the PRIORITY of an image that waits for its run; higher runs sooner.
+
+    Negative numbers need a `--` before them. At most fifteen images have a run already, whose order is fixed.
+    """
+    is_changed = open_catalogue(settings).prioritize(image_id, priority)
+    if not is_changed:
+        raise ImagePipelineError(f"{image_id!r:.80} is not pending, so there is nothing to put forward")
+    row = {"image_id": image_id, "priority": priority}
+    click.echo(json.dumps(row) if as_json else f"{image_id} now has priority {priority}")
+
+
+@cli.group(epilog=EPILOG)
+def failed() -> None:
+    """List failed images and unreadable entries, try them again, or let them go."""
+
+
+reason_option = click.option("--reason", help="Only failures of this reason, such as provider_unavailable.")
+dry_run_option = click.option("--dry-run", is_flag=True, help="Say what would be done, and do nothing.")
+all_option = click.option("--all", "is_all", is_flag=True, help="All failures, or all of the given reason.")
+
+
+@failed.command("list", epilog=EPILOG)
+@reason_option
+@json_option
+@with_settings
+def list_failed(settings: Settings, reason: str | None, as_json: bool) -> None:
+    """List what failed and was neither tried again nor discarded. Dead letters have the reason `unreadable`."""
+    from imagepipeline import display
+
+    display.show_rows(
+        [failure.row for failure in find_failures(settings, reason)],
+        ("id", "reason", "error", "attempts", "retries", "updated_at"),
+        as_json,
+    )
+
+
+@failed.command(epilog=EPILOG)
+@click.argument("failure_id")
+@json_option
+@with_settings
+def show(settings: Settings, failure_id: str, as_json: bool) -> None:
+    """Show all that is known of one failure."""
+    from imagepipeline import display
+
+    [failure] = choose_failures(settings, (failure_id,), None, False)
+    display.show_status(lambda: open_catalogue(settings).get(failure_id) or failure.row, as_json, False)
+
+
+@failed.command(epilog=EPILOG)
+@click.argument("failure_ids", nargs=-1)
+@reason_option
+@all_option
+@dry_run_option
+@json_option
+@with_settings
+def retry(
+    settings: Settings, failure_ids: tuple[str, ...], reason: str | None, is_all: bool, dry_run: bool, as_json: bool
+) -> None:
+    """Try failed images again, at most five times a day each."""
+    act_on_failures(settings, choose_failures(settings, failure_ids, reason, is_all), "retry", dry_run, as_json)
+
+
+@failed.command(epilog=EPILOG)
+@click.argument("failure_ids", nargs=-1)
+@reason_option
+@all_option
+@dry_run_option
+@json_option
+@with_settings
+def discard(
+    settings: Settings, failure_ids: tuple[str, ...], reason: str | None, is_all: bool, dry_run: bool, as_json: bool
+) -> None:
+    """Take failures off the list. An image keeps its row and its history; a dead letter is gone."""
+    act_on_failures(settings, choose_failures(settings, failure_ids, reason, is_all), "discard", dry_run, as_json)
+
+
 @cli.command(epilog=EPILOG)
 @click.argument("text")
 @click.option("-k", "count", type=click.IntRange(1, 1000), default=5, show_default=True, help="How many images.")
@@ -224,6 +338,71 @@ def count_images(settings: Settings, catalogue: "Catalogue") -> dict[str, int | 
         click.echo(f"Note: {error}", err=True)
         queue = {"waiting": None, "dead": None}
     return {"waiting": queue["waiting"], **catalogue.count(), "dead": queue["dead"]}
+
+
+@dataclass(frozen=True)
+class Failure:
+    """A failed image or a dead letter, as a row to show and two things one can do with it."""
+
+    row: dict[str, Any]
+    retry: Callable[[], object]
+    discard: Callable[[], object]
+
+
+def find_failures(settings: Settings, reason: str | None) -> list[Failure]:
+    """Failed images, newest first, then dead letters; the latter only if Redis answers."""
+    catalogue, queue = open_catalogue(settings), open_queue(settings)
+    a_day_ago = datetime.now(UTC) - timedelta(days=1)
+    failures = []
+    for image in catalogue.list_ended(Status.FAILED):
+        image_id = image["id"]
+        row = image | {"retries": catalogue.count_events(image_id, "retried", a_day_ago)}
+        upload = Upload(image_id, image["path"], image["priority"])
+        failures.append(
+            Failure(row, partial(catalogue.accept, [upload], "retried"), partial(catalogue.discard, image_id))
+        )
+    try:
+        letters = queue.list_dead()
+    except StackError as error:
+        click.echo(f"Note: {error}", err=True)
+        letters = []
+    for letter in letters:
+        at = datetime.fromtimestamp(letter["at"], UTC)
+        row = {"id": letter["id"], "reason": "unreadable", "error": f"{letter['reason']}: {letter['entry']}"}
+        row |= {"attempts": letter["copies"], "retries": 0, "updated_at": at}
+        failures.append(Failure(row, partial(queue.retry_dead, letter), partial(queue.discard_dead, letter)))
+    return [failure for failure in failures if reason in (None, failure.row["reason"])]
+
+
+def choose_failures(
+    settings: Settings, failure_ids: tuple[str, ...], reason: str | None, is_all: bool
+) -> list[Failure]:
+    """The failures a command is to act on: the named ones, or those of a reason, or all."""
+    if not (failure_ids or reason or is_all):
+        raise click.UsageError("name failures, or a --reason, or --all")
+    failures = {failure.row["id"]: failure for failure in find_failures(settings, reason)}
+    unknown = [failure_id for failure_id in failure_ids if failure_id not in failures]
+    if unknown:
+        raise ImagePipelineError(f"{unknown[0]!r:.80} is not among the failures: see `imagepipeline failed list`")
+    return [failures[failure_id] for failure_id in failure_ids] or list(failures.values())
+
+
+def act_on_failures(settings: Settings, failures: Sequence[Failure], action: str, dry_run: bool, as_json: bool) -> None:
+    """Retries or discards failures one by one, and says of each what was done; one that cannot be costs no other."""
+    rows = []
+    for failure in failures:
+        outcome = f"would {action}" if dry_run else {"retry": "retried", "discard": "discarded"}[action]
+        try:
+            if action == "retry" and failure.row["retries"] >= MAX_RETRIES_PER_DAY:
+                outcome = f"left alone: retried {failure.row['retries']} times within a day"
+            elif not dry_run:
+                getattr(failure, action)()
+        except InvalidUploadError as error:
+            outcome = f"left alone: {error}"
+        rows.append({"id": failure.row["id"], "outcome": outcome})
+    click.echo(json.dumps(rows) if as_json else "\n".join(f"{row['id']}  {row['outcome']}" for row in rows))
+    if any(row["outcome"].startswith("left alone") for row in rows):
+        sys.exit(EXIT_FAILED)
 
 
 def push_and_follow(

@@ -4,7 +4,7 @@ from typing import Any
 
 import dagster as dg
 
-from imagepipeline.defs import assets, jobs, reconciler, resources, sensors
+from imagepipeline.defs import assets, jobs, notifications, reconciler, resources, sensors
 from imagepipeline.imaging.variants import recipe as variants_recipe
 from imagepipeline.models import VARIANT_SPECS, Recipe
 from imagepipeline.services import embedder, vision
@@ -24,7 +24,7 @@ def defs() -> dg.Definitions:
             for asset in (assets.metadata, assets.variants, assets.embedding)
         ],
         jobs=[jobs.process_upload],
-        sensors=[sensors.upload_sensor, reconciler.reconciler],
+        sensors=[sensors.upload_sensor, reconciler.reconciler, notifications.notification_sensor],
         resources=build_resources(settings),
         executor=dg.in_process_executor,
     )
@@ -56,6 +56,14 @@ def build_resources(settings: Settings) -> dict[str, Any]:
         ),
         "catalogue": resources.CatalogueResource(
             url=dg.EnvVar("DATABASE_URL") if settings.explicit_database_url else settings.database_url
+        ),
+        "notifiers": resources.NotifiersResource(
+            webhook_url=dg.EnvVar("IMAGEPIPELINE_WEBHOOK_URL") if settings.webhook_url else None,
+            webhook_secret=dg.EnvVar("IMAGEPIPELINE_WEBHOOK_SECRET") if settings.webhook_secret else None,
+            webhook_allow_private=settings.webhook_allow_private,
+            smtp_url=dg.EnvVar("IMAGEPIPELINE_SMTP_URL") if settings.smtp_url else None,
+            mail_from=settings.mail_from,
+            mail_to=settings.mail_to,
         ),
         "files": resources.FileStoreResource(root=str(settings.storage_folder)),
         "index": resources.EmbeddingIndexResource(uri=settings.index_uri),

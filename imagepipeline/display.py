@@ -143,6 +143,21 @@ def show_status(read: Callable[[], Mapping[str, Any]], as_json: bool, is_watchin
             live.update(_tabulate(read()), refresh=True)
 
 
+def show_rows(rows: Sequence[Mapping[str, Any]], columns: Sequence[str], as_json: bool) -> None:
+    """The chosen columns of some rows."""
+    chosen = [{name: row.get(name) for name in columns} for row in rows]
+    if as_json:
+        print(json.dumps(chosen, default=_to_json))
+        return
+    if not chosen:
+        out.print("None.")
+        return
+    table = Table(*columns)
+    for row in chosen:
+        table.add_row(*(_to_text(value) for value in row.values()))
+    out.print(table)
+
+
 def show_neighbours(catalogue: Catalogue, neighbours: Sequence[Neighbour], as_json: bool) -> None:
     """Search results, best first."""
     rows = []

@@ -4,6 +4,7 @@
     ├── SettingsError               a setting is missing or malformed
     ├── StackError                  the local stack cannot be started, reached or stopped
     ├── InvalidUploadError          an entry on the Redis list cannot be read
+    ├── NotificationError           the administrators could not be told; they will be
     ├── ImageBusyError              another run is working on the image
     ├── StaleClaimError             the claim was taken over; write nothing more
     ├── PostponedError              nothing is wrong with the image; it waits, and no attempt is used
@@ -42,6 +43,10 @@ class StackError(ImagePipelineError):
 
 class InvalidUploadError(ImagePipelineError):
     """An entry on the Redis list cannot be read; it belongs on the dead list with this message."""
+
+
+class NotificationError(ImagePipelineError):
+    """The administrators could not be told; the notice stays in the outbox. The message names no address."""
 
 
 class ImageBusyError(ImagePipelineError):

@@ -89,6 +89,30 @@ class Settings(BaseModel):
         alias="IMAGEPIPELINE_WEBSERVER_PORT",
         description="the Dagster UI's port on 127.0.0.1 (3000, or a free one)",
     )
+    webhook_url: SecretStr | None = Field(
+        None, alias="IMAGEPIPELINE_WEBHOOK_URL", description="told of final failures by a POST of JSON; https"
+    )
+    webhook_secret: Annotated[SecretStr, Field(min_length=16)] | None = Field(
+        None, alias="IMAGEPIPELINE_WEBHOOK_SECRET", description="signs what the webhook is sent; 16 characters or more"
+    )
+    webhook_allow_private: bool = Field(
+        False,
+        alias="IMAGEPIPELINE_WEBHOOK_ALLOW_PRIVATE",
+        description="lets the webhook be at a private address or on plain http",
+    )
+    smtp_url: SecretStr | None = Field(
+        None, alias="IMAGEPIPELINE_SMTP_URL", description="mails final failures: `smtps://user:password@host:465`"
+    )
+    mail_from: str = Field(
+        "imagepipeline@localhost", alias="IMAGEPIPELINE_MAIL_FROM", description="the sender of those mails"
+    )
+    mail_to: str = Field("", alias="IMAGEPIPELINE_MAIL_TO", description="who gets those mails, parted by commas")
+    list_completed_hours: Annotated[float, Field(gt=0)] = Field(
+        1, alias="IMAGEPIPELINE_LIST_COMPLETED_HOURS", description="how long `list` shows completed images"
+    )
+    list_failed_hours: Annotated[float, Field(gt=0)] = Field(
+        24, alias="IMAGEPIPELINE_LIST_FAILED_HOURS", description="how long `list` shows failed images"
+    )
     code_socket: Path | None = Field(
         None, alias="IMAGEPIPELINE_CODE_SOCKET", description="the code server's socket; `up` sets it for Dagster"
     )
@@ -112,6 +136,10 @@ class Settings(BaseModel):
             raise SettingsError("; ".join(problems)) from None
         if settings.explicit_redis_url and (settings.redis_host or settings.redis_port):
             raise SettingsError("REDIS_URL and REDIS_HOST/REDIS_PORT exclude each other: unset one of them")
+        if settings.webhook_url and not settings.webhook_secret:
+            raise SettingsError("IMAGEPIPELINE_WEBHOOK_SECRET is missing: what the webhook is sent must be signed")
+        if settings.smtp_url and not settings.mail_to:
+            raise SettingsError("IMAGEPIPELINE_MAIL_TO is missing: IMAGEPIPELINE_SMTP_URL has nobody to write to")
         return settings.model_copy(update={"home": settings.home.expanduser().absolute()})
 
     def build_environment(self, **changes: str) -> dict[str, str]:

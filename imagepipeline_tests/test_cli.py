@@ -8,7 +8,7 @@ import pytest
 from click.testing import CliRunner
 
 from imagepipeline import cli
-from imagepipeline.models import ImageMetadata, Recipe
+from imagepipeline.models import ImageMetadata, Recipe, Upload
 from imagepipeline.services.embedder import LocalEmbedder
 from imagepipeline.stores.catalogue import Catalogue
 from imagepipeline.stores.vectors import EmbeddingIndex
@@ -53,8 +53,9 @@ def complete(catalogue, image_id, description, home):
 
 
 def test_every_command_explains_itself():
-    for name in cli.cli.commands:
-        result = CliRunner().invoke(cli.cli, [name, "--help"])
+    groups = [[name] for name in cli.cli.commands if name != "failed"] + [["failed", n] for n in cli.failed.commands]
+    for words in groups:
+        result = CliRunner().invoke(cli.cli, [*words, "--help"])
         assert result.exit_code == 0
         assert "Exit codes" in result.output
         assert "--json" in result.output
@@ -160,3 +161,96 @@ def test_search_finds_by_meaning(invoke, catalogue, tmp_path):
 def test_search_in_an_empty_index_says_so(invoke, catalogue):
     assert "No image" in invoke("search", "a cat")[1]
     assert invoke("search", "a cat", "--json")[1] == "[]\n"
+
+
+def fail(catalogue, image_id, reason="provider_unavailable"):
+    catalogue.fail(catalogue.claim_anew(image_id, "run"), reason, f"why {image_id} failed")
+
+
+def outcomes(answer):
+    return {row["id"]: row["outcome"] for row in json.loads(answer[1])}
+
+
+def test_failures_are_listed_with_unreadable_entries_and_filtered_by_reason(invoke, catalogue, queue):
+    fail(catalogue, "a")
+    fail(catalogue, "b", "corrupt")
+    queue.redis.lpush(queue.wait_key, b"../x\x00")
+    queue.dead_letter(*queue.claim(1).popitem(), "no ID")
+    rows = json.loads(invoke("failed", "list", "--json")[1])
+    assert [(row["id"], row["reason"]) for row in rows[:2]] == [("b", "corrupt"), ("a", "provider_unavailable")]
+    assert rows[2]["reason"] == "unreadable"
+    assert rows[2]["error"] == r"no ID: ../x\x00"
+    assert [row["id"] for row in json.loads(invoke("failed", "list", "--reason", "corrupt", "--json")[1])] == ["b"]
+    assert "corrupt" in invoke("failed", "list")[1]
+    assert json.loads(invoke("failed", "show", "a", "--json")[1])["history"][-1]["event"] == "failed"
+
+
+def test_a_retry_begins_a_new_generation_and_a_dry_run_nothing(invoke, catalogue):
+    fail(catalogue, "a")
+    fail(catalogue, "b", "corrupt")
+    assert outcomes(invoke("failed", "retry", "--reason", "corrupt", "--dry-run", "--json")) == {"b": "would retry"}
+    assert catalogue.count()["failed"] == 2
+    assert outcomes(invoke("failed", "retry", "--reason", "corrupt", "--json")) == {"b": "retried"}
+    assert (catalogue.get("b")["status"], catalogue.get("b")["generation"]) == ("pending", 2)
+    assert catalogue.get("a")["status"] == "failed"
+
+
+def test_retries_are_counted_and_capped(invoke, catalogue):
+    for _ in range(5):
+        fail(catalogue, "a")
+        assert outcomes(invoke("failed", "retry", "a", "--json")) == {"a": "retried"}
+    fail(catalogue, "a")
+    answer = invoke("failed", "retry", "--all", "--json")
+    assert answer[0] == 1
+    assert outcomes(answer) == {"a": "left alone: retried 5 times within a day"}
+    assert catalogue.get("a")["status"] == "failed"
+
+
+def test_a_dead_letter_can_be_retried_or_discarded(invoke, catalogue, queue):
+    for entry in (b"'odd\xff\"", b"x" * 2000):
+        queue.redis.lpush(queue.wait_key, entry)
+        queue.dead_letter(*queue.claim(1).popitem(), "why")
+    long, short = (row["id"] for row in json.loads(invoke("failed", "list", "--json")[1]))
+    answer = invoke("failed", "retry", "--all", "--json")
+    assert outcomes(answer)[short] == "retried"
+    assert "too long" in outcomes(answer)[long]
+    assert queue.claim(9) == {b"'odd\xff\"": 1}
+    invoke("failed", "discard", long)
+    assert queue.count()["dead"] == 0
+
+
+def test_a_discarded_failure_keeps_its_row_and_a_new_push_forgets_it(invoke, catalogue):
+    fail(catalogue, "a")
+    assert outcomes(invoke("failed", "discard", "a", "--json")) == {"a": "discarded"}
+    assert json.loads(invoke("failed", "list", "--json")[1]) == []
+    assert catalogue.get("a")["status"] == "failed"
+    fail(catalogue, "a")
+    assert len(json.loads(invoke("failed", "list", "--json")[1])) == 1
+
+
+@pytest.mark.parametrize("arguments", [["retry"], ["discard", "--dry-run"]])
+def test_acting_on_nothing_in_particular_is_wrong_usage(invoke, catalogue, arguments):
+    assert invoke("failed", *arguments)[0] == 2
+
+
+def test_an_unknown_failure_is_named(invoke, catalogue):
+    code, _, err = invoke("failed", "retry", "nobody")
+    assert (code, "nobody" in err) == (1, True)
+
+
+def test_finished_images_are_listed_for_a_while_and_kept_for_ever(invoke, catalogue, tmp_path, monkeypatch):
+    complete(catalogue, "done", "A cat", tmp_path / "home")
+    fail(catalogue, "lost")
+    listed = json.loads(invoke("list", "--json")[1])
+    assert [(row["id"], row["status"]) for row in listed] == [("done", "completed"), ("lost", "failed")]
+    monkeypatch.setenv("IMAGEPIPELINE_LIST_COMPLETED_HOURS", "1e-9")
+    assert [row["id"] for row in json.loads(invoke("list", "--json")[1])] == ["lost"]
+    assert len(json.loads(invoke("list", "--all", "--json")[1])) == 2
+
+
+def test_priorities_can_be_changed_while_an_image_waits(invoke, catalogue):
+    catalogue.accept([Upload("a"), Upload("b")])
+    assert invoke("prioritize", "b", "7")[0] == 0
+    assert [image.image_id for image in catalogue.list_pending(9)] == ["b", "a"]
+    catalogue.claim("b", 1, "run")
+    assert invoke("prioritize", "b", "8")[0] == 1

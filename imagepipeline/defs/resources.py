@@ -8,6 +8,7 @@ from pathlib import Path
 import dagster as dg
 
 from imagepipeline.services.embedder import LocalEmbedder, OpenRouterEmbedder
+from imagepipeline.services.notifier import MailNotifier, Notifier, WebhookNotifier
 from imagepipeline.services.vision import LocalVision, OpenAIVision
 from imagepipeline.stores.catalogue import Catalogue
 from imagepipeline.stores.files import FileStore
@@ -95,3 +96,25 @@ class LocalEmbedderResource(dg.ConfigurableResource[LocalEmbedder]):
     def create_resource(self, context: dg.InitResourceContext) -> LocalEmbedder:
         """The embedder; its weights are read when first asked."""
         return LocalEmbedder()
+
+
+class NotifiersResource(dg.ConfigurableResource[list[Notifier]]):
+    """How the administrators are told: by webhook, by mail, by both, or not at all."""
+
+    webhook_url: str | None = None
+    webhook_secret: str | None = None
+    webhook_allow_private: bool = False
+    smtp_url: str | None = None
+    mail_from: str = ""
+    mail_to: str = ""
+
+    def create_resource(self, context: dg.InitResourceContext) -> list[Notifier]:
+        """The configured ways; they connect when there is something to tell."""
+        notifiers: list[Notifier] = []
+        if self.webhook_url:
+            secret = self.webhook_secret or ""
+            notifiers.append(WebhookNotifier(self.webhook_url, secret, self.webhook_allow_private))
+        if self.smtp_url:
+            recipients = [address.strip() for address in self.mail_to.split(",")]
+            notifiers.append(MailNotifier(self.smtp_url, self.mail_from, recipients))
+        return notifiers

@@ -4,20 +4,23 @@ An entry moves `wait` → `active` → gone. It leaves `active` only when the ca
 crash anywhere repeats a step and loses nothing. What cannot be read ends in `dead`, with its reason.
 """
 
+import base64
+import hashlib
 import json
 import time
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
 import redis
 
-from imagepipeline.errors import StackError
+from imagepipeline.errors import InvalidUploadError, StackError
 from imagepipeline.models import Upload
 
 DEFAULT_PREFIX = "image-processing"
 SHOWN_CHARACTERS = 200
+RETRYABLE_BYTES = 1024
 
 
 class UploadQueue:
@@ -70,14 +73,46 @@ class UploadQueue:
     def dead_letter(self, entry: bytes, copies: int, reason: str) -> None:
         """Moves claimed copies of an unreadable entry to `dead`.
 
-        There it is JSON: `entry` (escaped, at most 200 characters), `reason`, `copies`, `at` (Unix seconds).
+        There it is JSON: `id`, `entry` (escaped, at most 200 characters), `raw` (base64, if the entry has at
+        most 1 kB), `reason`, `copies`, `at` (Unix seconds).
         """
-        shown = ascii(entry)[2:-1][:SHOWN_CHARACTERS]
-        letter = json.dumps({"entry": shown, "reason": reason, "copies": copies, "at": round(time.time(), 3)})
+        letter = json.dumps(
+            {
+                "id": "dead-" + hashlib.sha256(entry).hexdigest()[:12],
+                "entry": ascii(entry)[2:-1][:SHOWN_CHARACTERS],
+                "raw": base64.b64encode(entry).decode() if len(entry) <= RETRYABLE_BYTES else None,
+                "reason": reason,
+                "copies": copies,
+                "at": round(time.time(), 3),
+            }
+        )
         with _translated_errors(), self.redis.pipeline(transaction=True) as pipe:
             pipe.lpush(self.dead_key, letter)
             pipe.lrem(self.active_key, copies, entry)
             pipe.execute()
+
+    def list_dead(self) -> list[dict[str, Any]]:
+        """The dead letters, newest first, as `dead_letter` wrote them."""
+        with _translated_errors():
+            return [json.loads(letter) for letter in self.redis.lrange(self.dead_key, 0, -1)]
+
+    def retry_dead(self, letter: Mapping[str, Any]) -> None:
+        """Pushes a dead letter's entry once more and takes it off `dead`.
+
+        Raises:
+            InvalidUploadError: it was too long to be kept whole.
+        """
+        if letter["raw"] is None:
+            raise InvalidUploadError(f"{letter['id']} was too long to be kept: push the image's ID again instead")
+        with _translated_errors(), self.redis.pipeline(transaction=True) as pipe:
+            pipe.lrem(self.dead_key, 0, json.dumps(dict(letter)))
+            pipe.lpush(self.wait_key, base64.b64decode(letter["raw"]))
+            pipe.execute()
+
+    def discard_dead(self, letter: Mapping[str, Any]) -> None:
+        """Takes a letter off `dead`."""
+        with _translated_errors():
+            self.redis.lrem(self.dead_key, 0, json.dumps(dict(letter)))
 
     def count(self) -> dict[str, int]:
         """The lengths of the lists: `waiting` (`wait` and `active`: not in the catalogue yet) and `dead`."""

@@ -1,0 +1,165 @@
+"""Telling the administrators that images have failed for good: by webhook, by mail.
+
+What to tell is decided elsewhere; a notifier sends one message or raises.
+"""
+
+import email.message
+import hashlib
+import hmac
+import ipaddress
+import json
+import smtplib
+import socket
+import time
+from collections.abc import Mapping, Sequence
+from typing import Any, Protocol
+from urllib.parse import unquote, urlsplit
+
+import urllib3
+
+from imagepipeline.errors import NotificationError
+
+TIMEOUT_SECONDS = 3.0
+SMTP_TIMEOUT_SECONDS = 10.0
+NAT64 = ipaddress.ip_network("64:ff9b::/96")  # RFC 6052
+
+
+class Notifier(Protocol):
+    """A way to tell; `channel` is its name in the outbox."""
+
+    channel: str
+
+    def send(self, failures: Sequence[Mapping[str, Any]]) -> None:
+        """Sends one message about one failure, or a digest of several.
+
+        Args:
+            failures: rows of the outbox: image_id, generation, reason, error, attempts, failed_at.
+
+        Raises:
+            NotificationError: it was not taken; it may be sent again, with the same event ID.
+        """
+
+
+def build_message(failures: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """The JSON of a message. The same failures have the same `eventId`, by which a receiver knows a repetition."""
+    images = [
+        {
+            "imageId": failure["image_id"],
+            "generation": failure["generation"],
+            "reason": failure["reason"],
+            "error": failure["error"],
+            "attempts": failure["attempts"],
+            "failedAt": failure["failed_at"].isoformat(),
+        }
+        for failure in failures
+    ]
+    keys = " ".join(f"{image['imageId']}:{image['generation']}" for image in images)
+    event_id = keys if len(images) == 1 else "digest:" + hashlib.sha256(keys.encode()).hexdigest()[:32]
+    if len(images) == 1:
+        return {"type": "image-processing-failed", "eventId": event_id, **images[0]}
+    return {"type": "image-processing-failed-digest", "eventId": event_id, "count": len(images), "images": images}
+
+
+class WebhookNotifier:
+    """A POST of JSON, signed; https to a public address, unless private ones are allowed. Redirects are not followed.
+
+    `X-Imagepipeline-Signature` is `sha256=` and the HMAC-SHA256, in hex, of timestamp, dot and body under the secret;
+    `X-Imagepipeline-Timestamp` is that timestamp, in Unix seconds.
+    """
+
+    channel = "webhook"
+
+    def __init__(self, url: str, secret: str, allows_private: bool) -> None:
+        self._url = urlsplit(url)
+        self._secret = secret.encode()
+        self._allows_private = allows_private
+
+    def send(self, failures: Sequence[Mapping[str, Any]]) -> None:
+        """Tries once, for at most 3 s to connect and 3 s to be answered."""
+        body = json.dumps(build_message(failures)).encode()
+        timestamp = str(int(time.time()))
+        signature = hmac.new(self._secret, timestamp.encode() + b"." + body, hashlib.sha256).hexdigest()
+        headers = {
+            "Host": self._url.netloc.rpartition("@")[2],
+            "Content-Type": "application/json",
+            "X-Imagepipeline-Timestamp": timestamp,
+            "X-Imagepipeline-Signature": f"sha256={signature}",
+        }
+        path = (self._url.path or "/") + (f"?{self._url.query}" if self._url.query else "")
+        try:
+            with self._connect() as pool:
+                answer = pool.urlopen("POST", path, body=body, headers=headers, redirect=False, retries=False)
+        except (urllib3.exceptions.HTTPError, OSError) as error:
+            raise NotificationError(f"the webhook did not answer: {type(error).__name__}") from None
+        if not 200 <= answer.status < 300:
+            raise NotificationError(f"the webhook answered {answer.status}")
+
+    def _connect(self) -> urllib3.HTTPConnectionPool:
+        """To the very address that was checked: a name could mean another one when it is looked up again."""
+        host, is_https = self._url.hostname or "", self._url.scheme == "https"
+        if not is_https and not (self._allows_private and self._url.scheme == "http"):
+            raise NotificationError("the webhook must be https")
+        port = self._url.port or (443 if is_https else 80)
+        address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0][4][0]
+        if not self._allows_private and not is_public(str(address)):
+            raise NotificationError("the webhook is at a private address")
+        timeout = urllib3.Timeout(TIMEOUT_SECONDS)
+        if is_https:
+            return urllib3.HTTPSConnectionPool(
+                str(address), port, timeout=timeout, server_hostname=host, assert_hostname=host
+            )
+        return urllib3.HTTPConnectionPool(str(address), port, timeout=timeout)
+
+
+def is_public(address: str) -> bool:
+    """Whether an IP address is on the public Internet, also when it wraps an IPv4 address in an IPv6 one."""
+    ip = ipaddress.ip_address(address.partition("%")[0])
+    if isinstance(ip, ipaddress.IPv6Address):
+        wrapped = [ip.ipv4_mapped, ip.sixtofour, *(ip.teredo or ())]
+        if ip in NAT64:
+            wrapped.append(ipaddress.IPv4Address(int(ip) & 0xFFFFFFFF))
+        if any(inner is not None and not is_public(str(inner)) for inner in wrapped):
+            return False
+    return ip.is_global and not ip.is_multicast
+
+
+class MailNotifier:
+    """A plain-text mail. `smtps://` is encrypted from the start, `smtp://` as soon as the server offers it."""
+
+    channel = "mail"
+
+    def __init__(self, url: str, sender: str, recipients: Sequence[str]) -> None:
+        self._url = urlsplit(url)
+        self._sender = sender
+        self._recipients = recipients
+
+    def send(self, failures: Sequence[Mapping[str, Any]]) -> None:
+        """Tries once, for at most 10 s."""
+        content = build_message(failures)
+        message = email.message.EmailMessage()
+        first = failures[0]
+        is_digest = len(failures) > 1
+        message["Subject"] = f"{len(failures)} images failed" if is_digest else f"Image {first['image_id']} failed"
+        message["From"], message["To"] = self._sender, ", ".join(self._recipients)
+        message["Message-ID"] = f"<{hashlib.sha256(content['eventId'].encode()).hexdigest()[:32]}@imagepipeline>"
+        message.set_content("\n".join(_describe(failure) for failure in failures))
+        try:
+            self._deliver(message)
+        except (smtplib.SMTPException, OSError) as error:
+            raise NotificationError(f"the mail server did not take it: {type(error).__name__}") from None
+
+    def _deliver(self, message: email.message.EmailMessage) -> None:
+        is_encrypted = self._url.scheme == "smtps"
+        client = smtplib.SMTP_SSL if is_encrypted else smtplib.SMTP
+        port = self._url.port or (465 if is_encrypted else 25)
+        with client(self._url.hostname or "", port, timeout=SMTP_TIMEOUT_SECONDS) as server:
+            if not is_encrypted and server.has_extn("starttls"):
+                server.starttls()
+            if self._url.username:
+                server.login(unquote(self._url.username), unquote(self._url.password or ""))
+            server.send_message(message)
+
+
+def _describe(failure: Mapping[str, Any]) -> str:
+    at = failure["failed_at"].isoformat(timespec="seconds")
+    return f"{at}  {failure['image_id']}  {failure['reason']}, attempt {failure['attempts']}: {failure['error']}"

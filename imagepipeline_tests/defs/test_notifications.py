@@ -1,0 +1,85 @@
+"""Once per failure, none lost while the other end is down, and a digest when many fail at once."""
+
+import dagster as dg
+import pytest
+
+from imagepipeline.defs.notifications import DIGEST_ABOVE, notification_sensor
+from imagepipeline.errors import NotificationError
+
+
+class ScriptedNotifier:
+    def __init__(self, channel="webhook"):
+        self.channel = channel
+        self.sent = []
+        self.is_down = False
+
+    def send(self, failures):
+        if self.is_down:
+            raise NotificationError("the webhook did not answer")
+        self.sent.append([row["image_id"] for row in failures])
+
+
+@pytest.fixture
+def tick(catalogue, instance):
+    def tick(*notifiers):
+        resources = {"catalogue": catalogue, "notifiers": list(notifiers)}
+        return notification_sensor(dg.build_sensor_context(instance=instance, resources=resources)).skip_message
+
+    return tick
+
+
+@pytest.fixture
+def fail(catalogue):
+    def fail(image_id):
+        catalogue.fail(catalogue.claim_anew(image_id, "run"), "corrupt", "cut off")
+
+    return fail
+
+
+def test_every_failure_is_told_once_on_every_channel(tick, fail):
+    webhook, mail = ScriptedNotifier(), ScriptedNotifier("mail")
+    fail("a")
+    for _ in range(3):
+        tick(webhook, mail)
+    assert webhook.sent == mail.sent == [["a"]]
+
+
+def test_a_new_generation_that_fails_is_told_again(tick, fail):
+    webhook = ScriptedNotifier()
+    for _ in range(2):
+        fail("a")
+        tick(webhook)
+    assert webhook.sent == [["a"], ["a"]]
+
+
+def test_nothing_is_lost_while_the_other_end_is_down(tick, fail):
+    webhook, mail = ScriptedNotifier(), ScriptedNotifier("mail")
+    webhook.is_down = True
+    fail("a")
+    assert "did not answer" in tick(webhook, mail)
+    assert mail.sent == [["a"]]
+    webhook.is_down = False
+    tick(webhook, mail)
+    assert webhook.sent == mail.sent == [["a"]]
+
+
+def test_many_at_once_are_one_message(tick, fail):
+    webhook = ScriptedNotifier()
+    names = [f"i{number}" for number in range(DIGEST_ABOVE + 1)]
+    for name in names:
+        fail(name)
+    tick(webhook)
+    assert webhook.sent == [names]
+
+
+def test_completed_images_are_not_told_of(tick, catalogue):
+    webhook = ScriptedNotifier()
+    catalogue.hand_back(catalogue.claim_anew("a", "run"), "x")
+    tick(webhook)
+    assert webhook.sent == []
+
+
+def test_without_a_notifier_failures_wait_in_the_outbox(tick, fail, catalogue):
+    fail("a")
+    assert tick() == "No webhook or mail server is set."
+    assert len(catalogue.list_unsent("mail")) == 1

@@ -1,0 +1,175 @@
+"""Webhooks against a real HTTP server, mails against a real SMTP server, and addresses that must not be reached."""
+
+import hashlib
+import hmac
+import json
+from datetime import UTC, datetime
+
+import pytest
+from aiosmtpd.controller import Controller
+from werkzeug import Response
+
+from imagepipeline.errors import NotificationError
+from imagepipeline.services.notifier import MailNotifier, WebhookNotifier, is_public
+
+
+def failure(number=1):
+    return {
+        "image_id": f"image{number}",
+        "generation": 2,
+        "reason": "corrupt",
+        "error": "cut off",
+        "attempts": 1,
+        "failed_at": datetime(2026, 1, 2, tzinfo=UTC),
+    }
+
+
+@pytest.fixture
+def webhook(httpserver):
+    return WebhookNotifier(httpserver.url_for("/hook?team=1"), "a secret of ours", allows_private=True)
+
+
+def received(httpserver):
+    [(request, _)] = httpserver.log
+    return request, request.get_json()
+
+
+def test_one_failure_is_one_message_of_the_old_shape_and_more(httpserver, webhook):
+    httpserver.expect_request("/hook", method="POST", query_string="team=1").respond_with_data("")
+    webhook.send([failure()])
+    _, body = received(httpserver)
+    assert body == {
+        "type": "image-processing-failed",
+        "eventId": "image1:2",
+        "imageId": "image1",
+        "generation": 2,
+        "reason": "corrupt",
+        "error": "cut off",
+        "attempts": 1,
+        "failedAt": "2026-01-02T00:00:00+00:00",
+    }
+
+
+def test_a_message_is_signed(httpserver, webhook):
+    httpserver.expect_request("/hook").respond_with_data("")
+    webhook.send([failure()])
+    request, _ = received(httpserver)
+    signed = request.headers["X-Imagepipeline-Timestamp"].encode() + b"." + request.get_data()
+    expected = hmac.new(b"a secret of ours", signed, hashlib.sha256).hexdigest()
+    assert request.headers["X-Imagepipeline-Signature"] == f"sha256={expected}"
+
+
+def test_several_failures_are_one_digest_with_a_stable_id(httpserver, webhook):
+    httpserver.expect_request("/hook").respond_with_data("")
+    for _ in range(2):
+        webhook.send([failure(1), failure(2)])
+    bodies = [request.get_json() for request, _ in httpserver.log]
+    assert bodies[0] == bodies[1]
+    assert (bodies[0]["type"], bodies[0]["count"]) == ("image-processing-failed-digest", 2)
+    assert [image["imageId"] for image in bodies[0]["images"]] == ["image1", "image2"]
+
+
+@pytest.mark.parametrize("status", [301, 302, 307, 400, 500])
+def test_anything_but_success_is_an_error_and_redirects_are_not_followed(httpserver, webhook, status):
+    httpserver.expect_request("/hook").respond_with_response(
+        Response("", status, {"Location": httpserver.url_for("/elsewhere")})
+    )
+    with pytest.raises(NotificationError, match=str(status)):
+        webhook.send([failure()])
+    assert len(httpserver.log) == 1
+
+
+def test_a_webhook_that_is_not_there_is_an_error_without_its_address():
+    webhook = WebhookNotifier("http://127.0.0.1:9/canary", "s", allows_private=True)
+    with pytest.raises(NotificationError) as caught:
+        webhook.send([failure()])
+    assert "canary" not in str(caught.value)
+    assert "127" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("url", "why"),
+    [
+        ("http://example.com/", "https"),
+        ("ftp://example.com/", "https"),
+        ("https://127.0.0.1/", "private"),
+        ("https://localhost/", "private"),
+        ("https://[::1]/", "private"),
+    ],
+)
+def test_by_default_only_https_to_public_addresses_is_used(url, why):
+    with pytest.raises(NotificationError, match=why):
+        WebhookNotifier(url, "s", allows_private=False).send([failure()])
+
+
+@pytest.mark.parametrize(
+    ("address", "expected"),
+    [
+        ("93.184.216.34", True),
+        ("2606:2800:220:1::1", True),
+        ("64:ff9b::5db8:d822", True),
+        ("0.0.0.0", False),
+        ("10.0.0.1", False),
+        ("100.64.0.1", False),
+        ("127.0.0.1", False),
+        ("169.254.169.254", False),
+        ("172.16.0.1", False),
+        ("192.168.1.1", False),
+        ("224.0.0.1", False),
+        ("255.255.255.255", False),
+        ("::", False),
+        ("::1", False),
+        ("fe80::1%eth0", False),
+        ("fc00::1", False),
+        ("ff02::1", False),
+        ("::ffff:127.0.0.1", False),
+        ("::ffff:10.0.0.1", False),
+        ("2002:7f00:1::", False),
+        ("64:ff9b::7f00:1", False),
+        ("64:ff9b::a9fe:a9fe", False),
+    ],
+)
+def test_private_addresses_are_known_in_every_disguise(address, expected):
+    assert is_public(address) is expected
+
+
+class Mailbox:
+    def __init__(self):
+        self.mails = []
+
+    async def handle_DATA(self, server, session, envelope):  # noqa: N802
+        self.mails.append(envelope)
+        return "250 OK"
+
+
+@pytest.fixture
+def mailbox():
+    mailbox = Mailbox()
+    controller = Controller(mailbox, hostname="127.0.0.1", port=0)
+    controller.start()
+    mailbox.port = controller.server.sockets[0].getsockname()[1]
+    yield mailbox
+    controller.stop()
+
+
+def test_a_mail_says_what_failed_and_why(mailbox):
+    MailNotifier(f"smtp://127.0.0.1:{mailbox.port}", "us@example.org", ["a@example.org", "b@example.org"]).send(
+        [failure(1), failure(2)]
+    )
+    [mail] = mailbox.mails
+    assert mail.rcpt_tos == ["a@example.org", "b@example.org"]
+    text = mail.content.decode()
+    assert "Subject: 2 images failed" in text
+    assert "image1  corrupt, attempt 1: cut off" in text
+
+
+def test_a_mail_server_that_is_not_there_is_an_error():
+    with pytest.raises(NotificationError, match="mail server"):
+        MailNotifier("smtp://u:canary@127.0.0.1:9", "us", ["a"]).send([failure()])
+
+
+def test_the_signed_body_is_json(httpserver, webhook):
+    httpserver.expect_request("/hook").respond_with_data("")
+    webhook.send([failure() | {"error": 'quote " and ünïcode \n'}])
+    request, _ = received(httpserver)
+    assert json.loads(request.get_data())["error"] == 'quote " and ünïcode \n'
