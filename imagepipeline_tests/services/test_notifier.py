@@ -3,6 +3,7 @@
 import hashlib
 import hmac
 import json
+import socket
 from datetime import UTC, datetime
 
 import pytest
@@ -145,9 +146,11 @@ class Mailbox:
 @pytest.fixture
 def mailbox():
     mailbox = Mailbox()
-    controller = Controller(mailbox, hostname="127.0.0.1", port=0)
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        mailbox.port = free.getsockname()[1]
+    controller = Controller(mailbox, hostname="127.0.0.1", port=mailbox.port)
     controller.start()
-    mailbox.port = controller.server.sockets[0].getsockname()[1]
     yield mailbox
     controller.stop()
 

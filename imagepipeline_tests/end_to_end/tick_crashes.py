@@ -1,0 +1,238 @@
+"""Kills the daemon's sensor tick at every step, lets the next ticks repair it, and counts what was lost or doubled.
+
+    python -m imagepipeline_tests.end_to_end.tick_crashes --repeat 10      # 540 trials; writes docs/kill-matrix.md
+
+Each trial is a process of its own that runs Dagster's real sensor iteration on a SQLite instance, with a real
+Redis-compatible server, and dies by a real signal: at Dagster's own six crash points, and at three of ours.
+"""
+
+import argparse
+import itertools
+import json
+import os
+import signal
+import sys
+import tempfile
+import threading
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
+from typing import Any
+
+import dagster as dg
+from dagster._core.remote_origin import InProcessCodeLocationOrigin
+from dagster._core.test_utils import InProcessTestWorkspaceLoadTarget, freeze_time
+from dagster._core.types.loadable_target_origin import LoadableTargetOrigin
+from dagster._core.workspace.context import WorkspaceProcessContext
+from dagster._daemon.sensor import execute_sensor_iteration
+from dagster._utils.interrupts import setup_interrupt_handlers
+
+import imagepipeline.definitions  # noqa: F401  (before the fork, so that no trial pays for it)
+from imagepipeline.runtime import processes, valkey
+from imagepipeline.stores.catalogue import Catalogue
+from imagepipeline.stores.uploads import UploadQueue
+
+DAGSTER_POINTS = (
+    "TICK_CREATED",
+    "TICK_HELD",
+    "AUTOMATION_EVALUATIONS_ADDED",
+    "RUN_IDS_RESERVED",
+    "RUN_CREATED",
+    "RUN_LAUNCHED",
+)
+OUR_POINTS = ("after LMOVE", "after commit", "before LREM")
+POINTS = DAGSTER_POINTS + OUR_POINTS
+SIGNALS = (signal.SIGKILL, signal.SIGTERM)
+BATCHES = (1, 5, 50)
+BAD_ENTRY = b"../etc/passwd"
+
+
+def run_trial(redis_url: str, point: str, signal_number: int, batch: int) -> dict[str, Any]:
+    """Pushes a batch, kills the tick that takes it in, runs two more ticks, and looks at what there is.
+
+    Returns:
+        `was_killed`, `lost` and `double` (numbers of IDs), and `left` (entries still on a list).
+    """
+    with tempfile.TemporaryDirectory(prefix="ip", dir="/tmp") as folder:
+        home = Path(folder)
+        prefix = home.name
+        os.environ.update(
+            IMAGEPIPELINE_HOME=str(home), REDIS_URL=redis_url, IMAGEPIPELINE_QUEUE_PREFIX=prefix, DAGSTER_HOME=str(home)
+        )
+        # Ten images at most wait for a run at once: the rest of a batch of 50 is asked for by later ticks.
+        (home / "dagster.yaml").write_text("telemetry: {enabled: false}\n")
+        catalogue = Catalogue(f"sqlite:///{home / 'catalogue.sqlite'}")
+        catalogue.migrate()
+        queue = UploadQueue(redis_url, prefix)
+        image_ids = [f"image{number}" for number in range(batch)]
+        for image_id in image_ids:
+            queue.enqueue(image_id)
+        if batch > 1:  # a duplicate and an entry that cannot be read, in between
+            queue.enqueue(image_ids[0])
+            queue.redis.lpush(queue.wait_key, BAD_ENTRY)
+        began = datetime.now(UTC)
+        status = _in_child(lambda: _tick(began, point, signal_number))
+        _in_child(lambda: [_tick(began + timedelta(seconds=60 * n)) for n in (1, 2)])
+        runs = _in_child_json(_list_partitions_of_runs)
+        counts = Counter(runs)
+        states = catalogue.get_states(image_ids)
+        # More wait than there is room for in Dagster's queue: those are safe in the catalogue.
+        lost = [i for i in image_ids if i not in states or (counts[i] == 0 and len(counts) < min(batch, 15))]
+        left = queue.count()["waiting"]
+        dead = queue.count()["dead"]
+        queue.redis.delete(queue.wait_key, queue.active_key, queue.dead_key)
+        return {
+            "was_killed": os.WIFSIGNALED(status) or os.waitstatus_to_exitcode(status) != 0,
+            "lost": len(lost),
+            "double": sum(count > 1 for count in counts.values()) + sum(g != 1 for g, _ in states.values()),
+            "left": left + (dead != (batch > 1)),
+        }
+
+
+def _tick(at: datetime, point: str | None = None, signal_number: int = 0) -> None:
+    """One iteration of the sensor daemon at a time of day, dying at `point`."""
+    flags: dict[str, dict[str, int]] = {}
+    if point in DAGSTER_POINTS:
+        flags = {"upload_sensor": {point: signal_number}}
+    elif point is not None:
+        _die_at(point, signal_number)
+    origin = LoadableTargetOrigin(executable_path=sys.executable, module_name="imagepipeline.definitions")
+    target = InProcessTestWorkspaceLoadTarget(InProcessCodeLocationOrigin(origin, location_name="imagepipeline"))
+    with (
+        dg.DagsterInstance.get() as instance,
+        WorkspaceProcessContext(instance, target) as workspace,
+        freeze_time(at),
+    ):
+        list(execute_sensor_iteration(workspace, _logger(), None, None, debug_crash_flags=flags))
+
+
+def _die_at(point: str, signal_number: int) -> None:
+    def die(*_: Any) -> None:
+        os.kill(os.getpid(), signal_number)
+        time.sleep(1)  # a signal that raises does so here
+
+    if point == "after LMOVE":
+        _wrap(UploadQueue, "claim", after=die)
+    elif point == "after commit":
+        _wrap(Catalogue, "accept", after=die)
+    else:
+        _wrap(UploadQueue, "acknowledge", before=die)
+
+
+def _wrap(
+    owner: type, name: str, before: Callable[..., None] | None = None, after: Callable[..., None] | None = None
+) -> None:
+    original = getattr(owner, name)
+
+    def wrapped(*arguments: Any, **options: Any) -> Any:
+        if before:
+            before()
+        result = original(*arguments, **options)
+        if after:
+            after()
+        return result
+
+    setattr(owner, name, wrapped)
+
+
+def _list_partitions_of_runs() -> list[str]:
+    with dg.DagsterInstance.get() as instance:
+        return [run.tags["dagster/partition"] for run in instance.get_runs()]
+
+
+def _logger() -> Any:
+    import logging
+
+    logger = logging.getLogger("tick")
+    logger.setLevel(logging.CRITICAL)
+    return logger
+
+
+def _in_child(action: Callable[[], object]) -> int:
+    """Runs an action in a forked process; gives the status that `os.waitpid` gives."""
+    assert threading.active_count() == 1, "fork before threads"
+    pid = os.fork()
+    if pid == 0:
+        code = 1
+        try:
+            devnull = os.open(os.devnull, os.O_WRONLY)
+            os.dup2(devnull, 1)
+            os.dup2(devnull, 2)
+            setup_interrupt_handlers()
+            action()
+            code = 0
+        finally:
+            os._exit(code)
+    return os.waitpid(pid, 0)[1]
+
+
+def _in_child_json(action: Callable[[], Any]) -> Any:
+    read, write = os.pipe()
+    _in_child(lambda: os.write(write, json.dumps(action()).encode()))
+    os.close(write)
+    with os.fdopen(read) as answer:
+        return json.loads(answer.read())
+
+
+@contextmanager
+def redis_server() -> Iterator[str]:
+    """A server for the trials."""
+    with tempfile.TemporaryDirectory(prefix="ip", dir="/tmp") as folder:
+        socket = Path(folder, "valkey.sock")
+        process = valkey.start_server(Path(folder, "data"), socket, Path(folder, "log"))
+        yield f"unix://{socket}?db=0"
+        processes.stop(process, patience_seconds=10)
+
+
+def main() -> None:
+    """Runs the matrix and writes it down; exits with 1 if anything was lost, doubled or left."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--repeat", type=int, default=1)
+    parser.add_argument("--batches", type=int, nargs="*", default=BATCHES)
+    parser.add_argument("--json", action="store_true", help="print the totals as JSON and write no file")
+    options = parser.parse_args()
+    table: dict[tuple[str, str], Counter[str]] = {}
+    began = time.monotonic()
+    with redis_server() as redis_url:
+        for point, number, batch, _ in itertools.product(POINTS, SIGNALS, options.batches, range(options.repeat)):
+            result = run_trial(redis_url, point, number, batch)
+            cell = table.setdefault((point, number.name), Counter())
+            cell.update({"trials": 1, **{name: int(value) for name, value in result.items()}})
+            print(f"{point:<30} {number.name:<8} batch {batch:<3} {result}", file=sys.stderr, flush=True)
+    total = sum(table.values(), Counter())
+    seconds = time.monotonic() - began
+    if options.json:
+        names = ("trials", "was_killed", "lost", "double", "left")
+        print(json.dumps({"seconds": round(seconds), **{name: total[name] for name in names}}))
+    else:
+        Path("docs/kill-matrix.md").write_text(_format(table, total, seconds))
+    sys.exit(int(bool(total["lost"] or total["double"] or total["left"] or total["was_killed"] < total["trials"])))
+
+
+def _format(table: dict[tuple[str, str], Counter[str]], total: Counter[str], seconds: float) -> str:
+    lines = [
+        "# The kill matrix",
+        "",
+        f"The sensor tick, killed at every step: {total['trials']} trials in {seconds / 60:.0f} minutes, on SQLite.",
+        "Written by `python -m imagepipeline_tests.end_to_end.tick_crashes --repeat 10`.",
+        "",
+        "Each trial pushes a batch (of " + ", ".join(map(str, BATCHES)) + "; in the larger ones an ID twice and an",
+        "entry that cannot be read), kills the tick, runs two more ticks, and counts the IDs without a row or a run",
+        "(lost), with two runs or a second generation (double), and the entries still on a list (left).",
+        "",
+        "| killed at | by | trials | killed | lost | double | left |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    for (point, name), cell in table.items():
+        numbers = [cell[column] for column in ("trials", "was_killed", "lost", "double", "left")]
+        lines.append(f"| {point} | {name} | " + " | ".join(map(str, numbers)) + " |")
+    numbers = [total[column] for column in ("trials", "was_killed", "lost", "double", "left")]
+    lines.append("| **all** | | " + " | ".join(map(str, numbers)) + " |")
+    return "\n".join(lines) + "\n"
+
+
+if __name__ == "__main__":
+    main()
