@@ -1,0 +1,68 @@
+"""One run of an image `cat`, as a process: FOLDER GENERATION [EFFECT before|after SIGNAL]."""
+
+import os
+import signal
+import sys
+from pathlib import Path
+from typing import Any
+
+import dagster as dg
+
+from imagepipeline.defs.assets import embedding, metadata, variants
+from imagepipeline.defs.failures import GENERATION_TAG
+from imagepipeline.services.embedder import LocalEmbedder
+from imagepipeline.services.vision import LocalVision
+from imagepipeline.stores.catalogue import Catalogue
+from imagepipeline.stores.files import FileStore
+from imagepipeline.stores.vectors import EmbeddingIndex
+from imagepipeline_tests.end_to_end.test_crashes import EFFECTS
+
+
+def signal_at(effect: str, moment: str, name: str) -> None:
+    """Has the process send itself a signal the first time it comes to the effect."""
+    owner, method = EFFECTS[effect]
+    original = getattr(owner, method)
+    sent = []
+
+    def send() -> None:
+        if not sent:
+            sent.append(True)
+            os.kill(os.getpid(), getattr(signal, name))
+
+    def wrapped(*arguments: Any, **options: Any) -> Any:
+        if moment == "before":
+            send()
+        result = original(*arguments, **options)
+        if moment == "after":
+            send()
+        return result
+
+    setattr(owner, method, wrapped)
+
+
+def main() -> None:
+    """Exits with 0 if Dagster calls the run a success."""
+    folder, generation = Path(sys.argv[1]), sys.argv[2]
+    if len(sys.argv) > 3:
+        signal_at(*sys.argv[3:])
+    with dg.DagsterInstance.from_config(str(folder)) as instance:
+        instance.add_dynamic_partitions("uploads", ["cat"])
+        result = dg.materialize(
+            [metadata, variants, embedding],
+            partition_key="cat",
+            instance=instance,
+            tags={GENERATION_TAG: generation},
+            resources={
+                "catalogue": Catalogue(f"sqlite:///{folder / 'catalogue.sqlite'}"),
+                "files": FileStore(folder / "storage"),
+                "index": EmbeddingIndex(str(folder / "lancedb")),
+                "vision": LocalVision(),
+                "embedder": LocalEmbedder(),
+            },
+            raise_on_error=False,
+        )
+    sys.exit(int(not result.success))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,184 @@
+"""Runs that are killed, and runs that come back from the dead, at every effect they have on the world.
+
+A run is a forked process that executes Dagster's job on a real instance. It dies or freezes by a signal it sends itself
+right before or after an effect; the reconciler then hands the image over, and a second run does it again.
+"""
+
+import io
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import dagster as dg
+import pytest
+from PIL import Image
+
+from imagepipeline.defs.reconciler import STALL_SECONDS, StandstillWatch, reconcile
+from imagepipeline.models import Status, Upload
+from imagepipeline.services.embedder import LocalEmbedder
+from imagepipeline.services.vision import LocalVision
+from imagepipeline.stores.catalogue import Catalogue
+from imagepipeline.stores.files import FileStore
+from imagepipeline.stores.vectors import EmbeddingIndex
+from imagepipeline_tests.conftest import PHOTOS
+
+ROOT = Path(__file__).parent.parent.parent
+EFFECTS = {
+    "claim": (Catalogue, "claim"),
+    "read": (FileStore, "read"),
+    "provider call": (LocalVision, "describe"),
+    "store the answer": (Catalogue, "save_metadata"),
+    "variant rows": (Catalogue, "save_variants"),
+    "rename": (FileStore, "write"),
+    "embed": (LocalEmbedder, "embed"),
+    "index commit": (EmbeddingIndex, "upsert"),
+    "result": (Catalogue, "record_result"),
+    "final status": (Catalogue, "finish"),
+}
+LEGAL = {  # which event may follow which, in one image's history
+    None: {"accepted"},
+    "accepted": {"claimed"},
+    "claimed": {"made", "recovered", "handed_back", "failed", "completed"},
+    "made": {"made", "recovered", "completed"},
+    "recovered": {"handed_back"},
+    "handed_back": {"claimed"},
+    "completed": set(),
+}
+
+
+@pytest.fixture
+def world(tmp_path, request):
+    """The stores of one image `cat`, pending, and a Dagster instance on disk."""
+    return World(tmp_path)
+
+
+class World:
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.catalogue = Catalogue(f"sqlite:///{folder / 'catalogue.sqlite'}")
+        self.catalogue.migrate()
+        self.files = FileStore(folder / "storage")
+        self.files.put_original("cat", (PHOTOS / "cat.jpg").read_bytes(), "jpg")
+        self.catalogue.accept([Upload("cat")])
+        (folder / "dagster.yaml").write_text("telemetry: {enabled: false}\n")
+
+    def start_run(self, *arguments: str) -> subprocess.Popen:
+        """A run of the image's present generation as a process of its own."""
+        generation = str(self.catalogue.get("cat")["generation"])
+        command = [sys.executable, "-m", "imagepipeline_tests.end_to_end.one_run", str(self.folder), generation]
+        return subprocess.Popen([*command, *arguments], cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+
+    def hand_over(self) -> list[str]:
+        """What the reconciler does once the run has stood still for long enough."""
+        now = [0.0]
+        watch = StandstillWatch(lambda: now[0])
+        with dg.DagsterInstance.from_config(str(self.folder)) as instance:
+            reconcile(self.catalogue, instance, watch)
+            now[0] += STALL_SECONDS
+            return reconcile(self.catalogue, instance, watch)
+
+    def check(self) -> None:
+        """The invariants of a completed image, over its whole history."""
+        row = self.catalogue.get("cat")
+        assert row["status"] == "completed"
+        assert len(row["variants"]) == 6
+        for variant in row["variants"]:
+            content = self.files.read(variant["path"])
+            image = Image.open(io.BytesIO(content))
+            image.load()
+            assert (len(content), *image.size) == (variant["size"], variant["width"], variant["height"])
+        leftovers = list((self.files.root / "variants").rglob("*.tmp"))
+        assert len(leftovers) <= 1  # of the killed process: nobody reads it
+        index = EmbeddingIndex(str(self.folder / "lancedb"))
+        embedded = index.nearest(LocalEmbedder().embed("cat"), 9)
+        assert [neighbour.image_id for neighbour in embedded] == ["cat"]
+        assert index.get("cat", LocalEmbedder.recipe.version)["fence"] == row["fence"]
+        previous = None
+        for event, following in zip(row["history"], row["history"][1:], strict=False):
+            assert following["generation"] >= event["generation"]
+            assert following["fence"] >= event["fence"]
+        for event in row["history"]:
+            assert event["event"] in LEGAL[previous], [e["event"] for e in row["history"]]
+            previous = event["event"]
+        assert [e["event"] for e in row["history"]].count("completed") == 1
+
+
+@pytest.mark.parametrize("effect", EFFECTS)
+@pytest.mark.parametrize("moment", ["before", "after"])
+def test_a_killed_run_is_succeeded_and_its_image_is_done_once(world, effect, moment):
+    process = world.start_run(effect, moment, "SIGKILL")
+    assert process.wait() == -signal.SIGKILL
+    world.hand_over()
+    if world.catalogue.get("cat")["status"] != "completed":
+        assert world.start_run().wait() == 0
+    world.check()
+
+
+@pytest.mark.parametrize(
+    "effect", ["store the answer", "variant rows", "rename", "index commit", "result", "final status"]
+)
+def test_a_frozen_run_that_wakes_after_its_succession_changes_nothing(world, effect):
+    zombie = world.start_run(effect, "before", "SIGSTOP")
+    assert os.WIFSTOPPED(os.waitpid(zombie.pid, os.WUNTRACED)[1])
+    assert world.hand_over()
+    assert world.start_run().wait() == 0
+    world.check()
+    before = world.catalogue.get("cat")
+    files = {path: path.stat().st_size for path in (world.files.root / "variants").iterdir()}
+    os.kill(zombie.pid, signal.SIGCONT)
+    assert zombie.wait() == 0  # it ends quietly
+    assert world.catalogue.get("cat") == before
+    assert {path: path.stat().st_size for path in (world.files.root / "variants").iterdir()} == files
+    world.check()
+
+
+def test_a_code_server_that_dies_with_its_runs_costs_time_only(tmp_path, monkeypatch):
+    monkeypatch.setenv("IMAGEPIPELINE_HOME", str(tmp_path / "home"))
+    command = Path(sys.executable).parent / "imagepipeline"
+
+    def call(*arguments: str) -> dict:
+        return json.loads(subprocess.run([command, *arguments, "--json"], capture_output=True, check=True).stdout)
+
+    def wait_until(condition: Callable[[], bool]) -> float:
+        began = time.monotonic()
+        while not condition():
+            assert time.monotonic() - began < 240, call("status")
+            time.sleep(0.5)
+        return time.monotonic() - began
+
+    with subprocess.Popen([command, "up", "--json"], stdout=subprocess.PIPE, stderr=subprocess.DEVNULL) as stack:
+        try:
+            assert stack.stdout.readline()
+            subprocess.run([command, "push", *map(str, PHOTOS.glob("*.jpg"))], check=True, stdout=subprocess.DEVNULL)
+            wait_until(lambda: call("status")["processing"] >= 2)
+            server = find_process(tmp_path, b"imagepipeline.definitions")
+            os.killpg(server, signal.SIGKILL)  # and with it all runs
+            lost = call("status")["processing"]
+            assert lost >= 2
+            seconds = wait_until(lambda: call("status")["completed"] == 5)
+            print(f"{lost} runs lost with their server; all five images completed {seconds:.0f} s later")
+            assert call("status")["failed"] == 0
+        finally:
+            stack.send_signal(signal.SIGTERM)
+            stack.wait(60)
+    catalogue = Catalogue(f"sqlite:///{tmp_path / 'home' / 'catalogue.sqlite'}")
+    for row in catalogue.list_ended(Status.COMPLETED):
+        events = [event["event"] for event in catalogue.get(row["id"])["history"]]
+        assert events.count("completed") == 1
+
+
+def find_process(folder: Path, word: bytes) -> int:
+    """The leader of the process group of a home's process whose command line has the word."""
+    for path in Path("/proc").glob("[0-9]*"):
+        try:
+            is_ours = str(folder).encode() in (path / "environ").read_bytes()
+            if is_ours and word in (path / "cmdline").read_bytes():
+                return os.getpgid(int(path.name))
+        except OSError:
+            continue
+    raise AssertionError(f"no process of {folder} has {word!r}")

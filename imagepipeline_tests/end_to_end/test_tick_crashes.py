@@ -1,0 +1,16 @@
+"""The short form of the kill matrix: every crash point and signal once, with a batch of five."""
+
+import json
+import subprocess
+import sys
+
+from imagepipeline_tests.end_to_end.test_crashes import ROOT
+
+
+def test_a_tick_that_is_killed_anywhere_loses_and_doubles_nothing():
+    command = [sys.executable, "-m", "imagepipeline_tests.end_to_end.tick_crashes", "--batches", "5", "--json"]
+    result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    assert result.returncode == 0, result.stderr
+    totals = json.loads(result.stdout)
+    assert (totals["trials"], totals["was_killed"]) == (18, 18)
+    assert totals["lost"] == totals["double"] == totals["left"] == 0
