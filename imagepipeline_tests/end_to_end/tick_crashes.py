@@ -161,6 +161,8 @@ def _in_child(action: Callable[[], object]) -> int:
             devnull = os.open(os.devnull, os.O_WRONLY)
             os.dup2(devnull, 1)
             os.dup2(devnull, 2)
+            # As the daemon does. Started by a shell's `&` we inherit a SIGINT that is ignored, which it would copy.
+            signal.signal(signal.SIGINT, signal.default_int_handler)
             setup_interrupt_handlers()
             action()
             code = 0
