@@ -10,7 +10,7 @@ from imagepipeline.models import Upload
 from imagepipeline.stores.catalogue import Catalogue, Pending
 from imagepipeline.stores.uploads import UploadQueue
 
-ENTRIES_PER_TICK = 50
+ENTRIES_PER_TICK = 500  # about half a second; a tick may take 60 s
 # The backlog waits in the catalogue, where it can be re-ordered; Dagster's queue holds enough to keep five busy.
 MAX_UNFINISHED_RUNS = 15
 UNFINISHED = [
@@ -65,20 +65,21 @@ def take_in(queue: UploadQueue, catalogue: Catalogue) -> list[str]:
     has committed, and recording an upload twice changes nothing.
     """
     lines = []
-    for entry, copies in queue.claim(ENTRIES_PER_TICK).items():
+    uploads: dict[bytes, Upload] = {}
+    entries = queue.claim(ENTRIES_PER_TICK)
+    for entry, copies in entries.items():
         try:
-            upload = Upload.from_entry(entry)
+            uploads[entry] = Upload.from_entry(entry)
         except InvalidUploadError as error:
             queue.dead_letter(entry, copies, str(error))
             lines.append(f"An entry went to the dead list: {error}")
-            continue
-        is_new = upload.image_id in catalogue.accept([upload])
-        queue.acknowledge(entry, copies)
-        lines.append(
-            f"{upload.image_id} was taken in."
-            if is_new
-            else f"{upload.image_id} was pushed again while it waits or runs: nothing changes."
-        )
+    begun = catalogue.accept(uploads.values())
+    for entry, upload in uploads.items():
+        queue.acknowledge(entry, entries[entry])
+        if upload.image_id in begun:
+            lines.append(f"{upload.image_id} was taken in.")
+        else:
+            lines.append(f"{upload.image_id} was pushed again while it waits or runs: nothing changes.")
     return lines
 
 

@@ -58,12 +58,11 @@ class UploadQueue:
         """
         with _translated_errors():
             entries = self.redis.lrange(self.active_key, -limit, -1)[::-1]
-            while len(entries) < limit:
-                entry = self.redis.lmove(self.wait_key, self.active_key, "RIGHT", "LEFT")
-                if entry is None:
-                    break
-                entries.append(entry)
-        return Counter(entries)
+            with self.redis.pipeline(transaction=False) as pipe:
+                for _ in range(limit - len(entries)):
+                    pipe.lmove(self.wait_key, self.active_key, "RIGHT", "LEFT")
+                moved = pipe.execute()
+        return Counter([*entries, *(entry for entry in moved if entry is not None)])
 
     def acknowledge(self, entry: bytes, copies: int) -> None:
         """Forgets claimed copies of an entry: call it after the catalogue has committed."""

@@ -144,6 +144,19 @@ def test_a_hundred_copies_are_one_upload(queue, catalogue, tick):
     for _ in range(100):
         queue.enqueue("a")
     assert keys(tick()) == ["a:1"]
-    tick()
     assert queue.count()["waiting"] == 0
     assert catalogue.get("a")["generation"] == 1
+
+
+def test_ten_thousand_pushes_half_of_them_twice_drain_steadily(queue, catalogue, tick):
+    with queue.redis.pipeline() as pipe:
+        for number in range(5000):
+            pipe.lpush(queue.wait_key, f"i{number}", f"i{(number * 7) % 5000}")
+        pipe.execute()
+    lengths = []
+    while not lengths or lengths[-1]:
+        assert len(keys(tick())) == MAX_UNFINISHED_RUNS
+        lengths.append(queue.count()["waiting"])
+    assert lengths == list(range(9500, -1, -500))
+    assert catalogue.count()["pending"] == 5000
+    assert queue.count()["dead"] == 0
