@@ -246,6 +246,32 @@ def prioritize(settings: Settings, image_id: str, priority: int, as_json: bool) 
     click.echo(json.dumps(row) if as_json else f"{image_id} now has priority {priority}")
 
 
+@cli.command(epilog=EPILOG)
+@click.option("--dry-run", is_flag=True, help="Say what would be done, and do nothing.")
+@json_option
+@with_settings
+def sweep(settings: Settings, dry_run: bool, as_json: bool) -> None:
+    """Enqueue originals the catalogue does not know, and delete what crashes left half written.
+
+    For the day the Redis list was lost before its IDs were taken in. It looks at `original/<id>.<ext>` only, so
+    run it where every original there is meant to be processed.
+    """
+    from imagepipeline.stores.files import FileStore
+
+    files, queue = FileStore(settings.storage_folder), open_queue(settings)
+    unknown = open_catalogue(settings).find_unknown(files.list_originals())
+    leftovers = files.list_leftovers()
+    if not dry_run:
+        for image_id, path in unknown.items():
+            queue.enqueue(image_id, path)
+        for leftover in leftovers:
+            leftover.unlink(missing_ok=True)
+    done = {"enqueued": sorted(unknown), "deleted": [str(path) for path in leftovers], "dry_run": dry_run}
+    would = "would be " if dry_run else ""
+    text = f"{len(unknown)} originals {would}enqueued, {len(leftovers)} temporary files {would}deleted"
+    click.echo(json.dumps(done) if as_json else "\n".join([*sorted(unknown), text]))
+
+
 @cli.group(epilog=EPILOG)
 def failed() -> None:
     """List failed images and unreadable entries, try them again, or let them go."""

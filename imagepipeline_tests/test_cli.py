@@ -1,8 +1,10 @@
 """The command line, as a person and as a script meet it."""
 
 import json
+import os
 import subprocess
 import sys
+import time
 
 import pytest
 from click.testing import CliRunner
@@ -254,3 +256,25 @@ def test_priorities_can_be_changed_while_an_image_waits(invoke, catalogue):
     assert [image.image_id for image in catalogue.list_pending(9)] == ["b", "a"]
     catalogue.claim("b", 1, "run")
     assert invoke("prioritize", "b", "8")[0] == 1
+
+
+def test_a_sweep_finds_what_the_list_has_lost_and_cleans_up(invoke, catalogue, queue, tmp_path):
+    storage = tmp_path / "home" / "storage"
+    (storage / "original" / "deep").mkdir(parents=True)
+    (storage / "variants").mkdir()
+    old = time.time() - 7200
+    for name in ("original/lost.jpg", "original/known.jpg", "original/taken.png", "original/b d.jpg", "original/x"):
+        (storage / name).write_bytes(b"x")
+        os.utime(storage / name, (old, old))
+    (storage / "original" / "new.jpg").write_bytes(b"x")  # still being written, for all we know
+    (storage / "variants" / ".a.webp.0.tmp").write_bytes(b"x")
+    os.utime(storage / "variants" / ".a.webp.0.tmp", (old, old))
+    (storage / "variants" / ".b.webp.0.tmp").write_bytes(b"x")
+    catalogue.accept([Upload("known"), Upload("other", "original/taken.png")])
+    expected = {"enqueued": ["lost"], "deleted": [str(storage / "variants" / ".a.webp.0.tmp")]}
+
+    assert json.loads(invoke("sweep", "--dry-run", "--json")[1]) == expected | {"dry_run": True}
+    assert queue.count()["waiting"] == 0
+    assert json.loads(invoke("sweep", "--json")[1]) == expected | {"dry_run": False}
+    assert [Upload.from_entry(entry) for entry in queue.claim(9)] == [Upload("lost", "original/lost.jpg")]
+    assert sorted(path.name for path in (storage / "variants").iterdir()) == [".b.webp.0.tmp"]

@@ -443,6 +443,13 @@ class Catalogue:
         with self._transaction() as connection:
             return {row.id: (row.generation, Status(row.status)) for row in connection.execute(query)}
 
+    def find_unknown(self, originals: Mapping[str, str]) -> dict[str, str]:
+        """Of originals (ID to path), those whose ID has no row and whose path belongs to no other image."""
+        with self._transaction() as connection:
+            rows = connection.execute(sa.select(images.c.id, images.c.path)).all()
+        ids, paths = {row.id for row in rows}, {row.path for row in rows}
+        return {image_id: path for image_id, path in originals.items() if image_id not in ids and path not in paths}
+
     def count(self) -> dict[str, int]:
         """The number of images in each status."""
         query = sa.select(images.c.status, sa.func.count()).group_by(images.c.status)

@@ -7,11 +7,14 @@ opened, and no symbolic link, device or pipe is followed.
 import errno
 import os
 import stat
+import time
 import uuid
 from pathlib import Path
 
 from imagepipeline.errors import DiskFullError, MissingOriginalError
-from imagepipeline.models import check_image_id
+from imagepipeline.models import IMAGE_ID_PATTERN, check_image_id
+
+SETTLED_SECONDS, LEFTOVER_SECONDS = 60, 3600
 
 
 class FileStore:
@@ -81,6 +84,20 @@ class FileStore:
             raise
         finally:
             beside.unlink(missing_ok=True)
+
+    def list_originals(self) -> dict[str, str]:
+        """The path of each `original/<image_id>.*`, by image ID, of files that were not touched for a minute."""
+        before = time.time() - SETTLED_SECONDS
+        found = {}
+        for path in sorted(self.root.glob("original/*.*")):
+            if IMAGE_ID_PATTERN.fullmatch(path.stem) and path.is_file() and path.stat().st_mtime < before:
+                found[path.stem] = f"original/{path.name}"
+        return found
+
+    def list_leftovers(self) -> list[Path]:
+        """What killed processes left half written: temporary files of more than an hour ago."""
+        before = time.time() - LEFTOVER_SECONDS
+        return [path for path in self.root.rglob(".*.tmp") if path.lstat().st_mtime < before]
 
     def _open(self, path: str) -> int:
         """Opens a path part by part from the root down, so that no link in it is followed."""

@@ -160,3 +160,55 @@ def test_ten_thousand_pushes_half_of_them_twice_drain_steadily(queue, catalogue,
     assert lengths == list(range(9500, -1, -500))
     assert catalogue.count()["pending"] == 5000
     assert queue.count()["dead"] == 0
+
+
+MALFORMED = [
+    *(b"", b" ", b"\x00", b"\n", b"\t", b"a\n", b"\na", b"a\x00", b"a b", b" a", b"a ", b".", b"..", b"...", b"../x"),
+    *(b"/etc/passwd", b"a/b", b"a\\b", b"%2e%2e", b"a%00", b"~", b"-a", b"_a", b"a.b", b"a:1", b"a;b", b"a'b", b'a"b'),
+    *(
+        b"$(id)",
+        b"`id`",
+        b"<script>",
+        b"{{7*7}}",
+        b"' OR 1=1 --",
+        b"\xff\xfe",
+        b"\xc3\x28",
+        b"\xed\xa0\x80",
+        b"\x80abc",
+    ),
+    *(
+        "é".encode(),
+        "аbc".encode(),
+        "\u202eabc".encode(),
+        "🙂".encode(),
+        "\u200ba".encode(),
+        "ａｂｃ".encode(),
+        "①".encode(),
+    ),
+    *(b"x" * 65, b"x" * 2_000_000, b"[]", b'"a"', b"{", b"{}", b"{]", b'{"imageId": []}', b'{"imageId": "../x"}'),
+    *(b'{"imageId": "a", "path": "../../x.jpg"}', b'{"imageId": "a", "path": "original/../x.jpg"}'),
+    *(
+        b'{"imageId": "a", "priority": 1e3}',
+        b'{"imageId": "a", "extra": 1}',
+        b"\x80\x04\x95.",
+        b"O:8:x:0:{}",
+        b"---\na: 1",
+    ),
+    b'{"imageId": "a"}{"imageId": "b"}',
+]
+
+
+def test_sixty_kinds_of_malformed_entries_cost_the_good_ones_nothing(queue, catalogue, tick):
+    assert len(set(MALFORMED)) >= 60
+    for number, entry in enumerate(MALFORMED):
+        queue.redis.lpush(queue.wait_key, entry)
+        if number % 6 == 0:
+            queue.enqueue(f"good{number}")
+    assert sorted(keys(tick())) == sorted(f"good{number}:1" for number in range(0, len(MALFORMED), 6))
+    assert queue.count() == {"waiting": 0, "dead": len(MALFORMED)}
+    for letter in queue.list_dead():
+        assert letter["entry"].isascii()
+        assert letter["entry"].isprintable()
+        assert len(letter["entry"]) <= 200
+        assert letter["reason"].isprintable()
+    assert sum(catalogue.count().values()) == len(range(0, len(MALFORMED), 6))
