@@ -125,11 +125,9 @@ def _renew_if_run_ended(catalogue: Catalogue, instance: dg.DagsterInstance, pend
 
 
 def end_run(instance: dg.DagsterInstance, run: dg.DagsterRun, cause: str) -> None:
-    """Stops a run's process if it can be reached, and frees its slot in any case."""
-    try:
-        instance.run_launcher.terminate(run.run_id)
-    except Exception as error:  # its server may be gone, or frozen: whatever it is, the slot must be freed
-        instance.report_engine_event(f"The run could not be stopped: {type(error).__name__}", run)
-    current = instance.get_run_by_id(run.run_id)
-    if current is not None and not current.is_finished:
-        instance.report_run_failed(current, f"Ended by the reconciler: {cause}.")
+    """Frees the slot of a run that is of no use any more.
+
+    Its process, if there is one, is not asked to stop: asking a frozen one blocks the whole code server, and one that
+    lives finds its claim gone at its next write and ends by itself.
+    """
+    instance.report_run_failed(run, f"Ended by the reconciler: {cause}.")

@@ -137,31 +137,40 @@ def test_a_frozen_run_that_wakes_after_its_succession_changes_nothing(world, eff
     world.check()
 
 
-def test_a_code_server_that_dies_with_its_runs_costs_time_only(tmp_path, monkeypatch):
+def test_dead_and_frozen_workers_and_a_dead_code_server_cost_time_only(tmp_path, monkeypatch):
     monkeypatch.setenv("IMAGEPIPELINE_HOME", str(tmp_path / "home"))
     command = Path(sys.executable).parent / "imagepipeline"
 
     def call(*arguments: str) -> dict:
         return json.loads(subprocess.run([command, *arguments, "--json"], capture_output=True, check=True).stdout)
 
-    def wait_until(condition: Callable[[], bool]) -> float:
+    def wait_until(condition: Callable[[dict], bool]) -> float:
         began = time.monotonic()
-        while not condition():
+        while not condition(call("status")):
             assert time.monotonic() - began < 240, call("status")
             time.sleep(0.5)
         return time.monotonic() - began
 
+    def push_and_wait_for_work() -> None:
+        subprocess.run([command, "push", *map(str, PHOTOS.glob("*.jpg"))], check=True, stdout=subprocess.DEVNULL)
+        wait_until(lambda counts: counts["processing"] >= 2)
+
     with subprocess.Popen([command, "up", "--json"], stdout=subprocess.PIPE, stderr=subprocess.DEVNULL) as stack:
         try:
             assert stack.stdout.readline()
-            subprocess.run([command, "push", *map(str, PHOTOS.glob("*.jpg"))], check=True, stdout=subprocess.DEVNULL)
-            wait_until(lambda: call("status")["processing"] >= 2)
-            server = find_process(tmp_path, b"imagepipeline.definitions")
-            os.killpg(server, signal.SIGKILL)  # and with it all runs
+            push_and_wait_for_work()
+            frozen, killed = find_workers(find_process(tmp_path, b"imagepipeline.definitions"))[:2]
+            os.kill(frozen, signal.SIGSTOP)
+            os.kill(killed, signal.SIGKILL)
+            seconds = wait_until(lambda counts: counts["completed"] == 5)
+            print(f"one run killed, one frozen: all five images completed {seconds:.0f} s later")
+            os.kill(frozen, signal.SIGCONT)
+
+            push_and_wait_for_work()
             lost = call("status")["processing"]
-            assert lost >= 2
-            seconds = wait_until(lambda: call("status")["completed"] == 5)
-            print(f"{lost} runs lost with their server; all five images completed {seconds:.0f} s later")
+            os.killpg(find_process(tmp_path, b"imagepipeline.definitions"), signal.SIGKILL)  # and with it all runs
+            seconds = wait_until(lambda counts: counts["completed"] == 5)
+            print(f"{lost} runs killed with their server: all five images completed {seconds:.0f} s later")
             assert call("status")["failed"] == 0
         finally:
             stack.send_signal(signal.SIGTERM)
@@ -169,7 +178,20 @@ def test_a_code_server_that_dies_with_its_runs_costs_time_only(tmp_path, monkeyp
     catalogue = Catalogue(f"sqlite:///{tmp_path / 'home' / 'catalogue.sqlite'}")
     for row in catalogue.list_ended(Status.COMPLETED):
         events = [event["event"] for event in catalogue.get(row["id"])["history"]]
-        assert events.count("completed") == 1
+        assert events.count("completed") == events.count("accepted") == 2
+
+
+def find_workers(server: int) -> list[int]:
+    """The processes of the runs a code server has started, oldest first."""
+    workers = []
+    for path in Path("/proc").glob("[0-9]*"):
+        try:
+            is_child = int((path / "stat").read_text().rpartition(")")[2].split()[1]) == server
+            if is_child and b"spawn_main" in (path / "cmdline").read_bytes():
+                workers.append(int(path.name))
+        except OSError:
+            continue
+    return sorted(workers)
 
 
 def find_process(folder: Path, word: bytes) -> int:
