@@ -1,6 +1,8 @@
 """What a run does to the catalogue, the files and the index; and what its failures mean."""
 
+import errno
 import io
+import os
 
 import dagster as dg
 import pytest
@@ -213,3 +215,35 @@ def test_originals_that_share_a_stem_do_not_overwrite_each_other(run, catalogue,
     run("other", generation=1)
     assert catalogue.get("other")["reason"] == "path_taken"
     assert files.read("variants/cat-sm.webp") == before
+
+
+def test_a_full_disk_uses_no_attempt_and_the_image_waits(run, cat, catalogue, files, monkeypatch):
+    def fail(descriptor):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    catalogue.accept([Upload(cat)])
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "fsync", fail)
+        assert not run(cat, generation=1).success
+    row = catalogue.get(cat)
+    assert (row["status"], row["generation"], row["reason"]) == ("pending", 2, None)
+    assert (row["not_before"] - row["updated_at"]).total_seconds() == 60
+    assert "no room" in row["history"][-1]["detail"]
+    assert catalogue.list_pending(9) == []  # not yet
+    assert run(cat).success  # by hand, at once
+    assert catalogue.get(cat)["status"] == "completed"
+
+
+def test_attempts_and_waits_are_in_the_history(run, cat, catalogue):
+    run(cat, vision=ScriptedVision(ProviderUnavailableError("busy"), ANSWER))
+    row = catalogue.get(cat)
+    assert [event["event"] for event in row["history"]] == [
+        "claimed",
+        "attempt_failed",
+        "made",
+        "made",
+        "made",
+        "completed",
+    ]
+    assert row["history"][1]["detail"] == "metadata, attempt 1, next in 1 s: busy"
+    assert row["error"] is None

@@ -1,4 +1,4 @@
-"""One run of an image `cat`, as a process: FOLDER GENERATION [EFFECT before|after SIGNAL]."""
+"""One run of an image `cat` as a process: FOLDER GENERATION [EFFECT before|after SIGNAL]; catalogue: DATABASE_URL."""
 
 import os
 import signal
@@ -53,7 +53,7 @@ def main() -> None:
             instance=instance,
             tags={GENERATION_TAG: generation},
             resources={
-                "catalogue": Catalogue(f"sqlite:///{folder / 'catalogue.sqlite'}"),
+                "catalogue": Catalogue(os.environ["DATABASE_URL"]),
                 "files": FileStore(folder / "storage"),
                 "index": EmbeddingIndex(str(folder / "lancedb")),
                 "vision": LocalVision(),

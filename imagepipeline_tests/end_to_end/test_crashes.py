@@ -52,15 +52,16 @@ LEGAL = {  # which event may follow which, in one image's history
 
 
 @pytest.fixture
-def world(tmp_path, request):
-    """The stores of one image `cat`, pending, and a Dagster instance on disk."""
-    return World(tmp_path)
+def world(tmp_path, catalogue_url):
+    """The stores of one image `cat`, pending, and a Dagster instance on disk; once on SQLite and once on Postgres."""
+    return World(tmp_path, catalogue_url)
 
 
 class World:
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, catalogue_url: str) -> None:
         self.folder = folder
-        self.catalogue = Catalogue(f"sqlite:///{folder / 'catalogue.sqlite'}")
+        self.catalogue_url = catalogue_url
+        self.catalogue = Catalogue(catalogue_url)
         self.catalogue.migrate()
         self.files = FileStore(folder / "storage")
         self.files.put_original("cat", (PHOTOS / "cat.jpg").read_bytes(), "jpg")
@@ -71,7 +72,9 @@ class World:
         """A run of the image's present generation as a process of its own."""
         generation = str(self.catalogue.get("cat")["generation"])
         command = [sys.executable, "-m", "imagepipeline_tests.end_to_end.one_run", str(self.folder), generation]
-        return subprocess.Popen([*command, *arguments], cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        environment = os.environ | {"DATABASE_URL": self.catalogue_url}
+        output = subprocess.DEVNULL
+        return subprocess.Popen([*command, *arguments], cwd=ROOT, env=environment, stdout=output, stderr=output)
 
     def hand_over(self) -> list[str]:
         """What the reconciler does once the run has stood still for long enough."""

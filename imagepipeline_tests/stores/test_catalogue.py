@@ -9,7 +9,7 @@ import sqlalchemy as sa
 from alembic.autogenerate import compare_metadata
 from alembic.migration import MigrationContext
 
-from imagepipeline.errors import ImageBusyError, PathTakenError, StackError, StaleClaimError
+from imagepipeline.errors import CatalogueDownError, ImageBusyError, PathTakenError, StackError, StaleClaimError
 from imagepipeline.models import ImageMetadata, Recipe, Status, Upload, Variant, VariantSpec
 from imagepipeline.stores.catalogue import Catalogue
 from imagepipeline.stores.tables import schema
@@ -194,3 +194,23 @@ def test_attempts_are_the_most_any_asset_needed(catalogue):
     for attempt in (1, 2, 1):
         catalogue.record_attempt(claim, attempt)
     assert catalogue.get("a")["attempts"] == 2
+
+
+def test_a_catalogue_that_is_down_postpones_and_keeps_its_password(tmp_path):
+    down = Catalogue("postgresql://user:canary@127.0.0.1:9/db")
+    for call in (down.count, lambda: down.accept([Upload("a")]), lambda: down.claim("a", 1, "run")):
+        with pytest.raises(CatalogueDownError, match="does not answer") as caught:
+            call()
+        assert "canary" not in str(caught.value)
+        assert caught.value.__suppress_context__  # nor in a traceback
+
+
+def test_a_database_that_restarts_is_used_again(postgres_url, postgres_catalogue_url):
+    catalogue = Catalogue(postgres_catalogue_url)
+    catalogue.migrate()
+    catalogue.accept([Upload("a")])
+    with sa.create_engine(postgres_url).connect() as admin:
+        name = sa.make_url(postgres_catalogue_url).database
+        ended = "SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE datname = :name"
+        assert admin.execute(sa.text(ended), {"name": name}).all()
+    assert catalogue.count()["pending"] == 1
