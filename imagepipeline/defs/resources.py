@@ -3,6 +3,8 @@
 Secrets arrive as `dg.EnvVar`, so that no value of theirs is shown in the UI or stored by Dagster.
 """
 
+from collections.abc import Iterator
+from contextlib import closing, contextmanager
 from pathlib import Path
 
 import dagster as dg
@@ -22,9 +24,11 @@ class UploadQueueResource(dg.ConfigurableResource[UploadQueue]):
     url: str
     prefix: str
 
-    def create_resource(self, context: dg.InitResourceContext) -> UploadQueue:
-        """The queue; it connects when first used."""
-        return UploadQueue(self.url, self.prefix)
+    @contextmanager
+    def yield_for_execution(self, context: dg.InitResourceContext) -> Iterator[UploadQueue]:
+        """The queue; it connects when first used, and is closed with the run or tick."""
+        with closing(UploadQueue(self.url, self.prefix)) as queue:
+            yield queue
 
 
 class CatalogueResource(dg.ConfigurableResource[Catalogue]):
@@ -32,9 +36,11 @@ class CatalogueResource(dg.ConfigurableResource[Catalogue]):
 
     url: str
 
-    def create_resource(self, context: dg.InitResourceContext) -> Catalogue:
-        """The catalogue; it connects when first used."""
-        return Catalogue(self.url)
+    @contextmanager
+    def yield_for_execution(self, context: dg.InitResourceContext) -> Iterator[Catalogue]:
+        """The catalogue; it connects when first used, and is closed with the run or tick."""
+        with closing(Catalogue(self.url)) as catalogue:
+            yield catalogue
 
 
 class FileStoreResource(dg.ConfigurableResource[FileStore]):

@@ -70,6 +70,10 @@ class Catalogue:
         self._clock = clock
         self._insert: Any = postgresql.insert if self._engine.dialect.name == "postgresql" else sqlite.insert
 
+    def close(self) -> None:
+        """Closes all connections; a later use opens new ones."""
+        self._engine.dispose()
+
     def migrate(self) -> None:
         """Creates the tables or brings them up to date; safe to call from several processes at once."""
         from alembic import command  # here, because it takes as long to import as all the rest
@@ -590,7 +594,9 @@ def _create_engine(url: str) -> sa.Engine:
     parsed = sa.make_url(url)
     if parsed.drivername in ("postgres", "postgresql"):
         parsed = parsed.set(drivername="postgresql+psycopg2")
-    engine = sa.create_engine(parsed, **({} if parsed.drivername.startswith("sqlite") else {"pool_pre_ping": True}))
+    engine = sa.create_engine(
+        parsed, hide_parameters=True, **({} if parsed.drivername.startswith("sqlite") else {"pool_pre_ping": True})
+    )
     if engine.dialect.name == "sqlite":
         sa.event.listen(engine, "connect", _prepare_sqlite)
         sa.event.listen(engine, "begin", _begin_immediate)

@@ -35,6 +35,10 @@ class UploadQueue:
         self.wait_key, self.active_key, self.dead_key = (f"{prefix}:{name}" for name in ("wait", "active", "dead"))
         self.redis: Any = redis.Redis.from_url(url, socket_connect_timeout=2, socket_timeout=5)
 
+    def close(self) -> None:
+        """Closes all connections; a later use opens new ones."""
+        self.redis.close()
+
     def enqueue(self, image_id: str, path: str | None = None, priority: int = 0) -> None:
         """Asks for an image to be processed; its original must be in place.
 
