@@ -170,6 +170,7 @@ class Stack:
         if state == self._code_state:
             return
         self._code_state = state
+        self._report("the code has changed")
         # The daemon first: a run that it hands to a draining code server fails.
         for name in ("daemon", "code-server"):
             processes.stop(self._running[name], DRAIN_SECONDS)
