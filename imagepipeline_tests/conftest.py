@@ -4,6 +4,7 @@ import io
 import os
 import tempfile
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from urllib.parse import urlsplit
 
@@ -28,13 +29,20 @@ def no_settings_from_outside(monkeypatch: pytest.MonkeyPatch) -> None:
             monkeypatch.delenv(name)
 
 
-@pytest.fixture(scope="session")
-def redis_url() -> Iterator[str]:
+@contextmanager
+def redis_server() -> Iterator[str]:
+    """A real server with its data in a folder of its own; gives its URL."""
     with tempfile.TemporaryDirectory(prefix="ip", dir="/tmp") as folder:
         socket = Path(folder, "valkey.sock")
         process = valkey.start_server(Path(folder, "data"), socket, Path(folder, "valkey.log"))
         yield f"unix://{socket}?db=0"
         processes.stop(process, patience_seconds=10)
+
+
+@pytest.fixture(scope="session")
+def redis_url() -> Iterator[str]:
+    with redis_server() as url:
+        yield url
 
 
 @pytest.fixture

@@ -16,6 +16,7 @@ from imagepipeline.stores.catalogue import Catalogue, Pending, Processing
 
 INTERVAL_SECONDS = 15
 STALL_SECONDS = 45  # more than four beats of a living run
+UNCLAIMED_SECONDS = 60  # a run takes 1 s to start, and 9 s when five do at once on two cores
 MAX_PENDING_CHECKED = 50
 RENEWAL_WAITS_SECONDS = (1, 5, 30, 120)  # for a run that ends before it begins, again and again
 JOB_NAMES = (process_upload.name, "__ASSET_JOB")  # the latter is Dagster's name for runs started by hand
@@ -76,7 +77,7 @@ def reconcile(catalogue: Catalogue, instance: dg.DagsterInstance, watch: Standst
         run = record.dagster_run
         if run.job_name in JOB_NAMES and "dagster/partition" in run.tags and run.run_id not in owners:
             watched.add(run.run_id)
-            if watch.measure_seconds(run.run_id, "holds no image") >= STALL_SECONDS:
+            if watch.measure_seconds(run.run_id, "holds no image") >= UNCLAIMED_SECONDS:
                 end_run(instance, run, "it holds no image")
                 lines.append(f"Run {run.run_id} was ended: it held a slot and no image.")
     watch.forget_all_but(watched)

@@ -1,10 +1,13 @@
 """An ephemeral Dagster instance, and the resources as plain objects."""
 
+import uuid
+
 import dagster as dg
 import pytest
 
 from imagepipeline.defs.assets import embedding, metadata, variants
 from imagepipeline.defs.failures import GENERATION_TAG
+from imagepipeline.defs.jobs import process_upload
 from imagepipeline.services.embedder import LocalEmbedder
 from imagepipeline.services.vision import LocalVision
 from imagepipeline_tests.conftest import PHOTOS
@@ -49,3 +52,19 @@ def cat(files):
     """An image ID whose original is in place."""
     files.put_original("cat", (PHOTOS / "cat.jpg").read_bytes(), "jpg")
     return "cat"
+
+
+@pytest.fixture
+def start_run(instance):
+    """Records a run of the upload job, as Dagster would, without running it."""
+
+    def start_run(image_id, generation=1, status=dg.DagsterRunStatus.STARTED):
+        run = dg.DagsterRun(
+            job_name=process_upload.name,
+            run_id=str(uuid.uuid4()),
+            status=status,
+            tags={"dagster/partition": image_id, GENERATION_TAG: str(generation)},
+        )
+        return instance.add_run(run)
+
+    return start_run

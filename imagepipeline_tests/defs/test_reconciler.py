@@ -1,13 +1,16 @@
 """What a crash leaves behind is repaired, once, and only what is really lost."""
 
-import uuid
-
 import dagster as dg
 import pytest
 
-from imagepipeline.defs.failures import GENERATION_TAG
-from imagepipeline.defs.jobs import process_upload
-from imagepipeline.defs.reconciler import RENEWAL_WAITS_SECONDS, STALL_SECONDS, StandstillWatch, reconcile, reconciler
+from imagepipeline.defs.reconciler import (
+    RENEWAL_WAITS_SECONDS,
+    STALL_SECONDS,
+    UNCLAIMED_SECONDS,
+    StandstillWatch,
+    reconcile,
+    reconciler,
+)
 from imagepipeline.models import Upload
 
 
@@ -32,20 +35,6 @@ def look(catalogue, instance, clock):
         return reconcile(catalogue, instance, watch)
 
     return look
-
-
-@pytest.fixture
-def start_run(instance):
-    def start_run(image_id, generation=1, status=dg.DagsterRunStatus.STARTED):
-        run = dg.DagsterRun(
-            job_name=process_upload.name,
-            run_id=str(uuid.uuid4()),
-            status=status,
-            tags={"dagster/partition": image_id, GENERATION_TAG: str(generation)},
-        )
-        return instance.add_run(run)
-
-    return start_run
 
 
 def lose(catalogue, image_id, run):
@@ -147,7 +136,7 @@ def test_an_image_whose_run_is_on_its_way_is_left_alone(look, catalogue, start_r
 def test_a_run_that_holds_a_slot_and_no_image_is_ended(look, catalogue, start_run, instance):
     run = start_run("a")
     assert look() == []
-    assert look(after_seconds=STALL_SECONDS - 1) == []
+    assert look(after_seconds=UNCLAIMED_SECONDS - 1) == []
     [line] = look(after_seconds=1)
     assert run.run_id in line
     assert instance.get_run_by_id(run.run_id).status == dg.DagsterRunStatus.FAILURE

@@ -1,13 +1,11 @@
 """Ticks of the upload sensor, against a real queue and catalogue."""
 
 import json
-import uuid
 
 import dagster as dg
 import pytest
 
 from imagepipeline.defs.failures import GENERATION_TAG
-from imagepipeline.defs.jobs import process_upload
 from imagepipeline.defs.sensors import MAX_UNFINISHED_RUNS, take_in, upload_sensor
 from imagepipeline.models import Upload
 from imagepipeline.stores.uploads import UploadQueue
@@ -20,20 +18,6 @@ def tick(instance, catalogue, queue):
         return upload_sensor(context)
 
     return tick
-
-
-@pytest.fixture
-def add_run(instance):
-    def add_run(image_id, generation, status=dg.DagsterRunStatus.STARTED):
-        run = dg.DagsterRun(
-            job_name=process_upload.name,
-            run_id=str(uuid.uuid4()),
-            status=status,
-            tags={"dagster/partition": image_id, GENERATION_TAG: str(generation)},
-        )
-        return instance.add_run(run)
-
-    return add_run
 
 
 def keys(result):
@@ -72,17 +56,17 @@ def test_every_tick_asks_again_for_all_pending_images(tick, catalogue):
     assert keys(tick()) == ["a:1"]
 
 
-def test_an_image_with_a_run_in_flight_is_not_asked_for_twice(tick, queue, add_run):
+def test_an_image_with_a_run_in_flight_is_not_asked_for_twice(tick, queue, start_run):
     queue.enqueue("a")
     queue.enqueue("b")
-    add_run("a", 1)
+    start_run("a", 1)
     assert keys(tick()) == ["b:1"]
 
 
-def test_a_finished_run_of_an_older_generation_does_not_count(tick, catalogue, add_run):
+def test_a_finished_run_of_an_older_generation_does_not_count(tick, catalogue, start_run):
     catalogue.accept([Upload("a")])
     catalogue.hand_back(catalogue.claim("a", 1, "r"), "x")
-    add_run("a", 1, dg.DagsterRunStatus.FAILURE)
+    start_run("a", 1, dg.DagsterRunStatus.FAILURE)
     assert keys(tick()) == ["a:2"]
 
 
@@ -92,13 +76,13 @@ def test_higher_priorities_run_first_also_when_they_come_later(tick, queue):
     assert keys(tick()) == ["urgent:1", "first:1"]
 
 
-def test_the_backlog_waits_in_the_catalogue_not_in_dagsters_queue(tick, catalogue, add_run):
+def test_the_backlog_waits_in_the_catalogue_not_in_dagsters_queue(tick, catalogue, start_run):
     catalogue.accept([Upload(f"i{number}") for number in range(40)])
     assert len(keys(tick())) == MAX_UNFINISHED_RUNS
     for number in range(MAX_UNFINISHED_RUNS - 1):
-        add_run(f"i{number}", 1)
+        start_run(f"i{number}", 1)
     assert len(keys(tick())) == 1
-    add_run("x", 1)
+    start_run("x", 1)
     assert "room" in tick().skip_message
 
 

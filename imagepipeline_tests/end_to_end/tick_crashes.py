@@ -16,8 +16,7 @@ import tempfile
 import threading
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
@@ -31,9 +30,9 @@ from dagster._daemon.sensor import execute_sensor_iteration
 from dagster._utils.interrupts import setup_interrupt_handlers
 
 import imagepipeline.definitions  # noqa: F401  (before the fork, so that no trial pays for it)
-from imagepipeline.runtime import processes, valkey
 from imagepipeline.stores.catalogue import Catalogue
 from imagepipeline.stores.uploads import UploadQueue
+from imagepipeline_tests.conftest import redis_server
 
 DAGSTER_POINTS = (
     "TICK_CREATED",
@@ -177,16 +176,6 @@ def _in_child_json(action: Callable[[], Any]) -> Any:
     os.close(write)
     with os.fdopen(read) as answer:
         return json.loads(answer.read())
-
-
-@contextmanager
-def redis_server() -> Iterator[str]:
-    """A server for the trials."""
-    with tempfile.TemporaryDirectory(prefix="ip", dir="/tmp") as folder:
-        socket = Path(folder, "valkey.sock")
-        process = valkey.start_server(Path(folder, "data"), socket, Path(folder, "log"))
-        yield f"unix://{socket}?db=0"
-        processes.stop(process, patience_seconds=10)
 
 
 def main() -> None:
