@@ -311,7 +311,7 @@ class Catalogue:
         count = sa.select(sa.func.count()).where(
             image_history.c.image_id == lost.image_id,
             image_history.c.event == "recovered",
-            image_history.c.at >= sa.func.coalesce(_accepted_at(lost.image_id), since),
+            image_history.c.at >= _accepted_at(lost.image_id),
             image_history.c.at >= since,
         )
         claim = lost.claim
