@@ -4,9 +4,9 @@ from typing import Any
 
 import dagster as dg
 
-from imagepipeline.defs import assets, jobs, notifications, reconciler, resources, sensors
-from imagepipeline.imaging.variants import recipe as variants_recipe
-from imagepipeline.models import VARIANT_SPECS, Recipe
+from imagepipeline.defs import assets, checks, jobs, notifications, reconciler, resources, sensors
+from imagepipeline.imaging.variants import build_recipe
+from imagepipeline.models import Recipe, build_variant_specs
 from imagepipeline.services import embedder, vision
 from imagepipeline.settings import Settings
 
@@ -23,6 +23,7 @@ def defs() -> dg.Definitions:
             )
             for asset in (assets.metadata, assets.variants, assets.embedding)
         ],
+        asset_checks=[checks.variant_checks],
         jobs=[jobs.process_upload],
         sensors=[sensors.upload_sensor, reconciler.reconciler, notifications.notification_sensor],
         resources=build_resources(settings),
@@ -38,7 +39,11 @@ def build_recipes(settings: Settings) -> dict[str, Recipe]:
             if settings.openai_api_key
             else vision.LOCAL_RECIPE
         ),
-        "variants": variants_recipe(VARIANT_SPECS),
+        "variants": build_recipe(
+            build_variant_specs(settings.webp_quality, settings.avif_quality),
+            settings.animation == "keep",
+            settings.keep_copyright,
+        ),
         "embedding": (
             embedder.openrouter_recipe(settings.embedding_model)
             if settings.openrouter_api_key
@@ -49,6 +54,8 @@ def build_recipes(settings: Settings) -> dict[str, Recipe]:
 
 def build_resources(settings: Settings) -> dict[str, Any]:
     """The resources; a secret is named by its variable, never given."""
+    files = resources.FileStoreResource(root=str(settings.storage_folder))
+    sandbox = resources.SandboxResource(memory_bytes=settings.max_memory_bytes, cpu_seconds=settings.max_cpu_seconds)
     return {
         "queue": resources.UploadQueueResource(
             url=dg.EnvVar("REDIS_URL") if settings.explicit_redis_url else settings.redis_url,
@@ -65,7 +72,29 @@ def build_resources(settings: Settings) -> dict[str, Any]:
             mail_from=settings.mail_from,
             mail_to=settings.mail_to,
         ),
-        "files": resources.FileStoreResource(root=str(settings.storage_folder)),
+        "files": files,
+        "sandbox": sandbox,
+        "originals": resources.OriginalsResource(
+            files=files,
+            sandbox=sandbox,
+            rules={
+                "max_bytes": settings.max_bytes,
+                "max_pixels": settings.max_pixels,
+                "max_side_px": settings.max_side_px,
+                "max_frames": settings.max_frames,
+                "max_icc_bytes": settings.max_icc_bytes,
+                "max_text_bytes": settings.max_text_bytes,
+                "is_animation_kept": settings.animation == "keep",
+                "is_truncated_accepted": settings.accept_truncated,
+            },
+        ),
+        "renderer": resources.RendererResource(
+            sandbox=sandbox,
+            webp_quality=settings.webp_quality,
+            avif_quality=settings.avif_quality,
+            is_animated=settings.animation == "keep",
+            has_rights=settings.keep_copyright,
+        ),
         "index": resources.EmbeddingIndexResource(uri=settings.index_uri),
         "vision": (
             resources.OpenAIVisionResource(

@@ -12,14 +12,19 @@
     │   └── DiskFullError
     ├── RetryableError              another attempt may succeed
     │   ├── ProviderUnavailableError
-    │   └── BadAnswerError
+    │   ├── BadAnswerError
+    │   └── SandboxLostError
     └── PermanentError              no further attempt can succeed
         ├── MissingOriginalError
+        ├── EmptyOriginalError
         ├── TooLargeError
+        ├── LimitError
         ├── UnsupportedFormatError
         ├── UnreadableImageError
+        ├── TruncatedImageError
         ├── MissingMetadataError
         ├── PathTakenError
+        ├── UnsafePathError
         ├── RefusedError
         └── ProviderRejectedError
 
@@ -95,6 +100,12 @@ class BadAnswerError(RetryableError):
     reason = "bad_output"
 
 
+class SandboxLostError(RetryableError):
+    """The process that decoded or encoded the image crashed, or took too long by the clock."""
+
+    reason = "crashed"
+
+
 class PermanentError(ImagePipelineError):
     """No further attempt can succeed."""
 
@@ -107,10 +118,22 @@ class MissingOriginalError(PermanentError):
     reason = "missing"
 
 
+class EmptyOriginalError(PermanentError):
+    """The original has no bytes."""
+
+    reason = "empty"
+
+
 class TooLargeError(PermanentError):
-    """The original exceeds a limit on bytes or pixels."""
+    """The original has too many bytes."""
 
     reason = "too_large"
+
+
+class LimitError(PermanentError):
+    """The original exceeds another limit: pixels, frames, side, profile, texts, or the memory or CPU time it takes."""
+
+    reason = "limits"
 
 
 class UnsupportedFormatError(PermanentError):
@@ -120,9 +143,15 @@ class UnsupportedFormatError(PermanentError):
 
 
 class UnreadableImageError(PermanentError):
-    """The bytes claim an accepted format but cannot be decoded in full."""
+    """The bytes claim an accepted format but are damaged."""
 
     reason = "corrupt"
+
+
+class TruncatedImageError(PermanentError):
+    """The end of the original is missing."""
+
+    reason = "truncated"
 
 
 class MissingMetadataError(PermanentError):
@@ -135,6 +164,12 @@ class PathTakenError(PermanentError):
     """Another image already owns the path a variant would be written to."""
 
     reason = "path_taken"
+
+
+class UnsafePathError(PermanentError):
+    """A file would be written through a symbolic link."""
+
+    reason = "unsafe_path"
 
 
 class RefusedError(PermanentError):

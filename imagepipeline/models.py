@@ -128,6 +128,24 @@ class Claim:
 
 
 @dataclass(frozen=True)
+class OriginalFacts:
+    """What the catalogue keeps of an original: the columns of its row.
+
+    `width` and `height` are those of the upright image in pixels, `placeholder` is a data URI of a tiny WebP,
+    `dominant_color` is `#rrggbb`, `flaw` says what is missing of a file that was made the best of.
+    """
+
+    path: str
+    original_bytes: int
+    original_sha256: str
+    width: int
+    height: int
+    placeholder: str
+    dominant_color: str
+    flaw: str | None = None
+
+
+@dataclass(frozen=True)
 class PixelFacts:
     """What can be said of an image without knowing what it shows.
 
@@ -201,7 +219,7 @@ class VariantSpec:
     suffix: str
     width_px: int
     format: str
-    quality: int = 80
+    quality: int
 
     def path_for(self, original_path: str) -> str:
         """Where the variant of `original/a/b.jpg` lies: `variants/a/b-sm.webp`."""
@@ -209,11 +227,13 @@ class VariantSpec:
         return str(path.with_name(f"{path.stem}-{self.suffix}.{self.format}"))
 
 
-VARIANT_SPECS = tuple(
-    VariantSpec(suffix, width_px, format_)
-    for suffix, width_px in (("sm", 640), ("md", 1024), ("lg", 1920))
-    for format_ in ("webp", "avif")
-)
+def build_variant_specs(webp_quality: int = 80, avif_quality: int = 80) -> tuple[VariantSpec, ...]:
+    """The specs of the six variants of the contract."""
+    return tuple(
+        VariantSpec(suffix, width_px, format_, quality)
+        for suffix, width_px in (("sm", 640), ("md", 1024), ("lg", 1920))
+        for format_, quality in (("webp", webp_quality), ("avif", avif_quality))
+    )
 
 
 @dataclass(frozen=True)

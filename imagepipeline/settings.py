@@ -8,7 +8,7 @@ import hashlib
 import os
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated, Any, Self
+from typing import Annotated, Any, Literal, Self
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, SecretStr, ValidationError
 
@@ -38,6 +38,8 @@ def _check_http_url(value: str) -> str:
 
 
 HttpUrl = Annotated[str, AfterValidator(_check_http_url)]
+Quality = Annotated[int, Field(ge=1, le=100)]
+Positive = Annotated[int, Field(ge=1)]
 Port = Annotated[int, Field(ge=1, le=65535)]
 
 
@@ -83,6 +85,55 @@ class Settings(BaseModel):
     )
     embedding_model: Annotated[str, Field(min_length=1, max_length=128)] = Field(
         "openai/text-embedding-3-small", alias="IMAGEPIPELINE_EMBEDDING_MODEL", description="the embedding model"
+    )
+    webp_quality: Quality = Field(80, alias="IMAGEPIPELINE_WEBP_QUALITY", description="quality of the WebP variants")
+    avif_quality: Quality = Field(
+        80,
+        alias="IMAGEPIPELINE_AVIF_QUALITY",
+        description="quality of the AVIF variants; 63 looks like WebP at 80 with fewer bytes",
+    )
+    animation: Literal["first-frame", "keep"] = Field(
+        "first-frame",
+        alias="IMAGEPIPELINE_ANIMATION",
+        description="what becomes of animations: `first-frame`, or `keep` for animated variants",
+    )
+    accept_truncated: bool = Field(
+        False,
+        alias="IMAGEPIPELINE_ACCEPT_TRUNCATED",
+        description="makes what it can of files that are cut off, grey where nothing arrived, instead of failing them",
+    )
+    keep_copyright: bool = Field(
+        False, alias="IMAGEPIPELINE_KEEP_COPYRIGHT", description="keeps artist and copyright in the variants"
+    )
+    max_bytes: Positive = Field(
+        25_000_000, alias="IMAGEPIPELINE_MAX_BYTES", description="limit on an original: its bytes"
+    )
+    max_pixels: Positive = Field(
+        50_000_000, alias="IMAGEPIPELINE_MAX_PIXELS", description="limit on an original: its pixels, over all frames"
+    )
+    max_side_px: Annotated[int, Field(ge=1, le=16_383)] = Field(
+        16_383,
+        alias="IMAGEPIPELINE_MAX_SIDE_PX",
+        description="limit on an original: width and height; WebP allows no more",
+    )
+    max_frames: Positive = Field(
+        60, alias="IMAGEPIPELINE_MAX_FRAMES", description="limit on an original: frames or pages"
+    )
+    max_icc_bytes: Positive = Field(
+        1_000_000, alias="IMAGEPIPELINE_MAX_ICC_BYTES", description="limit on an original: its colour profile"
+    )
+    max_text_bytes: Positive = Field(
+        1_000_000,
+        alias="IMAGEPIPELINE_MAX_TEXT_BYTES",
+        description="limit on an original: a PNG's unpacked texts",
+    )
+    max_memory_bytes: Annotated[int, Field(ge=100_000_000)] = Field(
+        1_000_000_000,
+        alias="IMAGEPIPELINE_MAX_MEMORY_BYTES",
+        description="limit on decoding or encoding one image: memory",
+    )
+    max_cpu_seconds: Positive = Field(
+        20, alias="IMAGEPIPELINE_MAX_CPU_SECONDS", description="limit on decoding or encoding one image: CPU time"
     )
     webserver_port: Port | None = Field(
         None,

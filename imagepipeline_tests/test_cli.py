@@ -10,7 +10,7 @@ import pytest
 from click.testing import CliRunner
 
 from imagepipeline import cli
-from imagepipeline.models import ImageMetadata, Recipe, Upload
+from imagepipeline.models import ImageMetadata, OriginalFacts, Recipe, Upload
 from imagepipeline.services.embedder import LocalEmbedder
 from imagepipeline.stores.catalogue import Catalogue
 from imagepipeline.stores.vectors import EmbeddingIndex
@@ -47,7 +47,8 @@ def catalogue(invoke, tmp_path):
 def complete(catalogue, image_id, description, home):
     claim = catalogue.claim_anew(image_id, "run")
     metadata = ImageMetadata(description=description, tags=["t"], category="c", dominant_colors=[], mood="calm")
-    catalogue.save_metadata(claim, metadata, f"original/{image_id}.jpg", 9, "0" * 64)
+    catalogue.save_original(claim, OriginalFacts(f"original/{image_id}.jpg", 9, "0" * 64, 4, 3, "data:", "#000000"))
+    catalogue.save_metadata(claim, metadata)
     EmbeddingIndex(str(home / "lancedb")).upsert(claim, LocalEmbedder().embed(metadata.embedding_text))
     for asset in ("metadata", "variants", "embedding"):
         catalogue.record_result(claim, asset, Recipe("local", "m"), "0" * 64)

@@ -102,7 +102,7 @@ def test_an_upload_survives_the_list(upload):
 
 
 def test_a_variant_lies_where_the_original_does_below_variants():
-    spec = VariantSpec("md", 1024, "avif")
+    spec = VariantSpec("md", 1024, "avif", 80)
     assert spec.path_for("original/abc.jpg") == "variants/abc-md.avif"
     assert spec.path_for("original/2024/a.b.jpeg") == "variants/2024/a.b-md.avif"
 

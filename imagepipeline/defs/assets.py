@@ -3,18 +3,16 @@
 import base64
 import hashlib
 from collections.abc import Iterator
-from typing import Any
 
 import dagster as dg
 
 from imagepipeline.defs.failures import RETRY_POLICY, attempt
+from imagepipeline.defs.originals import Original, Originals
 from imagepipeline.defs.partitions import uploads
 from imagepipeline.errors import MissingMetadataError
-from imagepipeline.imaging.decoding import MAX_BYTES, decode
-from imagepipeline.imaging.palette import measure
-from imagepipeline.imaging.variants import recipe as variants_recipe
-from imagepipeline.imaging.variants import render, render_preview
-from imagepipeline.models import VARIANT_SPECS, Embedding, ImageMetadata, VisionAnswer
+from imagepipeline.imaging.sandbox import Usage
+from imagepipeline.imaging.variants import Renderer
+from imagepipeline.models import Embedding, ImageMetadata, OriginalFacts, VisionAnswer
 from imagepipeline.services.embedder import Embedder
 from imagepipeline.services.vision import VisionModel
 from imagepipeline.stores.catalogue import Catalogue
@@ -22,7 +20,6 @@ from imagepipeline.stores.files import FileStore
 from imagepipeline.stores.vectors import EmbeddingIndex
 
 OWNERS = ["team:imagepipeline"]
-THUMBNAIL_PX = 160
 
 
 @dg.asset(
@@ -37,41 +34,36 @@ def metadata(
     context: dg.AssetExecutionContext,
     catalogue: dg.ResourceParam[Catalogue],
     files: dg.ResourceParam[FileStore],
+    originals: dg.ResourceParam[Originals],
     vision: dg.ResourceParam[VisionModel],
 ) -> Iterator[dg.MaterializeResult[None]]:
     """What the image shows: description, tags, category, dominant colours and mood, by a vision model.
 
-    Made from a small JPEG copy of the original; the original itself is decoded in full first, so a file that
-    is no image, too large or damaged fails here, at once and without a paid call. A provider that is down or
-    asks to slow down is tried three times in all. Stored in the catalogue's row of the image.
+    Made from a small JPEG copy of the original; the original itself is decoded in full first, in a process of its
+    own, so a file that is no image, too large or damaged fails here, at once and without a paid call. A provider
+    that is down or asks to slow down is tried three times in all. Stored in the catalogue's row of the image.
     """
     with attempt(context, catalogue) as claim:
         if claim is None:
             return
-        path = claim.path or files.find_original(claim.image_id)
-        content = files.read(path, MAX_BYTES)
-        decoded = decode(content)
-        preview = render_preview(decoded.image)
-        answer = vision.describe(preview, measure(decoded))
-        sha256 = hashlib.sha256(content).hexdigest()
-        catalogue.save_metadata(claim, answer.metadata, path, len(content), sha256)
-        catalogue.record_result(claim, "metadata", vision.recipe, sha256)
+        original = originals.load(claim.image_id, claim.path)
+        catalogue.save_original(claim, original.facts)
+        answer = vision.describe(original.prepared.preview, original.prepared.facts)
+        catalogue.save_metadata(claim, answer.metadata)
+        catalogue.record_result(claim, "metadata", vision.recipe, original.facts.original_sha256)
         yield dg.MaterializeResult(
             data_version=_data_version(answer.metadata.embedding_text),
             metadata={
-                "picture": _picture(decoded.image),
+                "picture": _picture(original),
                 **_describe_answer(answer),
                 "provider": vision.recipe.provider,
                 "model": vision.recipe.model,
                 "settings": vision.recipe.settings,
-                "bytes_in": len(content),
-                "bytes_to_model": len(preview),
-                "width_px": decoded.image.width,
-                "height_px": decoded.image.height,
-                "format": decoded.format,
-                "content_sha256": sha256,
+                **_describe_original(original),
+                "bytes_to_model": len(original.prepared.preview),
+                **_describe_usage(original.usage),
                 "attempt": context.retry_number + 1,
-                "dagster/uri": str(files.root / path),
+                "dagster/uri": str(files.root / original.facts.path),
             },
         )
 
@@ -89,6 +81,8 @@ def variants(
     context: dg.AssetExecutionContext,
     catalogue: dg.ResourceParam[Catalogue],
     files: dg.ResourceParam[FileStore],
+    originals: dg.ResourceParam[Originals],
+    renderer: dg.ResourceParam[Renderer],
 ) -> Iterator[dg.MaterializeResult[None]]:
     """The image at 640, 1024 and 1920 px width, each as WebP and AVIF; never enlarged.
 
@@ -99,21 +93,21 @@ def variants(
     with attempt(context, catalogue) as claim:
         if claim is None:
             return
-        path = claim.path or files.find_original(claim.image_id)
-        content = files.read(path, MAX_BYTES)
-        rendered = [(variant.spec.path_for(path), variant) for variant in render(decode(content).image, VARIANT_SPECS)]
+        original = originals.load(claim.image_id, claim.path)
+        catalogue.save_original(claim, original.facts)
+        made, usage = renderer.render(original.prepared.decoded)
+        rendered = [(variant.spec.path_for(original.facts.path), variant) for variant in made]
         # Rows first: they refuse a path that is another image's before its file is overwritten.
         catalogue.save_variants(claim, rendered)
         for variant_path, variant in rendered:
             files.write(variant_path, variant.content)
-        sha256 = hashlib.sha256(content).hexdigest()
-        recipe = variants_recipe(VARIANT_SPECS)
-        catalogue.record_result(claim, "variants", recipe, sha256)
+        sha256 = original.facts.original_sha256
+        catalogue.record_result(claim, "variants", renderer.recipe, sha256)
         yield dg.MaterializeResult(
-            data_version=_data_version(sha256 + recipe.version),
+            data_version=_data_version(sha256 + renderer.recipe.version),
             metadata={
                 "variant_count": len(rendered),
-                "bytes_in": len(content),
+                "bytes_in": original.facts.original_bytes,
                 "bytes_out": sum(len(variant.content) for _, variant in rendered),
                 "variants": dg.MetadataValue.table(
                     records=[
@@ -128,7 +122,10 @@ def variants(
                         for variant_path, variant in rendered
                     ]
                 ),
-                "settings": recipe.settings,
+                "settings": renderer.recipe.settings,
+                "dominant_color": original.facts.dominant_color,
+                "placeholder": dg.MetadataValue.md(f"![placeholder]({original.facts.placeholder})"),
+                **_describe_usage(usage),
                 "attempt": context.retry_number + 1,
                 "dagster/uri": str(files.root / rendered[0][0]).rpartition("/")[0],
             },
@@ -175,10 +172,27 @@ def embedding(
         )
 
 
-def _picture(image: Any) -> dg.MetadataValue:
+def _picture(original: Original) -> dg.MetadataValue:
     """A thumbnail in Markdown, a few kB, for where the operator looks."""
-    thumbnail = base64.b64encode(render_preview(image, THUMBNAIL_PX)).decode()
+    thumbnail = base64.b64encode(original.prepared.thumbnail).decode()
     return dg.MetadataValue.md(f"![the image](data:image/jpeg;base64,{thumbnail})")
+
+
+def _describe_original(original: Original) -> dict[str, str | int]:
+    facts: OriginalFacts = original.facts
+    described: dict[str, str | int] = {
+        "bytes_in": facts.original_bytes,
+        "width_px": facts.width,
+        "height_px": facts.height,
+        "format": original.prepared.decoded.format,
+        "content_sha256": facts.original_sha256,
+    }
+    return described | {"flaw": facts.flaw} if facts.flaw else described
+
+
+def _describe_usage(usage: Usage) -> dict[str, float | int]:
+    """What decoding or encoding took."""
+    return {"cpu_seconds": round(usage.cpu_seconds, 3), "peak_memory_bytes": usage.peak_bytes}
 
 
 def _describe_answer(answer: VisionAnswer) -> dict[str, dg.MetadataValue | str | int]:

@@ -6,9 +6,15 @@ Secrets arrive as `dg.EnvVar`, so that no value of theirs is shown in the UI or 
 from collections.abc import Iterator
 from contextlib import closing, contextmanager
 from pathlib import Path
+from typing import Any
 
 import dagster as dg
 
+from imagepipeline.defs.originals import Originals
+from imagepipeline.imaging.decoding import Rules
+from imagepipeline.imaging.sandbox import Sandbox
+from imagepipeline.imaging.variants import Renderer
+from imagepipeline.models import build_variant_specs
 from imagepipeline.services.embedder import LocalEmbedder, OpenRouterEmbedder
 from imagepipeline.services.notifier import MailNotifier, Notifier, WebhookNotifier
 from imagepipeline.services.vision import LocalVision, OpenAIVision
@@ -51,6 +57,44 @@ class FileStoreResource(dg.ConfigurableResource[FileStore]):
     def create_resource(self, context: dg.InitResourceContext) -> FileStore:
         """The store below the root."""
         return FileStore(Path(self.root))
+
+
+class SandboxResource(dg.ConfigurableResource[Sandbox]):
+    """Where images are decoded and encoded."""
+
+    memory_bytes: int
+    cpu_seconds: int
+
+    def create_resource(self, context: dg.InitResourceContext) -> Sandbox:
+        """The sandbox; each call in it is a process of its own."""
+        return Sandbox(self.memory_bytes, self.cpu_seconds)
+
+
+class OriginalsResource(dg.ConfigurableResource[Originals]):
+    """The originals, and the rules for what they may be."""
+
+    files: dg.ResourceDependency[FileStore]
+    sandbox: dg.ResourceDependency[Sandbox]
+    rules: dict[str, Any]
+
+    def create_resource(self, context: dg.InitResourceContext) -> Originals:
+        """The originals; each run decodes its own once."""
+        return Originals(self.files, self.sandbox, Rules(**self.rules))
+
+
+class RendererResource(dg.ConfigurableResource[Renderer]):
+    """How variants are made."""
+
+    sandbox: dg.ResourceDependency[Sandbox]
+    webp_quality: int
+    avif_quality: int
+    is_animated: bool
+    has_rights: bool
+
+    def create_resource(self, context: dg.InitResourceContext) -> Renderer:
+        """The renderer."""
+        specs = build_variant_specs(self.webp_quality, self.avif_quality)
+        return Renderer(self.sandbox, specs, self.is_animated, self.has_rights)
 
 
 class EmbeddingIndexResource(dg.ConfigurableResource[EmbeddingIndex]):

@@ -51,8 +51,8 @@ def measure(decoded: Decoded) -> PixelFacts:
         sample = Image.alpha_composite(Image.new("RGBA", sample.size, "white"), sample).convert("RGB")
     lab = to_lab(np.asarray(sample).reshape(-1, 3))
     return PixelFacts(
-        width=decoded.image.width,
-        height=decoded.image.height,
+        width=decoded.width,
+        height=decoded.height,
         colors=_dominant_colors(sample),
         brightness=float(lab[:, 0].mean()),
         contrast=float(lab[:, 0].std()),

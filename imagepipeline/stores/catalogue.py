@@ -6,7 +6,7 @@ thought dead and was succeeded can change nothing any more.
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
@@ -15,12 +15,10 @@ import sqlalchemy as sa
 from sqlalchemy.dialects import postgresql, sqlite
 
 from imagepipeline.errors import CatalogueDownError, ImageBusyError, PathTakenError, StackError, StaleClaimError
-from imagepipeline.models import ASSETS, Claim, ImageMetadata, Recipe, Status, Upload, Variant
+from imagepipeline.models import ASSETS, Claim, ImageMetadata, OriginalFacts, Recipe, Status, Upload, Variant
 from imagepipeline.stores.tables import UtcDateTime, image_history, image_results, image_variants, images, notifications
 
 ERROR_CHARACTERS = 300
-
-
 ENDED = (Status.COMPLETED, Status.FAILED)
 POISON_RECOVERIES, POISON_WINDOW = 3, timedelta(hours=72)
 NOTIFICATION_WINDOW = timedelta(days=7)
@@ -218,19 +216,15 @@ class Catalogue:
             self._update(connection, claim, error=error[:ERROR_CHARACTERS])
             self._record(connection, claim.image_id, "attempt_failed", detail)
 
-    def save_metadata(
-        self, claim: Claim, metadata: ImageMetadata, path: str, original_bytes: int, original_sha256: str
-    ) -> None:
-        """Stores what the vision model said, and which original it said it of."""
+    def save_original(self, claim: Claim, facts: OriginalFacts) -> None:
+        """Stores what was found out about the original."""
         with self._transaction() as connection:
-            self._update(
-                connection,
-                claim,
-                metadata=metadata.model_dump(by_alias=True),
-                path=path,
-                original_bytes=original_bytes,
-                original_sha256=original_sha256,
-            )
+            self._update(connection, claim, **asdict(facts))
+
+    def save_metadata(self, claim: Claim, metadata: ImageMetadata) -> None:
+        """Stores what the vision model said."""
+        with self._transaction() as connection:
+            self._update(connection, claim, metadata=metadata.model_dump(by_alias=True))
 
     def save_variants(self, claim: Claim, variants: Sequence[tuple[str, Variant]]) -> None:
         """Stores the (path, variant) rows in place of the image's older ones; call it before the files are written.

@@ -4,14 +4,16 @@ Paths are those of the contract: relative, with `/`, `original/…` or `variants
 opened, and no symbolic link, device or pipe is followed.
 """
 
+import contextlib
 import errno
 import os
 import stat
 import time
 import uuid
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
-from imagepipeline.errors import DiskFullError, MissingOriginalError
+from imagepipeline.errors import DiskFullError, MissingOriginalError, UnsafePathError
 from imagepipeline.models import IMAGE_ID_PATTERN, check_image_id
 
 SETTLED_SECONDS, LEFTOVER_SECONDS = 60, 3600
@@ -29,8 +31,7 @@ class FileStore:
         Raises:
             MissingOriginalError: there is none, or more than one.
         """
-        check_image_id(image_id)
-        found = sorted(path.name for path in self.root.glob(f"original/{image_id}.*"))
+        found = self._list_originals_of(check_image_id(image_id))
         if len(found) == 1:
             return f"original/{found[0]}"
         if not found:
@@ -43,8 +44,11 @@ class FileStore:
         Raises:
             MissingOriginalError: it is not there, or no plain file.
         """
+        *parents, name = Path(path).parts
         try:
-            descriptor = self._open(path)
+            with self._open_folder(parents) as folder:
+                # Without O_NONBLOCK, opening a pipe would wait for its writer for ever.
+                descriptor = os.open(name, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK, dir_fd=folder)
         except OSError as error:
             reason = error.strerror or type(error).__name__
             raise MissingOriginalError(f"{path} cannot be opened below the storage root: {reason}") from None
@@ -56,42 +60,56 @@ class FileStore:
 
     def put_original(self, image_id: str, content: bytes, extension: str) -> str:
         """Stores an original as `original/<image_id>.<extension>` in place of any other of that ID; gives its path."""
-        path = f"original/{check_image_id(image_id)}.{extension}"
-        self.write(path, content)
-        for other in self.root.glob(f"original/{image_id}.*"):
-            if other.name != Path(path).name:
-                other.unlink()
-        return path
+        name = f"{check_image_id(image_id)}.{extension}"
+        self.write(f"original/{name}", content)
+        with self._open_folder(["original"]) as folder:
+            for other in self._list_originals_of(image_id):
+                if other != name:
+                    os.unlink(other, dir_fd=folder)
+        return f"original/{name}"
 
     def write(self, path: str, content: bytes) -> None:
         """Writes a file so that readers see the old content or the new, never a part, also after a power cut.
 
         Raises:
             DiskFullError: there is no room; the old content stays.
+            UnsafePathError: a folder on the way is a symbolic link, or no folder.
         """
-        target = self.root / path
-        target.parent.mkdir(parents=True, exist_ok=True)
-        beside = target.with_name(f".{target.name}.{uuid.uuid4().hex}.tmp")
+        *parents, name = Path(path).parts
+        beside = f".{name}.{uuid.uuid4().hex}.tmp"
+        self.root.mkdir(parents=True, exist_ok=True)
         try:
-            with open(beside, "xb") as file:
-                file.write(content)
-                file.flush()
-                os.fsync(file.fileno())
-            beside.rename(target)
+            with self._open_folder(parents, is_created=True) as folder:
+                try:
+                    descriptor = os.open(beside, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666, dir_fd=folder)
+                    with os.fdopen(descriptor, "wb") as file:
+                        file.write(content)
+                        file.flush()
+                        os.fsync(descriptor)
+                    os.rename(beside, name, src_dir_fd=folder, dst_dir_fd=folder)
+                finally:
+                    with contextlib.suppress(FileNotFoundError):
+                        os.unlink(beside, dir_fd=folder)
         except OSError as error:
             if error.errno in (errno.ENOSPC, errno.EDQUOT):
                 raise DiskFullError(f"no room below the storage root for {path}") from error
+            if error.errno in (errno.ELOOP, errno.ENOTDIR):
+                raise UnsafePathError(f"{path} cannot be written: a folder on the way is a link or a file") from error
             raise
-        finally:
-            beside.unlink(missing_ok=True)
 
     def list_originals(self) -> dict[str, str]:
         """The path of each `original/<image_id>.*`, by image ID, of files that were not touched for a minute."""
         before = time.time() - SETTLED_SECONDS
         found = {}
-        for path in sorted(self.root.glob("original/*.*")):
-            if IMAGE_ID_PATTERN.fullmatch(path.stem) and path.is_file() and path.stat().st_mtime < before:
-                found[path.stem] = f"original/{path.name}"
+        try:
+            with self._open_folder(["original"]) as folder:
+                for name in sorted(os.listdir(folder)):
+                    state = os.stat(name, dir_fd=folder, follow_symlinks=False)
+                    is_settled = stat.S_ISREG(state.st_mode) and state.st_mtime < before
+                    if is_settled and "." in name and IMAGE_ID_PATTERN.fullmatch(Path(name).stem):
+                        found[Path(name).stem] = f"original/{name}"
+        except FileNotFoundError:
+            return found
         return found
 
     def list_leftovers(self) -> list[Path]:
@@ -99,16 +117,26 @@ class FileStore:
         before = time.time() - LEFTOVER_SECONDS
         return [path for path in self.root.rglob(".*.tmp") if path.lstat().st_mtime < before]
 
-    def _open(self, path: str) -> int:
-        """Opens a path part by part from the root down, so that no link in it is followed."""
-        directory = os.open(self.root, os.O_RDONLY | os.O_DIRECTORY)
-        *parents, name = Path(path).parts
+    def _list_originals_of(self, image_id: str) -> list[str]:
+        """The names of the files `<image_id>.*` among the originals."""
         try:
-            for parent in parents:
-                parent_directory = directory
-                directory = os.open(parent, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW, dir_fd=parent_directory)
-                os.close(parent_directory)
-            # Without O_NONBLOCK, opening a pipe would wait for its writer for ever.
-            return os.open(name, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK, dir_fd=directory)
+            with self._open_folder(["original"]) as folder:
+                return sorted(name for name in os.listdir(folder) if name.startswith(f"{image_id}."))
+        except OSError:
+            return []
+
+    @contextlib.contextmanager
+    def _open_folder(self, parts: Iterable[str], is_created: bool = False) -> Iterator[int]:
+        """A folder, opened part by part from the root down, so that no link on the way is followed."""
+        folder = os.open(self.root, os.O_RDONLY | os.O_DIRECTORY)
+        try:
+            for part in parts:
+                parent = folder
+                if is_created:
+                    with contextlib.suppress(FileExistsError):
+                        os.mkdir(part, dir_fd=parent)
+                folder = os.open(part, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW, dir_fd=parent)
+                os.close(parent)
+            yield folder
         finally:
-            os.close(directory)
+            os.close(folder)

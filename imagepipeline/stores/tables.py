@@ -47,6 +47,11 @@ images = sa.Table(
     sa.Column("path", sa.String(512)),
     sa.Column("original_bytes", sa.Integer),
     sa.Column("original_sha256", sa.String(64)),
+    sa.Column("width", sa.Integer),  # of the original, upright, in pixels
+    sa.Column("height", sa.Integer),
+    sa.Column("placeholder", sa.String(2000)),  # a data URI of a tiny WebP, for a page to show first
+    sa.Column("dominant_color", sa.String(7)),  # #rrggbb
+    sa.Column("flaw", sa.String(300)),  # what is missing of an original that was made the best of
     sa.Column("metadata", sa.JSON(none_as_null=True)),
     sa.Column("reason", sa.String(32)),
     sa.Column("error", sa.String(300)),

@@ -6,8 +6,14 @@ import dagster as dg
 import pytest
 
 from imagepipeline.defs.assets import embedding, metadata, variants
+from imagepipeline.defs.checks import variant_checks
 from imagepipeline.defs.failures import GENERATION_TAG
 from imagepipeline.defs.jobs import process_upload
+from imagepipeline.defs.originals import Originals
+from imagepipeline.imaging.decoding import Rules
+from imagepipeline.imaging.sandbox import Sandbox
+from imagepipeline.imaging.variants import Renderer
+from imagepipeline.models import build_variant_specs
 from imagepipeline.services.embedder import LocalEmbedder
 from imagepipeline.services.vision import LocalVision
 from imagepipeline_tests.conftest import PHOTOS
@@ -28,14 +34,16 @@ def run(instance, catalogue, files, index):
     def run(image_id, generation=None, assets=ASSETS, **resources):
         instance.add_dynamic_partitions("uploads", [image_id])
         return dg.materialize(
-            ASSETS,
-            selection=assets,
+            [*ASSETS, variant_checks],
+            selection=dg.AssetSelection.assets(*assets),
             partition_key=image_id,
             instance=instance,
             tags={} if generation is None else {GENERATION_TAG: str(generation)},
             resources={
                 "catalogue": catalogue,
                 "files": files,
+                "originals": Originals(files, Sandbox(), Rules()),
+                "renderer": Renderer(Sandbox(), build_variant_specs()),
                 "index": index,
                 "vision": LocalVision(),
                 "embedder": LocalEmbedder(),

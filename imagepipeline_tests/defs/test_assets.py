@@ -122,7 +122,7 @@ def test_a_refusal_is_final_at_once(run, cat, catalogue):
 
 
 @pytest.mark.parametrize(
-    ("content", "reason"), [(b"", "corrupt"), (b"<html>", "unsupported"), (b"\xff" * 25_000_001, "too_large")]
+    ("content", "reason"), [(b"", "empty"), (b"<html>", "unsupported"), (b"\xff" * 25_000_001, "too_large")]
 )
 def test_a_file_that_is_no_image_fails_without_a_call(run, catalogue, files, content, reason):
     files.put_original("bad", content, "jpg")

@@ -10,6 +10,11 @@ import dagster as dg
 
 from imagepipeline.defs.assets import embedding, metadata, variants
 from imagepipeline.defs.failures import GENERATION_TAG
+from imagepipeline.defs.originals import Originals
+from imagepipeline.imaging.decoding import Rules
+from imagepipeline.imaging.sandbox import Sandbox
+from imagepipeline.imaging.variants import Renderer
+from imagepipeline.models import build_variant_specs
 from imagepipeline.services.embedder import LocalEmbedder
 from imagepipeline.services.vision import LocalVision
 from imagepipeline.stores.catalogue import Catalogue
@@ -54,7 +59,9 @@ def main() -> None:
             tags={GENERATION_TAG: generation},
             resources={
                 "catalogue": Catalogue(os.environ["DATABASE_URL"]),
-                "files": FileStore(folder / "storage"),
+                "files": (files := FileStore(folder / "storage")),
+                "originals": Originals(files, Sandbox(), Rules()),
+                "renderer": Renderer(Sandbox(), build_variant_specs()),
                 "index": EmbeddingIndex(str(folder / "lancedb")),
                 "vision": LocalVision(),
                 "embedder": LocalEmbedder(),

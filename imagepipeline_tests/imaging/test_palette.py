@@ -9,7 +9,7 @@ from imagepipeline.imaging.palette import measure, to_lab
 
 
 def facts_of(image):
-    return measure(Decoded(image, "PNG", None, None))
+    return measure(Decoded((image,), "PNG", *image.size))
 
 
 # CIE Lab (D65) of the sRGB corners, as published by Lindbloom.

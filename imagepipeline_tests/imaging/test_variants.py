@@ -1,20 +1,27 @@
 """Variants: right size, right format, nothing attached, close to the original."""
 
+import base64
 import io
 
 import numpy as np
 import pytest
 from PIL import ExifTags, Image
 
-from imagepipeline.imaging.decoding import decode
-from imagepipeline.imaging.variants import recipe, render, render_preview
-from imagepipeline.models import VARIANT_SPECS
+from imagepipeline.imaging.decoding import Decoded, Rules, decode
+from imagepipeline.imaging.variants import build_recipe, render, render_placeholder, render_preview
+from imagepipeline.models import build_variant_specs
 from imagepipeline_tests.conftest import PHOTOS
+
+SPECS = build_variant_specs()
 
 
 @pytest.fixture(scope="module")
 def photo():
-    return decode((PHOTOS / "galaxies.jpg").read_bytes()).image
+    return decode((PHOTOS / "galaxies.jpg").read_bytes())
+
+
+def decoded_from(image):
+    return Decoded((image,), "PNG", *image.size)
 
 
 def reopened(variant):
@@ -24,7 +31,7 @@ def reopened(variant):
 
 
 def test_six_variants_are_made_and_none_is_enlarged(photo):
-    variants = render(photo, VARIANT_SPECS)
+    variants = render(photo, SPECS)
     assert [(v.spec.suffix, v.spec.format, v.width) for v in variants] == [
         ("sm", "webp", 640),
         ("sm", "avif", 640),
@@ -40,8 +47,8 @@ def test_six_variants_are_made_and_none_is_enlarged(photo):
 
 
 def test_variants_look_like_the_original(photo):
-    for variant in render(photo, VARIANT_SPECS):
-        reference = photo.resize((variant.width, variant.height), Image.Resampling.LANCZOS)
+    for variant in render(photo, SPECS):
+        reference = photo.image.resize((variant.width, variant.height), Image.Resampling.LANCZOS)
         difference = np.asarray(reference, dtype=float) - np.asarray(reopened(variant).convert("RGB"), dtype=float)
         decibels = 10 * np.log10(255**2 / (difference**2).mean())
         assert decibels > 30, (variant.spec, decibels)
@@ -52,7 +59,7 @@ def test_variants_carry_no_metadata(encode):
     exif[ExifTags.Base.Model] = "Spy 3000"
     exif.get_ifd(ExifTags.IFD.GPSInfo)[1] = "N"
     content = encode(Image.new("RGB", (20, 20), "red"), "JPEG", exif=exif, comment=b"secret")
-    for variant in render(decode(content).image, VARIANT_SPECS):
+    for variant in render(decode(content), SPECS):
         assert b"Spy 3000" not in variant.content
         assert b"secret" not in variant.content
         assert not reopened(variant).getexif()
@@ -61,7 +68,7 @@ def test_variants_carry_no_metadata(encode):
 def test_transparency_is_kept():
     image = Image.new("RGBA", (800, 20), (10, 200, 10, 0))
     image.paste((200, 10, 10, 255), (0, 0, 400, 20))
-    for variant in render(image, VARIANT_SPECS):
+    for variant in render(decoded_from(image), SPECS):
         made = reopened(variant).convert("RGBA")
         assert made.getpixel((10, 5))[3] == 255
         assert made.getpixel((made.width - 10, 5))[3] == 0
@@ -69,14 +76,14 @@ def test_transparency_is_kept():
 
 @pytest.mark.parametrize("size", [(1, 1), (1, 5000), (5000, 1), (3, 16000)])
 def test_extreme_shapes_are_rendered(size):
-    for variant in render(Image.new("RGB", size, "teal"), VARIANT_SPECS):
+    for variant in render(decoded_from(Image.new("RGB", size, "teal")), SPECS):
         assert reopened(variant).size == (variant.width, variant.height)
         assert variant.width <= variant.spec.width_px
         assert variant.height >= 1
 
 
 def test_rendering_twice_gives_the_same_bytes(photo):
-    first, second = (render(photo, VARIANT_SPECS) for _ in range(2))
+    first, second = (render(photo, SPECS) for _ in range(2))
     assert [v.content for v in first] == [v.content for v in second]
 
 
@@ -87,6 +94,62 @@ def test_the_preview_is_a_small_jpeg_over_white():
 
 
 def test_the_recipe_names_every_size_and_quality():
-    assert recipe(VARIANT_SPECS).version.endswith(
+    assert build_recipe(SPECS).version.endswith(
         ":640-webp-80,640-avif-80,1024-webp-80,1024-avif-80,1920-webp-80,1920-avif-80"
     )
+
+
+def test_each_format_has_its_quality(photo):
+    def sizes(*qualities):
+        return {v.spec.format: len(v.content) for v in render(photo, build_variant_specs(*qualities))}
+
+    usual = sizes()
+    assert sizes(80, 63)["avif"] < usual["avif"]
+    assert sizes(80, 63)["webp"] == usual["webp"]
+    assert sizes(40, 80)["webp"] < usual["webp"]
+
+
+def test_artist_and_copyright_stay_only_when_asked_for():
+    exif = Image.Exif()
+    exif[ExifTags.Base.Model] = "Spy 3000"
+    exif[ExifTags.Base.Artist] = "Ann"
+    exif[ExifTags.Base.Copyright] = "(c) Ann"
+    buffer = io.BytesIO()
+    Image.new("RGB", (20, 20), "red").save(buffer, "JPEG", exif=exif)
+    decoded = decode(buffer.getvalue())
+    for variant in render(decoded, SPECS, has_rights=True):
+        assert dict(reopened(variant).getexif()) == {ExifTags.Base.Artist: "Ann", ExifTags.Base.Copyright: "(c) Ann"}
+    for variant in render(decoded, SPECS):
+        assert not reopened(variant).getexif()
+
+
+def test_an_animation_gives_animated_variants():
+    frames = tuple(Image.new("RGB", (800, 600), color) for color in ("red", "lime", "blue"))
+    decoded = Decoded(frames, "GIF", 800, 600, durations_ms=(100, 200, 300))
+    for variant in render(decoded, SPECS):
+        image = Image.open(io.BytesIO(variant.content))
+        assert image.n_frames == 3
+        assert image.size == (variant.width, variant.height)
+        durations = []
+        for index in range(3):
+            image.seek(index)
+            image.load()
+            durations.append(image.info["duration"])
+        assert durations == [100, 200, 300]
+        assert image.convert("RGB").getpixel((5, 5))[2] > 200
+
+
+def test_the_placeholder_is_a_tiny_picture_of_the_same_shape():
+    image = Image.new("RGBA", (1600, 400), (10, 200, 10, 255))
+    image.paste((0, 0, 0, 0), (0, 0, 800, 400))
+    uri = render_placeholder(image)
+    assert uri.startswith("data:image/webp;base64,")
+    assert len(uri) < 400
+    tiny = Image.open(io.BytesIO(base64.b64decode(uri.partition(",")[2])))
+    assert (tiny.format, tiny.size) == ("WEBP", (16, 4))
+    assert tiny.getpixel((2, 2))[3] == 0
+    assert tiny.getpixel((13, 2))[1] > 150
+
+
+def test_a_wide_original_is_decoded_to_the_width_of_the_widest_variant():
+    assert Rules().max_width_px == max(spec.width_px for spec in SPECS)

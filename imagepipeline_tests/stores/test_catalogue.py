@@ -10,14 +10,15 @@ from alembic.autogenerate import compare_metadata
 from alembic.migration import MigrationContext
 
 from imagepipeline.errors import CatalogueDownError, ImageBusyError, PathTakenError, StackError, StaleClaimError
-from imagepipeline.models import ImageMetadata, Recipe, Status, Upload, Variant, VariantSpec
+from imagepipeline.models import ImageMetadata, OriginalFacts, Recipe, Status, Upload, Variant, VariantSpec
 from imagepipeline.stores.catalogue import Catalogue
 from imagepipeline.stores.tables import schema
 
 RECIPE = Recipe("local", "m")
+ORIGINAL = OriginalFacts("original/a.jpg", 3, "0" * 64, 4, 3, "data:", "#aabbcc")
 METADATA = ImageMetadata(description="d", tags=["t"], category="c", dominant_colors=["#aabbcc"], mood="m")
 VARIANTS = [
-    (f"variants/a-{suffix}.webp", Variant(VariantSpec(suffix, 9, "webp"), 9, 7, b"abc")) for suffix in ("sm", "md")
+    (f"variants/a-{suffix}.webp", Variant(VariantSpec(suffix, 9, "webp", 80), 9, 7, b"abc")) for suffix in ("sm", "md")
 ]
 
 
@@ -39,7 +40,8 @@ def catalogue(catalogue_url):
 
 def make(catalogue, claim):
     """Does all that a run does."""
-    catalogue.save_metadata(claim, METADATA, "original/a.jpg", 3, "0" * 64)
+    catalogue.save_original(claim, ORIGINAL)
+    catalogue.save_metadata(claim, METADATA)
     catalogue.save_variants(claim, VARIANTS)
     for asset in ("metadata", "variants", "embedding"):
         catalogue.record_result(claim, asset, RECIPE, "0" * 64)

@@ -4,7 +4,7 @@ import os
 
 import pytest
 
-from imagepipeline.errors import InvalidUploadError, MissingOriginalError
+from imagepipeline.errors import InvalidUploadError, MissingOriginalError, UnsafePathError
 
 
 def test_an_original_is_found_by_its_id(files):
@@ -92,3 +92,17 @@ def test_a_failed_write_leaves_the_old_file_and_no_rest(files, monkeypatch):
         files.write("variants/b.webp", b"new")
     assert files.read("variants/b.webp") == b"old"
     assert len(list((files.root / "variants").iterdir())) == 1
+
+
+@pytest.mark.parametrize("folder", ["original", "variants"])
+def test_nothing_is_written_or_listed_through_a_link(files, tmp_path, folder):
+    outside = tmp_path / "outside"
+    outside.mkdir()
+    (outside / "a.jpg").write_bytes(b"theirs")
+    files.root.mkdir()
+    (files.root / folder).symlink_to(outside)
+    with pytest.raises(UnsafePathError, match=f"{folder}/a.jpg"):
+        files.write(f"{folder}/a.jpg", b"ours")
+    assert (outside / "a.jpg").read_bytes() == b"theirs"
+    with pytest.raises(MissingOriginalError):
+        files.find_original("a")

@@ -1,0 +1,134 @@
+"""Asset checks: are an image's variants what they should be? Run after them, and by hand for any partition."""
+
+import warnings
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import Any
+
+import dagster as dg
+
+from imagepipeline.defs.assets import variants
+from imagepipeline.defs.originals import Original, Originals
+from imagepipeline.defs.partitions import uploads
+from imagepipeline.errors import ImagePipelineError, PermanentError
+from imagepipeline.imaging.inspection import Inspection
+from imagepipeline.imaging.variants import Renderer
+from imagepipeline.models import VariantSpec
+from imagepipeline.stores.catalogue import Catalogue
+from imagepipeline.stores.files import FileStore
+
+MIN_SIMILARITY = 0.8
+# AVIF reaches the look of WebP at some 17 points less; above that it is asked to look better, and may be larger.
+AVIF_QUALITY_MARGIN = 15
+CHECKS = {
+    "complete": "All six variants exist, can be decoded, and have the size and format their rows say.",
+    "clean": "Nothing but pixels is in the variants: no EXIF, GPS, XMP, comment or profile.",
+    "small": "No variant is larger than the original, no AVIF than its WebP unless its quality asks for that.",
+    "similar": f"Each variant looks like the original: a structural similarity of {MIN_SIMILARITY} or more.",
+}
+ERROR, WARN = dg.AssetCheckSeverity.ERROR, dg.AssetCheckSeverity.WARN
+SEVERITIES = {"complete": ERROR, "clean": ERROR, "small": WARN, "similar": WARN}
+
+with warnings.catch_warnings():
+    warnings.simplefilter("ignore", dg.PreviewWarning)  # partitioned checks; Dagster's version is pinned
+    SPECS = [
+        dg.AssetCheckSpec(name, asset=variants, description=description, partitions_def=uploads)
+        for name, description in CHECKS.items()
+    ]
+
+
+@dg.multi_asset_check(specs=SPECS)
+def variant_checks(
+    context: dg.AssetCheckExecutionContext,
+    catalogue: dg.ResourceParam[Catalogue],
+    files: dg.ResourceParam[FileStore],
+    originals: dg.ResourceParam[Originals],
+    renderer: dg.ResourceParam[Renderer],
+) -> Iterator[dg.AssetCheckResult]:
+    """Reads the stored variants back and compares them with their rows and their original."""
+    problems, facts = find_problems(context.partition_key, catalogue, files, originals, renderer)
+    for name in CHECKS:
+        yield dg.AssetCheckResult(
+            check_name=name,
+            asset_key=variants.key,
+            passed=not problems[name],
+            severity=SEVERITIES[name],
+            description="; ".join(problems[name])[:1000] or None,
+            metadata=facts,
+        )
+
+
+def find_problems(
+    image_id: str, catalogue: Catalogue, files: FileStore, originals: Originals, renderer: Renderer
+) -> tuple[dict[str, list[str]], dict[str, float | int]]:
+    """What is wrong with an image's variants, by the names of CHECKS, and figures about them.
+
+    A check that cannot be made has failed, and fails nothing else.
+    """
+    try:
+        row = catalogue.get(image_id) or {"variants": [], "path": None}
+        original = originals.load(image_id, row["path"])
+        contents = [_read(files, variant["path"]) for variant in row["variants"]]
+        inspections = renderer.inspect(contents, original.prepared.decoded)
+    except ImagePipelineError as error:
+        return {name: [str(error)] for name in CHECKS}, {}
+    found = [
+        {**variant, "found": inspection, "spec": _spec_of(variant, renderer.specs)}
+        for variant, inspection in zip(row["variants"], inspections, strict=True)
+    ]
+    problems = {
+        "complete": [*_find_incomplete(found, original, len(renderer.specs))],
+        "clean": [f"{one['path']}: {', '.join(one['found'].attachments)}" for one in found if one["found"].attachments],
+        "small": [*_find_large(found, original)],
+        "similar": [*_find_unlike(found)],
+    }
+    figures = {
+        "variant_count": len(found),
+        "bytes_in": original.facts.original_bytes,
+        "bytes_out": sum(one["size"] for one in found),
+        "min_similarity": round(min((one["found"].similarity for one in found), default=0), 4),
+    }
+    return problems, figures
+
+
+def _spec_of(variant: Mapping[str, Any], specs: Sequence[VariantSpec]) -> VariantSpec | None:
+    return next((spec for spec in specs if variant["path"].endswith(f"-{spec.suffix}.{spec.format}")), None)
+
+
+def _read(files: FileStore, path: str) -> bytes:
+    try:
+        return files.read(path)
+    except PermanentError:
+        return b""
+
+
+def _find_incomplete(found: Sequence[Mapping[str, Any]], original: Original, spec_count: int) -> Iterator[str]:
+    if len(found) != spec_count:
+        yield f"there are {len(found)} variants instead of {spec_count}"
+    for variant in found:
+        inspection: Inspection = variant["found"]
+        spec: VariantSpec | None = variant["spec"]
+        made = (inspection.format, inspection.width, inspection.height)
+        if inspection.fault:
+            yield f"{variant['path']} cannot be decoded: {inspection.fault}"
+        elif made != (variant["format"], variant["width"], variant["height"]):
+            yield f"{variant['path']} is {made} where its row says otherwise"
+        elif spec and inspection.width != min(spec.width_px, original.facts.width):
+            yield f"{variant['path']} is {inspection.width} px wide"
+
+
+def _find_large(found: Iterable[Mapping[str, Any]], original: Original) -> Iterator[str]:
+    webp = {variant["spec"].width_px: variant for variant in found if variant["spec"] and variant["format"] == "webp"}
+    for variant in found:
+        size, spec = variant["size"], variant["spec"]
+        if size > original.facts.original_bytes:
+            yield f"{variant['path']} has {size:,} bytes, the original {original.facts.original_bytes:,}"
+        twin = webp.get(spec.width_px) if spec and spec.format == "avif" else None
+        if twin and spec.quality <= twin["spec"].quality - AVIF_QUALITY_MARGIN and size > twin["size"]:
+            yield f"{variant['path']} has {size:,} bytes, {twin['path']} {twin['size']:,}"
+
+
+def _find_unlike(found: Iterable[Mapping[str, Any]]) -> Iterator[str]:
+    for variant in found:
+        inspection: Inspection = variant["found"]
+        if not inspection.fault and inspection.similarity < MIN_SIMILARITY:
+            yield f"{variant['path']} has a similarity of {inspection.similarity:.3f} to the original"

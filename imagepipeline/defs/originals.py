@@ -1,0 +1,58 @@
+"""Originals as the assets see them: read, hashed and decoded once per run, however many assets need them."""
+
+import hashlib
+from dataclasses import dataclass
+
+from imagepipeline.imaging.decoding import Rules
+from imagepipeline.imaging.preparation import Prepared, prepare
+from imagepipeline.imaging.sandbox import Sandbox, Usage
+from imagepipeline.models import OriginalFacts
+from imagepipeline.stores.files import FileStore
+
+
+@dataclass(frozen=True)
+class Original:
+    """One original: what the catalogue keeps of it, what was read off it, and what that took."""
+
+    facts: OriginalFacts
+    prepared: Prepared
+    usage: Usage
+
+
+class Originals:
+    """Reads originals from the file store and decodes them in a sandbox, by the rules.
+
+    Holds the last one, so that all assets of a run see the same bytes, also when the file is replaced meanwhile.
+    """
+
+    def __init__(self, files: FileStore, sandbox: Sandbox, rules: Rules) -> None:
+        self._files = files
+        self._sandbox = sandbox
+        self._rules = rules
+        self._held: tuple[str, Original] | None = None
+
+    def load(self, image_id: str, path: str | None) -> Original:
+        """The original at `path`, or where that is None, the one file `original/<image_id>.*`.
+
+        Raises:
+            PermanentError: it is missing, or no picture we accept; the message is for its uploader.
+            SandboxLostError: decoding crashed or took too long by the clock.
+        """
+        if self._held is None or self._held[0] != image_id:
+            self._held = image_id, self._load(path or self._files.find_original(image_id))
+        return self._held[1]
+
+    def _load(self, path: str) -> Original:
+        content = self._files.read(path, self._rules.max_bytes)
+        prepared, usage = self._sandbox.call(prepare, content, self._rules)
+        facts = OriginalFacts(
+            path,
+            len(content),
+            hashlib.sha256(content).hexdigest(),
+            prepared.decoded.width,
+            prepared.decoded.height,
+            prepared.placeholder,
+            prepared.facts.colors[0][1],
+            prepared.decoded.flaw,
+        )
+        return Original(facts, prepared, usage)

@@ -1,0 +1,82 @@
+"""Looking at finished variants as a browser would: does it open, is it clean, does it look like its original?"""
+
+import io
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import ExifTags, Image
+
+from imagepipeline.imaging.decoding import Decoded
+from imagepipeline.imaging.formats import identify
+
+BLOCK_PX = 8
+ALLOWED_TAGS = {ExifTags.Base.Artist, ExifTags.Base.Copyright}
+
+
+@dataclass(frozen=True)
+class Inspection:
+    """What one stored variant is. `fault` says why it cannot be decoded; the rest is then empty.
+
+    `attachments` are what lies in it beside pixels; `similarity` to the scaled original is 1 for equal pixels.
+    """
+
+    fault: str | None = None
+    format: str = ""
+    width: int = 0
+    height: int = 0
+    attachments: tuple[str, ...] = ()
+    similarity: float = 0.0
+
+
+def inspect(contents: Sequence[bytes], original: Decoded) -> list[Inspection]:
+    """Decodes stored variants and compares each with its original."""
+    references: dict[tuple[int, int], Image.Image] = {}
+    return [_inspect(content, original.image, references) for content in contents]
+
+
+def _inspect(content: bytes, original: Image.Image, references: dict[tuple[int, int], Image.Image]) -> Inspection:
+    try:
+        format_ = identify(content)
+        image = Image.open(io.BytesIO(content), formats=[format_])
+        image.load()
+    except Exception as error:  # whatever a decoder stumbles over
+        return Inspection(fault=" ".join(str(error).split())[:200] or type(error).__name__)
+    if image.size not in references:
+        references[image.size] = original.resize(image.size, Image.Resampling.LANCZOS, reducing_gap=3.0)
+    similarity = compare(references[image.size], image)
+    return Inspection(None, format_.lower(), *image.size, _list_attachments(image), similarity)
+
+
+def _list_attachments(image: Image.Image) -> tuple[str, ...]:
+    found = [name for name in ("icc_profile", "xmp", "comment") if image.info.get(name)]
+    exif = image.getexif()
+    is_allowed = set(exif) <= ALLOWED_TAGS
+    return tuple(found if is_allowed else [*found, "exif"])
+
+
+def compare(reference: Image.Image, image: Image.Image) -> float:
+    """The mean structural similarity of two images of one size, by their luma over white (-1..1).
+
+    Wang et al., "Image quality assessment: from error visibility to structural similarity" (2004), equation 13,
+    over blocks of 8 x 8 px side by side instead of a sliding window.
+    """
+    a, b = _blocks(reference), _blocks(image)
+    mean_a, mean_b = a.mean(axis=1), b.mean(axis=1)
+    covariance = (a * b).mean(axis=1) - mean_a * mean_b
+    c1, c2 = (0.01 * 255) ** 2, (0.03 * 255) ** 2
+    luminance = (2 * mean_a * mean_b + c1) / (mean_a**2 + mean_b**2 + c1)
+    structure = (2 * covariance + c2) / (a.var(axis=1) + b.var(axis=1) + c2)
+    return float((luminance * structure).mean())
+
+
+def _blocks(image: Image.Image) -> NDArray[np.float32]:
+    """The luma as [blocks, 64], the picture continued by its last row and column to whole blocks."""
+    image = image.convert("RGBA") if image.has_transparency_data else image
+    if image.mode == "RGBA":
+        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+    luma = np.asarray(image.convert("L"), dtype=np.float32)
+    luma = np.pad(luma, [(0, -length % BLOCK_PX) for length in luma.shape], mode="edge")
+    rows, columns = (length // BLOCK_PX for length in luma.shape)
+    return luma.reshape(rows, BLOCK_PX, columns, BLOCK_PX).swapaxes(1, 2).reshape(rows * columns, BLOCK_PX**2)

@@ -1,0 +1,90 @@
+"""The asset checks of an image's variants, run with it and alone."""
+
+import pytest
+from PIL import Image
+
+from imagepipeline.definitions import defs
+from imagepipeline.defs.checks import CHECKS, find_problems
+from imagepipeline.defs.originals import Originals
+from imagepipeline.imaging.decoding import Rules
+from imagepipeline.imaging.sandbox import Sandbox
+from imagepipeline.imaging.variants import Renderer
+from imagepipeline.models import Variant, build_variant_specs
+from imagepipeline_tests.imaging.odd_files import encode
+
+
+@pytest.fixture
+def check(catalogue, files):
+    """The checks of an image, made now: {name: what is wrong}."""
+
+    def check(image_id, specs=build_variant_specs()):  # noqa: B008
+        originals = Originals(files, Sandbox(), Rules())
+        problems, _ = find_problems(image_id, catalogue, files, originals, Renderer(Sandbox(), specs))
+        return {name: "; ".join(found) for name, found in problems.items()}
+
+    return check
+
+
+def test_checks_are_recorded_for_the_partition_in_the_run_that_makes_the_variants(run, cat):
+    evaluations = run(cat).get_asset_check_evaluations()
+    assert {evaluation.check_name for evaluation in evaluations} == set(CHECKS)
+    for evaluation in evaluations:
+        assert evaluation.partition == cat
+        assert evaluation.passed, evaluation.description
+        assert evaluation.metadata["variant_count"].value == 6
+
+
+def test_the_upload_job_makes_the_checks():
+    assert "variant_checks" in {node.name for node in defs().resolve_job_def("process_upload").nodes}
+
+
+def test_a_missing_and_a_damaged_variant_are_named(run, cat, check, files):
+    run(cat)
+    (files.root / "variants" / "cat-sm.webp").unlink()
+    files.write("variants/cat-md.avif", files.read("variants/cat-md.avif")[:300])
+    files.write("variants/cat-lg.webp", encode(Image.new("RGB", (9, 9)), "WEBP"))
+    description = check(cat)["complete"]
+    for path in ("cat-sm.webp", "cat-md.avif", "cat-lg.webp"):
+        assert path in description
+
+
+def test_what_was_attached_later_is_found(run, cat, check, files):
+    run(cat)
+    image = Image.open(files.root / "variants" / "cat-lg.webp")
+    files.write("variants/cat-lg.webp", encode(image, "WEBP", xmp=b"<gps/>"))
+    assert check(cat)["clean"] == "variants/cat-lg.webp: xmp"
+
+
+def test_another_picture_is_found(run, cat, check, files):
+    run(cat)
+    image = Image.open(files.root / "variants" / "cat-lg.webp")
+    files.write("variants/cat-lg.webp", encode(Image.new("RGB", image.size, "red"), "WEBP"))
+    assert check(cat)["similar"].startswith("variants/cat-lg.webp has a similarity of 0.")
+
+
+def test_a_variant_larger_than_its_original_is_noted(run, check, files):
+    noise = Image.effect_noise((300, 300), 60)
+    files.put_original("noise", encode(noise, "JPEG", quality=5), "jpg")
+    run("noise")
+    assert "variants/noise-sm.avif has" in check("noise")["small"]
+
+
+@pytest.mark.parametrize(("avif_quality", "is_asked_for"), [(80, True), (65, False)])
+def test_an_avif_larger_than_its_webp_is_noted_unless_asked_for(
+    run, check, files, catalogue, avif_quality, is_asked_for
+):
+    noise = Image.effect_noise((300, 300), 60)
+    files.put_original("noise", encode(noise, "BMP"), "bmp")
+    run("noise")
+    swapped = files.read("variants/noise-sm.webp")
+    claim = catalogue.claim_anew("noise", "run")
+    specs = build_variant_specs(80, avif_quality)
+    larger = [Variant(s, 300, 300, swapped + bytes(9 if s.format == "avif" else 0)) for s in specs]
+    catalogue.save_variants(claim, [(v.spec.path_for("original/noise.bmp"), v) for v in larger])
+    assert (check("noise", specs)["small"] == "") is is_asked_for
+
+
+def test_an_image_without_variants_fails_and_nothing_breaks(check, catalogue):
+    found = check("ghost")
+    assert all(found.values())
+    assert "original/ghost.*" in found["complete"]

@@ -1,0 +1,126 @@
+"""Damaged files by the thousand: does every one end, and does nothing die of it?
+
+    python -m imagepipeline_tests.imaging.fuzz --cases 10000 [--seed 1] [--keep FOLDER]
+
+Real files of every format are bent: bits turned over, pieces cut out, repeated, zeroed, replaced by noise or spliced
+from another file, and the interesting numbers of headers put where lengths and sizes may lie. Each is decoded and
+rendered as an upload would be. A file whose process died is kept in FOLDER.
+"""
+
+import hashlib
+import random
+import time
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+import click
+from PIL import Image
+from rich.console import Console
+from rich.progress import track
+from rich.table import Table
+
+from imagepipeline.imaging.sandbox import Sandbox
+from imagepipeline_tests.imaging.odd_files import SAMPLES, Result, encode, photo_as, picture, process, wide_profile
+
+NUMBERS = [
+    b"\0\0",
+    b"\xff\xff",
+    b"\x7f\xff",
+    b"\x80\0",
+    b"\0\0\0\0",
+    b"\xff\xff\xff\xff",
+    b"\x7f\xff\xff\xff",
+    b"\0\1\0\0",
+]
+
+
+def seeds() -> list[bytes]:
+    """Good files to bend: every format, with profiles, texts, alpha, frames and photographic detail."""
+    exif = Image.Exif()
+    exif[0x0110] = "Spy 3000"
+    exif.get_ifd(0x8825)[1] = "N"
+    others = [Image.new("RGB", (96, 64), color) for color in ("black", "white")]
+    files = [photo_as(format_) for format_ in ("JPEG", "PNG", "WEBP", "GIF", "AVIF", "BMP")]
+    files += [photo_as("TIFF", compression=compression) for compression in ("raw", "tiff_lzw", "jpeg", "tiff_deflate")]
+    files += [photo_as("JPEG", progressive=True), photo_as("WEBP", lossless=True)]
+    files += [encode(picture("RGBA"), format_) for format_ in ("PNG", "WEBP", "AVIF", "TIFF")]
+    files += [encode(picture(), format_, exif=exif, icc_profile=wide_profile()) for format_ in ("JPEG", "PNG", "AVIF")]
+    files += [
+        encode(picture(), format_, save_all=True, append_images=others) for format_ in ("GIF", "PNG", "WEBP", "MPO")
+    ]
+    files += [
+        encode(picture("CMYK"), "JPEG"),
+        encode(picture("P"), "GIF"),
+        encode(picture("1"), "TIFF", compression="group4"),
+    ]
+    return files + [path.read_bytes() for path in sorted(SAMPLES.glob("*.heic"))]
+
+
+def bend(content: bytes, others: Sequence[bytes], chance: random.Random) -> bytes:
+    """The file with one to eight changes, more of them near its start, where the headers are."""
+    data = bytearray(content)
+    for _ in range(chance.choice((1, 1, 2, 4, 8))):
+        if not data:
+            break
+        at = int(len(data) * chance.random() ** chance.choice((1, 3, 8)))
+        length = chance.randint(1, max(1, min(len(data) - at, chance.choice((4, 64, 2048)))))
+        kind = chance.randrange(8)
+        if kind == 0:
+            data[at] ^= 1 << chance.randrange(8)
+        elif kind == 1:
+            data[at : at + length] = chance.randbytes(length)
+        elif kind == 2:
+            del data[at : at + length]
+        elif kind == 3:
+            data[at:at] = data[at : at + length] * chance.randint(1, 9)
+        elif kind == 4:
+            data[at : at + length] = bytes(length)
+        elif kind == 5:
+            number = chance.choice(NUMBERS)
+            data[at : at + len(number)] = number
+        elif kind == 6:
+            other = chance.choice(others)
+            start = chance.randrange(len(other))
+            data[at : at + length] = other[start : start + length]
+        else:
+            del data[at:]
+    return bytes(data)
+
+
+def fuzz(case_count: int, seed: int) -> Iterator[tuple[bytes, Result, float]]:
+    """Each bent file, what became of it, and in how many seconds by the clock."""
+    chance, files, sandbox = random.Random(seed), seeds(), Sandbox()
+    for _ in range(case_count):
+        content = bend(chance.choice(files), files, chance)
+        started = time.monotonic()
+        result = process(content, sandbox)
+        yield content, result, time.monotonic() - started
+
+
+@click.command(help=__doc__, context_settings={"max_content_width": 120})
+@click.option("--cases", "case_count", default=10_000, show_default=True)
+@click.option("--seed", default=1, show_default=True)
+@click.option("--keep", type=click.Path(file_okay=False, path_type=Path), help="Where to keep files that killed.")
+def main(case_count: int, seed: int, keep: Path | None) -> None:
+    counts: Counter[str] = Counter()
+    slowest, largest = 0.0, 0
+    examples: dict[str, str] = {}
+    for content, result, seconds in track(fuzz(case_count, seed), "fuzzing", case_count, Console(stderr=True)):
+        counts[result.outcome] += 1
+        examples.setdefault(result.outcome, result.sentence)
+        slowest, largest = max(slowest, seconds), max(largest, result.peak_bytes)
+        if keep and result.outcome in ("crashed", "unexpected"):
+            keep.mkdir(parents=True, exist_ok=True)
+            (keep / hashlib.sha256(content).hexdigest()[:16]).write_bytes(content)
+    table = Table("outcome", "files", "an example")
+    for outcome, count in counts.most_common():
+        table.add_row(outcome, str(count), examples[outcome][:100])
+    out = Console(width=160)
+    out.print(table)
+    out.print(f"{case_count} files, slowest {slowest:.2f} s, largest process {largest / 1e6:.0f} MB")
+    raise SystemExit(bool(counts["crashed"] or counts["unexpected"]))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,62 @@
+"""Inspection tells right variants from wrong ones."""
+
+import numpy as np
+import pytest
+from PIL import ExifTags, Image, ImageFilter
+
+from imagepipeline.imaging.decoding import decode
+from imagepipeline.imaging.inspection import compare, inspect
+from imagepipeline.imaging.variants import render
+from imagepipeline.models import build_variant_specs
+from imagepipeline_tests.imaging.odd_files import PHOTO, encode
+
+
+@pytest.fixture(scope="module")
+def photo():
+    return decode(PHOTO.read_bytes())
+
+
+def test_our_own_variants_are_right(photo):
+    variants = render(photo, build_variant_specs())
+    for variant, inspection in zip(variants, inspect([v.content for v in variants], photo), strict=True):
+        assert inspection.fault is None
+        assert (inspection.format, inspection.width, inspection.height) == (
+            variant.spec.format,
+            variant.width,
+            variant.height,
+        )
+        assert inspection.attachments == ()
+        assert 0.9 < inspection.similarity < 1
+
+
+def test_what_cannot_be_decoded_is_a_fault(photo):
+    whole = render(photo, build_variant_specs())[0].content
+    for content in (b"", b"<html>", whole[:500]):
+        assert inspect([content], photo)[0].fault
+
+
+def test_what_is_attached_is_named(photo):
+    exif = Image.Exif()
+    exif[ExifTags.Base.Artist] = "Ann"
+    assert inspect([encode(photo.image, "WEBP", exif=exif)], photo)[0].attachments == ()
+    exif.get_ifd(ExifTags.IFD.GPSInfo)[1] = "N"
+    content = encode(photo.image, "WEBP", exif=exif, xmp=b"<x/>", icc_profile=b"profile")
+    assert inspect([content], photo)[0].attachments == ("icc_profile", "xmp", "exif")
+
+
+def test_similarity_falls_with_damage(photo):
+    image = photo.image
+    blurred = image.filter(ImageFilter.GaussianBlur(3))
+    black = Image.new("RGB", image.size)
+    upside_down = image.transpose(Image.Transpose.ROTATE_180)
+    assert compare(image, image) == pytest.approx(1, abs=1e-4)
+    assert 0.95 > compare(image, blurred) > compare(image, upside_down)
+    assert compare(image, black) < 0.2
+
+
+def test_similarity_is_that_of_the_formula():
+    # Two 8 x 8 blocks by hand: means 100 and 110, the same variance v = 100 and full correlation, so that the
+    # structure term is 1 and luminance (2 * 100 * 110 + 6.5025) / (100^2 + 110^2 + 6.5025).
+    pattern = np.tile([90, 110], (8, 4)).astype(np.uint8)
+    a, b = Image.fromarray(pattern), Image.fromarray(pattern + 10)
+    assert compare(a, b) == pytest.approx(22006.5025 / 22106.5025, abs=1e-4)

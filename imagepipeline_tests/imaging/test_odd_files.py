@@ -1,0 +1,42 @@
+"""Every odd file ends as it must: the right picture, or the right reason."""
+
+import io
+
+import pytest
+from PIL import Image
+
+from imagepipeline.imaging.sandbox import Sandbox
+from imagepipeline_tests.imaging.odd_files import cases, process
+
+LOSSY = 14  # of 255, for quality 75 and chroma at half size
+
+
+@pytest.mark.parametrize("case", [pytest.param(case, id=case.name) for case in cases()])
+def test_every_odd_file_ends_as_it_must(case):
+    result = process(case.content, Sandbox())
+    assert result.outcome == case.outcome, result.sentence
+    if result.prepared is None:
+        assert len(result.sentence) > 20
+        assert "0x" not in result.sentence
+        return
+    pictures = [result.prepared.decoded.image]
+    pictures += [Image.open(io.BytesIO(variant.content)) for variant in result.variants]
+    for picture in pictures:
+        assert_shows(picture, case.colors)
+        assert picture.size == pictures[0].size  # none is enlarged
+        assert not picture.info.get("exif")
+        assert not picture.info.get("icc_profile")
+
+
+def assert_shows(picture, colors):
+    if colors is None:
+        return
+    pixels = picture.convert("RGBA")
+    width, height = pixels.size
+    for index, color in enumerate(colors):
+        found = pixels.getpixel((int((0.25 + index % 2 / 2) * width), int((0.25 + index // 2 / 2) * height)))
+        expected = color if len(color) == 4 else (*color, 255)
+        if expected[3] == 0:  # what is clear has no colour
+            assert found[3] == 0
+        else:
+            assert max(abs(a - b) for a, b in zip(found, expected, strict=True)) <= LOSSY, (index, found, expected)
