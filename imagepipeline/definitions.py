@@ -73,7 +73,6 @@ def build_resources(settings: Settings) -> dict[str, Any]:
             mail_to=settings.mail_to,
         ),
         "files": files,
-        "sandbox": sandbox,
         "originals": resources.OriginalsResource(
             files=files,
             sandbox=sandbox,
@@ -89,7 +88,6 @@ def build_resources(settings: Settings) -> dict[str, Any]:
             },
         ),
         "renderer": resources.RendererResource(
-            sandbox=sandbox,
             webp_quality=settings.webp_quality,
             avif_quality=settings.avif_quality,
             is_animated=settings.animation == "keep",

@@ -128,7 +128,7 @@ class Settings(BaseModel):
         description="limit on an original: a PNG's unpacked texts",
     )
     max_memory_bytes: Annotated[int, Field(ge=100_000_000)] = Field(
-        1_000_000_000,
+        2_000_000_000,
         alias="IMAGEPIPELINE_MAX_MEMORY_BYTES",
         description="limit on decoding or encoding one image: memory",
     )

@@ -95,7 +95,7 @@ def variants(
             return
         original = originals.load(claim.image_id, claim.path)
         catalogue.save_original(claim, original.facts)
-        made, usage = renderer.render(original.prepared.decoded)
+        made, usage = renderer.render(original.session)
         rendered = [(variant.spec.path_for(original.facts.path), variant) for variant in made]
         # Rows first: they refuse a path that is another image's before its file is overwritten.
         catalogue.save_variants(claim, rendered)
@@ -184,7 +184,7 @@ def _describe_original(original: Original) -> dict[str, str | int]:
         "bytes_in": facts.original_bytes,
         "width_px": facts.width,
         "height_px": facts.height,
-        "format": original.prepared.decoded.format,
+        "format": original.prepared.format,
         "content_sha256": facts.original_sha256,
     }
     return described | {"flaw": facts.flaw} if facts.flaw else described

@@ -68,7 +68,7 @@ def find_problems(
         row = catalogue.get(image_id) or {"variants": [], "path": None}
         original = originals.load(image_id, row["path"])
         contents = [_read(files, variant["path"]) for variant in row["variants"]]
-        inspections = renderer.inspect(contents, original.prepared.decoded)
+        inspections = renderer.inspect(original.session, contents)
     except ImagePipelineError as error:
         return {name: [str(error)] for name in CHECKS}, {}
     found = [

@@ -3,20 +3,21 @@
 import hashlib
 from dataclasses import dataclass
 
-from imagepipeline.imaging.decoding import Rules
+from imagepipeline.imaging.decoding import Decoded, Rules, decode
 from imagepipeline.imaging.preparation import Prepared, prepare
-from imagepipeline.imaging.sandbox import Sandbox, Usage
+from imagepipeline.imaging.sandbox import Sandbox, Session, Usage
 from imagepipeline.models import OriginalFacts
 from imagepipeline.stores.files import FileStore
 
 
 @dataclass(frozen=True)
 class Original:
-    """One original: what the catalogue keeps of it, what was read off it, and what that took."""
+    """One original: what the catalogue keeps of it, what was read off it and took, and its pixels in a sandbox."""
 
     facts: OriginalFacts
     prepared: Prepared
     usage: Usage
+    session: Session[Decoded]
 
 
 class Originals:
@@ -38,21 +39,33 @@ class Originals:
             PermanentError: it is missing, or no picture we accept; the message is for its uploader.
             SandboxLostError: decoding crashed or took too long by the clock.
         """
-        if self._held is None or self._held[0] != image_id:
+        if self._held is None or self._held[0] != image_id or not self._held[1].session.is_open:
+            self.close()
             self._held = image_id, self._load(path or self._files.find_original(image_id))
         return self._held[1]
 
+    def close(self) -> None:
+        """Ends the sandbox of the one held."""
+        if self._held:
+            self._held[1].session.close()
+            self._held = None
+
     def _load(self, path: str) -> Original:
         content = self._files.read(path, self._rules.max_bytes)
-        prepared, usage = self._sandbox.call(prepare, content, self._rules)
+        session = self._sandbox.open(decode, content, self._rules)
+        try:
+            prepared, _ = session.call(prepare)
+        except BaseException:
+            session.close()
+            raise
         facts = OriginalFacts(
             path,
             len(content),
             hashlib.sha256(content).hexdigest(),
-            prepared.decoded.width,
-            prepared.decoded.height,
+            prepared.facts.width,
+            prepared.facts.height,
             prepared.placeholder,
             prepared.facts.colors[0][1],
-            prepared.decoded.flaw,
+            prepared.flaw,
         )
-        return Original(facts, prepared, usage)
+        return Original(facts, prepared, session.usage, session)

@@ -66,7 +66,7 @@ class SandboxResource(dg.ConfigurableResource[Sandbox]):
     cpu_seconds: int
 
     def create_resource(self, context: dg.InitResourceContext) -> Sandbox:
-        """The sandbox; each call in it is a process of its own."""
+        """The sandbox; each original in it has a process of its own."""
         return Sandbox(self.memory_bytes, self.cpu_seconds)
 
 
@@ -77,15 +77,16 @@ class OriginalsResource(dg.ConfigurableResource[Originals]):
     sandbox: dg.ResourceDependency[Sandbox]
     rules: dict[str, Any]
 
-    def create_resource(self, context: dg.InitResourceContext) -> Originals:
-        """The originals; each run decodes its own once."""
-        return Originals(self.files, self.sandbox, Rules(**self.rules))
+    @contextmanager
+    def yield_for_execution(self, context: dg.InitResourceContext) -> Iterator[Originals]:
+        """The originals; each run decodes its own once, and ends its sandbox."""
+        with closing(Originals(self.files, self.sandbox, Rules(**self.rules))) as originals:
+            yield originals
 
 
 class RendererResource(dg.ConfigurableResource[Renderer]):
     """How variants are made."""
 
-    sandbox: dg.ResourceDependency[Sandbox]
     webp_quality: int
     avif_quality: int
     is_animated: bool
@@ -94,7 +95,7 @@ class RendererResource(dg.ConfigurableResource[Renderer]):
     def create_resource(self, context: dg.InitResourceContext) -> Renderer:
         """The renderer."""
         specs = build_variant_specs(self.webp_quality, self.avif_quality)
-        return Renderer(self.sandbox, specs, self.is_animated, self.has_rights)
+        return Renderer(specs, self.is_animated, self.has_rights)
 
 
 class EmbeddingIndexResource(dg.ConfigurableResource[EmbeddingIndex]):

@@ -350,9 +350,10 @@ def _to_eight_bits(image: Image.Image) -> Image.Image:
     values = np.asarray(image)
     if image.mode.startswith("I;16"):
         return Image.fromarray((values >> 8).astype(np.uint8))
-    values = np.nan_to_num(values.astype(np.float64), posinf=0, neginf=0)
-    low, high = values.min(), values.max()
-    return Image.fromarray(((values - low) * (255 / max(high - low, 1e-9))).round().astype(np.uint8))
+    grey = np.nan_to_num(values.astype(np.float32), copy=False, posinf=0, neginf=0)
+    grey -= grey.min()
+    grey *= 255 / max(grey.max(), np.finfo(np.float32).tiny)
+    return Image.fromarray(grey.round(out=grey).astype(np.uint8))
 
 
 def _to_srgb(image: Image.Image, profile: bytes | None) -> Image.Image:

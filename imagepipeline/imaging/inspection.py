@@ -30,7 +30,7 @@ class Inspection:
     similarity: float = 0.0
 
 
-def inspect(contents: Sequence[bytes], original: Decoded) -> list[Inspection]:
+def inspect(original: Decoded, contents: Sequence[bytes]) -> list[Inspection]:
     """Decodes stored variants and compares each with its original."""
     references: dict[tuple[int, int], Image.Image] = {}
     return [_inspect(content, original.image, references) for content in contents]

@@ -1,8 +1,8 @@
-"""All that is read off an original at once, so that it is decoded once."""
+"""All that the assets need to know of a decoded original, small enough to be moved between processes."""
 
 from dataclasses import dataclass
 
-from imagepipeline.imaging.decoding import Decoded, Rules, decode
+from imagepipeline.imaging.decoding import Decoded
 from imagepipeline.imaging.palette import measure
 from imagepipeline.imaging.variants import render_placeholder, render_preview
 from imagepipeline.models import PixelFacts
@@ -12,23 +12,28 @@ THUMBNAIL_PX = 160
 
 @dataclass(frozen=True)
 class Prepared:
-    """A decoded original, the facts of its pixels, and its small copies.
+    """The facts of a decoded original and its small copies.
 
-    `preview` is the JPEG for the vision model, `thumbnail` the one of at most 160 px for the UI, `placeholder` a
-    data URI.
+    `format` is that of the file, `flaw` as in `Decoded`. `preview` is the JPEG for the vision model, `thumbnail` the
+    one of at most 160 px for the UI, `placeholder` a data URI.
     """
 
-    decoded: Decoded
+    format: str
+    flaw: str | None
     facts: PixelFacts
     preview: bytes
     thumbnail: bytes
     placeholder: str
 
 
-def prepare(content: bytes, rules: Rules) -> Prepared:
-    """Decodes an original and reads off it what the assets need; raises what `decode` raises."""
-    decoded = decode(content, rules)
+def prepare(decoded: Decoded) -> Prepared:
+    """Reads off an image what the assets need."""
     image = decoded.image
     return Prepared(
-        decoded, measure(decoded), render_preview(image), render_preview(image, THUMBNAIL_PX), render_placeholder(image)
+        decoded.format,
+        decoded.flaw,
+        measure(decoded),
+        render_preview(image),
+        render_preview(image, THUMBNAIL_PX),
+        render_placeholder(image),
     )

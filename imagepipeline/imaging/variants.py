@@ -6,9 +6,10 @@ from collections.abc import Iterable, Sequence
 
 from PIL import ExifTags, Image
 
+from imagepipeline.errors import LimitError
 from imagepipeline.imaging.decoding import Decoded
 from imagepipeline.imaging.inspection import Inspection, inspect
-from imagepipeline.imaging.sandbox import Sandbox, Usage
+from imagepipeline.imaging.sandbox import Session, Usage
 from imagepipeline.models import Recipe, Variant, VariantSpec
 
 # Speed 9 with 4:4:4 instead of Pillow's default (6, 4:2:0): a sixth to a tenth of the CPU time at equal or
@@ -21,30 +22,26 @@ PLACEHOLDER_PX = 16
 
 
 class Renderer:
-    """Renders and inspects variants in a sandbox; what it is made with is its recipe.
+    """Renders and inspects the variants of decoded originals; what it makes them with is its recipe.
 
     Args:
-        sandbox: where it encodes and decodes.
         specs: the variants to make.
         is_animated: whether originals come with all their frames; only the recipe needs to know.
         has_rights: whether artist and copyright are kept.
     """
 
-    def __init__(
-        self, sandbox: Sandbox, specs: Sequence[VariantSpec], is_animated: bool = False, has_rights: bool = False
-    ) -> None:
+    def __init__(self, specs: Sequence[VariantSpec], is_animated: bool = False, has_rights: bool = False) -> None:
         self.specs = specs
         self.recipe = build_recipe(specs, is_animated, has_rights)
-        self._sandbox = sandbox
         self._has_rights = has_rights
 
-    def render(self, decoded: Decoded) -> tuple[list[Variant], Usage]:
-        """The variants, and what they took; raises what `Sandbox.call` raises."""
-        return self._sandbox.call(render, decoded, self.specs, self._has_rights)
+    def render(self, session: Session[Decoded]) -> tuple[list[Variant], Usage]:
+        """The variants, and what they took; raises what `Session.call` and `render` raise."""
+        return session.call(render, self.specs, self._has_rights)
 
-    def inspect(self, contents: Sequence[bytes], decoded: Decoded) -> list[Inspection]:
-        """What stored variants of the image are; raises what `Sandbox.call` raises."""
-        return self._sandbox.call(inspect, contents, decoded)[0]
+    def inspect(self, session: Session[Decoded], contents: Sequence[bytes]) -> list[Inspection]:
+        """What stored variants of the image are; raises what `Session.call` raises."""
+        return session.call(inspect, contents)[0]
 
 
 def build_recipe(specs: Iterable[VariantSpec], is_animated: bool = False, has_rights: bool = False) -> Recipe:
@@ -58,6 +55,9 @@ def render(decoded: Decoded, specs: Iterable[VariantSpec], has_rights: bool = Fa
     """One variant per spec, in the order of `specs`: never enlarged, at least 1 px high, all frames of the image.
 
     Without metadata, but for artist and copyright when it `has_rights`.
+
+    Raises:
+        LimitError: an encoder gave up, which it does when memory is short.
     """
     specs = list(specs)
     options = _animation_options(decoded) | (_rights_options(decoded) if has_rights else {})
@@ -124,5 +124,10 @@ def _encode(frames: Sequence[Image.Image], spec: VariantSpec, options: dict[str,
     buffer = io.BytesIO()
     if len(frames) > 1:
         options = options | {"append_images": list(frames[1:])}
-    frames[0].save(buffer, spec.format, quality=spec.quality, **ENCODER_OPTIONS[spec.format], **options)
+    try:
+        frames[0].save(buffer, spec.format, quality=spec.quality, **ENCODER_OPTIONS[spec.format], **options)
+    except (OSError, RuntimeError, ValueError) as error:
+        size = f"{len(frames)} x {frames[0].width} x {frames[0].height} px"
+        limit = f"the memory allowed (IMAGEPIPELINE_MAX_MEMORY_BYTES): {error}"
+        raise LimitError(f"{size} cannot be encoded as {spec.format} in {limit}") from error
     return buffer.getvalue()

@@ -43,7 +43,7 @@ def run(instance, catalogue, files, index):
                 "catalogue": catalogue,
                 "files": files,
                 "originals": Originals(files, Sandbox(), Rules()),
-                "renderer": Renderer(Sandbox(), build_variant_specs()),
+                "renderer": Renderer(build_variant_specs()),
                 "index": index,
                 "vision": LocalVision(),
                 "embedder": LocalEmbedder(),

@@ -1,5 +1,7 @@
 """The asset checks of an image's variants, run with it and alone."""
 
+from contextlib import closing
+
 import pytest
 from PIL import Image
 
@@ -18,8 +20,8 @@ def check(catalogue, files):
     """The checks of an image, made now: {name: what is wrong}."""
 
     def check(image_id, specs=build_variant_specs()):  # noqa: B008
-        originals = Originals(files, Sandbox(), Rules())
-        problems, _ = find_problems(image_id, catalogue, files, originals, Renderer(Sandbox(), specs))
+        with closing(Originals(files, Sandbox(), Rules())) as originals:
+            problems, _ = find_problems(image_id, catalogue, files, originals, Renderer(specs))
         return {name: "; ".join(found) for name, found in problems.items()}
 
     return check

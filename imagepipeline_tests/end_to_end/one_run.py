@@ -61,7 +61,7 @@ def main() -> None:
                 "catalogue": Catalogue(os.environ["DATABASE_URL"]),
                 "files": (files := FileStore(folder / "storage")),
                 "originals": Originals(files, Sandbox(), Rules()),
-                "renderer": Renderer(Sandbox(), build_variant_specs()),
+                "renderer": Renderer(build_variant_specs()),
                 "index": EmbeddingIndex(str(folder / "lancedb")),
                 "vision": LocalVision(),
                 "embedder": LocalEmbedder(),

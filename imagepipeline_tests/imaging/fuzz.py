@@ -20,19 +20,9 @@ from rich.console import Console
 from rich.progress import track
 from rich.table import Table
 
-from imagepipeline.imaging.sandbox import Sandbox
 from imagepipeline_tests.imaging.odd_files import SAMPLES, Result, encode, photo_as, picture, process, wide_profile
 
-NUMBERS = [
-    b"\0\0",
-    b"\xff\xff",
-    b"\x7f\xff",
-    b"\x80\0",
-    b"\0\0\0\0",
-    b"\xff\xff\xff\xff",
-    b"\x7f\xff\xff\xff",
-    b"\0\1\0\0",
-]
+NUMBERS = [bytes.fromhex(digits) for digits in ("0000", "ffff", "7fff", "00000000", "ffffffff", "7fffffff", "00010000")]
 
 
 def seeds() -> list[bytes]:
@@ -63,7 +53,7 @@ def bend(content: bytes, others: Sequence[bytes], chance: random.Random) -> byte
     for _ in range(chance.choice((1, 1, 2, 4, 8))):
         if not data:
             break
-        at = int(len(data) * chance.random() ** chance.choice((1, 3, 8)))
+        at = int(len(data) * chance.random() ** chance.choice((1, 2, 4)))
         length = chance.randint(1, max(1, min(len(data) - at, chance.choice((4, 64, 2048)))))
         kind = chance.randrange(8)
         if kind == 0:
@@ -90,11 +80,11 @@ def bend(content: bytes, others: Sequence[bytes], chance: random.Random) -> byte
 
 def fuzz(case_count: int, seed: int) -> Iterator[tuple[bytes, Result, float]]:
     """Each bent file, what became of it, and in how many seconds by the clock."""
-    chance, files, sandbox = random.Random(seed), seeds(), Sandbox()
+    chance, files = random.Random(seed), seeds()
     for _ in range(case_count):
         content = bend(chance.choice(files), files, chance)
         started = time.monotonic()
-        result = process(content, sandbox)
+        result = process(content)
         yield content, result, time.monotonic() - started
 
 
@@ -106,7 +96,9 @@ def main(case_count: int, seed: int, keep: Path | None) -> None:
     counts: Counter[str] = Counter()
     slowest, largest = 0.0, 0
     examples: dict[str, str] = {}
-    for content, result, seconds in track(fuzz(case_count, seed), "fuzzing", case_count, Console(stderr=True)):
+    for content, result, seconds in track(
+        fuzz(case_count, seed), "fuzzing", total=case_count, console=Console(stderr=True)
+    ):
         counts[result.outcome] += 1
         examples.setdefault(result.outcome, result.sentence)
         slowest, largest = max(slowest, seconds), max(largest, result.peak_bytes)

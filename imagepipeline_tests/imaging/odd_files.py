@@ -20,8 +20,8 @@ from rich.console import Console
 from rich.table import Table
 
 from imagepipeline.errors import ImagePipelineError
-from imagepipeline.imaging.decoding import Rules
-from imagepipeline.imaging.preparation import Prepared, prepare
+from imagepipeline.imaging.decoding import Rules, decode
+from imagepipeline.imaging.preparation import prepare
 from imagepipeline.imaging.sandbox import Sandbox
 from imagepipeline.imaging.variants import render
 from imagepipeline.models import Variant, build_variant_specs
@@ -58,7 +58,18 @@ class Case:
 
 def cases() -> Iterator[Case]:
     """All of them."""
-    for group in (modes, orientations, profiles, many_frames, heif_samples, bombs, truncated, damaged, refused):
+    for group in (
+        modes,
+        orientations,
+        profiles,
+        many_frames,
+        heif_samples,
+        bombs,
+        truncated,
+        damaged,
+        found_by_fuzzing,
+        refused,
+    ):
         for case in group():
             yield Case(f"{group.__name__}: {case.name}", case.content, case.outcome, case.colors)
 
@@ -297,6 +308,12 @@ def damaged() -> Iterator[Case]:
     )
 
 
+def found_by_fuzzing() -> Iterator[Case]:
+    """Files that killed a decoder (libheif's, in 1.21)."""
+    for path in sorted(SAMPLES.glob("crash*")):
+        yield Case(path.stem, path.read_bytes(), "crashed")
+
+
 def refused() -> Iterator[Case]:
     """What is no picture of ours, called by its name."""
     files = {
@@ -463,41 +480,34 @@ class Result:
     """What became of a file: `outcome` as in `Case`, the error's sentence, what it took, and what was made."""
 
     outcome: str
-    sentence: str
+    sentence: str = ""
     cpu_seconds: float = 0
     peak_bytes: int = 0
-    prepared: Prepared | None = None
     variants: tuple[Variant, ...] = ()
 
 
-def process(content: bytes, sandbox: Sandbox, rules: Rules = Rules()) -> Result:  # noqa: B008
+def process(content: bytes, sandbox: Sandbox = Sandbox(), rules: Rules = Rules()) -> Result:  # noqa: B008
     """Does with a file what the assets do with an original."""
     try:
-        prepared, decoding = sandbox.call(prepare, content, rules)
-        made, encoding = sandbox.call(render, prepared.decoded, build_variant_specs())
+        with sandbox.open(decode, content, rules) as session:
+            _, preparing = session.call(prepare)
+            made, encoding = session.call(render, build_variant_specs())
     except ImagePipelineError as error:
         return Result(getattr(error, "reason", "unexpected"), str(error))
-    return Result(
-        "completed",
-        "",
-        decoding.cpu_seconds + encoding.cpu_seconds,
-        max(decoding.peak_bytes, encoding.peak_bytes),
-        prepared,
-        tuple(made),
-    )
+    cpu_seconds = session.usage.cpu_seconds + preparing.cpu_seconds + encoding.cpu_seconds
+    return Result("completed", "", cpu_seconds, encoding.peak_bytes, tuple(made))
 
 
 @click.command(help=__doc__, context_settings={"max_content_width": 120})
 @click.argument("folder", required=False, type=click.Path(exists=True, file_okay=False, path_type=Path))
 @click.option("--sheet", type=click.Path(dir_okay=False, path_type=Path), help="Where to write the contact sheet.")
 def main(folder: Path | None, sheet: Path | None) -> None:
-    sandbox = Sandbox()
     files = (
         cases()
         if folder is None
         else (Case(path.name, path.read_bytes(), "") for path in sorted(folder.rglob("*")) if path.is_file())
     )
-    results = [(case, process(case.content, sandbox)) for case in files]
+    results = [(case, process(case.content)) for case in files]
     out = Console(width=160)
     table = Table("outcome", "files", "CPU s at most", "memory at most", "an example", "what its uploader is told")
     for outcome in sorted({result.outcome for _, result in results}):
@@ -513,7 +523,7 @@ def main(folder: Path | None, sheet: Path | None) -> None:
     for name, outcome in wrong:
         out.print(f"[red]{name} ended as {outcome}")
     if sheet:
-        draw_sheet([(case.name, result) for case, result in results if result.prepared], sheet)
+        draw_sheet([(case.name, result) for case, result in results if result.variants], sheet)
     raise SystemExit(bool(wrong))
 
 

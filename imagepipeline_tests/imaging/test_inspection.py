@@ -18,7 +18,7 @@ def photo():
 
 def test_our_own_variants_are_right(photo):
     variants = render(photo, build_variant_specs())
-    for variant, inspection in zip(variants, inspect([v.content for v in variants], photo), strict=True):
+    for variant, inspection in zip(variants, inspect(photo, [v.content for v in variants]), strict=True):
         assert inspection.fault is None
         assert (inspection.format, inspection.width, inspection.height) == (
             variant.spec.format,
@@ -32,16 +32,16 @@ def test_our_own_variants_are_right(photo):
 def test_what_cannot_be_decoded_is_a_fault(photo):
     whole = render(photo, build_variant_specs())[0].content
     for content in (b"", b"<html>", whole[:500]):
-        assert inspect([content], photo)[0].fault
+        assert inspect(photo, [content])[0].fault
 
 
 def test_what_is_attached_is_named(photo):
     exif = Image.Exif()
     exif[ExifTags.Base.Artist] = "Ann"
-    assert inspect([encode(photo.image, "WEBP", exif=exif)], photo)[0].attachments == ()
+    assert inspect(photo, [encode(photo.image, "WEBP", exif=exif)])[0].attachments == ()
     exif.get_ifd(ExifTags.IFD.GPSInfo)[1] = "N"
     content = encode(photo.image, "WEBP", exif=exif, xmp=b"<x/>", icc_profile=b"profile")
-    assert inspect([content], photo)[0].attachments == ("icc_profile", "xmp", "exif")
+    assert inspect(photo, [content])[0].attachments == ("icc_profile", "xmp", "exif")
 
 
 def test_similarity_falls_with_damage(photo):

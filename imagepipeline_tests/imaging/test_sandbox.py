@@ -1,4 +1,4 @@
-"""Whatever is called in a sandbox, its caller lives on and learns what happened."""
+"""Whatever is done in a sandbox, its caller lives on and learns what happened."""
 
 import os
 import signal
@@ -12,27 +12,57 @@ from imagepipeline.errors import LimitError, SandboxLostError, UnreadableImageEr
 from imagepipeline.imaging.sandbox import Sandbox
 
 
-def test_the_value_comes_back_with_what_it_took():
-    (value, process), usage = Sandbox().call(lambda a, b: (a + b, os.getpid()), 1, b=2)
-    assert value == 3
-    assert process != os.getpid()
+def identity(value):
+    return value
+
+
+class Holder:
+    """Holds functions for the child to call; only the name of the call is sent."""
+
+    def __init__(self, function):
+        self.function = function
+
+
+def run(holder, *args):
+    return holder.function(*args)
+
+
+def in_sandbox(function, *args, sandbox=Sandbox()):  # noqa: B008
+    with sandbox.open(Holder, function) as session:
+        return session.call(run, *args)
+
+
+def test_a_value_is_made_and_worked_on_in_one_other_process():
+    with Sandbox().open(lambda: [os.getpid()]) as session:
+        (process,), usage = session.call(identity)
+        assert session.call(list.__len__)[0] == 1
+        assert session.call(list.__getitem__, 0)[0] == process != os.getpid()
     assert 0 <= usage.cpu_seconds <= usage.wall_seconds + 0.1
     assert 5_000_000 < usage.peak_bytes < 2_000_000_000
 
 
-def test_an_exception_comes_back_as_it_was():
+def test_an_exception_comes_back_as_it_was_and_the_session_goes_on():
+    with Sandbox().open(lambda: [1]) as session:
+        with pytest.raises(IndexError):
+            session.call(list.__getitem__, 5)
+        assert session.call(list.__getitem__, 0)[0] == 1
+
+
+def test_a_value_that_cannot_be_made_leaves_nothing_behind():
     def fail():
         raise UnreadableImageError("no")
 
     with pytest.raises(UnreadableImageError, match="no"):
-        Sandbox().call(fail)
+        Sandbox().open(fail)
+    with pytest.raises(ChildProcessError):
+        os.waitpid(-1, os.WNOHANG)
 
 
 def test_too_much_memory_is_a_limit_and_names_its_setting():
     sandbox = Sandbox(memory_bytes=200_000_000)
-    assert sandbox.call(lambda: np.ones(10_000_000, dtype=np.uint8).sum())[0] == 10_000_000
+    assert in_sandbox(lambda: np.ones(10_000_000, dtype=np.uint8).sum(), sandbox=sandbox)[0] == 10_000_000
     with pytest.raises(LimitError, match=r"200 MB.*IMAGEPIPELINE_MAX_MEMORY_BYTES"):
-        sandbox.call(lambda: np.ones(300_000_000, dtype=np.uint8).sum())
+        in_sandbox(lambda: np.ones(300_000_000, dtype=np.uint8).sum(), sandbox=sandbox)
 
 
 def test_too_much_cpu_time_is_a_limit_and_names_its_setting():
@@ -41,44 +71,76 @@ def test_too_much_cpu_time_is_a_limit_and_names_its_setting():
             pass
 
     with pytest.raises(LimitError, match=r"1 s of CPU time.*IMAGEPIPELINE_MAX_CPU_SECONDS"):
-        Sandbox(cpu_seconds=1).call(spin)
+        in_sandbox(spin, sandbox=Sandbox(cpu_seconds=1))
 
 
 def test_too_long_by_the_clock_may_go_well_next_time():
-    with pytest.raises(SandboxLostError, match=r"longer than 0\.2 s"):
-        Sandbox(wall_seconds=0.2).call(time.sleep, 60)
+    with Sandbox(wall_seconds=0.2).open(Holder, time.sleep) as session:
+        with pytest.raises(SandboxLostError, match=r"longer than 0\.2 s"):
+            session.call(run, 60)
+        assert not session.is_open
 
 
 @pytest.mark.parametrize("number", [signal.SIGSEGV, signal.SIGKILL, signal.SIGTERM, signal.SIGABRT])
 def test_a_crash_is_told_by_the_name_of_its_signal(number):
-    with pytest.raises(SandboxLostError, match=number.name):
-        Sandbox().call(lambda: os.kill(os.getpid(), number))
+    with Sandbox().open(Holder, lambda: os.kill(os.getpid(), number)) as session:
+        with pytest.raises(SandboxLostError, match=number.name):
+            session.call(run)
+        assert not session.is_open
+
+
+def test_a_crash_between_two_calls_is_told_by_the_second():
+    with Sandbox().open(os.getpid) as session:
+        os.kill(session.call(identity)[0], signal.SIGKILL)
+        time.sleep(0.05)
+        with pytest.raises(SandboxLostError, match="SIGKILL"):
+            session.call(identity)
 
 
 def test_an_exit_is_a_crash_too():
     with pytest.raises(SandboxLostError, match="exit code 3"):
-        Sandbox().call(os._exit, 3)
+        in_sandbox(os._exit, 3)
 
 
 def test_a_value_that_cannot_be_sent_is_an_error():
     with pytest.raises(RuntimeError, match="could not be sent"):
-        Sandbox().call(lambda: threading.Lock())
+        in_sandbox(threading.Lock)
 
 
 def test_what_is_printed_in_it_goes_nowhere(capfd):
-    Sandbox().call(lambda: (os.write(1, b"x"), os.write(2, b"y")))
+    in_sandbox(lambda: (os.write(1, b"x"), os.write(2, b"y")))
     assert capfd.readouterr() == ("", "")
 
 
 def test_no_child_and_no_pipe_is_left_behind():
     before = len(os.listdir("/proc/self/fd"))
     for _ in range(5):
-        Sandbox().call(int)
+        in_sandbox(int)
         with pytest.raises(SandboxLostError):
-            Sandbox(wall_seconds=0.05).call(time.sleep, 60)
+            in_sandbox(time.sleep, 60, sandbox=Sandbox(wall_seconds=0.05))
     assert len(os.listdir("/proc/self/fd")) == before
     with pytest.raises(ChildProcessError):
         os.waitpid(-1, os.WNOHANG)
+
+
+def test_the_child_ends_with_its_parent():
+    reader, writer = os.pipe()
+    parent = os.fork()
+    if parent == 0:
+        session = Sandbox().open(os.getpid)
+        os.write(writer, str(session.call(identity)[0]).encode())
+        time.sleep(60)
+    child = int(os.read(reader, 20))
+    os.kill(parent, signal.SIGKILL)
+    os.waitpid(parent, 0)
+    for _ in range(100):
+        if not os.path.exists(f"/proc/{child}"):
+            return
+        with open(f"/proc/{child}/stat") as file:
+            if file.read().rpartition(")")[2].split()[0] == "Z":  # ended, nobody's child yet
+                return
+        time.sleep(0.05)
+    pytest.fail("the child outlives its parent")
 
 
 def test_it_works_beside_threads_that_hold_locks():
@@ -91,7 +153,7 @@ def test_it_works_beside_threads_that_hold_locks():
     thread = threading.Thread(target=hold)
     thread.start()
     try:
-        assert all(Sandbox().call(sum, range(1000))[0] == 499_500 for _ in range(20))
+        assert all(in_sandbox(sum, range(1000))[0] == 499_500 for _ in range(20))
     finally:
         is_over.set()
         thread.join()
