@@ -1,6 +1,7 @@
 """Sandbox: work on hostile bytes in a process of its own, so that no image can take its caller along."""
 
 import contextlib
+import faulthandler
 import gc
 import multiprocessing
 import os
@@ -141,6 +142,7 @@ def _serve(connection: Connection, sandbox: Sandbox, make: Callable[[], Any]) ->
     try:
         for number in (signal.SIGTERM, signal.SIGINT, signal.SIGXCPU):
             signal.signal(number, signal.SIG_DFL)
+        faulthandler.disable()  # a decoder's crash is the parent's to tell
         gc.disable()  # a collection would touch, and so copy, the parent's memory
         silence = os.open(os.devnull, os.O_WRONLY)  # codecs write what an uploader made them write
         os.dup2(silence, 1)

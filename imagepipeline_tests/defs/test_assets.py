@@ -1,6 +1,7 @@
 """What a run does to the catalogue, the files and the index; and what its failures mean."""
 
 import errno
+import hashlib
 import io
 import os
 
@@ -9,9 +10,14 @@ import pytest
 from PIL import Image
 
 from imagepipeline.defs.assets import embedding, metadata, variants
+from imagepipeline.defs.originals import Originals
 from imagepipeline.errors import BadAnswerError, ProviderUnavailableError, RefusedError
+from imagepipeline.imaging.decoding import Rules
+from imagepipeline.imaging.sandbox import Sandbox
 from imagepipeline.models import ImageMetadata, Recipe, Upload, VisionAnswer
 from imagepipeline.services.vision import LocalVision
+from imagepipeline_tests.conftest import PHOTOS
+from imagepipeline_tests.imaging.odd_files import SAMPLES
 
 ANSWER = VisionAnswer(
     ImageMetadata(description="A cat", tags=["cat"], category="animal", dominant_colors=[], mood="calm"), 800, 60
@@ -247,3 +253,67 @@ def test_attempts_and_waits_are_in_the_history(run, cat, catalogue):
     ]
     assert row["history"][1]["detail"] == "metadata, attempt 1, next in 1 s: busy"
     assert row["error"] is None
+
+
+def test_the_row_has_what_a_page_shows_first(run, cat, catalogue):
+    run(cat)
+    row = catalogue.get(cat)
+    assert (row["width"], row["height"], row["original_bytes"], row["flaw"]) == (451, 300, 38702, None)
+    assert row["placeholder"].startswith("data:image/webp;base64,")
+    assert row["dominant_color"].startswith("#")
+
+
+def test_all_assets_of_a_run_see_the_same_original(run, cat, catalogue, files):
+    class Replacer(LocalVision):
+        def describe(self, preview, facts):
+            files.put_original(cat, b"another file", "jpg")
+            return ANSWER
+
+    assert run(cat, vision=Replacer()).success
+    row = catalogue.get(cat)
+    assert row["original_sha256"] == hashlib.sha256((PHOTOS / "cat.jpg").read_bytes()).hexdigest()
+    assert {made["input_sha256"] for asset, made in row["made_by"].items() if asset != "embedding"} == {
+        row["original_sha256"]
+    }
+
+
+def test_an_original_that_disappears_is_a_clear_failure(run, cat, catalogue, files):
+    catalogue.accept([Upload(cat, f"original/{cat}.jpg")])
+    (files.root / "original" / "cat.jpg").unlink()
+    run(cat, generation=1)
+    row = catalogue.get(cat)
+    assert (row["status"], row["reason"], row["attempts"]) == ("failed", "missing", 1)
+    assert row["error"] == "original/cat.jpg cannot be opened below the storage root: No such file or directory"
+
+
+def test_a_cut_off_original_says_how_much_of_it_arrived(run, catalogue, files):
+    whole = (PHOTOS / "cat.jpg").read_bytes()
+    files.put_original("cut", whole[: len(whole) // 2], "jpg")
+    run("cut", vision=ScriptedVision())
+    row = catalogue.get("cut")
+    assert (row["reason"], row["attempts"]) == ("truncated", 1)
+    assert "% of the rows could be read" in row["error"]
+
+
+def test_a_file_that_crashes_its_decoder_fails_and_the_run_lives(run, catalogue, files):
+    files.put_original("killer", (SAMPLES / "crash-1.bin").read_bytes(), "heic")
+    result = run("killer", vision=ScriptedVision())
+    assert not result.success
+    row = catalogue.get("killer")
+    assert (row["status"], row["reason"], row["attempts"]) == ("failed", "crashed", 3)
+    assert "SIGSEGV" in row["error"]
+
+
+def test_a_child_that_dies_between_two_assets_is_replaced(run, cat, catalogue, files, monkeypatch):
+    originals = Originals(files, Sandbox(), Rules())
+    loads = []
+
+    class Killer(LocalVision):
+        def describe(self, preview, facts):
+            loads.append(originals.load(cat, None))
+            loads[0].session.close()
+            return ANSWER
+
+    assert run(cat, vision=Killer(), originals=originals).success
+    assert originals.load(cat, None).session is not loads[0].session
+    originals.close()

@@ -7,7 +7,7 @@ from PIL import ExifTags, Image
 from imagepipeline.errors import LimitError, TooLargeError, TruncatedImageError, UnsupportedFormatError
 from imagepipeline.imaging.decoding import Rules, decode
 from imagepipeline.imaging.formats import FORMATS, REFUSED, SIGNATURES
-from imagepipeline_tests.imaging.odd_files import TURNS, encode, photo_as, picture
+from imagepipeline_tests.imaging.odd_files import PHOTO, TURNS, encode, photo_as, picture
 
 
 def test_nothing_but_pixels_is_left():
@@ -142,3 +142,17 @@ def test_patterns_of_refused_files_look_at_the_start_only():
     with pytest.raises(UnsupportedFormatError, match="no picture of a known format"):
         decode(b"a note about <svg> and %!PS, PK and all that" * 50)
     assert len(REFUSED) > 10
+
+
+@pytest.mark.parametrize("orientation", [1, 6])
+def test_a_very_large_jpeg_is_decoded_smaller_without_visible_loss(orientation):
+    turn = TURNS[orientation]
+    large = Image.open(PHOTO).resize((2000, 1330))
+    exif = Image.Exif()
+    exif[ExifTags.Base.Orientation] = orientation
+    content = encode(large if turn is None else large.transpose(turn), "JPEG", exif=exif, quality=95)
+    decoded = decode(content, Rules(max_width_px=500))
+    assert (decoded.width, decoded.height) == (2000, 1330)
+    reference = np.asarray(large.resize(decoded.image.size, Image.Resampling.LANCZOS)).astype(float)
+    error = ((np.asarray(decoded.image) - reference) ** 2).mean()
+    assert 10 * np.log10(255**2 / error) > 40
