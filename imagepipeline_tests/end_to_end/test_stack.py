@@ -91,7 +91,7 @@ def test_from_a_plain_push_to_a_search_and_a_clean_stop(home):
             assert counts() == {"waiting": 0, "pending": 0, "processing": 0, "completed": 2, "failed": 1, "dead": 1}
 
             broken = json.loads(run("status", "broken", "--json").stdout)
-            assert (broken["reason"], broken["attempts"]) == ("corrupt", 1)
+            assert (broken["reason"], broken["attempts"]) == ("truncated", 1)
             cup = json.loads(run("status", "cup", "--json").stdout)
             assert (cup["status"], cup["generation"], cup["attempts"]) == ("completed", 1, 1)
             assert {variant["path"] for variant in cup["variants"]} >= {"variants/deep/espresso-sm.webp"}
