@@ -39,7 +39,7 @@ from imagepipeline.imaging.formats import RAW_ADVICE, declare_bytes, identify, m
 pi_heif.register_heif_opener(thumbnails=False, depth_images=False, aux_images=False, decode_threads=1)
 
 SRGB = ImageCms.createProfile("sRGB")
-NEW_SUBFILE_TYPE = 254  # TIFF 6.0, section 8
+NEW_SUBFILE_TYPE, BITS_PER_SAMPLE = 254, 258  # TIFF 6.0, section 8
 UNREAD = 128  # what libjpeg draws where data is missing; we draw the same in other formats
 # How to turn what the camera stored, by EXIF orientation (CIPA DC-008, 4.6.4).
 TURNS = {
@@ -352,10 +352,11 @@ def _to_filterable(image: Image.Image) -> Image.Image:
 
 
 def _to_eight_bits(image: Image.Image) -> Image.Image:
-    """Grey of 16 bits by its upper byte; of 32 bits, which has no agreed white, from its darkest to its lightest."""
+    """Grey of 12 or 16 bits by its upper eight; of 32, which has no agreed white, from its darkest to its lightest."""
     values = np.asarray(image)
     if image.mode.startswith("I;16"):
-        return Image.fromarray((values >> 8).astype(np.uint8))
+        bits = image.tag_v2.get(BITS_PER_SAMPLE, (16,))[0] if isinstance(image, TiffImagePlugin.TiffImageFile) else 16
+        return Image.fromarray((values >> (bits - 8)).astype(np.uint8))
     grey = np.nan_to_num(values.astype(np.float32), copy=False, posinf=0, neginf=0)
     grey -= grey.min()
     grey *= 255 / max(grey.max(), np.finfo(np.float32).tiny)
