@@ -8,7 +8,7 @@ from imagepipeline.defs import assets, checks, jobs, notifications, reconciler, 
 from imagepipeline.imaging.variants import build_recipe
 from imagepipeline.models import Recipe, build_variant_specs
 from imagepipeline.services import embedder, vision
-from imagepipeline.settings import Settings
+from imagepipeline.settings import NO_KEY, Settings
 
 
 @dg.definitions
@@ -35,8 +35,12 @@ def build_recipes(settings: Settings) -> dict[str, Recipe]:
     """What will make each asset under these settings; a change of it marks the asset's results as outdated."""
     return {
         "metadata": (
-            vision.openai_recipe(settings.vision_model, settings.vision_prompt or vision.DEFAULT_PROMPT)
-            if settings.openai_api_key
+            vision.openai_recipe(
+                settings.vision_model,
+                settings.vision_prompt or vision.DEFAULT_PROMPT,
+                vision.VisionOptions(**build_vision_options(settings)),
+            )
+            if settings.has_remote_vision
             else vision.LOCAL_RECIPE
         ),
         "variants": build_recipe(
@@ -46,9 +50,20 @@ def build_recipes(settings: Settings) -> dict[str, Recipe]:
         ),
         "embedding": (
             embedder.openrouter_recipe(settings.embedding_model)
-            if settings.openrouter_api_key
+            if settings.has_remote_embedder
             else embedder.LOCAL_RECIPE
         ),
+    }
+
+
+def build_vision_options(settings: Settings) -> dict[str, Any]:
+    """The fields of `VisionOptions`."""
+    return {
+        "long_side_px": settings.vision_long_side_px,
+        "detail": settings.vision_detail,
+        "answer_format": settings.answer_format,
+        "tags": settings.vision_tags,
+        "categories": settings.vision_categories,
     }
 
 
@@ -56,13 +71,21 @@ def build_resources(settings: Settings) -> dict[str, Any]:
     """The resources; a secret is named by its variable, never given."""
     files = resources.FileStoreResource(root=str(settings.storage_folder))
     sandbox = resources.SandboxResource(memory_bytes=settings.max_memory_bytes, cpu_seconds=settings.max_cpu_seconds)
+    redis_url = dg.EnvVar("REDIS_URL") if settings.explicit_redis_url else settings.redis_url
+    database_url = dg.EnvVar("DATABASE_URL") if settings.explicit_database_url else settings.database_url
+    ledger = resources.LedgerResource(url=database_url)
     return {
-        "queue": resources.UploadQueueResource(
-            url=dg.EnvVar("REDIS_URL") if settings.explicit_redis_url else settings.redis_url,
+        "queue": resources.UploadQueueResource(url=redis_url, prefix=settings.queue_prefix),
+        "catalogue": resources.CatalogueResource(url=database_url),
+        "ledger": ledger,
+        "paid_calls": resources.PaidCallsResource(
+            ledger=ledger,
+            redis_url=redis_url,
             prefix=settings.queue_prefix,
-        ),
-        "catalogue": resources.CatalogueResource(
-            url=dg.EnvVar("DATABASE_URL") if settings.explicit_database_url else settings.database_url
+            rate_limit=settings.rate_limit,
+            prices={model: list(prices) for model, prices in settings.prices.items()},
+            daily_budget_usd=settings.daily_budget_usd,
+            monthly_budget_usd=settings.monthly_budget_usd,
         ),
         "notifiers": resources.NotifiersResource(
             webhook_url=dg.EnvVar("IMAGEPIPELINE_WEBHOOK_URL") if settings.webhook_url else None,
@@ -86,6 +109,7 @@ def build_resources(settings: Settings) -> dict[str, Any]:
                 "is_animation_kept": settings.animation == "keep",
                 "is_truncated_accepted": settings.accept_truncated,
             },
+            preview_px=settings.vision_long_side_px,
         ),
         "renderer": resources.RendererResource(
             webp_quality=settings.webp_quality,
@@ -96,21 +120,22 @@ def build_resources(settings: Settings) -> dict[str, Any]:
         "index": resources.EmbeddingIndexResource(uri=settings.index_uri),
         "vision": (
             resources.OpenAIVisionResource(
-                api_key=dg.EnvVar("OPENAI_API_KEY"),
+                api_key=dg.EnvVar("OPENAI_API_KEY") if settings.openai_api_key else NO_KEY,
                 base_url=settings.openai_base_url,
                 model=settings.vision_model,
                 prompt=settings.vision_prompt or vision.DEFAULT_PROMPT,
+                options=build_vision_options(settings),
             )
-            if settings.openai_api_key
+            if settings.has_remote_vision
             else resources.LocalVisionResource()
         ),
         "embedder": (
             resources.OpenRouterEmbedderResource(
-                api_key=dg.EnvVar("OPENROUTER_API_KEY"),
+                api_key=dg.EnvVar("OPENROUTER_API_KEY") if settings.openrouter_api_key else NO_KEY,
                 base_url=settings.openrouter_base_url,
                 model=settings.embedding_model,
             )
-            if settings.openrouter_api_key
+            if settings.has_remote_embedder
             else resources.LocalEmbedderResource()
         ),
     }

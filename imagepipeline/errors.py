@@ -9,10 +9,12 @@
     ├── StaleClaimError             the claim was taken over; write nothing more
     ├── PostponedError              nothing is wrong with the image; it waits, and no attempt is used
     │   ├── CatalogueDownError
+    │   ├── PausedError             nor will any other image be worked on
     │   └── DiskFullError
     ├── RetryableError              another attempt may succeed
     │   ├── ProviderUnavailableError
     │   ├── BadAnswerError
+    │   │   └── FormatRefusedError
     │   └── SandboxLostError
     └── PermanentError              no further attempt can succeed
         ├── MissingOriginalError
@@ -25,13 +27,17 @@
         ├── MissingMetadataError
         ├── PathTakenError
         ├── UnsafePathError
+        ├── InputInvalidError
         ├── RefusedError
         └── ProviderRejectedError
 
 `reason` is the word the catalogue stores beside the message; it is for filters, the message is for people.
 """
 
-from typing import ClassVar
+from typing import TYPE_CHECKING, ClassVar
+
+if TYPE_CHECKING:  # models raise these errors
+    from imagepipeline.models import CallUsage
 
 
 class ImagePipelineError(Exception):
@@ -74,6 +80,18 @@ class CatalogueDownError(PostponedError):
     wait_seconds = 5
 
 
+class PausedError(PostponedError):
+    """No paid call may be made now, for any image: a bad key, no credit, a budget reached, a provider that wants quiet.
+
+    `reason` is the pause's word; `pause_seconds` None means until a person resumes.
+    """
+
+    def __init__(self, reason: str, message: str, pause_seconds: float | None) -> None:
+        super().__init__(message)
+        self.reason = reason
+        self.pause_seconds = pause_seconds
+
+
 class DiskFullError(PostponedError):
     """There is no room left to write to."""
 
@@ -95,9 +113,18 @@ class ProviderUnavailableError(RetryableError):
 
 
 class BadAnswerError(RetryableError):
-    """The provider answered something that does not fit the schema."""
+    """The provider answered something that does not fit the schema. `usage` is what it will charge for it."""
 
     reason = "bad_output"
+    usage: "CallUsage | None" = None
+
+
+class FormatRefusedError(BadAnswerError):
+    """The provider does not know an optional parameter; the next attempt does without it."""
+
+    def __init__(self, message: str, parameter: str) -> None:
+        super().__init__(message)
+        self.parameter = parameter
 
 
 class SandboxLostError(RetryableError):
@@ -172,10 +199,17 @@ class UnsafePathError(PermanentError):
     reason = "unsafe_path"
 
 
+class InputInvalidError(PermanentError):
+    """The provider cannot read the picture it was sent."""
+
+    reason = "input_invalid"
+
+
 class RefusedError(PermanentError):
-    """The model declined to describe the image, or its content policy did."""
+    """The model declined to describe the image, or its content policy did. `usage` is what it will charge for it."""
 
     reason = "refused"
+    usage: "CallUsage | None" = None
 
 
 class ProviderRejectedError(PermanentError):

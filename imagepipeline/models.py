@@ -6,6 +6,7 @@ How a noun is stored, drawn or fetched belongs to `stores`, `imaging` and `servi
 import json
 import re
 from dataclasses import dataclass
+from datetime import UTC, datetime
 from enum import StrEnum
 from pathlib import PurePosixPath
 from typing import Annotated, Any
@@ -47,6 +48,11 @@ def check_original_path(value: object) -> str:
     raise InvalidUploadError(
         f"{value!r:.80} is not the path of an original: it must look like original/NAME.EXT, below the storage root"
     )
+
+
+def now_utc() -> datetime:
+    """The time, in UTC."""
+    return datetime.now(UTC)
 
 
 class Status(StrEnum):
@@ -152,6 +158,7 @@ class PixelFacts:
     `colors` are the dominant ones as (name, `#rrggbb`, share of the pixels 0..1), largest first. In CIE Lab:
     `brightness` is the mean of L* (0..100), `contrast` its standard deviation, `saturation` the mean chroma
     (0..about 130), `warmth` the mean of b* (below 0 blue, above 0 yellow).
+    `palette` are up to 16 `#rrggbb` that together stand for all pixels.
     """
 
     width: int
@@ -161,6 +168,7 @@ class PixelFacts:
     contrast: float
     saturation: float
     warmth: float
+    palette: tuple[str, ...] = ()
     camera: str | None = None
     taken_on: str | None = None
 
@@ -191,17 +199,25 @@ class ImageMetadata(BaseModel):
 
 
 @dataclass(frozen=True)
+class CallUsage:
+    """What a provider says a call used, and where it says so, what it cost in US dollars."""
+
+    tokens_in: int
+    tokens_out: int = 0
+    cost_usd: float | None = None
+
+
+@dataclass(frozen=True)
 class VisionAnswer:
-    """Metadata and what it took to get it; token counts are None where the model reports none."""
+    """Metadata and what it took to get it."""
 
     metadata: ImageMetadata
-    tokens_in: int | None = None
-    tokens_out: int | None = None
+    usage: CallUsage | None = None
 
 
 @dataclass(frozen=True)
 class Embedding:
-    """A text as a vector of unit length, the version of the recipe that made it, and the tokens it took.
+    """A text as a vector of unit length, the version of the recipe that made it, and what it took.
 
     Vectors of different versions cannot be compared.
     """
@@ -209,7 +225,7 @@ class Embedding:
     text: str
     vector: tuple[float, ...]
     version: str
-    tokens_in: int | None = None
+    usage: CallUsage | None = None
 
 
 @dataclass(frozen=True)
@@ -262,3 +278,38 @@ class Recipe:
     def version(self) -> str:
         """`provider:model[:settings]`."""
         return ":".join(part for part in (self.provider, self.model, self.settings) if part)
+
+
+@dataclass(frozen=True)
+class PaidCall:
+    """One call to a paid provider. `outcome` is `answered` or why not; tokens and cost are None where unknown.
+
+    `seconds` is how long the call took, `waited_seconds` how long it waited for the rate limit before.
+    """
+
+    image_id: str | None
+    generation: int | None
+    stage: str
+    provider: str
+    model: str
+    outcome: str
+    tokens_in: int | None
+    tokens_out: int | None
+    cost_usd: float | None
+    seconds: float
+    waited_seconds: float
+
+
+@dataclass(frozen=True)
+class Pause:
+    """A time during which no new work begins; `until` None is until a person resumes.
+
+    One that is over by the clock is on probation: one image is tried, and its success ends the pause.
+    """
+
+    seq: int
+    reason: str
+    message: str
+    since: datetime
+    until: datetime | None
+    is_over: bool

@@ -5,15 +5,20 @@ A setting's alias is its environment variable; the field's description is the te
 
 import difflib
 import hashlib
+import json
 import os
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, SecretStr, ValidationError
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, SecretStr, ValidationError
 
 from imagepipeline.errors import SettingsError
 
+OPENAI_URL, OPENROUTER_URL = "https://api.openai.com/v1", "https://openrouter.ai/api/v1"
+NO_KEY = "none"  # what servers that need no key are sent as one
+RATE = r"((metadata|embedding)=)?[1-9]\d{0,6}/(second|minute|hour|day)"
 MAX_SOCKET_FOLDER_CHARACTERS = 80  # macOS allows 104 bytes for a socket's whole path, Linux 108
 
 
@@ -37,6 +42,22 @@ def _check_http_url(value: str) -> str:
     return value.rstrip("/")
 
 
+def _check_rate_limit(value: str) -> str:
+    if value != "off" and not re.fullmatch(rf"({RATE})(,{RATE})*", value):
+        raise ValueError("must look like 10/minute, or metadata=10/minute,embedding=100/minute, or off")
+    return value
+
+
+def _split_words(value: Any) -> Any:
+    return tuple(word.strip() for word in value.split(",") if word.strip()) if isinstance(value, str) else value
+
+
+def _parse_json(value: Any) -> Any:
+    return json.loads(value) if isinstance(value, str) else value
+
+
+Words = Annotated[tuple[str, ...], BeforeValidator(_split_words)]
+Price = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 HttpUrl = Annotated[str, AfterValidator(_check_http_url)]
 Quality = Annotated[int, Field(ge=1, le=100)]
 Positive = Annotated[int, Field(ge=1)]
@@ -68,20 +89,53 @@ class Settings(BaseModel):
     openai_api_key: SecretStr | None = Field(
         None, alias="OPENAI_API_KEY", description="if set, a vision model describes the images instead of the local one"
     )
-    openai_base_url: HttpUrl = Field(
-        "https://api.openai.com/v1", alias="OPENAI_BASE_URL", description="any OpenAI-compatible address"
-    )
+    openai_base_url: HttpUrl = Field(OPENAI_URL, alias="OPENAI_BASE_URL", description="any OpenAI-compatible address")
     vision_model: Annotated[str, Field(min_length=1, max_length=128)] = Field(
         "gpt-4o-mini", alias="IMAGEPIPELINE_VISION_MODEL", description="the vision model"
     )
     vision_prompt: Annotated[str, Field(min_length=1)] | None = Field(
         None, alias="IMAGEPIPELINE_VISION_PROMPT", description="what the vision model is asked"
     )
+    vision_long_side_px: Annotated[int, Field(ge=64, le=2048)] = Field(
+        1024,
+        alias="IMAGEPIPELINE_VISION_LONG_SIDE_PX",
+        description="how large a copy of the image the vision model gets",
+    )
+    vision_detail: Literal["auto", "low", "high"] = Field(
+        "auto", alias="IMAGEPIPELINE_VISION_DETAIL", description="OpenAI's `detail`: `low` costs fewer tokens"
+    )
+    answer_format: Literal["auto", "json_schema", "json_object", "text"] = Field(
+        "auto",
+        alias="IMAGEPIPELINE_ANSWER_FORMAT",
+        description="how the vision model is asked for JSON; `auto` tries one after the other",
+    )
+    vision_tags: Words = Field(
+        (), alias="IMAGEPIPELINE_TAGS", description="the only tags there may be, parted by commas; any by default"
+    )
+    vision_categories: Words = Field(
+        (), alias="IMAGEPIPELINE_CATEGORIES", description="the only categories; what fits none becomes `other`"
+    )
+    rate_limit: Annotated[str, AfterValidator(_check_rate_limit)] = Field(
+        "10/minute",
+        alias="IMAGEPIPELINE_RATE_LIMIT",
+        description="of paid calls: `10/minute` together, `metadata=10/minute,embedding=100/minute` each, or `off`",
+    )
+    prices: Annotated[dict[str, tuple[Price, Price]], BeforeValidator(_parse_json)] = Field(
+        {"gpt-4o-mini": (0.15, 0.60), "openai/text-embedding-3-small": (0.02, 0.0)},
+        alias="IMAGEPIPELINE_PRICES",
+        description='US dollars per million tokens in and out, where none is reported: `{"model": [0.15, 0.6]}`',
+    )
+    daily_budget_usd: Price | None = Field(
+        None, alias="IMAGEPIPELINE_DAILY_BUDGET_USD", description="over it, paid work waits for midnight UTC"
+    )
+    monthly_budget_usd: Price | None = Field(
+        None, alias="IMAGEPIPELINE_MONTHLY_BUDGET_USD", description="over it, paid work waits for the next month"
+    )
     openrouter_api_key: SecretStr | None = Field(
         None, alias="OPENROUTER_API_KEY", description="if set, a remote model embeds the texts instead of the local one"
     )
     openrouter_base_url: HttpUrl = Field(
-        "https://openrouter.ai/api/v1", alias="OPENROUTER_BASE_URL", description="any OpenAI-compatible address"
+        OPENROUTER_URL, alias="OPENROUTER_BASE_URL", description="any OpenAI-compatible address"
     )
     embedding_model: Annotated[str, Field(min_length=1, max_length=128)] = Field(
         "openai/text-embedding-3-small", alias="IMAGEPIPELINE_EMBEDDING_MODEL", description="the embedding model"
@@ -196,6 +250,16 @@ class Settings(BaseModel):
     def build_environment(self, **changes: str) -> dict[str, str]:
         """The environment of a process of this stack: ours, with the same home wherever it runs."""
         return {**os.environ, "IMAGEPIPELINE_HOME": str(self.home), **changes}
+
+    @property
+    def has_remote_vision(self) -> bool:
+        """Whether a remote model describes images: there is a key, or an address that may need none."""
+        return self.openai_api_key is not None or self.openai_base_url != OPENAI_URL
+
+    @property
+    def has_remote_embedder(self) -> bool:
+        """Whether a remote model embeds texts: there is a key, or an address that may need none."""
+        return self.openrouter_api_key is not None or self.openrouter_base_url != OPENROUTER_URL
 
     @property
     def has_own_redis(self) -> bool:

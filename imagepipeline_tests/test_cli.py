@@ -48,7 +48,7 @@ def complete(catalogue, image_id, description, home):
     claim = catalogue.claim_anew(image_id, "run")
     metadata = ImageMetadata(description=description, tags=["t"], category="c", dominant_colors=[], mood="calm")
     catalogue.save_original(claim, OriginalFacts(f"original/{image_id}.jpg", 9, "0" * 64, 4, 3, "data:", "#000000"))
-    catalogue.save_metadata(claim, metadata)
+    catalogue.save_metadata(claim, metadata, Recipe("local", "m"), "0" * 64)
     EmbeddingIndex(str(home / "lancedb")).upsert(claim, LocalEmbedder().embed(metadata.embedding_text))
     for asset in ("metadata", "variants", "embedding"):
         catalogue.record_result(claim, asset, Recipe("local", "m"), "0" * 64)

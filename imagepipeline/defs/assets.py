@@ -3,16 +3,28 @@
 import base64
 import hashlib
 from collections.abc import Iterator
+from dataclasses import replace
 
 import dagster as dg
 
-from imagepipeline.defs.failures import RETRY_POLICY, attempt
+from imagepipeline.defs.failures import GENERATION_TAG, RETRY_POLICY, attempt
 from imagepipeline.defs.originals import Original, Originals
+from imagepipeline.defs.paid_calls import PaidCalls, Receipt
 from imagepipeline.defs.partitions import uploads
 from imagepipeline.errors import MissingMetadataError
+from imagepipeline.imaging.palette import choose_visible
 from imagepipeline.imaging.sandbox import Usage
 from imagepipeline.imaging.variants import Renderer
-from imagepipeline.models import Embedding, ImageMetadata, OriginalFacts, VisionAnswer
+from imagepipeline.models import (
+    CallUsage,
+    Claim,
+    Embedding,
+    ImageMetadata,
+    OriginalFacts,
+    PixelFacts,
+    Recipe,
+    VisionAnswer,
+)
 from imagepipeline.services.embedder import Embedder
 from imagepipeline.services.vision import VisionModel
 from imagepipeline.stores.catalogue import Catalogue
@@ -36,6 +48,7 @@ def metadata(
     files: dg.ResourceParam[FileStore],
     originals: dg.ResourceParam[Originals],
     vision: dg.ResourceParam[VisionModel],
+    paid_calls: dg.ResourceParam[PaidCalls],
 ) -> Iterator[dg.MaterializeResult[None]]:
     """What the image shows: description, tags, category, dominant colours and mood, by a vision model.
 
@@ -48,14 +61,20 @@ def metadata(
             return
         original = originals.load(claim.image_id, claim.path)
         catalogue.save_original(claim, original.facts)
-        answer = vision.describe(original.prepared.preview, original.prepared.facts)
-        catalogue.save_metadata(claim, answer.metadata)
-        catalogue.record_result(claim, "metadata", vision.recipe, original.facts.original_sha256)
+        answer, receipt = known_answer(context, catalogue, claim, vision.recipe, original), Receipt()
+        if answer is None:
+            prepared = original.prepared
+            answer, receipt = paid_calls.make(
+                claim, "metadata", vision.recipe, lambda: vision.describe(prepared.preview, prepared.facts)
+            )
+            answer = replace(answer, metadata=_with_visible_colors(answer.metadata, prepared.facts))
+        catalogue.save_metadata(claim, answer.metadata, vision.recipe, original.facts.original_sha256)
         yield dg.MaterializeResult(
             data_version=_data_version(answer.metadata.embedding_text),
             metadata={
                 "picture": _picture(original),
                 **_describe_answer(answer),
+                **_describe_receipt(receipt),
                 "provider": vision.recipe.provider,
                 "model": vision.recipe.model,
                 "settings": vision.recipe.settings,
@@ -146,6 +165,7 @@ def embedding(
     catalogue: dg.ResourceParam[Catalogue],
     embedder: dg.ResourceParam[Embedder],
     index: dg.ResourceParam[EmbeddingIndex],
+    paid_calls: dg.ResourceParam[PaidCalls],
 ) -> Iterator[dg.MaterializeResult[None]]:
     """The vector by which the image is found: of its description, tags, category and mood, kept in LanceDB.
 
@@ -158,18 +178,43 @@ def embedding(
         row = catalogue.get(claim.image_id)
         if row is None or row["metadata"] is None:
             raise MissingMetadataError(f"{claim.image_id} has no metadata yet: materialize `metadata` first")
-        result = embedder.embed(ImageMetadata.model_validate(row["metadata"]).embedding_text)
+        text, version = ImageMetadata.model_validate(row["metadata"]).embedding_text, embedder.recipe.version
+        known = index.get(claim.image_id, version)
+        if known and known["text"] == text:  # the same text and model give the same vector
+            result, receipt = Embedding(text, tuple(known["vector"]), version), Receipt()
+        else:
+            result, receipt = paid_calls.make(claim, "embedding", embedder.recipe, lambda: embedder.embed(text))
         index.upsert(claim, result)
         catalogue.record_result(claim, "embedding", embedder.recipe, hashlib.sha256(result.text.encode()).hexdigest())
         yield dg.MaterializeResult(
             data_version=_data_version(result.text + result.version),
             metadata=_describe_embedding(result)
+            | _describe_receipt(receipt)
             | {
                 "provider": embedder.recipe.provider,
                 "model": embedder.recipe.model,
                 "attempt": context.retry_number + 1,
             },
         )
+
+
+def known_answer(
+    context: dg.AssetExecutionContext, catalogue: Catalogue, claim: Claim, recipe: Recipe, original: Original
+) -> VisionAnswer | None:
+    """What this model, asked this way, has said of these very bytes: the queue does not pay for it twice.
+
+    A person who materializes `metadata` by hand wants to hear the model again.
+    """
+    if GENERATION_TAG not in context.run.tags:
+        return None
+    row = catalogue.get(claim.image_id) or {}
+    made = row.get("made_by", {}).get("metadata", {})
+    is_same = (made.get("version"), made.get("input_sha256")) == (recipe.version, original.facts.original_sha256)
+    return VisionAnswer(ImageMetadata.model_validate(row["metadata"])) if is_same and row["metadata"] else None
+
+
+def _with_visible_colors(metadata: ImageMetadata, facts: PixelFacts) -> ImageMetadata:
+    return metadata.model_copy(update={"dominant_colors": choose_visible(metadata.dominant_colors, facts)})
 
 
 def _picture(original: Original) -> dg.MetadataValue:
@@ -198,20 +243,28 @@ def _describe_usage(usage: Usage) -> dict[str, float | int]:
 def _describe_answer(answer: VisionAnswer) -> dict[str, dg.MetadataValue | str | int]:
     described = answer.metadata
     swatches = " ".join(f"`{value}`" for value in described.dominant_colors)
-    tokens = {"tokens_in": answer.tokens_in, "tokens_out": answer.tokens_out}
     return {
         "description": dg.MetadataValue.text(described.description),
         "tags": dg.MetadataValue.text(", ".join(described.tags)),
         "category": described.category,
         "dominant_colors": dg.MetadataValue.md(swatches),
         "mood": described.mood,
-        **{name: count for name, count in tokens.items() if count is not None},
+        **_describe_tokens(answer.usage),
     }
 
 
 def _describe_embedding(result: Embedding) -> dict[str, str | int]:
     described: dict[str, str | int] = {"embedding_dim": len(result.vector), "text_characters": len(result.text)}
-    return described if result.tokens_in is None else described | {"tokens_in": result.tokens_in}
+    return described | _describe_tokens(result.usage)
+
+
+def _describe_tokens(usage: CallUsage | None) -> dict[str, int]:
+    return {"tokens_in": usage.tokens_in, "tokens_out": usage.tokens_out} if usage else {}
+
+
+def _describe_receipt(receipt: Receipt) -> dict[str, float]:
+    described = {"call_seconds": receipt.seconds, "rate_limit_wait_seconds": receipt.waited_seconds}
+    return described if receipt.cost_usd is None else described | {"cost_usd": receipt.cost_usd}
 
 
 def _data_version(content: str) -> dg.DataVersion:

@@ -26,7 +26,8 @@ class Originals:
     Holds the last one, so that all assets of a run see the same bytes, also when the file is replaced meanwhile.
     """
 
-    def __init__(self, files: FileStore, sandbox: Sandbox, rules: Rules) -> None:
+    def __init__(self, files: FileStore, sandbox: Sandbox, rules: Rules, preview_px: int = 1024) -> None:
+        self._preview_px = preview_px
         self._files = files
         self._sandbox = sandbox
         self._rules = rules
@@ -54,7 +55,7 @@ class Originals:
         content = self._files.read(path, self._rules.max_bytes)
         session = self._sandbox.open(decode, content, self._rules)
         try:
-            prepared, _ = session.call(prepare)
+            prepared, _ = session.call(prepare, self._preview_px)
         except BaseException:
             session.close()
             raise

@@ -11,15 +11,18 @@ from typing import Any
 import dagster as dg
 
 from imagepipeline.defs.originals import Originals
+from imagepipeline.defs.paid_calls import PaidCalls
 from imagepipeline.imaging.decoding import Rules
 from imagepipeline.imaging.sandbox import Sandbox
 from imagepipeline.imaging.variants import Renderer
 from imagepipeline.models import build_variant_specs
 from imagepipeline.services.embedder import LocalEmbedder, OpenRouterEmbedder
 from imagepipeline.services.notifier import MailNotifier, Notifier, WebhookNotifier
-from imagepipeline.services.vision import LocalVision, OpenAIVision
+from imagepipeline.services.vision import LocalVision, OpenAIVision, VisionOptions
 from imagepipeline.stores.catalogue import Catalogue
 from imagepipeline.stores.files import FileStore
+from imagepipeline.stores.ledger import Ledger
+from imagepipeline.stores.limiter import CallLimiter
 from imagepipeline.stores.uploads import UploadQueue
 from imagepipeline.stores.vectors import EmbeddingIndex
 
@@ -49,6 +52,37 @@ class CatalogueResource(dg.ConfigurableResource[Catalogue]):
             yield catalogue
 
 
+class LedgerResource(dg.ConfigurableResource[Ledger]):
+    """What paid calls cost, and the pauses."""
+
+    url: str
+
+    @contextmanager
+    def yield_for_execution(self, context: dg.InitResourceContext) -> Iterator[Ledger]:
+        """The ledger; it connects when first used, and is closed with the run or tick."""
+        with closing(Ledger(self.url)) as ledger:
+            yield ledger
+
+
+class PaidCallsResource(dg.ConfigurableResource[PaidCalls]):
+    """Who makes the paid calls: within rate limit and budget, and written down."""
+
+    ledger: dg.ResourceDependency[Ledger]
+    redis_url: str
+    prefix: str
+    rate_limit: str
+    prices: dict[str, list[float]]
+    daily_budget_usd: float | None = None
+    monthly_budget_usd: float | None = None
+
+    @contextmanager
+    def yield_for_execution(self, context: dg.InitResourceContext) -> Iterator[PaidCalls]:
+        """The maker of calls; it connects to Redis at the first paid one."""
+        prices = {model: (price[0], price[1]) for model, price in self.prices.items()}
+        with closing(CallLimiter(self.redis_url, self.prefix, self.rate_limit)) as limiter:
+            yield PaidCalls(self.ledger, limiter, prices, self.daily_budget_usd, self.monthly_budget_usd)
+
+
 class FileStoreResource(dg.ConfigurableResource[FileStore]):
     """Originals and variants."""
 
@@ -76,11 +110,12 @@ class OriginalsResource(dg.ConfigurableResource[Originals]):
     files: dg.ResourceDependency[FileStore]
     sandbox: dg.ResourceDependency[Sandbox]
     rules: dict[str, Any]
+    preview_px: int
 
     @contextmanager
     def yield_for_execution(self, context: dg.InitResourceContext) -> Iterator[Originals]:
         """The originals; each run decodes its own once, and ends its sandbox."""
-        with closing(Originals(self.files, self.sandbox, Rules(**self.rules))) as originals:
+        with closing(Originals(self.files, self.sandbox, Rules(**self.rules), self.preview_px)) as originals:
             yield originals
 
 
@@ -115,10 +150,11 @@ class OpenAIVisionResource(dg.ConfigurableResource[OpenAIVision]):
     base_url: str
     model: str
     prompt: str
+    options: dict[str, Any]
 
     def create_resource(self, context: dg.InitResourceContext) -> OpenAIVision:
         """The model; it connects when first asked."""
-        return OpenAIVision(self.api_key, self.base_url, self.model, self.prompt)
+        return OpenAIVision(self.api_key, self.base_url, self.model, self.prompt, VisionOptions(**self.options))
 
 
 class LocalVisionResource(dg.ConfigurableResource[LocalVision]):

@@ -1,13 +1,16 @@
 """From the Redis list to runs: every upload is recorded first, then every pending image without a run gets one."""
 
+from collections.abc import Sequence
+
 import dagster as dg
 
 from imagepipeline.defs.failures import GENERATION_TAG
 from imagepipeline.defs.jobs import process_upload
 from imagepipeline.defs.partitions import uploads
 from imagepipeline.errors import InvalidUploadError, PostponedError, StackError
-from imagepipeline.models import Upload
+from imagepipeline.models import Pause, Upload
 from imagepipeline.stores.catalogue import Catalogue, Pending
+from imagepipeline.stores.ledger import Ledger
 from imagepipeline.stores.uploads import UploadQueue
 
 ENTRIES_PER_TICK = 500  # about half a second; a tick may take 60 s
@@ -31,11 +34,13 @@ def upload_sensor(
     context: dg.SensorEvaluationContext,
     queue: dg.ResourceParam[UploadQueue],
     catalogue: dg.ResourceParam[Catalogue],
+    ledger: dg.ResourceParam[Ledger],
 ) -> dg.SensorResult | dg.SkipReason:
     """Takes uploads from the Redis list into the catalogue and starts one run for each image that waits for one.
 
     The list is `image-processing:wait`. What cannot be read goes to `image-processing:dead`. If Redis is down,
-    images that are already in the catalogue still get their runs.
+    images that are already in the catalogue still get their runs. While paid calls are paused, images wait as
+    `pending` and none fails; after the pause one is tried first.
     """
     problem = None
     try:
@@ -47,15 +52,24 @@ def upload_sensor(
     except PostponedError as error:
         return dg.SkipReason(str(error))
     unfinished = find_unfinished(context.instance)
+    pauses = ledger.list_pauses()
     pending = catalogue.list_pending(MAX_UNFINISHED_RUNS, except_for=unfinished)
-    chosen = pending[: max(0, MAX_UNFINISHED_RUNS - len(unfinished))]
+    chosen = pending[: count_room(pauses, len(unfinished))]
     if not chosen:
-        return dg.SkipReason(problem or explain_idleness(len(pending), len(unfinished)))
+        paused = f"Paused ({pauses[0].reason}): {pauses[0].message}." if pauses and pending else None
+        return dg.SkipReason(paused or problem or explain_idleness(len(pending), len(unfinished)))
     image_ids = [image.image_id for image in chosen]
     return dg.SensorResult(
         run_requests=[build_run_request(image) for image in chosen],
         dynamic_partitions_requests=[uploads.build_add_request(image_ids)],
     )
+
+
+def count_room(pauses: Sequence[Pause], unfinished_count: int) -> int:
+    """How many runs may be started: none in a pause, one when it is on probation and nothing else runs."""
+    if any(not pause.is_over for pause in pauses):
+        return 0
+    return max(0, (1 if pauses else MAX_UNFINISHED_RUNS) - unfinished_count)
 
 
 def take_in(queue: UploadQueue, catalogue: Catalogue) -> list[str]:

@@ -1,5 +1,7 @@
 """Facts read off the pixels: dominant colours with names, brightness, contrast, saturation, warmth."""
 
+from collections.abc import Iterable
+
 import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
@@ -8,6 +10,9 @@ from imagepipeline.imaging.decoding import Decoded
 from imagepipeline.models import PixelFacts
 
 SAMPLE_PX = 128
+PALETTE_COLORS = 16
+# In CIE76: twice what parts two shades of one name; models name colours loosely, but not blue for red (over 100).
+MAX_COLOR_DISTANCE = 40
 # Thirty names people use. The 148 of CSS would call most photos "dimgray".
 COLOR_NAMES = {
     "black": "#0b0b0b",
@@ -50,6 +55,7 @@ def measure(decoded: Decoded) -> PixelFacts:
     if sample.mode == "RGBA":
         sample = Image.alpha_composite(Image.new("RGBA", sample.size, "white"), sample).convert("RGB")
     lab = to_lab(np.asarray(sample).reshape(-1, 3))
+    palette = sample.quantize(PALETTE_COLORS, Image.Quantize.MEDIANCUT).getpalette() or []
     return PixelFacts(
         width=decoded.width,
         height=decoded.height,
@@ -58,9 +64,23 @@ def measure(decoded: Decoded) -> PixelFacts:
         contrast=float(lab[:, 0].std()),
         saturation=float(np.hypot(lab[:, 1], lab[:, 2]).mean()),
         warmth=float(lab[:, 2].mean()),
+        palette=tuple(dict.fromkeys("#" + bytes(palette[at : at + 3]).hex() for at in range(0, len(palette), 3))),
         camera=decoded.camera,
         taken_on=decoded.taken_on,
     )
+
+
+def choose_visible(colors: Iterable[str], facts: PixelFacts) -> list[str]:
+    """Of some `#rrggbb`, those that are near enough to a colour of the image; its own dominant ones if none is."""
+    seen = to_lab(_to_rgb(facts.palette))
+    visible = [
+        color for color in colors if np.linalg.norm(seen - to_lab(_to_rgb([color])), axis=1).min() <= MAX_COLOR_DISTANCE
+    ]
+    return visible or [value for _, value, _ in facts.colors]
+
+
+def _to_rgb(colors: Iterable[str]) -> NDArray[np.uint8]:
+    return np.array([list(bytes.fromhex(color[1:])) for color in colors], dtype=np.uint8)
 
 
 def to_lab(rgb: NDArray[np.uint8]) -> NDArray[np.float64]:
@@ -90,7 +110,7 @@ def _dominant_colors(sample: Image.Image) -> tuple[tuple[str, str, float], ...]:
 
 
 def _names(palette: NDArray[np.uint8]) -> list[str]:
-    named = np.array([list(bytes.fromhex(value[1:])) for value in COLOR_NAMES.values()], dtype=np.uint8)
+    named = _to_rgb(COLOR_NAMES.values())
     distance = np.linalg.norm(to_lab(palette)[:, None, :] - to_lab(named)[None, :, :], axis=2)
     return [list(COLOR_NAMES)[index] for index in distance.argmin(axis=1)]
 

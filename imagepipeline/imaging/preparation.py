@@ -26,14 +26,14 @@ class Prepared:
     placeholder: str
 
 
-def prepare(decoded: Decoded) -> Prepared:
-    """Reads off an image what the assets need."""
+def prepare(decoded: Decoded, preview_px: int = 1024) -> Prepared:
+    """Reads off an image what the assets need; `preview_px` is the long side of the preview."""
     image = decoded.image
     return Prepared(
         decoded.format,
         decoded.flaw,
         measure(decoded),
-        render_preview(image),
+        render_preview(image, preview_px),
         render_preview(image, THUMBNAIL_PX),
         render_placeholder(image),
     )

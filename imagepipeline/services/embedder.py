@@ -4,7 +4,7 @@ import math
 from typing import Protocol
 
 from imagepipeline.errors import BadAnswerError
-from imagepipeline.models import Embedding, Recipe
+from imagepipeline.models import CallUsage, Embedding, Recipe
 
 
 class Embedder(Protocol):
@@ -42,14 +42,17 @@ class OpenRouterEmbedder:
 
     def embed(self, text: str) -> Embedding:
         """One call; the vector is scaled to unit length."""
+        from imagepipeline.services.openai_client import read_usage
+
+        usage = None
         with self._provider.call() as client:
             answer = client.embeddings.create(model=self.recipe.model, input=text, encoding_format="float")
             numbers = [float(number) for number in answer.data[0].embedding]
             length = math.sqrt(sum(number * number for number in numbers))
             if not length or not math.isfinite(length):
                 raise BadAnswerError("the embedding model sent a vector without a direction")
-            tokens_in = answer.usage.prompt_tokens if answer.usage else None
-        return Embedding(text, tuple(number / length for number in numbers), self.recipe.version, tokens_in)
+            usage = read_usage(answer.usage)
+        return Embedding(text, tuple(number / length for number in numbers), self.recipe.version, usage)
 
 
 class LocalEmbedder:
@@ -63,4 +66,4 @@ class LocalEmbedder:
         from imagepipeline.services.local import minilm
 
         vector, tokens_in = minilm.embed(text)
-        return Embedding(text, vector, self.recipe.version, tokens_in)
+        return Embedding(text, vector, self.recipe.version, CallUsage(tokens_in))

@@ -18,6 +18,7 @@ from urllib.parse import unquote, urlsplit
 import urllib3
 
 from imagepipeline.errors import NotificationError
+from imagepipeline.models import Pause
 
 TIMEOUT_SECONDS = 3.0
 SMTP_TIMEOUT_SECONDS = 10.0
@@ -38,6 +39,9 @@ class Notifier(Protocol):
         Raises:
             NotificationError: it was not taken; it may be sent again, with the same event ID.
         """
+
+    def send_pause(self, pause: Pause) -> None:
+        """Sends one message that nothing is worked on; raises as `send`."""
 
 
 def build_message(failures: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
@@ -60,6 +64,18 @@ def build_message(failures: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     return {"type": "image-processing-failed-digest", "eventId": event_id, "count": len(images), "images": images}
 
 
+def build_pause_message(pause: Pause) -> dict[str, Any]:
+    """The JSON of the message that nothing is worked on; its `eventId` is the same when it is repeated."""
+    return {
+        "type": "image-processing-paused",
+        "eventId": f"pause:{pause.seq}",
+        "reason": pause.reason,
+        "error": pause.message,
+        "since": pause.since.isoformat(),
+        "until": pause.until.isoformat() if pause.until else None,
+    }
+
+
 class WebhookNotifier:
     """A POST of JSON, signed; https to a public address, unless private ones are allowed. Redirects are not followed.
 
@@ -76,7 +92,14 @@ class WebhookNotifier:
 
     def send(self, failures: Sequence[Mapping[str, Any]]) -> None:
         """Tries once, for at most 3 s to connect and 3 s to be answered."""
-        body = json.dumps(build_message(failures)).encode()
+        self._post(build_message(failures))
+
+    def send_pause(self, pause: Pause) -> None:
+        """As `send`."""
+        self._post(build_pause_message(pause))
+
+    def _post(self, content: Mapping[str, Any]) -> None:
+        body = json.dumps(content).encode()
         timestamp = str(int(time.time()))
         signature = hmac.new(self._secret, timestamp.encode() + b"." + body, hashlib.sha256).hexdigest()
         headers = {
@@ -135,14 +158,23 @@ class MailNotifier:
 
     def send(self, failures: Sequence[Mapping[str, Any]]) -> None:
         """Tries once, for at most 10 s."""
-        content = build_message(failures)
-        message = email.message.EmailMessage()
-        first = failures[0]
         is_digest = len(failures) > 1
-        message["Subject"] = f"{len(failures)} images failed" if is_digest else f"Image {first['image_id']} failed"
+        subject = f"{len(failures)} images failed" if is_digest else f"Image {failures[0]['image_id']} failed"
+        text = "\n".join(_describe(failure) for failure in failures)
+        self._mail(subject, text, build_message(failures)["eventId"])
+
+    def send_pause(self, pause: Pause) -> None:
+        """As `send`."""
+        until = f"until {pause.until.isoformat(timespec='minutes')}" if pause.until else "until you resume"
+        text = f"Nothing has failed; images wait {until}.\n{pause.message}"
+        self._mail(f"Image processing is paused: {pause.reason}", text, build_pause_message(pause)["eventId"])
+
+    def _mail(self, subject: str, text: str, event_id: str) -> None:
+        message = email.message.EmailMessage()
+        message["Subject"] = subject
         message["From"], message["To"] = self._sender, ", ".join(self._recipients)
-        message["Message-ID"] = f"<{hashlib.sha256(content['eventId'].encode()).hexdigest()[:32]}@imagepipeline>"
-        message.set_content("\n".join(_describe(failure) for failure in failures))
+        message["Message-ID"] = f"<{hashlib.sha256(event_id.encode()).hexdigest()[:32]}@imagepipeline>"
+        message.set_content(text)
         try:
             self._deliver(message)
         except (smtplib.SMTPException, OSError) as error:

@@ -3,17 +3,48 @@
 Both remote models stand on it: any provider that speaks the OpenAI wire format will do.
 """
 
-from collections.abc import Iterator
+import email.utils
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from typing import Any
 
 import openai
 
-from imagepipeline.errors import BadAnswerError, ProviderRejectedError, ProviderUnavailableError, RefusedError
+from imagepipeline.errors import (
+    BadAnswerError,
+    FormatRefusedError,
+    ImagePipelineError,
+    InputInvalidError,
+    PausedError,
+    ProviderRejectedError,
+    ProviderUnavailableError,
+    RefusedError,
+)
+from imagepipeline.models import CallUsage
 
 TIMEOUT_SECONDS = 60.0
+MAX_RETRY_AFTER_SECONDS, MAX_PAUSE_SECONDS = 120, 86_400
+# How long nothing is asked after a bad key or an empty account; then one image tries whether it was mended.
+PROBE_SECONDS = 600
 RETRYABLE_STATUSES = frozenset({408, 409, 429})
-QUOTA_CODES = frozenset({"insufficient_quota", "credit_balance_exhausted"})
-POLICY_CODES = frozenset({"content_policy_violation", "content_filter", "moderation_blocked"})
+QUOTA_CODES = frozenset(
+    {
+        "insufficient_quota",
+        "credit_balance_exhausted",
+        "organization_spend_limit_exceeded",
+        "project_spend_limit_exceeded",
+        "organization_usage_limit_exceeded",
+        "billing_hard_limit_reached",
+    }
+)
+POLICY_CODES = frozenset(
+    {"content_policy_violation", "content_filter", "moderation_blocked", "ResponsibleAIPolicyViolation"}
+)
+IMAGE_CODES = frozenset(
+    {"invalid_image", "invalid_image_format", "image_too_large", "image_parse_error", "invalid_base64"}
+)
+# Parameters that some providers and models do not know; the vision model then asks in another way.
+OPTIONAL_PARAMETERS = ("response_format", "json_schema", "json_object", "max_completion_tokens", "max_tokens", "detail")
 
 
 class ProviderClient:
@@ -42,19 +73,68 @@ class ProviderClient:
             raise BadAnswerError(f"{self._name} sent an answer that cannot be read: {type(error).__name__}") from None
 
 
-def _classify(provider: str, error: openai.APIStatusError) -> Exception:
+def read_usage(usage: Any) -> CallUsage | None:
+    """What an answer says it used; OpenRouter adds the cost in US dollars."""
+    if usage is None:
+        return None
+    said = (usage.model_extra or {}).get("cost")
+    cost_usd = float(said) if isinstance(said, int | float) and 0 <= said < 1000 else None
+    tokens_out = getattr(usage, "completion_tokens", 0)
+    return CallUsage(usage.prompt_tokens or 0, tokens_out or 0, cost_usd)
+
+
+def _classify(provider: str, error: openai.APIStatusError) -> ImagePipelineError:
     status, code = error.status_code, str(error.code or "")
-    summary = f"{provider} answered {status}" + (f" ({code[:60]})" if code else "")
+    summary = f"{provider} answered {status}" + (f" ({_printable(code)})" if code else "")
     if code in POLICY_CODES:
         return RefusedError(f"{summary}: the image is against its content policy")
-    if code not in QUOTA_CODES and (status in RETRYABLE_STATUSES or status >= 500):
-        return ProviderUnavailableError(summary, _retry_after_seconds(error))
-    return ProviderRejectedError(f"{summary}: check the key, the credit and the model's name")
+    if code in QUOTA_CODES or status == 402:
+        advice = "top up the account, or raise its limit; `imagepipeline resume` tries at once"
+        return PausedError("quota", f"{summary}: {advice}", PROBE_SECONDS)
+    if status in (401, 403):
+        advice = "check the key; `imagepipeline resume` tries at once"
+        return PausedError("auth", f"{summary}: {advice}", PROBE_SECONDS)
+    if status in RETRYABLE_STATUSES or status >= 500:
+        wait_seconds = read_retry_after(error.response.headers)
+        if wait_seconds is not None and wait_seconds > MAX_RETRY_AFTER_SECONDS:
+            asked = f"{summary} and asked for {wait_seconds:.0f} s of quiet"
+            return PausedError("rate_limited", asked, min(wait_seconds, MAX_PAUSE_SECONDS))
+        return ProviderUnavailableError(summary, wait_seconds)
+    if code in IMAGE_CODES:
+        return InputInvalidError(f"{summary}: it cannot read the picture")
+    parameter = _refused_parameter(error)
+    if parameter:
+        return FormatRefusedError(f"{summary}: it does not know {parameter}", parameter)
+    return ProviderRejectedError(f"{summary}: check the model's name and the address")
 
 
-def _retry_after_seconds(error: openai.APIStatusError) -> float | None:
-    try:
-        seconds = float(error.response.headers.get("retry-after", ""))
-    except ValueError:  # absent, or a date
+def _refused_parameter(error: openai.APIStatusError) -> str | None:
+    """The optional parameter a 400 or 422 complains of."""
+    text = f"{error.param or ''} {error.message}"
+    if error.status_code not in (400, 422):
         return None
-    return seconds if 0 <= seconds <= 120 else None
+    return next((name for name in OPTIONAL_PARAMETERS if name in text), None)
+
+
+def read_retry_after(headers: Mapping[str, str]) -> float | None:
+    """How long to wait, in seconds: `retry-after-ms`, else `Retry-After` as seconds or as a date (RFC 9110, 10.2.3).
+
+    A date counts from the answer's own Date. None if there is none that can be read.
+    """
+    for name, unit_seconds in (("retry-after-ms", 0.001), ("retry-after", 1)):
+        try:
+            seconds = float(str(headers.get(name))) * unit_seconds
+        except ValueError:
+            continue
+        if 0 <= seconds < float("inf"):
+            return seconds
+    try:
+        asked = email.utils.parsedate_to_datetime(headers.get("retry-after") or "")
+        answered = email.utils.parsedate_to_datetime(headers.get("date") or "")
+        return max(0.0, (asked - answered).total_seconds())
+    except (ValueError, TypeError):
+        return None
+
+
+def _printable(code: str) -> str:
+    return "".join(character for character in code if character.isprintable())[:60]

@@ -3,12 +3,14 @@
 import base64
 import hashlib
 import io
-from typing import Protocol
+from dataclasses import dataclass
+from typing import Any, Protocol
 
 from PIL import Image
 
-from imagepipeline.errors import BadAnswerError, RefusedError
+from imagepipeline.errors import BadAnswerError, FormatRefusedError, RefusedError
 from imagepipeline.models import ImageMetadata, PixelFacts, Recipe, VisionAnswer
+from imagepipeline.services.answers import read_answer
 from imagepipeline.services.local.imagenet_groups import GROUPS, members
 
 DEFAULT_PROMPT = (
@@ -29,6 +31,12 @@ ANSWER_SCHEMA = {
     "required": ["description", "tags", "category", "dominantColors", "mood"],
     "additionalProperties": False,
 }
+FORMATS = ("json_schema", "json_object", "text")
+FORMAT_ADVICE = (
+    "Answer with one JSON object and nothing else; its keys: description, tags, category, dominantColors, mood."
+)
+# An honest answer has some 150; models that think before they answer need more. Doubled when one is cut off.
+MAX_ANSWER_TOKENS = 2000
 MIN_LABEL_PROBABILITY = 0.30
 MIN_GROUP_PROBABILITY = 0.50
 
@@ -49,58 +57,114 @@ class VisionModel(Protocol):
         """
 
 
-def openai_recipe(model: str, prompt: str) -> Recipe:
-    """The recipe of `OpenAIVision`: the prompt counts by its hash."""
-    return Recipe("openai", model, "prompt-" + hashlib.sha256(prompt.encode()).hexdigest()[:8])
+@dataclass(frozen=True)
+class VisionOptions:
+    """How a remote model is asked, beside the prompt.
+
+    `long_side_px` is that of the picture it gets, `detail` is OpenAI's parameter. `answer_format` is how the schema is
+    asked for: `json_schema`, `json_object`, `text`, or `auto` for the first of them the provider knows. From `tags` and
+    `categories`, if there are any, it must choose.
+    """
+
+    long_side_px: int = 1024
+    detail: str = "auto"
+    answer_format: str = "auto"
+    tags: tuple[str, ...] = ()
+    categories: tuple[str, ...] = ()
+
+
+def openai_recipe(model: str, prompt: str, options: VisionOptions) -> Recipe:
+    """The recipe of `OpenAIVision`: prompt and vocabulary, its version, count by their hash."""
+    text = build_prompt(prompt, options)
+    version = hashlib.sha256(text.encode()).hexdigest()[:8]
+    return Recipe("openai", model, f"prompt-{version},{options.long_side_px}px,{options.detail}")
+
+
+def build_prompt(prompt: str, options: VisionOptions) -> str:
+    """The prompt with the vocabulary it must keep to."""
+    if options.tags:
+        prompt += f" Use only these tags: {', '.join(options.tags)}."
+    if options.categories:
+        prompt += f" Use only one of these categories: {', '.join(options.categories)}."
+    return prompt
 
 
 LOCAL_RECIPE = Recipe("local", "efficientnet-lite0", "facts-1")
 
 
 class OpenAIVision:
-    """A vision model behind an OpenAI-compatible chat endpoint, with structured output."""
+    """A vision model behind an OpenAI-compatible chat endpoint.
 
-    def __init__(self, api_key: str, base_url: str, model: str, prompt: str) -> None:
+    It asks for structured output by a JSON schema. What a provider does not know, a parameter or a format, it leaves
+    out at the next attempt.
+    """
+
+    def __init__(self, api_key: str, base_url: str, model: str, prompt: str, options: VisionOptions) -> None:
         from imagepipeline.services.openai_client import ProviderClient  # here: 0.6 s of imports
 
-        self.recipe = openai_recipe(model, prompt)
-        self._prompt = prompt
+        self.recipe = openai_recipe(model, prompt, options)
+        self._prompt = build_prompt(prompt, options)
+        self._options = options
         self._provider = ProviderClient("the vision model", api_key, base_url)
+        self._formats = list(FORMATS if options.answer_format == "auto" else (options.answer_format,))
+        self._length_parameter = "max_completion_tokens"
+        self._max_tokens = MAX_ANSWER_TOKENS
+        self._has_detail = options.detail != "auto"
 
     def describe(self, preview: bytes, facts: PixelFacts) -> VisionAnswer:
-        """One call; the answer is validated against `ImageMetadata`."""
+        """One call; the answer is untrusted text, and is validated and cleaned."""
+        from imagepipeline.services.openai_client import read_usage
+
+        usage = None
+        try:
+            with self._provider.call() as client:
+                completion = client.chat.completions.create(
+                    model=self.recipe.model, messages=self._build_messages(preview), **self._build_parameters()
+                )
+                usage = read_usage(completion.usage)
+                metadata = read_answer(self._read_text(completion.choices[0]), self._options)
+        except FormatRefusedError as error:
+            self._do_without(error.parameter)
+            raise
+        except (BadAnswerError, RefusedError) as error:
+            error.usage = usage
+            raise
+        return VisionAnswer(metadata, usage)
+
+    def _build_messages(self, preview: bytes) -> list[Any]:
         url = "data:image/jpeg;base64," + base64.b64encode(preview).decode()
-        with self._provider.call() as client:
-            completion = client.chat.completions.create(
-                model=self.recipe.model,
-                messages=[
-                    {
-                        "role": "user",
-                        "content": [
-                            {"type": "text", "text": self._prompt},
-                            {"type": "image_url", "image_url": {"url": url}},
-                        ],
-                    }
-                ],
-                response_format={
-                    "type": "json_schema",
-                    "json_schema": {"name": "image_metadata", "strict": True, "schema": ANSWER_SCHEMA},
-                },
-            )
-            choice = completion.choices[0]
-            if choice.message.refusal:
-                raise RefusedError("the vision model refused to describe the image")
-            if choice.finish_reason == "content_filter":
-                raise RefusedError("the vision model stopped at its content policy")
-            if choice.finish_reason == "length":
-                raise BadAnswerError("the vision model's answer was cut off")
-            metadata = ImageMetadata.model_validate_json(choice.message.content or "")
-        usage = completion.usage
-        return VisionAnswer(
-            metadata,
-            tokens_in=usage.prompt_tokens if usage else None,
-            tokens_out=usage.completion_tokens if usage else None,
-        )
+        detail = {"detail": self._options.detail} if self._has_detail else {}
+        text = self._prompt if self._formats[0] == "json_schema" else f"{self._prompt} {FORMAT_ADVICE}"
+        picture = {"type": "image_url", "image_url": {"url": url, **detail}}
+        return [{"role": "user", "content": [{"type": "text", "text": text}, picture]}]
+
+    def _build_parameters(self) -> dict[str, Any]:
+        parameters: dict[str, Any] = {self._length_parameter: self._max_tokens} if self._length_parameter else {}
+        if self._formats[0] == "json_schema":
+            schema = {"name": "image_metadata", "strict": True, "schema": ANSWER_SCHEMA}
+            parameters["response_format"] = {"type": "json_schema", "json_schema": schema}
+        elif self._formats[0] == "json_object":
+            parameters["response_format"] = {"type": "json_object"}
+        return parameters
+
+    def _read_text(self, choice: Any) -> str:
+        if choice.message.refusal:
+            raise RefusedError("the vision model refused to describe the image")
+        if choice.finish_reason == "content_filter":
+            raise RefusedError("the vision model stopped at its content policy")
+        if choice.finish_reason == "length":
+            self._max_tokens *= 2
+            raise BadAnswerError("the vision model's answer was cut off")
+        return choice.message.content or ""
+
+    def _do_without(self, parameter: str) -> None:
+        if parameter == "detail":
+            self._has_detail = False
+        elif parameter in ("max_tokens", "max_completion_tokens"):
+            other = {"max_completion_tokens": "max_tokens", "max_tokens": ""}
+            self._length_parameter = other.get(self._length_parameter, "")
+        elif len(self._formats) > 1:
+            del self._formats[0]
 
 
 class LocalVision:

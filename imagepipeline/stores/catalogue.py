@@ -4,18 +4,17 @@ Every change is one transaction. Every change by a run names the fence of its cl
 thought dead and was succeeded can change nothing any more.
 """
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
-from datetime import UTC, datetime, timedelta
+from datetime import datetime, timedelta
 from pathlib import Path
 from typing import Any
 
 import sqlalchemy as sa
-from sqlalchemy.dialects import postgresql, sqlite
 
-from imagepipeline.errors import CatalogueDownError, ImageBusyError, PathTakenError, StackError, StaleClaimError
-from imagepipeline.models import ASSETS, Claim, ImageMetadata, OriginalFacts, Recipe, Status, Upload, Variant
+from imagepipeline.errors import ImageBusyError, PathTakenError, StackError, StaleClaimError
+from imagepipeline.models import ASSETS, Claim, ImageMetadata, OriginalFacts, Recipe, Status, Upload, Variant, now_utc
+from imagepipeline.stores.database import Database
 from imagepipeline.stores.tables import UtcDateTime, image_history, image_results, image_variants, images, notifications
 
 ERROR_CHARACTERS = 300
@@ -50,11 +49,6 @@ class Pending:
     priority: int
 
 
-def now_utc() -> datetime:
-    """The time, in UTC."""
-    return datetime.now(UTC)
-
-
 class Catalogue:
     """The images of one database, SQLite or Postgres.
 
@@ -64,25 +58,24 @@ class Catalogue:
     """
 
     def __init__(self, url: str, clock: Callable[[], datetime] = now_utc) -> None:
-        self._engine = _create_engine(url)
+        self._database = Database(url)
         self._clock = clock
-        self._insert: Any = postgresql.insert if self._engine.dialect.name == "postgresql" else sqlite.insert
 
     def close(self) -> None:
         """Closes all connections; a later use opens new ones."""
-        self._engine.dispose()
+        self._database.engine.dispose()
 
     def migrate(self) -> None:
         """Creates the tables or brings them up to date; safe to call from several processes at once."""
         from alembic import command  # here, because it takes as long to import as all the rest
         from alembic.config import Config
 
-        if self._engine.dialect.name == "sqlite" and self._engine.url.database:
-            Path(self._engine.url.database).parent.mkdir(parents=True, exist_ok=True)
+        if self._database.engine.dialect.name == "sqlite" and self._database.engine.url.database:
+            Path(self._database.engine.url.database).parent.mkdir(parents=True, exist_ok=True)
         config = Config()
         config.set_main_option("script_location", "imagepipeline.stores:migrations")
-        with self._engine.begin() as connection:
-            if self._engine.dialect.name == "postgresql":
+        with self._database.engine.begin() as connection:
+            if self._database.engine.dialect.name == "postgresql":
                 connection.execute(sa.select(sa.func.pg_advisory_xact_lock(sa.func.hashtext("imagepipeline"))))
             config.attributes["connection"] = connection
             command.upgrade(config, "head")
@@ -94,7 +87,7 @@ class Catalogue:
             StackError: if not. The message leaves out the address, which may hold a password.
         """
         try:
-            with self._engine.connect() as connection:
+            with self._database.engine.connect() as connection:
                 connection.execute(sa.select(image_history.c.seq).limit(1))
         except sa.exc.DBAPIError as error:
             raise StackError(
@@ -108,10 +101,10 @@ class Catalogue:
         An image that is pending or processing is left as it is.
         """
         begun = set()
-        with self._transaction() as connection:
+        with self._database.transaction() as connection:
             for upload in uploads:
                 now = self._clock()
-                insert = self._insert(images).values(
+                insert = self._database.insert(images).values(
                     id=upload.image_id, priority=upload.priority, path=upload.path, **_first_generation(now)
                 )
                 new_life = _new_generation(now) | {
@@ -138,7 +131,7 @@ class Catalogue:
             .order_by(images.c.priority.desc(), images.c.accepted_at, images.c.id)
         )
         known = set(except_for)
-        with self._transaction() as connection:
+        with self._database.transaction() as connection:
             rows = connection.execute(query.limit(limit + len(known)))
             found = [Pending(*row) for row in rows if (row.id, row.generation) not in known]
         return found[:limit]
@@ -146,7 +139,7 @@ class Catalogue:
     def list_processing(self) -> list[Processing]:
         """All images that a run holds."""
         columns = (images.c.id, images.c.generation, images.c.fence, images.c.run_id, images.c.beat)
-        with self._transaction() as connection:
+        with self._database.transaction() as connection:
             rows = connection.execute(sa.select(*columns).where(images.c.status == Status.PROCESSING))
             return [Processing(*row) for row in rows]
 
@@ -160,7 +153,7 @@ class Catalogue:
         )
         if since is not None:
             query = query.where(images.c.updated_at >= since)
-        with self._transaction() as connection:
+        with self._database.transaction() as connection:
             return [{**row} for row in connection.execute(query).mappings()]
 
     def claim(self, image_id: str, generation: int, run_id: str) -> Claim | None:
@@ -169,7 +162,7 @@ class Catalogue:
         Returns:
             None if the generation is not pending any more, or another run holds it.
         """
-        with self._transaction() as connection:
+        with self._database.transaction() as connection:
             self._take(connection, run_id, images.c.id == image_id, images.c.generation == generation)
             return self._claim_of(connection, image_id, run_id)
 
@@ -182,7 +175,7 @@ class Catalogue:
             ImageBusyError: another run is working on it.
         """
         now = self._clock()
-        with self._transaction() as connection:
+        with self._database.transaction() as connection:
             known = connection.execute(
                 sa.select(images.c.status, images.c.run_id).where(images.c.id == image_id).with_for_update()
             ).first()
@@ -200,31 +193,32 @@ class Catalogue:
 
     def beat(self, claim: Claim) -> None:
         """Shows that the claim's run is alive."""
-        with self._transaction() as connection:
+        with self._database.transaction() as connection:
             self._update(connection, claim, beat=images.c.beat + 1)
 
     def record_attempt(self, claim: Claim, attempt: int) -> None:
         """Writes down that an asset is being tried for the `attempt`th time (from 1)."""
         most = sa.case((images.c.attempts < attempt, attempt), else_=images.c.attempts)
-        with self._transaction() as connection:
+        with self._database.transaction() as connection:
             self._update(connection, claim, attempts=most, beat=images.c.beat + 1)
 
     def record_failure(self, claim: Claim, asset: str, attempt: int, wait_seconds: float, error: str) -> None:
         """Writes down that an attempt at an asset failed, and how long the next one waits."""
         detail = f"{asset}, attempt {attempt}, next in {wait_seconds:g} s: {error}"
-        with self._transaction() as connection:
+        with self._database.transaction() as connection:
             self._update(connection, claim, error=error[:ERROR_CHARACTERS])
             self._record(connection, claim.image_id, "attempt_failed", detail)
 
     def save_original(self, claim: Claim, facts: OriginalFacts) -> None:
         """Stores what was found out about the original."""
-        with self._transaction() as connection:
+        with self._database.transaction() as connection:
             self._update(connection, claim, **asdict(facts))
 
-    def save_metadata(self, claim: Claim, metadata: ImageMetadata) -> None:
-        """Stores what the vision model said."""
-        with self._transaction() as connection:
+    def save_metadata(self, claim: Claim, metadata: ImageMetadata, recipe: Recipe, input_sha256: str) -> None:
+        """Stores what the vision model said, and of which original: at once, so that it is not paid for twice."""
+        with self._database.transaction() as connection:
             self._update(connection, claim, metadata=metadata.model_dump(by_alias=True))
+            self._record_result(connection, claim, "metadata", recipe, input_sha256)
 
     def save_variants(self, claim: Claim, variants: Sequence[tuple[str, Variant]]) -> None:
         """Stores the (path, variant) rows in place of the image's older ones; call it before the files are written.
@@ -245,7 +239,7 @@ class Catalogue:
             for path, variant in variants
         ]
         try:
-            with self._transaction() as connection:
+            with self._database.transaction() as connection:
                 self._update(connection, claim)
                 connection.execute(sa.delete(image_variants).where(image_variants.c.image_id == claim.image_id))
                 connection.execute(sa.insert(image_variants), rows)
@@ -257,24 +251,14 @@ class Catalogue:
 
     def record_result(self, claim: Claim, asset: str, recipe: Recipe, input_sha256: str) -> None:
         """Writes down that an asset's result is in place, and what made it of which input."""
-        values = {
-            "generation": claim.generation,
-            "provider": recipe.provider,
-            "model": recipe.model,
-            "settings": recipe.settings,
-            "input_sha256": input_sha256,
-            "made_at": self._clock(),
-        }
-        insert = self._insert(image_results).values(image_id=claim.image_id, asset=asset, **values)
-        with self._transaction() as connection:
+        with self._database.transaction() as connection:
             self._update(connection, claim)
-            connection.execute(insert.on_conflict_do_update(index_elements=["image_id", "asset"], set_=values))
-            self._record(connection, claim.image_id, "made", f"{asset} by {recipe.version}")
+            self._record_result(connection, claim, asset, recipe, input_sha256)
 
     def finish(self, claim: Claim) -> Status:
         """Ends a claim: `completed` if all results are in place, else back to `pending` for a run that makes them."""
         count = sa.select(sa.func.count()).where(image_results.c.image_id == claim.image_id)
-        with self._transaction() as connection:
+        with self._database.transaction() as connection:
             if connection.execute(count).scalar_one() == len(ASSETS):
                 self._update(connection, claim, status=Status.COMPLETED, error=None)
                 self._record(connection, claim.image_id, "completed")
@@ -284,12 +268,12 @@ class Catalogue:
 
     def fail(self, claim: Claim, reason: str, error: str) -> None:
         """Ends a claim as `failed`, with a word to filter by and a sentence, and puts the notice into the outbox."""
-        with self._transaction() as connection:
+        with self._database.transaction() as connection:
             self._fail(connection, claim, reason, error)
 
     def hand_back(self, claim: Claim, cause: str, wait_seconds: float = 0) -> None:
         """Gives a claim up without an end: the image is `pending` again, in a new generation, after a wait."""
-        with self._transaction() as connection:
+        with self._database.transaction() as connection:
             self._hand_back(connection, claim, cause, wait_seconds)
 
     def recover(self, lost: Processing, cause: str) -> Status:
@@ -309,7 +293,7 @@ class Catalogue:
             image_history.c.at >= since,
         )
         claim = lost.claim
-        with self._transaction() as connection:
+        with self._database.transaction() as connection:
             earlier = connection.execute(count).scalar_one()
             self._update(connection, claim)
             self._record(connection, lost.image_id, "recovered", cause)
@@ -332,7 +316,7 @@ class Catalogue:
             )
             .values(self._pending_again(wait_seconds))
         )
-        with self._transaction() as connection:
+        with self._database.transaction() as connection:
             if not connection.execute(statement).rowcount:
                 return False
             self._record(connection, pending.image_id, "renewed", cause)
@@ -345,7 +329,7 @@ class Catalogue:
             image_history.c.event == "renewed",
             image_history.c.at >= _accepted_at(pending.image_id),
         )
-        with self._transaction() as connection:
+        with self._database.transaction() as connection:
             return int(connection.execute(query).scalar_one())
 
     def cancel(self, pending: Pending) -> bool:
@@ -363,7 +347,7 @@ class Catalogue:
             .where(images.c.id == image_id, images.c.status == Status.PENDING)
             .values(priority=priority, updated_at=self._clock())
         )
-        with self._transaction() as connection:
+        with self._database.transaction() as connection:
             if not connection.execute(statement).rowcount:
                 return False
             self._record(connection, image_id, "prioritized", str(priority))
@@ -376,7 +360,7 @@ class Catalogue:
             .where(images.c.id == image_id, images.c.status == Status.FAILED)
             .values(discarded_at=self._clock())
         )
-        with self._transaction() as connection:
+        with self._database.transaction() as connection:
             if not connection.execute(statement).rowcount:
                 return False
             self._record(connection, image_id, "discarded")
@@ -387,7 +371,7 @@ class Catalogue:
         query = sa.select(sa.func.count()).where(
             image_history.c.image_id == image_id, image_history.c.event == event, image_history.c.at >= since
         )
-        with self._transaction() as connection:
+        with self._database.transaction() as connection:
             return int(connection.execute(query).scalar_one())
 
     def list_unsent(self, channel: str, limit: int = 100) -> list[dict[str, Any]]:
@@ -399,12 +383,12 @@ class Catalogue:
             .order_by(notifications.c.failed_at)
             .limit(limit)
         )
-        with self._transaction() as connection:
+        with self._database.transaction() as connection:
             return [{**row} for row in connection.execute(query).mappings()]
 
     def mark_sent(self, channel: str, sent: Iterable[Mapping[str, Any]]) -> None:
         """Writes down that a channel was told of these failures."""
-        with self._transaction() as connection:
+        with self._database.transaction() as connection:
             for row in sent:
                 connection.execute(
                     sa.update(notifications)
@@ -414,7 +398,7 @@ class Catalogue:
 
     def get(self, image_id: str) -> dict[str, Any] | None:
         """All that is known of an image, or None: its row, `variants`, `made_by` per asset, and `history`."""
-        with self._transaction() as connection:
+        with self._database.transaction() as connection:
             row = connection.execute(sa.select(images).where(images.c.id == image_id)).mappings().first()
             if row is None:
                 return None
@@ -438,12 +422,12 @@ class Catalogue:
     def get_states(self, image_ids: Sequence[str]) -> dict[str, tuple[int, Status]]:
         """The generation and status of each known image among the given ones."""
         query = sa.select(images.c.id, images.c.generation, images.c.status).where(images.c.id.in_(image_ids))
-        with self._transaction() as connection:
+        with self._database.transaction() as connection:
             return {row.id: (row.generation, Status(row.status)) for row in connection.execute(query)}
 
     def find_unknown(self, originals: Mapping[str, str]) -> dict[str, str]:
         """Of originals (ID to path), those whose ID has no row and whose path belongs to no other image."""
-        with self._transaction() as connection:
+        with self._database.transaction() as connection:
             rows = connection.execute(sa.select(images.c.id, images.c.path)).all()
         ids, paths = {row.id for row in rows}, {row.path for row in rows}
         return {image_id: path for image_id, path in originals.items() if image_id not in ids and path not in paths}
@@ -451,17 +435,9 @@ class Catalogue:
     def count(self) -> dict[str, int]:
         """The number of images in each status."""
         query = sa.select(images.c.status, sa.func.count()).group_by(images.c.status)
-        with self._transaction() as connection:
+        with self._database.transaction() as connection:
             counts = dict(connection.execute(query).tuples().all())
         return {status.value: counts.get(status, 0) for status in Status}
-
-    @contextmanager
-    def _transaction(self) -> Iterator[sa.Connection]:
-        try:
-            with self._engine.begin() as connection:
-                yield connection
-        except (sa.exc.OperationalError, sa.exc.InterfaceError) as error:
-            raise CatalogueDownError(f"the catalogue does not answer ({type(error.orig).__name__})") from None
 
     def _record(self, connection: sa.Connection, image_id: str, event: str, detail: str | None = None) -> None:
         """Adds a line to an image's history, with the row as it is now."""
@@ -502,6 +478,21 @@ class Catalogue:
             )
         ).first()
         return Claim(*row) if row else None
+
+    def _record_result(
+        self, connection: sa.Connection, claim: Claim, asset: str, recipe: Recipe, input_sha256: str
+    ) -> None:
+        values = {
+            "generation": claim.generation,
+            "provider": recipe.provider,
+            "model": recipe.model,
+            "settings": recipe.settings,
+            "input_sha256": input_sha256,
+            "made_at": self._clock(),
+        }
+        insert = self._database.insert(image_results).values(image_id=claim.image_id, asset=asset, **values)
+        connection.execute(insert.on_conflict_do_update(index_elements=["image_id", "asset"], set_=values))
+        self._record(connection, claim.image_id, "made", f"{asset} by {recipe.version}")
 
     def _update(self, connection: sa.Connection, claim: Claim, **values: Any) -> None:
         """Changes the claimed row, or raises StaleClaimError if the claim was succeeded."""
@@ -582,28 +573,3 @@ def _describe_result(result: sa.RowMapping) -> dict[str, Any]:
         "version": recipe.version,
         **{name: result[name] for name in ("provider", "model", "settings", "generation", "input_sha256", "made_at")},
     }
-
-
-def _create_engine(url: str) -> sa.Engine:
-    parsed = sa.make_url(url)
-    if parsed.drivername in ("postgres", "postgresql"):
-        parsed = parsed.set(drivername="postgresql+psycopg2")
-    engine = sa.create_engine(
-        parsed, hide_parameters=True, **({} if parsed.drivername.startswith("sqlite") else {"pool_pre_ping": True})
-    )
-    if engine.dialect.name == "sqlite":
-        sa.event.listen(engine, "connect", _prepare_sqlite)
-        sa.event.listen(engine, "begin", _begin_immediate)
-    return engine
-
-
-def _prepare_sqlite(connection: Any, _: Any) -> None:
-    connection.isolation_level = None  # the driver's own BEGIN would come too late
-    connection.execute("PRAGMA busy_timeout = 30000")
-    connection.execute("PRAGMA journal_mode = WAL")
-    connection.execute("PRAGMA foreign_keys = ON")
-
-
-def _begin_immediate(connection: sa.Connection) -> None:
-    # A transaction that reads before it writes would fail at the write if another one wrote in between.
-    connection.exec_driver_sql("BEGIN IMMEDIATE")

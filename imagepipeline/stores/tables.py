@@ -118,3 +118,37 @@ notifications = sa.Table(
     sa.Column("webhook_sent_at", UtcDateTime),
     sa.Column("mail_sent_at", UtcDateTime),
 )
+
+# One row per call to a paid provider, whatever came of it.
+provider_calls = sa.Table(
+    "provider_calls",
+    schema,
+    sa.Column("seq", sa.Integer, primary_key=True, autoincrement=True),
+    sa.Column("at", UtcDateTime, nullable=False, index=True),
+    sa.Column("image_id", sa.String(64)),
+    sa.Column("generation", sa.Integer),
+    sa.Column("stage", sa.String(16), nullable=False),
+    sa.Column("provider", sa.String(64), nullable=False),
+    sa.Column("model", sa.String(128), nullable=False),
+    sa.Column("outcome", sa.String(32), nullable=False),
+    sa.Column("tokens_in", sa.Integer),
+    sa.Column("tokens_out", sa.Integer),
+    sa.Column("cost_usd", sa.Float),
+    sa.Column("seconds", sa.Float, nullable=False),
+    sa.Column("waited_seconds", sa.Float, nullable=False),
+    sa.Index(None, "image_id", "generation"),
+)
+
+# What stops all new work: a bad key, no credit, a budget. Open while ended_at is empty.
+pauses = sa.Table(
+    "pauses",
+    schema,
+    sa.Column("seq", sa.Integer, primary_key=True, autoincrement=True),
+    sa.Column("reason", sa.String(32), nullable=False),
+    sa.Column("message", sa.String(300), nullable=False),
+    sa.Column("since", UtcDateTime, nullable=False),
+    sa.Column("until", UtcDateTime),  # empty: until a person resumes
+    sa.Column("ended_at", UtcDateTime),
+    sa.Column("webhook_sent_at", UtcDateTime),
+    sa.Column("mail_sent_at", UtcDateTime),
+)

@@ -1,6 +1,7 @@
 """An ephemeral Dagster instance, and the resources as plain objects."""
 
 import uuid
+from contextlib import closing
 
 import dagster as dg
 import pytest
@@ -10,12 +11,15 @@ from imagepipeline.defs.checks import variant_checks
 from imagepipeline.defs.failures import GENERATION_TAG
 from imagepipeline.defs.jobs import process_upload
 from imagepipeline.defs.originals import Originals
+from imagepipeline.defs.paid_calls import PaidCalls
 from imagepipeline.imaging.decoding import Rules
 from imagepipeline.imaging.sandbox import Sandbox
 from imagepipeline.imaging.variants import Renderer
 from imagepipeline.models import build_variant_specs
 from imagepipeline.services.embedder import LocalEmbedder
 from imagepipeline.services.vision import LocalVision
+from imagepipeline.stores.ledger import Ledger
+from imagepipeline.stores.limiter import CallLimiter
 from imagepipeline_tests.conftest import PHOTOS
 
 ASSETS = [metadata, variants, embedding]
@@ -28,7 +32,25 @@ def instance():
 
 
 @pytest.fixture
-def run(instance, catalogue, files, index):
+def ledger(sqlite_catalogue_url, catalogue):
+    with closing(Ledger(sqlite_catalogue_url)) as ledger:
+        yield ledger
+
+
+@pytest.fixture
+def limiter(redis_url):
+    with closing(CallLimiter(redis_url, "test", "off")) as limiter:
+        yield limiter
+        limiter.set_limits(None)
+
+
+@pytest.fixture
+def paid_calls(ledger, limiter):
+    return PaidCalls(ledger, limiter, {"scripted": (1.0, 10.0)})
+
+
+@pytest.fixture
+def run(instance, catalogue, files, index, paid_calls):
     """Runs assets of one image as a sensor's run (with a generation) or one started by hand (without)."""
 
     def run(image_id, generation=None, assets=ASSETS, **resources):
@@ -45,6 +67,7 @@ def run(instance, catalogue, files, index):
                 "originals": Originals(files, Sandbox(), Rules()),
                 "renderer": Renderer(build_variant_specs()),
                 "index": index,
+                "paid_calls": paid_calls,
                 "vision": LocalVision(),
                 "embedder": LocalEmbedder(),
                 **resources,

@@ -14,13 +14,14 @@ from imagepipeline.defs.originals import Originals
 from imagepipeline.errors import BadAnswerError, ProviderUnavailableError, RefusedError
 from imagepipeline.imaging.decoding import Rules
 from imagepipeline.imaging.sandbox import Sandbox
-from imagepipeline.models import ImageMetadata, Recipe, Upload, VisionAnswer
+from imagepipeline.models import CallUsage, ImageMetadata, Recipe, Upload, VisionAnswer
 from imagepipeline.services.vision import LocalVision
 from imagepipeline_tests.conftest import PHOTOS
 from imagepipeline_tests.imaging.odd_files import SAMPLES
 
 ANSWER = VisionAnswer(
-    ImageMetadata(description="A cat", tags=["cat"], category="animal", dominant_colors=[], mood="calm"), 800, 60
+    ImageMetadata(description="A cat", tags=["cat"], category="animal", dominant_colors=[], mood="calm"),
+    CallUsage(800, 60),
 )
 
 

@@ -20,9 +20,9 @@ class ScriptedNotifier:
 
 
 @pytest.fixture
-def tick(catalogue, instance):
+def tick(catalogue, instance, ledger):
     def tick(*notifiers):
-        resources = {"catalogue": catalogue, "notifiers": list(notifiers)}
+        resources = {"catalogue": catalogue, "ledger": ledger, "notifiers": list(notifiers)}
         return notification_sensor(dg.build_sensor_context(instance=instance, resources=resources)).skip_message
 
     return tick

@@ -12,9 +12,10 @@ from imagepipeline.stores.uploads import UploadQueue
 
 
 @pytest.fixture
-def tick(instance, catalogue, queue):
+def tick(instance, catalogue, queue, ledger):
     def tick(queue=queue):
-        context = dg.build_sensor_context(instance=instance, resources={"queue": queue, "catalogue": catalogue})
+        resources = {"queue": queue, "catalogue": catalogue, "ledger": ledger}
+        context = dg.build_sensor_context(instance=instance, resources=resources)
         return upload_sensor(context)
 
     return tick

@@ -11,6 +11,7 @@ import dagster as dg
 from imagepipeline.defs.assets import embedding, metadata, variants
 from imagepipeline.defs.failures import GENERATION_TAG
 from imagepipeline.defs.originals import Originals
+from imagepipeline.defs.paid_calls import PaidCalls
 from imagepipeline.imaging.decoding import Rules
 from imagepipeline.imaging.sandbox import Sandbox
 from imagepipeline.imaging.variants import Renderer
@@ -19,6 +20,8 @@ from imagepipeline.services.embedder import LocalEmbedder
 from imagepipeline.services.vision import LocalVision
 from imagepipeline.stores.catalogue import Catalogue
 from imagepipeline.stores.files import FileStore
+from imagepipeline.stores.ledger import Ledger
+from imagepipeline.stores.limiter import CallLimiter
 from imagepipeline.stores.vectors import EmbeddingIndex
 from imagepipeline_tests.end_to_end.test_crashes import EFFECTS
 
@@ -63,6 +66,7 @@ def main() -> None:
                 "originals": Originals(files, Sandbox(), Rules()),
                 "renderer": Renderer(build_variant_specs()),
                 "index": EmbeddingIndex(str(folder / "lancedb")),
+                "paid_calls": PaidCalls(Ledger(os.environ["DATABASE_URL"]), CallLimiter("redis://", "x", "off"), {}),
                 "vision": LocalVision(),
                 "embedder": LocalEmbedder(),
             },

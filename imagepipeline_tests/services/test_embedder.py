@@ -6,7 +6,8 @@ import math
 import pytest
 from werkzeug import Request, Response
 
-from imagepipeline.errors import BadAnswerError, ProviderRejectedError, ProviderUnavailableError
+from imagepipeline.errors import BadAnswerError, PausedError, ProviderUnavailableError
+from imagepipeline.models import CallUsage
 from imagepipeline.services.embedder import OpenRouterEmbedder
 
 
@@ -15,7 +16,7 @@ def answer_of(vector):
         "object": "list",
         "model": "m",
         "data": [{"object": "embedding", "index": 0, "embedding": vector}],
-        "usage": {"prompt_tokens": 4, "total_tokens": 4},
+        "usage": {"prompt_tokens": 4, "total_tokens": 4, "cost": 0.0001},
     }
 
 
@@ -34,7 +35,7 @@ def test_a_text_becomes_a_vector_of_unit_length(httpserver, embedder):
     httpserver.expect_request("/api/v1/embeddings", method="POST").respond_with_handler(answer)
     embedding = embedder.embed("a cat")
     assert embedding.vector == pytest.approx((0.6, 0.8))
-    assert (embedding.text, embedding.tokens_in) == ("a cat", 4)
+    assert (embedding.text, embedding.usage) == ("a cat", CallUsage(4, 0, 0.0001))
     assert embedding.version == "openrouter:openai/text-embedding-3-small"
     assert bodies == [{"input": "a cat", "model": "openai/text-embedding-3-small", "encoding_format": "float"}]
 
@@ -43,7 +44,7 @@ def test_a_text_becomes_a_vector_of_unit_length(httpserver, embedder):
     ("status", "body", "error"),
     [
         (503, {}, ProviderUnavailableError),
-        (401, {"error": {"message": "no"}}, ProviderRejectedError),
+        (401, {"error": {"message": "no"}}, PausedError),
         (200, {"error": {"message": "no"}}, BadAnswerError),
         (200, answer_of([0.0, 0.0]), BadAnswerError),
         (200, answer_of([math.nan, 1.0]), BadAnswerError),

@@ -3,17 +3,27 @@
 import base64
 import io
 import json
+from datetime import UTC, datetime, timedelta
+from email.utils import format_datetime
 
 import pytest
 from PIL import Image
 from werkzeug import Request, Response
 
-from imagepipeline.errors import BadAnswerError, ProviderRejectedError, ProviderUnavailableError, RefusedError
+from imagepipeline.errors import (
+    BadAnswerError,
+    FormatRefusedError,
+    InputInvalidError,
+    PausedError,
+    ProviderRejectedError,
+    ProviderUnavailableError,
+    RefusedError,
+)
 from imagepipeline.imaging.decoding import decode
 from imagepipeline.imaging.palette import measure
 from imagepipeline.imaging.variants import render_preview
-from imagepipeline.models import PixelFacts
-from imagepipeline.services.vision import LocalVision, OpenAIVision
+from imagepipeline.models import CallUsage, PixelFacts
+from imagepipeline.services.vision import LocalVision, OpenAIVision, VisionOptions, openai_recipe
 from imagepipeline_tests.conftest import PHOTOS
 
 FACTS = PixelFacts(4, 3, (("red", "#ff0000", 1.0),), 50, 20, 30, 10)
@@ -47,7 +57,7 @@ def completion(content=None, refusal=None, finish_reason="stop"):
 
 @pytest.fixture
 def vision(httpserver):
-    return OpenAIVision("sk-canary", httpserver.url_for("/v1"), "gpt-4o-mini", "Describe it.")
+    return OpenAIVision("sk-canary", httpserver.url_for("/v1"), "gpt-4o-mini", "Describe it.", VisionOptions())
 
 
 def test_the_image_goes_out_as_a_data_url_and_the_answer_comes_back_typed(httpserver, vision):
@@ -63,7 +73,7 @@ def test_the_image_goes_out_as_a_data_url_and_the_answer_comes_back_typed(httpse
     result = vision.describe(buffer.getvalue(), FACTS)
 
     assert result.metadata.model_dump(by_alias=True) == METADATA
-    assert (result.tokens_in, result.tokens_out) == (800, 60)
+    assert result.usage == CallUsage(800, 60)
     [(authorization, body)] = requests
     assert authorization == "Bearer sk-canary"
     assert body["model"] == "gpt-4o-mini"
@@ -77,37 +87,79 @@ def test_the_image_goes_out_as_a_data_url_and_the_answer_comes_back_typed(httpse
     assert set(schema["schema"]["required"]) == set(METADATA)
 
 
-ERROR = {"error": {"message": "secret body", "type": "t"}}
+SECRET = {"message": "secret body", "type": "t"}
+ERROR = {"error": SECRET}
 
 
-@pytest.mark.parametrize(
-    ("status", "body", "headers", "error", "wait"),
-    [
-        (429, ERROR, {"Retry-After": "7"}, ProviderUnavailableError, 7),
-        (429, ERROR, {"Retry-After": "999"}, ProviderUnavailableError, None),
-        (429, ERROR, {"Retry-After": "inf"}, ProviderUnavailableError, None),
-        (429, ERROR, {}, ProviderUnavailableError, None),
-        (429, {"error": {"code": "insufficient_quota"}}, {}, ProviderRejectedError, None),
-        (408, ERROR, {}, ProviderUnavailableError, None),
-        (409, ERROR, {}, ProviderUnavailableError, None),
-        (500, ERROR, {}, ProviderUnavailableError, None),
-        (503, "overloaded", {}, ProviderUnavailableError, None),
-        (400, ERROR, {}, ProviderRejectedError, None),
-        (400, {"error": {"code": "content_policy_violation"}}, {}, RefusedError, None),
-        (401, ERROR, {}, ProviderRejectedError, None),
-        (404, ERROR, {}, ProviderRejectedError, None),
-        (200, completion(None, refusal="I can't help with that."), {}, RefusedError, None),
-        (200, completion("", finish_reason="content_filter"), {}, RefusedError, None),
-        (200, completion('{"description": "cut', finish_reason="length"), {}, BadAnswerError, None),
-        (200, completion("Sure! Here is the JSON: {"), {}, BadAnswerError, None),
-        (200, completion({"description": "only this"}), {}, BadAnswerError, None),
-        (200, completion(METADATA | {"description": "x" * 1_000_000}), {}, BadAnswerError, None),
-        (200, completion(None), {}, BadAnswerError, None),
-        (200, {"error": {"message": "no"}}, {}, BadAnswerError, None),
-        (200, {**completion(METADATA), "choices": []}, {}, BadAnswerError, None),
-        (200, "<html>", {}, BadAnswerError, None),
-    ],
-)
+def coded(code, **more):
+    return {"error": {**SECRET, "code": code, **more}}
+
+
+def at(seconds):
+    """A wait until a date; the test's server puts its own Date beside it."""
+    return {"Retry-After": format_datetime(datetime.now(UTC) + timedelta(seconds=seconds), usegmt=True)}
+
+
+# Status, body, headers; the class of the error, and the wait before another attempt, or of the pause.
+PROVIDER_TABLE = [
+    (429, ERROR, {"Retry-After": "7"}, ProviderUnavailableError, 7),
+    (429, ERROR, {"Retry-After": "7.5"}, ProviderUnavailableError, 7.5),
+    (429, ERROR, {"Retry-After": "0"}, ProviderUnavailableError, 0),
+    (429, ERROR, {"retry-after-ms": "1500", "Retry-After": "9"}, ProviderUnavailableError, 1.5),
+    (429, ERROR, {"retry-after-ms": "x", "Retry-After": "9"}, ProviderUnavailableError, 9),
+    (429, ERROR, at(100), ProviderUnavailableError, 100),
+    (429, ERROR, at(-30), ProviderUnavailableError, 0),
+    (429, ERROR, {"Retry-After": "120"}, ProviderUnavailableError, 120),
+    (429, ERROR, {"Retry-After": "121"}, PausedError, 121),
+    (429, ERROR, at(600), PausedError, 600),
+    (429, ERROR, {"Retry-After": "999999"}, PausedError, 86_400),
+    (429, ERROR, {"Retry-After": "inf"}, ProviderUnavailableError, None),
+    (429, ERROR, {"Retry-After": "-5"}, ProviderUnavailableError, None),
+    (429, ERROR, {"Retry-After": "soon"}, ProviderUnavailableError, None),
+    (429, ERROR, {}, ProviderUnavailableError, None),
+    (503, ERROR, {"Retry-After": "20"}, ProviderUnavailableError, 20),
+    (429, coded("insufficient_quota"), {"Retry-After": "1"}, PausedError, 600),
+    (429, coded("credit_balance_exhausted"), {}, PausedError, 600),
+    (429, coded("organization_spend_limit_exceeded"), {}, PausedError, 600),
+    (429, coded("project_spend_limit_exceeded"), {}, PausedError, 600),
+    (402, ERROR, {}, PausedError, 600),
+    (401, coded("invalid_api_key"), {}, PausedError, 600),
+    (403, ERROR, {}, PausedError, 600),
+    (408, ERROR, {}, ProviderUnavailableError, None),
+    (409, ERROR, {}, ProviderUnavailableError, None),
+    (500, ERROR, {}, ProviderUnavailableError, None),
+    (502, "<html>", {}, ProviderUnavailableError, None),
+    (503, "overloaded", {}, ProviderUnavailableError, None),
+    (504, "", {}, ProviderUnavailableError, None),
+    (529, ERROR, {}, ProviderUnavailableError, None),
+    (400, ERROR, {}, ProviderRejectedError, None),
+    (404, coded("model_not_found"), {}, ProviderRejectedError, None),
+    (413, ERROR, {}, ProviderRejectedError, None),
+    (422, ERROR, {}, ProviderRejectedError, None),
+    (400, coded("invalid_image"), {}, InputInvalidError, None),
+    (400, coded("image_too_large"), {}, InputInvalidError, None),
+    (400, coded("content_policy_violation"), {}, RefusedError, None),
+    (400, coded("content_filter"), {}, RefusedError, None),
+    (400, coded(None, param="response_format"), {}, FormatRefusedError, None),
+    (422, coded(None, param="max_completion_tokens"), {}, FormatRefusedError, None),
+    (200, completion(None, refusal="I can't help with that."), {}, RefusedError, None),
+    (200, completion("", finish_reason="content_filter"), {}, RefusedError, None),
+    (200, completion('{"description": "cut', finish_reason="length"), {}, BadAnswerError, None),
+    (200, completion("Sure! Here is the JSON: {"), {}, BadAnswerError, None),
+    (200, completion("[1, 2]"), {}, BadAnswerError, None),
+    (200, completion({"description": "only this"}), {}, BadAnswerError, None),
+    (200, completion(METADATA | {"tags": "cat"} | {"mood": 5}), {}, BadAnswerError, None),
+    (200, completion(METADATA | {"description": "x" * 1_000_000}), {}, BadAnswerError, None),
+    (200, completion(METADATA | {"description": "<b></b> \u202e"}), {}, BadAnswerError, None),
+    (200, completion('{"a":' * 100_000), {}, BadAnswerError, None),
+    (200, completion(None), {}, BadAnswerError, None),
+    (200, {"error": SECRET}, {}, BadAnswerError, None),
+    (200, {**completion(METADATA), "choices": []}, {}, BadAnswerError, None),
+    (200, "<html>", {}, BadAnswerError, None),
+]
+
+
+@pytest.mark.parametrize(("status", "body", "headers", "error", "wait"), PROVIDER_TABLE)
 def test_every_way_to_fail_is_one_of_our_errors_after_one_call(httpserver, vision, status, body, headers, error, wait):
     text = body if isinstance(body, str) else json.dumps(body)
     httpserver.expect_request("/v1/chat/completions").respond_with_response(
@@ -116,21 +168,112 @@ def test_every_way_to_fail_is_one_of_our_errors_after_one_call(httpserver, visio
     with pytest.raises(error) as caught:
         vision.describe(b"x", FACTS)
     assert type(caught.value) is error
-    assert getattr(caught.value, "retry_after_seconds", None) == wait
+    found = getattr(caught.value, "retry_after_seconds", getattr(caught.value, "pause_seconds", None))
+    if "GMT" in headers.get("Retry-After", ""):  # counted from when the table was made, in whole seconds
+        assert wait - 60 <= found <= wait + 1
+    else:
+        assert found == wait
     assert "secret" not in str(caught.value)
     assert "canary" not in str(caught.value)
     assert len(httpserver.log) == 1
 
 
+def test_an_answer_that_cannot_be_used_is_still_charged(httpserver, vision):
+    httpserver.expect_request("/v1/chat/completions").respond_with_json(completion("prose"))
+    with pytest.raises(BadAnswerError) as caught:
+        vision.describe(b"x", FACTS)
+    assert caught.value.usage == CallUsage(800, 60)
+
+
+def test_the_provider_says_what_it_costs(httpserver, vision):
+    answer = completion(METADATA)
+    answer["usage"]["cost"] = 0.00123
+    httpserver.expect_request("/v1/chat/completions").respond_with_json(answer)
+    assert vision.describe(b"x", FACTS).usage == CallUsage(800, 60, 0.00123)
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        json.dumps(METADATA),
+        "Here it is:\n```json\n" + json.dumps(METADATA, indent=2) + "\n```\nAnything else?",
+        json.dumps(METADATA | {"confidence": 0.9, "status": "completed"}),
+        json.dumps(METADATA | {"dominantColors": ["#AABBCC", "red", "#aabbcc", "#12345"]}),
+    ],
+)
+def test_wrapped_and_talkative_answers_are_understood(httpserver, vision, text):
+    httpserver.expect_request("/v1/chat/completions").respond_with_json(completion(text))
+    assert vision.describe(b"x", FACTS).metadata.model_dump(by_alias=True) == METADATA
+
+
+def test_what_a_provider_does_not_know_is_left_out_at_the_next_attempt(httpserver):
+    """Like a small local server: no JSON schema, no JSON mode, no new name of the length parameter, no detail."""
+    bodies = []
+
+    def answer(request):
+        body = request.get_json()
+        bodies.append(body)
+        kind = body.get("response_format", {}).get("type")
+        refused = kind or ("max_completion_tokens" if "max_completion_tokens" in body else None)
+        if refused:
+            name = "response_format" if kind else refused
+            return Response(json.dumps(coded("x", param=name)), 400, content_type="application/json")
+        return Response(json.dumps(completion(METADATA)), content_type="application/json")
+
+    httpserver.expect_request("/v1/chat/completions").respond_with_handler(answer)
+    vision = OpenAIVision("k", httpserver.url_for("/v1"), "m", "Describe it.", VisionOptions(detail="low"))
+    for _ in range(3):
+        with pytest.raises(FormatRefusedError):
+            vision.describe(b"x", FACTS)
+    assert vision.describe(b"x", FACTS).metadata.category == "animal"
+    kinds = [body.get("response_format", {}).get("type") for body in bodies]
+    assert kinds == ["json_schema", "json_object", None, None]
+    assert bodies[-1]["max_tokens"] == bodies[0]["max_completion_tokens"]
+    assert bodies[0]["messages"][0]["content"][1]["image_url"]["detail"] == "low"
+    assert "keys: description, tags" in bodies[-1]["messages"][0]["content"][0]["text"]
+
+
+def test_a_cut_off_answer_is_asked_for_again_with_twice_the_room(httpserver, vision):
+    bodies = []
+
+    def answer(request):
+        bodies.append(request.get_json()["max_completion_tokens"])
+        return Response(json.dumps(completion("{", finish_reason="length")), content_type="application/json")
+
+    httpserver.expect_request("/v1/chat/completions").respond_with_handler(answer)
+    for _ in range(2):
+        with pytest.raises(BadAnswerError, match="cut off"):
+            vision.describe(b"x", FACTS)
+    assert bodies[1] == 2 * bodies[0]
+
+
+def test_the_vocabulary_is_asked_for_and_kept_to(httpserver):
+    requests = []
+
+    def answer(request):
+        requests.append(request.get_json()["messages"][0]["content"][0]["text"])
+        content = METADATA | {"tags": ["Cats", "dog", "nonsense"], "category": "beasts"}
+        return Response(json.dumps(completion(content)), content_type="application/json")
+
+    httpserver.expect_request("/v1/chat/completions").respond_with_handler(answer)
+    options = VisionOptions(tags=("Cat", "dogs"), categories=("animal", "food"))
+    metadata = OpenAIVision("k", httpserver.url_for("/v1"), "m", "Describe.", options).describe(b"x", FACTS).metadata
+    assert metadata.tags == ["Cat", "dogs"]
+    assert metadata.category == "other"
+    assert "Use only these tags: Cat, dogs." in requests[0]
+
+
 def test_a_server_that_is_not_there_may_be_tried_again():
-    vision = OpenAIVision("k", "http://127.0.0.1:9/v1", "m", "p")
+    vision = OpenAIVision("k", "http://127.0.0.1:9/v1", "m", "p", VisionOptions())
     with pytest.raises(ProviderUnavailableError, match="did not answer"):
         vision.describe(b"x", FACTS)
 
 
 def test_the_prompt_is_part_of_the_recipe():
-    one, other = (OpenAIVision("k", "http://h", "m", prompt).recipe for prompt in ("a", "b"))
-    assert one.settings != other.settings
+    variations = [("a", {}), ("b", {}), ("a", {"long_side_px": 512}), ("a", {"detail": "low"}), ("a", {"tags": ("x",)})]
+    recipes = [openai_recipe("m", prompt, VisionOptions(**options)) for prompt, options in variations]
+    assert len({recipe.version for recipe in recipes}) == len(variations)
+    one = recipes[0]
     assert one.version.startswith("openai:m:prompt-")
 
 

@@ -41,7 +41,7 @@ def catalogue(catalogue_url):
 def make(catalogue, claim):
     """Does all that a run does."""
     catalogue.save_original(claim, ORIGINAL)
-    catalogue.save_metadata(claim, METADATA)
+    catalogue.save_metadata(claim, METADATA, Recipe("local", "m"), "0" * 64)
     catalogue.save_variants(claim, VARIANTS)
     for asset in ("metadata", "variants", "embedding"):
         catalogue.record_result(claim, asset, RECIPE, "0" * 64)

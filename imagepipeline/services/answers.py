@@ -1,0 +1,99 @@
+"""From what a vision model wrote to metadata: parsed with patience, cleaned, put into the words of the vocabulary.
+
+The answer is untrusted: a picture may hold text that tells the model what to write.
+"""
+
+import json
+import re
+import unicodedata
+from collections.abc import Iterable, Sequence
+from typing import Any, Protocol
+
+import inflection
+from pydantic import ValidationError
+
+from imagepipeline.errors import BadAnswerError
+from imagepipeline.models import ImageMetadata
+
+MAX_TAGS, MAX_COLORS, MAX_WORD_CHARACTERS = 20, 8, 80
+COLOR = re.compile(r"#[0-9a-fA-F]{6}")
+# Links, then markup; what a template or a chat window might act upon.
+LINK = re.compile(r"(?:\b[a-z][a-z0-9+.-]{1,20}://|\bwww\.|\bmailto:|\bjavascript:|\bdata:)\S*", re.IGNORECASE)
+MARKUP = re.compile(r"<[^<>]*>|[<>`{}\[\]|\\]|\*\*|\]\(")
+# Singular words that end like plurals; those in -ss, -us, -is are told by their ending.
+SINGULAR = frozenset(
+    {"christmas", "canvas", "gas", "atlas", "bias", "texas", "lens", "mars", "series", "species", "news"}
+)
+
+
+class Vocabulary(Protocol):
+    """The words an answer must keep to; empty for any."""
+
+    @property
+    def tags(self) -> tuple[str, ...]:
+        """The allowed tags."""
+
+    @property
+    def categories(self) -> tuple[str, ...]:
+        """The allowed categories."""
+
+
+def read_answer(text: str, vocabulary: Vocabulary) -> ImageMetadata:
+    """The metadata in a model's answer, which may be wrapped in prose or a code fence.
+
+    Raises:
+        BadAnswerError: there is no such object in it, or it does not fit the schema; the message quotes nothing.
+    """
+    start, end = text.find("{"), text.rfind("}")
+    if start < 0 or end < start:
+        raise BadAnswerError("the vision model's answer holds no JSON object")
+    try:
+        answer = json.loads(text[start : end + 1])
+        return ImageMetadata.model_validate(clean(answer, vocabulary))
+    except (ValueError, TypeError, AttributeError, KeyError, RecursionError) as error:
+        if not isinstance(error, ValidationError):
+            raise BadAnswerError("the vision model's answer is not the JSON object it was asked for") from None
+        places = ", ".join(sorted({str(problem["loc"][0]) if problem["loc"] else "it" for problem in error.errors()}))
+        raise BadAnswerError(f"the vision model's answer does not fit the schema: {places[:80]}") from None
+
+
+def clean(answer: dict[str, Any], vocabulary: Vocabulary) -> dict[str, Any]:
+    """The fields asked for, and no others: without markup, links and control characters, the words normalised."""
+    category = to_word(answer["category"])
+    colors = [color.lower() for color in answer["dominantColors"] if COLOR.fullmatch(color)]
+    return {
+        "description": to_plain(answer["description"]),
+        "mood": to_plain(answer["mood"]),
+        "tags": choose_tags(answer["tags"], vocabulary.tags),
+        "category": choose(category, vocabulary.categories) or "other" if vocabulary.categories else category,
+        "dominantColors": list(dict.fromkeys(colors))[:MAX_COLORS],
+    }
+
+
+def to_plain(text: str) -> str:
+    """The text on one line: no markup, no links, no control or direction characters."""
+    text = unicodedata.normalize("NFC", text)
+    text = MARKUP.sub(" ", LINK.sub(" ", text))
+    text = "".join(" " if unicodedata.category(character)[0] in "CZ" else character for character in text)
+    return " ".join(text.split())
+
+
+def to_word(text: str) -> str:
+    """A tag or category in its normal form: plain, lower case, its last word singular."""
+    *first, last = to_plain(text).lower().strip("#.,;:!?\"' ").split() or [""]
+    if not (last.endswith(("ss", "us", "is")) or last in SINGULAR):
+        last = inflection.singularize(last)
+    return " ".join([*first, last]).strip()
+
+
+def choose_tags(tags: Iterable[str], allowed: Sequence[str]) -> list[str]:
+    """The tags in normal form, each once, those of the vocabulary if there is one."""
+    words = [to_word(tag) for tag in tags]
+    if allowed:
+        words = [choose(word, allowed) or "" for word in words]
+    return list(dict.fromkeys(word for word in words if 0 < len(word) <= MAX_WORD_CHARACTERS))[:MAX_TAGS]
+
+
+def choose(word: str, allowed: Sequence[str]) -> str | None:
+    """The word of the vocabulary that a word in normal form means, as the vocabulary spells it."""
+    return next((entry for entry in allowed if to_word(entry) == word), None)

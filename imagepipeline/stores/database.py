@@ -1,0 +1,51 @@
+"""Database: one SQL database, SQLite or Postgres, and transactions in it. What is stored there is others' business."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import sqlalchemy as sa
+from sqlalchemy.dialects import postgresql, sqlite
+
+from imagepipeline.errors import CatalogueDownError
+
+
+class Database:
+    """The database at a SQLAlchemy URL, `sqlite:///…` or `postgresql://…`; it connects when first used."""
+
+    def __init__(self, url: str) -> None:
+        parsed = sa.make_url(url)
+        if parsed.drivername in ("postgres", "postgresql"):
+            parsed = parsed.set(drivername="postgresql+psycopg2")
+        options = {} if parsed.drivername.startswith("sqlite") else {"pool_pre_ping": True}
+        self.engine = sa.create_engine(parsed, hide_parameters=True, **options)
+        if self.engine.dialect.name == "sqlite":
+            sa.event.listen(self.engine, "connect", _prepare_sqlite)
+            sa.event.listen(self.engine, "begin", _begin_immediate)
+        # The dialect's own insert, which knows ON CONFLICT.
+        self.insert: Any = postgresql.insert if self.engine.dialect.name == "postgresql" else sqlite.insert
+
+    @contextmanager
+    def transaction(self) -> Iterator[sa.Connection]:
+        """A transaction that writes or reads as one.
+
+        Raises:
+            CatalogueDownError: the database does not answer.
+        """
+        try:
+            with self.engine.begin() as connection:
+                yield connection
+        except (sa.exc.OperationalError, sa.exc.InterfaceError) as error:
+            raise CatalogueDownError(f"the catalogue does not answer ({type(error.orig).__name__})") from None
+
+
+def _prepare_sqlite(connection: Any, _: Any) -> None:
+    connection.isolation_level = None  # the driver's own BEGIN would come too late
+    connection.execute("PRAGMA busy_timeout = 30000")
+    connection.execute("PRAGMA journal_mode = WAL")
+    connection.execute("PRAGMA foreign_keys = ON")
+
+
+def _begin_immediate(connection: sa.Connection) -> None:
+    # A transaction that reads before it writes would fail at the write if another one wrote in between.
+    connection.exec_driver_sql("BEGIN IMMEDIATE")

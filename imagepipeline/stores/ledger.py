@@ -1,0 +1,104 @@
+"""Ledger: what was asked of paid providers and what it cost; and the pauses during which nothing is asked."""
+
+from collections.abc import Callable, Iterable
+from dataclasses import asdict
+from datetime import datetime, timedelta
+from typing import Any
+
+import sqlalchemy as sa
+
+from imagepipeline.models import PaidCall, Pause, now_utc
+from imagepipeline.stores.database import Database
+from imagepipeline.stores.tables import pauses, provider_calls
+
+GROUPS = ("model", "stage", "day")
+
+
+class Ledger:
+    """The paid calls and pauses in the catalogue's database."""
+
+    def __init__(self, url: str, clock: Callable[[], datetime] = now_utc) -> None:
+        self._database = Database(url)
+        self._clock = clock
+
+    def close(self) -> None:
+        """Closes all connections; a later use opens new ones."""
+        self._database.engine.dispose()
+
+    def record(self, call: PaidCall) -> None:
+        """Writes down a call that was made, whatever came of it."""
+        with self._database.transaction() as connection:
+            connection.execute(sa.insert(provider_calls).values(at=self._clock(), **asdict(call)))
+
+    def sum_cost_usd(self, since: datetime) -> float:
+        """What all calls since then cost, in US dollars, as far as their price is known."""
+        query = sa.select(sa.func.coalesce(sa.func.sum(provider_calls.c.cost_usd), 0)).where(
+            provider_calls.c.at >= since
+        )
+        with self._database.transaction() as connection:
+            return float(connection.execute(query).scalar_one())
+
+    def summarize(self, by: str, since: datetime | None = None) -> list[dict[str, Any]]:
+        """One row per `model`, `stage` or `day` (UTC): calls, answered, tokens in and out, cost, and unpriced calls."""
+        calls = provider_calls.c
+        group = sa.func.substr(sa.cast(calls.at, sa.String), 1, 10) if by == "day" else calls[by]
+        query = (
+            sa.select(
+                group.label(by),
+                sa.func.count().label("calls"),
+                sa.func.sum(sa.case((calls.outcome == "answered", 1), else_=0)).label("answered"),
+                sa.func.coalesce(sa.func.sum(calls.tokens_in), 0).label("tokens_in"),
+                sa.func.coalesce(sa.func.sum(calls.tokens_out), 0).label("tokens_out"),
+                sa.func.coalesce(sa.func.sum(calls.cost_usd), 0.0).label("cost_usd"),
+                sa.func.sum(
+                    sa.case((sa.and_(calls.cost_usd.is_(None), calls.tokens_in.is_not(None)), 1), else_=0)
+                ).label("unpriced"),
+            )
+            .group_by(group)
+            .order_by(group)
+        )
+        if since is not None:
+            query = query.where(calls.at >= since)
+        with self._database.transaction() as connection:
+            return [{**row} for row in connection.execute(query).mappings()]
+
+    def pause(self, reason: str, message: str, wait_seconds: float | None) -> None:
+        """Stops all new work until then, or for None until a person resumes it; a pause of that reason is prolonged."""
+        now = self._clock()
+        until = None if wait_seconds is None else now + timedelta(seconds=wait_seconds)
+        open_ones = sa.and_(pauses.c.reason == reason, pauses.c.ended_at.is_(None))
+        with self._database.transaction() as connection:
+            if connection.execute(sa.update(pauses).where(open_ones).values(until=until)).rowcount == 0:
+                values = {"reason": reason, "message": message[:300], "since": now, "until": until}
+                connection.execute(sa.insert(pauses).values(values))
+
+    def resume(self, *reasons: str) -> int:
+        """Ends the pauses of these reasons, or all; gives how many there were."""
+        query = sa.update(pauses).where(pauses.c.ended_at.is_(None)).values(ended_at=self._clock())
+        if reasons:
+            query = query.where(pauses.c.reason.in_(reasons))
+        with self._database.transaction() as connection:
+            return int(connection.execute(query).rowcount)
+
+    def list_pauses(self) -> list[Pause]:
+        """The pauses that have not ended; those that are over by the clock, and so on probation, last."""
+        found = self._find_pauses(pauses.c.ended_at.is_(None))
+        return sorted(found, key=lambda pause: pause.is_over)
+
+    def list_untold(self, channel: str) -> list[Pause]:
+        """The pauses, also ended ones, that `webhook` or `mail` was not told of yet."""
+        return self._find_pauses(pauses.c[f"{channel}_sent_at"].is_(None))
+
+    def mark_told(self, channel: str, told: Iterable[Pause]) -> None:
+        """Writes down that a channel was told of these pauses."""
+        with self._database.transaction() as connection:
+            for pause in told:
+                values = {f"{channel}_sent_at": self._clock()}
+                connection.execute(sa.update(pauses).where(pauses.c.seq == pause.seq).values(values))
+
+    def _find_pauses(self, condition: sa.ColumnElement[bool]) -> list[Pause]:
+        columns = [pauses.c[name] for name in ("seq", "reason", "message", "since", "until")]
+        now = self._clock()
+        with self._database.transaction() as connection:
+            rows = connection.execute(sa.select(*columns).where(condition).order_by(pauses.c.seq)).mappings().all()
+        return [Pause(**row, is_over=row["until"] is not None and row["until"] <= now) for row in rows]

