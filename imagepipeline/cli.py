@@ -27,7 +27,6 @@ from imagepipeline.models import PRIORITY_LIMIT, Status, Upload
 from imagepipeline.settings import Settings
 
 if TYPE_CHECKING:
-    from imagepipeline.services.embedder import Embedder
     from imagepipeline.stores.catalogue import Catalogue
     from imagepipeline.stores.uploads import UploadQueue
 
@@ -99,6 +98,7 @@ def demo(settings: Settings, photos: Sequence[Path], exits: bool, as_json: bool)
     from importlib.resources import files
 
     from imagepipeline import display
+    from imagepipeline.providers import build_embedder
     from imagepipeline.runtime.supervisor import Stack
 
     photos = photos or sorted(Path(str(files("imagepipeline") / "demo_photos")).glob("*.jpg"))
@@ -191,6 +191,7 @@ def status(settings: Settings, image_id: str | None, watch: bool, as_json: bool)
     completed   metadata, variants and embedding are in place
     failed      ended without; `status ID` says why
     dead        entries of the Redis list that could not be read
+    paused      there only while paid work is paused: why, and until when
     """
     from imagepipeline import display
 
@@ -198,7 +199,7 @@ def status(settings: Settings, image_id: str | None, watch: bool, as_json: bool)
 
     def read() -> dict[str, Any]:
         if image_id is None:
-            return count_images(settings, catalogue)
+            return count_images(settings, catalogue) | find_pause(settings)
         row = catalogue.get(image_id)
         if row is None:
             raise ImagePipelineError(f"no image {image_id!r:.80} is in the catalogue")
@@ -345,14 +346,95 @@ def discard(
 def search(settings: Settings, text: str, count: int, as_json: bool) -> None:
     """Find the images whose descriptions are nearest in meaning to TEXT."""
     from imagepipeline import display
+    from imagepipeline.providers import embed_query
     from imagepipeline.stores.vectors import EmbeddingIndex
 
     if not text.strip():
         raise click.UsageError("TEXT is empty: say what to look for")
     catalogue = open_catalogue(settings)
-    embedder = build_embedder(settings)
-    neighbours = EmbeddingIndex(settings.index_uri).nearest(embedder.embed(text), count)
+    neighbours = EmbeddingIndex(settings.index_uri).nearest(embed_query(settings, text), count)
     display.show_neighbours(catalogue, neighbours, as_json)
+
+
+@cli.command(epilog=EPILOG)
+@click.option("--by", type=click.Choice(["model", "stage", "day"]), default="model", show_default=True)
+@click.option("--since", type=click.DateTime(["%Y-%m-%d"]), help="Only calls of this day (UTC) and later.")
+@json_option
+@with_settings
+def costs(settings: Settings, by: str, since: datetime | None, as_json: bool) -> None:
+    """Show what the paid calls cost, in US dollars, as the providers said or by IMAGEPIPELINE_PRICES.
+
+    `calls` counts those that failed, too; `unpriced` those whose cost nobody knows.
+    """
+    from imagepipeline import display
+    from imagepipeline.stores.ledger import Ledger
+
+    open_catalogue(settings)
+    rows = Ledger(settings.database_url).summarize(by, since.replace(tzinfo=UTC) if since else None)
+    rows = [row | {"cost_usd": round(row["cost_usd"], 6)} for row in rows]
+    display.show_rows(rows, (by, "calls", "answered", "tokens_in", "tokens_out", "cost_usd", "unpriced"), as_json)
+
+
+@cli.command(epilog=EPILOG)
+@click.argument("rate", required=False)
+@click.option("--reset", is_flag=True, help="Back to IMAGEPIPELINE_RATE_LIMIT.")
+@json_option
+@with_settings
+def limit(settings: Settings, rate: str | None, reset: bool, as_json: bool) -> None:
+    """Show the rate limit of paid calls, or change it at once, for all processes: 20/minute, off.
+
+    `metadata=10/minute,embedding=100/minute` gives each stage its own. Kept in Redis until `--reset`.
+    """
+    from imagepipeline.providers import open_limiter
+
+    with open_limiter(settings) as limiter:
+        if rate is not None or reset:
+            limiter.set_limits(None if reset else rate)
+        text = limiter.get_limits()
+    click.echo(json.dumps({"rate_limit": text}) if as_json else text)
+
+
+@cli.command(epilog=EPILOG)
+@click.option("--dry-run", is_flag=True, help="Say what would be done, and do nothing.")
+@json_option
+@with_settings
+def resume(settings: Settings, dry_run: bool, as_json: bool) -> None:
+    """End the pauses of paid work at once: a key was mended, an account topped up, a budget raised."""
+    from imagepipeline.stores.ledger import Ledger
+
+    open_catalogue(settings)
+    ledger = Ledger(settings.database_url)
+    pauses = [{"reason": pause.reason, "message": pause.message} for pause in ledger.list_pauses()]
+    if not dry_run:
+        ledger.resume()
+    lines = [f"{'would resume' if dry_run else 'resumed'} ({pause['reason']}): {pause['message']}" for pause in pauses]
+    done = {"pauses": pauses, "dry_run": dry_run}
+    click.echo(json.dumps(done) if as_json else "\n".join(lines) or "nothing is paused")
+
+
+@cli.command(epilog=EPILOG)
+@json_option
+@with_settings
+def doctor(settings: Settings, as_json: bool) -> None:
+    """Examine all that the pipeline stands on, and say what to do about what is not well.
+
+    Each provider is asked one tiny question, which it may charge for. Exit code 1 if anything is not well.
+    """
+    from imagepipeline import display
+    from imagepipeline.doctor import examine
+
+    sys.exit(EXIT_FAILED if display.show_findings(examine(settings), as_json) else 0)
+
+
+def find_pause(settings: Settings) -> dict[str, str]:
+    """The pause under which paid work is, if it is, as one entry `paused`."""
+    from imagepipeline.stores.ledger import Ledger
+
+    pauses = Ledger(settings.database_url).list_pauses()
+    if not pauses:
+        return {}
+    until = f", until {pauses[0].until:%F %R} UTC" if pauses[0].until else ""
+    return {"paused": f"{pauses[0].reason}{until}: {pauses[0].message}"}
 
 
 def count_images(settings: Settings, catalogue: "Catalogue") -> dict[str, int | None]:
@@ -484,13 +566,3 @@ def open_catalogue(settings: Settings) -> "Catalogue":
     catalogue = Catalogue(settings.database_url)
     catalogue.check()
     return catalogue
-
-
-def build_embedder(settings: Settings) -> "Embedder":
-    """The embedder the pipeline uses, so that queries and images can be compared."""
-    from imagepipeline.services.embedder import LocalEmbedder, OpenRouterEmbedder
-
-    if settings.openrouter_api_key is None:
-        return LocalEmbedder()
-    key = settings.openrouter_api_key.get_secret_value()
-    return OpenRouterEmbedder(key, settings.openrouter_base_url, settings.embedding_model)

@@ -1,5 +1,6 @@
 """The pipeline on one screen: everything Dagster is told of, and the settings it is made with."""
 
+from dataclasses import asdict
 from typing import Any
 
 import dagster as dg
@@ -7,6 +8,7 @@ import dagster as dg
 from imagepipeline.defs import assets, checks, jobs, notifications, reconciler, resources, sensors
 from imagepipeline.imaging.variants import build_recipe
 from imagepipeline.models import Recipe, build_variant_specs
+from imagepipeline.providers import build_vision_options
 from imagepipeline.services import embedder, vision
 from imagepipeline.settings import NO_KEY, Settings
 
@@ -38,7 +40,7 @@ def build_recipes(settings: Settings) -> dict[str, Recipe]:
             vision.openai_recipe(
                 settings.vision_model,
                 settings.vision_prompt or vision.DEFAULT_PROMPT,
-                vision.VisionOptions(**build_vision_options(settings)),
+                build_vision_options(settings),
             )
             if settings.has_remote_vision
             else vision.LOCAL_RECIPE
@@ -53,17 +55,6 @@ def build_recipes(settings: Settings) -> dict[str, Recipe]:
             if settings.has_remote_embedder
             else embedder.LOCAL_RECIPE
         ),
-    }
-
-
-def build_vision_options(settings: Settings) -> dict[str, Any]:
-    """The fields of `VisionOptions`."""
-    return {
-        "long_side_px": settings.vision_long_side_px,
-        "detail": settings.vision_detail,
-        "answer_format": settings.answer_format,
-        "tags": settings.vision_tags,
-        "categories": settings.vision_categories,
     }
 
 
@@ -124,7 +115,7 @@ def build_resources(settings: Settings) -> dict[str, Any]:
                 base_url=settings.openai_base_url,
                 model=settings.vision_model,
                 prompt=settings.vision_prompt or vision.DEFAULT_PROMPT,
-                options=build_vision_options(settings),
+                options=asdict(build_vision_options(settings)),
             )
             if settings.has_remote_vision
             else resources.LocalVisionResource()

@@ -3,7 +3,8 @@
 import json
 import time
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import asdict
 from datetime import datetime
 from typing import Any
 
@@ -13,6 +14,7 @@ from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
+from imagepipeline.doctor import Finding
 from imagepipeline.models import Status
 from imagepipeline.settings import Settings
 from imagepipeline.stores.catalogue import Catalogue
@@ -156,6 +158,21 @@ def show_rows(rows: Sequence[Mapping[str, Any]], columns: Sequence[str], as_json
     for row in chosen:
         table.add_row(*(_to_text(value) for value in row.values()))
     out.print(table)
+
+
+def show_findings(findings: Iterable[Finding], as_json: bool) -> bool:
+    """What the doctor found, each as it is found; gives whether anything is not well."""
+    is_ill = False
+    for finding in findings:
+        is_ill = is_ill or not finding.is_well
+        if as_json:
+            print(json.dumps(asdict(finding)), flush=True)
+            continue
+        mark = "[green]✓[/]" if finding.is_well else "[red]✗[/]"
+        out.print(f"{mark} {finding.name:<16} {escape(finding.sentence)}", highlight=False, soft_wrap=True)
+        if finding.advice:
+            out.print(f"  {'':<16} → {escape(finding.advice)}", highlight=False, soft_wrap=True, style="yellow")
+    return is_ill
 
 
 def show_neighbours(catalogue: Catalogue, neighbours: Sequence[Neighbour], as_json: bool) -> None:

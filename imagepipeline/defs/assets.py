@@ -9,7 +9,6 @@ import dagster as dg
 
 from imagepipeline.defs.failures import GENERATION_TAG, RETRY_POLICY, attempt
 from imagepipeline.defs.originals import Original, Originals
-from imagepipeline.defs.paid_calls import PaidCalls, Receipt
 from imagepipeline.defs.partitions import uploads
 from imagepipeline.errors import MissingMetadataError
 from imagepipeline.imaging.palette import choose_visible
@@ -25,6 +24,7 @@ from imagepipeline.models import (
     Recipe,
     VisionAnswer,
 )
+from imagepipeline.paid_calls import PaidCalls, Receipt
 from imagepipeline.services.embedder import Embedder
 from imagepipeline.services.vision import VisionModel
 from imagepipeline.stores.catalogue import Catalogue

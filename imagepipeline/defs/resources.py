@@ -11,11 +11,11 @@ from typing import Any
 import dagster as dg
 
 from imagepipeline.defs.originals import Originals
-from imagepipeline.defs.paid_calls import PaidCalls
 from imagepipeline.imaging.decoding import Rules
 from imagepipeline.imaging.sandbox import Sandbox
 from imagepipeline.imaging.variants import Renderer
 from imagepipeline.models import build_variant_specs
+from imagepipeline.paid_calls import PaidCalls
 from imagepipeline.services.embedder import LocalEmbedder, OpenRouterEmbedder
 from imagepipeline.services.notifier import MailNotifier, Notifier, WebhookNotifier
 from imagepipeline.services.vision import LocalVision, OpenAIVision, VisionOptions

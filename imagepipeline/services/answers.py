@@ -18,7 +18,9 @@ from imagepipeline.models import ImageMetadata
 MAX_TAGS, MAX_COLORS, MAX_WORD_CHARACTERS = 20, 8, 80
 COLOR = re.compile(r"#[0-9a-fA-F]{6}")
 # Links, then markup; what a template or a chat window might act upon.
-LINK = re.compile(r"(?:\b[a-z][a-z0-9+.-]{1,20}://|\bwww\.|\bmailto:|\bjavascript:|\bdata:)\S*", re.IGNORECASE)
+LINK = re.compile(
+    r"\]\([^)]*\)+|(?:\b[a-z][a-z0-9+.-]{1,20}://|\bwww\.|\bmailto:|\bjavascript:|\bdata:)\S*", re.IGNORECASE
+)
 MARKUP = re.compile(r"<[^<>]*>|[<>`{}\[\]|\\]|\*\*|\]\(")
 # Singular words that end like plurals; those in -ss, -us, -is are told by their ending.
 SINGULAR = frozenset(
@@ -59,11 +61,11 @@ def read_answer(text: str, vocabulary: Vocabulary) -> ImageMetadata:
 
 def clean(answer: dict[str, Any], vocabulary: Vocabulary) -> dict[str, Any]:
     """The fields asked for, and no others: without markup, links and control characters, the words normalised."""
-    category = to_word(answer["category"])
+    category = to_word(answer["category"])[:MAX_WORD_CHARACTERS].strip() or "other"
     colors = [color.lower() for color in answer["dominantColors"] if COLOR.fullmatch(color)]
     return {
         "description": to_plain(answer["description"]),
-        "mood": to_plain(answer["mood"]),
+        "mood": to_plain(answer["mood"])[:MAX_WORD_CHARACTERS].strip() or "unknown",
         "tags": choose_tags(answer["tags"], vocabulary.tags),
         "category": choose(category, vocabulary.categories) or "other" if vocabulary.categories else category,
         "dominantColors": list(dict.fromkeys(colors))[:MAX_COLORS],

@@ -8,7 +8,7 @@ import re
 from dataclasses import dataclass
 from typing import Any
 
-from imagepipeline.errors import StaleClaimError
+from imagepipeline.errors import ProviderRejectedError, StaleClaimError
 from imagepipeline.models import Claim, Embedding, check_image_id
 
 # Without it, five writers of the same new ID leave five rows. In the schema, so that no table exists without it.
@@ -35,9 +35,16 @@ class EmbeddingIndex:
 
         Raises:
             StaleClaimError: a later claim has already written; the table is unchanged.
+            ProviderRejectedError: the model gives vectors of another length than before.
         """
         import pyarrow as pa
 
+        known = self.list_dimensions(embedding.version)
+        if known and len(embedding.vector) not in known:
+            raise ProviderRejectedError(
+                f"{embedding.version} gave {len(embedding.vector)} dimensions, the index holds {known[0]}: the model "
+                "behind the name has changed, so give it another IMAGEPIPELINE_EMBEDDING_MODEL"
+            )
         table = self._open_or_create(embedding)
         row = {
             "image_id": claim.image_id,
@@ -66,6 +73,11 @@ class EmbeddingIndex:
                 if rows:
                     return rows[0]
         return None
+
+    def list_dimensions(self, version: str) -> list[int]:
+        """The numbers of dimensions of the vectors of that version; more than one if its model has changed."""
+        prefix = _table_prefix(version)
+        return [int(name.removeprefix(prefix)) for name in self._table_names() if name.startswith(prefix)]
 
     def nearest(self, query: Embedding, count: int) -> list[Neighbour]:
         """Up to `count` images, nearest first, among those embedded with the query's version."""

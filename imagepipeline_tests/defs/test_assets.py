@@ -4,6 +4,7 @@ import errno
 import hashlib
 import io
 import os
+from dataclasses import replace
 
 import dagster as dg
 import pytest
@@ -11,10 +12,11 @@ from PIL import Image
 
 from imagepipeline.defs.assets import embedding, metadata, variants
 from imagepipeline.defs.originals import Originals
-from imagepipeline.errors import BadAnswerError, ProviderUnavailableError, RefusedError
+from imagepipeline.errors import BadAnswerError, PausedError, ProviderUnavailableError, RefusedError
 from imagepipeline.imaging.decoding import Rules
 from imagepipeline.imaging.sandbox import Sandbox
 from imagepipeline.models import CallUsage, ImageMetadata, Recipe, Upload, VisionAnswer
+from imagepipeline.services.embedder import LocalEmbedder
 from imagepipeline.services.vision import LocalVision
 from imagepipeline_tests.conftest import PHOTOS
 from imagepipeline_tests.imaging.odd_files import SAMPLES
@@ -318,3 +320,65 @@ def test_a_child_that_dies_between_two_assets_is_replaced(run, cat, catalogue, f
     assert run(cat, vision=Killer(), originals=originals).success
     assert originals.load(cat, None).session is not loads[0].session
     originals.close()
+
+
+def test_the_queue_does_not_pay_twice_for_the_same_picture_model_and_prompt(run, cat, catalogue, ledger):
+    vision = ScriptedVision(ANSWER)
+    catalogue.accept([Upload(cat)])
+    assert run(cat, generation=1, vision=vision).success
+    catalogue.accept([Upload(cat)])
+    assert run(cat, generation=2, vision=vision).success
+    assert catalogue.get(cat)["made_by"]["metadata"]["generation"] == 2
+    assert [row["calls"] for row in ledger.summarize("stage")] == [1]
+
+
+def test_another_picture_or_prompt_or_a_person_is_paid_for(run, cat, catalogue, files, ledger):
+    vision = ScriptedVision(ANSWER, ANSWER, ANSWER, ANSWER)
+    catalogue.accept([Upload(cat)])
+    run(cat, generation=1, vision=vision)
+    files.put_original(cat, (PHOTOS / "coffee.jpg").read_bytes(), "jpg")
+    catalogue.accept([Upload(cat)])
+    run(cat, generation=2, vision=vision)
+    vision.recipe = Recipe("openai", "scripted", "prompt-2")
+    catalogue.accept([Upload(cat)])
+    run(cat, generation=3, vision=vision)
+    run(cat, vision=vision)  # by hand
+    assert [row["calls"] for row in ledger.summarize("stage")] == [4]
+
+
+def test_an_unchanged_text_is_not_embedded_again(run, cat, catalogue, ledger):
+    class Remote(LocalEmbedder):
+        recipe = Recipe("openrouter", "m")
+
+        def embed(self, text):
+            return replace(super().embed(text), version=self.recipe.version)
+
+    for answer in (ANSWER, ANSWER, replace(ANSWER, metadata=ANSWER.metadata.model_copy(update={"mood": "wild"}))):
+        assert run(cat, vision=ScriptedVision(answer), embedder=Remote()).success
+    assert {row["stage"]: row["calls"] for row in ledger.summarize("stage")} == {"embedding": 2, "metadata": 3}
+
+
+def test_a_bad_key_fails_nothing_and_uses_no_attempt(run, cat, catalogue, ledger):
+    catalogue.accept([Upload(cat)])
+    run(cat, generation=1, vision=ScriptedVision(PausedError("auth", "answered 401", 600)))
+    row = catalogue.get(cat)
+    assert (row["status"], row["reason"], row["attempts"]) == ("pending", None, 1)
+    assert "answered 401" in row["history"][-1]["detail"]
+    assert [pause.reason for pause in ledger.list_pauses()] == ["auth"]
+
+
+def test_what_a_call_took_is_told_in_the_ui(run, cat, instance, limiter):
+    limiter.set_limits("1/second")
+    run(cat, vision=ScriptedVision(BadAnswerError("prose"), ANSWER))
+    event = instance.get_latest_materialization_event(dg.AssetKey("metadata"))
+    shown = {name: value.value for name, value in event.asset_materialization.metadata.items()}
+    assert shown["cost_usd"] == 0.0014  # 800 in at 1 USD and 60 out at 10 USD per million
+    assert shown["attempt"] == 2
+    assert shown["rate_limit_wait_seconds"] >= 0
+    assert shown["call_seconds"] >= 0
+
+
+def test_colours_that_are_not_in_the_picture_are_dropped(run, cat, catalogue):
+    answer = replace(ANSWER, metadata=ANSWER.metadata.model_copy(update={"dominant_colors": ["#a07850", "#0000ff"]}))
+    run(cat, vision=ScriptedVision(answer))
+    assert catalogue.get(cat)["metadata"]["dominantColors"] == ["#a07850"]

@@ -18,6 +18,9 @@ class ScriptedNotifier:
             raise NotificationError("the webhook did not answer")
         self.sent.append([row["image_id"] for row in failures])
 
+    def send_pause(self, pause):
+        self.sent.append(pause.reason)
+
 
 @pytest.fixture
 def tick(catalogue, instance, ledger):
@@ -83,3 +86,11 @@ def test_without_a_notifier_failures_wait_in_the_outbox(tick, fail, catalogue):
     fail("a")
     assert tick() == "No webhook or mail server is set."
     assert len(catalogue.list_unsent("mail")) == 1
+
+
+def test_a_pause_is_told_once_on_every_channel(tick, ledger):
+    webhook, mail = ScriptedNotifier("webhook"), ScriptedNotifier("mail")
+    ledger.pause("quota", "no credit", 600)
+    for _ in range(2):
+        tick(webhook, mail)
+    assert (webhook.sent, mail.sent) == (["quota"], ["quota"])

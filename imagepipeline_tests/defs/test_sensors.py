@@ -1,13 +1,15 @@
 """Ticks of the upload sensor, against a real queue and catalogue."""
 
 import json
+from datetime import timedelta
 
 import dagster as dg
 import pytest
 
 from imagepipeline.defs.failures import GENERATION_TAG
 from imagepipeline.defs.sensors import MAX_UNFINISHED_RUNS, take_in, upload_sensor
-from imagepipeline.models import Upload
+from imagepipeline.models import Upload, now_utc
+from imagepipeline.stores.ledger import Ledger
 from imagepipeline.stores.uploads import UploadQueue
 
 
@@ -197,3 +199,21 @@ def test_sixty_kinds_of_malformed_entries_cost_the_good_ones_nothing(queue, cata
         assert len(letter["entry"]) <= 200
         assert letter["reason"].isprintable()
     assert sum(catalogue.count().values()) == len(range(0, len(MALFORMED), 6))
+
+
+def test_in_a_pause_nothing_is_started_and_the_tick_says_why(tick, queue, catalogue, ledger):
+    queue.enqueue("a")
+    ledger.pause("auth", "the vision model answered 401", 600)
+    assert tick().skip_message == "Paused (auth): the vision model answered 401."
+    assert catalogue.get("a")["status"] == "pending"
+    ledger.resume()
+    assert keys(tick()) == ["a:1"]
+
+
+def test_after_a_pause_one_image_is_tried_first(tick, queue, sqlite_catalogue_url, ledger):
+    for image_id in "abc":
+        queue.enqueue(image_id)
+    earlier = Ledger(sqlite_catalogue_url, lambda: now_utc() - timedelta(hours=1))
+    earlier.pause("auth", "401", 600)
+    earlier.close()
+    assert keys(tick()) == ["a:1"]

@@ -11,11 +11,11 @@ import dagster as dg
 from imagepipeline.defs.assets import embedding, metadata, variants
 from imagepipeline.defs.failures import GENERATION_TAG
 from imagepipeline.defs.originals import Originals
-from imagepipeline.defs.paid_calls import PaidCalls
 from imagepipeline.imaging.decoding import Rules
 from imagepipeline.imaging.sandbox import Sandbox
 from imagepipeline.imaging.variants import Renderer
 from imagepipeline.models import build_variant_specs
+from imagepipeline.paid_calls import PaidCalls
 from imagepipeline.services.embedder import LocalEmbedder
 from imagepipeline.services.vision import LocalVision
 from imagepipeline.stores.catalogue import Catalogue

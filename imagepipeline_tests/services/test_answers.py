@@ -15,12 +15,12 @@ from imagepipeline.services.answers import choose_tags, to_plain, to_word
         ("![x](data:image/png;base64,AAAA) there", "! x there"),
         ("\u202eevil\u202c \u200bzero\x00 \x1b[31mred", "evil zero 31mred"),
         ("`rm -rf` **bold** {{template}}", "rm -rf bold template"),
-        ("3 < 4 & 5 > 2", "3 & 5 2"),
+        ("3 < 4 & 5 > 2", "3 2"),
         ("Café, 東京, naïve", "Café, 東京, naïve"),
     ],
 )
 def test_texts_lose_markup_links_and_control_characters(written, plain):
-    assert to_plain(written) in (plain, plain.replace("4 & 5 ", ""), "3 2")
+    assert to_plain(written) == plain
 
 
 @pytest.mark.parametrize(

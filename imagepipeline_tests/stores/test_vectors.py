@@ -4,7 +4,7 @@ import multiprocessing
 
 import pytest
 
-from imagepipeline.errors import InvalidUploadError, StaleClaimError
+from imagepipeline.errors import InvalidUploadError, ProviderRejectedError, StaleClaimError
 from imagepipeline.models import Claim, Embedding
 from imagepipeline.stores.vectors import EmbeddingIndex
 
@@ -46,10 +46,11 @@ def test_the_same_claim_may_write_twice_and_an_older_one_never(index):
     assert index.get("a", "local:m")["text"] == "again"
 
 
-def test_models_and_widths_are_kept_apart(index):
+def test_models_are_kept_apart_and_one_that_changes_its_width_is_refused(index):
     index.upsert(claim("a"), embedding(1.0, 0.0))
     index.upsert(claim("b"), embedding(1.0, 0.0, version="openai:x"))
-    index.upsert(claim("c"), embedding(1.0, 0.0, 0.0))
+    with pytest.raises(ProviderRejectedError, match="3 dimensions, the index holds 2"):
+        index.upsert(claim("c"), embedding(1.0, 0.0, 0.0))
     assert [neighbour.image_id for neighbour in index.nearest(embedding(1.0, 0.0), 9)] == ["a"]
     assert index.get("b", "local:m") is None
 

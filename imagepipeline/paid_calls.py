@@ -61,8 +61,10 @@ class PaidCalls:
         self._budgets = {"daily": daily_budget_usd, "monthly": monthly_budget_usd}
         self._clock = clock
 
-    def make(self, claim: Claim, stage: str, recipe: Recipe, call: Callable[[], A]) -> tuple[A, Receipt]:
-        """The call's answer and what it took. A local model is asked at once, and nothing is written down.
+    def make(self, claim: Claim | None, stage: str, recipe: Recipe, call: Callable[[], A]) -> tuple[A, Receipt]:
+        """The call's answer and what it took; `claim` is None for a call that is for no image.
+
+        A local model is asked at once, and nothing is written down.
 
         Raises:
             PausedError: no paid call may be made now.
@@ -87,8 +89,8 @@ class PaidCalls:
             receipt = Receipt(waited_seconds, round(time.monotonic() - started, 3), self._price(recipe.model, usage))
             self._ledger.record(
                 PaidCall(
-                    image_id=claim.image_id,
-                    generation=claim.generation,
+                    image_id=claim.image_id if claim else None,
+                    generation=claim.generation if claim else None,
                     stage=stage,
                     provider=recipe.provider,
                     model=recipe.model,

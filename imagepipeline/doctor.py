@@ -1,0 +1,192 @@
+"""The doctor: looks at everything a pipeline stands on, one finding each, with what to do about it."""
+
+import io
+import os
+import resource
+import shutil
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+from imagepipeline.errors import FormatRefusedError, ImagePipelineError
+from imagepipeline.models import PixelFacts
+from imagepipeline.settings import Settings
+
+MAX_CLOCK_SKEW_SECONDS = 2
+MIN_FREE_BYTES = 2_000_000_000
+MIN_OPEN_FILES = 1024
+MAX_QUESTIONS = 5
+EVICTION_ADVICE = "set maxmemory-policy noeviction, or uploads get lost"
+
+
+@dataclass(frozen=True)
+class Finding:
+    """What was found of one thing; `advice` says what to do, and is empty where all is well."""
+
+    name: str
+    is_well: bool
+    sentence: str
+    advice: str = ""
+
+
+def examine(settings: Settings) -> Iterator[Finding]:
+    """Looks at each thing in turn; the providers are asked one tiny question each, which they may charge for."""
+    checks: dict[str, Callable[[Settings], Finding]] = {
+        "redis": _examine_redis,
+        "database": _examine_database,
+        "storage": _examine_storage,
+        "clock": _examine_clock,
+        "limits": _examine_limits,
+        "vision model": _examine_vision,
+        "embedding model": _examine_embedder,
+        "pauses": _examine_pauses,
+    }
+    for name, check in checks.items():
+        try:
+            yield check(settings)
+        except Exception as error:  # a doctor who faints helps nobody; values of settings may be in foreign messages
+            sentence = str(error) if isinstance(error, ImagePipelineError) else f"{type(error).__name__} came up"
+            yield Finding(name, False, sentence, ADVICE[name])
+
+
+ADVICE = {
+    "redis": "start the stack with `imagepipeline up`, or correct REDIS_URL",
+    "database": "start the stack with `imagepipeline up`, or correct DATABASE_URL",
+    "storage": "make IMAGEPIPELINE_STORAGE_ROOT a folder this user may write to",
+    "clock": "start Redis first",
+    "limits": "look at `ulimit -a`",
+    "vision model": "correct OPENAI_BASE_URL, OPENAI_API_KEY or IMAGEPIPELINE_VISION_MODEL",
+    "embedding model": "correct OPENROUTER_BASE_URL, OPENROUTER_API_KEY or IMAGEPIPELINE_EMBEDDING_MODEL",
+    "pauses": "start the stack with `imagepipeline up`",
+}
+
+
+def _examine_redis(settings: Settings) -> Finding:
+    import redis
+
+    client = redis.Redis.from_url(settings.redis_url, socket_connect_timeout=2, socket_timeout=5)
+    try:
+        client.ping()
+        policy = client.config_get("maxmemory-policy").get("maxmemory-policy", "noeviction")
+    except redis.ResponseError:  # managed servers and ACL users may not ask
+        return Finding("redis", True, "it answers; whether it may evict keys it does not say")
+    except redis.RedisError as error:
+        return Finding("redis", False, f"it does not answer ({type(error).__name__})", ADVICE["redis"])
+    if policy != "noeviction":
+        return Finding(
+            "redis", False, f"it evicts keys ({policy})", "set maxmemory-policy noeviction, or uploads get lost"
+        )
+    return Finding("redis", True, "it answers and evicts nothing")
+
+
+def _examine_database(settings: Settings) -> Finding:
+    from imagepipeline.stores.catalogue import Catalogue
+
+    catalogue = Catalogue(settings.database_url)
+    catalogue.check()
+    counts = catalogue.count()
+    return Finding("database", True, f"it answers; {sum(counts.values())} images, {counts['failed']} of them failed")
+
+
+def _examine_storage(settings: Settings) -> Finding:
+    from imagepipeline.stores.files import FileStore
+
+    files = FileStore(settings.storage_folder)
+    name = f"variants/.doctor-{os.getpid()}"
+    files.write(name, b"doctor")
+    is_same = files.read(name) == b"doctor"
+    (files.root / name).unlink()
+    free_bytes = shutil.disk_usage(files.root).free
+    if not is_same:
+        return Finding("storage", False, "what was written was read back differently", ADVICE["storage"])
+    if free_bytes < MIN_FREE_BYTES:
+        return Finding(
+            "storage", False, f"only {free_bytes / 1e9:.1f} GB are free", "make room; paused images wait for it"
+        )
+    return Finding("storage", True, f"it can be written and read; {free_bytes / 1e9:.0f} GB are free")
+
+
+def _examine_clock(settings: Settings) -> Finding:
+    import redis
+
+    client = redis.Redis.from_url(settings.redis_url, socket_connect_timeout=2, socket_timeout=5)
+    try:
+        seconds, microseconds = client.time()
+    except redis.RedisError as error:
+        return Finding("clock", False, f"Redis cannot be asked the time ({type(error).__name__})", ADVICE["clock"])
+    skew_seconds = abs(time.time() - seconds - microseconds / 1e6)
+    if skew_seconds > MAX_CLOCK_SKEW_SECONDS:
+        advice = "synchronise both by NTP: rate limits and waits are counted by these clocks"
+        return Finding("clock", False, f"this machine and Redis disagree by {skew_seconds:.1f} s", advice)
+    return Finding("clock", True, "this machine and Redis agree")
+
+
+def _examine_limits(settings: Settings) -> Finding:
+    open_files, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
+    address_space, _ = resource.getrlimit(resource.RLIMIT_AS)
+    if open_files < MIN_OPEN_FILES:
+        return Finding("limits", False, f"only {open_files} files may be open", f"`ulimit -n {MIN_OPEN_FILES}` or more")
+    if address_space != resource.RLIM_INFINITY and address_space < 4 * settings.max_memory_bytes:
+        return Finding(
+            "limits", False, f"the address space is limited to {address_space / 1e9:.1f} GB", "`ulimit -v unlimited`"
+        )
+    return Finding("limits", True, f"{open_files} files may be open, memory is not limited")
+
+
+def _examine_vision(settings: Settings) -> Finding:
+    if not settings.has_remote_vision:
+        return Finding("vision model", True, "the local one is used: no key, no network, no cost")
+    from PIL import Image
+
+    from imagepipeline import providers
+
+    buffer = io.BytesIO()
+    Image.new("RGB", (32, 32), "#3060c0").save(buffer, "JPEG")
+    facts = PixelFacts(32, 32, (("blue", "#3060c0", 1.0),), 40, 0, 50, -50)
+    model = providers.build_vision(settings)
+    problems: list[str] = []
+    with providers.open_paid_calls(settings) as paid_calls:
+        while True:
+            try:
+                answer, receipt = paid_calls.make(
+                    None, "doctor", model.recipe, lambda: model.describe(buffer.getvalue(), facts)
+                )
+                break
+            except FormatRefusedError as error:  # the model leaves it out when it is asked again
+                if len(problems) == MAX_QUESTIONS - 1:
+                    raise
+                problems.append(str(error))
+    sentence = f"{settings.vision_model} answers in {receipt.seconds:.1f} s: {answer.metadata.description[:60]!r}"
+    if problems:
+        advice = "set IMAGEPIPELINE_ANSWER_FORMAT to what it knows, or images cost calls that only find this out"
+        return Finding("vision model", False, f"{sentence}; but {'; '.join(problems)}", advice)
+    return Finding("vision model", True, sentence)
+
+
+def _examine_embedder(settings: Settings) -> Finding:
+    from imagepipeline import providers
+    from imagepipeline.stores.vectors import EmbeddingIndex
+
+    embedder = providers.build_embedder(settings)
+    with providers.open_paid_calls(settings) as paid_calls:
+        embedding, receipt = paid_calls.make(None, "doctor", embedder.recipe, lambda: embedder.embed("a cat"))
+    dimensions = len(embedding.vector)
+    known = EmbeddingIndex(settings.index_uri).list_dimensions(embedding.version)
+    if known and dimensions not in known:
+        advice = "the model behind the name has changed: use another name, and materialize `embedding` of all images"
+        sentence = f"it gives {dimensions} dimensions, the index holds {known[0]}"
+        return Finding("embedding model", False, sentence, advice)
+    if not settings.has_remote_embedder:
+        return Finding("embedding model", True, f"the local one is used, {dimensions} dimensions: no key, no cost")
+    sentence = f"{settings.embedding_model} answers in {receipt.seconds:.1f} s, with {dimensions} dimensions"
+    return Finding("embedding model", True, sentence)
+
+
+def _examine_pauses(settings: Settings) -> Finding:
+    from imagepipeline.stores.ledger import Ledger
+
+    pauses = Ledger(settings.database_url).list_pauses()
+    if pauses:
+        advice = "mend the cause, then `imagepipeline resume`"
+        return Finding("pauses", False, f"paid work is paused ({pauses[0].reason}): {pauses[0].message}", advice)
+    return Finding("pauses", True, "nothing is paused")

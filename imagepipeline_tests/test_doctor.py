@@ -1,0 +1,121 @@
+"""The doctor finds what is wrong, says what to do, and tells no secret."""
+
+import json
+
+import pytest
+
+from imagepipeline.doctor import examine
+from imagepipeline.settings import Settings
+from imagepipeline.stores.catalogue import Catalogue
+from imagepipeline_tests.services.test_embedder import answer_of
+from imagepipeline_tests.services.test_vision import METADATA, coded, completion
+
+
+@pytest.fixture
+def environment(tmp_path, redis_url, queue):
+    home = tmp_path / "home"
+    home.mkdir()
+    Catalogue(f"sqlite:///{home / 'catalogue.sqlite'}").migrate()
+    return {"IMAGEPIPELINE_HOME": str(home), "REDIS_URL": redis_url}
+
+
+def findings(environment):
+    return {finding.name: finding for finding in examine(Settings.load(environment))}
+
+
+def ill(environment):
+    return {name: finding for name, finding in findings(environment).items() if not finding.is_well}
+
+
+def test_a_healthy_local_pipeline_is_well(environment):
+    found = findings(environment)
+    assert all(finding.is_well and not finding.advice for finding in found.values()), found
+    assert list(found) == [
+        "redis",
+        "database",
+        "storage",
+        "clock",
+        "limits",
+        "vision model",
+        "embedding model",
+        "pauses",
+    ]
+
+
+def remote(environment, httpserver):
+    return environment | {
+        "OPENAI_API_KEY": "sk-canary-1",
+        "OPENAI_BASE_URL": httpserver.url_for("/v1"),
+        "OPENROUTER_API_KEY": "sk-canary-2",
+        "OPENROUTER_BASE_URL": httpserver.url_for("/v1"),
+        "IMAGEPIPELINE_RATE_LIMIT": "off",
+    }
+
+
+def test_remote_models_are_asked_one_tiny_question_each(environment, httpserver):
+    httpserver.expect_request("/v1/chat/completions").respond_with_json(completion(METADATA))
+    httpserver.expect_request("/v1/embeddings").respond_with_json(answer_of([1.0, 2.0]))
+    found = findings(remote(environment, httpserver))
+    assert all(finding.is_well for finding in found.values()), found
+    assert "gpt-4o-mini answers in" in found["vision model"].sentence
+    assert "2 dimensions" in found["embedding model"].sentence
+    assert len(httpserver.log) == 2
+    assert sum(len(request.get_data()) for request, _ in httpserver.log) < 5000
+
+
+def test_a_bad_key_is_named_with_what_to_do_and_not_shown(environment, httpserver):
+    httpserver.expect_request("/v1/chat/completions").respond_with_json(coded("invalid_api_key"), 401)
+    httpserver.expect_request("/v1/embeddings").respond_with_json(answer_of([1.0, 2.0]))
+    found = ill(remote(environment, httpserver))
+    assert "401 (invalid_api_key)" in found["vision model"].sentence
+    assert "OPENAI_API_KEY" in found["vision model"].advice
+    assert "paused (auth)" in found["pauses"].sentence
+    assert "canary" not in repr(found)
+
+
+def test_a_provider_that_knows_no_schema_is_named_with_the_setting(environment, httpserver):
+    def answer(request):
+        from werkzeug import Response
+
+        kind = request.get_json().get("response_format", {}).get("type")
+        if kind == "json_schema":
+            return Response(json.dumps(coded("x", param="response_format")), 400, content_type="application/json")
+        return Response(json.dumps(completion(METADATA)), content_type="application/json")
+
+    httpserver.expect_request("/v1/chat/completions").respond_with_handler(answer)
+    httpserver.expect_request("/v1/embeddings").respond_with_json(answer_of([1.0, 2.0]))
+    found = ill(remote(environment, httpserver))
+    assert set(found) == {"vision model"}
+    assert "IMAGEPIPELINE_ANSWER_FORMAT" in found["vision model"].advice
+
+
+@pytest.mark.parametrize(
+    ("broken", "names"),
+    [
+        ({"REDIS_URL": "redis://:canary@127.0.0.1:9/0"}, {"redis", "clock"}),
+        ({"DATABASE_URL": "postgresql://u:canary@127.0.0.1:9/d"}, {"database", "pauses"}),
+        ({"OPENAI_BASE_URL": "http://127.0.0.1:9/v1", "IMAGEPIPELINE_RATE_LIMIT": "off"}, {"vision model"}),
+    ],
+)
+def test_what_does_not_answer_is_named_and_the_rest_examined(environment, broken, names):
+    found = ill(environment | broken)
+    assert set(found) == names
+    assert all(finding.advice for finding in found.values())
+    assert "canary" not in repr(found)
+
+
+def test_a_storage_root_that_cannot_be_written_is_named(environment, tmp_path):
+    (tmp_path / "file").write_text("x")
+    found = ill(environment | {"IMAGEPIPELINE_STORAGE_ROOT": str(tmp_path / "file")})
+    assert set(found) == {"storage"}
+    assert "IMAGEPIPELINE_STORAGE_ROOT" in found["storage"].advice
+
+
+def test_a_redis_that_evicts_is_named(environment, queue):
+    queue.redis.config_set("maxmemory-policy", "allkeys-lru")
+    try:
+        found = ill(environment)
+    finally:
+        queue.redis.config_set("maxmemory-policy", "noeviction")
+    assert set(found) == {"redis"}
+    assert "noeviction" in found["redis"].advice
