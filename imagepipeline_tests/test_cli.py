@@ -5,14 +5,16 @@ import os
 import subprocess
 import sys
 import time
+from contextlib import closing
 
 import pytest
 from click.testing import CliRunner
 
 from imagepipeline import cli
-from imagepipeline.models import ImageMetadata, OriginalFacts, Recipe, Upload
+from imagepipeline.models import ImageMetadata, OriginalFacts, PaidCall, Recipe, Upload
 from imagepipeline.services.embedder import LocalEmbedder
 from imagepipeline.stores.catalogue import Catalogue
+from imagepipeline.stores.ledger import Ledger
 from imagepipeline.stores.vectors import EmbeddingIndex
 from imagepipeline_tests.conftest import PHOTOS
 
@@ -279,3 +281,54 @@ def test_a_sweep_finds_what_the_list_has_lost_and_cleans_up(invoke, catalogue, q
     assert json.loads(invoke("sweep", "--json")[1]) == expected | {"dry_run": False}
     assert [Upload.from_entry(entry) for entry in queue.claim(9)] == [Upload("lost", "original/lost.jpg")]
     assert sorted(path.name for path in (storage / "variants").iterdir()) == [".b.webp.0.tmp"]
+
+
+@pytest.fixture
+def ledger(catalogue, tmp_path):
+    with closing(Ledger(f"sqlite:///{tmp_path / 'home' / 'catalogue.sqlite'}")) as ledger:
+        yield ledger
+
+
+def test_costs_are_shown_by_model_stage_and_day(invoke, ledger):
+    ledger.record(PaidCall("a", 1, "metadata", "openai", "m", "answered", 800, 60, 0.0123456789, 1.0, 0.0))
+    [row] = json.loads(invoke("costs", "--json")[1])
+    assert row == {
+        "model": "m",
+        "calls": 1,
+        "answered": 1,
+        "tokens_in": 800,
+        "tokens_out": 60,
+        "cost_usd": 0.012346,
+        "unpriced": 0,
+    }
+    assert json.loads(invoke("costs", "--by", "day", "--since", "2999-01-01", "--json")[1]) == []
+    assert "0.012346" in invoke("costs", "--by", "stage")[1]
+
+
+def test_the_rate_limit_is_shown_changed_and_put_back(invoke):
+    assert invoke("limit") == (0, "10/minute\n", "")
+    assert json.loads(invoke("limit", "metadata=20/minute", "--json")[1]) == {"rate_limit": "metadata=20/minute"}
+    assert invoke("limit")[1] == "metadata=20/minute\n"
+    code, _, err = invoke("limit", "fast")
+    assert (code, "10/minute" in err) == (3, True)
+    assert invoke("limit", "--reset")[1] == "10/minute\n"
+
+
+def test_a_pause_shows_in_the_status_and_ends_by_resume(invoke, ledger):
+    ledger.pause("auth", "the vision model answered 401", None)
+    assert json.loads(invoke("status", "--json")[1])["paused"] == "auth: the vision model answered 401"
+    assert "would resume (auth)" in invoke("resume", "--dry-run")[1]
+    assert "resumed (auth)" in invoke("resume")[1]
+    assert "paused" not in json.loads(invoke("status", "--json")[1])
+    assert invoke("resume")[1] == "nothing is paused\n"
+
+
+def test_the_doctor_says_what_is_not_well_and_exits_with_1(invoke, catalogue, monkeypatch):
+    code, out, _ = invoke("doctor")
+    assert code == 0, out
+    assert "✓ redis" in out
+    monkeypatch.setenv("OPENAI_BASE_URL", "http://127.0.0.1:9/v1")
+    monkeypatch.setenv("IMAGEPIPELINE_RATE_LIMIT", "off")
+    code, out, _ = invoke("doctor", "--json")
+    findings = [json.loads(line) for line in out.splitlines()]
+    assert (code, [finding["name"] for finding in findings if not finding["is_well"]]) == (1, ["vision model"])

@@ -43,6 +43,8 @@ POLICY_CODES = frozenset(
 IMAGE_CODES = frozenset(
     {"invalid_image", "invalid_image_format", "image_too_large", "image_parse_error", "invalid_base64"}
 )
+# Only these are quoted: whatever else a provider writes may repeat our key.
+KNOWN_CODES = QUOTA_CODES | POLICY_CODES | IMAGE_CODES | {"invalid_api_key", "model_not_found", "rate_limit_exceeded"}
 # Parameters that some providers and models do not know; the vision model then asks in another way.
 OPTIONAL_PARAMETERS = ("response_format", "json_schema", "json_object", "max_completion_tokens", "max_tokens", "detail")
 
@@ -85,7 +87,7 @@ def read_usage(usage: Any) -> CallUsage | None:
 
 def _classify(provider: str, error: openai.APIStatusError) -> ImagePipelineError:
     status, code = error.status_code, str(error.code or "")
-    summary = f"{provider} answered {status}" + (f" ({_printable(code)})" if code else "")
+    summary = f"{provider} answered {status}" + (f" ({code})" if code in KNOWN_CODES else "")
     if code in POLICY_CODES:
         return RefusedError(f"{summary}: the image is against its content policy")
     if code in QUOTA_CODES or status == 402:
@@ -134,7 +136,3 @@ def read_retry_after(headers: Mapping[str, str]) -> float | None:
         return max(0.0, (asked - answered).total_seconds())
     except (ValueError, TypeError):
         return None
-
-
-def _printable(code: str) -> str:
-    return "".join(character for character in code if character.isprintable())[:60]
