@@ -371,7 +371,7 @@ def costs(settings: Settings, by: str, since: datetime | None, as_json: bool) ->
 
     open_catalogue(settings)
     rows = Ledger(settings.database_url).summarize(by, since.replace(tzinfo=UTC) if since else None)
-    rows = [row | {"cost_usd": round(row["cost_usd"], 6)} for row in rows]
+    rows = [row | {"cost_usd": round(row["cost_usd"], 6) if as_json else f"{row['cost_usd']:.6f}"} for row in rows]
     display.show_rows(rows, (by, "calls", "answered", "tokens_in", "tokens_out", "cost_usd", "unpriced"), as_json)
 
 

@@ -154,7 +154,9 @@ def show_rows(rows: Sequence[Mapping[str, Any]], columns: Sequence[str], as_json
     if not chosen:
         out.print("None.")
         return
-    table = Table(*columns)
+    table = Table()
+    for name in columns:
+        table.add_column(name, overflow="fold")
     for row in chosen:
         table.add_row(*(_to_text(value) for value in row.values()))
     out.print(table)

@@ -8,7 +8,7 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
-from imagepipeline.errors import FormatRefusedError, ImagePipelineError
+from imagepipeline.errors import FormatRefusedError, ImagePipelineError, PausedError, PostponedError
 from imagepipeline.models import PixelFacts
 from imagepipeline.settings import Settings
 
@@ -46,7 +46,8 @@ def examine(settings: Settings) -> Iterator[Finding]:
             yield check(settings)
         except Exception as error:  # a doctor who faints helps nobody; values of settings may be in foreign messages
             sentence = str(error) if isinstance(error, ImagePipelineError) else f"{type(error).__name__} came up"
-            yield Finding(name, False, sentence, ADVICE[name])
+            is_elsewhere = isinstance(error, PostponedError) and not isinstance(error, PausedError)
+            yield Finding(name, False, sentence, "mend that first" if is_elsewhere else ADVICE[name])
 
 
 ADVICE = {

@@ -213,6 +213,6 @@ class RefusedError(PermanentError):
 
 
 class ProviderRejectedError(PermanentError):
-    """The provider rejects the request itself: wrong key, wrong model, no credit, bad parameter."""
+    """The provider rejects the request itself: wrong model, wrong address, bad parameter; or gives what does not fit."""
 
     reason = "provider_rejected"
