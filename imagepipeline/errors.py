@@ -213,6 +213,6 @@ class RefusedError(PermanentError):
 
 
 class ProviderRejectedError(PermanentError):
-    """The provider rejects the request itself: wrong model, wrong address, bad parameter; or gives what does not fit."""
+    """The provider rejects the request itself: wrong model, address or parameter; or its vectors do not fit."""
 
     reason = "provider_rejected"
