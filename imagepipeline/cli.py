@@ -352,7 +352,7 @@ def search(settings: Settings, text: str, count: int, as_json: bool) -> None:
     if not text.strip():
         raise click.UsageError("TEXT is empty: say what to look for")
     catalogue = open_catalogue(settings)
-    neighbours = EmbeddingIndex(settings.index_uri).nearest(embed_query(settings, text), count)
+    neighbours = EmbeddingIndex(settings.index_uri).nearest(embed_query(settings, text, display.report), count)
     display.show_neighbours(catalogue, neighbours, as_json)
 
 

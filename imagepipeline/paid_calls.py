@@ -61,9 +61,17 @@ class PaidCalls:
         self._budgets = {"daily": daily_budget_usd, "monthly": monthly_budget_usd}
         self._clock = clock
 
-    def make(self, claim: Claim | None, stage: str, recipe: Recipe, call: Callable[[], A]) -> tuple[A, Receipt]:
+    def make(
+        self,
+        claim: Claim | None,
+        stage: str,
+        recipe: Recipe,
+        call: Callable[[], A],
+        report: Callable[[str], None] = lambda line: None,
+    ) -> tuple[A, Receipt]:
         """The call's answer and what it took; `claim` is None for a call that is for no image.
 
+        `report` is told when the call must wait for the rate limit.
         A local model is asked at once, and nothing is written down.
 
         Raises:
@@ -74,7 +82,7 @@ class PaidCalls:
         if recipe.provider == "local":
             return call(), Receipt()
         self._check()
-        waited_seconds = self._wait(stage)
+        waited_seconds = self._wait(stage, report)
         started = time.monotonic()
         outcome, usage = "answered", None
         try:
@@ -124,8 +132,11 @@ class PaidCalls:
                 self._ledger.pause("budget", message, pause_seconds)
                 raise PausedError("budget", message, pause_seconds)
 
-    def _wait(self, stage: str) -> float:
+    def _wait(self, stage: str, report: Callable[[str], None]) -> float:
         started = time.monotonic()
+        if self._limiter.acquire(stage, 0):
+            return 0.0
+        report(f"The call waits for the rate limit of paid calls ({self._limiter.get_limits()}).")
         if not self._limiter.acquire(stage, MAX_WAIT_SECONDS):
             raise PostponedError(f"no paid call was permitted within {MAX_WAIT_SECONDS} s: the rate limit is used up")
         return round(time.monotonic() - started, 3)

@@ -1,6 +1,6 @@
 """The models and the paid calls as the settings say, for commands; the pipeline's own come as Dagster resources."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import closing, contextmanager
 
 from imagepipeline.models import Embedding
@@ -55,8 +55,8 @@ def open_paid_calls(settings: Settings) -> Iterator[PaidCalls]:
         yield PaidCalls(ledger, limiter, settings.prices, *budgets)
 
 
-def embed_query(settings: Settings, text: str) -> Embedding:
+def embed_query(settings: Settings, text: str, report: Callable[[str], None]) -> Embedding:
     """A search's text as a vector; a remote model's call is limited, priced and written down like all others."""
     embedder = build_embedder(settings)
     with open_paid_calls(settings) as paid_calls:
-        return paid_calls.make(None, "search", embedder.recipe, lambda: embedder.embed(text))[0]
+        return paid_calls.make(None, "search", embedder.recipe, lambda: embedder.embed(text), report)[0]

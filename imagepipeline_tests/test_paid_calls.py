@@ -32,6 +32,9 @@ class Permits:
         self.stages.append(stage)
         return self.answers.pop(0) if self.answers else True
 
+    def get_limits(self):
+        return "10/minute"
+
 
 class Answer:
     def __init__(self, usage):
@@ -52,10 +55,10 @@ def ledger(sqlite_catalogue_url, catalogue, clock):
 
 @pytest.fixture
 def make(ledger, clock):
-    def make(call, recipe=REMOTE, limiter=None, **budgets):
+    def make(call, recipe=REMOTE, limiter=None, report=print, **budgets):
         prices = {"priced-model": (1.0, 10.0)}
         paid_calls = PaidCalls(ledger, limiter or Permits(), prices, **budgets, clock=clock)
-        return paid_calls.make(CLAIM, "metadata", recipe, call)
+        return paid_calls.make(CLAIM, "metadata", recipe, call, report)
 
     return make
 
@@ -102,7 +105,7 @@ def test_a_failed_call_is_written_down_with_what_it_is_charged(make, ledger):
 
 def test_without_a_permit_the_image_waits_and_nothing_is_asked(make, ledger):
     with pytest.raises(PostponedError, match="rate limit"):
-        make(fail(AssertionError("asked")), limiter=Permits(False))
+        make(fail(AssertionError("asked")), limiter=Permits(False, False))
     assert ledger.summarize("model") == []
 
 
@@ -139,3 +142,11 @@ def test_a_monthly_budget_pauses_until_the_first(make, ledger, clock):
         make(fail(AssertionError("asked")), monthly_budget_usd=1.0)
     clock.now = datetime(2026, 12, 1, tzinfo=UTC)
     make(lambda: Answer(CallUsage(1)), monthly_budget_usd=1.0)
+
+
+def test_a_call_that_must_wait_says_so(make):
+    lines = []
+    make(lambda: Answer(None), limiter=Permits(True), report=lines.append)
+    assert lines == []
+    make(lambda: Answer(None), limiter=Permits(False, True), report=lines.append)
+    assert lines == ["The call waits for the rate limit of paid calls (10/minute)."]

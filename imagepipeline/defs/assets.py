@@ -65,7 +65,11 @@ def metadata(
         if answer is None:
             prepared = original.prepared
             answer, receipt = paid_calls.make(
-                claim, "metadata", vision.recipe, lambda: vision.describe(prepared.preview, prepared.facts)
+                claim,
+                "metadata",
+                vision.recipe,
+                lambda: vision.describe(prepared.preview, prepared.facts),
+                context.log.info,
             )
             answer = replace(answer, metadata=_with_visible_colors(answer.metadata, prepared.facts))
         catalogue.save_metadata(claim, answer.metadata, vision.recipe, original.facts.original_sha256)
@@ -183,7 +187,9 @@ def embedding(
         if known and known["text"] == text:  # the same text and model give the same vector
             result, receipt = Embedding(text, tuple(known["vector"]), version), Receipt()
         else:
-            result, receipt = paid_calls.make(claim, "embedding", embedder.recipe, lambda: embedder.embed(text))
+            result, receipt = paid_calls.make(
+                claim, "embedding", embedder.recipe, lambda: embedder.embed(text), context.log.info
+            )
         index.upsert(claim, result)
         catalogue.record_result(claim, "embedding", embedder.recipe, hashlib.sha256(result.text.encode()).hexdigest())
         yield dg.MaterializeResult(
