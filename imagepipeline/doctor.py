@@ -35,6 +35,7 @@ def examine(settings: Settings) -> Iterator[Finding]:
         "redis": _examine_redis,
         "database": _examine_database,
         "storage": _examine_storage,
+        "index": _examine_index,
         "clock": _examine_clock,
         "limits": _examine_limits,
         "vision model": _examine_vision,
@@ -54,6 +55,7 @@ ADVICE = {
     "redis": "start the stack with `imagepipeline up`, or correct REDIS_URL",
     "database": "start the stack with `imagepipeline up`, or correct DATABASE_URL",
     "storage": "make IMAGEPIPELINE_STORAGE_ROOT a folder this user may write to",
+    "index": "mend or restore the folder `lancedb` in IMAGEPIPELINE_HOME, or materialize `embedding` again",
     "clock": "start Redis first",
     "limits": "look at `ulimit -a`",
     "vision model": "correct OPENAI_BASE_URL, OPENAI_API_KEY or IMAGEPIPELINE_VISION_MODEL",
@@ -105,6 +107,12 @@ def _examine_storage(settings: Settings) -> Finding:
             "storage", False, f"only {free_bytes / 1e9:.1f} GB are free", "make room; paused images wait for it"
         )
     return Finding("storage", True, f"it can be written and read; {free_bytes / 1e9:.0f} GB are free")
+
+
+def _examine_index(settings: Settings) -> Finding:
+    from imagepipeline.stores.vectors import EmbeddingIndex
+
+    return Finding("index", True, f"it can be read; {EmbeddingIndex(settings.index_uri).count_rows()} embeddings")
 
 
 def _examine_clock(settings: Settings) -> Finding:

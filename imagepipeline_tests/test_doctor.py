@@ -34,6 +34,7 @@ def test_a_healthy_local_pipeline_is_well(environment):
         "redis",
         "database",
         "storage",
+        "index",
         "clock",
         "limits",
         "vision model",
@@ -109,6 +110,13 @@ def test_a_storage_root_that_cannot_be_written_is_named(environment, tmp_path):
     found = ill(environment | {"IMAGEPIPELINE_STORAGE_ROOT": str(tmp_path / "file")})
     assert set(found) == {"storage"}
     assert "IMAGEPIPELINE_STORAGE_ROOT" in found["storage"].advice
+
+
+def test_an_index_that_cannot_be_read_is_named(environment, tmp_path):
+    (tmp_path / "home" / "lancedb").write_text("no folder")
+    found = ill(environment)
+    assert "index" in found
+    assert "lancedb" in found["index"].advice
 
 
 def test_a_redis_that_evicts_is_named(environment, queue):

@@ -79,6 +79,10 @@ class EmbeddingIndex:
         prefix = _table_prefix(version)
         return [int(name.removeprefix(prefix)) for name in self._table_names() if name.startswith(prefix)]
 
+    def count_rows(self) -> int:
+        """The number of embeddings, of all versions."""
+        return sum(self._database.open_table(name).count_rows() for name in self._table_names())
+
     def nearest(self, query: Embedding, count: int) -> list[Neighbour]:
         """Up to `count` images, nearest first, among those embedded with the query's version."""
         if _table_name(query) not in self._table_names():
