@@ -28,6 +28,7 @@ from imagepipeline.settings import Settings
 
 if TYPE_CHECKING:
     from imagepipeline.stores.catalogue import Catalogue
+    from imagepipeline.stores.ledger import Ledger
     from imagepipeline.stores.uploads import UploadQueue
 
 EXIT_FAILED, EXIT_SETTINGS, EXIT_STACK, EXIT_INTERRUPTED = 1, 3, 4, 130
@@ -194,12 +195,13 @@ def status(settings: Settings, image_id: str | None, watch: bool, as_json: bool)
     paused      there only while paid work is paused: why, and until when
     """
     from imagepipeline import display
+    from imagepipeline.stores.ledger import Ledger
 
-    catalogue = open_catalogue(settings)
+    catalogue, ledger = open_catalogue(settings), Ledger(settings.database_url)
 
     def read() -> dict[str, Any]:
         if image_id is None:
-            return count_images(settings, catalogue) | find_pause(settings)
+            return count_images(settings, catalogue) | find_pause(ledger)
         row = catalogue.get(image_id)
         if row is None:
             raise ImagePipelineError(f"no image {image_id!r:.80} is in the catalogue")
@@ -426,11 +428,9 @@ def doctor(settings: Settings, as_json: bool) -> None:
     sys.exit(EXIT_FAILED if display.show_findings(examine(settings), as_json) else 0)
 
 
-def find_pause(settings: Settings) -> dict[str, str]:
+def find_pause(ledger: "Ledger") -> dict[str, str]:
     """The pause under which paid work is, if it is, as one entry `paused`."""
-    from imagepipeline.stores.ledger import Ledger
-
-    pauses = Ledger(settings.database_url).list_pauses()
+    pauses = ledger.list_pauses()
     if not pauses:
         return {}
     until = f", until {pauses[0].until:%F %R} UTC" if pauses[0].until else ""

@@ -62,6 +62,7 @@ def metadata(
         original = originals.load(claim.image_id, claim.path)
         catalogue.save_original(claim, original.facts)
         answer, receipt = known_answer(context, catalogue, claim, vision.recipe, original), Receipt()
+        is_reused = answer is not None
         if answer is None:
             prepared = original.prepared
             answer, receipt = paid_calls.make(
@@ -79,6 +80,7 @@ def metadata(
                 "picture": _picture(original),
                 **_describe_answer(answer),
                 **_describe_receipt(receipt),
+                "is_reused": is_reused,
                 "provider": vision.recipe.provider,
                 "model": vision.recipe.model,
                 "settings": vision.recipe.settings,
@@ -197,6 +199,7 @@ def embedding(
             metadata=_describe_embedding(result)
             | _describe_receipt(receipt)
             | {
+                "is_reused": receipt == Receipt() and result.usage is None,
                 "provider": embedder.recipe.provider,
                 "model": embedder.recipe.model,
                 "attempt": context.retry_number + 1,

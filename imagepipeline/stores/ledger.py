@@ -41,7 +41,7 @@ class Ledger:
     def summarize(self, by: str, since: datetime | None = None) -> list[dict[str, Any]]:
         """One row per `model`, `stage` or `day` (UTC): calls, answered, tokens in and out, cost, and unpriced calls."""
         calls = provider_calls.c
-        group = sa.func.substr(sa.cast(calls.at, sa.String), 1, 10) if by == "day" else calls[by]
+        group = self._day() if by == "day" else calls[by]
         query = (
             sa.select(
                 group.label(by),
@@ -95,6 +95,13 @@ class Ledger:
             for pause in told:
                 values = {f"{channel}_sent_at": self._clock()}
                 connection.execute(sa.update(pauses).where(pauses.c.seq == pause.seq).values(values))
+
+    def _day(self) -> sa.ColumnElement[str]:
+        """The day of a call in UTC, whatever time zone a Postgres session has."""
+        at = provider_calls.c.at
+        if self._database.engine.dialect.name == "postgresql":
+            return sa.func.to_char(sa.func.timezone("UTC", at), "YYYY-MM-DD")
+        return sa.func.substr(sa.cast(at, sa.String), 1, 10)
 
     def _find_pauses(self, condition: sa.ColumnElement[bool]) -> list[Pause]:
         columns = [pauses.c[name] for name in ("seq", "reason", "message", "since", "until")]

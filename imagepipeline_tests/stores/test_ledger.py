@@ -62,6 +62,16 @@ def test_costs_add_up_by_model_stage_and_day(ledger, clock):
     assert ledger.sum_cost_usd(NOON + timedelta(hours=1)) == 0
 
 
+def test_days_are_those_of_utc_whatever_the_session_thinks(postgres_catalogue_url, clock):
+    catalogue = Catalogue(postgres_catalogue_url)
+    catalogue.migrate()
+    catalogue.close()
+    ledger = Ledger(postgres_catalogue_url + "&options=-c%20timezone%3DPacific/Kiritimati", clock)
+    ledger.record(call())
+    assert [row["day"] for row in ledger.summarize("day")] == ["2026-11-23"]
+    ledger.close()
+
+
 def test_a_pause_lasts_until_its_time_and_is_then_on_probation(ledger, clock):
     ledger.pause("auth", "bad key", 600)
     [pause] = ledger.list_pauses()
