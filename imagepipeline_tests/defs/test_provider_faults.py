@@ -1,6 +1,6 @@
 """Many images against a provider of which three answers in ten go wrong: all end, and the money adds up.
 
-25 images here; `PROVIDER_FAULT_IMAGES=200 pytest imagepipeline_tests/defs/test_provider_faults.py` for more.
+12 images here; `PROVIDER_FAULT_IMAGES=200 pytest imagepipeline_tests/defs/test_provider_faults.py` for more.
 """
 
 import json
@@ -19,7 +19,7 @@ from imagepipeline_tests.imaging.odd_files import encode
 from imagepipeline_tests.services.test_embedder import answer_of
 from imagepipeline_tests.services.test_vision import METADATA, completion
 
-IMAGE_COUNT = int(os.environ.get("PROVIDER_FAULT_IMAGES", "25"))
+IMAGE_COUNT = int(os.environ.get("PROVIDER_FAULT_IMAGES", "12"))
 FAULT_SHARE = 0.3
 REASONS = {"provider_unavailable", "bad_output", "refused", "provider_rejected"}
 
