@@ -91,7 +91,8 @@ class PaidCalls:
         except ImagePipelineError as error:
             outcome, usage = getattr(error, "reason", "unexpected"), getattr(error, "usage", None)
             if isinstance(error, PausedError):
-                self._ledger.pause(error.reason, str(error), error.pause_seconds)
+                # A search's or the doctor's pause is ended by any answer: neither may ever ask again.
+                self._ledger.pause(error.reason, str(error), error.pause_seconds, stage if claim else None)
             raise
         finally:
             receipt = Receipt(waited_seconds, round(time.monotonic() - started, 3), self._price(recipe.model, usage))
@@ -110,7 +111,7 @@ class PaidCalls:
                     waited_seconds=receipt.waited_seconds,
                 )
             )
-        self._ledger.resume()  # an answer is what a pause on probation waits for
+        self._ledger.end_probation(stage)
         return answer, receipt
 
     def _check(self) -> None:

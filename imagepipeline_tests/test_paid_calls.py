@@ -150,3 +150,15 @@ def test_a_call_that_must_wait_says_so(make):
     assert lines == []
     make(lambda: Answer(None), limiter=Permits(False, True), report=lines.append)
     assert lines == ["The call waits for the rate limit of paid calls (10/minute)."]
+
+
+def test_an_answer_ends_no_pause_that_lasts_and_none_of_another_stage(make, ledger, clock):
+    ledger.pause("auth", "the embedding model answered 401", 600, "embedding")
+
+    def answer_while_another_run_meets_the_budget():
+        ledger.pause("budget", "used up", 7200)
+        return Answer(None)
+
+    clock.now += timedelta(seconds=601)
+    make(answer_while_another_run_meets_the_budget)
+    assert [(pause.reason, pause.is_over) for pause in ledger.list_pauses()] == [("budget", False), ("auth", True)]

@@ -62,14 +62,19 @@ class Ledger:
         with self._database.transaction() as connection:
             return [{**row} for row in connection.execute(query).mappings()]
 
-    def pause(self, reason: str, message: str, wait_seconds: float | None) -> None:
-        """Stops all new work until then, or for None until a person resumes it; a pause of that reason is prolonged."""
+    def pause(self, reason: str, message: str, wait_seconds: float | None, stage: str | None = None) -> None:
+        """Stops all new work until then, or for None until a person resumes it.
+
+        `stage` is whose calls brought it about; a pause of that reason and stage is prolonged.
+        """
         now = self._clock()
         until = None if wait_seconds is None else now + timedelta(seconds=wait_seconds)
-        open_ones = sa.and_(pauses.c.reason == reason, pauses.c.ended_at.is_(None))
+        open_ones = sa.and_(
+            pauses.c.reason == reason, pauses.c.stage.is_not_distinct_from(stage), pauses.c.ended_at.is_(None)
+        )
         with self._database.transaction() as connection:
             if connection.execute(sa.update(pauses).where(open_ones).values(until=until)).rowcount == 0:
-                values = {"reason": reason, "message": message[:300], "since": now, "until": until}
+                values = {"reason": reason, "stage": stage, "message": message[:300], "since": now, "until": until}
                 connection.execute(sa.insert(pauses).values(values))
 
     def resume(self, *reasons: str) -> int:
@@ -79,6 +84,16 @@ class Ledger:
             query = query.where(pauses.c.reason.in_(reasons))
         with self._database.transaction() as connection:
             return int(connection.execute(query).rowcount)
+
+    def end_probation(self, stage: str) -> None:
+        """Ends the pauses that are over by the clock, of a stage or of all: one of its calls was answered."""
+        query = (
+            sa.update(pauses)
+            .where(pauses.c.ended_at.is_(None), pauses.c.until <= self._clock())
+            .where(sa.or_(pauses.c.stage.is_(None), pauses.c.stage == stage))
+        )
+        with self._database.transaction() as connection:
+            connection.execute(query.values(ended_at=self._clock()))
 
     def list_pauses(self) -> list[Pause]:
         """The pauses that have not ended; those that are over by the clock, and so on probation, last."""

@@ -145,6 +145,7 @@ pauses = sa.Table(
     schema,
     sa.Column("seq", sa.Integer, primary_key=True, autoincrement=True),
     sa.Column("reason", sa.String(32), nullable=False),
+    sa.Column("stage", sa.String(16)),  # whose calls brought it about; empty: those of all
     sa.Column("message", sa.String(300), nullable=False),
     sa.Column("since", UtcDateTime, nullable=False),
     sa.Column("until", UtcDateTime),  # empty: until a person resumes

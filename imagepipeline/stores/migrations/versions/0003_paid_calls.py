@@ -34,6 +34,7 @@ def upgrade() -> None:
         "pauses",
         sa.Column("seq", sa.Integer(), autoincrement=True, nullable=False),
         sa.Column("reason", sa.String(32), nullable=False),
+        sa.Column("stage", sa.String(16)),
         sa.Column("message", sa.String(300), nullable=False),
         sa.Column("since", sa.DateTime(timezone=True), nullable=False),
         sa.Column("until", sa.DateTime(timezone=True)),
