@@ -5,7 +5,7 @@ from typing import Any
 
 import dagster as dg
 
-from imagepipeline.defs import assets, checks, jobs, notifications, reconciler, resources, sensors
+from imagepipeline.defs import assets, jobs, notifications, reconciler, resources, sensors
 from imagepipeline.imaging.variants import build_recipe
 from imagepipeline.models import Recipe, build_variant_specs
 from imagepipeline.providers import build_vision_options
@@ -25,7 +25,6 @@ def defs() -> dg.Definitions:
             )
             for asset in (assets.metadata, assets.variants, assets.embedding)
         ],
-        asset_checks=[checks.variant_checks],
         jobs=[jobs.process_upload],
         sensors=[sensors.upload_sensor, reconciler.reconciler, notifications.notification_sensor],
         resources=build_resources(settings),
@@ -65,6 +64,7 @@ def build_resources(settings: Settings) -> dict[str, Any]:
     redis_url = dg.EnvVar("REDIS_URL") if settings.explicit_redis_url else settings.redis_url
     database_url = dg.EnvVar("DATABASE_URL") if settings.explicit_database_url else settings.database_url
     ledger = resources.LedgerResource(url=database_url)
+    resident = str(settings.resident_socket) if settings.resident_socket else None
     return {
         "queue": resources.UploadQueueResource(url=redis_url, prefix=settings.queue_prefix),
         "catalogue": resources.CatalogueResource(url=database_url),
@@ -108,7 +108,7 @@ def build_resources(settings: Settings) -> dict[str, Any]:
             is_animated=settings.animation == "keep",
             has_rights=settings.keep_copyright,
         ),
-        "index": resources.EmbeddingIndexResource(uri=settings.index_uri),
+        "index": resources.EmbeddingIndexResource(uri=settings.index_uri, resident=resident),
         "vision": (
             resources.OpenAIVisionResource(
                 api_key=dg.EnvVar("OPENAI_API_KEY") if settings.openai_api_key else NO_KEY,
@@ -118,7 +118,7 @@ def build_resources(settings: Settings) -> dict[str, Any]:
                 options=asdict(build_vision_options(settings)),
             )
             if settings.has_remote_vision
-            else resources.LocalVisionResource()
+            else resources.LocalVisionResource(resident=resident)
         ),
         "embedder": (
             resources.OpenRouterEmbedderResource(
@@ -127,6 +127,6 @@ def build_resources(settings: Settings) -> dict[str, Any]:
                 model=settings.embedding_model,
             )
             if settings.has_remote_embedder
-            else resources.LocalEmbedderResource()
+            else resources.LocalEmbedderResource(resident=resident)
         ),
     }

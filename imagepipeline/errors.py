@@ -9,6 +9,7 @@
     ├── StaleClaimError             the claim was taken over; write nothing more
     ├── PostponedError              nothing is wrong with the image; it waits, and no attempt is used
     │   ├── CatalogueDownError
+    │   ├── ResidentDownError
     │   ├── PausedError             nor will any other image be worked on
     │   └── DiskFullError
     ├── RetryableError              another attempt may succeed
@@ -76,6 +77,12 @@ class PostponedError(ImagePipelineError):
 
 class CatalogueDownError(PostponedError):
     """The database does not answer. The message leaves out the address, which may hold a password."""
+
+    wait_seconds = 5
+
+
+class ResidentDownError(PostponedError):
+    """The process that keeps the index and the offline models does not answer; it is being started again."""
 
     wait_seconds = 5
 

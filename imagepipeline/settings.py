@@ -222,6 +222,12 @@ class Settings(BaseModel):
         None, alias="IMAGEPIPELINE_CODE_SOCKET", description="the code server's socket; `up` sets it for Dagster"
     )
 
+    resident_socket: Path | None = Field(
+        None,
+        alias="IMAGEPIPELINE_RESIDENT_SOCKET",
+        description="the socket of the process that keeps index and models; the code server sets it for its runs",
+    )
+
     @classmethod
     def load(cls, environment: Mapping[str, str] = os.environ) -> Self:
         """The settings of this process; an empty variable counts as not set.
@@ -250,6 +256,10 @@ class Settings(BaseModel):
     def build_environment(self, **changes: str) -> dict[str, str]:
         """The environment of a process of this stack: ours, with the same home wherever it runs."""
         return {**os.environ, "IMAGEPIPELINE_HOME": str(self.home), **changes}
+
+    def publish_resident_socket(self) -> None:
+        """Tells this process and its children where the resident listens."""
+        os.environ["IMAGEPIPELINE_RESIDENT_SOCKET"] = self.resident_address
 
     @property
     def has_remote_vision(self) -> bool:
@@ -291,6 +301,11 @@ class Settings(BaseModel):
     def index_uri(self) -> str:
         """Where LanceDB keeps the embeddings."""
         return str(self.home / "lancedb")
+
+    @property
+    def resident_address(self) -> str:
+        """Where the code server has its resident listen."""
+        return str(self.socket_folder / "resident.sock")
 
     @property
     def socket_folder(self) -> Path:

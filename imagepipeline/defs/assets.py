@@ -7,6 +7,7 @@ from dataclasses import replace
 
 import dagster as dg
 
+from imagepipeline.defs import checks
 from imagepipeline.defs.failures import GENERATION_TAG, RETRY_POLICY, attempt
 from imagepipeline.defs.originals import Original, Originals
 from imagepipeline.defs.partitions import uploads
@@ -25,6 +26,7 @@ from imagepipeline.models import (
     VisionAnswer,
 )
 from imagepipeline.paid_calls import PaidCalls, Receipt
+from imagepipeline.resident import ResidentIndex
 from imagepipeline.services.embedder import Embedder
 from imagepipeline.services.vision import VisionModel
 from imagepipeline.stores.catalogue import Catalogue
@@ -49,6 +51,7 @@ def metadata(
     originals: dg.ResourceParam[Originals],
     vision: dg.ResourceParam[VisionModel],
     paid_calls: dg.ResourceParam[PaidCalls],
+    renderer: dg.ResourceParam[Renderer],
 ) -> Iterator[dg.MaterializeResult[None]]:
     """What the image shows: description, tags, category, dominant colours and mood, by a vision model.
 
@@ -63,6 +66,7 @@ def metadata(
         catalogue.save_original(claim, original.facts)
         answer, receipt = known_answer(context, catalogue, claim, vision.recipe, original), Receipt()
         is_reused = answer is not None
+        renderer.begin(original.session)  # the variants are made while the model is waited for
         if answer is None:
             prepared = original.prepared
             answer, receipt = paid_calls.make(
@@ -101,6 +105,7 @@ def metadata(
     owners=OWNERS,
     retry_policy=RETRY_POLICY,
     output_required=False,
+    check_specs=checks.SPECS,
 )
 def variants(
     context: dg.AssetExecutionContext,
@@ -154,6 +159,7 @@ def variants(
                 "attempt": context.retry_number + 1,
                 "dagster/uri": str(files.root / rendered[0][0]).rpartition("/")[0],
             },
+            check_results=checks.check_variants(claim.image_id, catalogue, files, originals, renderer),
         )
 
 
@@ -170,7 +176,7 @@ def embedding(
     context: dg.AssetExecutionContext,
     catalogue: dg.ResourceParam[Catalogue],
     embedder: dg.ResourceParam[Embedder],
-    index: dg.ResourceParam[EmbeddingIndex],
+    index: dg.ResourceParam[EmbeddingIndex | ResidentIndex],
     paid_calls: dg.ResourceParam[PaidCalls],
 ) -> Iterator[dg.MaterializeResult[None]]:
     """The vector by which the image is found: of its description, tags, category and mood, kept in LanceDB.
@@ -185,7 +191,7 @@ def embedding(
         if row is None or row["metadata"] is None:
             raise MissingMetadataError(f"{claim.image_id} has no metadata yet: materialize `metadata` first")
         text, version = ImageMetadata.model_validate(row["metadata"]).embedding_text, embedder.recipe.version
-        known = index.get(claim.image_id, version)
+        known = index.get(claim.image_id, version) if "embedding" in row["made_by"] else None
         if known and known["text"] == text:  # the same text and model give the same vector
             result, receipt = Embedding(text, tuple(known["vector"]), version), Receipt()
         else:

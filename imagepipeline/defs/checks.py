@@ -1,4 +1,4 @@
-"""Asset checks: are an image's variants what they should be? Run after them, and by hand for any partition."""
+"""Asset checks: are an image's variants what they should be? Made by the `variants` asset once they are stored."""
 
 import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -6,7 +6,6 @@ from typing import Any
 
 import dagster as dg
 
-from imagepipeline.defs.assets import variants
 from imagepipeline.defs.originals import Original, Originals
 from imagepipeline.defs.partitions import uploads
 from imagepipeline.errors import ImagePipelineError, PermanentError
@@ -31,30 +30,26 @@ SEVERITIES = {"complete": ERROR, "clean": ERROR, "small": WARN, "similar": WARN}
 with warnings.catch_warnings():
     warnings.simplefilter("ignore", dg.PreviewWarning)  # partitioned checks; Dagster's version is pinned
     SPECS = [
-        dg.AssetCheckSpec(name, asset=variants, description=description, partitions_def=uploads)
+        dg.AssetCheckSpec(name, asset="variants", description=description, partitions_def=uploads)
         for name, description in CHECKS.items()
     ]
 
 
-@dg.multi_asset_check(specs=SPECS)
-def variant_checks(
-    context: dg.AssetCheckExecutionContext,
-    catalogue: dg.ResourceParam[Catalogue],
-    files: dg.ResourceParam[FileStore],
-    originals: dg.ResourceParam[Originals],
-    renderer: dg.ResourceParam[Renderer],
-) -> Iterator[dg.AssetCheckResult]:
-    """Reads the stored variants back and compares them with their rows and their original."""
-    problems, facts = find_problems(context.partition_key, catalogue, files, originals, renderer)
-    for name in CHECKS:
-        yield dg.AssetCheckResult(
+def check_variants(
+    image_id: str, catalogue: Catalogue, files: FileStore, originals: Originals, renderer: Renderer
+) -> list[dg.AssetCheckResult]:
+    """Reads an image's stored variants back and compares them with their rows and their original."""
+    problems, facts = find_problems(image_id, catalogue, files, originals, renderer)
+    return [
+        dg.AssetCheckResult(
             check_name=name,
-            asset_key=variants.key,
             passed=not problems[name],
             severity=SEVERITIES[name],
             description="; ".join(problems[name])[:1000] or None,
             metadata=facts,
         )
+        for name in CHECKS
+    ]
 
 
 def find_problems(

@@ -16,6 +16,7 @@ from imagepipeline.imaging.sandbox import Sandbox
 from imagepipeline.imaging.variants import Renderer
 from imagepipeline.models import build_variant_specs
 from imagepipeline.paid_calls import PaidCalls
+from imagepipeline.resident import ResidentEmbedder, ResidentIndex, ResidentVision
 from imagepipeline.services.embedder import LocalEmbedder, OpenRouterEmbedder
 from imagepipeline.services.notifier import MailNotifier, Notifier, WebhookNotifier
 from imagepipeline.services.vision import LocalVision, OpenAIVision, VisionOptions
@@ -133,14 +134,15 @@ class RendererResource(dg.ConfigurableResource[Renderer]):
         return Renderer(specs, self.is_animated, self.has_rights)
 
 
-class EmbeddingIndexResource(dg.ConfigurableResource[EmbeddingIndex]):
-    """The embeddings, in LanceDB."""
+class EmbeddingIndexResource(dg.ConfigurableResource[EmbeddingIndex | ResidentIndex]):
+    """The embeddings, in LanceDB; through the resident if there is one."""
 
     uri: str
+    resident: str | None = None
 
-    def create_resource(self, context: dg.InitResourceContext) -> EmbeddingIndex:
+    def create_resource(self, context: dg.InitResourceContext) -> EmbeddingIndex | ResidentIndex:
         """The index; it connects when first used."""
-        return EmbeddingIndex(self.uri)
+        return ResidentIndex(self.resident) if self.resident else EmbeddingIndex(self.uri)
 
 
 class OpenAIVisionResource(dg.ConfigurableResource[OpenAIVision]):
@@ -157,12 +159,14 @@ class OpenAIVisionResource(dg.ConfigurableResource[OpenAIVision]):
         return OpenAIVision(self.api_key, self.base_url, self.model, self.prompt, VisionOptions(**self.options))
 
 
-class LocalVisionResource(dg.ConfigurableResource[LocalVision]):
-    """The vision model that needs no key and no network."""
+class LocalVisionResource(dg.ConfigurableResource[LocalVision | ResidentVision]):
+    """The vision model that needs no key and no network; in the resident if there is one."""
 
-    def create_resource(self, context: dg.InitResourceContext) -> LocalVision:
+    resident: str | None = None
+
+    def create_resource(self, context: dg.InitResourceContext) -> LocalVision | ResidentVision:
         """The model; its weights are read when first asked."""
-        return LocalVision()
+        return ResidentVision(self.resident) if self.resident else LocalVision()
 
 
 class OpenRouterEmbedderResource(dg.ConfigurableResource[OpenRouterEmbedder]):
@@ -177,12 +181,14 @@ class OpenRouterEmbedderResource(dg.ConfigurableResource[OpenRouterEmbedder]):
         return OpenRouterEmbedder(self.api_key, self.base_url, self.model)
 
 
-class LocalEmbedderResource(dg.ConfigurableResource[LocalEmbedder]):
-    """The embedding model that needs no key and no network."""
+class LocalEmbedderResource(dg.ConfigurableResource[LocalEmbedder | ResidentEmbedder]):
+    """The embedding model that needs no key and no network; in the resident if there is one."""
 
-    def create_resource(self, context: dg.InitResourceContext) -> LocalEmbedder:
+    resident: str | None = None
+
+    def create_resource(self, context: dg.InitResourceContext) -> LocalEmbedder | ResidentEmbedder:
         """The embedder; its weights are read when first asked."""
-        return LocalEmbedder()
+        return ResidentEmbedder(self.resident) if self.resident else LocalEmbedder()
 
 
 class NotifiersResource(dg.ConfigurableResource[list[Notifier]]):

@@ -16,6 +16,7 @@ from imagepipeline.stores.uploads import UploadQueue
 ENTRIES_PER_TICK = 500  # about half a second; a tick may take 60 s
 # The backlog waits in the catalogue, where it can be re-ordered; Dagster's queue holds enough to keep five busy.
 MAX_UNFINISHED_RUNS = 15
+MAX_WAIT_SECONDS = 4  # for an entry: under the 5 s after which a silent Redis counts as gone
 UNFINISHED = [
     dg.DagsterRunStatus.NOT_STARTED,
     dg.DagsterRunStatus.QUEUED,
@@ -27,7 +28,7 @@ UNFINISHED = [
 
 @dg.sensor(
     job=process_upload,
-    minimum_interval_seconds=1,  # 0 would silently mean 30; the daemon looks every 5 s at best
+    minimum_interval_seconds=1,  # 0 would silently mean 30
     default_status=dg.DefaultSensorStatus.RUNNING,
 )
 def upload_sensor(
@@ -44,6 +45,9 @@ def upload_sensor(
     """
     problem = None
     try:
+        # Where nothing is left to do, a tick lasts until there is: the daemon would come back too late.
+        if not catalogue.list_pending(1):
+            queue.wait(MAX_WAIT_SECONDS)
         for line in take_in(queue, catalogue):
             context.log.info(line)
     except StackError as error:

@@ -12,6 +12,7 @@ from imagepipeline.imaging.decoding import Decoded
 from imagepipeline.imaging.formats import identify
 
 BLOCK_PX = 8
+COMPARED_PX = 640  # width at which larger variants are compared: what an encoder spoils shows in the small one
 ALLOWED_TAGS = {ExifTags.Base.Artist, ExifTags.Base.Copyright}
 
 
@@ -32,8 +33,9 @@ class Inspection:
 
 def inspect(original: Decoded, contents: Sequence[bytes]) -> list[Inspection]:
     """Decodes stored variants and compares each with its original."""
+    luma = _to_luma(original.image)
     references: dict[tuple[int, int], Image.Image] = {}
-    return [_inspect(content, original.image, references) for content in contents]
+    return [_inspect(content, luma, references) for content in contents]
 
 
 def _inspect(content: bytes, original: Image.Image, references: dict[tuple[int, int], Image.Image]) -> Inspection:
@@ -43,10 +45,13 @@ def _inspect(content: bytes, original: Image.Image, references: dict[tuple[int, 
         image.load()
     except Exception as error:  # whatever a decoder stumbles over
         return Inspection(fault=" ".join(str(error).split())[:200] or type(error).__name__)
-    if image.size not in references:
-        references[image.size] = original.resize(image.size, Image.Resampling.LANCZOS, reducing_gap=3.0)
-    similarity = compare(references[image.size], image)
-    return Inspection(None, format_.lower(), *image.size, _list_attachments(image), similarity)
+    size = image.size
+    if image.width > COMPARED_PX:
+        size = COMPARED_PX, max(1, round(image.height * COMPARED_PX / image.width))
+    if size not in references:
+        references[size] = original.resize(size, Image.Resampling.LANCZOS, reducing_gap=1.0)
+    luma = _to_luma(image).resize(size, Image.Resampling.LANCZOS, reducing_gap=1.0)
+    return Inspection(None, format_.lower(), *image.size, _list_attachments(image), compare(references[size], luma))
 
 
 def _list_attachments(image: Image.Image) -> tuple[str, ...]:
@@ -57,7 +62,7 @@ def _list_attachments(image: Image.Image) -> tuple[str, ...]:
 
 
 def compare(reference: Image.Image, image: Image.Image) -> float:
-    """The mean structural similarity of two images of one size, by their luma over white (-1..1).
+    """The mean structural similarity of two lumas of one size (-1..1).
 
     Wang et al., "Image quality assessment: from error visibility to structural similarity" (2004), equation 13,
     over blocks of 8 x 8 px side by side instead of a sliding window.
@@ -71,12 +76,17 @@ def compare(reference: Image.Image, image: Image.Image) -> float:
     return float((luminance * structure).mean())
 
 
-def _blocks(image: Image.Image) -> NDArray[np.float32]:
-    """The luma as [blocks, 64], the picture continued by its last row and column to whole blocks."""
+def _to_luma(image: Image.Image) -> Image.Image:
+    """The luma, over white where the image is transparent."""
     image = image.convert("RGBA") if image.has_transparency_data else image
     if image.mode == "RGBA":
         image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
-    luma = np.asarray(image.convert("L"), dtype=np.float32)
+    return image.convert("L")
+
+
+def _blocks(image: Image.Image) -> NDArray[np.float32]:
+    """A luma as [blocks, 64], the picture continued by its last row and column to whole blocks."""
+    luma = np.asarray(image, dtype=np.float32)
     luma = np.pad(luma, [(0, -length % BLOCK_PX) for length in luma.shape], mode="edge")
     rows, columns = (length // BLOCK_PX for length in luma.shape)
     return luma.reshape(rows, BLOCK_PX, columns, BLOCK_PX).swapaxes(1, 2).reshape(rows * columns, BLOCK_PX**2)

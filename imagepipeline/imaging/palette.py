@@ -48,9 +48,9 @@ COLOR_NAMES = {
 }
 
 
-def measure(decoded: Decoded) -> PixelFacts:
-    """The facts of a decoded image, from a copy of at most 128 px; alpha counts as white."""
-    sample = decoded.image.copy()
+def measure(decoded: Decoded, image: Image.Image) -> PixelFacts:
+    """The facts of a decoded image, whose colours are read off `image`, a copy of any size; alpha counts as white."""
+    sample = image.copy()
     sample.thumbnail((SAMPLE_PX, SAMPLE_PX), Image.Resampling.BOX)
     if sample.mode == "RGBA":
         sample = Image.alpha_composite(Image.new("RGBA", sample.size, "white"), sample).convert("RGB")

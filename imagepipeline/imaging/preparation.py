@@ -4,9 +4,10 @@ from dataclasses import dataclass
 
 from imagepipeline.imaging.decoding import Decoded
 from imagepipeline.imaging.palette import measure
-from imagepipeline.imaging.variants import render_placeholder, render_preview
+from imagepipeline.imaging.variants import render_placeholder, render_preview, shrink
 from imagepipeline.models import PixelFacts
 
+SMALL_PX = 1024  # long side of the copy that all smaller ones are made of
 THUMBNAIL_PX = 160
 
 
@@ -28,12 +29,12 @@ class Prepared:
 
 def prepare(decoded: Decoded, preview_px: int = 1024) -> Prepared:
     """Reads off an image what the assets need; `preview_px` is the long side of the preview."""
-    image = decoded.image
+    small = shrink(decoded.image, SMALL_PX)
     return Prepared(
         decoded.format,
         decoded.flaw,
-        measure(decoded),
-        render_preview(image, preview_px),
-        render_preview(image, THUMBNAIL_PX),
-        render_placeholder(image),
+        measure(decoded, small),
+        render_preview(small if preview_px <= SMALL_PX else decoded.image, preview_px),
+        render_preview(small, THUMBNAIL_PX),
+        render_placeholder(small),
     )

@@ -12,10 +12,9 @@ from imagepipeline.imaging.inspection import Inspection, inspect
 from imagepipeline.imaging.sandbox import Session, Usage
 from imagepipeline.models import Recipe, Variant, VariantSpec
 
-# Speed 9 with 4:4:4 instead of Pillow's default (6, 4:2:0): a sixth to a tenth of the CPU time at equal or
-# better SSIMULACRA2 and about 5 % more bytes (docs/decisions/0003-encoder-settings.md).
+# The measured frontier of quality, bytes and CPU time: docs/decisions/0003-encoder-settings.md.
 ENCODER_OPTIONS: dict[str, dict[str, object]] = {
-    "webp": {"method": 4},
+    "webp": {"method": 2},
     "avif": {"speed": 9, "subsampling": "4:4:4", "max_threads": 1},
 }
 PLACEHOLDER_PX = 16
@@ -34,6 +33,10 @@ class Renderer:
         self.specs = specs
         self.recipe = build_recipe(specs, is_animated, has_rights)
         self._has_rights = has_rights
+
+    def begin(self, session: Session[Decoded]) -> None:
+        """Has the sandbox render what `render` will be asked for, while the run does something else."""
+        session.begin(render, self.specs, self._has_rights)
 
     def render(self, session: Session[Decoded]) -> tuple[list[Variant], Usage]:
         """The variants, and what they took; raises what `Session.call` and `render` raise."""
@@ -80,13 +83,19 @@ def render(decoded: Decoded, specs: Iterable[VariantSpec], has_rights: bool = Fa
 
 def render_preview(image: Image.Image, long_side_px: int = 1024) -> bytes:
     """A JPEG of at most `long_side_px` for the vision model: fewer tokens, no metadata, alpha over white."""
-    preview = image.copy()
-    preview.thumbnail((long_side_px, long_side_px), Image.Resampling.LANCZOS, reducing_gap=2.0)
+    preview = shrink(image, long_side_px)
     if preview.mode == "RGBA":
         preview = Image.alpha_composite(Image.new("RGBA", preview.size, "white"), preview)
     buffer = io.BytesIO()
     preview.convert("RGB").save(buffer, "JPEG", quality=85)
     return buffer.getvalue()
+
+
+def shrink(image: Image.Image, long_side_px: int) -> Image.Image:
+    """The image at that size, if it is not smaller; good enough for a model, a third of the best filter's time."""
+    scale = min(1, long_side_px / max(image.size))
+    size = max(1, round(image.width * scale)), max(1, round(image.height * scale))
+    return image.resize(size, Image.Resampling.BILINEAR, reducing_gap=2.0)
 
 
 def render_placeholder(image: Image.Image) -> str:

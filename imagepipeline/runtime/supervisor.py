@@ -29,6 +29,10 @@ STOP_SECONDS = 15
 DRAIN_SECONDS = 180  # for the runs that are under way; the longest takes three provider calls with their waits
 RESTARTS_PER_MINUTE = 5
 DEFAULT_WEBSERVER_PORT = 3000
+# Not in the shipped file, because only here it is known which folder it is.
+STORAGE = """storage:
+  custom: {{module: imagepipeline.runtime.sqlite_storage, class: PooledSqliteStorage, config: {{base_dir: {folder}}}}}
+"""
 
 
 class Stack:
@@ -97,7 +101,8 @@ class Stack:
         settings.storage_folder.mkdir(parents=True, exist_ok=True)
         dagster_home = settings.home / "dagster"
         dagster_home.mkdir(exist_ok=True)
-        (dagster_home / "dagster.yaml").write_text(_read_shipped("dagster.yaml"))
+        storage = STORAGE.format(folder=json.dumps(str(dagster_home / "storage")))
+        (dagster_home / "dagster.yaml").write_text(_read_shipped("dagster.yaml") + storage)
         (dagster_home / "workspace.yaml").write_text(_read_shipped("workspace.yaml"))
         code_socket = settings.socket_folder / "code.sock"
         environment = settings.build_environment(
@@ -120,13 +125,13 @@ class Stack:
         workspace = ("-w", str(dagster_home / "workspace.yaml"))
         code_server = dagster(
             "code-server",
-            *("dagster", "api", "grpc", "--socket", str(code_socket), "-m", "imagepipeline.definitions"),
+            *("imagepipeline.runtime.code_server", "--socket", str(code_socket), "-m", "imagepipeline.definitions"),
         )
         self._start("code-server", code_server)
         self._until(lambda: _answers_socket(code_socket), "code-server")
         port = settings.webserver_port or _choose_port()
         self.webserver_url = f"http://127.0.0.1:{port}"
-        self._start("daemon", dagster("daemon", "dagster._daemon", "run", *workspace))
+        self._start("daemon", dagster("daemon", "imagepipeline.runtime.daemon", "run", *workspace))
         webserver = dagster("webserver", "dagster_webserver", "-h", "127.0.0.1", "-p", str(port), *workspace)
         self._start("webserver", webserver)
         self._until(lambda: _answers_http(self.webserver_url + "/server_info"), "webserver")

@@ -42,12 +42,18 @@ class OpenRouterEmbedder:
 
     def embed(self, text: str) -> Embedding:
         """One call; the vector is scaled to unit length."""
+        from openai.types import CreateEmbeddingResponse
+
         from imagepipeline.services.openai_client import read_usage
 
         usage = None
         with self._provider.call() as client:
-            answer = client.embeddings.create(model=self.recipe.model, input=text, encoding_format="float")
-            numbers = [float(number) for number in answer.data[0].embedding]
+            # Raw, because the client would look at the type of each of some thousand numbers.
+            raw = client.embeddings.with_raw_response.create(
+                model=self.recipe.model, input=text, encoding_format="float"
+            )
+            answer = CreateEmbeddingResponse.model_validate_json(raw.content)
+            numbers = answer.data[0].embedding
             length = math.sqrt(sum(number * number for number in numbers))
             if not length or not math.isfinite(length):
                 raise BadAnswerError("the embedding model sent a vector without a direction")

@@ -68,6 +68,11 @@ class UploadQueue:
                 moved = pipe.execute()
         return Counter([*entries, *(entry for entry in moved if entry is not None)])
 
+    def wait(self, seconds: float) -> None:
+        """Returns when there is an entry, which it moves to `active`, or after that time; it must be under 5 s."""
+        with _translated_errors():
+            self.redis.blmove(self.wait_key, self.active_key, seconds, "RIGHT", "LEFT")
+
     def acknowledge(self, entry: bytes, copies: int) -> None:
         """Forgets claimed copies of an entry: call it after the catalogue has committed."""
         with _translated_errors():

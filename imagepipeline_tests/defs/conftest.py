@@ -7,7 +7,6 @@ import dagster as dg
 import pytest
 
 from imagepipeline.defs.assets import embedding, metadata, variants
-from imagepipeline.defs.checks import variant_checks
 from imagepipeline.defs.failures import GENERATION_TAG
 from imagepipeline.defs.jobs import process_upload
 from imagepipeline.defs.originals import Originals
@@ -56,7 +55,7 @@ def run(instance, catalogue, files, index, paid_calls):
     def run(image_id, generation=None, assets=ASSETS, **resources):
         instance.add_dynamic_partitions("uploads", [image_id])
         return dg.materialize(
-            [*ASSETS, variant_checks],
+            ASSETS,
             selection=dg.AssetSelection.assets(*assets),
             partition_key=image_id,
             instance=instance,

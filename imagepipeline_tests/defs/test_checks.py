@@ -1,11 +1,10 @@
-"""The asset checks of an image's variants, run with it and alone."""
+"""The asset checks of an image's variants."""
 
 from contextlib import closing
 
 import pytest
 from PIL import Image
 
-from imagepipeline.definitions import defs
 from imagepipeline.defs.checks import CHECKS, find_problems
 from imagepipeline.defs.originals import Originals
 from imagepipeline.imaging.decoding import Rules
@@ -34,10 +33,6 @@ def test_checks_are_recorded_for_the_partition_in_the_run_that_makes_the_variant
         assert evaluation.partition == cat
         assert evaluation.passed, evaluation.description
         assert evaluation.metadata["variant_count"].value == 6
-
-
-def test_the_upload_job_makes_the_checks():
-    assert "variant_checks" in {node.name for node in defs().resolve_job_def("process_upload").nodes}
 
 
 def test_a_missing_and_a_damaged_variant_are_named(run, cat, check, files):

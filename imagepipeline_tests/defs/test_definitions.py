@@ -27,7 +27,6 @@ def test_nothing_in_defs_is_left_out():
     }
     repository = defs().get_repository_def()
     listed = {key.to_user_string() for key in repository.assets_defs_by_key} | {s.name for s in repository.sensor_defs}
-    listed |= {checks.node_def.name for checks in repository.asset_checks_defs_by_key.values()}
     assert set(written.values()) == listed
     assert repository.has_job("process_upload")
 

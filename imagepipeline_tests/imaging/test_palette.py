@@ -9,7 +9,7 @@ from imagepipeline.imaging.palette import measure, to_lab
 
 
 def facts_of(image):
-    return measure(Decoded((image,), "PNG", *image.size))
+    return measure(Decoded((image,), "PNG", *image.size), image)
 
 
 # CIE Lab (D65) of the sRGB corners, as published by Lindbloom.

@@ -284,7 +284,7 @@ def test_the_prompt_is_part_of_the_recipe():
 
 def describe(photo):
     decoded = decode((PHOTOS / photo).read_bytes())
-    return LocalVision().describe(render_preview(decoded.image), measure(decoded)).metadata
+    return LocalVision().describe(render_preview(decoded.image), measure(decoded, decoded.image)).metadata
 
 
 @pytest.mark.parametrize(

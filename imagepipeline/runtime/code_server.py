@@ -1,0 +1,105 @@
+"""The warm code server: Dagster's own, with runs forked from a process that has imported everything already.
+
+    python -m imagepipeline.runtime.code_server --socket PATH -m imagepipeline.definitions
+
+Takes the arguments of `dagster api grpc`. Dagster starts each run in a new Python, which costs two CPU-seconds of
+imports; here it costs a fork (docs/decisions/0008-warm-processes.md). Where the version of Dagster is not the one
+this was checked with, or the preload is not fit to be forked, it says so and starts runs as Dagster does.
+"""
+
+import multiprocessing
+import sys
+import threading
+import time
+from importlib.metadata import version
+from multiprocessing import forkserver
+from multiprocessing.context import BaseContext
+from typing import Any, NoReturn
+
+from imagepipeline.resident import serve
+from imagepipeline.settings import Settings
+
+CHECKED_DAGSTER = "1.13.27"
+RESTART_SECONDS = 0.5
+
+
+def main() -> None:
+    """Serves until it is stopped."""
+    settings = Settings.load()
+    settings.publish_resident_socket()
+    threading.Thread(target=keep_resident, args=(settings,), daemon=True).start()
+    try:
+        fork_runs_from(prepare_context())
+    except WarmStartError as error:
+        print(f"Runs start cold, 2 CPU-seconds each: {error}", file=sys.stderr, flush=True)
+    from dagster._cli import main as run_dagster
+
+    sys.argv = ["dagster", "api", "grpc", *sys.argv[1:]]
+    run_dagster()  # type: ignore[no-untyped-call]
+
+
+class WarmStartError(Exception):
+    """Runs cannot be forked here; the message says why."""
+
+
+def keep_resident(settings: Settings) -> NoReturn:
+    """Starts the resident, and starts it again whenever it dies."""
+    context = multiprocessing.get_context("spawn")  # LanceDB's threads do not survive a fork
+    while True:
+        resident = context.Process(target=serve, args=(settings.resident_address, settings.index_uri), daemon=True)
+        resident.start()
+        resident.join()
+        print(f"The resident ended with code {resident.exitcode} and is started again.", file=sys.stderr, flush=True)
+        time.sleep(RESTART_SECONDS)
+
+
+def prepare_context() -> BaseContext:
+    """A context whose processes are forked from one that has imported what `runtime.preload` imports.
+
+    Raises:
+        WarmStartError: this is not Linux, or that process would hand threads or open files to its children.
+    """
+    if sys.platform != "linux":
+        raise WarmStartError(f"forking from a prepared process was checked on Linux only, this is {sys.platform}")
+    if version("dagster") != CHECKED_DAGSTER:
+        raise WarmStartError(f"checked with dagster {CHECKED_DAGSTER}, this is {version('dagster')}")
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["imagepipeline.runtime.preload"])
+    forkserver.ensure_running()  # now, so that the first upload does not pay for it
+    # Python swallows what goes wrong in the preload, so a child is asked.
+    probe = context.Process(target=_check_preload)
+    probe.start()
+    probe.join()
+    if probe.exitcode != 0:
+        raise WarmStartError("the preload failed, or left a thread or an open file; see the lines above")
+    return context
+
+
+def fork_runs_from(context: BaseContext) -> None:
+    """Makes Dagster's server start its runs in this context instead of one that spawns a new Python.
+
+    Raises:
+        WarmStartError: Dagster's server is not built as it was.
+    """
+    from dagster._grpc import server
+
+    original = server.DagsterApiServer.__init__
+
+    def init(self: Any, *args: Any, **kwargs: Any) -> None:
+        original(self, *args, **kwargs)
+        if not hasattr(self, "_mp_ctx"):
+            print("Runs start cold: DagsterApiServer has no _mp_ctx any more.", file=sys.stderr, flush=True)
+        self._mp_ctx = context
+
+    type.__setattr__(server.DagsterApiServer, "__init__", init)
+
+
+def _check_preload() -> None:
+    """In a child: everything was imported before the fork, and nothing came along."""
+    from imagepipeline.runtime import preload
+
+    sys.exit(preload.explain_unfitness())
+
+
+if __name__ == "__main__":
+    main()

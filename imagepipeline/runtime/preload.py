@@ -1,0 +1,67 @@
+"""What every run needs, imported and built once by the process that runs are forked from.
+
+Children get a copy of all there is, so there must be no thread, connection, model or open file here. pyarrow,
+LanceDB and onnxruntime start threads when they are imported, and are left to `imagepipeline.resident`.
+"""
+
+import gc
+import importlib
+import os
+from pathlib import Path
+
+import imagepipeline.definitions
+from imagepipeline.services import openai_client
+
+# What a run imports late; a test compares it with a run.
+MODULES = (
+    "dagster._core.definitions.external_asset",
+    "dagster._core.definitions.repository_definition.repository_data_builder",
+    "dagster._core.execution.api",
+    "dagster._core.execution.plan.active",
+    "dagster._core.executor.in_process",
+    "dagster._core.instance.factory",
+    "dagster._core.run_coordinator",
+    "dagster._core.secrets.env_file",
+    "dagster._core.storage.noop_compute_log_manager",
+    "dagster._core.storage.root",
+    "dagster._core.system_config.composite_descent",
+    "dagster._core.utility_ops",
+    "dagster._core.workspace.autodiscovery",
+    "dagster._grpc.impl",
+    "dagster._utils.test.definitions",
+    "dagster_postgres",
+    "encodings.idna",
+    "httpcore2",
+    "imagepipeline.runtime.sqlite_storage",
+    "multiprocessing.popen_forkserver",
+    "multiprocessing.queues",
+    "numpy",
+    "openai.resources.chat.chat",
+    "openai.resources.embeddings",
+    "psycopg2",
+    "sqlalchemy.dialects.sqlite",
+    "upath.implementations.local",
+)
+
+for module in MODULES:
+    importlib.import_module(module)
+# Runs look the definitions up in their module, and find them made.
+made = imagepipeline.definitions.defs()
+made.get_repository_def().load_all_definitions()
+vars(imagepipeline.definitions)["defs"] = made
+openai_client.load_certificates()
+
+PRELOADED_BY = os.getpid()
+THREADS = len(list(Path("/proc/self/task").iterdir()))
+gc.collect()
+gc.freeze()  # a collection in a child would touch, and so copy, all of it
+gc.set_threshold(50_000)  # a run ends after seconds: what it leaves in cycles is small
+
+
+def explain_unfitness() -> str | None:
+    """Called in a child: why runs cannot be forked from here, or None if they can."""
+    if os.getpid() == PRELOADED_BY:
+        return "the preload was not imported before the fork"
+    if THREADS > 1:
+        return f"the preload left {THREADS - 1} threads behind"
+    return None
