@@ -7,6 +7,7 @@ imports; here it costs a fork (docs/decisions/0008-warm-processes.md). Where the
 this was checked with, or the preload is not fit to be forked, it says so and starts runs as Dagster does.
 """
 
+import importlib
 import multiprocessing
 import sys
 import threading
@@ -20,6 +21,7 @@ from imagepipeline.resident import serve
 from imagepipeline.settings import Settings
 
 CHECKED_DAGSTER = "1.13.27"
+PRELOAD = "imagepipeline.runtime.preload"
 RESTART_SECONDS = 0.5
 
 
@@ -64,10 +66,10 @@ def prepare_context() -> BaseContext:
     if version("dagster") != CHECKED_DAGSTER:
         raise WarmStartError(f"checked with dagster {CHECKED_DAGSTER}, this is {version('dagster')}")
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["imagepipeline.runtime.preload"])
+    context.set_forkserver_preload([PRELOAD])
     forkserver.ensure_running()  # now, so that the first upload does not pay for it
     # Python swallows what goes wrong in the preload, so a child is asked.
-    probe = context.Process(target=_check_preload)
+    probe = context.Process(target=_check_preload, args=(PRELOAD,))
     probe.start()
     probe.join()
     if probe.exitcode != 0:
@@ -94,11 +96,9 @@ def fork_runs_from(context: BaseContext) -> None:
     type.__setattr__(server.DagsterApiServer, "__init__", init)
 
 
-def _check_preload() -> None:
+def _check_preload(name: str) -> None:
     """In a child: everything was imported before the fork, and nothing came along."""
-    from imagepipeline.runtime import preload
-
-    sys.exit(preload.explain_unfitness())
+    sys.exit(importlib.import_module(name).explain_unfitness())
 
 
 if __name__ == "__main__":

@@ -1,0 +1,3 @@
+"""A preload that cannot be imported."""
+
+raise ImportError("no such thing")

@@ -1,0 +1,138 @@
+"""The resident does for a run what the run would do itself, and says so when it cannot."""
+
+import multiprocessing
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import pytest
+
+from imagepipeline.errors import ResidentDownError, StaleClaimError
+from imagepipeline.models import Claim, Embedding
+from imagepipeline.resident import ResidentEmbedder, ResidentIndex, serve
+from imagepipeline.services.embedder import LocalEmbedder
+from imagepipeline.stores.vectors import BatchingIndex, EmbeddingIndex
+
+
+def claim(image_id, fence=1):
+    return Claim(image_id, 1, fence, None)
+
+
+def embedding(*vector, version="local:m"):
+    return Embedding("t", vector, version)
+
+
+@pytest.fixture
+def resident(tmp_path):
+    """The address of a resident whose index is below `tmp_path`/index, and its process."""
+    address = str(tmp_path / "resident.sock")
+    context = multiprocessing.get_context("spawn")
+    process = context.Process(target=serve, args=(address, str(tmp_path / "index")), daemon=True)
+    process.start()
+    while not Path(address).exists():
+        assert process.is_alive()
+        time.sleep(0.02)
+    yield address, process
+    process.kill()
+
+
+def test_what_runs_write_through_it_is_in_the_index(resident, tmp_path):
+    index = ResidentIndex(resident[0])
+    with ThreadPoolExecutor(8) as runs:
+        list(runs.map(lambda number: index.upsert(claim(f"i{number}"), embedding(1.0, float(number))), range(24)))
+    assert EmbeddingIndex(str(tmp_path / "index")).count_rows() == 24
+    assert index.get("i7", "local:m")["vector"] == [1.0, 7.0]
+
+
+def test_a_refusal_comes_back_as_it_is(resident):
+    index = ResidentIndex(resident[0])
+    index.upsert(claim("a", fence=2), embedding(1.0, 0.0))
+    with pytest.raises(StaleClaimError, match="a later embedding of a"):
+        index.upsert(claim("a", fence=1), embedding(0.0, 1.0))
+
+
+def test_its_models_say_what_ours_say(resident):
+    assert ResidentEmbedder(resident[0]).embed("a cat") == LocalEmbedder().embed("a cat")
+
+
+def test_without_it_an_image_waits_and_none_fails(resident, tmp_path):
+    with pytest.raises(ResidentDownError, match="the code server starts it again"):
+        ResidentIndex(str(tmp_path / "nobody.sock")).get("a", "local:m")
+    address, process = resident
+    stopped = ResidentIndex(address)
+    os.kill(process.pid, signal.SIGSTOP)
+    threading.Timer(0.5, process.kill).start()
+    with pytest.raises(ResidentDownError):
+        stopped.get("a", "local:m")
+
+
+def test_it_ends_with_the_process_that_started_it(tmp_path):
+    address = tmp_path / "resident.sock"
+    code = (
+        "import multiprocessing, time\n"
+        "from imagepipeline.resident import serve\n"
+        "if __name__ == '__main__':\n"
+        f"    arguments = ({str(address)!r}, {str(tmp_path / 'index')!r})\n"
+        "    multiprocessing.get_context('spawn').Process(target=serve, args=arguments).start()\n"
+        "    time.sleep(600)\n"
+    )
+    script = tmp_path / "parent.py"
+    script.write_text(code)
+    parent = subprocess.Popen([sys.executable, script])
+    while not address.exists():
+        assert parent.poll() is None
+        time.sleep(0.02)
+    parent.kill()
+    deadline = time.monotonic() + 10
+    with pytest.raises(ResidentDownError):
+        while time.monotonic() < deadline:
+            ResidentIndex(str(address)).get("a", "local:m")
+
+
+def test_upserts_that_wait_share_a_commit_and_each_learns_its_own_fate(tmp_path):
+    index = BatchingIndex(str(tmp_path))
+    index.upsert(claim("taken", fence=9), embedding(1.0, 0.0))
+    batches, may_write = [], threading.Event()
+    write = index.upsert_all
+
+    def slow_write(writes):
+        batches.append([one[0].image_id for one in writes])
+        may_write.wait()
+        return write(writes)
+
+    index.upsert_all = slow_write
+    with ThreadPoolExecutor(8) as runs:
+        first = runs.submit(index.upsert, claim("first"), embedding(1.0, 1.0))
+        while not batches:
+            time.sleep(0.01)
+        good = [runs.submit(index.upsert, claim(f"i{number}"), embedding(1.0, float(number))) for number in range(4)]
+        late = runs.submit(index.upsert, claim("taken", fence=8), embedding(1.0, 2.0))
+        twice = runs.submit(index.upsert, claim("i0", fence=2), embedding(1.0, 3.0))
+        while index._waiting.qsize() < 6:
+            time.sleep(0.01)
+        may_write.set()
+        assert [one.result() for one in (first, twice, *good[1:])] == [None] * 5
+        for stale in (late, good[0]):  # a later claim was there, or came in the same batch
+            assert isinstance(stale.exception(), StaleClaimError)
+    assert (len(batches), len(batches[1])) == (2, 6)
+    assert index.get("i0", "local:m")["fence"] == 2
+    assert index.get("taken", "local:m")["fence"] == 9
+    assert index.count_rows() == 6
+
+
+def test_a_commit_that_fails_fails_all_that_were_in_it(tmp_path):
+    index = BatchingIndex(str(tmp_path))
+
+    def fail(writes):
+        raise OSError("no room")
+
+    index.upsert_all = fail
+    with pytest.raises(OSError, match="no room"):
+        index.upsert(claim("a"), embedding(1.0))
+    del index.upsert_all
+    index.upsert(claim("a"), embedding(1.0))
