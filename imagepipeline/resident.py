@@ -33,6 +33,7 @@ def serve(address: str, index_uri: str) -> None:
         "embed": embedder.embed,
     }
     Path(address).unlink(missing_ok=True)  # of one that was killed
+    threading.Thread(target=index.count_rows, daemon=True).start()  # so that the first upload finds LanceDB imported
     with Listener(address, "AF_UNIX", BACKLOG) as listener:
         while True:
             connection = listener.accept()

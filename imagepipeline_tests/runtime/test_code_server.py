@@ -84,7 +84,8 @@ def test_threads_and_processes_share_dagsters_sqlite_without_losing_an_event(hom
         "import sys, dagster as dg\n"
         "with dg.DagsterInstance.from_config(sys.argv[1]) as instance:\n"
         "    for number in range(20):\n"
-        "        instance.report_runless_asset_event(dg.AssetMaterialization('a', partition=f'{sys.argv[2]}-{number}'))\n"
+        "        event = dg.AssetMaterialization('a', partition=f'{sys.argv[2]}-{number}')\n"
+        "        instance.report_runless_asset_event(event)\n"
     )
     folder = str(home / "dagster")
     first = subprocess.run([sys.executable, "-c", code, folder, "0"], check=False)

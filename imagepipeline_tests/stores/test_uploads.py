@@ -1,12 +1,23 @@
 """The contract with the uploader, against a real Redis-compatible server."""
 
 import json
+import threading
+import time
 
 import pytest
 
 from imagepipeline.errors import InvalidUploadError, StackError
 from imagepipeline.models import Upload
 from imagepipeline.stores.uploads import UploadQueue
+
+
+def test_waiting_ends_with_an_entry_and_loses_none(queue):
+    queue.wait(0.05)
+    threading.Timer(0.2, queue.redis.lpush, (queue.wait_key, "late")).start()
+    started = time.monotonic()
+    queue.wait(4)
+    assert time.monotonic() - started < 3
+    assert queue.claim(10) == {b"late": 1}
 
 
 def test_the_keys_are_those_of_the_contract(queue):
