@@ -97,15 +97,28 @@ def metadata(
         )
 
 
-@dg.asset(
-    partitions_def=uploads,
-    deps=[metadata],
-    group_name="images",
-    kinds={"python", "pillow"},
-    owners=OWNERS,
-    retry_policy=RETRY_POLICY,
-    output_required=False,
+@dg.multi_asset(
+    specs=[
+        dg.AssetSpec(
+            "variants",
+            deps=[metadata],
+            skippable=True,
+            description="""The image at 640, 1024 and 1920 px width, each as WebP and AVIF; never enlarged.
+
+            Upright, in sRGB, with its transparency and without EXIF, GPS or comments. Each file appears in one piece
+            below `variants/` of the storage root, and has a row in the catalogue. Needs no provider: if it fails, look
+            at the original and at the disk.
+            """,
+            group_name="images",
+            kinds={"python", "pillow"},
+            owners=OWNERS,
+            partitions_def=uploads,
+        )
+    ],
+    name="variants",
     check_specs=checks.SPECS,
+    can_subset=True,  # or a run whose image was taken over, which makes nothing, would owe the checks
+    retry_policy=RETRY_POLICY,
 )
 def variants(
     context: dg.AssetExecutionContext,
@@ -114,12 +127,7 @@ def variants(
     originals: dg.ResourceParam[Originals],
     renderer: dg.ResourceParam[Renderer],
 ) -> Iterator[dg.MaterializeResult[None]]:
-    """The image at 640, 1024 and 1920 px width, each as WebP and AVIF; never enlarged.
-
-    Upright, in sRGB, with its transparency and without EXIF, GPS or comments. Each file appears in one piece
-    below `variants/` of the storage root, and has a row in the catalogue. Needs no provider: if it fails, look
-    at the original and at the disk.
-    """
+    """The one asset with checks of its own; its description is in the spec."""
     with attempt(context, catalogue) as claim:
         if claim is None:
             return
@@ -134,6 +142,7 @@ def variants(
         sha256 = original.facts.original_sha256
         catalogue.record_result(claim, "variants", renderer.recipe, sha256)
         yield dg.MaterializeResult(
+            asset_key="variants",
             data_version=_data_version(sha256 + renderer.recipe.version),
             metadata={
                 "variant_count": len(rendered),

@@ -185,16 +185,22 @@ def test_dead_and_frozen_workers_and_a_dead_code_server_cost_time_only(tmp_path,
 
 
 def find_workers(server: int) -> list[int]:
-    """The processes of the runs a code server has started, oldest first."""
-    workers = []
+    """The processes of the runs that were forked for a code server, oldest first."""
+    forkserver = find_children(server, b"forkserver")[0]
+    return find_children(forkserver, b"forkserver")
+
+
+def find_children(parent: int, word: bytes) -> list[int]:
+    """The processes a process has started that have the word in their command line, oldest first."""
+    found = []
     for path in Path("/proc").glob("[0-9]*"):
         try:
-            is_child = int((path / "stat").read_text().rpartition(")")[2].split()[1]) == server
-            if is_child and b"spawn_main" in (path / "cmdline").read_bytes():
-                workers.append(int(path.name))
+            is_child = int((path / "stat").read_text().rpartition(")")[2].split()[1]) == parent
+            if is_child and word in (path / "cmdline").read_bytes():
+                found.append(int(path.name))
         except OSError:
             continue
-    return sorted(workers)
+    return sorted(found)
 
 
 def find_process(folder: Path, word: bytes) -> int:

@@ -1,0 +1,1 @@
+"""Measured against peers; see README.md beside this file."""

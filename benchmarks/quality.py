@@ -1,0 +1,127 @@
+"""Our encoders beside sharp's on the same pixels: SSIMULACRA2, bytes, CPU; at one number, and at matched quality.
+
+python -m benchmarks.quality PHOTOS [--count 6]; needs the packages pyvips[binary] and ssimulacra2.
+"""
+
+import argparse
+import io
+import json
+import statistics
+import subprocess
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+import pyvips
+import ssimulacra2
+from PIL import Image
+
+from benchmarks.stack import FOLDER, describe_machine
+from imagepipeline.imaging.variants import ENCODER_OPTIONS
+
+WIDTHS_PX = (640, 1024)
+QUALITIES = range(76, 88)
+SLACK = 0.3  # points of SSIMULACRA2 that count as matched
+FRONTIER = {
+    "avif": {
+        "speed 8": {"speed": 8, "subsampling": "4:4:4"},
+        "speed 9": {"speed": 9, "subsampling": "4:4:4"},
+        "speed 9, 4:2:0": {"speed": 9, "subsampling": "4:2:0"},
+        "speed 9, no trellis": {"speed": 9, "subsampling": "4:4:4", "advanced": {"disable-trellis-quant": "1"}},
+        "speed 9, even quantiser": {"speed": 9, "subsampling": "4:4:4", "advanced": {"deltaq-mode": "0"}},
+        "speed 9, tune psnr": {"speed": 9, "subsampling": "4:4:4", "advanced": {"tune": "psnr"}},
+    },
+    "webp": {f"method {method}": {"method": method} for method in (1, 2, 3, 4)},
+}
+
+
+def prepare(folder: Path, count: int, target: Path) -> list[Path]:
+    """PNGs of photos that need no turning, scaled by libvips, which is what sharp stands on."""
+    photos = [path for path in sorted(folder.glob("*.jpg")) if Image.open(path).getexif().get(274, 1) == 1]
+    made = []
+    for photo in photos[:: max(1, len(photos) // count)][:count]:
+        full = pyvips.Image.new_from_file(str(photo))
+        for width_px in WIDTHS_PX:
+            scaled = full.resize(min(1, width_px / full.width), kernel="lanczos3")
+            made.append(target / f"{photo.stem}-{width_px}.png")
+            scaled.write_to_file(str(made[-1]), compression=0, strip=True)
+    return made
+
+
+def encode_with_sharp(pngs: list[Path], effort: int) -> dict[str, dict[str, Any]]:
+    """By format: the mean score, all bytes and CPU seconds."""
+    with tempfile.TemporaryDirectory() as out:
+        command = ["node", "encode.mjs", out, str(effort), *map(str, pngs)]
+        done = subprocess.run(command, cwd=FOLDER / "peer", capture_output=True, text=True, check=True)
+        seconds = json.loads(done.stdout)
+        return {
+            name: summarize(pngs, [Path(out, f"{png.stem}.{name}").read_bytes() for png in pngs], seconds[name])
+            for name in ("avif", "webp")
+        }
+
+
+def encode_with_pillow(pngs: list[Path], name: str, quality: int, options: dict[str, Any]) -> dict[str, Any]:
+    """The mean score, all bytes and CPU seconds."""
+    contents, seconds = [], 0.0
+    for png in pngs:
+        image = Image.open(png).convert("RGB")
+        image.load()
+        buffer, started = io.BytesIO(), time.process_time()
+        image.save(buffer, name, quality=quality, **({"max_threads": 1} if name == "avif" else {}), **options)
+        seconds += time.process_time() - started
+        contents.append(buffer.getvalue())
+    return summarize(pngs, contents, seconds)
+
+
+def summarize(pngs: list[Path], contents: list[bytes], seconds: float) -> dict[str, Any]:
+    """The score is the mean SSIMULACRA2 against the PNGs."""
+    scores = []
+    with tempfile.NamedTemporaryFile(suffix=".png") as decoded:
+        for png, content in zip(pngs, contents, strict=True):
+            pyvips.Image.new_from_buffer(content, "").write_to_file(decoded.name, compression=0)
+            scores.append(ssimulacra2.compute_ssimulacra2(str(png), decoded.name))
+    return {"score": statistics.mean(scores), "bytes": sum(map(len, contents)), "cpu_seconds": seconds}
+
+
+def match(pngs: list[Path], name: str, options: dict[str, Any], score: float) -> dict[str, Any]:
+    """The smallest quality number at which the score is reached, within the slack; by bisection."""
+    low, high = QUALITIES.start, QUALITIES.stop - 1
+    while low < high:
+        middle = (low + high) // 2
+        reached = encode_with_pillow(pngs, name, middle, options)["score"] >= score - SLACK
+        low, high = (low, middle) if reached else (middle + 1, high)
+    return {"quality": low} | encode_with_pillow(pngs, name, low, options)
+
+
+def measure(folder: Path, count: int, has_frontier: bool) -> dict[str, Any]:
+    """Ours at 80 and at matched quality, as ratios to sharp at effort 0, and the frontier we chose from."""
+    result: dict[str, Any] = {"machine": describe_machine()}
+    with tempfile.TemporaryDirectory() as folder_of_pngs:
+        pngs = prepare(folder, count, Path(folder_of_pngs))
+        tuned, as_written = encode_with_sharp(pngs, 0), encode_with_sharp(pngs, 4)
+        for name in ("avif", "webp"):
+            options = {key: value for key, value in ENCODER_OPTIONS[name].items() if key != "max_threads"}
+            rows = {
+                "sharp, effort 0": tuned[name],
+                "sharp, effort 4": as_written[name],
+                "ours at 80": encode_with_pillow(pngs, name, 80, options),
+                "ours, matched": match(pngs, name, options, tuned[name]["score"]),
+            }
+            if has_frontier:
+                for label, tried in FRONTIER[name].items():
+                    rows[f"{label}, matched"] = match(pngs, name, tried, tuned[name]["score"])
+            for row in rows.values():
+                row["bytes_ratio"] = row["bytes"] / tuned[name]["bytes"]
+                row["cpu_ratio"] = row["cpu_seconds"] / tuned[name]["cpu_seconds"]
+            result[name] = rows
+    return result
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("photos", type=Path)
+    parser.add_argument("--count", type=int, default=6)
+    parser.add_argument("--frontier", action="store_true")
+    arguments = parser.parse_args()
+    print(json.dumps(measure(arguments.photos, arguments.count, arguments.frontier), indent=2))

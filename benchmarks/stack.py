@@ -1,0 +1,195 @@
+"""A stack of its own for a benchmark, with a stand-in for the providers, and what its processes use."""
+
+import json
+import os
+import platform
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+import urllib.request
+from collections.abc import Iterator, Mapping
+from contextlib import closing, contextmanager
+from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
+
+from imagepipeline.runtime import processes, valkey
+from imagepipeline.runtime.supervisor import find_running
+from imagepipeline.settings import Settings
+from imagepipeline.stores.catalogue import Catalogue
+from imagepipeline.stores.files import FileStore
+from imagepipeline.stores.uploads import UploadQueue
+
+FOLDER = Path(__file__).parent
+TICKS = os.sysconf("SC_CLK_TCK")
+COMMAND = Path(sys.executable).parent / "imagepipeline"
+
+
+@dataclass
+class Stack:
+    """A running stack: its settings, the ID of its supervisor, the UI's address."""
+
+    settings: Settings
+    pid: int
+    webserver_url: str
+
+    def push(self, photos: list[Path]) -> list[str]:
+        """Stores originals and pushes their IDs; gives the IDs."""
+        files = FileStore(self.settings.storage_folder)
+        ids = [f"{photo.stem[:40]}-{time.time_ns()}" for photo in photos]
+        for image_id, photo in zip(ids, photos, strict=True):
+            files.put_original(image_id, photo.read_bytes(), photo.suffix[1:])
+        with closing(UploadQueue(self.settings.redis_url, self.settings.queue_prefix)) as queue:
+            for image_id in ids:
+                queue.enqueue(image_id)
+        return ids
+
+    def wait(self, image_ids: list[str], seconds: float = 600) -> dict[str, float]:
+        """Waits until all have ended; gives the second, from now, at which each was seen to have.
+
+        Raises:
+            RuntimeError: an image failed, or the time was up.
+        """
+        started, ended = time.monotonic(), dict[str, float]()
+        with closing(Catalogue(self.settings.database_url)) as catalogue:
+            while len(ended) < len(image_ids):
+                if time.monotonic() - started > seconds:
+                    raise RuntimeError(f"{len(image_ids) - len(ended)} images did not end within {seconds} s")
+                states = catalogue.get_states([image_id for image_id in image_ids if image_id not in ended])
+                for image_id, (_, status) in states.items():
+                    if status == "failed":
+                        raise RuntimeError(f"{image_id} failed")
+                    if status == "completed":
+                        ended[image_id] = time.monotonic() - started
+                time.sleep(0.02 if len(image_ids) == 1 else 0.1)
+        return ended
+
+    def measure_cpu_seconds(self) -> dict[str, float]:
+        """CPU seconds so far, by process of the stack, those of ended children included."""
+        used: dict[str, float] = {}
+        for pid, fields in list_tree(self.pid).items():
+            name = name_process(pid)
+            used[name] = used.get(name, 0) + sum(int(field) for field in fields[11:15]) / TICKS
+        return used
+
+    def measure_memory_bytes(self) -> int:
+        """The memory of all its processes, shared pages counted once (the kernel's PSS)."""
+        return sum(read_pss_bytes(pid) for pid in list_tree(self.pid))
+
+
+@contextmanager
+def run_stack(environment: Mapping[str, str]) -> Iterator[Stack]:
+    """A fresh stack with no rate limit; drained and removed afterwards."""
+    home = Path(tempfile.mkdtemp(prefix="ip", dir="/tmp"))
+    changes = {"IMAGEPIPELINE_HOME": str(home), "IMAGEPIPELINE_RATE_LIMIT": "off", **environment}
+    os.environ.update(changes)
+    process = processes.start([str(COMMAND), "up"], home / "up.log", {**os.environ})
+    try:
+        settings = Settings.load()
+        while not (running := find_running(settings)) or not running["webserver_url"]:
+            if process.poll() is not None:
+                raise RuntimeError((home / "up.log").read_text())
+            time.sleep(0.2)
+        time.sleep(8)  # until the index is imported and nothing starts any more
+        yield Stack(settings, running["pid"], running["webserver_url"])
+    finally:
+        processes.stop(process, patience_seconds=60)
+        shutil.rmtree(home)
+
+
+@contextmanager
+def run_provider(chat_seconds: float, embed_seconds: float, port: int = 8098) -> Iterator[dict[str, str]]:
+    """The stand-in for the providers; gives the settings that lead to it."""
+    arguments = ["--port", port, "--chat-latency", chat_seconds, "--embed-latency", embed_seconds]
+    process = subprocess.Popen([sys.executable, FOLDER / "fake_ai.py", *map(str, arguments)], stderr=subprocess.DEVNULL)
+    url = f"http://127.0.0.1:{port}"
+    try:
+        wait_for(url + "/stats")
+        yield {"OPENAI_BASE_URL": url + "/v1", "OPENROUTER_BASE_URL": url + "/v1"}
+    finally:
+        process.kill()
+
+
+def run_peer(photos: Path, count: int, effort: int, provider_url: str, out: Path | None = None) -> dict[str, float]:
+    """One burst through the reference worker (BullMQ, sharp); gives the figures it prints."""
+    with tempfile.TemporaryDirectory() as folder:
+        binary, port = valkey.find_binary(), 6398
+        redis = subprocess.Popen([binary, "--port", str(port), "--save", ""], cwd=folder, stdout=subprocess.DEVNULL)
+        try:
+            time.sleep(1)
+            arguments = ["--photos", photos, "--n", count, "--effort", effort, "--out", out or Path(folder, "out")]
+            environment = {**os.environ, "REDIS_PORT": str(port), "AI_URL": provider_url}
+            worker = ["node", "worker.mjs", *map(str, arguments)]
+            done = subprocess.run(worker, cwd=FOLDER / "peer", env=environment, capture_output=True, text=True)
+            figures: dict[str, float] = json.loads(done.stdout.splitlines()[-1])
+            return figures
+        finally:
+            redis.kill()
+
+
+def list_tree(root: int) -> dict[int, list[str]]:
+    """The processes below one, itself included, with the fields of /proc/PID/stat after the name (proc(5))."""
+    found = {}
+    for path in Path("/proc").glob("[0-9]*"):
+        try:
+            found[int(path.name)] = (path / "stat").read_text().rpartition(")")[2].split()
+        except OSError:
+            continue
+    tree, todo = {}, [root]
+    while todo:
+        pid = todo.pop()
+        if pid in found:
+            tree[pid] = found[pid]
+            todo += [child for child, fields in found.items() if int(fields[1]) == pid]
+    return tree
+
+
+def name_process(pid: int) -> str:
+    """What a process of the stack is, by its command line."""
+    try:
+        line = Path(f"/proc/{pid}/cmdline").read_bytes().decode()
+    except OSError:
+        return "other"
+    words = {
+        "runtime.daemon": "daemon",
+        "dagster_webserver": "webserver",
+        "forkserver": "runs",
+        "spawn_main": "resident",
+        "code_server": "code server",
+        "valkey": "redis",
+    }
+    return next((name for word, name in words.items() if word in line), "other")
+
+
+def read_pss_bytes(pid: int) -> int:
+    """A process's share of memory; 0 if it is gone."""
+    try:
+        lines = Path(f"/proc/{pid}/smaps_rollup").read_text().splitlines()
+    except OSError:
+        return 0
+    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("Pss:"))
+
+
+def describe_machine() -> str:
+    """What the figures were measured on and with."""
+    packages = ", ".join(f"{name} {version(name)}" for name in ("dagster", "pillow", "pillow-avif-plugin", "lancedb"))
+    sharp = json.loads((FOLDER / "peer" / "package.json").read_text())["dependencies"]["sharp"]
+    load = os.getloadavg()[0]
+    return (
+        f"{os.cpu_count()} cores, load {load:.1f} before; Python {platform.python_version()}, {packages}, sharp {sharp}"
+    )
+
+
+def wait_for(url: str, seconds: float = 60) -> None:
+    """Returns when the address answers."""
+    deadline = time.monotonic() + seconds
+    while True:
+        try:
+            urllib.request.urlopen(url, timeout=2).close()
+            return
+        except OSError:
+            if time.monotonic() > deadline:
+                raise
+            time.sleep(0.1)

@@ -1,0 +1,98 @@
+"""A burst of photos, one run each, beside the reference worker: images a minute, first result, CPU by process.
+
+python -m benchmarks.throughput PHOTOS [--count 60] [--rounds 3] [--as-written]
+"""
+
+import argparse
+import json
+import shutil
+import statistics
+import tempfile
+from contextlib import closing
+from itertools import cycle, islice
+from pathlib import Path
+from typing import Any
+
+import sqlalchemy as sa
+
+from benchmarks.stack import Stack, describe_machine, run_peer, run_provider, run_stack
+
+CHAT_SECONDS, EMBED_SECONDS = 2.0, 0.3
+# Where our AVIF looks like sharp's at 80 and effort 0 (benchmarks/quality.py); WebP does at 80.
+MATCHED = {"IMAGEPIPELINE_AVIF_QUALITY": "83"}
+
+
+def measure_burst(stack: Stack, photos: list[Path]) -> dict[str, Any]:
+    """What one burst took; CPU seconds are per image."""
+    before = stack.measure_cpu_seconds()
+    ended = stack.wait(stack.push(photos))
+    after = stack.measure_cpu_seconds()
+    count, wall_seconds = len(photos), max(ended.values())
+    cpu = {name: (seconds - before.get(name, 0)) / count for name, seconds in after.items()}
+    codec = read_codec_seconds(stack, count)
+    return {
+        "images_per_minute": 60 * count / wall_seconds,
+        "first_seconds": min(ended.values()),
+        "cpu_seconds": sum(cpu.values()),
+        "codec_cpu_seconds": codec,
+        "other_cpu_seconds": sum(cpu.values()) - codec,
+        "cpu_seconds_by_process": {name: round(seconds, 3) for name, seconds in sorted(cpu.items())},
+    }
+
+
+def read_codec_seconds(stack: Stack, count: int) -> float:
+    """CPU seconds an image spent in the sandbox (decoding, scaling, encoding, checking), as its runs recorded them."""
+    path = stack.settings.home / "dagster" / "storage" / "event_log.db"
+    query = "SELECT event FROM event_logs WHERE dagster_event_type = 'ASSET_MATERIALIZATION' ORDER BY id DESC LIMIT ?"
+    with closing(sa.create_engine(f"sqlite:///{path}").raw_connection()) as connection:
+        rows = connection.execute(query, (3 * count,)).fetchall()
+    seconds = 0.0
+    for (event,) in rows:
+        entries = json.loads(event)["dagster_event"]["event_specific_data"]["materialization"]["metadata_entries"]
+        seconds += sum(entry["entry_data"]["value"] for entry in entries if entry["label"] == "cpu_seconds")
+    return seconds / count
+
+
+def collect(folder: Path, count: int) -> Path:
+    """A new folder with `count` photos of the given one, each as often as needed."""
+    photos = sorted(path for path in folder.iterdir() if path.suffix.lower() in (".jpg", ".jpeg"))
+    target = Path(tempfile.mkdtemp())
+    for number, photo in enumerate(islice(cycle(photos), count)):
+        shutil.copy(photo, target / f"{number:03d}-{photo.stem}.jpg")
+    return target
+
+
+def measure(folder: Path, count: int, rounds: int, has_peer_as_written: bool) -> dict[str, Any]:
+    """Rounds of peer and us by turns, on one machine; `ratio` is the median over the rounds."""
+    machine, photos = describe_machine(), collect(folder, count)
+    peer, ours, as_written = [], [], None
+    with run_provider(CHAT_SECONDS, EMBED_SECONDS) as provider:
+        for _ in range(rounds):
+            peer.append(run_peer(photos, count, 0, provider["OPENAI_BASE_URL"]))
+            with run_stack(provider | MATCHED) as stack:
+                ours.append(measure_burst(stack, sorted(photos.iterdir())))
+        if has_peer_as_written:
+            as_written = run_peer(photos, count, 4, provider["OPENAI_BASE_URL"])
+    shutil.rmtree(photos)
+    speed = statistics.median(burst["images_per_minute"] for burst in ours)
+    return {
+        "machine": machine,
+        "images": count,
+        "ours": ours,
+        "peer_tuned": peer,
+        "peer_as_written": as_written,
+        "ratio_to_tuned": statistics.median(
+            burst["images_per_minute"] / other["images_per_minute"] for burst, other in zip(ours, peer, strict=True)
+        ),
+        "ratio_to_as_written": speed / as_written["images_per_minute"] if as_written else None,
+    }
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("photos", type=Path)
+    parser.add_argument("--count", type=int, default=60)
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--as-written", action="store_true")
+    arguments = parser.parse_args()
+    print(json.dumps(measure(arguments.photos, arguments.count, arguments.rounds, arguments.as_written), indent=2))
