@@ -9,12 +9,15 @@ this was checked with, or the preload is not fit to be forked, it says so and st
 
 import importlib
 import multiprocessing
+import os
+import signal
 import sys
 import threading
 import time
 from importlib.metadata import version
 from multiprocessing import forkserver
 from multiprocessing.context import BaseContext
+from pathlib import Path
 from typing import Any, NoReturn
 
 from imagepipeline.resident import serve
@@ -23,13 +26,16 @@ from imagepipeline.settings import Settings
 CHECKED_DAGSTER = "1.13.27"
 PRELOAD = "imagepipeline.runtime.preload"
 RESTART_SECONDS = 0.5
+# A process that is stopped while it writes holds the lock of SQLite, for which all others wait 30 s before they fail.
+STOPPED_SECONDS = 15
 
 
 def main() -> None:
     """Serves until it is stopped."""
     settings = Settings.load()
     settings.publish_resident_socket()
-    threading.Thread(target=keep_resident, args=(settings,), daemon=True).start()
+    for work, arguments in ((keep_resident, (settings,)), (watch_processes, ())):
+        threading.Thread(target=work, args=arguments, daemon=True).start()
     try:
         fork_runs_from(prepare_context())
     except WarmStartError as error:
@@ -55,11 +61,30 @@ def keep_resident(settings: Settings) -> NoReturn:
         time.sleep(RESTART_SECONDS)
 
 
+def watch_processes() -> NoReturn:
+    """Ends runs, and the resident, that were stopped (SIGSTOP) and not let go on; looks every second."""
+    stopped: dict[int, float] = {}
+    while True:
+        stopped = kill_stopped(stopped, time.monotonic())
+        time.sleep(1)
+
+
+def kill_stopped(known: dict[int, float], now_seconds: float) -> dict[int, float]:
+    """Kills those of our processes that were stopped `STOPPED_SECONDS` ago; gives since when which are stopped."""
+    pids = [process.pid for process in multiprocessing.active_children()]
+    stopped = {pid: known.get(pid, now_seconds) for pid in pids if pid is not None and _is_stopped(pid)}
+    for pid, since_seconds in stopped.items():
+        if now_seconds - since_seconds >= STOPPED_SECONDS:
+            print(f"Process {pid} stood still for {STOPPED_SECONDS} s and is killed.", file=sys.stderr, flush=True)
+            os.kill(pid, signal.SIGKILL)
+    return stopped
+
+
 def prepare_context() -> BaseContext:
     """A context whose processes are forked from one that has imported what `runtime.preload` imports.
 
     Raises:
-        WarmStartError: this is not Linux, or that process would hand threads or open files to its children.
+        WarmStartError: this is not Linux, not the Dagster it was checked with, or that process has threads.
     """
     if sys.platform != "linux":
         raise WarmStartError(f"forking from a prepared process was checked on Linux only, this is {sys.platform}")
@@ -73,27 +98,29 @@ def prepare_context() -> BaseContext:
     probe.start()
     probe.join()
     if probe.exitcode != 0:
-        raise WarmStartError("the preload failed, or left a thread or an open file; see the lines above")
+        raise WarmStartError("the preload failed, or left a thread; see the lines above")
     return context
 
 
 def fork_runs_from(context: BaseContext) -> None:
-    """Makes Dagster's server start its runs in this context instead of one that spawns a new Python.
-
-    Raises:
-        WarmStartError: Dagster's server is not built as it was.
-    """
+    """Makes Dagster's server start its runs in this context instead of one that spawns a new Python."""
     from dagster._grpc import server
 
     original = server.DagsterApiServer.__init__
 
     def init(self: Any, *args: Any, **kwargs: Any) -> None:
         original(self, *args, **kwargs)
-        if not hasattr(self, "_mp_ctx"):
-            print("Runs start cold: DagsterApiServer has no _mp_ctx any more.", file=sys.stderr, flush=True)
-        self._mp_ctx = context
+        self._mp_ctx = context  # private: hence CHECKED_DAGSTER
 
     type.__setattr__(server.DagsterApiServer, "__init__", init)
+
+
+def _is_stopped(pid: int) -> bool:
+    """Whether a process is stopped by a signal; False where there is no /proc to tell."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] == "T"
+    except OSError:
+        return False
 
 
 def _check_preload(name: str) -> None:

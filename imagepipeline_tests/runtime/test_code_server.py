@@ -1,7 +1,10 @@
 """Runs are forked from a process that is fit for it, and find everything imported."""
 
 import json
+import multiprocessing
 import os
+import signal
+import sqlite3
 import subprocess
 import sys
 import threading
@@ -11,8 +14,10 @@ from pathlib import Path
 
 import dagster as dg
 import pytest
+from dagster._core.storage.sqlite import SQLITE_BUSY_TIMEOUT_SECONDS
 
 from imagepipeline.models import Upload
+from imagepipeline.runtime.code_server import STOPPED_SECONDS, kill_stopped
 from imagepipeline.runtime.supervisor import STORAGE, _read_shipped
 from imagepipeline.stores.catalogue import Catalogue
 from imagepipeline.stores.files import FileStore
@@ -77,6 +82,28 @@ def test_where_runs_cannot_be_forked_the_server_says_so_and_starts_them_as_dagst
     result = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True)
     assert "Runs start cold, 2 CPU-seconds each: checked with dagster 0, this is" in result.stderr
     assert "--module-name" in result.stdout  # Dagster's own server has taken over
+
+
+def stop_while_writing(path: str) -> None:
+    connection = sqlite3.connect(path, isolation_level=None)
+    connection.execute("BEGIN IMMEDIATE")
+    os.kill(os.getpid(), signal.SIGSTOP)
+
+
+def test_a_process_that_is_stopped_while_it_writes_is_killed_before_the_others_lose_patience(tmp_path):
+    process = multiprocessing.get_context("spawn").Process(target=stop_while_writing, args=(str(tmp_path / "db"),))
+    process.start()
+    while not (stopped := kill_stopped({}, now_seconds=0)):
+        time.sleep(0.05)
+    with closing(sqlite3.connect(tmp_path / "db", timeout=0, isolation_level=None)) as connection:
+        with pytest.raises(sqlite3.OperationalError, match="locked"):
+            connection.execute("BEGIN IMMEDIATE")
+        assert kill_stopped(stopped, now_seconds=STOPPED_SECONDS - 1) == stopped  # it may be let go on
+        assert process.is_alive()
+        kill_stopped(stopped, now_seconds=STOPPED_SECONDS)
+        process.join(10)
+        connection.execute("BEGIN IMMEDIATE")
+    assert STOPPED_SECONDS < SQLITE_BUSY_TIMEOUT_SECONDS
 
 
 def test_threads_and_processes_share_dagsters_sqlite_without_losing_an_event(home):
