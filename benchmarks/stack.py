@@ -18,8 +18,8 @@ from pathlib import Path
 from imagepipeline.runtime import processes, valkey
 from imagepipeline.runtime.supervisor import find_running
 from imagepipeline.settings import Settings
+from imagepipeline.storage import open_storage
 from imagepipeline.stores.catalogue import Catalogue
-from imagepipeline.stores.files import FileStore
 from imagepipeline.stores.uploads import UploadQueue
 
 FOLDER = Path(__file__).parent
@@ -37,7 +37,7 @@ class Stack:
 
     def push(self, photos: list[Path]) -> list[str]:
         """Stores originals and pushes their IDs; gives the IDs."""
-        files = FileStore(self.settings.storage_folder)
+        files = open_storage(self.settings.storage)
         ids = [f"{photo.stem[:40]}-{time.time_ns()}" for photo in photos]
         for image_id, photo in zip(ids, photos, strict=True):
             files.put_original(image_id, photo.read_bytes(), photo.suffix[1:])

@@ -4,6 +4,7 @@ import contextlib
 import functools
 import hashlib
 import json
+import os
 import re
 import sys
 import time
@@ -259,17 +260,17 @@ def sweep(settings: Settings, dry_run: bool, as_json: bool) -> None:
     For the day the Redis list was lost before its IDs were taken in. It looks at `original/<id>.<ext>` only, so
     run it where every original there is meant to be processed.
     """
-    from imagepipeline.stores.files import FileStore
+    from imagepipeline.storage import open_storage
 
-    files, queue = FileStore(settings.storage_folder), open_queue(settings)
+    files, queue = open_storage(settings.storage), open_queue(settings)
     unknown = open_catalogue(settings).find_unknown(files.list_originals())
     leftovers = files.list_leftovers()
     if not dry_run:
         for image_id, path in unknown.items():
             queue.enqueue(image_id, path)
         for leftover in leftovers:
-            leftover.unlink(missing_ok=True)
-    done = {"enqueued": sorted(unknown), "deleted": [str(path) for path in leftovers], "dry_run": dry_run}
+            files.delete(leftover)
+    done = {"enqueued": sorted(unknown), "deleted": leftovers, "dry_run": dry_run}
     would = "would be " if dry_run else ""
     text = f"{len(unknown)} originals {would}enqueued, {len(leftovers)} temporary files {would}deleted"
     click.echo(json.dumps(done) if as_json else "\n".join([*sorted(unknown), text]))
@@ -513,6 +514,47 @@ def act_on_failures(settings: Settings, failures: Sequence[Failure], action: str
         sys.exit(EXIT_FAILED)
 
 
+@cli.command(epilog=EPILOG)
+@click.option("--dry-run", is_flag=True, help="Say what would be done, and do nothing.")
+@json_option
+@with_settings
+def migrate(settings: Settings, dry_run: bool, as_json: bool) -> None:
+    """Create or update the tables of the catalogue and of Dagster. `up` does it by itself.
+
+    Run it before the services of a new version start; while it runs elsewhere, it waits.
+    """
+    from imagepipeline.runtime import services
+
+    databases = {
+        "catalogue": "Postgres" if settings.explicit_database_url else "SQLite",
+        "dagster": "Postgres" if settings.dagster_database_url else "SQLite",
+    }
+    if not dry_run:
+        services.migrate(settings)
+    done = "would be brought" if dry_run else "are"
+    text = "\n".join(f"{name}: the tables on {kind} {done} up to date" for name, kind in databases.items())
+    click.echo(json.dumps({"databases": databases, "dry_run": dry_run}) if as_json else text)
+
+
+@cli.command(epilog=EPILOG)
+@click.argument("name", type=click.Choice(["code-server", "daemon", "webserver"]))
+@click.option("--check", is_flag=True, help="Exit with 0 if the service is healthy, with 4 if not, and start nothing.")
+@with_settings
+def service(settings: Settings, name: str, check: bool) -> None:
+    """Become one service of the stack, for those who run each in a container; `up` runs them all.
+
+    The code server first, then one daemon and any number of webservers, all after `imagepipeline migrate`.
+    """
+    from imagepipeline.runtime import services
+
+    if not check:
+        command, environment = services.build_command(settings, name), services.prepare(settings)
+        os.execve(command[0], command, environment)  # noqa: S606  (our own command)
+    if not services.is_healthy(settings, name):
+        raise StackError(f"{name} does not answer")
+    click.echo(f"{name} is healthy")
+
+
 def push_and_follow(
     settings: Settings, images: Mapping[str, Path], priority: int, pause: Callable[[float], None]
 ) -> list[dict[str, Any]]:
@@ -536,10 +578,10 @@ def exit_by(rows: Sequence[Mapping[str, Any]]) -> None:
 
 def enqueue(settings: Settings, images: Mapping[str, Path], priority: int) -> None:
     """Stores each photo as its image's original, then pushes the ID."""
-    from imagepipeline.stores.files import FileStore
+    from imagepipeline.storage import open_storage
 
     queue = open_queue(settings)
-    files = FileStore(settings.storage_folder)
+    files = open_storage(settings.storage)
     for image_id, photo in images.items():
         extension = re.sub(r"[^a-z0-9]", "", photo.suffix.lower())[:8] or "bin"
         path = files.put_original(image_id, photo.read_bytes(), extension)
@@ -566,3 +608,7 @@ def open_catalogue(settings: Settings) -> "Catalogue":
     catalogue = Catalogue(settings.database_url)
     catalogue.check()
     return catalogue
+
+
+if __name__ == "__main__":
+    main()

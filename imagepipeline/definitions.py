@@ -59,7 +59,7 @@ def build_recipes(settings: Settings) -> dict[str, Recipe]:
 
 def build_resources(settings: Settings) -> dict[str, Any]:
     """The resources; a secret is named by its variable, never given."""
-    files = resources.FileStoreResource(root=str(settings.storage_folder))
+    files = resources.StorageResource(root=settings.storage)
     sandbox = resources.SandboxResource(memory_bytes=settings.max_memory_bytes, cpu_seconds=settings.max_cpu_seconds)
     redis_url = dg.EnvVar("REDIS_URL") if settings.explicit_redis_url else settings.redis_url
     database_url = dg.EnvVar("DATABASE_URL") if settings.explicit_database_url else settings.database_url

@@ -116,7 +116,7 @@ def show_addresses(settings: Settings, webserver_url: str, as_json: bool) -> Non
     addresses = {
         "webserver_url": webserver_url,
         "redis": own_redis or "as set by REDIS_URL or REDIS_HOST",
-        "storage": str(settings.storage_folder),
+        "storage": settings.storage,
         "logs": str(settings.home / "logs"),
         "dagster_home": str(settings.home / "dagster"),
     }

@@ -3,7 +3,6 @@
 import io
 import os
 import resource
-import shutil
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -92,16 +91,18 @@ def _examine_database(settings: Settings) -> Finding:
 
 
 def _examine_storage(settings: Settings) -> Finding:
-    from imagepipeline.stores.files import FileStore
+    from imagepipeline.storage import open_storage
 
-    files = FileStore(settings.storage_folder)
+    files = open_storage(settings.storage)
     name = f"variants/.doctor-{os.getpid()}"
     files.write(name, b"doctor")
     is_same = files.read(name) == b"doctor"
-    (files.root / name).unlink()
-    free_bytes = shutil.disk_usage(files.root).free
+    files.delete(name)
+    free_bytes = files.free_bytes
     if not is_same:
         return Finding("storage", False, "what was written was read back differently", ADVICE["storage"])
+    if free_bytes is None:
+        return Finding("storage", True, "the bucket can be written and read")
     if free_bytes < MIN_FREE_BYTES:
         return Finding(
             "storage", False, f"only {free_bytes / 1e9:.1f} GB are free", "make room; paused images wait for it"

@@ -11,6 +11,7 @@
     │   ├── CatalogueDownError
     │   ├── ResidentDownError
     │   ├── PausedError             nor will any other image be worked on
+    │   ├── StorageDownError
     │   └── DiskFullError
     ├── RetryableError              another attempt may succeed
     │   ├── ProviderUnavailableError
@@ -97,6 +98,10 @@ class PausedError(PostponedError):
         super().__init__(message)
         self.reason = reason
         self.pause_seconds = pause_seconds
+
+
+class StorageDownError(PostponedError):
+    """The object store does not answer, or refuses us."""
 
 
 class DiskFullError(PostponedError):

@@ -36,6 +36,20 @@ def _check_database_url(value: SecretStr) -> SecretStr:
     return value
 
 
+def _check_postgres_url(value: SecretStr) -> SecretStr:
+    url = value.get_secret_value()
+    if not url.startswith(("postgresql://", "postgres://", "postgresql+psycopg2://")):
+        raise ValueError("must start with postgresql://")
+    # SQLAlchemy knows no postgres://, and from 2.1 reads postgresql:// as another driver than Dagster installs.
+    return SecretStr(re.sub("^[a-z0-9+]+", "postgresql+psycopg2", url))
+
+
+def _check_storage_root(value: str) -> str:
+    if "://" in value and not re.match(r"(file:///|(s3|gs|az)://[^/]+)", value):
+        raise ValueError("must be a folder, or start with file:///, s3://, gs:// or az://")
+    return value
+
+
 def _check_http_url(value: str) -> str:
     if not value.startswith(("http://", "https://")):
         raise ValueError("must start with http:// or https://")
@@ -72,8 +86,10 @@ class Settings(BaseModel):
     home: Path = Field(
         Path(".imagepipeline"), alias="IMAGEPIPELINE_HOME", description="the folder with all state of the local stack"
     )
-    storage_root: Path | None = Field(
-        None, alias="IMAGEPIPELINE_STORAGE_ROOT", description="the folder with `original/` and `variants/`"
+    storage_root: Annotated[str, AfterValidator(_check_storage_root)] | None = Field(
+        None,
+        alias="IMAGEPIPELINE_STORAGE_ROOT",
+        description="the folder with `original/` and `variants/`, or its URL: `file://`, `s3://`, `gs://` or `az://`",
     )
     explicit_redis_url: Annotated[SecretStr, AfterValidator(_check_redis_url)] | None = Field(
         None, alias="REDIS_URL", description="a Redis or Valkey to use instead of our own"
@@ -85,6 +101,14 @@ class Settings(BaseModel):
     )
     explicit_database_url: Annotated[SecretStr, AfterValidator(_check_database_url)] | None = Field(
         None, alias="DATABASE_URL", description="a Postgres for the catalogue, instead of SQLite under the home"
+    )
+    dagster_database_url: Annotated[SecretStr, AfterValidator(_check_postgres_url)] | None = Field(
+        None,
+        alias="DAGSTER_DATABASE_URL",
+        description="a Postgres for Dagster, instead of SQLite under the home; another database than the catalogue's",
+    )
+    max_runs: Annotated[int, Field(ge=1, le=100)] = Field(
+        5, alias="IMAGEPIPELINE_MAX_RUNS", description="how many uploads are worked on at a time"
     )
     openai_api_key: SecretStr | None = Field(
         None, alias="OPENAI_API_KEY", description="if set, a vision model describes the images instead of the local one"
@@ -192,7 +216,12 @@ class Settings(BaseModel):
     webserver_port: Port | None = Field(
         None,
         alias="IMAGEPIPELINE_WEBSERVER_PORT",
-        description="the Dagster UI's port on 127.0.0.1 (3000, or a free one)",
+        description="the Dagster UI's port (3000, or a free one)",
+    )
+    webserver_host: Annotated[str, Field(min_length=1)] = Field(
+        "127.0.0.1",
+        alias="IMAGEPIPELINE_WEBSERVER_HOST",
+        description="the address the Dagster UI listens on; it has no login, so never one that others reach",
     )
     webhook_url: SecretStr | None = Field(
         None, alias="IMAGEPIPELINE_WEBHOOK_URL", description="told of final failures by a POST of JSON; https"
@@ -219,9 +248,8 @@ class Settings(BaseModel):
         24, alias="IMAGEPIPELINE_LIST_FAILED_HOURS", description="how long `list` shows failed images"
     )
     code_socket: Path | None = Field(
-        None, alias="IMAGEPIPELINE_CODE_SOCKET", description="the code server's socket; `up` sets it for Dagster"
+        None, alias="IMAGEPIPELINE_CODE_SOCKET", description="the code server's socket, which Dagster looks for there"
     )
-
     resident_socket: Path | None = Field(
         None,
         alias="IMAGEPIPELINE_RESIDENT_SOCKET",
@@ -236,12 +264,17 @@ class Settings(BaseModel):
             SettingsError: names every variable that is malformed, and what is wrong, but never its value.
         """
         known = {field.alias for field in cls.model_fields.values() if field.alias}
+        secrets = _read_secrets(environment)
+        if environment is os.environ:  # Dagster, the cloud's libraries and our children look there
+            os.environ.update(secrets)
+            for name in secrets:
+                del os.environ[f"{name}_FILE"]
         for name in environment:
-            if name.startswith("IMAGEPIPELINE_") and name not in known:
+            if name.startswith("IMAGEPIPELINE_") and name not in known and name.removesuffix("_FILE") not in SECRETS:
                 similar = difflib.get_close_matches(name, known, n=1)
                 raise SettingsError(f"{name} is no setting" + (f": did you mean {similar[0]}?" if similar else ""))
         try:
-            settings = cls.model_validate({name: value for name, value in environment.items() if value})
+            settings = cls.model_validate({name: value for name, value in {**environment, **secrets}.items() if value})
         except ValidationError as error:
             problems = [f"{problem['loc'][0]}: {_explain(problem)}" for problem in error.errors(include_input=False)]
             raise SettingsError("; ".join(problems)) from None
@@ -251,6 +284,8 @@ class Settings(BaseModel):
             raise SettingsError("IMAGEPIPELINE_WEBHOOK_SECRET is missing: what the webhook is sent must be signed")
         if settings.smtp_url and not settings.mail_to:
             raise SettingsError("IMAGEPIPELINE_MAIL_TO is missing: IMAGEPIPELINE_SMTP_URL has nobody to write to")
+        if settings.dagster_database_url and settings.dagster_database_url == settings.explicit_database_url:
+            raise SettingsError("DAGSTER_DATABASE_URL and DATABASE_URL must be two databases: each has its migrations")
         return settings.model_copy(update={"home": settings.home.expanduser().absolute()})
 
     def build_environment(self, **changes: str) -> dict[str, str]:
@@ -293,14 +328,20 @@ class Settings(BaseModel):
         return f"sqlite:///{self.home / 'catalogue.sqlite'}"
 
     @property
-    def storage_folder(self) -> Path:
-        """The storage root."""
-        return (self.storage_root or self.home / "storage").expanduser().absolute()
+    def storage(self) -> str:
+        """The storage root: the URL of a bucket, or an absolute folder."""
+        root = (self.storage_root or str(self.home / "storage")).rstrip("/").removeprefix("file://")
+        return root if "://" in root else str(Path(root).expanduser().absolute())
 
     @property
     def index_uri(self) -> str:
-        """Where LanceDB keeps the embeddings."""
-        return str(self.home / "lancedb")
+        """Where LanceDB keeps the embeddings: below the home, or in the bucket."""
+        return f"{self.storage}/lancedb" if "://" in self.storage else str(self.home / "lancedb")
+
+    @property
+    def code_address(self) -> Path:
+        """Where the code server listens."""
+        return self.code_socket or self.socket_folder / "code.sock"
 
     @property
     def resident_address(self) -> str:
@@ -315,6 +356,28 @@ class Settings(BaseModel):
             return folder
         digest = hashlib.sha256(str(self.home).encode()).hexdigest()[:12]
         return Path(f"/tmp/imagepipeline-{os.getuid()}-{digest}")  # noqa: S108  (`up` checks its owner)
+
+
+SECRETS = {
+    *(str(field.alias) for field in Settings.model_fields.values() if "SecretStr" in str(field.annotation)),
+    *("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY", "AZURE_STORAGE_ACCOUNT_KEY", "GOOGLE_SERVICE_ACCOUNT_KEY"),
+}
+
+
+def _read_secrets(environment: Mapping[str, str]) -> dict[str, str]:
+    """What stands in the files that `<NAME>_FILE` names, for every secret `<NAME>`."""
+    secrets = {}
+    for name in SECRETS:
+        path = environment.get(f"{name}_FILE")
+        if not path:
+            continue
+        if environment.get(name):
+            raise SettingsError(f"{name} and {name}_FILE exclude each other: unset one of them")
+        try:
+            secrets[name] = Path(path).read_text().strip()
+        except (OSError, ValueError) as error:
+            raise SettingsError(f"{name}_FILE names {path}, which cannot be read ({type(error).__name__})") from None
+    return secrets
 
 
 def _explain(problem: Any) -> str:

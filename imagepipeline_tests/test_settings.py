@@ -12,7 +12,7 @@ def test_nothing_needs_to_be_set(tmp_path, monkeypatch):
     assert settings.home == tmp_path / ".imagepipeline"
     assert settings.has_own_redis
     assert settings.database_url == f"sqlite:///{tmp_path}/.imagepipeline/catalogue.sqlite"
-    assert settings.storage_folder == tmp_path / ".imagepipeline" / "storage"
+    assert settings.storage == str(tmp_path / ".imagepipeline" / "storage")
 
 
 def test_an_empty_variable_counts_as_not_set():

@@ -29,8 +29,8 @@ from imagepipeline.paid_calls import PaidCalls, Receipt
 from imagepipeline.resident import ResidentIndex
 from imagepipeline.services.embedder import Embedder
 from imagepipeline.services.vision import VisionModel
+from imagepipeline.storage import Storage
 from imagepipeline.stores.catalogue import Catalogue
-from imagepipeline.stores.files import FileStore
 from imagepipeline.stores.vectors import EmbeddingIndex
 
 OWNERS = ["team:imagepipeline"]
@@ -47,7 +47,7 @@ OWNERS = ["team:imagepipeline"]
 def metadata(
     context: dg.AssetExecutionContext,
     catalogue: dg.ResourceParam[Catalogue],
-    files: dg.ResourceParam[FileStore],
+    files: dg.ResourceParam[Storage],
     originals: dg.ResourceParam[Originals],
     vision: dg.ResourceParam[VisionModel],
     paid_calls: dg.ResourceParam[PaidCalls],
@@ -92,7 +92,7 @@ def metadata(
                 "bytes_to_model": len(original.prepared.preview),
                 **_describe_usage(original.usage),
                 "attempt": context.retry_number + 1,
-                "dagster/uri": str(files.root / original.facts.path),
+                "dagster/uri": files.locate(original.facts.path),
             },
         )
 
@@ -123,7 +123,7 @@ def metadata(
 def variants(
     context: dg.AssetExecutionContext,
     catalogue: dg.ResourceParam[Catalogue],
-    files: dg.ResourceParam[FileStore],
+    files: dg.ResourceParam[Storage],
     originals: dg.ResourceParam[Originals],
     renderer: dg.ResourceParam[Renderer],
 ) -> Iterator[dg.MaterializeResult[None]]:
@@ -166,7 +166,7 @@ def variants(
                 "placeholder": dg.MetadataValue.md(f"![placeholder]({original.facts.placeholder})"),
                 **_describe_usage(usage),
                 "attempt": context.retry_number + 1,
-                "dagster/uri": str(files.root / rendered[0][0]).rpartition("/")[0],
+                "dagster/uri": files.locate(rendered[0][0]).rpartition("/")[0],
             },
             check_results=checks.check_variants(claim.image_id, catalogue, files, originals, renderer),
         )

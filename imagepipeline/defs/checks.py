@@ -12,8 +12,8 @@ from imagepipeline.errors import ImagePipelineError, PermanentError
 from imagepipeline.imaging.inspection import Inspection
 from imagepipeline.imaging.variants import Renderer
 from imagepipeline.models import VariantSpec
+from imagepipeline.storage import Storage
 from imagepipeline.stores.catalogue import Catalogue
-from imagepipeline.stores.files import FileStore
 
 MIN_SIMILARITY = 0.8
 # AVIF reaches the look of WebP at some 17 points less; above that it is asked to look better, and may be larger.
@@ -36,7 +36,7 @@ with warnings.catch_warnings():
 
 
 def check_variants(
-    image_id: str, catalogue: Catalogue, files: FileStore, originals: Originals, renderer: Renderer
+    image_id: str, catalogue: Catalogue, files: Storage, originals: Originals, renderer: Renderer
 ) -> list[dg.AssetCheckResult]:
     """Reads an image's stored variants back and compares them with their rows and their original."""
     problems, facts = find_problems(image_id, catalogue, files, originals, renderer)
@@ -53,7 +53,7 @@ def check_variants(
 
 
 def find_problems(
-    image_id: str, catalogue: Catalogue, files: FileStore, originals: Originals, renderer: Renderer
+    image_id: str, catalogue: Catalogue, files: Storage, originals: Originals, renderer: Renderer
 ) -> tuple[dict[str, list[str]], dict[str, float | int]]:
     """What is wrong with an image's variants, by the names of CHECKS, and figures about them.
 
@@ -89,7 +89,7 @@ def _spec_of(variant: Mapping[str, Any], specs: Sequence[VariantSpec]) -> Varian
     return next((spec for spec in specs if variant["path"].endswith(f"-{spec.suffix}.{spec.format}")), None)
 
 
-def _read(files: FileStore, path: str) -> bytes:
+def _read(files: Storage, path: str) -> bytes:
     try:
         return files.read(path)
     except PermanentError:

@@ -7,7 +7,7 @@ from imagepipeline.imaging.decoding import Decoded, Rules, decode
 from imagepipeline.imaging.preparation import Prepared, prepare
 from imagepipeline.imaging.sandbox import Sandbox, Session, Usage
 from imagepipeline.models import OriginalFacts
-from imagepipeline.stores.files import FileStore
+from imagepipeline.storage import Storage
 
 
 @dataclass(frozen=True)
@@ -26,7 +26,7 @@ class Originals:
     Holds the last one, so that all assets of a run see the same bytes, also when the file is replaced meanwhile.
     """
 
-    def __init__(self, files: FileStore, sandbox: Sandbox, rules: Rules, preview_px: int = 1024) -> None:
+    def __init__(self, files: Storage, sandbox: Sandbox, rules: Rules, preview_px: int = 1024) -> None:
         self._preview_px = preview_px
         self._files = files
         self._sandbox = sandbox

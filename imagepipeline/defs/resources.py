@@ -5,7 +5,6 @@ Secrets arrive as `dg.EnvVar`, so that no value of theirs is shown in the UI or 
 
 from collections.abc import Iterator
 from contextlib import closing, contextmanager
-from pathlib import Path
 from typing import Any
 
 import dagster as dg
@@ -20,8 +19,8 @@ from imagepipeline.resident import ResidentEmbedder, ResidentIndex, ResidentVisi
 from imagepipeline.services.embedder import LocalEmbedder, OpenRouterEmbedder
 from imagepipeline.services.notifier import MailNotifier, Notifier, WebhookNotifier
 from imagepipeline.services.vision import LocalVision, OpenAIVision, VisionOptions
+from imagepipeline.storage import Storage, open_storage
 from imagepipeline.stores.catalogue import Catalogue
-from imagepipeline.stores.files import FileStore
 from imagepipeline.stores.ledger import Ledger
 from imagepipeline.stores.limiter import CallLimiter
 from imagepipeline.stores.uploads import UploadQueue
@@ -84,14 +83,14 @@ class PaidCallsResource(dg.ConfigurableResource[PaidCalls]):
             yield PaidCalls(self.ledger, limiter, prices, self.daily_budget_usd, self.monthly_budget_usd)
 
 
-class FileStoreResource(dg.ConfigurableResource[FileStore]):
+class StorageResource(dg.ConfigurableResource[Storage]):
     """Originals and variants."""
 
     root: str
 
-    def create_resource(self, context: dg.InitResourceContext) -> FileStore:
+    def create_resource(self, context: dg.InitResourceContext) -> Storage:
         """The store below the root."""
-        return FileStore(Path(self.root))
+        return open_storage(self.root)
 
 
 class SandboxResource(dg.ConfigurableResource[Sandbox]):
@@ -108,7 +107,7 @@ class SandboxResource(dg.ConfigurableResource[Sandbox]):
 class OriginalsResource(dg.ConfigurableResource[Originals]):
     """The originals, and the rules for what they may be."""
 
-    files: dg.ResourceDependency[FileStore]
+    files: dg.ResourceDependency[Storage]
     sandbox: dg.ResourceDependency[Sandbox]
     rules: dict[str, Any]
     preview_px: int

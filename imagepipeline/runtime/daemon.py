@@ -11,9 +11,12 @@ import sys
 import time
 from typing import Any
 
+import sqlalchemy as sa
 from dagster._daemon import controller, sensor
 from dagster._daemon.cli import main as run_daemon
 from dagster._daemon.run_coordinator.queued_run_coordinator_daemon import QueuedRunCoordinatorDaemon
+
+from imagepipeline.settings import Settings
 
 TICK_PAUSE_SECONDS, QUEUE_PAUSE_SECONDS = 0.5, 0.15  # 3 % of a core while nothing happens
 SHIPPED_TICK_SECONDS = 5
@@ -39,7 +42,26 @@ def main() -> None:
         vars(controller)["QueuedRunCoordinatorDaemon"] = PromptQueue
     else:
         print("Uploads start up to 6 s late: this version of Dagster's daemon is not known here.", file=sys.stderr)
+    lock = acquire_lock(Settings.load())
     run_daemon()
+    del lock
+
+
+def acquire_lock(settings: Settings) -> Any:
+    """A connection that holds Postgres's lock for the one daemon as long as it lives; None on SQLite.
+
+    With two daemons, Dagster would only write into the log that there are two, and both would start runs.
+
+    Raises:
+        SystemExit: another daemon holds it.
+    """
+    if settings.dagster_database_url is None:  # the supervisor has a lock of its own
+        return None
+    engine = sa.create_engine(settings.dagster_database_url.get_secret_value(), isolation_level="AUTOCOMMIT")
+    connection = engine.connect()
+    if not connection.exec_driver_sql("SELECT pg_try_advisory_lock(hashtext('imagepipeline daemon'))").scalar_one():
+        sys.exit("Another daemon works for this database, and there must be one only: stop that one first.")
+    return connection
 
 
 if __name__ == "__main__":

@@ -9,8 +9,6 @@ import socket
 import subprocess
 import sys
 import time
-import urllib.error
-import urllib.request
 from collections import deque
 from collections.abc import Callable
 from importlib.metadata import version
@@ -20,7 +18,7 @@ from types import FrameType, TracebackType
 from typing import Any, Self
 
 from imagepipeline.errors import StackError
-from imagepipeline.runtime import processes, valkey
+from imagepipeline.runtime import processes, services, valkey
 from imagepipeline.settings import Settings
 from imagepipeline.stores.catalogue import Catalogue
 
@@ -28,11 +26,6 @@ START_SECONDS = 90
 STOP_SECONDS = 15
 DRAIN_SECONDS = 180  # for the runs that are under way; the longest takes three provider calls with their waits
 RESTARTS_PER_MINUTE = 5
-DEFAULT_WEBSERVER_PORT = 3000
-# Not in the shipped file, because only here it is known which folder it is.
-STORAGE = """storage:
-  custom: {{module: imagepipeline.runtime.sqlite_storage, class: PooledSqliteStorage, config: {{base_dir: {folder}}}}}
-"""
 
 
 class Stack:
@@ -95,57 +88,40 @@ class Stack:
 
     def _start_all(self) -> None:
         settings = self._settings
-        settings.socket_folder.mkdir(parents=True, exist_ok=True, mode=0o700)
-        if settings.socket_folder.stat().st_uid != os.getuid():
-            raise StackError(f"{settings.socket_folder} belongs to another user: remove it, or set IMAGEPIPELINE_HOME")
-        settings.storage_folder.mkdir(parents=True, exist_ok=True)
-        dagster_home = settings.home / "dagster"
-        dagster_home.mkdir(exist_ok=True)
-        storage = STORAGE.format(folder=json.dumps(str(dagster_home / "storage")))
-        (dagster_home / "dagster.yaml").write_text(_read_shipped("dagster.yaml") + storage)
-        (dagster_home / "workspace.yaml").write_text(_read_shipped("workspace.yaml"))
-        code_socket = settings.socket_folder / "code.sock"
-        environment = settings.build_environment(
-            DAGSTER_HOME=str(dagster_home),
-            IMAGEPIPELINE_CODE_SOCKET=str(code_socket),
-            DAGSTER_DAEMON_HEARTBEAT_TOLERANCE="120",
-            OPENBLAS_NUM_THREADS="1",  # five runs share the machine
-        )
+        port = settings.webserver_port or _choose_port()
+        self.webserver_url = f"http://127.0.0.1:{port}"
+        environment = services.prepare(settings) | {"IMAGEPIPELINE_WEBSERVER_PORT": str(port)}
+        if "://" not in settings.storage:
+            Path(settings.storage).mkdir(parents=True, exist_ok=True)
         if settings.has_own_redis:
             server_socket = settings.socket_folder / "valkey.sock"
             self._start(
                 "redis", lambda: valkey.start_server(settings.home / "valkey", server_socket, self._log("redis"))
             )
-        Catalogue(settings.database_url).migrate()
-        self._create_dagster_tables(dagster_home, environment)
+        self._migrate(environment)
 
-        def dagster(name: str, *arguments: str) -> Callable[[], subprocess.Popen[bytes]]:
-            return lambda: processes.start([sys.executable, "-m", *arguments], self._log(name), environment)
+        def start(name: str) -> None:
+            command = services.build_command(Settings.load(environment), name)
+            self._start(name, lambda: processes.start(command, self._log(name), environment))
 
-        workspace = ("-w", str(dagster_home / "workspace.yaml"))
-        code_server = dagster(
-            "code-server",
-            *("imagepipeline.runtime.code_server", "--socket", str(code_socket), "-m", "imagepipeline.definitions"),
-        )
-        self._start("code-server", code_server)
-        self._until(lambda: _answers_socket(code_socket), "code-server")
-        port = settings.webserver_port or _choose_port()
-        self.webserver_url = f"http://127.0.0.1:{port}"
-        self._start("daemon", dagster("daemon", "imagepipeline.runtime.daemon", "run", *workspace))
-        webserver = dagster("webserver", "dagster_webserver", "-h", "127.0.0.1", "-p", str(port), *workspace)
-        self._start("webserver", webserver)
-        self._until(lambda: _answers_http(self.webserver_url + "/server_info"), "webserver")
+        start("code-server")
+        self._until(lambda: services.answers_socket(settings.code_address), "code-server")
+        start("daemon")
+        start("webserver")
+        self._until(lambda: services.answers_http(self.webserver_url + "/server_info"), "webserver")
         _write_state(self._lock, self.webserver_url)
 
-    def _create_dagster_tables(self, dagster_home: Path, environment: dict[str, str]) -> None:
-        """Once per Dagster version, before the services: two that create tables at the same moment fail."""
-        done = dagster_home / f".migrated-{version('dagster')}"
-        if done.exists():
+    def _migrate(self, environment: dict[str, str]) -> None:
+        """In a process of its own, since Dagster takes memory; on SQLite, Dagster's part once per version of it."""
+        settings = self._settings
+        Catalogue(settings.database_url).migrate()
+        done = settings.home / "dagster" / f".migrated-{version('dagster')}"
+        if done.exists() and not settings.dagster_database_url:
             return
         log = self._log("migrate")
-        process = processes.start([sys.executable, "-m", "dagster", "instance", "migrate"], log, environment)
+        process = processes.start([sys.executable, "-m", "imagepipeline.cli", "migrate"], log, environment)
         if process.wait() != 0:
-            raise StackError(f"Dagster's tables could not be created:\n{processes.read_tail(log)}")
+            raise StackError(f"the tables could not be made:\n{processes.read_tail(log)}")
         done.touch()
 
     def _start(self, name: str, starter: Callable[[], subprocess.Popen[bytes]]) -> None:
@@ -258,31 +234,14 @@ def _lock_path(settings: Settings) -> Path:
     return settings.home / "stack.lock"
 
 
-def _read_shipped(name: str) -> str:
-    return files("imagepipeline.runtime").joinpath(name).read_text()
-
-
 def _read_code_state() -> dict[str, int]:
     folder = Path(str(files("imagepipeline")))
     return {str(path): path.stat().st_mtime_ns for path in folder.rglob("*.py")}
 
 
-def _answers_socket(path: Path) -> bool:
-    with socket.socket(socket.AF_UNIX) as client:
-        return client.connect_ex(str(path)) == 0
-
-
-def _answers_http(url: str) -> bool:
-    try:
-        with urllib.request.urlopen(url, timeout=2) as answer:  # noqa: S310  (our own http URL)
-            return bool(answer.status == 200)
-    except (urllib.error.URLError, OSError):
-        return False
-
-
 def _choose_port() -> int:
     """3000 if it is free, else any free port."""
-    for port in (DEFAULT_WEBSERVER_PORT, 0):
+    for port in (services.DEFAULT_WEBSERVER_PORT, 0):
         with socket.socket() as candidate:
             try:
                 candidate.bind(("127.0.0.1", port))

@@ -9,6 +9,17 @@ from sqlalchemy.dialects import postgresql, sqlite
 
 from imagepipeline.errors import CatalogueDownError
 
+POSTGRES_OPTIONS: dict[str, Any] = {
+    "pool_pre_ping": True,
+    "pool_size": 1,  # a run's heartbeat and its work seldom meet
+    "max_overflow": 4,  # the code server's sensors do
+    "connect_args": {
+        "connect_timeout": 10,
+        # A run that is stopped within a transaction may hold a row that its successor needs.
+        "options": "-c idle_in_transaction_session_timeout=15000 -c statement_timeout=30000",
+    },
+}
+
 
 class Database:
     """The database at a SQLAlchemy URL, `sqlite:///…` or `postgresql://…`; it connects when first used."""
@@ -17,7 +28,7 @@ class Database:
         parsed = sa.make_url(url)
         if parsed.drivername in ("postgres", "postgresql"):
             parsed = parsed.set(drivername="postgresql+psycopg2")
-        options = {} if parsed.drivername.startswith("sqlite") else {"pool_pre_ping": True}
+        options = {} if parsed.drivername.startswith("sqlite") else POSTGRES_OPTIONS
         self.engine = sa.create_engine(parsed, hide_parameters=True, **options)
         if self.engine.dialect.name == "sqlite":
             sa.event.listen(self.engine, "connect", _prepare_sqlite)

@@ -7,6 +7,7 @@ opened, and no symbolic link, device or pipe is followed.
 import contextlib
 import errno
 import os
+import shutil
 import stat
 import time
 import uuid
@@ -97,6 +98,21 @@ class FileStore:
                 raise UnsafePathError(f"{path} cannot be written: a folder on the way is a link or a file") from error
             raise
 
+    def delete(self, path: str) -> None:
+        """Removes a file if it is there."""
+        *parents, name = Path(path).parts
+        with contextlib.suppress(FileNotFoundError), self._open_folder(parents) as folder:
+            os.unlink(name, dir_fd=folder)
+
+    def locate(self, path: str) -> str:
+        """Where a file is, for people."""
+        return str(self.root / path)
+
+    @property
+    def free_bytes(self) -> int:
+        """How much room there is left."""
+        return shutil.disk_usage(self.root).free
+
     def list_originals(self) -> dict[str, str]:
         """The path of each `original/<image_id>.*`, by image ID, of files that were not touched for a minute."""
         before = time.time() - SETTLED_SECONDS
@@ -112,10 +128,11 @@ class FileStore:
             return found
         return found
 
-    def list_leftovers(self) -> list[Path]:
-        """What killed processes left half written: temporary files of more than an hour ago."""
+    def list_leftovers(self) -> list[str]:
+        """The paths of what killed processes left half written: temporary files of more than an hour ago."""
         before = time.time() - LEFTOVER_SECONDS
-        return [path for path in self.root.rglob(".*.tmp") if path.lstat().st_mtime < before]
+        found = [path for path in self.root.rglob(".*.tmp") if path.lstat().st_mtime < before]
+        return [path.relative_to(self.root).as_posix() for path in found]
 
     def _list_originals_of(self, image_id: str) -> list[str]:
         """The names of the files `<image_id>.*` among the originals."""

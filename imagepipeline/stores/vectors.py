@@ -148,7 +148,8 @@ class EmbeddingIndex:
     def _database(self) -> Any:
         import lancedb
 
-        return lancedb.connect(self._uri)
+        # Plain HTTP is spoken only where the operator names such an address, with AWS_ENDPOINT_URL.
+        return lancedb.connect(self._uri, storage_options={"allow_http": "true"} if "://" in self._uri else None)
 
     def _table_names(self) -> list[str]:
         return list(self._database.list_tables(limit=1000).tables)

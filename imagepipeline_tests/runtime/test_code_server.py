@@ -17,8 +17,9 @@ import pytest
 from dagster._core.storage.sqlite import SQLITE_BUSY_TIMEOUT_SECONDS
 
 from imagepipeline.models import Upload
+from imagepipeline.runtime import services
 from imagepipeline.runtime.code_server import STOPPED_SECONDS, kill_stopped
-from imagepipeline.runtime.supervisor import STORAGE, _read_shipped
+from imagepipeline.settings import Settings
 from imagepipeline.stores.catalogue import Catalogue
 from imagepipeline.stores.files import FileStore
 from imagepipeline_tests.conftest import PHOTOS
@@ -36,9 +37,7 @@ def run_warm(folder, *arguments, **environment):
 @pytest.fixture
 def home(tmp_path):
     """A home with the image `cat` waiting in it."""
-    (tmp_path / "dagster").mkdir()
-    storage = STORAGE.format(folder=json.dumps(str(tmp_path / "dagster" / "storage")))
-    (tmp_path / "dagster" / "dagster.yaml").write_text(_read_shipped("dagster.yaml") + storage)
+    services.prepare(Settings.load({"IMAGEPIPELINE_HOME": str(tmp_path)}))
     with dg.DagsterInstance.from_config(str(tmp_path / "dagster")):
         pass  # makes its tables
     FileStore(tmp_path / "storage").put_original("cat", (PHOTOS / "cat.jpg").read_bytes(), "jpg")

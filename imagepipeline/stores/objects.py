@@ -1,0 +1,134 @@
+"""ObjectStore: originals and variants in a bucket on S3, Google Cloud Storage or Azure, below one URL.
+
+Paths are those of the contract, as in `FileStore`. A bucket has no rename; it needs none, since a put is seen whole
+or not at all. The credentials are found as the cloud's own tools find them: in the environment, or from the machine.
+"""
+
+import contextlib
+import functools
+from collections.abc import Iterator
+from datetime import UTC, datetime, timedelta
+from pathlib import PurePosixPath
+from typing import TYPE_CHECKING
+
+from imagepipeline.errors import MissingOriginalError, StorageDownError
+from imagepipeline.models import IMAGE_ID_PATTERN, check_image_id
+
+if TYPE_CHECKING:
+    from obstore.store import ObjectStore as Bucket
+
+SETTLED = timedelta(seconds=60)
+TIMEOUT_SECONDS, RETRIES = 30, 3
+# What browsers are told. Originals are what strangers sent, and are none of these.
+CONTENT_TYPES = {".webp": "image/webp", ".avif": "image/avif"}
+
+
+class ObjectStore:
+    """Objects below `url`: `s3://bucket/prefix`, `gs://bucket/prefix` or `az://container/prefix`."""
+
+    free_bytes = None  # a bucket has no end
+
+    def __init__(self, url: str) -> None:
+        self._url = url
+
+    def find_original(self, image_id: str) -> str:
+        """As `FileStore.find_original`.
+
+        Raises:
+            StorageDownError: the bucket does not answer, as from all methods here.
+        """
+        found = self._list_originals_of(check_image_id(image_id))
+        if len(found) == 1:
+            return found[0]
+        if not found:
+            raise MissingOriginalError(f"there is no original/{image_id}.* below the storage root")
+        raise MissingOriginalError(f"{image_id} has {len(found)} originals ({', '.join(found)}): keep one")
+
+    def read(self, path: str, max_bytes: int | None = None) -> bytes:
+        """As `FileStore.read`: no more than `max_bytes + 1` bytes are kept."""
+        content = bytearray()
+        with _talking(path):
+            for chunk in self._bucket.get(path).stream():
+                content += chunk
+                if max_bytes is not None and len(content) > max_bytes:
+                    break
+        return bytes(content if max_bytes is None else content[: max_bytes + 1])
+
+    def put_original(self, image_id: str, content: bytes, extension: str) -> str:
+        """As `FileStore.put_original`."""
+        path = f"original/{check_image_id(image_id)}.{extension}"
+        self.write(path, content)
+        for other in self._list_originals_of(image_id):
+            if other != path:
+                self.delete(other)
+        return path
+
+    def write(self, path: str, content: bytes) -> None:
+        """Puts an object; readers see the old content or the new, never a part."""
+        kind = CONTENT_TYPES.get(PurePosixPath(path).suffix, "application/octet-stream")
+        with _talking(path):
+            # In parts, a killed writer would leave some behind that cost money and are hard to see.
+            self._bucket.put(path, content, attributes={"Content-Type": kind}, use_multipart=False)
+
+    def delete(self, path: str) -> None:
+        """Removes an object if it is there."""
+        with _talking(path), contextlib.suppress(FileNotFoundError):
+            self._bucket.delete(path)
+
+    def locate(self, path: str) -> str:
+        """Where an object is, for people."""
+        return f"{self._url}/{path}"
+
+    def list_originals(self) -> dict[str, str]:
+        """As `FileStore.list_originals`."""
+        before = datetime.now(UTC) - SETTLED
+        found = {}
+        for path, modified in self._list("original", offset=None):
+            name = PurePosixPath(path)
+            is_direct = len(name.parts) == 2 and name.suffix
+            if is_direct and modified < before and IMAGE_ID_PATTERN.fullmatch(name.stem):
+                found[name.stem] = path
+        return found
+
+    def list_leftovers(self) -> list[str]:
+        """None: nothing is ever half written."""
+        return []
+
+    def _list_originals_of(self, image_id: str) -> list[str]:
+        found = []
+        # From behind the longer IDs that begin with `<image_id>-`, of which there may be many.
+        for path, _ in self._list("original", offset=f"original/{image_id}-~"):
+            if not path.startswith(f"original/{image_id}."):
+                break
+            found.append(path)
+        return found
+
+    def _list(self, folder: str, offset: str | None) -> Iterator[tuple[str, datetime]]:
+        with _talking(folder):
+            for page in self._bucket.list(folder, offset=offset):
+                for entry in page:
+                    yield entry["path"], entry["last_modified"]
+
+    @functools.cached_property
+    def _bucket(self) -> "Bucket":
+        from obstore.store import from_url
+
+        timeout = timedelta(seconds=TIMEOUT_SECONDS)
+        return from_url(
+            self._url,
+            # Plain HTTP is spoken only where the operator names such an address, with AWS_ENDPOINT_URL.
+            client_options={"timeout": timeout, "allow_http": True},
+            retry_config={"max_retries": RETRIES, "retry_timeout": timeout},
+        )
+
+
+@contextlib.contextmanager
+def _talking(path: str) -> Iterator[None]:
+    from obstore.exceptions import BaseError
+
+    try:
+        yield
+    except FileNotFoundError:
+        raise MissingOriginalError(f"{path} is not below the storage root") from None
+    except (BaseError, PermissionError) as error:  # their texts hold addresses and answers
+        raise StorageDownError(f"the object store does not serve {path} ({type(error).__name__})") from None
