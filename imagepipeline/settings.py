@@ -267,8 +267,8 @@ class Settings(BaseModel):
         secrets = _read_secrets(environment)
         if environment is os.environ:  # Dagster, the cloud's libraries and our children look there
             os.environ.update(secrets)
-            for name in secrets:
-                del os.environ[f"{name}_FILE"]
+            for name in SECRETS:
+                os.environ.pop(f"{name}_FILE", None)
         for name in environment:
             if name.startswith("IMAGEPIPELINE_") and name not in known and name.removesuffix("_FILE") not in SECRETS:
                 similar = difflib.get_close_matches(name, known, n=1)
@@ -374,9 +374,13 @@ def _read_secrets(environment: Mapping[str, str]) -> dict[str, str]:
         if environment.get(name):
             raise SettingsError(f"{name} and {name}_FILE exclude each other: unset one of them")
         try:
-            secrets[name] = Path(path).read_text().strip()
+            secret = Path(path).read_text().strip()
         except (OSError, ValueError) as error:
             raise SettingsError(f"{name}_FILE names {path}, which cannot be read ({type(error).__name__})") from None
+        if secret:
+            secrets[name] = secret
+        elif name.endswith("_URL"):  # without it a database of our own would take the place of theirs
+            raise SettingsError(f"{name}_FILE names {path}, which is empty")
     return secrets
 
 

@@ -13,6 +13,7 @@ import sqlalchemy as sa
 from PIL import Image
 
 from imagepipeline.runtime import processes, valkey
+from imagepipeline.storage import Storage, open_storage
 from imagepipeline.stores.catalogue import Catalogue
 from imagepipeline.stores.files import FileStore
 from imagepipeline.stores.uploads import UploadQueue
@@ -25,7 +26,7 @@ PHOTOS = Path(__file__).parent.parent / "imagepipeline" / "demo_photos"
 @pytest.fixture(autouse=True)
 def no_settings_from_outside(monkeypatch: pytest.MonkeyPatch) -> None:
     for name in list(os.environ):
-        if name.startswith(("IMAGEPIPELINE_", "REDIS_", "OPENAI_", "OPENROUTER_", "DATABASE_", "DAGSTER_")):
+        if name.startswith(("AWS_", "IMAGEPIPELINE_", "REDIS_", "OPENAI_", "OPENROUTER_", "DATABASE_", "DAGSTER_")):
             monkeypatch.delenv(name)
 
 
@@ -102,6 +103,36 @@ def catalogue(sqlite_catalogue_url: str) -> Catalogue:
 @pytest.fixture
 def files(tmp_path: Path) -> FileStore:
     return FileStore(tmp_path / "storage")
+
+
+@pytest.fixture(scope="session")
+def s3_server() -> Iterator[dict[str, str]]:
+    """The environment with which a bucket `images` is reached, on a server that speaks S3."""
+    import boto3
+    from moto.server import ThreadedMotoServer
+
+    server = ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
+    server.start()
+    url = "http://{}:{}".format(*server.get_host_and_port())
+    keys = {"aws_access_key_id": "uploader", "aws_secret_access_key": "not-a-secret"}
+    boto3.client("s3", endpoint_url=url, region_name="us-east-1", **keys).create_bucket(Bucket="images")
+    yield {name.upper(): key for name, key in keys.items()} | {"AWS_ENDPOINT_URL": url, "AWS_REGION": "us-east-1"}
+    server.stop()
+
+
+@pytest.fixture
+def bucket_url(s3_server: dict[str, str], monkeypatch: pytest.MonkeyPatch) -> str:
+    """A place of its own in that bucket, with the environment set."""
+    for name, value in s3_server.items():
+        monkeypatch.setenv(name, value)
+    return f"s3://images/{os.urandom(4).hex()}"
+
+
+@pytest.fixture(params=["folder", "bucket"])
+def storage(request: pytest.FixtureRequest, tmp_path: Path) -> Storage:
+    """An empty store, once in a folder and once in a bucket."""
+    is_folder = request.param == "folder"
+    return open_storage(str(tmp_path / "storage") if is_folder else request.getfixturevalue("bucket_url"))
 
 
 @pytest.fixture

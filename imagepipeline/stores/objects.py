@@ -42,7 +42,8 @@ class ObjectStore:
             return found[0]
         if not found:
             raise MissingOriginalError(f"there is no original/{image_id}.* below the storage root")
-        raise MissingOriginalError(f"{image_id} has {len(found)} originals ({', '.join(found)}): keep one")
+        names = ", ".join(PurePosixPath(path).name for path in found)
+        raise MissingOriginalError(f"{image_id} has {len(found)} originals ({names}): keep one")
 
     def read(self, path: str, max_bytes: int | None = None) -> bytes:
         """As `FileStore.read`: no more than `max_bytes + 1` bytes are kept."""

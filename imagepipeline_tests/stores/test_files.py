@@ -1,51 +1,63 @@
-"""Files appear whole, and nothing outside the storage root is opened."""
+"""Files and objects appear whole, and nothing outside the storage root is opened."""
 
+import contextlib
 import os
+from concurrent.futures import ThreadPoolExecutor
+from datetime import timedelta
 
 import pytest
 
-from imagepipeline.errors import InvalidUploadError, MissingOriginalError, UnsafePathError
+from imagepipeline.errors import (
+    InvalidUploadError,
+    MissingOriginalError,
+    StaleClaimError,
+    StorageDownError,
+    UnsafePathError,
+)
+from imagepipeline.models import Claim, Embedding
+from imagepipeline.stores.objects import ObjectStore
+from imagepipeline.stores.vectors import EmbeddingIndex
 
 
-def test_an_original_is_found_by_its_id(files):
-    path = files.put_original("a", b"x", "jpg")
-    assert path == files.find_original("a") == "original/a.jpg"
-    assert files.read(path) == b"x"
+def test_an_original_is_found_by_its_id(storage):
+    path = storage.put_original("a", b"x", "jpg")
+    assert path == storage.find_original("a") == "original/a.jpg"
+    assert storage.read(path) == b"x"
 
 
-def test_a_missing_original_is_a_permanent_error(files):
+def test_a_missing_original_is_a_permanent_error(storage):
     with pytest.raises(MissingOriginalError, match=r"original/a\.\*"):
-        files.find_original("a")
-    files.put_original("b", b"x", "jpg")
+        storage.find_original("a")
+    storage.put_original("b", b"x", "jpg")
     with pytest.raises(MissingOriginalError, match=r"original/a\.jpg"):
-        files.read("original/a.jpg")
+        storage.read("original/a.jpg")
 
 
-def test_two_originals_of_one_id_are_named(files):
-    files.write("original/a.jpg", b"1")
-    files.write("original/a.png", b"2")
+def test_two_originals_of_one_id_are_named(storage):
+    storage.write("original/a.jpg", b"1")
+    storage.write("original/a.png", b"2")
     with pytest.raises(MissingOriginalError, match=r"a\.jpg, a\.png"):
-        files.find_original("a")
+        storage.find_original("a")
 
 
-def test_a_longer_id_is_another_image(files):
-    files.put_original("ab", b"x", "jpg")
+def test_a_longer_id_is_another_image(storage):
+    storage.put_original("ab", b"x", "jpg")
     with pytest.raises(MissingOriginalError):
-        files.find_original("a")
+        storage.find_original("a")
 
 
-def test_a_new_original_takes_the_place_of_the_old_one(files):
-    files.put_original("a", b"1", "jpg")
-    files.put_original("a", b"2", "png")
-    assert files.read(files.find_original("a")) == b"2"
+def test_a_new_original_takes_the_place_of_the_old_one(storage):
+    storage.put_original("a", b"1", "jpg")
+    storage.put_original("a", b"2", "png")
+    assert storage.read(storage.find_original("a")) == b"2"
 
 
-def test_an_id_that_is_none_never_reaches_the_disk(files):
+def test_an_id_that_is_none_never_reaches_the_disk(storage):
     for image_id in ("*", "../x", "a/b", ""):
         with pytest.raises(InvalidUploadError):
-            files.find_original(image_id)
+            storage.find_original(image_id)
         with pytest.raises(InvalidUploadError):
-            files.put_original(image_id, b"", "jpg")
+            storage.put_original(image_id, b"", "jpg")
 
 
 @pytest.mark.parametrize("kind", ["link", "link to a folder", "fifo", "folder"])
@@ -69,9 +81,82 @@ def test_only_plain_files_are_read(files, tmp_path, kind):
         files.read(path)
 
 
-def test_no_more_than_the_limit_is_read(files):
-    files.write("original/a.jpg", b"x" * 100)
-    assert len(files.read("original/a.jpg", max_bytes=10)) == 11
+def test_no_more_than_the_limit_is_read(storage):
+    storage.write("original/a.jpg", b"x" * 100)
+    storage.write("original/b.jpg", b"")
+    assert len(storage.read("original/a.jpg", max_bytes=10)) == 11
+    assert storage.read("original/b.jpg", max_bytes=10) == b""
+
+
+def test_an_original_is_found_among_longer_ids(storage):
+    for name in ("a-b.jpg", "a-.png", "a_b.jpg", "ab.jpg", "a.webp", "A.jpg"):
+        storage.write(f"original/{name}", b"")
+    assert storage.find_original("a") == "original/a.webp"
+
+
+def test_deleting_twice_is_once(storage):
+    storage.write("variants/a.webp", b"")
+    storage.delete("variants/a.webp")
+    storage.delete("variants/a.webp")
+    with pytest.raises(MissingOriginalError):
+        storage.read("variants/a.webp")
+
+
+def test_originals_that_have_settled_are_listed(storage, monkeypatch):
+    for name in ("a.jpg", "b.png", "no id.jpg", "c", "sub/d.jpg"):
+        storage.write(f"original/{name}", b"")
+    assert storage.list_originals() == {}
+    monkeypatch.setattr("imagepipeline.stores.files.SETTLED_SECONDS", -60)
+    monkeypatch.setattr("imagepipeline.stores.objects.SETTLED", timedelta(seconds=-60))
+    assert storage.list_originals() == {"a": "original/a.jpg", "b": "original/b.png"}
+    assert storage.list_leftovers() == []
+
+
+def test_readers_of_a_bucket_see_the_old_content_or_the_new(bucket_url):
+    storage = ObjectStore(bucket_url)
+    contents = [letter * 3_000_000 for letter in (b"a", b"b")]
+    storage.write("variants/a.webp", contents[0])
+    with ThreadPoolExecutor() as pool:
+        writes = [pool.submit(storage.write, "variants/a.webp", contents[number % 2]) for number in range(20)]
+        while not all(write.done() for write in writes):
+            assert storage.read("variants/a.webp") in contents
+
+
+def test_what_browsers_are_told_of_an_object_does_not_come_from_its_uploader(bucket_url):
+    storage = ObjectStore(bucket_url)
+    kinds = {}
+    for path in ("original/a.html", "variants/a-sm.avif", "variants/a-sm.webp"):
+        storage.write(path, b"")
+        kinds[path] = storage._bucket.get(path).attributes["Content-Type"]
+    assert list(kinds.values()) == ["application/octet-stream", "image/avif", "image/webp"]
+
+
+def test_a_bucket_that_does_not_answer_makes_images_wait_and_is_not_quoted(bucket_url, monkeypatch):
+    monkeypatch.setenv("AWS_ENDPOINT_URL", "http://127.0.0.1:1")
+    monkeypatch.setattr("imagepipeline.stores.objects.RETRIES", 0)
+    for act in (
+        lambda store: store.read("original/a.jpg"),
+        lambda store: store.write("original/a.jpg", b""),
+        lambda store: store.find_original("a"),
+        lambda store: store.delete("original/a.jpg"),
+    ):
+        with pytest.raises(StorageDownError) as caught:
+            act(ObjectStore(bucket_url))
+        assert "127.0.0.1" not in str(caught.value)
+
+
+def test_the_index_is_kept_in_the_same_bucket_and_survives_writers_at_once(bucket_url):
+    embedding = Embedding("a cat", (0.6, 0.8), "test:model")
+
+    def upsert(fence):
+        with contextlib.suppress(StaleClaimError):
+            EmbeddingIndex(f"{bucket_url}/lancedb").upsert(Claim("cat", 1, fence, None), embedding)
+
+    with ThreadPoolExecutor() as pool:
+        list(pool.map(upsert, [3, 1, 6, 2, 5, 4]))
+    index = EmbeddingIndex(f"{bucket_url}/lancedb")
+    assert index.count_rows() == 1
+    assert index.get("cat", "test:model")["fence"] == 6
 
 
 def test_a_file_is_replaced_whole_and_nothing_is_left_beside(files):

@@ -1,0 +1,20 @@
+# Dependencies and our package are installed in one stage; the other carries only what came of it.
+# Before you rely on it, pin the base by its digest: docker buildx imagetools inspect python:3.11-slim-bookworm
+ARG PYTHON=python:3.11-slim-bookworm
+FROM ${PYTHON} AS build
+WORKDIR /src
+RUN python -m venv /opt/imagepipeline
+COPY requirements.txt ./
+RUN /opt/imagepipeline/bin/pip install --no-cache-dir --no-deps --require-hashes -r requirements.txt
+COPY pyproject.toml README.md dagster.yaml workspace.yaml ./
+COPY imagepipeline ./imagepipeline
+RUN /opt/imagepipeline/bin/pip install --no-cache-dir --no-deps .
+
+FROM ${PYTHON}
+RUN useradd --uid 10001 --create-home imagepipeline \
+    && install --directory --owner=10001 --group=10001 --mode=0700 \
+        /var/lib/imagepipeline /var/lib/imagepipeline/sockets
+COPY --from=build /opt/imagepipeline /opt/imagepipeline
+ENV PATH=/opt/imagepipeline/bin:$PATH PYTHONUNBUFFERED=1 IMAGEPIPELINE_HOME=/var/lib/imagepipeline
+USER 10001:10001
+CMD ["imagepipeline", "--help"]

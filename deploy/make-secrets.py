@@ -1,0 +1,61 @@
+#!/usr/bin/env python3
+"""Makes the secrets of docker-compose.yml, each a random one in a file of its own, in `deploy/secrets`.
+
+    python3 deploy/make-secrets.py [FOLDER]
+
+Needs nothing but Python. What is there already stays, so it can be run again; to rotate a secret see
+docs/operations.md. The folder is its owner's only; the files in it are readable, because the containers that are
+given them run as users of their own.
+"""
+
+import hashlib
+import secrets
+import sys
+from pathlib import Path
+
+# `uploader` may only push and see how much waits; `pipeline` may do what our code does, on our keys. It runs one
+# Lua script, the rate limit's, which may do no more than these. Nobody may read other keys, flush or reconfigure.
+ACL = """\
+user default off
+user uploader on #{uploader} resetkeys ~image-processing:wait resetchannels -@all +lpush +rpush +llen {connection}
+user pipeline on #{pipeline} resetkeys ~image-processing:* resetchannels -@all +blmove +lmove +lpush +lrange +lrem \
++llen +multi +exec +get +set +del +zadd +zcard +zcount +zrange +zremrangebyscore +evalsha +script|load +time \
+{connection}
+"""
+CONNECTION = "+auth +hello +ping +select +client|setinfo +client|setname"
+
+
+def main() -> None:
+    """Writes what is missing."""
+    folder = Path(sys.argv[1]) if len(sys.argv) > 1 else Path(__file__).parent / "secrets"
+    folder.mkdir(parents=True, exist_ok=True)
+    folder.chmod(0o700)
+
+    def make(name: str, text: str) -> str:
+        path = folder / name
+        if not path.exists():
+            path.write_text(text + "\n")
+            path.chmod(0o444)
+            print(f"made {path}")
+        return path.read_text().strip()
+
+    def draw(name: str) -> str:
+        return make(name, secrets.token_urlsafe(24))
+
+    draw("postgres_password")
+    draw("ui_password")
+    for database in ("catalogue", "dagster"):
+        password = draw(f"{database}_database_password")
+        make(f"{database}_database_url", f"postgresql://{database}:{password}@postgres:5432/{database}")
+    digests = {}
+    for user in ("uploader", "pipeline"):
+        password = draw(f"redis_{user}_password")
+        digests[user] = hashlib.sha256(password.encode()).hexdigest()
+        make(f"redis_{user}_url", f"redis://{user}:{password}@redis:6379/0")
+    make("redis_users.acl", ACL.format(**digests, connection=CONNECTION).rstrip())
+    for name in ("openai_api_key", "openrouter_api_key", "aws_access_key_id", "aws_secret_access_key"):
+        make(name, "")  # empty: not used
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,221 @@
+"""The production stack: what its files say, and what happens when it runs as they say."""
+
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+import urllib.error
+import urllib.parse
+import urllib.request
+from base64 import b64encode
+from pathlib import Path
+
+import boto3
+import pytest
+import redis
+import sqlalchemy as sa
+import yaml
+
+from imagepipeline_tests.conftest import PHOTOS
+from imagepipeline_tests.end_to_end.composed import ROOT, Composed
+from imagepipeline_tests.end_to_end.test_crashes import find_workers
+
+SERVICES = yaml.safe_load((ROOT / "docker-compose.yml").read_text())["services"]
+ATTACK = (
+    'mutation { addDynamicPartition(partitionsDefName: "uploads", partitionKey: "KEY", repositorySelector: '
+    '{repositoryName: "__repository__", repositoryLocationName: "imagepipeline"}) { __typename } }'
+)
+
+
+def test_the_compose_file_is_one():
+    command = ["-m", "check_jsonschema", "--builtin-schema", "vendor.compose-spec", ROOT / "docker-compose.yml"]
+    subprocess.run([sys.executable, *command], check=True)
+
+
+def test_no_service_is_more_open_than_it_must_be():
+    assert {name for name, service in SERVICES.items() if "ports" in service} == {"proxy"}
+    for name, service in SERVICES.items():
+        assert service["read_only"], name
+        assert service["cap_drop"] == ["ALL"], name
+        assert service["security_opt"] == ["no-new-privileges:true"], name
+        assert service["deploy"]["resources"]["limits"]["memory"], name
+        assert name == "migrate" or service["healthcheck"]["test"], name
+        assert name == "proxy" or "root" not in service["user"], name
+        for key in service.get("environment", {}):  # secrets come from files
+            assert not re.search("PASSWORD|KEY|SECRET|_URL", key) or key.endswith("_FILE"), key
+    assert SERVICES["daemon"]["deploy"]["replicas"] == 1
+
+
+@pytest.fixture(scope="module")
+def stack(postgres_url, s3_server):
+    with tempfile.TemporaryDirectory(prefix="ip", dir="/tmp") as folder:
+        settings = {"IMAGEPIPELINE_STORAGE_ROOT": "s3://images/composed", **s3_server}
+        keys = {name: settings.pop(name) for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY")}
+        stack = Composed(Path(folder), postgres_url, settings)
+        for name, key in keys.items():
+            secret = stack.folder / "secrets" / name.lower()
+            secret.chmod(0o600)
+            secret.write_text(key)
+        try:
+            stack.start()
+            yield stack
+        finally:
+            codes = stack.stop()
+            assert set(codes.values()) == {0}, codes
+
+
+@pytest.fixture
+def bucket(s3_server):
+    keys = {name: s3_server[name.upper()] for name in ("aws_access_key_id", "aws_secret_access_key")}
+    return boto3.client("s3", endpoint_url=s3_server["AWS_ENDPOINT_URL"], region_name="us-east-1", **keys)
+
+
+def push(stack, bucket, name, photo):
+    """What an uploader does: the original into the bucket, the ID onto the list."""
+    bucket.put_object(Bucket="images", Key=f"composed/original/{name}.jpg", Body=photo.read_bytes())
+    redis.Redis.from_url(stack.read_secret("redis_uploader_url")).lpush("image-processing:wait", name)
+
+
+def wait_for(stack, **counts):
+    deadline = time.monotonic() + 150
+    while True:
+        status = json.loads(stack.call("code-server", ["imagepipeline", "status", "--json"]))
+        if {name: status[name] for name in counts} == counts:
+            return
+        assert time.monotonic() < deadline, (status, stack.read_log("code-server")[-3000:])
+        time.sleep(0.3)
+
+
+def ask(url, query=None, user=None, **headers):
+    """The status and body of an answer; a query goes as JSON by POST, as the UI's do."""
+    if user:
+        headers["Authorization"] = "Basic " + b64encode(":".join(user).encode()).decode()
+    body = None if query is None else (query if isinstance(query, bytes) else json.dumps({"query": query}).encode())
+    if isinstance(query, str):
+        headers.setdefault("Content-Type", "application/json")
+    request = urllib.request.Request(url, body, {name.replace("_", "-"): value for name, value in headers.items()})
+    try:
+        with urllib.request.urlopen(request, timeout=30) as answer:
+            return answer.status, answer.read().decode()
+    except urllib.error.HTTPError as error:
+        return error.code, error.read().decode()
+
+
+def test_photos_go_through_and_a_dead_server_with_its_runs_costs_time_only(stack, bucket, postgres_url):
+    photos = sorted(PHOTOS.glob("*.jpg"))
+    for photo in photos:
+        push(stack, bucket, f"first-{photo.stem}", photo)
+    wait_for(stack, completed=5)
+    keys = {entry["Key"] for entry in bucket.list_objects_v2(Bucket="images", Prefix="composed/variants")["Contents"]}
+    assert len(keys) == 30
+    assert "composed/variants/first-cat-lg.avif" in keys
+    found = json.loads(stack.call("code-server", ["imagepipeline", "search", "a cup of coffee", "--json"]))
+    assert found[0]["image_id"] == "first-coffee"
+
+    for photo in photos:
+        push(stack, bucket, f"second-{photo.stem}", photo)
+    server = stack.running["code-server"]
+    while len(find_workers(server.pid)) < 2:
+        time.sleep(0.02)
+    os.killpg(server.pid, signal.SIGKILL)
+    server.wait()
+    stack.start_service("code-server")
+    wait_for(stack, completed=10, failed=0, processing=0, pending=0)
+
+    with sa.create_engine(postgres_url).connect() as connection:
+        query = "SELECT usename, datname, count(*) FROM pg_stat_activity WHERE usename <> 'postgres' GROUP BY 1, 2"
+        used = connection.exec_driver_sql(query).all()
+        limits = dict(connection.exec_driver_sql("SELECT rolname, rolconnlimit FROM pg_roles").all())
+    assert {(user, database) for user, database, _ in used} <= {("catalogue", "catalogue"), ("dagster", "dagster")}
+    assert all(count <= limits[user] / 2 for user, _, count in used), used
+
+
+def test_each_redis_user_can_do_its_work_and_no_more(stack):
+    uploader = redis.Redis.from_url(stack.read_secret("redis_uploader_url"))
+    pipeline = redis.Redis.from_url(stack.read_secret("redis_pipeline_url"))
+    assert uploader.llen("image-processing:wait") == 0
+    for refused in (
+        lambda: uploader.lrange("image-processing:wait", 0, -1),
+        lambda: uploader.lpush("image-processing:dead", "x"),
+        lambda: uploader.get("image-processing:limit"),
+        lambda: pipeline.set("other", "x"),
+        lambda: pipeline.flushall(),
+        lambda: pipeline.config_set("maxmemory-policy", "allkeys-lru"),
+        lambda: pipeline.eval("return 1", 0),
+        lambda: pipeline.keys(),
+    ):
+        with pytest.raises(redis.exceptions.NoPermissionError):
+            refused()
+    with pytest.raises(redis.AuthenticationError):
+        redis.Redis(port=stack.ports["redis"]).ping()
+    stack.call("code-server", ["imagepipeline", "limit", "100/minute"])
+
+
+def test_a_foreign_page_can_change_nothing_through_the_proxy(stack):
+    bare, site = f"http://127.0.0.1:{stack.ports['webserver']}", stack.site
+    user = ("admin", stack.read_secret("ui_password"))
+    by_get = "/graphql?" + urllib.parse.urlencode({"query": ATTACK.replace("KEY", "by-get")})
+    foreign = {"Origin": "https://evil.example", "Host": "evil.example"}
+    as_text = "/graphql?" + urllib.parse.urlencode({"query": ATTACK.replace("KEY", "as-text")})
+    as_json = json.dumps({"query": ATTACK.replace("KEY", "as-json")}).encode()
+    simple_json = "text/plain; application/json"  # for which browsers need no leave
+    # Dagster's webserver itself does what it is told: this is what the proxy is for.
+    assert "AddDynamicPartitionSuccess" in ask(bare + by_get, **foreign)[1]
+    assert "AddDynamicPartitionSuccess" in ask(bare + as_text, b"", Content_Type="text/plain", **foreign)[1]
+    assert "AddDynamicPartitionSuccess" in ask(bare + "/graphql", as_json, Content_Type=simple_json, **foreign)[1]
+
+    assert ask(site + "/") == (401, "")
+    assert ask(site + "/", user=("admin", "admin"))[0] == 401
+    again = "/graphql?" + urllib.parse.urlencode({"query": ATTACK.replace("KEY", "again")})
+    text = as_json.replace(b"as-json", b"again")
+    refused = [
+        ask(site + again, user=user),
+        ask(site + again, user=user, Origin="https://evil.example"),
+        ask(site + again, user=user, Upgrade="websocket", Connection="Upgrade"),
+        ask(site + again.replace("graphql", "%67raphql"), user=user),
+        ask(site + "/" + again, user=user),
+        ask(site + again, b"", user, Content_Type="text/plain"),
+        ask(site + "/graphql", text, user, Content_Type=simple_json),
+        ask(site + "/graphql", text, user, Content_Type="application/x-www-form-urlencoded"),
+        ask(site + "/graphql", text, user, Content_Type="application/json", Origin="https://evil.example"),
+        ask(site + "/graphql", text, user, Content_Type="application/json", Origin="null"),
+        ask(site + "/report_asset_materialization/metadata", b"", user, Origin="https://evil.example"),
+    ]
+    assert [status for status, _ in refused] == [405, 403, 405, 405, 405, 405, 405, 405, 403, 403, 403]
+    assert ask(site + "/graphql", text, user, Content_Type="application/json", Host="evil.example") == (200, "")
+    query = '{ assetNodeOrError(assetKey: {path: ["metadata"]}) { ... on AssetNode { partitionKeys } } }'
+    status, body = ask(site + "/graphql", query, user, Origin=site)  # as the UI itself asks
+    assert status == 200
+    assert "by-get" in body
+    assert "again" not in body
+
+
+def test_there_is_one_daemon(stack):
+    command = SERVICES["daemon"]["command"]
+    second = subprocess.run(
+        command, env=stack.build_environment("daemon"), capture_output=True, text=True, check=False, timeout=60
+    )
+    assert second.returncode == 1
+    assert "Another daemon works for this database" in second.stderr
+    assert stack.running["daemon"].poll() is None
+
+
+def test_no_secret_is_logged_or_shown(stack):
+    user = ("admin", stack.read_secret("ui_password"))
+    query = "{ runsOrError { ... on Runs { results { runId runConfigYaml tags { key value } } } } instance { info } }"
+    shown = ask(stack.site + "/graphql", query, user, Origin=stack.site)[1]
+    shown += "".join(log.read_text(errors="replace") for log in stack.folder.glob("*.log"))
+    assert "composed" in shown or "imagepipeline" in shown
+    for secret in (stack.folder / "secrets").glob("*password"):
+        assert secret.read_text().strip() not in shown, secret.name
+
+
+def test_a_missing_secret_is_named(stack):
+    environment = stack.build_environment("daemon") | {"DAGSTER_DATABASE_URL_FILE": "/nowhere/url"}
+    result = subprocess.run(SERVICES["daemon"]["command"], env=environment, capture_output=True, text=True, check=False)
+    assert result.returncode == 3
+    assert "DAGSTER_DATABASE_URL_FILE names /nowhere/url, which cannot be read" in result.stderr
