@@ -11,6 +11,7 @@ import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
+from urllib.parse import urlsplit
 
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, SecretStr, ValidationError
 
@@ -284,7 +285,7 @@ class Settings(BaseModel):
             raise SettingsError("IMAGEPIPELINE_WEBHOOK_SECRET is missing: what the webhook is sent must be signed")
         if settings.smtp_url and not settings.mail_to:
             raise SettingsError("IMAGEPIPELINE_MAIL_TO is missing: IMAGEPIPELINE_SMTP_URL has nobody to write to")
-        if settings.dagster_database_url and settings.dagster_database_url == settings.explicit_database_url:
+        if _is_same_database(settings.dagster_database_url, settings.explicit_database_url):
             raise SettingsError("DAGSTER_DATABASE_URL and DATABASE_URL must be two databases: each has its migrations")
         return settings.model_copy(update={"home": settings.home.expanduser().absolute()})
 
@@ -362,6 +363,15 @@ SECRETS = {
     *(str(field.alias) for field in Settings.model_fields.values() if "SecretStr" in str(field.annotation)),
     *("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY", "AZURE_STORAGE_ACCOUNT_KEY", "GOOGLE_SERVICE_ACCOUNT_KEY"),
 }
+
+
+def _is_same_database(one: SecretStr | None, other: SecretStr | None) -> bool:
+    if one is None or other is None:
+        return False
+    first, second = (urlsplit(url.get_secret_value()) for url in (one, other))
+    return (first.hostname, first.port, first.path, first.query) == (
+        *(second.hostname, second.port, second.path, second.query),
+    )
 
 
 def _read_secrets(environment: Mapping[str, str]) -> dict[str, str]:

@@ -73,16 +73,39 @@ def sqlite_catalogue_url(tmp_path: Path) -> str:
     return f"sqlite:///{tmp_path / 'catalogue.sqlite'}"
 
 
-@pytest.fixture
-def postgres_catalogue_url(postgres_url: str) -> Iterator[str]:
-    name = f"catalogue_{os.urandom(4).hex()}"
+@contextmanager
+def postgres_database(postgres_url: str, template: str = "template1") -> Iterator[str]:
+    """A database of its own; gives its URL."""
+    name = f"test_{os.urandom(4).hex()}"
     admin = sa.create_engine(postgres_url, isolation_level="AUTOCOMMIT")
     with admin.connect() as connection:
-        connection.exec_driver_sql(f"CREATE DATABASE {name}")
+        connection.exec_driver_sql(f"CREATE DATABASE {name} TEMPLATE {template}")
     url = sa.make_url(postgres_url).set(database=name)
     yield url.render_as_string(hide_password=False)
     with admin.connect() as connection:
         connection.exec_driver_sql(f"DROP DATABASE {name} WITH (FORCE)")
+
+
+@pytest.fixture
+def postgres_catalogue_url(postgres_url: str) -> Iterator[str]:
+    with postgres_database(postgres_url) as url:
+        yield url
+
+
+@pytest.fixture(scope="session")
+def dagster_template(postgres_url: str) -> Iterator[str]:
+    """The name of a database with Dagster's tables and nothing in them."""
+    from dagster_postgres import DagsterPostgresStorage
+
+    with postgres_database(postgres_url) as url:
+        DagsterPostgresStorage(url)
+        yield str(sa.make_url(url).database)
+
+
+@pytest.fixture
+def dagster_postgres_url(postgres_url: str, dagster_template: str) -> Iterator[str]:
+    with postgres_database(postgres_url, dagster_template) as url:
+        yield url
 
 
 @pytest.fixture(params=["sqlite", "postgres"])

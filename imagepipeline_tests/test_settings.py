@@ -1,5 +1,7 @@
 """Every setting is checked at the start, and a complaint names it."""
 
+import os
+
 import pytest
 
 from imagepipeline.errors import SettingsError
@@ -73,3 +75,60 @@ def test_a_socket_fits_its_limit_wherever_the_home_is(tmp_path):
     first, second = (Settings.load({"IMAGEPIPELINE_HOME": str(deep / name)}).socket_folder for name in "ab")
     assert len(str(first / "valkey.sock")) < 100
     assert first != second
+
+
+@pytest.fixture
+def secret_file(tmp_path):
+    def write(text):
+        (tmp_path / "secret").write_text(text)
+        return str(tmp_path / "secret")
+
+    return write
+
+
+def test_a_secret_may_stand_in_a_file(secret_file):
+    settings = Settings.load({"DATABASE_URL_FILE": secret_file("postgresql://u:canary@h/d\n")})
+    assert settings.database_url == "postgresql://u:canary@h/d"
+
+
+def test_a_secret_of_a_file_is_found_by_those_who_look_into_the_environment(secret_file, monkeypatch):
+    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY_FILE", secret_file("canary\n"))
+    monkeypatch.delenv("AWS_SECRET_ACCESS_KEY", raising=False)
+    for _ in range(2):  # also for a child that loads them again
+        Settings.load()
+        assert os.environ.pop("AWS_SECRET_ACCESS_KEY_FILE", None) is None
+        assert os.environ["AWS_SECRET_ACCESS_KEY"] == "canary"
+    monkeypatch.delenv("AWS_SECRET_ACCESS_KEY")
+
+
+def test_an_empty_file_means_no_key_but_never_another_database(secret_file):
+    assert Settings.load({"OPENAI_API_KEY_FILE": secret_file("\n")}).openai_api_key is None
+    with pytest.raises(SettingsError, match=r"DATABASE_URL_FILE names .*, which is empty"):
+        Settings.load({"DATABASE_URL_FILE": secret_file("\n")})
+
+
+def test_a_secret_is_given_once_and_only_from_files_that_can_be_read(secret_file):
+    with pytest.raises(SettingsError, match="REDIS_URL and REDIS_URL_FILE exclude each other"):
+        Settings.load({"REDIS_URL": "redis://h", "REDIS_URL_FILE": secret_file("redis://h")})
+    with pytest.raises(SettingsError, match="OPENAI_API_KEY_FILE names /nowhere, which cannot be read"):
+        Settings.load({"OPENAI_API_KEY_FILE": "/nowhere"})
+    with pytest.raises(SettingsError, match="IMAGEPIPELINE_HOME_FILE is no setting"):
+        Settings.load({"IMAGEPIPELINE_HOME_FILE": "/nowhere"})
+
+
+def test_dagsters_database_is_named_for_the_driver_that_is_installed():
+    url = Settings.load({"DAGSTER_DATABASE_URL": "postgres://u:p@h/d"}).dagster_database_url
+    assert url.get_secret_value() == "postgresql+psycopg2://u:p@h/d"
+
+
+def test_dagster_and_the_catalogue_do_not_share_a_database():
+    for url in ("postgresql://u:p@h/d", "postgresql+psycopg2://v:q@h/d"):
+        with pytest.raises(SettingsError, match="two databases"):
+            Settings.load({"DATABASE_URL": "postgres://u:p@h/d", "DAGSTER_DATABASE_URL": url})
+
+
+def test_the_storage_root_is_a_folder_or_a_url_and_takes_the_index_along(tmp_path):
+    bucket = Settings.load({"IMAGEPIPELINE_STORAGE_ROOT": "s3://bucket/prefix/"})
+    assert (bucket.storage, bucket.index_uri) == ("s3://bucket/prefix", "s3://bucket/prefix/lancedb")
+    folder = Settings.load({"IMAGEPIPELINE_STORAGE_ROOT": f"file://{tmp_path}", "IMAGEPIPELINE_HOME": "/h"})
+    assert (folder.storage, folder.index_uri) == (str(tmp_path), "/h/lancedb")

@@ -15,6 +15,7 @@ from pathlib import Path
 
 import dagster as dg
 import pytest
+import yaml
 from PIL import Image
 
 from imagepipeline.defs.reconciler import STALL_SECONDS, StandstillWatch, reconcile
@@ -50,14 +51,22 @@ LEGAL = {  # which event may follow which, in one image's history
 }
 
 
+@pytest.fixture(params=["sqlite", "postgres"])
+def database_urls(request):
+    """Those of the catalogue and of Dagster, once on SQLite (Dagster's below its home: None) and once on Postgres."""
+    is_postgres = request.param == "postgres"
+    dagster_url = request.getfixturevalue("dagster_postgres_url") if is_postgres else None
+    return request.getfixturevalue(f"{request.param}_catalogue_url"), dagster_url
+
+
 @pytest.fixture
-def world(tmp_path, catalogue_url):
-    """The stores of one image `cat`, pending, and a Dagster instance on disk; once on SQLite and once on Postgres."""
-    return World(tmp_path, catalogue_url)
+def world(tmp_path, database_urls):
+    """The stores of one image `cat`, pending, and a Dagster instance."""
+    return World(tmp_path, *database_urls)
 
 
 class World:
-    def __init__(self, folder: Path, catalogue_url: str) -> None:
+    def __init__(self, folder: Path, catalogue_url: str, dagster_url: str | None) -> None:
         self.folder = folder
         self.catalogue_url = catalogue_url
         self.catalogue = Catalogue(catalogue_url)
@@ -65,7 +74,13 @@ class World:
         self.files = FileStore(folder / "storage")
         self.files.put_original("cat", (PHOTOS / "cat.jpg").read_bytes(), "jpg")
         self.catalogue.accept([Upload("cat")])
-        (folder / "dagster.yaml").write_text("telemetry: {enabled: false}\n")
+        storage = {
+            "module": "imagepipeline.runtime.postgres_storage",
+            "class": "PooledPostgresStorage",
+            "config": {"postgres_url": dagster_url},
+        }
+        config = {"telemetry": {"enabled": False}} | ({"storage": {"custom": storage}} if dagster_url else {})
+        (folder / "dagster.yaml").write_text(yaml.safe_dump(config))
 
     def start_run(self, *arguments: str) -> subprocess.Popen:
         """A run of the image's present generation as a process of its own."""
@@ -139,11 +154,13 @@ def test_a_frozen_run_that_wakes_after_its_succession_changes_nothing(world, eff
     world.check()
 
 
-def test_dead_and_frozen_workers_and_a_dead_code_server_cost_time_only(tmp_path, monkeypatch):
+def test_dead_and_frozen_workers_and_a_dead_code_server_cost_time_only(tmp_path, monkeypatch, database_urls):
     monkeypatch.setenv("IMAGEPIPELINE_HOME", str(tmp_path / "home"))
+    catalogue_url, dagster_url = database_urls
+    monkeypatch.setenv("DATABASE_URL", catalogue_url)
+    monkeypatch.setenv("DAGSTER_DATABASE_URL", dagster_url or "")
     command = Path(sys.executable).parent / "imagepipeline"
-
-    catalogue = Catalogue(f"sqlite:///{tmp_path / 'home' / 'catalogue.sqlite'}")
+    catalogue = Catalogue(catalogue_url)
 
     def wait_until(condition: Callable[[dict], bool]) -> float:
         began = time.monotonic()
