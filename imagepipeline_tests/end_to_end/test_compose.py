@@ -1,5 +1,6 @@
 """The production stack: what its files say, and what happens when it runs as they say."""
 
+import http.client
 import json
 import os
 import re
@@ -192,6 +193,25 @@ def test_a_foreign_page_can_change_nothing_through_the_proxy(stack):
     assert status == 200
     assert "by-get" in body
     assert "again" not in body
+
+
+@pytest.mark.parametrize(("origin", "status"), [(None, 101), ("https://evil.example", 403), ("", 405)])
+def test_the_live_pages_of_the_ui_get_their_socket_and_a_foreign_page_gets_none(stack, origin, status):
+    connection = http.client.HTTPConnection("127.0.0.1", stack.ports["proxy"], timeout=30)
+    user = b64encode(f"admin:{stack.read_secret('ui_password')}".encode()).decode()
+    headers = {
+        "Authorization": f"Basic {user}",
+        "Connection": "Upgrade",
+        "Upgrade": "websocket",
+        "Sec-WebSocket-Version": "13",
+        "Sec-WebSocket-Key": b64encode(os.urandom(16)).decode(),
+        "Sec-WebSocket-Protocol": "graphql-ws",
+    }
+    if origin != "":
+        headers["Origin"] = origin or stack.site
+    connection.request("GET", "/graphql", headers=headers)
+    assert connection.getresponse().status == status
+    connection.close()
 
 
 def test_there_is_one_daemon(stack):

@@ -2,8 +2,9 @@
 
     python -m imagepipeline_tests.end_to_end.tick_crashes --repeat 10      # 540 trials; writes docs/kill-matrix.md
 
-Each trial is a process of its own that runs Dagster's real sensor iteration on a SQLite instance, with a real
-Redis-compatible server, and dies by a real signal: at Dagster's own six crash points, and at three of ours.
+Each trial is a process of its own that runs Dagster's real sensor iteration on SQLite, or with `--postgres` on
+Postgres, with a real Redis-compatible server, and dies by a real signal: at Dagster's own six crash points, and at
+three of ours.
 """
 
 import argparse
@@ -16,7 +17,8 @@ import tempfile
 import threading
 import time
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
@@ -31,9 +33,11 @@ from dagster._utils.interrupts import setup_interrupt_handlers
 
 import imagepipeline.definitions  # noqa: F401  (before the fork, so that no trial pays for it)
 from imagepipeline.defs.sensors import MAX_UNFINISHED_RUNS
+from imagepipeline.runtime import services
+from imagepipeline.settings import Settings
 from imagepipeline.stores.catalogue import Catalogue
 from imagepipeline.stores.uploads import UploadQueue
-from imagepipeline_tests.conftest import redis_server
+from imagepipeline_tests.conftest import dagster_database, postgres_database, postgres_server, redis_server
 
 DAGSTER_POINTS = (
     "TICK_CREATED",
@@ -50,20 +54,44 @@ BATCHES = (1, 5, 50)
 BAD_ENTRY = b"../etc/passwd"
 
 
-def run_trial(redis_url: str, point: str, signal_number: int, batch: int) -> dict[str, Any]:
+Databases = Callable[[], AbstractContextManager[dict[str, str]]]
+
+
+@contextmanager
+def on_sqlite() -> Iterator[dict[str, str]]:
+    """The environment of a trial on SQLite."""
+    yield {"DATABASE_URL": "", "DAGSTER_DATABASE_URL": ""}
+
+
+@contextmanager
+def on_postgres(server_url: str, template: str) -> Iterator[dict[str, str]]:
+    """The environment of a trial on two new databases."""
+    with postgres_database(server_url) as catalogue_url, postgres_database(server_url, template) as dagster_url:
+        yield {"DATABASE_URL": catalogue_url, "DAGSTER_DATABASE_URL": dagster_url}
+
+
+@contextmanager
+def choose_databases(has_postgres: bool) -> Iterator[Databases]:
+    """What makes the databases of each trial."""
+    if not has_postgres:
+        yield on_sqlite
+        return
+    with postgres_server() as server_url, dagster_database(server_url) as template:
+        yield lambda: on_postgres(server_url, template)
+
+
+def run_trial(redis_url: str, databases: Databases, point: str, signal_number: int, batch: int) -> dict[str, Any]:
     """Pushes a batch, kills the tick that takes it in, runs two more ticks, and looks at what there is.
 
     Returns:
         `was_killed`, `lost` and `double` (numbers of IDs), and `left` (entries still on a list).
     """
-    with tempfile.TemporaryDirectory(prefix="ip", dir="/tmp") as folder:
+    with tempfile.TemporaryDirectory(prefix="ip", dir="/tmp") as folder, databases() as urls:
         home = Path(folder)
         prefix = home.name
-        os.environ.update(
-            IMAGEPIPELINE_HOME=str(home), REDIS_URL=redis_url, IMAGEPIPELINE_QUEUE_PREFIX=prefix, DAGSTER_HOME=str(home)
-        )
-        (home / "dagster.yaml").write_text("telemetry: {enabled: false}\n")
-        catalogue = Catalogue(f"sqlite:///{home / 'catalogue.sqlite'}")
+        os.environ.update(urls, IMAGEPIPELINE_HOME=str(home), REDIS_URL=redis_url, IMAGEPIPELINE_QUEUE_PREFIX=prefix)
+        os.environ.update(services.prepare(settings := Settings.load()))
+        catalogue = Catalogue(settings.database_url)
         catalogue.migrate()
         queue = UploadQueue(redis_url, prefix)
         image_ids = [f"image{number}" for number in range(batch)]
@@ -84,6 +112,7 @@ def run_trial(redis_url: str, point: str, signal_number: int, batch: int) -> dic
         left = queue.count()["waiting"]
         dead = queue.count()["dead"]
         queue.redis.delete(queue.wait_key, queue.active_key, queue.dead_key)
+        catalogue.close()
         return {
             "was_killed": os.WIFSIGNALED(status) or os.waitstatus_to_exitcode(status) != 0,
             "lost": len(lost),
@@ -184,13 +213,14 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--repeat", type=int, default=1)
     parser.add_argument("--batches", type=int, nargs="*", default=BATCHES)
+    parser.add_argument("--postgres", action="store_true", help="on Postgres instead of SQLite")
     parser.add_argument("--json", action="store_true", help="print the totals as JSON and write no file")
     options = parser.parse_args()
     table: dict[tuple[str, str], Counter[str]] = {}
     began = time.monotonic()
-    with redis_server() as redis_url:
+    with redis_server() as redis_url, choose_databases(options.postgres) as databases:
         for point, number, batch, _ in itertools.product(POINTS, SIGNALS, options.batches, range(options.repeat)):
-            result = run_trial(redis_url, point, number, batch)
+            result = run_trial(redis_url, databases, point, number, batch)
             cell = table.setdefault((point, number.name), Counter())
             cell.update({"trials": 1, **{name: int(value) for name, value in result.items()}})
             print(f"{point:<30} {number.name:<8} batch {batch:<3} {result}", file=sys.stderr, flush=True)
@@ -200,15 +230,16 @@ def main() -> None:
         names = ("trials", "was_killed", "lost", "double", "left")
         print(json.dumps({"seconds": round(seconds), **{name: total[name] for name in names}}))
     else:
-        Path("docs/kill-matrix.md").write_text(_format(table, total, seconds))
+        database = "Postgres" if options.postgres else "SQLite"
+        Path("docs/kill-matrix.md").write_text(_format(table, total, seconds, database))
     sys.exit(int(bool(total["lost"] or total["double"] or total["left"] or total["was_killed"] < total["trials"])))
 
 
-def _format(table: dict[tuple[str, str], Counter[str]], total: Counter[str], seconds: float) -> str:
+def _format(table: dict[tuple[str, str], Counter[str]], total: Counter[str], seconds: float, database: str) -> str:
     lines = [
         "# The kill matrix",
         "",
-        f"The sensor tick, killed at every step: {total['trials']} trials in {seconds / 60:.0f} minutes, on SQLite.",
+        f"The sensor tick on {database}, killed at every step: {total['trials']} trials in {seconds / 60:.0f} minutes.",
         "Written by `python -m imagepipeline_tests.end_to_end.tick_crashes --repeat 10`.",
         "",
         "Each trial pushes a batch (of " + ", ".join(map(str, BATCHES)) + "; in the larger ones an ID twice and an",

@@ -1,0 +1,65 @@
+"""Services are prepared alike wherever they run, and tables are made once."""
+
+import json
+import os
+import subprocess
+import sys
+from contextlib import closing
+
+import dagster as dg
+import pytest
+import sqlalchemy as sa
+import yaml
+
+from imagepipeline.errors import StackError
+from imagepipeline.runtime import services
+from imagepipeline.settings import Settings
+from imagepipeline.stores.catalogue import Catalogue
+from imagepipeline_tests.conftest import postgres_database
+
+
+def migrate(environment):
+    command = [sys.executable, "-m", "imagepipeline.cli", "migrate", "--json"]
+    return subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+
+
+def test_tables_are_made_once_however_many_ask_for_them_at_once(postgres_url, tmp_path):
+    with postgres_database(postgres_url) as catalogue_url, postgres_database(postgres_url) as dagster_url:
+        urls = {"DATABASE_URL": catalogue_url, "DAGSTER_DATABASE_URL": dagster_url}
+        asked = [migrate(os.environ | urls | {"IMAGEPIPELINE_HOME": str(tmp_path / str(n))}) for n in range(4)]
+        for process in asked:
+            output, error = process.communicate(timeout=120)
+            assert process.returncode == 0, error
+            assert json.loads(output)["databases"] == {"catalogue": "Postgres", "dagster": "Postgres"}
+        with closing(Catalogue(catalogue_url)) as catalogue:
+            catalogue.check()
+        with sa.create_engine(dagster_url).connect() as connection:
+            assert connection.exec_driver_sql("SELECT count(*) FROM alembic_version").scalar_one() == 1
+            assert connection.exec_driver_sql("SELECT count(*) FROM runs").scalar_one() == 0
+
+
+def test_a_database_that_is_not_there_is_named_without_its_address(tmp_path):
+    gone = "postgresql://u:canary@127.0.0.1:1/d"
+    for urls in ({"DATABASE_URL": gone}, {"DAGSTER_DATABASE_URL": gone}):
+        with pytest.raises(StackError, match="tables could not be made") as caught:
+            services.migrate(Settings.load({"IMAGEPIPELINE_HOME": str(tmp_path), **urls}))
+        assert "canary" not in str(caught.value)
+
+
+def test_a_service_finds_dagsters_files_as_the_settings_want_them(tmp_path):
+    settings = {"IMAGEPIPELINE_HOME": str(tmp_path), "IMAGEPIPELINE_MAX_RUNS": "7"}
+    environment = services.prepare(Settings.load(settings | {"DAGSTER_DATABASE_URL": "postgres://u:canary@h/d"}))
+    written = (tmp_path / "dagster" / "dagster.yaml").read_text()
+    config = yaml.safe_load(written)
+    assert config["concurrency"]["runs"]["max_concurrent_runs"] == 7
+    assert config["storage"]["custom"]["config"] == {"postgres_url": {"env": "DAGSTER_DATABASE_URL"}}
+    assert environment["DAGSTER_DATABASE_URL"] == "postgresql+psycopg2://u:canary@h/d"
+    assert "canary" not in written
+    services.prepare(Settings.load(settings))
+    with dg.DagsterInstance.from_config(str(tmp_path / "dagster")) as instance:
+        assert instance.get_concurrency_config().run_queue_config.max_concurrent_runs == 7
+
+
+def test_a_service_that_does_not_answer_is_not_healthy(tmp_path):
+    settings = Settings.load({"IMAGEPIPELINE_HOME": str(tmp_path), "IMAGEPIPELINE_WEBSERVER_PORT": "1"})
+    assert not any(services.is_healthy(settings, name) for name in services.NAMES)
