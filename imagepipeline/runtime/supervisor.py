@@ -112,16 +112,16 @@ class Stack:
         _write_state(self._lock, self.webserver_url)
 
     def _migrate(self, environment: dict[str, str]) -> None:
-        """In a process of its own, since Dagster takes memory; on SQLite, Dagster's part once per version of it."""
+        """Makes or updates the tables: Dagster's by a process of their own, and on SQLite once per version of it."""
         settings = self._settings
         Catalogue(settings.database_url).migrate()
         done = settings.home / "dagster" / f".migrated-{version('dagster')}"
         if done.exists() and not settings.dagster_database_url:
             return
         log = self._log("migrate")
-        process = processes.start([sys.executable, "-m", "imagepipeline.cli", "migrate"], log, environment)
+        process = processes.start([sys.executable, "-m", "imagepipeline.runtime.migration"], log, environment)
         if process.wait() != 0:
-            raise StackError(f"the tables could not be made:\n{processes.read_tail(log)}")
+            raise StackError(f"Dagster's tables could not be made:\n{processes.read_tail(log)}")
         done.touch()
 
     def _start(self, name: str, starter: Callable[[], subprocess.Popen[bytes]]) -> None:

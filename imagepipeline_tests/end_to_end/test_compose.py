@@ -23,7 +23,7 @@ import yaml
 
 from imagepipeline_tests.conftest import PHOTOS
 from imagepipeline_tests.end_to_end.composed import ROOT, Composed
-from imagepipeline_tests.end_to_end.test_crashes import find_workers
+from imagepipeline_tests.end_to_end.processes import find_workers
 
 SERVICES = yaml.safe_load((ROOT / "docker-compose.yml").read_text())["services"]
 # One stack for all of them, in this order.

@@ -26,6 +26,7 @@ from imagepipeline.stores.catalogue import Catalogue
 from imagepipeline.stores.files import FileStore
 from imagepipeline.stores.vectors import EmbeddingIndex
 from imagepipeline_tests.conftest import PHOTOS
+from imagepipeline_tests.end_to_end.processes import find_process, find_workers
 
 ROOT = Path(__file__).parent.parent.parent
 EFFECTS = {
@@ -169,6 +170,9 @@ def test_dead_and_frozen_workers_and_a_dead_code_server_cost_time_only(tmp_path,
             time.sleep(0.02)
         return time.monotonic() - began
 
+    def find_server() -> int:
+        return os.getpgid(find_process(tmp_path, b"imagepipeline.definitions"))
+
     def push_and_wait_for_work() -> None:
         subprocess.run([command, "push", *map(str, PHOTOS.glob("*.jpg"))], check=True, stdout=subprocess.DEVNULL)
         wait_until(lambda counts: counts["processing"] >= 2)
@@ -177,7 +181,7 @@ def test_dead_and_frozen_workers_and_a_dead_code_server_cost_time_only(tmp_path,
         try:
             assert stack.stdout.readline()
             push_and_wait_for_work()
-            frozen, killed = find_workers(find_process(tmp_path, b"imagepipeline.definitions"))[:2]
+            frozen, killed = find_workers(find_server())[:2]
             os.kill(frozen, signal.SIGSTOP)
             os.kill(killed, signal.SIGKILL)
             seconds = wait_until(lambda counts: counts["completed"] == 5)
@@ -186,7 +190,7 @@ def test_dead_and_frozen_workers_and_a_dead_code_server_cost_time_only(tmp_path,
 
             push_and_wait_for_work()
             lost = catalogue.count()["processing"]
-            os.killpg(find_process(tmp_path, b"imagepipeline.definitions"), signal.SIGKILL)  # and with it all runs
+            os.killpg(find_server(), signal.SIGKILL)  # and with it all runs
             seconds = wait_until(lambda counts: counts["completed"] == 5)
             print(f"{lost} runs killed with their server: all five images completed {seconds:.0f} s later")
             assert catalogue.count()["failed"] == 0
@@ -196,34 +200,3 @@ def test_dead_and_frozen_workers_and_a_dead_code_server_cost_time_only(tmp_path,
     for row in catalogue.list_ended(Status.COMPLETED):
         events = [event["event"] for event in catalogue.get(row["id"])["history"]]
         assert events.count("completed") == events.count("accepted") == 2
-
-
-def find_workers(server: int) -> list[int]:
-    """The processes of the runs that were forked for a code server, oldest first."""
-    forkserver = find_children(server, b"forkserver")[0]
-    return find_children(forkserver, b"forkserver")
-
-
-def find_children(parent: int, word: bytes) -> list[int]:
-    """The processes a process has started that have the word in their command line, oldest first."""
-    found = []
-    for path in Path("/proc").glob("[0-9]*"):
-        try:
-            is_child = int((path / "stat").read_text().rpartition(")")[2].split()[1]) == parent
-            if is_child and word in (path / "cmdline").read_bytes():
-                found.append(int(path.name))
-        except OSError:
-            continue
-    return sorted(found)
-
-
-def find_process(folder: Path, word: bytes) -> int:
-    """The leader of the process group of a home's process whose command line has the word."""
-    for path in Path("/proc").glob("[0-9]*"):
-        try:
-            is_ours = str(folder).encode() in (path / "environ").read_bytes()
-            if is_ours and word in (path / "cmdline").read_bytes():
-                return os.getpgid(int(path.name))
-        except OSError:
-            continue
-    raise AssertionError(f"no process of {folder} has {word!r}")

@@ -16,6 +16,7 @@ from PIL import Image
 
 from imagepipeline.stores.vectors import EmbeddingIndex
 from imagepipeline_tests.conftest import PHOTOS
+from imagepipeline_tests.end_to_end.processes import find_process
 
 COMMAND = Path(sys.executable).parent / "imagepipeline"
 PATIENCE_SECONDS = 180
@@ -62,17 +63,6 @@ def processes_of(home):
         except OSError:
             continue
     return found
-
-
-def find_process(home, word):
-    """The ID of the process with that word in its command line."""
-    for path in Path("/proc").glob("[0-9]*"):
-        try:
-            if str(home).encode() in (path / "environ").read_bytes() and word in (path / "cmdline").read_bytes():
-                return int(path.name)
-        except OSError:
-            continue
-    raise AssertionError(f"no process has {word!r} in its command line")
 
 
 def test_from_a_plain_push_to_a_search_and_a_clean_stop(home):

@@ -1,0 +1,33 @@
+"""Which process is which, in a stack that runs."""
+
+from pathlib import Path
+
+
+def find_workers(server: int) -> list[int]:
+    """The processes of the runs that were forked for a code server, oldest first."""
+    forkserver = find_children(server, b"forkserver")[0]
+    return find_children(forkserver, b"forkserver")
+
+
+def find_children(parent: int, word: bytes) -> list[int]:
+    """The processes a process has started that have the word in their command line, oldest first."""
+    found = []
+    for path in Path("/proc").glob("[0-9]*"):
+        try:
+            is_child = int((path / "stat").read_text().rpartition(")")[2].split()[1]) == parent
+            if is_child and word in (path / "cmdline").read_bytes():
+                found.append(int(path.name))
+        except OSError:
+            continue
+    return sorted(found)
+
+
+def find_process(home: Path, word: bytes) -> int:
+    """A process of that home with the word in its command line."""
+    for path in Path("/proc").glob("[0-9]*"):
+        try:
+            if str(home).encode() in (path / "environ").read_bytes() and word in (path / "cmdline").read_bytes():
+                return int(path.name)
+        except OSError:
+            continue
+    raise AssertionError(f"no process of {home} has {word!r} in its command line")
