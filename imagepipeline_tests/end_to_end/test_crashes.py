@@ -26,7 +26,7 @@ from imagepipeline.stores.catalogue import Catalogue
 from imagepipeline.stores.files import FileStore
 from imagepipeline.stores.vectors import EmbeddingIndex
 from imagepipeline_tests.conftest import PHOTOS
-from imagepipeline_tests.end_to_end.processes import find_process, find_workers
+from imagepipeline_tests.end_to_end.processes import find_port, find_process, find_workers
 
 ROOT = Path(__file__).parent.parent.parent
 EFFECTS = {
@@ -158,6 +158,7 @@ def test_a_frozen_run_that_wakes_after_its_succession_changes_nothing(world, eff
 def test_dead_and_frozen_workers_and_a_dead_code_server_cost_time_only(tmp_path, monkeypatch, database_urls):
     monkeypatch.setenv("IMAGEPIPELINE_HOME", str(tmp_path / "home"))
     catalogue_url, dagster_url = database_urls
+    monkeypatch.setenv("IMAGEPIPELINE_WEBSERVER_PORT", str(find_port()))  # other tests have stacks at the same time
     monkeypatch.setenv("DATABASE_URL", catalogue_url)
     monkeypatch.setenv("DAGSTER_DATABASE_URL", dagster_url or "")
     command = Path(sys.executable).parent / "imagepipeline"

@@ -16,7 +16,7 @@ from PIL import Image
 
 from imagepipeline.stores.vectors import EmbeddingIndex
 from imagepipeline_tests.conftest import PHOTOS
-from imagepipeline_tests.end_to_end.processes import find_process
+from imagepipeline_tests.end_to_end.processes import find_port, find_process
 
 COMMAND = Path(sys.executable).parent / "imagepipeline"
 PATIENCE_SECONDS = 180
@@ -25,6 +25,7 @@ PATIENCE_SECONDS = 180
 @pytest.fixture
 def home(tmp_path, monkeypatch):
     monkeypatch.setenv("IMAGEPIPELINE_HOME", str(tmp_path / "home"))
+    monkeypatch.setenv("IMAGEPIPELINE_WEBSERVER_PORT", str(find_port()))  # other tests have stacks at the same time
     return tmp_path / "home"
 
 
