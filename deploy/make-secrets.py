@@ -35,7 +35,7 @@ def main() -> None:
         path = folder / name
         if not path.exists():
             path.write_text(text + "\n")
-            path.chmod(0o444)
+            path.chmod(0o644)
             print(f"made {path}")
         return path.read_text().strip()
 

@@ -109,7 +109,7 @@ class Settings(BaseModel):
         description="a Postgres for Dagster, instead of SQLite under the home; another database than the catalogue's",
     )
     max_runs: Annotated[int, Field(ge=1, le=100)] = Field(
-        5, alias="IMAGEPIPELINE_MAX_RUNS", description="how many uploads are worked on at a time"
+        5, alias="IMAGEPIPELINE_MAX_RUNS", description="how many uploads are worked on at a time (5)"
     )
     openai_api_key: SecretStr | None = Field(
         None, alias="OPENAI_API_KEY", description="if set, a vision model describes the images instead of the local one"

@@ -14,8 +14,8 @@ from imagepipeline.stores.ledger import Ledger
 from imagepipeline.stores.uploads import UploadQueue
 
 ENTRIES_PER_TICK = 500  # about half a second; a tick may take 60 s
-# The backlog waits in the catalogue, where it can be re-ordered; Dagster's queue holds enough to keep five busy.
-MAX_UNFINISHED_RUNS = 15
+# The backlog waits in the catalogue, where it can be re-ordered; Dagster's queue holds enough to keep its slots busy.
+RUNS_PER_SLOT, DEFAULT_SLOTS = 3, 5
 MAX_WAIT_SECONDS = 4  # for an entry: under the 5 s after which a silent Redis counts as gone
 UNFINISHED = [
     dg.DagsterRunStatus.NOT_STARTED,
@@ -57,8 +57,9 @@ def upload_sensor(
         return dg.SkipReason(str(error))
     unfinished = find_unfinished(context.instance)
     pauses = ledger.list_pauses()
-    pending = catalogue.list_pending(MAX_UNFINISHED_RUNS, except_for=unfinished)
-    chosen = pending[: count_room(pauses, len(unfinished))]
+    limit = find_limit(context.instance)
+    pending = catalogue.list_pending(limit, except_for=unfinished)
+    chosen = pending[: count_room(pauses, limit, len(unfinished))]
     if not chosen:
         paused = f"Paused ({pauses[0].reason}): {pauses[0].message}." if pauses and pending else None
         return dg.SkipReason(paused or problem or explain_idleness(len(pending), len(unfinished)))
@@ -69,11 +70,17 @@ def upload_sensor(
     )
 
 
-def count_room(pauses: Sequence[Pause], unfinished_count: int) -> int:
+def find_limit(instance: dg.DagsterInstance) -> int:
+    """How many runs may be queued or running."""
+    queue = instance.get_concurrency_config().run_queue_config
+    return RUNS_PER_SLOT * (queue.max_concurrent_runs if queue else DEFAULT_SLOTS)
+
+
+def count_room(pauses: Sequence[Pause], limit: int, unfinished_count: int) -> int:
     """How many runs may be started: none in a pause, one when it is on probation and nothing else runs."""
     if any(not pause.is_over for pause in pauses):
         return 0
-    return max(0, (1 if pauses else MAX_UNFINISHED_RUNS) - unfinished_count)
+    return max(0, (1 if pauses else limit) - unfinished_count)
 
 
 def take_in(queue: UploadQueue, catalogue: Catalogue) -> list[str]:

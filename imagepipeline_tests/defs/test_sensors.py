@@ -8,10 +8,12 @@ import dagster as dg
 import pytest
 
 from imagepipeline.defs.failures import GENERATION_TAG
-from imagepipeline.defs.sensors import MAX_UNFINISHED_RUNS, take_in, upload_sensor
+from imagepipeline.defs.sensors import DEFAULT_SLOTS, RUNS_PER_SLOT, take_in, upload_sensor
 from imagepipeline.models import Upload, now_utc
 from imagepipeline.stores.ledger import Ledger
 from imagepipeline.stores.uploads import UploadQueue
+
+LIMIT = RUNS_PER_SLOT * DEFAULT_SLOTS
 
 
 @pytest.fixture
@@ -88,8 +90,8 @@ def test_higher_priorities_run_first_also_when_they_come_later(tick, queue):
 
 def test_the_backlog_waits_in_the_catalogue_not_in_dagsters_queue(tick, catalogue, start_run):
     catalogue.accept([Upload(f"i{number}") for number in range(40)])
-    assert len(keys(tick())) == MAX_UNFINISHED_RUNS
-    for number in range(MAX_UNFINISHED_RUNS - 1):
+    assert len(keys(tick())) == LIMIT
+    for number in range(LIMIT - 1):
         start_run(f"i{number}", 1)
     assert len(keys(tick())) == 1
     start_run("x", 1)
@@ -149,7 +151,7 @@ def test_ten_thousand_pushes_half_of_them_twice_drain_steadily(queue, catalogue,
         pipe.execute()
     lengths = []
     while not lengths or lengths[-1]:
-        assert len(keys(tick())) == MAX_UNFINISHED_RUNS
+        assert len(keys(tick())) == LIMIT
         lengths.append(queue.count()["waiting"])
     assert lengths == list(range(9500, -1, -500))
     assert catalogue.count()["pending"] == 5000

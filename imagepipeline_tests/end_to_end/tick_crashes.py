@@ -32,7 +32,7 @@ from dagster._daemon.sensor import execute_sensor_iteration
 from dagster._utils.interrupts import setup_interrupt_handlers
 
 import imagepipeline.definitions  # noqa: F401  (before the fork, so that no trial pays for it)
-from imagepipeline.defs.sensors import MAX_UNFINISHED_RUNS
+from imagepipeline.defs.sensors import DEFAULT_SLOTS, RUNS_PER_SLOT
 from imagepipeline.runtime import services
 from imagepipeline.settings import Settings
 from imagepipeline.stores.catalogue import Catalogue
@@ -107,7 +107,7 @@ def run_trial(redis_url: str, databases: Databases, point: str, signal_number: i
         counts = Counter(runs)
         states = catalogue.get_states(image_ids)
         # Of more than there is room for in Dagster's queue, the rest is safe in the catalogue.
-        has_room = len(counts) < min(batch, MAX_UNFINISHED_RUNS)
+        has_room = len(counts) < min(batch, RUNS_PER_SLOT * DEFAULT_SLOTS)
         lost = [image_id for image_id in image_ids if image_id not in states or (counts[image_id] == 0 and has_room)]
         left = queue.count()["waiting"]
         dead = queue.count()["dead"]

@@ -11,6 +11,7 @@ import pytest
 import sqlalchemy as sa
 import yaml
 
+from imagepipeline.defs.sensors import RUNS_PER_SLOT, find_limit
 from imagepipeline.errors import StackError
 from imagepipeline.runtime import services
 from imagepipeline.settings import Settings
@@ -57,7 +58,7 @@ def test_a_service_finds_dagsters_files_as_the_settings_want_them(tmp_path):
     assert "canary" not in written
     services.prepare(Settings.load(settings))
     with dg.DagsterInstance.from_config(str(tmp_path / "dagster")) as instance:
-        assert instance.get_concurrency_config().run_queue_config.max_concurrent_runs == 7
+        assert find_limit(instance) == 7 * RUNS_PER_SLOT
 
 
 def test_a_service_that_does_not_answer_is_not_healthy(tmp_path):
