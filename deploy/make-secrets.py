@@ -19,7 +19,7 @@ ACL = """\
 user default off
 user uploader on #{uploader} resetkeys ~image-processing:wait resetchannels -@all +lpush +rpush +llen {connection}
 user pipeline on #{pipeline} resetkeys ~image-processing:* resetchannels -@all +blmove +lmove +lpush +lrange +lrem \
-+llen +multi +exec +get +set +del +zadd +zcard +zcount +zrange +zremrangebyscore +evalsha +script|load +time \
++llen +multi +exec +get +set +del +zadd +pexpire +zcard +zrange +zremrangebyscore +evalsha +script|load +time \
 {connection}
 """
 CONNECTION = "+auth +hello +ping +select +client|setinfo +client|setname"

@@ -1,17 +1,34 @@
 """CallLimiter: so many paid calls in so many seconds, over all processes, counted in Redis."""
 
 import re
+import secrets
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 
 import redis
-from pyrate_limiter import Limiter, Rate, RedisBucket
 
 from imagepipeline.errors import PostponedError, SettingsError
 
 UNITS_SECONDS = {"second": 1, "minute": 60, "hour": 3600, "day": 86_400}
 LIMIT = re.compile(r"(?:(?P<stage>metadata|embedding)=)?(?P<count>[1-9]\d{0,6})/(?P<unit>second|minute|hour|day)")
+
+# Gives 0 and counts the call, or the milliseconds until there may be room. The clock is the server's: where callers
+# bring their own times, one that comes late does not see calls that are counted already, and one too many is let by.
+TAKE = """
+local key, limit, window_ms = KEYS[1], tonumber(ARGV[1]), tonumber(ARGV[2])
+local time = redis.call('TIME')
+local now_ms = time[1] * 1000 + math.floor(time[2] / 1000)
+redis.call('ZREMRANGEBYSCORE', key, '-inf', now_ms - window_ms)
+if redis.call('ZCARD', key) < limit then
+    redis.call('ZADD', key, now_ms, ARGV[3])
+    redis.call('PEXPIRE', key, window_ms)
+    return 0
+end
+local last_in_the_way = redis.call('ZRANGE', key, -limit, -limit, 'WITHSCORES')
+return last_in_the_way[2] + window_ms - now_ms
+"""
 
 
 @dataclass(frozen=True)
@@ -54,6 +71,7 @@ class CallLimiter:
 
     def __init__(self, url: str, prefix: str, default: str) -> None:
         self._redis = redis.Redis.from_url(url, socket_connect_timeout=2, socket_timeout=5)
+        self._script = self._redis.register_script(TAKE)  # sent again if a restarted Redis has forgotten it
         self._key = f"{prefix}:rate-limit"
         self._default = default
         parse_limits(default)
@@ -89,13 +107,17 @@ class CallLimiter:
         return True
 
     def _take(self, limit: CallLimit, timeout_seconds: float) -> bool:
-        with _answering():
-            # Made anew for each call: its script is loaded here only, and a restarted Redis has forgotten it.
-            bucket = RedisBucket.init(
-                [Rate(limit.count, limit.seconds * 1000)], self._redis, f"{self._key}:{limit.stage or 'all'}"
-            )
-            with Limiter(bucket) as limiter:
-                return bool(limiter.try_acquire("call", timeout=timeout_seconds))
+        deadline = time.monotonic() + timeout_seconds
+        keys = [f"{self._key}:{limit.stage or 'all'}"]
+        call = secrets.token_hex(8)
+        while True:
+            with _answering():
+                wait_ms = self._script(keys, [limit.count, limit.seconds * 1000, call])
+            if wait_ms == 0:
+                return True
+            if time.monotonic() + wait_ms / 1000 > deadline:
+                return False
+            time.sleep(wait_ms / 1000)
 
 
 @contextmanager
