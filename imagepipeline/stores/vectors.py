@@ -4,16 +4,18 @@ lancedb and pyarrow are imported where they are used: together they take two sec
 """
 
 import contextlib
+import fcntl
 import functools
 import logging
 import math
 import queue
 import re
 import threading
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass
 from datetime import timedelta
+from pathlib import Path
 from typing import Any
 
 from imagepipeline.errors import ImagePipelineError, ProviderRejectedError, StaleClaimError
@@ -38,7 +40,11 @@ class Neighbour:
 
 
 class EmbeddingIndex:
-    """The LanceDB at `uri`, a folder or a URL; a table is created by the first upsert into it."""
+    """The LanceDB at `uri`, a folder or a URL; a table is created by the first upsert into it.
+
+    Any number of processes may write. In a bucket the first upsert must be over before another process begins, or
+    LanceDB may create the table twice and lose a row: the resident, the one writer there, sees to that.
+    """
 
     def __init__(self, uri: str) -> None:
         self._uri = uri
@@ -167,7 +173,11 @@ class EmbeddingIndex:
                 pa.field("vector", pa.list_(pa.float32(), len(embedding.vector))),
             ]
         )
-        return self._database.create_table(_table_name(embedding), schema=schema, exist_ok=True)
+        name = _table_name(embedding)
+        with contextlib.suppress(ValueError):  # there is none, or not yet a whole one
+            return self._database.open_table(name)
+        with _alone(self._uri):
+            return self._database.create_table(name, schema=schema, exist_ok=True)
 
 
 class BatchingIndex(EmbeddingIndex):
@@ -220,6 +230,18 @@ class BatchingIndex(EmbeddingIndex):
                 self._database.open_table(name).optimize(cleanup_older_than=READERS_PATIENCE)
             except Exception as error:  # it is none of the images' business, and will be tried again
                 log.warning("the index could not be put together: %s", error)
+
+
+@contextlib.contextmanager
+def _alone(uri: str) -> Iterator[None]:
+    """Keeps other processes of this machine out while a table is created: LanceDB itself lets the later one win."""
+    if "://" in uri:
+        yield
+        return
+    Path(uri).mkdir(parents=True, exist_ok=True)
+    with open(Path(uri, ".creating"), "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        yield
 
 
 def _table_name(embedding: Embedding) -> str:

@@ -152,6 +152,7 @@ def test_the_index_is_kept_in_the_same_bucket_and_survives_writers_at_once(bucke
         with contextlib.suppress(StaleClaimError):
             EmbeddingIndex(f"{bucket_url}/lancedb").upsert(Claim("cat", 1, fence, None), embedding)
 
+    upsert(1)  # makes the table
     with ThreadPoolExecutor() as pool:
         list(pool.map(upsert, [3, 1, 6, 2, 5, 4]))
     index = EmbeddingIndex(f"{bucket_url}/lancedb")
