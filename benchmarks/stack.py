@@ -149,13 +149,13 @@ def list_tree(root: int) -> dict[int, list[str]]:
 def name_process(pid: int) -> str:
     """What a process of the stack is, by its command line."""
     try:
-        line = Path(f"/proc/{pid}/cmdline").read_bytes().decode()
+        line = Path(f"/proc/{pid}/comm").read_text() + Path(f"/proc/{pid}/cmdline").read_bytes().decode()
     except OSError:
         return "other"
     words = {
+        "forkserver": "runs",
         "runtime.daemon": "daemon",
         "dagster_webserver": "webserver",
-        "forkserver": "runs",
         "spawn_main": "resident",
         "code_server": "code server",
         "valkey": "redis",

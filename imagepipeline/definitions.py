@@ -1,16 +1,27 @@
 """The pipeline on one screen: everything Dagster is told of, and the settings it is made with."""
 
-from dataclasses import asdict
-from typing import Any
-
 import dagster as dg
 
 from imagepipeline.defs import assets, jobs, notifications, reconciler, resources, sensors
-from imagepipeline.imaging.variants import build_recipe
+from imagepipeline.defs.originals import Originals
+from imagepipeline.imaging.decoding import Rules
+from imagepipeline.imaging.sandbox import Sandbox
+from imagepipeline.imaging.variants import Renderer, build_recipe
 from imagepipeline.models import Recipe, build_variant_specs
-from imagepipeline.providers import build_vision_options
+from imagepipeline.providers import (
+    build_embedder,
+    build_index,
+    build_notifiers,
+    build_vision,
+    build_vision_options,
+    open_paid_calls,
+)
 from imagepipeline.services import embedder, vision
-from imagepipeline.settings import NO_KEY, Settings
+from imagepipeline.settings import Settings
+from imagepipeline.storage import open_storage
+from imagepipeline.stores.catalogue import Catalogue
+from imagepipeline.stores.ledger import Ledger
+from imagepipeline.stores.uploads import UploadQueue
 
 
 @dg.definitions
@@ -57,76 +68,41 @@ def build_recipes(settings: Settings) -> dict[str, Recipe]:
     }
 
 
-def build_resources(settings: Settings) -> dict[str, Any]:
-    """The resources; a secret is named by its variable, never given."""
-    files = resources.StorageResource(root=settings.storage)
-    sandbox = resources.SandboxResource(memory_bytes=settings.max_memory_bytes, cpu_seconds=settings.max_cpu_seconds)
-    redis_url = dg.EnvVar("REDIS_URL") if settings.explicit_redis_url else settings.redis_url
-    database_url = dg.EnvVar("DATABASE_URL") if settings.explicit_database_url else settings.database_url
-    ledger = resources.LedgerResource(url=database_url)
-    resident = str(settings.resident_socket) if settings.resident_socket else None
+def build_resources(settings: Settings) -> dict[str, dg.ResourceDefinition]:
+    """What assets and sensors are given; each connects when it is first used."""
+    files = open_storage(settings.storage)
+    sandbox = Sandbox(settings.max_memory_bytes, settings.max_cpu_seconds)
+    rules = Rules(
+        max_bytes=settings.max_bytes,
+        max_pixels=settings.max_pixels,
+        max_side_px=settings.max_side_px,
+        max_frames=settings.max_frames,
+        max_icc_bytes=settings.max_icc_bytes,
+        max_text_bytes=settings.max_text_bytes,
+        is_animation_kept=settings.animation == "keep",
+        is_truncated_accepted=settings.accept_truncated,
+    )
+    specs = build_variant_specs(settings.webp_quality, settings.avif_quality)
+    queue, prefix, database = settings.redis_url, settings.queue_prefix, settings.database_url
     return {
-        "queue": resources.UploadQueueResource(url=redis_url, prefix=settings.queue_prefix),
-        "catalogue": resources.CatalogueResource(url=database_url),
-        "ledger": ledger,
-        "paid_calls": resources.PaidCallsResource(
-            ledger=ledger,
-            redis_url=redis_url,
-            prefix=settings.queue_prefix,
-            rate_limit=settings.rate_limit,
-            prices={model: list(prices) for model, prices in settings.prices.items()},
-            daily_budget_usd=settings.daily_budget_usd,
-            monthly_budget_usd=settings.monthly_budget_usd,
+        "queue": resources.opened(lambda: UploadQueue(queue, prefix), "The Redis lists uploads arrive on."),
+        "catalogue": resources.opened(lambda: Catalogue(database), "The SQL record of all images."),
+        "ledger": resources.opened(lambda: Ledger(database), "What paid calls cost, and the pauses."),
+        "paid_calls": resources.entered(
+            lambda: open_paid_calls(settings), "Who makes the paid calls: within rate limit and budget, written down."
         ),
-        "notifiers": resources.NotifiersResource(
-            webhook_url=dg.EnvVar("IMAGEPIPELINE_WEBHOOK_URL") if settings.webhook_url else None,
-            webhook_secret=dg.EnvVar("IMAGEPIPELINE_WEBHOOK_SECRET") if settings.webhook_secret else None,
-            webhook_allow_private=settings.webhook_allow_private,
-            smtp_url=dg.EnvVar("IMAGEPIPELINE_SMTP_URL") if settings.smtp_url else None,
-            mail_from=settings.mail_from,
-            mail_to=settings.mail_to,
+        "notifiers": resources.made(
+            lambda: build_notifiers(settings), "How the administrators are told: by webhook, by mail, both, or not."
         ),
-        "files": files,
-        "originals": resources.OriginalsResource(
-            files=files,
-            sandbox=sandbox,
-            rules={
-                "max_bytes": settings.max_bytes,
-                "max_pixels": settings.max_pixels,
-                "max_side_px": settings.max_side_px,
-                "max_frames": settings.max_frames,
-                "max_icc_bytes": settings.max_icc_bytes,
-                "max_text_bytes": settings.max_text_bytes,
-                "is_animation_kept": settings.animation == "keep",
-                "is_truncated_accepted": settings.accept_truncated,
-            },
-            preview_px=settings.vision_long_side_px,
+        "files": resources.made(lambda: files, "Originals and variants."),
+        "originals": resources.opened(
+            lambda: Originals(files, sandbox, rules, settings.vision_long_side_px),
+            "The originals, each decoded once a run, and the rules for what they may be.",
         ),
-        "renderer": resources.RendererResource(
-            webp_quality=settings.webp_quality,
-            avif_quality=settings.avif_quality,
-            is_animated=settings.animation == "keep",
-            has_rights=settings.keep_copyright,
+        "renderer": resources.made(
+            lambda: Renderer(specs, settings.animation == "keep", settings.keep_copyright), "How variants are made."
         ),
-        "index": resources.EmbeddingIndexResource(uri=settings.index_uri, resident=resident),
-        "vision": (
-            resources.OpenAIVisionResource(
-                api_key=dg.EnvVar("OPENAI_API_KEY") if settings.openai_api_key else NO_KEY,
-                base_url=settings.openai_base_url,
-                model=settings.vision_model,
-                prompt=settings.vision_prompt or vision.DEFAULT_PROMPT,
-                options=asdict(build_vision_options(settings)),
-            )
-            if settings.has_remote_vision
-            else resources.LocalVisionResource(resident=resident)
-        ),
-        "embedder": (
-            resources.OpenRouterEmbedderResource(
-                api_key=dg.EnvVar("OPENROUTER_API_KEY") if settings.openrouter_api_key else NO_KEY,
-                base_url=settings.openrouter_base_url,
-                model=settings.embedding_model,
-            )
-            if settings.has_remote_embedder
-            else resources.LocalEmbedderResource(resident=resident)
-        ),
+        "index": resources.made(lambda: build_index(settings), "The embeddings, in LanceDB."),
+        "vision": resources.made(lambda: build_vision(settings), "The model that describes the images."),
+        "embedder": resources.made(lambda: build_embedder(settings), "The model that embeds the texts."),
     }

@@ -1,21 +1,24 @@
-"""The models and the paid calls as the settings say, for commands; the pipeline's own come as Dagster resources."""
+"""Models, index, paid calls and notifiers as the settings say, for the pipeline and for commands."""
 
 from collections.abc import Callable, Iterator
 from contextlib import closing, contextmanager
 
 from imagepipeline.models import Embedding
 from imagepipeline.paid_calls import PaidCalls
+from imagepipeline.resident import ResidentEmbedder, ResidentIndex, ResidentVision
 from imagepipeline.services.embedder import Embedder, LocalEmbedder, OpenRouterEmbedder
+from imagepipeline.services.notifier import MailNotifier, Notifier, WebhookNotifier
 from imagepipeline.services.vision import DEFAULT_PROMPT, LocalVision, OpenAIVision, VisionModel, VisionOptions
 from imagepipeline.settings import NO_KEY, Settings
 from imagepipeline.stores.ledger import Ledger
 from imagepipeline.stores.limiter import CallLimiter
+from imagepipeline.stores.vectors import EmbeddingIndex
 
 
 def build_vision(settings: Settings) -> VisionModel:
-    """The vision model."""
+    """The vision model; an offline one is in the resident, where there is one."""
     if not settings.has_remote_vision:
-        return LocalVision()
+        return ResidentVision(str(settings.resident_socket)) if settings.resident_socket else LocalVision()
     key = settings.openai_api_key.get_secret_value() if settings.openai_api_key else NO_KEY
     prompt = settings.vision_prompt or DEFAULT_PROMPT
     return OpenAIVision(key, settings.openai_base_url, settings.vision_model, prompt, build_vision_options(settings))
@@ -33,11 +36,30 @@ def build_vision_options(settings: Settings) -> VisionOptions:
 
 
 def build_embedder(settings: Settings) -> Embedder:
-    """The embedder the pipeline uses, so that queries and images can be compared."""
+    """The embedder, of images and queries alike; an offline one is in the resident, where there is one."""
     if not settings.has_remote_embedder:
-        return LocalEmbedder()
+        return ResidentEmbedder(str(settings.resident_socket)) if settings.resident_socket else LocalEmbedder()
     key = settings.openrouter_api_key.get_secret_value() if settings.openrouter_api_key else NO_KEY
     return OpenRouterEmbedder(key, settings.openrouter_base_url, settings.embedding_model)
+
+
+def build_index(settings: Settings) -> EmbeddingIndex | ResidentIndex:
+    """The index of embeddings; through the resident, where there is one, which is then its only writer."""
+    return (
+        ResidentIndex(str(settings.resident_socket)) if settings.resident_socket else EmbeddingIndex(settings.index_uri)
+    )
+
+
+def build_notifiers(settings: Settings) -> list[Notifier]:
+    """The ways in which administrators are told; they connect when there is something to tell."""
+    notifiers: list[Notifier] = []
+    if settings.webhook_url and settings.webhook_secret:
+        url, secret = settings.webhook_url.get_secret_value(), settings.webhook_secret.get_secret_value()
+        notifiers.append(WebhookNotifier(url, secret, settings.webhook_allow_private))
+    if settings.smtp_url:
+        recipients = [address.strip() for address in settings.mail_to.split(",")]
+        notifiers.append(MailNotifier(settings.smtp_url.get_secret_value(), settings.mail_from, recipients))
+    return notifiers
 
 
 @contextmanager

@@ -38,6 +38,7 @@ def attempt(context: dg.AssetExecutionContext, catalogue: Catalogue) -> Iterator
         yield claim
         if _is_last_asset(context):
             context.log.info(f"{claim.image_id} is {catalogue.finish(claim)}.")
+            _stop_heartbeat(claim)
     except StaleClaimError as error:
         context.log.warning(f"{error}: this run writes nothing more.")
     except RetryableError as error:
@@ -73,7 +74,7 @@ def _claim(context: dg.AssetExecutionContext, catalogue: Catalogue) -> Claim | N
         raise dg.Failure(str(error), allow_retries=False) from error
 
 
-_beating: set[tuple[str, int]] = set()
+_beating: dict[tuple[str, int], threading.Event] = {}
 
 
 def _start_heartbeat(catalogue: Catalogue, claim: Claim) -> None:
@@ -83,17 +84,22 @@ def _start_heartbeat(catalogue: Catalogue, claim: Claim) -> None:
     """
     key = (claim.image_id, claim.fence)
     if key not in _beating:
-        _beating.add(key)
-        threading.Thread(target=_beat, args=(catalogue, claim), name="heartbeat", daemon=True).start()
+        _beating[key] = threading.Event()
+        arguments = (catalogue, claim, _beating[key])
+        threading.Thread(target=_beat, args=arguments, name="heartbeat", daemon=True).start()
 
 
-def _beat(catalogue: Catalogue, claim: Claim) -> None:
-    pause = threading.Event()
-    while not pause.wait(BEAT_SECONDS):
+def _stop_heartbeat(claim: Claim) -> None:
+    if ended := _beating.pop((claim.image_id, claim.fence), None):
+        ended.set()
+
+
+def _beat(catalogue: Catalogue, claim: Claim, ended: threading.Event) -> None:
+    while not ended.wait(BEAT_SECONDS):
         try:
             catalogue.beat(claim)
         except StaleClaimError:  # it ended, or another run took over
-            _beating.discard((claim.image_id, claim.fence))
+            _stop_heartbeat(claim)
             return
         except PostponedError:
             continue

@@ -14,8 +14,10 @@ import signal
 import sys
 import threading
 import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
 from importlib.metadata import version
-from multiprocessing import forkserver
+from multiprocessing import forkserver, resource_tracker, util
 from multiprocessing.context import BaseContext
 from pathlib import Path
 from typing import Any, NoReturn
@@ -25,6 +27,7 @@ from imagepipeline.settings import Settings
 
 CHECKED_DAGSTER = "1.13.27"
 PRELOAD = "imagepipeline.runtime.preload"
+COMM = "forkserver"  # what `ps -o comm` shows of the process runs are forked from, and of runs
 RESTART_SECONDS = 0.5
 # A process that is stopped while it writes holds the lock of SQLite, for which all others wait 30 s before they fail.
 STOPPED_SECONDS = 15
@@ -34,31 +37,36 @@ def main() -> None:
     """Serves until it is stopped."""
     settings = Settings.load()
     settings.publish_resident_socket()
-    for work, arguments in ((keep_resident, (settings,)), (watch_processes, ())):
-        threading.Thread(target=work, args=arguments, daemon=True).start()
     try:
         fork_runs_from(prepare_context())
     except WarmStartError as error:
         print(f"Runs start cold, 2 CPU-seconds each: {error}", file=sys.stderr, flush=True)
+    ended = threading.Event()
+    for work, arguments in ((keep_resident, (settings, ended)), (watch_processes, ())):
+        threading.Thread(target=work, args=arguments, daemon=True).start()
     from dagster._cli import main as run_dagster
 
     sys.argv = ["dagster", "api", "grpc", *sys.argv[1:]]
-    run_dagster()  # type: ignore[no-untyped-call]
+    try:
+        run_dagster()  # type: ignore[no-untyped-call]
+    finally:
+        ended.set()
 
 
 class WarmStartError(Exception):
     """Runs cannot be forked here; the message says why."""
 
 
-def keep_resident(settings: Settings) -> NoReturn:
-    """Starts the resident, and starts it again whenever it dies."""
+def keep_resident(settings: Settings, ended: threading.Event) -> None:
+    """Starts the resident, and starts it again whenever it dies, until the server has ended and takes it along."""
     context = multiprocessing.get_context("spawn")  # LanceDB's threads do not survive a fork
     while True:
         resident = context.Process(target=serve, args=(settings.resident_address, settings.index_uri), daemon=True)
         resident.start()
         resident.join()
+        if ended.wait(RESTART_SECONDS):  # printing now could abort the interpreter, which is closing its streams
+            return
         print(f"The resident ended with code {resident.exitcode} and is started again.", file=sys.stderr, flush=True)
-        time.sleep(RESTART_SECONDS)
 
 
 def watch_processes() -> NoReturn:
@@ -92,7 +100,13 @@ def prepare_context() -> BaseContext:
         raise WarmStartError(f"checked with dagster {CHECKED_DAGSTER}, this is {version('dagster')}")
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload([PRELOAD])
-    forkserver.ensure_running()  # now, so that the first upload does not pay for it
+    try:
+        importlib.import_module(PRELOAD)
+    except Exception as error:
+        raise WarmStartError(f"the preload failed ({type(error).__name__}: {error})") from error
+    resource_tracker.ensure_running()  # multiprocessing's own helper, a new Python of 10 MB
+    with _forked_not_spawned():
+        forkserver.ensure_running()
     # Python swallows what goes wrong in the preload, so a child is asked.
     probe = context.Process(target=_check_preload, args=(PRELOAD,))
     probe.start()
@@ -100,6 +114,35 @@ def prepare_context() -> BaseContext:
     if probe.exitcode != 0:
         raise WarmStartError("the preload failed, or left a thread; see the lines above")
     return context
+
+
+@contextmanager
+def _forked_not_spawned() -> Iterator[None]:
+    """Has multiprocessing fork its server from this process, which has one thread yet, so that both share the preload.
+
+    Should that server die, the next one is a new Python that imports the preload itself.
+    """
+    spawn, vars(util)["spawnv_passfds"] = util.spawnv_passfds, _fork_server
+    try:
+        yield
+    finally:
+        vars(util)["spawnv_passfds"] = spawn
+
+
+def _fork_server(path: bytes, arguments: Sequence[str], kept: Sequence[int]) -> int:
+    """Instead of a new Python with these arguments, the last of which is the server's code: a child that runs it."""
+    pid = os.fork()
+    if pid == 0:
+        try:
+            for descriptor in map(int, os.listdir("/proc/self/fd")):
+                if descriptor > 2 and descriptor not in kept:
+                    with suppress(OSError):  # that of the listing itself
+                        os.close(descriptor)
+            Path("/proc/self/comm").write_text(COMM)
+            exec(arguments[-1], {})  # noqa: S102  (multiprocessing's own, of the pinned version of Python)
+        finally:
+            os._exit(0)
+    return pid
 
 
 def fork_runs_from(context: BaseContext) -> None:

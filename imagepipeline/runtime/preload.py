@@ -10,7 +10,7 @@ import os
 from pathlib import Path
 
 import imagepipeline.definitions
-from imagepipeline.services import openai_client
+from imagepipeline.runtime.rehearsal import rehearse
 
 # What a run imports late; a test compares it with a run.
 MODULES = (
@@ -49,7 +49,7 @@ for module in MODULES:
 made = imagepipeline.definitions.defs()
 made.get_repository_def().load_all_definitions()
 vars(imagepipeline.definitions)["defs"] = made
-openai_client.load_certificates()
+rehearse()
 
 PRELOADED_BY = os.getpid()
 THREADS = len(list(Path("/proc/self/task").iterdir()))

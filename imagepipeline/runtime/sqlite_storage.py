@@ -20,6 +20,8 @@ from dagster._core.storage.sqlite import SQLITE_BUSY_TIMEOUT_SECONDS, create_db_
 from dagster._core.storage.sqlite_storage import DagsterSqliteStorage
 from dagster._serdes import ConfigurableClassData
 
+from imagepipeline.stores.database import create_sqlite_engine
+
 
 class PooledSqliteStorage(DagsterSqliteStorage):
     """Runs, ticks and events, in a database each below `base_dir`."""
@@ -101,7 +103,7 @@ class PooledEventLogStorage(PooledConnections, ConsolidatedSqliteEventLogStorage
 
 @functools.cache
 def _get_engine(url: str) -> sa.Engine:
-    engine = sa.create_engine(url, connect_args={"timeout": SQLITE_BUSY_TIMEOUT_SECONDS})
+    engine = create_sqlite_engine(url, connect_args={"timeout": SQLITE_BUSY_TIMEOUT_SECONDS})
     sa.event.listen(engine, "connect", _prepare_connection)
     return engine
 

@@ -1,5 +1,6 @@
 """Database: one SQL database, SQLite or Postgres, and transactions in it. What is stored there is others' business."""
 
+import functools
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -22,17 +23,13 @@ POSTGRES_OPTIONS: dict[str, Any] = {
 
 
 class Database:
-    """The database at a SQLAlchemy URL, `sqlite:///…` or `postgresql://…`; it connects when first used."""
+    """The database at a SQLAlchemy URL, `sqlite:///…` or `postgresql://…`; it connects when first used.
+
+    All of one URL share an engine, and so its connections and what it knows of statements.
+    """
 
     def __init__(self, url: str) -> None:
-        parsed = sa.make_url(url)
-        if parsed.drivername in ("postgres", "postgresql"):
-            parsed = parsed.set(drivername="postgresql+psycopg2")
-        options = {} if parsed.drivername.startswith("sqlite") else POSTGRES_OPTIONS
-        self.engine = sa.create_engine(parsed, hide_parameters=True, **options)
-        if self.engine.dialect.name == "sqlite":
-            sa.event.listen(self.engine, "connect", _prepare_sqlite)
-            sa.event.listen(self.engine, "begin", _begin_immediate)
+        self.engine = _get_engine(url)
         # The dialect's own insert, which knows ON CONFLICT.
         self.insert: Any = postgresql.insert if self.engine.dialect.name == "postgresql" else sqlite.insert
 
@@ -48,6 +45,40 @@ class Database:
                 yield connection
         except (sa.exc.OperationalError, sa.exc.InterfaceError) as error:
             raise CatalogueDownError(f"the catalogue does not answer ({type(error.orig).__name__})") from None
+
+
+@functools.cache
+def _get_engine(url: str) -> sa.Engine:
+    parsed = sa.make_url(url)
+    if parsed.drivername in ("postgres", "postgresql"):
+        parsed = parsed.set(drivername="postgresql+psycopg2")
+    if not parsed.drivername.startswith("sqlite"):
+        return sa.create_engine(parsed, hide_parameters=True, **POSTGRES_OPTIONS)
+    engine = create_sqlite_engine(parsed, hide_parameters=True)
+    sa.event.listen(engine, "connect", _prepare_sqlite)
+    sa.event.listen(engine, "begin", _begin_immediate)
+    return engine
+
+
+def create_sqlite_engine(url: str | sa.URL, **options: Any) -> sa.Engine:
+    """An engine that shares its compiled statements with all others made here.
+
+    What the preload has compiled for a database of its own need not be compiled again in a run.
+    """
+    engine = sa.create_engine(url, execution_options={"compiled_cache": _compiled}, **options)
+    engine.dialect = _get_sqlite_dialect()  # the cache's keys name it
+    return engine
+
+
+_compiled: sa.util.LRUCache[Any, Any] = sa.util.LRUCache(1000)
+
+
+@functools.cache
+def _get_sqlite_dialect() -> sa.Dialect:
+    engine = sa.create_engine("sqlite://")
+    engine.connect().close()  # it asks the library for its version
+    engine.dispose()
+    return engine.dialect
 
 
 def _prepare_sqlite(connection: Any, _: Any) -> None:

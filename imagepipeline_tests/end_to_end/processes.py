@@ -11,12 +11,12 @@ def find_workers(server: int) -> list[int]:
 
 
 def find_children(parent: int, word: bytes) -> list[int]:
-    """The processes a process has started that have the word in their command line, oldest first."""
+    """The processes a process has started that have the word in their name or command line, oldest first."""
     found = []
     for path in Path("/proc").glob("[0-9]*"):
         try:
             is_child = int((path / "stat").read_text().rpartition(")")[2].split()[1]) == parent
-            if is_child and word in (path / "cmdline").read_bytes():
+            if is_child and word in (path / "comm").read_bytes() + (path / "cmdline").read_bytes():
                 found.append(int(path.name))
         except OSError:
             continue
