@@ -154,6 +154,9 @@ def name_process(pid: int) -> str:
         return "other"
     words = {
         "forkserver": "runs",
+        "code-server": "code server",
+        "daemon": "daemon",
+        "webserver": "webserver",
         "runtime.daemon": "daemon",
         "dagster_webserver": "webserver",
         "spawn_main": "resident",

@@ -293,6 +293,10 @@ class Settings(BaseModel):
         """The environment of a process of this stack: ours, with the same home wherever it runs."""
         return {**os.environ, "IMAGEPIPELINE_HOME": str(self.home), **changes}
 
+    def adopt_environment(self, environment: Mapping[str, str]) -> None:
+        """Makes an environment that was built for a service that of this process and of its children."""
+        os.environ.update(environment)
+
     def publish_resident_socket(self) -> None:
         """Tells this process and its children where the resident listens."""
         os.environ["IMAGEPIPELINE_RESIDENT_SOCKET"] = self.resident_address

@@ -23,11 +23,12 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from imagepipeline.resident import serve
+from imagepipeline.runtime.processes import rename
 from imagepipeline.settings import Settings
 
 CHECKED_DAGSTER = "1.13.27"
 PRELOAD = "imagepipeline.runtime.preload"
-COMM = "forkserver"  # what `ps -o comm` shows of the process runs are forked from, and of runs
+NAME = "forkserver"  # of the process runs are forked from, and of runs
 RESTART_SECONDS = 0.5
 # A process that is stopped while it writes holds the lock of SQLite, for which all others wait 30 s before they fail.
 STOPPED_SECONDS = 15
@@ -138,7 +139,7 @@ def _fork_server(path: bytes, arguments: Sequence[str], kept: Sequence[int]) -> 
                 if descriptor > 2 and descriptor not in kept:
                     with suppress(OSError):  # that of the listing itself
                         os.close(descriptor)
-            Path("/proc/self/comm").write_text(COMM)
+            rename(NAME)
             exec(arguments[-1], {})  # noqa: S102  (multiprocessing's own, of the pinned version of Python)
         finally:
             os._exit(0)

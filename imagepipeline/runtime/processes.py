@@ -2,24 +2,43 @@
 
 import contextlib
 import ctypes
+import multiprocessing
 import os
+import runpy
 import shutil
 import signal
 import subprocess
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from typing import BinaryIO, Protocol
 
 LOG_BYTES = 10_000_000
 PR_SET_PDEATHSIG = 1  # linux/prctl.h
 
 
+class Child(Protocol):
+    """A child process, as `subprocess.Popen` shows it."""
+
+    pid: int
+
+    @property
+    def returncode(self) -> int | None:
+        """Its exit code, once `poll` or `wait` has seen its end."""
+
+    def poll(self) -> int | None:
+        """Its exit code, or None while it runs."""
+
+    def wait(self, timeout: float | None = None) -> int | None:
+        """Its exit code; raises subprocess.TimeoutExpired if it runs on."""
+
+    def terminate(self) -> None:
+        """Sends it SIGTERM."""
+
+
 def start(arguments: Sequence[str], log: Path, environment: Mapping[str, str] | None = None) -> subprocess.Popen[bytes]:
     """Starts a process in a session of its own; its output is appended to `log`, which is cut at 10 MB per start."""
-    log.parent.mkdir(parents=True, exist_ok=True)
-    if log.exists() and log.stat().st_size > LOG_BYTES:
-        shutil.move(log, log.with_suffix(".old.log"))
-    with open(log, "ab") as output:
+    with _open_log(log) as output:
         return subprocess.Popen(
             arguments,
             stdin=subprocess.DEVNULL,
@@ -31,7 +50,40 @@ def start(arguments: Sequence[str], log: Path, environment: Mapping[str, str] | 
         )
 
 
-def stop(process: subprocess.Popen[bytes], patience_seconds: float) -> bool:
+class Forked:
+    """A child that shares with us what we have imported: `python -m MODULE ARGUMENTS` in a session of its own.
+
+    Only a process with one thread may be forked. `leave` is called in the child first, to part with what is ours
+    alone; `name` is what `ps -o comm` shows.
+    """
+
+    def __init__(self, name: str, arguments: Sequence[str], log: Path, leave: Callable[[], None]) -> None:
+        self._process = multiprocessing.get_context("fork").Process(target=_become, args=(name, arguments, log, leave))
+        self._process.start()
+        self.pid = self._process.pid or 0
+
+    @property
+    def returncode(self) -> int | None:
+        """As `Child.returncode`."""
+        return self._process.exitcode
+
+    def poll(self) -> int | None:
+        """As `Child.poll`."""
+        return self._process.exitcode
+
+    def wait(self, timeout: float | None = None) -> int | None:
+        """As `Child.wait`."""
+        self._process.join(timeout)
+        if self._process.exitcode is None:
+            raise subprocess.TimeoutExpired(str(self.pid), timeout or 0)
+        return self._process.exitcode
+
+    def terminate(self) -> None:
+        """As `Child.terminate`."""
+        self._process.terminate()
+
+
+def stop(process: Child, patience_seconds: float) -> bool:
     """Asks a process to end and waits; gives False if it, and all it started, had to be killed."""
     process.terminate()
     try:
@@ -51,6 +103,32 @@ def read_tail(log: Path, lines: int = 15) -> str:
         return "\n".join(log.read_text(errors="replace").splitlines()[-lines:])
     except FileNotFoundError:
         return ""
+
+
+def rename(name: str) -> None:
+    """What `ps -o comm` and `top` show of this process; of its name, 15 characters."""
+    with contextlib.suppress(OSError):
+        Path("/proc/self/comm").write_text(name)
+
+
+def _open_log(log: Path) -> BinaryIO:
+    log.parent.mkdir(parents=True, exist_ok=True)
+    if log.exists() and log.stat().st_size > LOG_BYTES:
+        shutil.move(log, log.with_suffix(".old.log"))
+    return open(log, "ab")
+
+
+def _become(name: str, arguments: Sequence[str], log: Path, leave: Callable[[], None]) -> None:
+    leave()
+    os.setsid()
+    _prepare_child()
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # as in a new Python
+    with _open_log(log) as output:
+        os.dup2(output.fileno(), 1)
+        os.dup2(output.fileno(), 2)
+    rename(name)
+    sys.argv = list(arguments)
+    runpy.run_module(arguments[0], run_name="__main__", alter_sys=True)
 
 
 def _prepare_child() -> None:

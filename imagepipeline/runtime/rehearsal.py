@@ -6,6 +6,7 @@ through the real assets, catalogue, storage and sandbox in a folder of its own; 
 
 import io
 import json
+import signal
 import tempfile
 import threading
 from pathlib import Path
@@ -59,12 +60,13 @@ class StandIn:
 
 
 def rehearse() -> None:
-    """Does one upload; leaves no thread, connection or file behind.
+    """Does one upload; leaves no thread, connection, file or signal handler behind.
 
     Raises:
         RuntimeError: it failed, which no upload would then do better.
     """
     openai_client.rehearse()
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         (folder / "dagster.yaml").write_text(yaml.safe_dump(_build_instance_config(folder)))
@@ -72,6 +74,8 @@ def rehearse() -> None:
             result = _process(folder, instance)
         if not result.success:
             raise RuntimeError("the rehearsed upload failed: see the lines above")
+    for number, handler in handlers.items():  # Dagster has SIGTERM do what SIGINT does
+        signal.signal(number, handler)
     for thread in threading.enumerate():
         if thread is not threading.current_thread():
             thread.join(HEARTBEAT_SECONDS)

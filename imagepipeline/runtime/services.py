@@ -21,6 +21,8 @@ from imagepipeline.errors import StackError
 from imagepipeline.settings import Settings
 from imagepipeline.stores.catalogue import Catalogue
 
+# What the services import, and may share when they are forked from one process that has.
+SHARED_MODULES = ("dagster._cli", "dagster._daemon.cli", "dagster_webserver.app", "dagster_webserver.cli")
 NAMES = ("code-server", "daemon", "webserver")
 DEFAULT_WEBSERVER_PORT = 3000
 

@@ -1,16 +1,19 @@
 """The local stack: our Redis, Dagster's code server, daemon and webserver, started, watched and drained as one."""
 
 import fcntl
+import gc
+import importlib
 import json
 import math
 import os
 import signal
 import socket
-import subprocess
 import sys
+import threading
 import time
 from collections import deque
 from collections.abc import Callable
+from contextlib import closing
 from importlib.metadata import version
 from importlib.resources import files
 from pathlib import Path
@@ -41,8 +44,8 @@ class Stack:
         self._report = report
         self._reloads_code = reloads_code
         self._code_state = _read_code_state() if reloads_code else {}
-        self._starters: dict[str, Callable[[], subprocess.Popen[bytes]]] = {}
-        self._running: dict[str, subprocess.Popen[bytes]] = {}
+        self._starters: dict[str, Callable[[], processes.Child]] = {}
+        self._running: dict[str, processes.Child] = {}
         self._restarts: deque[float] = deque(maxlen=RESTARTS_PER_MINUTE)
         self._is_stopping = False
         self._is_hurried = False
@@ -96,11 +99,14 @@ class Stack:
             self._start(
                 "redis", lambda: valkey.start_server(settings.home / "valkey", server_socket, self._log("redis"))
             )
+        if sys.platform == "linux" and not self._reloads_code:
+            settings.adopt_environment(environment)
+            _import_for_all()
         self._migrate(environment)
 
         def start(name: str, settings: Settings) -> None:
             command = services.build_command(settings, name)
-            self._start(name, lambda: processes.start(command, self._log(name), environment))
+            self._start(name, lambda: self._launch(name, command, environment))
 
         start("code-server", settings)
         self._until(lambda: services.answers_socket(settings.code_address), "code-server")
@@ -111,20 +117,29 @@ class Stack:
         self._until(lambda: services.answers_http(self.webserver_url + "/server_info"), "webserver")
         _write_state(self._lock, self.webserver_url)
 
+    def _launch(self, name: str, command: list[str], environment: dict[str, str]) -> processes.Child:
+        """Forks a service from this process, which has imported what it needs; elsewhere, starts a new Python."""
+        is_fit = sys.platform == "linux" and not self._reloads_code and threading.active_count() == 1
+        if not is_fit:
+            return processes.start(command, self._log(name), environment)
+        python_options = 2  # the path of Python, and -m
+        return processes.Forked(name, command[python_options:], self._log(name), lambda: os.close(self._lock))
+
     def _migrate(self, environment: dict[str, str]) -> None:
         """Makes or updates the tables: Dagster's by a process of their own, and on SQLite once per version of it."""
         settings = self._settings
-        Catalogue(settings.database_url).migrate()
+        with closing(Catalogue(settings.database_url)) as catalogue:  # no connection may be open at a fork
+            catalogue.migrate()
         done = settings.home / "dagster" / f".migrated-{version('dagster')}"
         if done.exists() and not settings.dagster_database_url:
             return
         log = self._log("migrate")
-        process = processes.start([sys.executable, "-m", "imagepipeline.runtime.migration"], log, environment)
+        process = self._launch("migrate", [sys.executable, "-m", "imagepipeline.runtime.migration"], environment)
         if process.wait() != 0:
             raise StackError(f"Dagster's tables could not be made:\n{processes.read_tail(log)}")
         done.touch()
 
-    def _start(self, name: str, starter: Callable[[], subprocess.Popen[bytes]]) -> None:
+    def _start(self, name: str, starter: Callable[[], processes.Child]) -> None:
         self._report(f"starting {name}")
         self._starters[name] = starter
         self._running[name] = starter()
@@ -170,7 +185,7 @@ class Stack:
             if not self._stop(process, DRAIN_SECONDS if is_draining else STOP_SECONDS):
                 self._report(f"{name} did not end and was killed")
 
-    def _stop(self, process: subprocess.Popen[bytes], patience_seconds: float) -> bool:
+    def _stop(self, process: processes.Child, patience_seconds: float) -> bool:
         """Stops a process; gives False if it had to be killed."""
         process.terminate()
         deadline = time.monotonic() + patience_seconds
@@ -188,6 +203,13 @@ class Stack:
 
     def _log(self, name: str) -> Path:
         return self._settings.home / "logs" / f"{name}.log"
+
+
+def _import_for_all() -> None:
+    for module in services.SHARED_MODULES:
+        importlib.import_module(module)
+    gc.collect()
+    gc.freeze()  # a collection in a child would touch, and so copy, all of it
 
 
 def find_running(settings: Settings) -> dict[str, Any] | None:

@@ -16,7 +16,8 @@ def find_children(parent: int, word: bytes) -> list[int]:
     for path in Path("/proc").glob("[0-9]*"):
         try:
             is_child = int((path / "stat").read_text().rpartition(")")[2].split()[1]) == parent
-            if is_child and word in (path / "comm").read_bytes() + (path / "cmdline").read_bytes():
+            names = (path / "comm").read_bytes() + (path / "cmdline").read_bytes()
+            if is_child and word in names:
                 found.append(int(path.name))
         except OSError:
             continue
@@ -24,14 +25,15 @@ def find_children(parent: int, word: bytes) -> list[int]:
 
 
 def find_process(home: Path, word: bytes) -> int:
-    """A process of that home with the word in its command line."""
+    """A process of that home with the word in its name or command line."""
     for path in Path("/proc").glob("[0-9]*"):
         try:
-            if str(home).encode() in (path / "environ").read_bytes() and word in (path / "cmdline").read_bytes():
+            names = (path / "comm").read_bytes() + (path / "cmdline").read_bytes()
+            if str(home).encode() in (path / "environ").read_bytes() and word in names:
                 return int(path.name)
         except OSError:
             continue
-    raise AssertionError(f"no process of {home} has {word!r} in its command line")
+    raise AssertionError(f"no process of {home} is called {word!r}")
 
 
 def find_port() -> int:

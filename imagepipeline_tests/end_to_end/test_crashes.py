@@ -172,7 +172,7 @@ def test_dead_and_frozen_workers_and_a_dead_code_server_cost_time_only(tmp_path,
         return time.monotonic() - began
 
     def find_server() -> int:
-        return os.getpgid(find_process(tmp_path, b"imagepipeline.definitions"))
+        return os.getpgid(find_process(tmp_path, b"code-server"))
 
     def push_and_wait_for_work() -> None:
         subprocess.run([command, "push", *map(str, PHOTOS.glob("*.jpg"))], check=True, stdout=subprocess.DEVNULL)
