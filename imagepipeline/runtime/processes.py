@@ -122,6 +122,9 @@ def _become(name: str, arguments: Sequence[str], log: Path, leave: Callable[[], 
     leave()
     os.setsid()
     _prepare_child()
+    parent = multiprocessing.parent_process()
+    if parent is None or os.getppid() != parent.pid:  # it died before we asked to be told
+        return
     signal.signal(signal.SIGINT, signal.default_int_handler)  # as in a new Python
     with _open_log(log) as output:
         os.dup2(output.fileno(), 1)

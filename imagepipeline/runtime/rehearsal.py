@@ -24,6 +24,7 @@ from imagepipeline.imaging.sandbox import Sandbox
 from imagepipeline.imaging.variants import Renderer
 from imagepipeline.models import Claim, Embedding, PixelFacts, Recipe, Upload, VisionAnswer, build_variant_specs
 from imagepipeline.paid_calls import PaidCalls
+from imagepipeline.runtime.sqlite_storage import close_connections
 from imagepipeline.services import openai_client
 from imagepipeline.services.answers import read_answer
 from imagepipeline.services.vision import VisionOptions
@@ -72,6 +73,7 @@ def rehearse() -> None:
         (folder / "dagster.yaml").write_text(yaml.safe_dump(_build_instance_config(folder)))
         with dg.DagsterInstance.from_config(name) as instance:
             result = _process(folder, instance)
+        close_connections()
         if not result.success:
             raise RuntimeError("the rehearsed upload failed: see the lines above")
     for number, handler in handlers.items():  # Dagster has SIGTERM do what SIGINT does

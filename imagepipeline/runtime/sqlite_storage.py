@@ -101,10 +101,20 @@ class PooledEventLogStorage(PooledConnections, ConsolidatedSqliteEventLogStorage
         self._watcher.close()
 
 
+def close_connections() -> None:
+    """Closes those of all storages of this process; a later query opens new ones."""
+    for engine in _engines:
+        engine.dispose()
+
+
+_engines: list[sa.Engine] = []
+
+
 @functools.cache
 def _get_engine(url: str) -> sa.Engine:
     engine = create_sqlite_engine(url, connect_args={"timeout": SQLITE_BUSY_TIMEOUT_SECONDS})
     sa.event.listen(engine, "connect", _prepare_connection)
+    _engines.append(engine)
     return engine
 
 

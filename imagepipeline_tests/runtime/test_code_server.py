@@ -7,6 +7,7 @@ import signal
 import sqlite3
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 from contextlib import closing
@@ -19,6 +20,7 @@ from dagster._core.storage.sqlite import SQLITE_BUSY_TIMEOUT_SECONDS
 from imagepipeline.models import Upload
 from imagepipeline.runtime import services
 from imagepipeline.runtime.code_server import STOPPED_SECONDS, kill_stopped
+from imagepipeline.runtime.rehearsal import rehearse
 from imagepipeline.settings import Settings
 from imagepipeline.stores.catalogue import Catalogue
 from imagepipeline.stores.files import FileStore
@@ -65,6 +67,18 @@ def test_a_forked_run_finds_everything_imported_but_what_must_not_be_forked(home
     late = {name for name in done["modules"] if name.split(".")[0] in watched}
     by_the_test = ("dagster._core.execution.execute_in_process", "dagster._core.instance.runs")  # its way to run a job
     assert [name for name in sorted(late) if not name.startswith(by_the_test)] == []
+
+
+def test_a_rehearsal_leaves_nothing_behind(tmp_path, monkeypatch):
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    handlers = [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)]
+    threads, descriptors = threading.active_count(), os.listdir("/proc/self/fd")
+    rehearse()
+    assert threading.active_count() == threads
+    assert [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)] == handlers
+    assert list(tmp_path.iterdir()) == []
+    left = {os.readlink(f"/proc/self/fd/{number}") for number in set(os.listdir("/proc/self/fd")) - set(descriptors)}
+    assert not [name for name in left if name.startswith(("/", "socket:"))]
 
 
 @pytest.mark.parametrize("preload", ["preload_with_a_thread", "preload_that_fails"])

@@ -12,6 +12,7 @@ from alembic.migration import MigrationContext
 from imagepipeline.errors import CatalogueDownError, ImageBusyError, PathTakenError, StackError, StaleClaimError
 from imagepipeline.models import ImageMetadata, OriginalFacts, Recipe, Status, Upload, Variant, VariantSpec
 from imagepipeline.stores.catalogue import Catalogue
+from imagepipeline.stores.database import create_sqlite_engine
 from imagepipeline.stores.tables import schema
 
 RECIPE = Recipe("local", "m")
@@ -53,6 +54,14 @@ def test_the_migrations_make_the_tables_the_code_expects(catalogue, catalogue_ur
     with sa.create_engine(catalogue_url).connect() as connection:
         context = MigrationContext.configure(connection, opts={"compare_type": True})
         assert compare_metadata(context, schema) == []
+
+
+def test_what_was_compiled_for_one_sqlite_database_serves_all(tmp_path):
+    def read(name):
+        with create_sqlite_engine(f"sqlite:///{tmp_path / name}").connect() as connection:
+            return connection.execute(sa.select(sa.literal(len(name)).label("of_this_test"))).context.cache_hit.name
+
+    assert [read("one"), read("two")] == ["CACHE_MISS", "CACHE_HIT"]
 
 
 def test_a_database_without_tables_is_a_clear_error(catalogue_url):

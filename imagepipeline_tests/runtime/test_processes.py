@@ -1,0 +1,46 @@
+"""Children that are forked instead of started anew."""
+
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+PARENT = """
+import os, signal, sys, time
+from pathlib import Path
+from imagepipeline.runtime.processes import Forked
+
+folder = Path(sys.argv[1])
+(folder / "child.py").write_text(
+    "import os, sys, time\\n"
+    "print(__name__, sys.argv[1:], open('/proc/self/comm').read().strip(), os.getsid(0) == os.getpid(), flush=True)\\n"
+    "if len(sys.argv) > 1: sys.exit(int(sys.argv[1]))\\n"
+    "time.sleep(600)\\n"
+)
+sys.path.insert(0, str(folder))
+signal.signal(signal.SIGTERM, signal.SIG_IGN)  # the child must not inherit that
+lock = os.open(folder / "lock", os.O_CREAT | os.O_RDWR)
+done = Forked("one", ["child", "7"], folder / "one.log", lambda: os.close(lock))
+assert done.wait(30) == done.returncode == done.poll() == 7, done.returncode
+lasting = Forked("two", ["child"], folder / "two.log", lambda: os.close(lock))
+while not (folder / "two.log").exists() or not (folder / "two.log").read_text():
+    time.sleep(0.01)
+assert lasting.poll() is None
+assert not Path(f"/proc/{lasting.pid}/fd/{lock}").exists()
+lasting.terminate()
+assert lasting.wait(30) == -signal.SIGTERM
+left = Forked("three", ["child"], folder / "three.log", lambda: None)
+print(left.pid, flush=True)
+os.kill(os.getpid(), signal.SIGKILL)
+"""
+
+
+def test_a_forked_module_runs_as_if_started_by_python_m_and_ends_with_its_parent(tmp_path):
+    parent = subprocess.run([sys.executable, "-c", PARENT, tmp_path], capture_output=True, text=True, check=False)
+    assert parent.returncode == -9, parent.stderr
+    assert (tmp_path / "one.log").read_text() == "__main__ ['7'] one True\n"
+    orphan = Path(f"/proc/{int(parent.stdout)}/status")
+    deadline = time.monotonic() + 10
+    while orphan.exists() and "State:\tZ" not in orphan.read_text():
+        assert time.monotonic() < deadline, "the child has outlived its parent"
+        time.sleep(0.01)
