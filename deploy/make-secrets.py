@@ -52,6 +52,7 @@ def main() -> None:
         password = draw(f"redis_{user}_password")
         digests[user] = hashlib.sha256(password.encode()).hexdigest()
         make(f"redis_{user}_url", f"redis://{user}:{password}@redis:6379/0")
+    (folder / "redis_users.acl").unlink(missing_ok=True)  # made of what is there: rights change with versions
     make("redis_users.acl", ACL.format(**digests, connection=CONNECTION).rstrip())
     for name in ("openai_api_key", "openrouter_api_key", "aws_access_key_id", "aws_secret_access_key"):
         make(name, "")  # empty: not used

@@ -15,6 +15,7 @@ import pytest
 from imagepipeline.errors import ResidentDownError, StaleClaimError
 from imagepipeline.models import Claim, Embedding
 from imagepipeline.resident import ResidentEmbedder, ResidentIndex, serve
+from imagepipeline.runtime.services import answers_socket
 from imagepipeline.services.embedder import LocalEmbedder
 from imagepipeline.stores.vectors import BatchingIndex, EmbeddingIndex
 
@@ -34,7 +35,7 @@ def resident(tmp_path):
     context = multiprocessing.get_context("spawn")
     process = context.Process(target=serve, args=(address, str(tmp_path / "index")), daemon=True)
     process.start()
-    while not Path(address).exists():
+    while not answers_socket(Path(address)):
         assert process.is_alive()
         time.sleep(0.02)
     yield address, process

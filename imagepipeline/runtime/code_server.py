@@ -7,6 +7,7 @@ imports; here it costs a fork (docs/decisions/0008-warm-processes.md). Where the
 this was checked with, or the preload is not fit to be forked, it says so and starts runs as Dagster does.
 """
 
+import gc
 import importlib
 import multiprocessing
 import os
@@ -14,6 +15,7 @@ import signal
 import sys
 import threading
 import time
+import traceback
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from importlib.metadata import version
@@ -101,6 +103,7 @@ def prepare_context() -> BaseContext:
         raise WarmStartError(f"checked with dagster {CHECKED_DAGSTER}, this is {version('dagster')}")
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload([PRELOAD])
+    thresholds = gc.get_threshold()
     try:
         importlib.import_module(PRELOAD)
     except Exception as error:
@@ -108,9 +111,13 @@ def prepare_context() -> BaseContext:
     resource_tracker.ensure_running()  # multiprocessing's own helper, a new Python of 10 MB
     with _forked_not_spawned():
         forkserver.ensure_running()
+    gc.set_threshold(*thresholds)  # the preload's are for runs, which are short
     # Python swallows what goes wrong in the preload, so a child is asked.
     probe = context.Process(target=_check_preload, args=(PRELOAD,))
-    probe.start()
+    try:
+        probe.start()
+    except (EOFError, OSError) as error:
+        raise WarmStartError(f"multiprocessing's server has ended ({type(error).__name__})") from error
     probe.join()
     if probe.exitcode != 0:
         raise WarmStartError("the preload failed, or left a thread; see the lines above")
@@ -132,15 +139,20 @@ def _forked_not_spawned() -> Iterator[None]:
 
 def _fork_server(path: bytes, arguments: Sequence[str], kept: Sequence[int]) -> int:
     """Instead of a new Python with these arguments, the last of which is the server's code: a child that runs it."""
+    util._flush_std_streams()  # type: ignore[attr-defined]
     pid = os.fork()
     if pid == 0:
         try:
+            # The one it is starting us with is held.
+            vars(forkserver._forkserver)["_lock"] = threading.Lock()
             for descriptor in map(int, os.listdir("/proc/self/fd")):
                 if descriptor > 2 and descriptor not in kept:
                     with suppress(OSError):  # that of the listing itself
                         os.close(descriptor)
             rename(NAME)
-            exec(arguments[-1], {})  # noqa: S102  (multiprocessing's own, of the pinned version of Python)
+            exec(arguments[-1], {})  # noqa: S102  (multiprocessing's own)
+        except Exception:
+            traceback.print_exc()
         finally:
             os._exit(0)
     return pid

@@ -1,4 +1,4 @@
-"""What every run needs, imported and built once by the process that runs are forked from.
+"""What every run needs, imported and built once by the code server, from which the process is forked that runs are.
 
 Children get a copy of all there is, so there must be no thread, connection, model or open file here. pyarrow,
 LanceDB and onnxruntime start threads when they are imported, and are left to `imagepipeline.resident`.
@@ -12,35 +12,17 @@ from pathlib import Path
 import imagepipeline.definitions
 from imagepipeline.runtime.rehearsal import rehearse
 
-# What a run imports late; a test compares it with a run.
+# What a run imports late, and the rehearsal does not; a test compares it with a run.
 MODULES = (
-    "dagster._core.definitions.external_asset",
-    "dagster._core.definitions.repository_definition.repository_data_builder",
-    "dagster._core.execution.api",
-    "dagster._core.execution.plan.active",
-    "dagster._core.executor.in_process",
-    "dagster._core.instance.factory",
-    "dagster._core.run_coordinator",
-    "dagster._core.secrets.env_file",
-    "dagster._core.storage.noop_compute_log_manager",
-    "dagster._core.storage.root",
-    "dagster._core.system_config.composite_descent",
     "dagster._core.utility_ops",
     "dagster._core.workspace.autodiscovery",
     "dagster._grpc.impl",
     "dagster._utils.test.definitions",
     "dagster_postgres",
     "encodings.idna",
-    "httpcore2",
-    "imagepipeline.runtime.sqlite_storage",
     "multiprocessing.popen_forkserver",
     "multiprocessing.queues",
-    "numpy",
-    "openai.resources.chat.chat",
-    "openai.resources.embeddings",
     "psycopg2",
-    "sqlalchemy.dialects.sqlite",
-    "upath.implementations.local",
 )
 
 for module in MODULES:

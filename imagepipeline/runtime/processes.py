@@ -1,14 +1,18 @@
 """Child processes that do not outlive us, and cannot be hit by the terminal's Ctrl-C before we drain them."""
 
+import atexit
 import contextlib
 import ctypes
-import multiprocessing
+import math
 import os
 import runpy
 import shutil
 import signal
 import subprocess
 import sys
+import threading
+import time
+import traceback
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import BinaryIO, Protocol
@@ -22,9 +26,7 @@ class Child(Protocol):
 
     pid: int
 
-    @property
-    def returncode(self) -> int | None:
-        """Its exit code, once `poll` or `wait` has seen its end."""
+    returncode: int | None
 
     def poll(self) -> int | None:
         """Its exit code, or None while it runs."""
@@ -58,29 +60,39 @@ class Forked:
     """
 
     def __init__(self, name: str, arguments: Sequence[str], log: Path, leave: Callable[[], None]) -> None:
-        self._process = multiprocessing.get_context("fork").Process(target=_become, args=(name, arguments, log, leave))
-        self._process.start()
-        self.pid = self._process.pid or 0
-
-    @property
-    def returncode(self) -> int | None:
-        """As `Child.returncode`."""
-        return self._process.exitcode
+        self.returncode: int | None = None
+        parent = os.getpid()
+        sys.stdout.flush()
+        sys.stderr.flush()
+        self.pid = os.fork()
+        if self.pid == 0:
+            code = 1
+            try:
+                leave()
+                code = _become(name, arguments, log, parent)
+            finally:
+                os._exit(code)
 
     def poll(self) -> int | None:
         """As `Child.poll`."""
-        return self._process.exitcode
+        if self.returncode is None:
+            pid, status = os.waitpid(self.pid, os.WNOHANG)
+            self.returncode = os.waitstatus_to_exitcode(status) if pid else None
+        return self.returncode
 
     def wait(self, timeout: float | None = None) -> int | None:
         """As `Child.wait`."""
-        self._process.join(timeout)
-        if self._process.exitcode is None:
-            raise subprocess.TimeoutExpired(str(self.pid), timeout or 0)
-        return self._process.exitcode
+        deadline = time.monotonic() + (math.inf if timeout is None else timeout)
+        while self.poll() is None:
+            if time.monotonic() > deadline:
+                raise subprocess.TimeoutExpired(str(self.pid), timeout or 0)
+            time.sleep(0.01)
+        return self.returncode
 
     def terminate(self) -> None:
         """As `Child.terminate`."""
-        self._process.terminate()
+        if self.poll() is None:
+            os.kill(self.pid, signal.SIGTERM)
 
 
 def stop(process: Child, patience_seconds: float) -> bool:
@@ -118,20 +130,31 @@ def _open_log(log: Path) -> BinaryIO:
     return open(log, "ab")
 
 
-def _become(name: str, arguments: Sequence[str], log: Path, leave: Callable[[], None]) -> None:
-    leave()
+def _become(name: str, arguments: Sequence[str], log: Path, parent: int) -> int:
+    """In a child that was just forked: runs a module as a new Python would, and gives the exit code."""
     os.setsid()
     _prepare_child()
-    parent = multiprocessing.parent_process()
-    if parent is None or os.getppid() != parent.pid:  # it died before we asked to be told
-        return
+    if os.getppid() != parent:  # it died before we asked to be told
+        return 1
     signal.signal(signal.SIGINT, signal.default_int_handler)  # as in a new Python
-    with _open_log(log) as output:
-        os.dup2(output.fileno(), 1)
-        os.dup2(output.fileno(), 2)
+    with _open_log(log) as output, open(os.devnull, "rb") as nothing:
+        for descriptor, file in enumerate((nothing, output, output)):
+            os.dup2(file.fileno(), descriptor)
     rename(name)
     sys.argv = list(arguments)
-    runpy.run_module(arguments[0], run_name="__main__", alter_sys=True)
+    code: object = 0
+    try:
+        runpy.run_module(arguments[0], run_name="__main__", alter_sys=True)
+    except SystemExit as end:
+        code = end.code or 0
+    except BaseException:
+        traceback.print_exc()
+        code = 1
+    threading._shutdown()  # type: ignore[attr-defined]  # as Python itself does at its end
+    atexit._run_exitfuncs()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    return code if isinstance(code, int) else 1
 
 
 def _prepare_child() -> None:

@@ -9,6 +9,8 @@ import json
 import signal
 import tempfile
 import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -67,8 +69,7 @@ def rehearse() -> None:
         RuntimeError: it failed, which no upload would then do better.
     """
     openai_client.rehearse()
-    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
-    with tempfile.TemporaryDirectory() as name:
+    with _signals_kept(), tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         (folder / "dagster.yaml").write_text(yaml.safe_dump(_build_instance_config(folder)))
         with dg.DagsterInstance.from_config(name) as instance:
@@ -76,11 +77,22 @@ def rehearse() -> None:
         close_connections()
         if not result.success:
             raise RuntimeError("the rehearsed upload failed: see the lines above")
-    for number, handler in handlers.items():  # Dagster has SIGTERM do what SIGINT does
-        signal.signal(number, handler)
     for thread in threading.enumerate():
         if thread is not threading.current_thread():
             thread.join(HEARTBEAT_SECONDS)
+
+
+@contextmanager
+def _signals_kept() -> Iterator[None]:
+    """Makes stops wait, which Dagster would take for its run's, and puts back their handlers, which it changes."""
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    mask = signal.pthread_sigmask(signal.SIG_BLOCK, handlers)
+    try:
+        yield
+    finally:
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
+        signal.pthread_sigmask(signal.SIG_SETMASK, mask)
 
 
 def _build_instance_config(folder: Path) -> dict[str, Any]:

@@ -43,6 +43,7 @@ class Stack:
         self._settings = settings
         self._report = report
         self._reloads_code = reloads_code
+        self._forks = sys.platform == "linux" and not reloads_code
         self._code_state = _read_code_state() if reloads_code else {}
         self._starters: dict[str, Callable[[], processes.Child]] = {}
         self._running: dict[str, processes.Child] = {}
@@ -99,7 +100,7 @@ class Stack:
             self._start(
                 "redis", lambda: valkey.start_server(settings.home / "valkey", server_socket, self._log("redis"))
             )
-        if sys.platform == "linux" and not self._reloads_code:
+        if self._forks:
             settings.adopt_environment(environment)
             _import_for_all()
         self._migrate(environment)
@@ -119,11 +120,10 @@ class Stack:
 
     def _launch(self, name: str, command: list[str], environment: dict[str, str]) -> processes.Child:
         """Forks a service from this process, which has imported what it needs; elsewhere, starts a new Python."""
-        is_fit = sys.platform == "linux" and not self._reloads_code and threading.active_count() == 1
-        if not is_fit:
+        if not self._forks or threading.active_count() > 1:
             return processes.start(command, self._log(name), environment)
-        python_options = 2  # the path of Python, and -m
-        return processes.Forked(name, command[python_options:], self._log(name), lambda: os.close(self._lock))
+        module_and_arguments = command[command.index("-m") + 1 :]
+        return processes.Forked(name, module_and_arguments, self._log(name), lambda: os.close(self._lock))
 
     def _migrate(self, environment: dict[str, str]) -> None:
         """Makes or updates the tables: Dagster's by a process of their own, and on SQLite once per version of it."""

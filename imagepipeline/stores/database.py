@@ -23,13 +23,10 @@ POSTGRES_OPTIONS: dict[str, Any] = {
 
 
 class Database:
-    """The database at a SQLAlchemy URL, `sqlite:///…` or `postgresql://…`; it connects when first used.
-
-    All of one URL share an engine, and so its connections and what it knows of statements.
-    """
+    """The database at a SQLAlchemy URL, `sqlite:///…` or `postgresql://…`; it connects when first used."""
 
     def __init__(self, url: str) -> None:
-        self.engine = _get_engine(url)
+        self.engine = _create_engine(url)
         # The dialect's own insert, which knows ON CONFLICT.
         self.insert: Any = postgresql.insert if self.engine.dialect.name == "postgresql" else sqlite.insert
 
@@ -47,8 +44,7 @@ class Database:
             raise CatalogueDownError(f"the catalogue does not answer ({type(error.orig).__name__})") from None
 
 
-@functools.cache
-def _get_engine(url: str) -> sa.Engine:
+def _create_engine(url: str) -> sa.Engine:
     parsed = sa.make_url(url)
     if parsed.drivername in ("postgres", "postgresql"):
         parsed = parsed.set(drivername="postgresql+psycopg2")

@@ -14,20 +14,28 @@ from imagepipeline.errors import PostponedError, SettingsError
 UNITS_SECONDS = {"second": 1, "minute": 60, "hour": 3600, "day": 86_400}
 LIMIT = re.compile(r"(?:(?P<stage>metadata|embedding)=)?(?P<count>[1-9]\d{0,6})/(?P<unit>second|minute|hour|day)")
 
-# Gives 0 and counts the call, or the milliseconds until there may be room. The clock is the server's: where callers
-# bring their own times, one that comes late does not see calls that are counted already, and one too many is let by.
+# A key for each limit, with how many calls and in how many milliseconds; the last argument names the call. Counts it
+# with all limits and gives 0, or with none and gives the milliseconds until there may be room. The clock is the
+# server's: where callers bring their times, a late one does not see all that is counted, and one too many is let by.
 TAKE = """
-local key, limit, window_ms = KEYS[1], tonumber(ARGV[1]), tonumber(ARGV[2])
 local time = redis.call('TIME')
 local now_ms = time[1] * 1000 + math.floor(time[2] / 1000)
-redis.call('ZREMRANGEBYSCORE', key, '-inf', now_ms - window_ms)
-if redis.call('ZCARD', key) < limit then
-    redis.call('ZADD', key, now_ms, ARGV[3])
-    redis.call('PEXPIRE', key, window_ms)
-    return 0
+local wait_ms = 0
+for i, key in ipairs(KEYS) do
+    local limit, window_ms = tonumber(ARGV[2 * i - 1]), tonumber(ARGV[2 * i])
+    redis.call('ZREMRANGEBYSCORE', key, '-inf', now_ms - window_ms)
+    if redis.call('ZCARD', key) >= limit then
+        local last_in_the_way = redis.call('ZRANGE', key, -limit, -limit, 'WITHSCORES')
+        wait_ms = math.max(wait_ms, last_in_the_way[2] + window_ms - now_ms)
+    end
 end
-local last_in_the_way = redis.call('ZRANGE', key, -limit, -limit, 'WITHSCORES')
-return last_in_the_way[2] + window_ms - now_ms
+if wait_ms == 0 then
+    for i, key in ipairs(KEYS) do
+        redis.call('ZADD', key, now_ms, ARGV[#ARGV])
+        redis.call('PEXPIRE', key, ARGV[2 * i])
+    end
+end
+return wait_ms
 """
 
 
@@ -101,23 +109,21 @@ class CallLimiter:
         Raises:
             PostponedError: Redis does not answer; that is no permit.
         """
-        for limit in parse_limits(self.get_limits()):
-            if limit.stage in (None, stage) and not self._take(limit, timeout_seconds):
-                return False
-        return True
-
-    def _take(self, limit: CallLimit, timeout_seconds: float) -> bool:
         deadline = time.monotonic() + timeout_seconds
-        keys = [f"{self._key}:{limit.stage or 'all'}"]
+        limits = [limit for limit in parse_limits(self.get_limits()) if limit.stage in (None, stage)]
+        # The window is in the key, as a shorter one would forget calls that a longer one must still count.
+        keys = [f"{self._key}:{limit.stage or 'all'}:{limit.seconds}" for limit in limits]
+        windows = [number for limit in limits for number in (limit.count, limit.seconds * 1000)]
         call = secrets.token_hex(8)
-        while True:
+        while limits:
             with _answering():
-                wait_ms = self._script(keys, [limit.count, limit.seconds * 1000, call])
+                wait_ms = self._script(keys, [*windows, call])
             if wait_ms == 0:
-                return True
+                break
             if time.monotonic() + wait_ms / 1000 > deadline:
                 return False
             time.sleep(wait_ms / 1000)
+        return True
 
 
 @contextmanager

@@ -90,10 +90,10 @@ class EmbeddingIndex:
         """An image's row of that version (image_id, generation, fence, model, text, vector), or None."""
         where = f"image_id = '{check_image_id(image_id)}'"
         for name in self._table_names():
-            if name.startswith(_table_prefix(version)):
-                rows: list[dict[str, Any]] = self._database.open_table(name).search().where(where).limit(1).to_list()
-                if rows:
-                    return rows[0]
+            table = self._open(name) if name.startswith(_table_prefix(version)) else None
+            rows: list[dict[str, Any]] = table.search().where(where).limit(1).to_list() if table else []
+            if rows:
+                return rows[0]
         return None
 
     def list_dimensions(self, version: str) -> list[int]:
@@ -103,13 +103,14 @@ class EmbeddingIndex:
 
     def count_rows(self) -> int:
         """The number of embeddings, of all versions."""
-        return sum(self._database.open_table(name).count_rows() for name in self._table_names())
+        tables = [self._open(name) for name in self._table_names()]
+        return sum(table.count_rows() for table in tables if table)
 
     def nearest(self, query: Embedding, count: int) -> list[Neighbour]:
         """Up to `count` images, nearest first, among those embedded with the query's version."""
-        if _table_name(query) not in self._table_names():
+        table = self._open(_table_name(query))
+        if table is None:
             return []
-        table = self._database.open_table(_table_name(query))
         rows = table.search(list(query.vector)).distance_type("cosine").limit(count).to_list()
         return [Neighbour(row["image_id"], 1 - row["_distance"], row["text"]) for row in rows]
 
@@ -160,6 +161,13 @@ class EmbeddingIndex:
     def _table_names(self) -> list[str]:
         return list(self._database.list_tables(limit=1000).tables)
 
+    def _open(self, name: str) -> Any:
+        """That table, or None if there is none, or not yet a whole one."""
+        try:
+            return self._database.open_table(name)
+        except ValueError:
+            return None
+
     def _open_or_create(self, embedding: Embedding) -> Any:
         import pyarrow as pa
 
@@ -174,8 +182,9 @@ class EmbeddingIndex:
             ]
         )
         name = _table_name(embedding)
-        with contextlib.suppress(ValueError):  # there is none, or not yet a whole one
-            return self._database.open_table(name)
+        table = self._open(name)
+        if table is not None:
+            return table
         with _alone(self._uri):
             return self._database.create_table(name, schema=schema, exist_ok=True)
 

@@ -81,6 +81,18 @@ def test_a_rehearsal_leaves_nothing_behind(tmp_path, monkeypatch):
     assert not [name for name in left if name.startswith(("/", "socket:"))]
 
 
+def test_a_stop_that_comes_during_the_rehearsal_is_not_lost():
+    code = (
+        "import os, signal\n"
+        "from imagepipeline.runtime import rehearsal\n"
+        "process = rehearsal._process\n"
+        "rehearsal._process = lambda *arguments: (os.kill(os.getpid(), signal.SIGTERM), process(*arguments))[1]\n"
+        "rehearsal.rehearse()\n"
+    )
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False, timeout=60)
+    assert result.returncode == -signal.SIGTERM, result.stderr
+
+
 @pytest.mark.parametrize("preload", ["preload_with_a_thread", "preload_that_fails"])
 def test_a_preload_that_is_not_fit_is_refused(home, preload):
     assert "preload" in run_warm(home, f"imagepipeline_tests.runtime.{preload}")["error"]

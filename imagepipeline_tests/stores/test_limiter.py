@@ -80,6 +80,19 @@ def test_a_server_that_is_down_permits_nothing():
         CallLimiter("redis://127.0.0.1:9/0", "test", "10/minute").acquire("metadata", 1)
 
 
+@pytest.mark.parametrize("limits", ["3/second,5/day", "5/day,3/second"])
+def test_two_limits_of_one_stage_both_hold(redis_url, queue, limits):
+    limiter = CallLimiter(redis_url, "two", limits)
+    assert [limiter.acquire("metadata", 0) for _ in range(4)] == [True, True, True, False]
+    assert [limiter.acquire("metadata", 2) for _ in range(3)] == [True, True, False]
+
+
+def test_a_call_that_one_limit_refuses_is_counted_by_none(redis_url, queue):
+    limiter = CallLimiter(redis_url, "none", "3/day,metadata=1/day")
+    assert [limiter.acquire("metadata", 0) for _ in range(4)] == [True, False, False, False]
+    assert [limiter.acquire("embedding", 0) for _ in range(3)] == [True, True, False]
+
+
 def test_three_processes_together_never_exceed_the_limit(redis_url, queue):
     times_ms, watching = [], threading.Event()
     client = redis.Redis.from_url(redis_url)
@@ -91,7 +104,7 @@ def test_three_processes_together_never_exceed_the_limit(redis_url, queue):
                 words = command["command"].split()
                 if words[0] == "ECHO":
                     return
-                if words[:2] == ["ZADD", "shared:rate-limit:all"]:
+                if words[:2] == ["ZADD", "shared:rate-limit:all:1"]:
                     times_ms.append(int(words[2]))
 
     watcher = threading.Thread(target=watch)
