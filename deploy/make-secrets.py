@@ -5,7 +5,7 @@
 
 Needs nothing but Python. What is there already stays, so it can be run again; to rotate a secret see
 docs/operations.md. The folder is its owner's only; the files in it are readable, because the containers that are
-given them run as users of their own.
+given them run as users of their own. The Redis users' rights are brought up to date.
 """
 
 import hashlib
@@ -52,8 +52,11 @@ def main() -> None:
         password = draw(f"redis_{user}_password")
         digests[user] = hashlib.sha256(password.encode()).hexdigest()
         make(f"redis_{user}_url", f"redis://{user}:{password}@redis:6379/0")
-    (folder / "redis_users.acl").unlink(missing_ok=True)  # made of what is there: rights change with versions
-    make("redis_users.acl", ACL.format(**digests, connection=CONNECTION).rstrip())
+    acl, rights = folder / "redis_users.acl", ACL.format(**digests, connection=CONNECTION)
+    if acl.exists() and acl.read_text() != rights:  # they change with versions of ours, and with rotated passwords
+        acl.write_text(rights)
+        print(f"changed {acl}, which redis reads when it starts: docker compose up --detach --force-recreate redis")
+    make("redis_users.acl", rights.rstrip())
     for name in ("openai_api_key", "openrouter_api_key", "aws_access_key_id", "aws_secret_access_key"):
         make(name, "")  # empty: not used
 
