@@ -25,7 +25,6 @@ class Child(Protocol):
     """A child process, as `subprocess.Popen` shows it."""
 
     pid: int
-
     returncode: int | None
 
     def poll(self) -> int | None:
@@ -142,11 +141,13 @@ def _become(name: str, arguments: Sequence[str], log: Path, parent: int) -> int:
             os.dup2(file.fileno(), descriptor)
     rename(name)
     sys.argv = list(arguments)
-    code: object = 0
+    code = 0
     try:
         runpy.run_module(arguments[0], run_name="__main__", alter_sys=True)
     except SystemExit as end:
-        code = end.code or 0
+        code = end.code if isinstance(end.code, int) else int(end.code is not None)
+        if isinstance(end.code, str):
+            print(end.code, file=sys.stderr)
     except BaseException:
         traceback.print_exc()
         code = 1
@@ -154,7 +155,7 @@ def _become(name: str, arguments: Sequence[str], log: Path, parent: int) -> int:
     atexit._run_exitfuncs()
     sys.stdout.flush()
     sys.stderr.flush()
-    return code if isinstance(code, int) else 1
+    return code
 
 
 def _prepare_child() -> None:

@@ -14,7 +14,7 @@ folder = Path(sys.argv[1])
 (folder / "child.py").write_text(
     "import os, sys, time\\n"
     "print(__name__, sys.argv[1:], open('/proc/self/comm').read().strip(), os.getsid(0) == os.getpid(), flush=True)\\n"
-    "if len(sys.argv) > 1: sys.exit(int(sys.argv[1]))\\n"
+    "if len(sys.argv) > 1: sys.exit(int(sys.argv[1]) if sys.argv[1].isdigit() else sys.argv[1])\\n"
     "time.sleep(600)\\n"
 )
 sys.path.insert(0, str(folder))
@@ -22,6 +22,8 @@ signal.signal(signal.SIGTERM, signal.SIG_IGN)  # the child must not inherit that
 lock = os.open(folder / "lock", os.O_CREAT | os.O_RDWR)
 done = Forked("one", ["child", "7"], folder / "one.log", lambda: os.close(lock))
 assert done.wait(30) == done.returncode == done.poll() == 7, done.returncode
+told = Forked("one", ["child", "why"], folder / "one.log", lambda: os.close(lock))
+assert told.wait(30) == 1, told.returncode
 lasting = Forked("two", ["child"], folder / "two.log", lambda: os.close(lock))
 while not (folder / "two.log").exists() or not (folder / "two.log").read_text():
     time.sleep(0.01)
@@ -38,7 +40,7 @@ os.kill(os.getpid(), signal.SIGKILL)
 def test_a_forked_module_runs_as_if_started_by_python_m_and_ends_with_its_parent(tmp_path):
     parent = subprocess.run([sys.executable, "-c", PARENT, tmp_path], capture_output=True, text=True, check=False)
     assert parent.returncode == -9, parent.stderr
-    assert (tmp_path / "one.log").read_text() == "__main__ ['7'] one True\n"
+    assert (tmp_path / "one.log").read_text() == "__main__ ['7'] one True\n__main__ ['why'] one True\nwhy\n"
     orphan = Path(f"/proc/{int(parent.stdout)}/status")
     deadline = time.monotonic() + 10
     while orphan.exists() and "State:\tZ" not in orphan.read_text():
