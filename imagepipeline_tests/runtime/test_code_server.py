@@ -7,7 +7,6 @@ import signal
 import sqlite3
 import subprocess
 import sys
-import tempfile
 import threading
 import time
 from contextlib import closing
@@ -20,7 +19,6 @@ from dagster._core.storage.sqlite import SQLITE_BUSY_TIMEOUT_SECONDS
 from imagepipeline.models import Upload
 from imagepipeline.runtime import services
 from imagepipeline.runtime.code_server import STOPPED_SECONDS, kill_stopped
-from imagepipeline.runtime.rehearsal import rehearse
 from imagepipeline.settings import Settings
 from imagepipeline.stores.catalogue import Catalogue
 from imagepipeline.stores.files import FileStore
@@ -69,16 +67,30 @@ def test_a_forked_run_finds_everything_imported_but_what_must_not_be_forked(home
     assert [name for name in sorted(late) if not name.startswith(by_the_test)] == []
 
 
-def test_a_rehearsal_leaves_nothing_behind(tmp_path, monkeypatch):
-    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
-    handlers = [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)]
-    threads, descriptors = threading.active_count(), os.listdir("/proc/self/fd")
-    rehearse()
-    assert threading.active_count() == threads
-    assert [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)] == handlers
-    assert list(tmp_path.iterdir()) == []
-    left = {os.readlink(f"/proc/self/fd/{number}") for number in set(os.listdir("/proc/self/fd")) - set(descriptors)}
-    assert not [name for name in left if name.startswith(("/", "socket:"))]
+REHEARSAL = """
+import os, signal, sys, tempfile, threading
+from pathlib import Path
+from imagepipeline.runtime.rehearsal import rehearse
+
+def list_open():
+    paths = [Path("/proc/self/fd", number) for number in os.listdir("/proc/self/fd")]
+    return {os.readlink(path) for path in paths if path.exists()}
+
+tempfile.tempdir = sys.argv[1]
+handlers = [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)]
+known = list_open()
+rehearse()
+assert threading.active_count() == 1, threading.enumerate()
+assert [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)] == handlers
+assert list(Path(sys.argv[1]).iterdir()) == []
+assert list_open() == known, list_open() - known
+"""
+
+
+def test_a_rehearsal_leaves_nothing_behind(tmp_path):
+    command = [sys.executable, "-c", REHEARSAL, tmp_path]
+    result = subprocess.run(command, capture_output=True, text=True, check=False, timeout=60)
+    assert result.returncode == 0, result.stderr
 
 
 def test_a_stop_that_comes_during_the_rehearsal_is_not_lost():
