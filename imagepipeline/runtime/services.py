@@ -25,6 +25,7 @@ from imagepipeline.stores.catalogue import Catalogue
 SHARED_MODULES = ("dagster._cli", "dagster._daemon.cli", "dagster_webserver.app", "dagster_webserver.cli")
 NAMES = ("code-server", "daemon", "webserver")
 DEFAULT_WEBSERVER_PORT = 3000
+MIGRATION_COMMAND = [sys.executable, "-m", "imagepipeline.runtime.migration"]
 
 
 def build_command(settings: Settings, name: str) -> list[str]:
@@ -76,8 +77,7 @@ def migrate(settings: Settings) -> None:
         Catalogue(settings.database_url).migrate()
     except sa.exc.DBAPIError as error:
         raise StackError(f"the catalogue's tables could not be made ({type(error.orig).__name__})") from None
-    command = [sys.executable, "-m", "imagepipeline.runtime.migration"]
-    result = subprocess.run(command, env=prepare(settings), capture_output=True, text=True, check=False)
+    result = subprocess.run(MIGRATION_COMMAND, env=prepare(settings), capture_output=True, text=True, check=False)
     if result.returncode != 0:
         last_line = (result.stderr.strip().splitlines() or ["no message"])[-1]
         raise StackError(f"Dagster's tables could not be made: {last_line:.200}")

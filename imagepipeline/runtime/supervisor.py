@@ -134,7 +134,7 @@ class Stack:
         if done.exists() and not settings.dagster_database_url:
             return
         log = self._log("migrate")
-        process = self._launch("migrate", [sys.executable, "-m", "imagepipeline.runtime.migration"], environment)
+        process = self._launch("migrate", services.MIGRATION_COMMAND, environment)
         if process.wait() != 0:
             raise StackError(f"Dagster's tables could not be made:\n{processes.read_tail(log)}")
         done.touch()
