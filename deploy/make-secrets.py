@@ -18,7 +18,7 @@ from pathlib import Path
 ACL = """\
 user default off
 user uploader on #{uploader} resetkeys ~image-processing:wait resetchannels -@all +lpush +rpush +llen {connection}
-user pipeline on #{pipeline} resetkeys ~image-processing:* resetchannels -@all +blmove +lmove +lpush +lrange +lrem \
+user pipeline on #{pipeline} resetkeys ~image-processing:* resetchannels -@all +blmove +lpush +rpush +lrange +lrem \
 +llen +multi +exec +get +set +del +zadd +pexpire +zcard +zrange +zremrangebyscore +evalsha +script|load +time \
 {connection}
 """

@@ -28,6 +28,7 @@ from imagepipeline.models import PRIORITY_LIMIT, Status, Upload
 from imagepipeline.settings import Settings
 
 if TYPE_CHECKING:
+    from imagepipeline.storage import Storage
     from imagepipeline.stores.catalogue import Catalogue
     from imagepipeline.stores.ledger import Ledger
     from imagepipeline.stores.uploads import UploadQueue
@@ -160,7 +161,7 @@ def push(
 ) -> None:
     """Store PHOTOS as originals and enqueue their IDs.
 
-    A photo that is pushed again is done again, unless it still waits or runs: then nothing changes.
+    A photo that is pushed again is done again; if a run is working on it, as soon as that run has ended.
     """
     if image_id is not None and len(photos) != 1:
         raise click.UsageError("--id names one image: push one PHOTO with it")
@@ -466,7 +467,7 @@ def find_failures(settings: Settings, reason: str | None) -> list[Failure]:
     for image in catalogue.list_ended(Status.FAILED):
         image_id = image["id"]
         row = image | {"retries": catalogue.count_events(image_id, "retried", a_day_ago)}
-        upload = Upload(image_id, image["path"], image["priority"])
+        upload = Upload(image_id, image["requested_path"], image["priority"])
         failures.append(
             Failure(row, partial(catalogue.accept, [upload], "retried"), partial(catalogue.discard, image_id))
         )
@@ -515,13 +516,15 @@ def act_on_failures(settings: Settings, failures: Sequence[Failure], action: str
 
 
 @cli.command(epilog=EPILOG)
+@click.option("--take-over", "is_taken_over", is_flag=True, help="Make a catalogue of another Dagster instance ours.")
 @click.option("--dry-run", is_flag=True, help="Say what would be done, and do nothing.")
 @json_option
 @with_settings
-def migrate(settings: Settings, dry_run: bool, as_json: bool) -> None:
+def migrate(settings: Settings, is_taken_over: bool, dry_run: bool, as_json: bool) -> None:
     """Create or update the tables of the catalogue and of Dagster. `up` does it by itself.
 
-    Run it before the services of a new version start; while it runs elsewhere, it waits.
+    Run it before the services of a new version start; while it runs elsewhere, it waits. A catalogue belongs to one
+    Dagster instance: take it over only if the other one is gone for good, such as after its database was lost.
     """
     from imagepipeline.runtime import services
 
@@ -530,7 +533,7 @@ def migrate(settings: Settings, dry_run: bool, as_json: bool) -> None:
         "dagster": "Postgres" if settings.dagster_database_url else "SQLite",
     }
     if not dry_run:
-        services.migrate(settings)
+        services.migrate(settings, is_taken_over)
     done = "would be brought" if dry_run else "are"
     text = "\n".join(f"{name}: the tables on {kind} {done} up to date" for name, kind in databases.items())
     click.echo(json.dumps({"databases": databases, "dry_run": dry_run}) if as_json else text)
@@ -564,10 +567,10 @@ def push_and_follow(
 
     catalogue = open_catalogue(settings)
     before = catalogue.get_states(list(images))
-    # An image that had ended begins a new generation: wait for the end of that one.
-    awaited = {image_id: generation + status.has_ended for image_id, (generation, status) in before.items()}
     enqueue(settings, images, priority)
-    display.follow(catalogue, {image_id: awaited.get(image_id, 1) for image_id in images}, pause)
+    # A run sees what was pushed before it began: wait for the end of one that began after one more push.
+    awaited = {image_id: before[image_id].pushes + 1 if image_id in before else 1 for image_id in images}
+    display.follow(catalogue, awaited, pause)
     return display.collect_results(catalogue, list(images))
 
 
@@ -586,7 +589,27 @@ def enqueue(settings: Settings, images: Mapping[str, Path], priority: int) -> No
     for image_id, photo in images.items():
         extension = re.sub(r"[^a-z0-9]", "", photo.suffix.lower())[:8] or "bin"
         path = files.put_original(image_id, photo.read_bytes(), extension)
+        replace_others(settings, files, image_id, path)
         queue.enqueue(image_id, path, priority)
+
+
+def replace_others(settings: Settings, files: "Storage", image_id: str, path: str) -> None:
+    """Deletes older originals of an ID that have another extension, unless a run may be reading them."""
+    others = [other for other in files.list_originals_of(image_id) if other != path]
+    if not others:
+        return
+    try:
+        state = open_catalogue(settings).get_states([image_id]).get(image_id)
+    except (StackError, PostponedError):
+        may_be_read = True
+    else:
+        may_be_read = state is not None and not state.status.has_ended
+    for other in others:
+        if may_be_read:
+            advice = f"delete it before you push {image_id} by its ID alone"
+            click.echo(f"Note: {other} is kept, as a run may be reading it: {advice}", err=True)
+        else:
+            files.delete(other)
 
 
 def build_image_id(photo: Path) -> str:

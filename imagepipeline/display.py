@@ -32,18 +32,18 @@ def report(line: str) -> None:
 
 
 def follow(catalogue: Catalogue, awaited: Mapping[str, int], pause: Callable[[float], None]) -> None:
-    """Shows progress until each image has ended in the awaited generation or a later one."""
+    """Shows progress until each image has ended in a run that began after so many pushes."""
     waiting = dict(awaited)
     columns = [TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn()]
     with Progress(*columns, console=err) as progress:
         bar = progress.add_task("waiting", total=len(awaited))
         while waiting:
             states = catalogue.get_states(list(waiting))
-            for image_id, (generation, status) in states.items():
-                if status.has_ended and generation >= waiting[image_id]:
+            for image_id, state in states.items():
+                if state.status.has_ended and state.pushes_seen >= waiting[image_id]:
                     del waiting[image_id]
-                    progress.console.print(f"[{STYLES[status]}]{status:<10}[/] {escape(image_id)}")
-            current = Counter(status for image_id, (_, status) in states.items() if image_id in waiting)
+                    progress.console.print(f"[{STYLES[state.status]}]{state.status:<10}[/] {escape(image_id)}")
+            current = Counter(state.status for image_id, state in states.items() if image_id in waiting)
             counts = ", ".join(f"{count} {status}" for status, count in sorted(current.items()))
             progress.update(bar, completed=len(awaited) - len(waiting), description=counts or "waiting")
             if waiting:

@@ -3,6 +3,7 @@
     ImagePipelineError
     ├── SettingsError               a setting is missing or malformed
     ├── StackError                  the local stack cannot be started, reached or stopped
+    │   └── CatalogueTakenError     the catalogue belongs to another Dagster instance
     ├── InvalidUploadError          an entry on the Redis list cannot be read
     ├── NotificationError           the administrators could not be told; they will be
     ├── ImageBusyError              another run is working on the image
@@ -17,9 +18,9 @@
     │   ├── ProviderUnavailableError
     │   ├── BadAnswerError
     │   │   └── FormatRefusedError
+    │   ├── MissingOriginalError
     │   └── SandboxLostError
     └── PermanentError              no further attempt can succeed
-        ├── MissingOriginalError
         ├── EmptyOriginalError
         ├── TooLargeError
         ├── LimitError
@@ -52,6 +53,10 @@ class SettingsError(ImagePipelineError):
 
 class StackError(ImagePipelineError):
     """The local stack cannot be started, reached or stopped."""
+
+
+class CatalogueTakenError(StackError):
+    """The catalogue belongs to another Dagster instance: two of them would take each other's runs for dead."""
 
 
 class InvalidUploadError(ImagePipelineError):
@@ -139,6 +144,15 @@ class FormatRefusedError(BadAnswerError):
         self.parameter = parameter
 
 
+class MissingOriginalError(RetryableError):
+    """There is no original, or more than one, or it is not a plain file under the storage root.
+
+    Another attempt may succeed, as some uploaders push the ID before its file is in place.
+    """
+
+    reason = "missing"
+
+
 class SandboxLostError(RetryableError):
     """The process that decoded or encoded the image crashed, or took too long by the clock."""
 
@@ -149,12 +163,6 @@ class PermanentError(ImagePipelineError):
     """No further attempt can succeed."""
 
     reason: ClassVar[str] = "unexpected"
-
-
-class MissingOriginalError(PermanentError):
-    """There is no original, or more than one, or it is not a plain file under the storage root."""
-
-    reason = "missing"
 
 
 class EmptyOriginalError(PermanentError):

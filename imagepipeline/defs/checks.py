@@ -8,10 +8,10 @@ import dagster as dg
 
 from imagepipeline.defs.originals import Original, Originals
 from imagepipeline.defs.partitions import uploads
-from imagepipeline.errors import ImagePipelineError, PermanentError
+from imagepipeline.errors import ImagePipelineError, MissingOriginalError
 from imagepipeline.imaging.inspection import Inspection
 from imagepipeline.imaging.variants import Renderer
-from imagepipeline.models import VariantSpec
+from imagepipeline.models import Claim, VariantSpec
 from imagepipeline.storage import Storage
 from imagepipeline.stores.catalogue import Catalogue
 
@@ -60,8 +60,8 @@ def find_problems(
     A check that cannot be made has failed, and fails nothing else.
     """
     try:
-        row = catalogue.get(image_id) or {"variants": [], "path": None}
-        original = originals.load(image_id, row["path"])
+        row = catalogue.get(image_id) or {"variants": [], "path": None, "generation": 0, "fence": 0}
+        original = originals.load(Claim(image_id, row["generation"], row["fence"], row["path"]))
         contents = [_read(files, variant["path"]) for variant in row["variants"]]
         inspections = renderer.inspect(original.session, contents)
     except ImagePipelineError as error:
@@ -92,7 +92,7 @@ def _spec_of(variant: Mapping[str, Any], specs: Sequence[VariantSpec]) -> Varian
 def _read(files: Storage, path: str) -> bytes:
     try:
         return files.read(path)
-    except PermanentError:
+    except MissingOriginalError:
         return b""
 
 

@@ -3,10 +3,11 @@
 import hashlib
 from dataclasses import dataclass
 
+from imagepipeline.errors import InvalidUploadError, MissingOriginalError, UnsafePathError
 from imagepipeline.imaging.decoding import Decoded, Rules, decode
 from imagepipeline.imaging.preparation import Prepared, prepare
 from imagepipeline.imaging.sandbox import Sandbox, Session, Usage
-from imagepipeline.models import OriginalFacts
+from imagepipeline.models import Claim, OriginalFacts, check_original_path
 from imagepipeline.storage import Storage
 
 
@@ -33,16 +34,18 @@ class Originals:
         self._rules = rules
         self._held: tuple[str, Original] | None = None
 
-    def load(self, image_id: str, path: str | None) -> Original:
-        """The original at `path`, or where that is None, the one file `original/<image_id>.*`.
+    def load(self, claim: Claim) -> Original:
+        """The original at the path the upload named, or else the one file `original/<image_id>.*` that is there now.
 
         Raises:
-            PermanentError: it is missing, or no picture we accept; the message is for its uploader.
+            MissingOriginalError: it is not there.
+            PermanentError: it is no picture we accept; the message is for its uploader.
             SandboxLostError: decoding crashed or took too long by the clock.
         """
+        image_id = claim.image_id
         if self._held is None or self._held[0] != image_id or not self._held[1].session.is_open:
             self.close()
-            self._held = image_id, self._load(path or self._files.find_original(image_id))
+            self._held = image_id, self._load(claim.path or self._find(image_id, claim.last_path))
         return self._held[1]
 
     def close(self) -> None:
@@ -50,6 +53,21 @@ class Originals:
         if self._held:
             self._held[1].session.close()
             self._held = None
+
+    def _find(self, image_id: str, last_path: str | None) -> str:
+        """Where the original of an image is whose upload named no path: as a file of its own, or where it was last."""
+        found = self._files.list_originals_of(image_id)
+        if not found and last_path and not last_path.startswith(f"original/{image_id}."):
+            return last_path
+        if not found:
+            raise MissingOriginalError(f"there is no original/{image_id}.* below the storage root")
+        if len(found) > 1:
+            names = ", ".join(path.rpartition("/")[2] for path in found)
+            raise MissingOriginalError(f"{image_id} has {len(found)} originals ({names}): keep one")
+        try:
+            return check_original_path(found[0])
+        except InvalidUploadError as error:
+            raise UnsafePathError(str(error)) from None
 
     def _load(self, path: str) -> Original:
         content = self._files.read(path, self._rules.max_bytes)

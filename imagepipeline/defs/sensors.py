@@ -1,5 +1,6 @@
 """From the Redis list to runs: every upload is recorded first, then every pending image without a run gets one."""
 
+import threading
 from collections.abc import Sequence
 
 import dagster as dg
@@ -17,6 +18,9 @@ ENTRIES_PER_TICK = 500  # about half a second; a tick may take 60 s
 # The backlog waits in the catalogue, where it can be re-ordered; Dagster's queue holds enough to keep its slots busy.
 RUNS_PER_SLOT, DEFAULT_SLOTS = 3, 5
 MAX_WAIT_SECONDS = 4  # for an entry: under the 5 s after which a silent Redis counts as gone
+# Dagster gives a tick up after a minute and starts another one, while ours may still run: they would both take off
+# the list what only one of them has read. One code server serves a catalogue (`Catalogue.bind`), so a lock will do.
+_taking_in = threading.Lock()
 UNFINISHED = [
     dg.DagsterRunStatus.NOT_STARTED,
     dg.DagsterRunStatus.QUEUED,
@@ -48,8 +52,13 @@ def upload_sensor(
         # Where nothing is left to do, a tick lasts until there is: the daemon would come back too late.
         if not catalogue.list_pending(1):
             queue.wait(MAX_WAIT_SECONDS)
-        for line in take_in(queue, catalogue):
-            context.log.info(line)
+        if _taking_in.acquire(blocking=False):
+            try:
+                for line in take_in(queue, catalogue):
+                    context.log.info(line)
+            finally:
+                _taking_in.release()
+        queue.show_active({row.image_id: row.run_id for row in catalogue.list_processing()})
     except StackError as error:
         problem = str(error)
         context.log.error(problem)
@@ -91,20 +100,25 @@ def take_in(queue: UploadQueue, catalogue: Catalogue) -> list[str]:
     """
     lines = []
     uploads: dict[bytes, Upload] = {}
-    entries = queue.claim(ENTRIES_PER_TICK)
-    for entry, copies in entries.items():
+    unreadable: dict[bytes, str] = {}
+    entries = queue.read(ENTRIES_PER_TICK)
+    for entry in entries:
         try:
             uploads[entry] = Upload.from_entry(entry)
         except InvalidUploadError as error:
-            queue.dead_letter(entry, copies, str(error))
-            lines.append(f"An entry went to the dead list: {error}")
+            unreadable[entry] = str(error)
     begun = catalogue.accept(uploads.values())
-    for entry, upload in uploads.items():
-        queue.acknowledge(entry, entries[entry])
+    queue.acknowledge({entry: entries[entry] for entry in uploads})
+    for upload in uploads.values():
         if upload.image_id in begun:
             lines.append(f"{upload.image_id} was taken in.")
         else:
-            lines.append(f"{upload.image_id} was pushed again while it waits or runs: nothing changes.")
+            lines.append(f"{upload.image_id} was pushed again before it ended: a run that begins now will look at it.")
+        if upload.ignored:
+            lines.append(f"{upload.image_id}: unknown fields were ignored: {', '.join(upload.ignored)!r:.200}")
+    for entry, reason in unreadable.items():  # last, as a full Redis may have no room for them before
+        queue.dead_letter(entry, entries[entry], reason)
+        lines.append(f"An entry went to the dead list: {reason}")
     return lines
 
 

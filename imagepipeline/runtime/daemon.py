@@ -16,6 +16,7 @@ from dagster._daemon import controller, sensor
 from dagster._daemon.cli import main as run_daemon
 from dagster._daemon.run_coordinator.queued_run_coordinator_daemon import QueuedRunCoordinatorDaemon
 
+from imagepipeline.runtime.migration import bind_catalogue
 from imagepipeline.settings import Settings
 
 TICK_PAUSE_SECONDS, QUEUE_PAUSE_SECONDS = 0.5, 0.15  # 3 % of a core while nothing happens
@@ -42,7 +43,9 @@ def main() -> None:
         vars(controller)["QueuedRunCoordinatorDaemon"] = PromptQueue
     else:
         print("Uploads start up to 6 s late: this version of Dagster's daemon is not known here.", file=sys.stderr)
-    lock = acquire_lock(Settings.load())
+    settings = Settings.load()
+    bind_catalogue(settings)
+    lock = acquire_lock(settings)
     run_daemon()
     del lock
 

@@ -1,26 +1,71 @@
-"""Dagster's tables, created or brought up to date: `python -m imagepipeline.runtime.migration`.
+"""Dagster's tables, created or brought up to date, and the catalogue tied to that Dagster instance.
+
+    python -m imagepipeline.runtime.migration [--take-over]
 
 A process of its own, because whoever asks for it should not have to import Dagster.
 """
 
+import sys
+import uuid
+from contextlib import closing
+
 import sqlalchemy as sa
 from dagster import DagsterInstance
+from dagster import __version__ as dagster_version
 from dagster_postgres import DagsterPostgresStorage
 
+from imagepipeline.errors import PostponedError, StackError
 from imagepipeline.settings import Settings
+from imagepipeline.stores.catalogue import Catalogue
+
+TAKE_OVER = "--take-over"
+INSTANCE_ID_KEY = "imagepipeline/instance_id"
 
 
 def main() -> None:
-    """Migrates the instance of DAGSTER_HOME; while another process does, it waits."""
-    url = Settings.load().dagster_database_url
+    """Migrates the instance of DAGSTER_HOME, once per version of it on SQLite; while another process does, it waits.
+
+    Raises:
+        SystemExit: the catalogue belongs to another Dagster instance, or does not answer.
+    """
+    settings = Settings.load()
+    url = settings.dagster_database_url
     if url is None:  # SQLite: only the supervisor is there, and it has a lock of its own
-        _upgrade()
-        return
-    engine = sa.create_engine(url.get_secret_value(), isolation_level="AUTOCOMMIT", hide_parameters=True)
-    with engine.connect() as connection:
-        connection.exec_driver_sql("SELECT pg_advisory_lock(hashtext('imagepipeline migrate'))")
-        DagsterPostgresStorage(url.get_secret_value())  # makes the tables where there are none
-        _upgrade()
+        done = settings.home / "dagster" / f".migrated-{dagster_version}"
+        if not done.exists():
+            _upgrade()
+            done.touch()
+    else:
+        engine = sa.create_engine(url.get_secret_value(), isolation_level="AUTOCOMMIT", hide_parameters=True)
+        with engine.connect() as connection:
+            connection.exec_driver_sql("SELECT pg_advisory_lock(hashtext('imagepipeline migrate'))")
+            DagsterPostgresStorage(url.get_secret_value())  # makes the tables where there are none
+            _upgrade()
+    bind_catalogue(settings, is_taken_over=TAKE_OVER in sys.argv)
+
+
+def bind_catalogue(settings: Settings, is_taken_over: bool = False) -> None:
+    """Ties the catalogue to the Dagster instance of DAGSTER_HOME, or ends this process if it is tied to another one.
+
+    Raises:
+        SystemExit: with the sentence that says so.
+    """
+    with DagsterInstance.get() as instance, closing(Catalogue(settings.database_url)) as catalogue:
+        try:
+            catalogue.check()
+            catalogue.bind(read_instance_id(instance), is_taken_over)
+        except (StackError, PostponedError) as error:
+            sys.exit(str(error))
+
+
+def read_instance_id(instance: DagsterInstance) -> str:
+    """The ID of a Dagster instance: drawn when it is first asked for, and kept in Dagster's own database."""
+    storage = instance.daemon_cursor_storage
+    known = storage.get_cursor_values({INSTANCE_ID_KEY})
+    if INSTANCE_ID_KEY not in known:
+        storage.set_cursor_values({INSTANCE_ID_KEY: str(uuid.uuid4())})
+        known = storage.get_cursor_values({INSTANCE_ID_KEY})
+    return known[INSTANCE_ID_KEY]
 
 
 def _upgrade() -> None:

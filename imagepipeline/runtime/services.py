@@ -67,8 +67,10 @@ def prepare(settings: Settings) -> dict[str, str]:
     return environment
 
 
-def migrate(settings: Settings) -> None:
+def migrate(settings: Settings, is_taken_over: bool = False) -> None:
     """Creates or updates the tables of the catalogue and of Dagster; while another process does, it waits.
+
+    With `is_taken_over` a catalogue that belongs to another Dagster instance is this one's from now on.
 
     Raises:
         StackError: a database does not answer, or refuses; the message is the last line that was printed.
@@ -77,10 +79,11 @@ def migrate(settings: Settings) -> None:
         Catalogue(settings.database_url).migrate()
     except sa.exc.DBAPIError as error:
         raise StackError(f"the catalogue's tables could not be made ({type(error.orig).__name__})") from None
-    result = subprocess.run(MIGRATION_COMMAND, env=prepare(settings), capture_output=True, text=True, check=False)
+    command = MIGRATION_COMMAND + ["--take-over"] * is_taken_over
+    result = subprocess.run(command, env=prepare(settings), capture_output=True, text=True, check=False)
     if result.returncode != 0:
         last_line = (result.stderr.strip().splitlines() or ["no message"])[-1]
-        raise StackError(f"Dagster's tables could not be made: {last_line:.200}")
+        raise StackError(f"the tables could not be made: {last_line:.500}")
 
 
 def is_healthy(settings: Settings, name: str) -> bool:

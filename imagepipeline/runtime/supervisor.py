@@ -14,7 +14,6 @@ import time
 from collections import deque
 from collections.abc import Callable
 from contextlib import closing
-from importlib.metadata import version
 from importlib.resources import files
 from pathlib import Path
 from types import FrameType, TracebackType
@@ -126,18 +125,14 @@ class Stack:
         return processes.Forked(name, module_and_arguments, self._log(name), lambda: os.close(self._lock))
 
     def _migrate(self, environment: dict[str, str]) -> None:
-        """Makes or updates the tables: Dagster's by a process of their own, and on SQLite once per version of it."""
+        """Makes or updates the tables; Dagster's, and the tie between the two, by a process of its own."""
         settings = self._settings
         with closing(Catalogue(settings.database_url)) as catalogue:  # no connection may be open at a fork
             catalogue.migrate()
-        done = settings.home / "dagster" / f".migrated-{version('dagster')}"
-        if done.exists() and not settings.dagster_database_url:
-            return
         log = self._log("migrate")
         process = self._launch("migrate", services.MIGRATION_COMMAND, environment)
         if process.wait() != 0:
-            raise StackError(f"Dagster's tables could not be made:\n{processes.read_tail(log)}")
-        done.touch()
+            raise StackError(processes.read_tail(log, 1) or "Dagster's tables could not be made")
 
     def _start(self, name: str, starter: Callable[[], processes.Child]) -> None:
         self._report(f"starting {name}")

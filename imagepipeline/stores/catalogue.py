@@ -12,10 +12,24 @@ from typing import Any
 
 import sqlalchemy as sa
 
-from imagepipeline.errors import ImageBusyError, PathTakenError, StackError, StaleClaimError
+from imagepipeline.errors import (
+    CatalogueTakenError,
+    ImageBusyError,
+    PathTakenError,
+    StackError,
+    StaleClaimError,
+)
 from imagepipeline.models import ASSETS, Claim, ImageMetadata, OriginalFacts, Recipe, Status, Upload, Variant, now_utc
 from imagepipeline.stores.database import Database
-from imagepipeline.stores.tables import UtcDateTime, image_history, image_results, image_variants, images, notifications
+from imagepipeline.stores.tables import (
+    UtcDateTime,
+    catalogue_owner,
+    image_history,
+    image_results,
+    image_variants,
+    images,
+    notifications,
+)
 
 ERROR_CHARACTERS = 300
 ENDED = (Status.COMPLETED, Status.FAILED)
@@ -38,6 +52,16 @@ class Processing:
     def claim(self) -> Claim:
         """The claim that run has."""
         return Claim(self.image_id, self.generation, self.fence, None)
+
+
+@dataclass(frozen=True)
+class State:
+    """Where an image is: of its `pushes`, those seen were made before its last run began."""
+
+    generation: int
+    status: Status
+    pushes: int
+    pushes_seen: int
 
 
 @dataclass(frozen=True)
@@ -66,19 +90,42 @@ class Catalogue:
         self._database.engine.dispose()
 
     def migrate(self) -> None:
-        """Creates the tables or brings them up to date; safe to call from several processes at once."""
-        from alembic import command  # here, because it takes as long to import as all the rest
-        from alembic.config import Config
+        """Creates the tables or brings them up to date; safe to call from several processes at once.
+
+        Tables that a newer version has added to are left as they are.
+
+        Raises:
+            StackError: a newer version has changed the tables so that this one cannot use them.
+        """
+        from imagepipeline.stores import migrations  # here, because Alembic takes as long to import as all the rest
 
         if self._database.engine.dialect.name == "sqlite" and self._database.engine.url.database:
             Path(self._database.engine.url.database).parent.mkdir(parents=True, exist_ok=True)
-        config = Config()
-        config.set_main_option("script_location", "imagepipeline.stores:migrations")
         with self._database.engine.begin() as connection:
             if self._database.engine.dialect.name == "postgresql":
                 connection.execute(sa.select(sa.func.pg_advisory_xact_lock(sa.func.hashtext("imagepipeline"))))
-            config.attributes["connection"] = connection
-            command.upgrade(config, "head")
+            migrations.upgrade(connection)
+
+    def bind(self, dagster_instance_id: str, is_taken_over: bool = False) -> None:
+        """Ties the catalogue to one Dagster instance, the first that asks; with `is_taken_over`, to this one from now.
+
+        Raises:
+            CatalogueTakenError: it is tied to another one.
+        """
+        now = self._clock()
+        row = {"dagster_instance_id": dagster_instance_id, "since": now}
+        insert = self._database.insert(catalogue_owner).values(id=1, **row)
+        changes = row if is_taken_over else {"id": 1}
+        with self._database.transaction() as connection:
+            connection.execute(insert.on_conflict_do_update(index_elements=["id"], set_=changes))
+            owner = connection.execute(sa.select(catalogue_owner)).one()
+        if owner.dagster_instance_id != dagster_instance_id:
+            raise CatalogueTakenError(
+                f"the catalogue belongs to another Dagster instance ({owner.dagster_instance_id}, since "
+                f"{owner.since:%F %R} UTC), and two would take each other's runs for dead: give this stack a "
+                "DATABASE_URL and a storage root of its own, or if the other one is gone for good, run "
+                "`imagepipeline migrate --take-over`"
+            )
 
     def check(self) -> None:
         """Returns if the database answers and has our tables.
@@ -98,25 +145,17 @@ class Catalogue:
     def accept(self, uploads: Iterable[Upload], event: str = "accepted") -> set[str]:
         """Records uploads as `pending`; gives the IDs for which that began a new generation.
 
-        An image that is pending or processing is left as it is.
+        An image that is pending or processing goes on, and the push is counted: if a run has begun already, the image
+        begins one more generation when that run ends.
         """
         begun = set()
         with self._database.transaction() as connection:
             for upload in uploads:
-                now = self._clock()
-                insert = self._database.insert(images).values(
-                    id=upload.image_id, priority=upload.priority, path=upload.path, **_first_generation(now)
-                )
-                new_life = _new_generation(now) | {
-                    "priority": insert.excluded.priority,
-                    "path": sa.func.coalesce(insert.excluded.path, images.c.path),
-                }
-                statement = insert.on_conflict_do_update(
-                    index_elements=[images.c.id], set_=new_life, where=images.c.status.in_(ENDED)
-                )
-                if connection.execute(statement).rowcount:
+                if self._begin(connection, upload):
                     begun.add(upload.image_id)
                     self._record(connection, upload.image_id, event)
+                else:
+                    self._note_push(connection, upload)
         return begun
 
     def list_pending(self, limit: int, except_for: Iterable[tuple[str, int]] = ()) -> list[Pending]:
@@ -256,15 +295,27 @@ class Catalogue:
             self._record_result(connection, claim, asset, recipe, input_sha256)
 
     def finish(self, claim: Claim) -> Status:
-        """Ends a claim: `completed` if all results are in place, else back to `pending` for a run that makes them."""
-        count = sa.select(sa.func.count()).where(image_results.c.image_id == claim.image_id)
+        """Ends a claim: `completed` if all results are in place, else back to `pending` for a run that makes them.
+
+        Results count only if they were made of the same original. The image is `pending` again, too, if it was pushed
+        after the run began.
+        """
+        inputs = sa.select(image_results.c.asset, image_results.c.input_sha256).where(
+            image_results.c.image_id == claim.image_id
+        )
+        read = sa.select(images.c.original_sha256).where(images.c.id == claim.image_id)
         with self._database.transaction() as connection:
-            if connection.execute(count).scalar_one() == len(ASSETS):
-                self._update(connection, claim, status=Status.COMPLETED, error=None)
-                self._record(connection, claim.image_id, "completed")
-                return Status.COMPLETED
-            self._hand_back(connection, claim, "results are missing", 0)
-            return Status.PENDING
+            made_of = dict(connection.execute(inputs).tuples().all())
+            original_sha256 = connection.execute(read).scalar_one_or_none()
+            if missing := [asset for asset in ASSETS if asset not in made_of]:
+                self._hand_back(connection, claim, f"results are missing: {', '.join(missing)}", 0)
+                return Status.PENDING
+            if {made_of["metadata"], made_of["variants"]} != {original_sha256}:
+                self._hand_back(connection, claim, "its results are of different originals", 0)
+                return Status.PENDING
+            self._update(connection, claim, status=Status.COMPLETED, error=None)
+            self._record(connection, claim.image_id, "completed")
+            return Status.PENDING if self._begin_if_pushed(connection, claim.image_id) else Status.COMPLETED
 
     def fail(self, claim: Claim, reason: str, error: str) -> None:
         """Ends a claim as `failed`, with a word to filter by and a sentence, and puts the notice into the outbox."""
@@ -298,10 +349,9 @@ class Catalogue:
             self._update(connection, claim)
             self._record(connection, lost.image_id, "recovered", cause)
             if earlier + 1 >= POISON_RECOVERIES:
-                self._fail(
+                return self._fail(
                     connection, claim, "poison", f"its run was lost {earlier + 1} times, at last because {cause}"
                 )
-                return Status.FAILED
             self._hand_back(connection, claim, cause, 0)
             return Status.PENDING
 
@@ -419,17 +469,19 @@ class Catalogue:
                 "history": [{name: event[name] for name in HISTORY_FIELDS} for event in events],
             }
 
-    def get_states(self, image_ids: Sequence[str]) -> dict[str, tuple[int, Status]]:
-        """The generation and status of each known image among the given ones."""
-        query = sa.select(images.c.id, images.c.generation, images.c.status).where(images.c.id.in_(image_ids))
+    def get_states(self, image_ids: Sequence[str]) -> dict[str, State]:
+        """The state of each known image among the given ones."""
+        columns = (images.c.id, images.c.generation, images.c.status, images.c.pushes, images.c.pushes_seen)
+        query = sa.select(*columns).where(images.c.id.in_(image_ids))
         with self._database.transaction() as connection:
-            return {row.id: (row.generation, Status(row.status)) for row in connection.execute(query)}
+            rows = connection.execute(query).all()
+        return {row.id: State(row.generation, Status(row.status), row.pushes, row.pushes_seen) for row in rows}
 
     def find_unknown(self, originals: Mapping[str, str]) -> dict[str, str]:
         """Of originals (ID to path), those whose ID has no row and whose path belongs to no other image."""
         with self._database.transaction() as connection:
-            rows = connection.execute(sa.select(images.c.id, images.c.path)).all()
-        ids, paths = {row.id for row in rows}, {row.path for row in rows}
+            rows = connection.execute(sa.select(images.c.id, images.c.requested_path, images.c.path)).all()
+        ids, paths = {row.id for row in rows}, {path for row in rows for path in (row.requested_path, row.path)}
         return {image_id: path for image_id, path in originals.items() if image_id not in ids and path not in paths}
 
     def count(self) -> dict[str, int]:
@@ -463,6 +515,7 @@ class Catalogue:
                 run_id=run_id,
                 fence=images.c.fence + 1,
                 beat=images.c.beat + 1,
+                pushes_seen=images.c.pushes,
                 not_before=None,
                 updated_at=self._clock(),
             )
@@ -473,7 +526,7 @@ class Catalogue:
 
     def _claim_of(self, connection: sa.Connection, image_id: str, run_id: str) -> Claim | None:
         row = connection.execute(
-            sa.select(images.c.id, images.c.generation, images.c.fence, images.c.path).where(
+            sa.select(images.c.id, images.c.generation, images.c.fence, images.c.requested_path, images.c.path).where(
                 images.c.id == image_id, images.c.status == Status.PROCESSING, images.c.run_id == run_id
             )
         ).first()
@@ -518,9 +571,15 @@ class Catalogue:
             "updated_at": now,
         }
 
-    def _fail(self, connection: sa.Connection, claim: Claim, reason: str, error: str) -> None:
+    def _fail(self, connection: sa.Connection, claim: Claim, reason: str, error: str) -> Status:
+        """Ends a claim as failed; if the image was pushed after the run began, it is `pending` again instead.
+
+        Of a generation that is followed by another one at once, nobody is told.
+        """
         self._update(connection, claim, status=Status.FAILED, reason=reason, error=error[:ERROR_CHARACTERS])
         self._record(connection, claim.image_id, "failed", f"{reason}: {error}")
+        if self._begin_if_pushed(connection, claim.image_id):
+            return Status.PENDING
         now = self._clock()
         row = sa.select(
             images.c.id,
@@ -532,6 +591,50 @@ class Catalogue:
         ).where(images.c.id == claim.image_id)
         names = ["image_id", "generation", "reason", "error", "attempts", "failed_at"]
         connection.execute(sa.insert(notifications).from_select(names, row))
+        return Status.FAILED
+
+    def _begin(self, connection: sa.Connection, upload: Upload) -> bool:
+        """Begins a generation of an image that is unknown or has ended; False if it has not."""
+        insert = self._database.insert(images).values(
+            id=upload.image_id,
+            priority=upload.priority,
+            requested_path=upload.path,
+            pushes=1,
+            **_first_generation(self._clock()),
+        )
+        new_life = _new_generation(self._clock()) | {
+            "priority": insert.excluded.priority,
+            "requested_path": insert.excluded.requested_path,
+            "pushes": images.c.pushes + 1,
+        }
+        statement = insert.on_conflict_do_update(
+            index_elements=[images.c.id], set_=new_life, where=images.c.status.in_(ENDED)
+        )
+        return bool(connection.execute(statement).rowcount)
+
+    def _note_push(self, connection: sa.Connection, upload: Upload) -> None:
+        """Counts a push of an image that has not ended; the next run to begin looks where it says."""
+        higher = sa.case((images.c.priority < upload.priority, upload.priority), else_=images.c.priority)
+        statement = (
+            sa.update(images)
+            .where(images.c.id == upload.image_id)
+            .values(pushes=images.c.pushes + 1, requested_path=upload.path, priority=higher)
+            .returning(images.c.status)
+        )
+        if connection.execute(statement).scalar_one() == Status.PROCESSING:
+            self._record(connection, upload.image_id, "pushed_again")
+
+    def _begin_if_pushed(self, connection: sa.Connection, image_id: str) -> bool:
+        """Begins the next generation of an image that has just ended, if pushes came after its run began."""
+        statement = (
+            sa.update(images)
+            .where(images.c.id == image_id, images.c.pushes > images.c.pushes_seen)
+            .values(_new_generation(self._clock()))
+        )
+        if not connection.execute(statement).rowcount:
+            return False
+        self._record(connection, image_id, "accepted", "it was pushed again while a run worked on it")
+        return True
 
 
 def _accepted_at(image_id: str) -> sa.ScalarSelect[Any]:

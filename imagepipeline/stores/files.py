@@ -26,18 +26,20 @@ class FileStore:
     def __init__(self, root: Path) -> None:
         self.root = root
 
-    def find_original(self, image_id: str) -> str:
-        """The path of the one file `original/<image_id>.*`.
+    def list_originals_of(self, image_id: str) -> list[str]:
+        """The paths of the files `original/<image_id>.*`, sorted.
 
         Raises:
-            MissingOriginalError: there is none, or more than one.
+            MissingOriginalError: the folder cannot be read.
         """
-        found = self._list_originals_of(check_image_id(image_id))
-        if len(found) == 1:
-            return f"original/{found[0]}"
-        if not found:
-            raise MissingOriginalError(f"there is no original/{image_id}.* below the storage root")
-        raise MissingOriginalError(f"{image_id} has {len(found)} originals ({', '.join(found)}): keep one")
+        prefix = f"{check_image_id(image_id)}."
+        try:
+            with self._open_folder(["original"]) as folder:
+                return sorted(f"original/{name}" for name in os.listdir(folder) if name.startswith(prefix))
+        except FileNotFoundError:
+            return []
+        except OSError as error:
+            raise MissingOriginalError(f"the folder original cannot be read: {error.strerror}") from None
 
     def read(self, path: str, max_bytes: int | None = None) -> bytes:
         """The content of a file, of which at most `max_bytes + 1` bytes are read.
@@ -60,14 +62,10 @@ class FileStore:
             return file.read(-1 if max_bytes is None else max_bytes + 1)
 
     def put_original(self, image_id: str, content: bytes, extension: str) -> str:
-        """Stores an original as `original/<image_id>.<extension>` in place of any other of that ID; gives its path."""
-        name = f"{check_image_id(image_id)}.{extension}"
-        self.write(f"original/{name}", content)
-        with self._open_folder(["original"]) as folder:
-            for other in self._list_originals_of(image_id):
-                if other != name:
-                    os.unlink(other, dir_fd=folder)
-        return f"original/{name}"
+        """Stores an original as `original/<image_id>.<extension>`, also over an older one; gives its path."""
+        path = f"original/{check_image_id(image_id)}.{extension}"
+        self.write(path, content)
+        return path
 
     def write(self, path: str, content: bytes) -> None:
         """Writes a file so that readers see the old content or the new, never a part, also after a power cut.
@@ -77,7 +75,7 @@ class FileStore:
             UnsafePathError: a folder on the way is a symbolic link, or no folder.
         """
         *parents, name = Path(path).parts
-        beside = f".{name}.{uuid.uuid4().hex}.tmp"
+        beside = f".{uuid.uuid4().hex}.tmp"  # without the name, which may be as long as a name can be
         self.root.mkdir(parents=True, exist_ok=True)
         try:
             with self._open_folder(parents, is_created=True) as folder:
@@ -133,14 +131,6 @@ class FileStore:
         before = time.time() - LEFTOVER_SECONDS
         found = [path for path in self.root.rglob(".*.tmp") if path.lstat().st_mtime < before]
         return [path.relative_to(self.root).as_posix() for path in found]
-
-    def _list_originals_of(self, image_id: str) -> list[str]:
-        """The names of the files `<image_id>.*` among the originals."""
-        try:
-            with self._open_folder(["original"]) as folder:
-                return sorted(name for name in os.listdir(folder) if name.startswith(f"{image_id}."))
-        except OSError:
-            return []
 
     @contextlib.contextmanager
     def _open_folder(self, parts: Iterable[str], is_created: bool = False) -> Iterator[int]:

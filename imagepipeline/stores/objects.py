@@ -31,19 +31,19 @@ class ObjectStore:
     def __init__(self, url: str) -> None:
         self._url = url
 
-    def find_original(self, image_id: str) -> str:
-        """As `FileStore.find_original`.
+    def list_originals_of(self, image_id: str) -> list[str]:
+        """As `FileStore.list_originals_of`.
 
         Raises:
             StorageDownError: the bucket does not answer, as from all methods here.
         """
-        found = self._list_originals_of(check_image_id(image_id))
-        if len(found) == 1:
-            return found[0]
-        if not found:
-            raise MissingOriginalError(f"there is no original/{image_id}.* below the storage root")
-        names = ", ".join(PurePosixPath(path).name for path in found)
-        raise MissingOriginalError(f"{image_id} has {len(found)} originals ({names}): keep one")
+        found = []
+        # From behind the longer IDs that begin with `<image_id>-`, of which there may be many.
+        for path, _ in self._list("original", offset=f"original/{check_image_id(image_id)}-~"):
+            if not path.startswith(f"original/{image_id}."):
+                break
+            found.append(path)
+        return found
 
     def read(self, path: str, max_bytes: int | None = None) -> bytes:
         """As `FileStore.read`: no more than `max_bytes + 1` bytes are kept."""
@@ -59,9 +59,6 @@ class ObjectStore:
         """As `FileStore.put_original`."""
         path = f"original/{check_image_id(image_id)}.{extension}"
         self.write(path, content)
-        for other in self._list_originals_of(image_id):
-            if other != path:
-                self.delete(other)
         return path
 
     def write(self, path: str, content: bytes) -> None:
@@ -94,15 +91,6 @@ class ObjectStore:
     def list_leftovers(self) -> list[str]:
         """None: nothing is ever half written."""
         return []
-
-    def _list_originals_of(self, image_id: str) -> list[str]:
-        found = []
-        # From behind the longer IDs that begin with `<image_id>-`, of which there may be many.
-        for path, _ in self._list("original", offset=f"original/{image_id}-~"):
-            if not path.startswith(f"original/{image_id}."):
-                break
-            found.append(path)
-        return found
 
     def _list(self, folder: str, offset: str | None) -> Iterator[tuple[str, datetime]]:
         with _talking(folder):

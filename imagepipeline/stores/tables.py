@@ -44,7 +44,11 @@ images = sa.Table(
     sa.Column("priority", sa.Integer, nullable=False),
     sa.Column("attempts", sa.Integer, nullable=False),  # the most any asset has needed in this generation
     sa.Column("run_id", sa.String(64)),  # the Dagster run that holds the claim, or held it last
-    sa.Column("path", sa.String(512)),
+    sa.Column("requested_path", sa.String(512)),  # what the upload named; empty: the one file original/<id>.*
+    sa.Column("path", sa.String(512)),  # where the original was when it was last read
+    # Times the ID was pushed, and how many of them were before the last claim: that run sees what they announced.
+    sa.Column("pushes", sa.Integer, nullable=False, server_default="0"),
+    sa.Column("pushes_seen", sa.Integer, nullable=False, server_default="0"),
     sa.Column("original_bytes", sa.Integer),
     sa.Column("original_sha256", sa.String(64)),
     sa.Column("width", sa.Integer),  # of the original, upright, in pixels
@@ -62,6 +66,15 @@ images = sa.Table(
     sa.Column("updated_at", UtcDateTime, nullable=False),
     sa.CheckConstraint(sa.column("status").in_([status.value for status in Status]), name="status"),
     sa.Index(None, "status", "priority", "accepted_at"),
+)
+
+# One row: whose runs the rows above are.
+catalogue_owner = sa.Table(
+    "catalogue_owner",
+    schema,
+    sa.Column("id", sa.Integer, primary_key=True, autoincrement=False),
+    sa.Column("dagster_instance_id", sa.String(64), nullable=False),
+    sa.Column("since", UtcDateTime, nullable=False),
 )
 
 image_variants = sa.Table(

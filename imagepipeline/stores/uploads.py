@@ -1,7 +1,8 @@
 """UploadQueue: the Redis lists an uploader pushes to and the sensor takes from.
 
-An entry moves `wait` → `active` → gone. It leaves `active` only when the catalogue has recorded it, so a
-crash anywhere repeats a step and loses nothing. What cannot be read ends in `dead`, with its reason.
+An entry leaves `wait` only when the catalogue has recorded it, so a crash anywhere repeats a step and loses nothing.
+Taking in uses only commands that Redis obeys when its memory is full, so that a full Redis drains. What cannot be read
+ends in `dead`, with its reason. `active` shows what is being processed; nothing depends on it.
 """
 
 import base64
@@ -10,7 +11,7 @@ import json
 import time
 from collections import Counter
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any
 
 import redis
@@ -55,31 +56,52 @@ class UploadQueue:
         with _translated_errors():
             self.redis.lpush(self.wait_key, entry)
 
-    def claim(self, limit: int) -> Counter[bytes]:
-        """Up to `limit` entries, oldest first, with the number of copies of each.
+    def read(self, limit: int) -> Counter[bytes]:
+        """Up to `limit` entries, oldest first, with the number of copies of each; they stay where they are.
 
-        Those that a crash left in `active` come first, then new ones from `wait`.
+        Those that an earlier version moved to `active` and did not record come first. Of copies, the last one counts.
         """
         with _translated_errors():
-            entries = self.redis.lrange(self.active_key, -limit, -1)[::-1]
-            with self.redis.pipeline(transaction=False) as pipe:
-                for _ in range(limit - len(entries)):
-                    pipe.lmove(self.wait_key, self.active_key, "RIGHT", "LEFT")
-                moved = pipe.execute()
-        return Counter([*entries, *(entry for entry in moved if entry is not None)])
+            left = [entry for entry in self.redis.lrange(self.active_key, 0, -1) if not _is_shown(entry)]
+            waiting = self.redis.lrange(self.wait_key, -limit, -1)
+        counted: Counter[bytes] = Counter()
+        for entry in [*left[::-1], *waiting[::-1]]:
+            counted[entry] = counted.pop(entry, 0) + 1
+        return counted
 
     def wait(self, seconds: float) -> None:
-        """Returns when there is an entry, which it moves to `active`, or after that time; it must be under 5 s."""
-        with _translated_errors():
-            self.redis.blmove(self.wait_key, self.active_key, seconds, "RIGHT", "LEFT")
+        """Returns when there is an entry, or after that time, which must be under 5 s; at once if Redis is full."""
+        with _translated_errors(), suppress(redis.exceptions.OutOfMemoryError):
+            # The last entry is moved to where it is: of all blocking commands, the one that changes nothing.
+            self.redis.blmove(self.wait_key, self.wait_key, seconds, "RIGHT", "RIGHT")
 
-    def acknowledge(self, entry: bytes, copies: int) -> None:
-        """Forgets claimed copies of an entry: call it after the catalogue has committed."""
-        with _translated_errors():
-            self.redis.lrem(self.active_key, copies, entry)
+    def acknowledge(self, entries: Mapping[bytes, int]) -> None:
+        """Forgets so many copies of each entry: call it after the catalogue has committed.
+
+        The oldest copies go: one that was pushed meanwhile stays. Only one reader at a time may do so.
+        """
+        with _translated_errors(), self.redis.pipeline(transaction=False) as pipe:
+            for entry, copies in entries.items():
+                self._forget(pipe, entry, copies)
+            pipe.execute()
+
+    def show_active(self, run_ids: Mapping[str, str]) -> None:
+        """Makes `active` list what is being processed, as JSON with `imageId` and `runId`, for those who count it.
+
+        A full Redis may refuse; then the list stays as it was.
+        """
+        shown = [json.dumps({"imageId": image_id, "runId": run_id}) for image_id, run_id in sorted(run_ids.items())]
+        with _translated_errors(), suppress(redis.exceptions.OutOfMemoryError):
+            if self.redis.lrange(self.active_key, 0, -1) == [entry.encode() for entry in shown]:
+                return
+            with self.redis.pipeline(transaction=True) as pipe:
+                pipe.delete(self.active_key)
+                if shown:
+                    pipe.rpush(self.active_key, *shown)
+                pipe.execute()
 
     def dead_letter(self, entry: bytes, copies: int, reason: str) -> None:
-        """Moves claimed copies of an unreadable entry to `dead`.
+        """Moves copies of an unreadable entry to `dead`.
 
         There it is JSON: `id`, `entry` (escaped, at most 200 characters), `raw` (base64, if the entry has at
         most 1 kB), `reason`, `copies`, `at` (Unix seconds).
@@ -96,7 +118,7 @@ class UploadQueue:
         )
         with _translated_errors(), self.redis.pipeline(transaction=True) as pipe:
             pipe.lpush(self.dead_key, letter)
-            pipe.lrem(self.active_key, copies, entry)
+            self._forget(pipe, entry, copies)
             pipe.execute()
 
     def list_dead(self) -> list[dict[str, Any]]:
@@ -123,12 +145,21 @@ class UploadQueue:
             self.redis.lrem(self.dead_key, 0, json.dumps(dict(letter)))
 
     def count(self) -> dict[str, int]:
-        """The lengths of the lists: `waiting` (`wait` and `active`: not in the catalogue yet) and `dead`."""
+        """The lengths of the lists `wait` (as `waiting`: not in the catalogue yet) and `dead`."""
         with _translated_errors(), self.redis.pipeline(transaction=True) as pipe:
-            for key in (self.wait_key, self.active_key, self.dead_key):
+            for key in (self.wait_key, self.dead_key):
                 pipe.llen(key)
-            waiting, active, dead = pipe.execute()
-        return {"waiting": waiting + active, "dead": dead}
+            waiting, dead = pipe.execute()
+        return {"waiting": waiting, "dead": dead}
+
+    def _forget(self, pipe: Any, entry: bytes, copies: int) -> None:
+        pipe.lrem(self.wait_key, -copies, entry)
+        pipe.lrem(self.active_key, copies, entry)
+
+
+def _is_shown(entry: bytes) -> bool:
+    """Whether an entry of `active` was put there by `show_active`."""
+    return entry.startswith(b'{"imageId": ') and b'"runId": ' in entry
 
 
 @contextmanager
@@ -136,6 +167,10 @@ def _translated_errors() -> Iterator[None]:
     """Turns Redis' errors into one of ours; the message leaves out the address, which may hold a password."""
     try:
         yield
+    except redis.exceptions.OutOfMemoryError:
+        raise StackError(
+            "Redis is full and takes nothing more: wait until the pipeline has drained it, or raise its maxmemory"
+        ) from None
     except redis.ResponseError as error:  # such as a key of another type: its text is the server's, without secrets
         raise StackError(f"Redis refuses the command: {error}") from None
     except redis.RedisError as error:

@@ -15,9 +15,10 @@ from imagepipeline.defs.originals import Originals
 from imagepipeline.errors import BadAnswerError, PausedError, ProviderUnavailableError, RefusedError
 from imagepipeline.imaging.decoding import Rules
 from imagepipeline.imaging.sandbox import Sandbox
-from imagepipeline.models import CallUsage, ImageMetadata, Recipe, Upload, VisionAnswer
+from imagepipeline.models import CallUsage, Claim, ImageMetadata, Recipe, Upload, VisionAnswer
 from imagepipeline.services.embedder import LocalEmbedder
 from imagepipeline.services.vision import LocalVision
+from imagepipeline.stores.files import FileStore
 from imagepipeline_tests.conftest import PHOTOS
 from imagepipeline_tests.imaging.odd_files import SAMPLES
 
@@ -283,10 +284,109 @@ def test_all_assets_of_a_run_see_the_same_original(run, cat, catalogue, files):
 def test_an_original_that_disappears_is_a_clear_failure(run, cat, catalogue, files):
     catalogue.accept([Upload(cat, f"original/{cat}.jpg")])
     (files.root / "original" / "cat.jpg").unlink()
-    run(cat, generation=1)
+    result = run(cat, generation=1)
     row = catalogue.get(cat)
-    assert (row["status"], row["reason"], row["attempts"]) == ("failed", "missing", 1)
-    assert row["error"] == "original/cat.jpg cannot be opened below the storage root: No such file or directory"
+    assert (row["status"], row["reason"], row["attempts"]) == ("failed", "missing", 3)
+    assert row["error"] == (
+        "original/cat.jpg cannot be opened below the storage root: No such file or directory (after 3 attempts)"
+    )
+    assert retry_waits(result) == [1, 2]
+
+
+def test_an_original_that_comes_after_its_id_is_waited_for(run, catalogue, files):
+    class LateStore(FileStore):
+        looks = 0
+
+        def list_originals_of(self, image_id):
+            self.looks += 1
+            if self.looks == 3:
+                files.put_original("late", (PHOTOS / "cat.jpg").read_bytes(), "jpg")
+            return super().list_originals_of(image_id)
+
+    catalogue.accept([Upload("late")])
+    assert run("late", generation=1, originals=Originals(LateStore(files.root), Sandbox(), Rules())).success
+    assert (catalogue.get("late")["status"], catalogue.get("late")["attempts"]) == ("completed", 3)
+
+
+def test_a_bare_id_means_the_one_file_that_is_there_now(run, cat, catalogue, files):
+    for generation, extension in enumerate(("jpg", "png"), start=1):
+        catalogue.accept([Upload(cat)])
+        files.delete("original/cat.jpg")
+        files.put_original(cat, (PHOTOS / "coffee.jpg").read_bytes(), extension)
+        run(cat, generation=generation)
+        assert catalogue.get(cat)["path"] == f"original/cat.{extension}"
+    assert catalogue.get(cat)["status"] == "completed"
+    run(cat)  # by hand, as a backfill does
+    assert (catalogue.get(cat)["status"], catalogue.get(cat)["path"]) == ("completed", "original/cat.png")
+
+
+def test_two_originals_of_one_id_fail_with_their_names(run, cat, catalogue, files):
+    catalogue.accept([Upload(cat)])
+    run(cat, generation=1)
+    files.write("original/cat.png", b"another")
+    catalogue.accept([Upload(cat)])
+    run(cat, generation=2)
+    row = catalogue.get(cat)
+    assert (row["status"], row["reason"]) == ("failed", "missing")
+    assert row["error"] == "cat has 2 originals (cat.jpg, cat.png): keep one (after 3 attempts)"
+
+
+def test_a_bare_id_of_an_original_elsewhere_means_the_one_it_had(run, catalogue, files):
+    files.write("original/2026/x.jpg", (PHOTOS / "cat.jpg").read_bytes())
+    catalogue.accept([Upload("a", "original/2026/x.jpg")])
+    run("a", generation=1)
+    catalogue.accept([Upload("a")])
+    run("a", generation=2)
+    assert (catalogue.get("a")["status"], catalogue.get("a")["path"]) == ("completed", "original/2026/x.jpg")
+    files.write("original/a.jpg", (PHOTOS / "coffee.jpg").read_bytes())
+    catalogue.accept([Upload("a")])
+    run("a", generation=3)
+    assert catalogue.get("a")["path"] == "original/a.jpg"
+
+
+def test_an_extension_on_disk_that_no_upload_may_name_is_refused(run, catalogue, files):
+    files.write("original/a.j\x1b[2Jpg", b"x")
+    catalogue.accept([Upload("a")])
+    run("a", generation=1)
+    assert catalogue.get("a")["reason"] == "unsafe_path"
+    assert catalogue.get("a")["error"].isprintable()
+
+
+def test_a_picture_that_is_replaced_and_pushed_while_its_run_works_is_done_again(run, cat, catalogue, files, ledger):
+    class Uploader(ScriptedVision):
+        def describe(self, preview, facts):
+            files.put_original(cat, (PHOTOS / "coffee.jpg").read_bytes(), "jpg")
+            catalogue.accept([Upload(cat)])
+            catalogue.accept([Upload(cat)])
+            return super().describe(preview, facts)
+
+    catalogue.accept([Upload(cat)])
+    assert run(cat, generation=1, vision=Uploader(ANSWER)).success
+    assert (catalogue.get(cat)["status"], catalogue.get(cat)["generation"]) == ("pending", 2)
+    assert run(cat, generation=2, vision=ScriptedVision(ANSWER)).success
+    row = catalogue.get(cat)
+    assert (row["status"], row["generation"]) == ("completed", 2)
+    assert row["original_sha256"] == hashlib.sha256((PHOTOS / "coffee.jpg").read_bytes()).hexdigest()
+
+
+def test_looking_again_at_the_same_picture_costs_nothing(run, cat, catalogue, ledger):
+    class Remote(LocalEmbedder):
+        recipe = Recipe("openrouter", "m")
+
+        def embed(self, text):
+            return replace(super().embed(text), version=self.recipe.version)
+
+    class Uploader(ScriptedVision):
+        def describe(self, preview, facts):
+            catalogue.accept([Upload(cat)])
+            return super().describe(preview, facts)
+
+    vision = Uploader(ANSWER)
+    catalogue.accept([Upload(cat)])
+    for generation in (1, 2):
+        assert run(cat, generation=generation, vision=vision, embedder=Remote()).success
+    assert (catalogue.get(cat)["status"], catalogue.get(cat)["generation"]) == ("completed", 2)
+    assert {row["stage"]: row["calls"] for row in ledger.summarize("stage")} == {"embedding": 1, "metadata": 1}
 
 
 def test_a_cut_off_original_says_how_much_of_it_arrived(run, catalogue, files):
@@ -313,12 +413,12 @@ def test_a_child_that_dies_between_two_assets_is_replaced(run, cat, catalogue, f
 
     class Killer(LocalVision):
         def describe(self, preview, facts):
-            loads.append(originals.load(cat, None))
+            loads.append(originals.load(Claim(cat, 1, 1, None)))
             loads[0].session.close()
             return ANSWER
 
     assert run(cat, vision=Killer(), originals=originals).success
-    assert originals.load(cat, None).session is not loads[0].session
+    assert originals.load(Claim(cat, 1, 1, None)).session is not loads[0].session
     originals.close()
 
 

@@ -123,7 +123,7 @@ def test_nothing_leaves_the_list_before_the_catalogue_has_it(queue, catalogue, m
 def test_a_crash_after_the_commit_repeats_without_harm(queue, catalogue, monkeypatch):
     queue.enqueue("a")
 
-    def die(entry, copies):
+    def die(entries):
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
@@ -133,7 +133,65 @@ def test_a_crash_after_the_commit_repeats_without_harm(queue, catalogue, monkeyp
     [line] = take_in(queue, catalogue)
     assert "pushed again" in line
     assert catalogue.get("a")["generation"] == 1
+    claim = catalogue.claim("a", 1, "run")
+    assert catalogue.hand_back(claim, "x") is None
     assert queue.count()["waiting"] == 0
+
+
+def test_what_a_run_works_on_is_what_active_counts(tick, queue, catalogue):
+    queue.enqueue("a")
+    tick()
+    catalogue.claim("a", 1, "run")
+    catalogue.accept([Upload("b")])
+    tick()
+    assert queue.redis.llen("image-processing:active") == 1
+
+
+def test_a_full_redis_drains_and_costs_an_unreadable_entry_nothing(tick, queue):
+    queue.enqueue("a")
+    queue.redis.lpush(queue.wait_key, b"../x")
+    queue.enqueue("b")
+    queue.redis.config_set("maxmemory", 1)
+    try:
+        assert sorted(keys(tick())) == ["a:1", "b:1"]
+        assert queue.count() == {"waiting": 1, "dead": 0}
+    finally:
+        queue.redis.config_set("maxmemory", 0)
+    tick()
+    assert queue.count() == {"waiting": 0, "dead": 1}
+
+
+def test_two_ticks_at_once_take_in_once(tick, queue, catalogue, monkeypatch):
+    queue.enqueue("a")
+    accept, accepted = catalogue.accept, []
+
+    def accept_slowly(uploads):
+        accepted.append(list(uploads))
+        if len(accepted) == 1:
+            monkeypatch.setattr("imagepipeline.defs.sensors.MAX_WAIT_SECONDS", 0.01)
+            thread = threading.Thread(target=tick)
+            thread.start()
+            thread.join()
+        return accept(accepted[-1])
+
+    monkeypatch.setattr(catalogue, "accept", accept_slowly)
+    assert keys(tick()) == ["a:1"]
+    assert accepted == [[Upload("a")]]
+
+
+def test_entries_as_many_clients_write_them_are_understood(queue, catalogue):
+    written = {
+        *(b" one ", b"two\n", b"\tthree\r\n", b'"four"', b' {"imageId": "five"}\n', b'{"imageId": 6}', b"7"),
+        *(b'{"imageId": "eight", "path": null, "priority": null}', b"\xef\xbb\xbfnine", b'{"imageId": " ten "}'),
+        b'{"imageId": "eleven", "userId": 5, "path": "original/11.jpg"}',
+    }
+    for entry in written:
+        queue.redis.lpush(queue.wait_key, entry)
+    lines = take_in(queue, catalogue)
+    known = catalogue.get_states(["one", "two", "three", "four", "five", "6", "7", "eight", "nine", "ten", "eleven"])
+    assert len(known) == len(written)
+    assert queue.count() == {"waiting": 0, "dead": 0}
+    assert [line for line in lines if "userId" in line] == ["eleven: unknown fields were ignored: 'userId'"]
 
 
 def test_a_hundred_copies_are_one_upload(queue, catalogue, tick):
@@ -159,7 +217,7 @@ def test_ten_thousand_pushes_half_of_them_twice_drain_steadily(queue, catalogue,
 
 
 MALFORMED = [
-    *(b"", b" ", b"\x00", b"\n", b"\t", b"a\n", b"\na", b"a\x00", b"a b", b" a", b"a ", b".", b"..", b"...", b"../x"),
+    *(b"", b" ", b"\x00", b"\n", b"\t", b"a\nb", b"\ra\rb", b"a\x00", b"a b", b".", b"..", b"...", b"../x"),
     *(b"/etc/passwd", b"a/b", b"a\\b", b"%2e%2e", b"a%00", b"~", b"-a", b"_a", b"a.b", b"a:1", b"a;b", b"a'b", b'a"b'),
     *(
         b"$(id)",
@@ -181,11 +239,13 @@ MALFORMED = [
         "ａｂｃ".encode(),
         "①".encode(),
     ),
-    *(b"x" * 65, b"x" * 2_000_000, b"[]", b'"a"', b"{", b"{}", b"{]", b'{"imageId": []}', b'{"imageId": "../x"}'),
+    *(b"x" * 65, b"x" * 2_000_000, b"[]", b'"a', b"{", b"{}", b"{]", b'{"imageId": []}', b'{"imageId": "../x"}'),
+    *(b'{"imageId": "a", "path": "original/' + name + b'.jpg"}' for name in (b"x" * 248, b"y/" * 240)),
+    *(b'{"imageId": true}', b'{"imageId": 1.5}', b'{"imageId": null}', b'{"imageId": {"imageId": "a"}}', b'""'),
     *(b'{"imageId": "a", "path": "../../x.jpg"}', b'{"imageId": "a", "path": "original/../x.jpg"}'),
     *(
         b'{"imageId": "a", "priority": 1e3}',
-        b'{"imageId": "a", "extra": 1}',
+        b'{"imageId": "a", "path": ""}',
         b"\x80\x04\x95.",
         b"O:8:x:0:{}",
         b"---\na: 1",

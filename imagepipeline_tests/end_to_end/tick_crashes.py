@@ -47,7 +47,7 @@ DAGSTER_POINTS = (
     "RUN_CREATED",
     "RUN_LAUNCHED",
 )
-OUR_POINTS = ("after LMOVE", "after commit", "before LREM")
+OUR_POINTS = ("after LRANGE", "after commit", "before LREM")
 POINTS = DAGSTER_POINTS + OUR_POINTS
 SIGNALS = (signal.SIGKILL, signal.SIGTERM)
 BATCHES = (1, 5, 50)
@@ -116,7 +116,8 @@ def run_trial(redis_url: str, databases: Databases, point: str, signal_number: i
         return {
             "was_killed": os.WIFSIGNALED(status) or os.waitstatus_to_exitcode(status) != 0,
             "lost": len(lost),
-            "double": sum(count > 1 for count in counts.values()) + sum(g != 1 for g, _ in states.values()),
+            "double": sum(count > 1 for count in counts.values())
+            + sum(state.generation != 1 for state in states.values()),
             "left": left + (dead != (batch > 1)),
         }
 
@@ -143,8 +144,8 @@ def _die_at(point: str, signal_number: int) -> None:
         os.kill(os.getpid(), signal_number)
         time.sleep(1)  # a signal that raises does so here
 
-    if point == "after LMOVE":
-        _wrap(UploadQueue, "claim", after=die)
+    if point == "after LRANGE":
+        _wrap(UploadQueue, "read", after=die)
     elif point == "after commit":
         _wrap(Catalogue, "accept", after=die)
     else:

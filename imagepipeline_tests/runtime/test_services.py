@@ -39,6 +39,24 @@ def test_tables_are_made_once_however_many_ask_for_them_at_once(postgres_url, tm
             assert connection.exec_driver_sql("SELECT count(*) FROM runs").scalar_one() == 0
 
 
+def test_a_second_dagster_on_the_same_catalogue_ends_at_once_with_a_sentence(catalogue_url, tmp_path):
+    def call(home, *arguments):
+        environment = os.environ | {"DATABASE_URL": catalogue_url, "IMAGEPIPELINE_HOME": str(tmp_path / home)}
+        command = [sys.executable, "-m", "imagepipeline.cli", *arguments]
+        done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False, timeout=60)
+        return done.returncode, done.stderr
+
+    assert call("first", "migrate") == (0, "")
+    assert call("first", "migrate") == (0, "")
+    for command in (["migrate"], ["service", "daemon"], ["up"]):
+        code, error = call("second", *command)
+        assert code != 0
+        assert "belongs to another Dagster instance" in error.splitlines()[-1]
+        assert "Traceback" not in error
+    assert call("second", "migrate", "--take-over") == (0, "")
+    assert "another Dagster instance" in call("first", "migrate")[1]
+
+
 def test_a_database_that_is_not_there_is_named_without_its_address(tmp_path):
     gone = "postgresql://u:canary@127.0.0.1:1/d"
     for urls in ({"DATABASE_URL": gone}, {"DAGSTER_DATABASE_URL": gone}):

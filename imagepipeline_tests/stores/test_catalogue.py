@@ -1,18 +1,29 @@
 """The catalogue's promises, on SQLite and on Postgres."""
 
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from datetime import UTC, datetime, timedelta
 from functools import partial
 
 import pytest
 import sqlalchemy as sa
+from alembic import command
 from alembic.autogenerate import compare_metadata
+from alembic.config import Config
 from alembic.migration import MigrationContext
 
-from imagepipeline.errors import CatalogueDownError, ImageBusyError, PathTakenError, StackError, StaleClaimError
+from imagepipeline.errors import (
+    CatalogueDownError,
+    CatalogueTakenError,
+    ImageBusyError,
+    PathTakenError,
+    StackError,
+    StaleClaimError,
+)
 from imagepipeline.models import ImageMetadata, OriginalFacts, Recipe, Status, Upload, Variant, VariantSpec
-from imagepipeline.stores.catalogue import Catalogue
+from imagepipeline.stores.catalogue import Catalogue, State
 from imagepipeline.stores.database import create_sqlite_engine
+from imagepipeline.stores.migrations import VERSION_TABLE
 from imagepipeline.stores.tables import schema
 
 RECIPE = Recipe("local", "m")
@@ -52,8 +63,73 @@ def test_the_migrations_make_the_tables_the_code_expects(catalogue, catalogue_ur
     catalogue.migrate()
     catalogue.check()
     with sa.create_engine(catalogue_url).connect() as connection:
-        context = MigrationContext.configure(connection, opts={"compare_type": True})
+        context = MigrationContext.configure(connection, opts={"compare_type": True, "version_table": VERSION_TABLE})
         assert compare_metadata(context, schema) == []
+
+
+def make_tables_of_0_1_0(url):
+    """The tables of that version, with two images in them, and its version where it kept it."""
+    config = Config()
+    config.set_main_option("script_location", "imagepipeline.stores:migrations")
+    with sa.create_engine(url).begin() as connection:
+        config.attributes["connection"] = connection
+        command.upgrade(config, "0003")
+        for image_id, path in (("a_b", "original/a_b.jpg"), ("axb", "original/a_b.png")):
+            connection.execute(
+                sa.text(
+                    "INSERT INTO images (id, status, generation, fence, priority, attempts, path, beat, accepted_at, "
+                    "updated_at) VALUES (:id, 'pending', 1, 0, 0, 0, :path, 0, '2026-01-01', '2026-01-01')"
+                ),
+                {"id": image_id, "path": path},
+            )
+        connection.exec_driver_sql(f"CREATE TABLE alembic_version AS SELECT * FROM {VERSION_TABLE}")
+        connection.exec_driver_sql(f"DROP TABLE {VERSION_TABLE}")
+
+
+def read_versions(url):
+    with sa.create_engine(url).connect() as connection:
+        tables = sa.inspect(connection).get_table_names()
+        return {
+            name: connection.exec_driver_sql(f"SELECT version_num FROM {name}").scalars().all()
+            for name in ("alembic_version", VERSION_TABLE)
+            if name in tables
+        }
+
+
+def test_tables_of_the_version_before_are_taken_over_and_it_can_be_gone_back_to(catalogue_url):
+    make_tables_of_0_1_0(catalogue_url)
+    catalogue = Catalogue(catalogue_url)
+    catalogue.migrate()
+    assert read_versions(catalogue_url) == {"alembic_version": ["0003"], VERSION_TABLE: ["0004"]}
+    assert [catalogue.get(image_id)["requested_path"] for image_id in ("a_b", "axb")] == [None, "original/a_b.png"]
+    catalogue.migrate()
+    catalogue.check()
+
+
+def test_the_version_table_of_another_program_is_left_alone(catalogue_url):
+    with sa.create_engine(catalogue_url).begin() as connection:
+        connection.exec_driver_sql("CREATE TABLE alembic_version (version_num VARCHAR(32) NOT NULL)")
+        connection.exec_driver_sql("INSERT INTO alembic_version VALUES ('0003')")
+    Catalogue(catalogue_url).migrate()
+    Catalogue(catalogue_url).check()
+    assert read_versions(catalogue_url) == {"alembic_version": ["0003"], VERSION_TABLE: ["0004"]}
+
+
+def test_tables_that_a_newer_version_has_added_to_are_used_as_they_are(catalogue, catalogue_url):
+    with sa.create_engine(catalogue_url).begin() as connection:
+        connection.exec_driver_sql("ALTER TABLE images ADD COLUMN invented VARCHAR(9)")
+        connection.exec_driver_sql(f"UPDATE {VERSION_TABLE} SET version_num = '9999'")
+    catalogue.migrate()
+    assert catalogue.accept([Upload("a")]) == {"a"}
+    assert read_versions(catalogue_url)[VERSION_TABLE] == ["9999"]
+
+
+def test_tables_that_a_newer_version_has_taken_from_are_refused_with_a_sentence(catalogue, catalogue_url):
+    with sa.create_engine(catalogue_url).begin() as connection:
+        connection.exec_driver_sql("ALTER TABLE images DROP COLUMN flaw")
+        connection.exec_driver_sql(f"UPDATE {VERSION_TABLE} SET version_num = '9999'")
+    with pytest.raises(StackError, match=r"newer version \(9999\), without images\.flaw"):
+        catalogue.migrate()
 
 
 def test_what_was_compiled_for_one_sqlite_database_serves_all(tmp_path):
@@ -78,12 +154,78 @@ def test_an_upload_is_pending_in_its_first_generation(catalogue):
     assert catalogue.get("b") is None
 
 
-def test_a_push_changes_nothing_while_the_image_waits_or_runs(catalogue):
-    catalogue.accept([Upload("a")])
+def test_a_push_while_the_image_waits_is_seen_by_the_run_that_comes(catalogue):
+    catalogue.accept([Upload("a", priority=3)])
     assert catalogue.accept([Upload("a", "original/x.jpg")]) == set()
-    catalogue.claim("a", 1, "run")
-    assert catalogue.accept([Upload("a")]) == set()
-    assert (catalogue.get("a")["generation"], catalogue.get("a")["path"]) == (1, None)
+    claim = catalogue.claim("a", 1, "run")
+    assert claim.path == "original/x.jpg"
+    make(catalogue, claim)
+    assert catalogue.finish(claim) is Status.COMPLETED
+    assert (catalogue.get("a")["generation"], catalogue.get("a")["priority"]) == (1, 3)
+
+
+@pytest.mark.parametrize("pushes", [1, 3])
+@pytest.mark.parametrize("ends", ["completed", "failed"])
+def test_pushes_while_a_run_works_begin_one_more_generation_when_it_ends(catalogue, pushes, ends):
+    catalogue.accept([Upload("a")])
+    claim = catalogue.claim("a", 1, "run")
+    for number in range(pushes):
+        assert catalogue.accept([Upload("a", f"original/{number}.jpg")]) == set()
+    assert catalogue.get("a")["status"] == "processing"
+    if ends == "completed":
+        make(catalogue, claim)
+        assert catalogue.finish(claim) is Status.PENDING
+    else:
+        catalogue.fail(claim, "corrupt", "cut off")
+        assert catalogue.list_unsent("webhook") == []  # what it failed for may be mended by now
+    row = catalogue.get("a")
+    assert (row["status"], row["generation"], row["reason"], row["attempts"]) == ("pending", 2, None, 0)
+    assert ends in [event["event"] for event in row["history"]]
+    following = catalogue.claim("a", 2, "run2")
+    assert following.path == f"original/{pushes - 1}.jpg"
+    make(catalogue, following)
+    assert catalogue.finish(following) is Status.COMPLETED
+    assert catalogue.get("a")["generation"] == 2
+
+
+def test_a_push_is_not_forgotten_by_a_run_that_is_lost_or_gives_the_image_back(catalogue):
+    catalogue.accept([Upload("a")])
+    claim = catalogue.claim("a", 1, "run")
+    catalogue.accept([Upload("a")])
+    catalogue.hand_back(claim, "a stop")
+    claim = catalogue.claim("a", 2, "run2")  # it began after the push
+    make(catalogue, claim)
+    assert catalogue.finish(claim) is Status.COMPLETED
+
+
+def test_a_bare_push_forgets_the_path_an_earlier_one_named(catalogue):
+    catalogue.accept([Upload("a", "original/x.jpg")])
+    claim = catalogue.claim("a", 1, "run")
+    make(catalogue, claim)
+    catalogue.finish(claim)
+    catalogue.accept([Upload("a")])
+    claim = catalogue.claim("a", 2, "run2")
+    assert (claim.path, claim.last_path) == (None, "original/a.jpg")
+
+
+def test_results_of_two_originals_are_not_completed(catalogue):
+    catalogue.accept([Upload("a")])
+    claim = catalogue.claim("a", 1, "run")
+    make(catalogue, claim)
+    catalogue.save_original(claim, replace(ORIGINAL, original_sha256="1" * 64))
+    catalogue.record_result(claim, "variants", RECIPE, "1" * 64)
+    assert catalogue.finish(claim) is Status.PENDING
+    assert "different originals" in catalogue.get("a")["history"][-1]["detail"]
+
+
+def test_a_catalogue_belongs_to_the_dagster_instance_that_came_first(catalogue):
+    catalogue.bind("one")
+    catalogue.bind("one")
+    with pytest.raises(CatalogueTakenError, match=r"another Dagster instance \(one, since 2026.*--take-over"):
+        catalogue.bind("two")
+    catalogue.bind("two", is_taken_over=True)
+    with pytest.raises(CatalogueTakenError):
+        catalogue.bind("one")
 
 
 def test_a_push_after_the_end_begins_a_new_generation(catalogue):
@@ -92,7 +234,7 @@ def test_a_push_after_the_end_begins_a_new_generation(catalogue):
     assert catalogue.accept([Upload("a", "original/x.jpg")]) == {"a"}
     row = catalogue.get("a")
     assert (row["status"], row["generation"], row["reason"], row["error"]) == ("pending", 2, None, None)
-    assert row["path"] == "original/x.jpg"
+    assert row["requested_path"] == "original/x.jpg"
 
 
 def test_pending_images_come_by_priority_then_age(catalogue):
@@ -140,7 +282,7 @@ def test_an_image_is_completed_when_all_its_results_are_in_place(catalogue):
         "size": 3,
     }
     assert row["made_by"]["embedding"]["version"] == "local:m"
-    assert catalogue.get_states(["a", "b"]) == {"a": (1, Status.COMPLETED)}
+    assert catalogue.get_states(["a", "b"]) == {"a": State(1, Status.COMPLETED, 1, 1)}
 
 
 def test_an_image_that_lacks_a_result_goes_back_to_the_queue(catalogue):

@@ -11,32 +11,86 @@ from imagepipeline.models import Upload
 from imagepipeline.stores.uploads import UploadQueue
 
 
-def test_waiting_ends_with_an_entry_and_loses_none(queue):
+def test_waiting_ends_with_an_entry_and_moves_none(queue):
     queue.wait(0.05)
     threading.Timer(0.2, queue.redis.lpush, (queue.wait_key, "late")).start()
     started = time.monotonic()
     queue.wait(4)
     assert time.monotonic() - started < 3
-    assert queue.claim(10) == {b"late": 1}
+    queue.redis.lpush(queue.wait_key, "later")
+    queue.wait(4)
+    assert queue.redis.lrange(queue.wait_key, 0, -1) == [b"later", b"late"]
 
 
 def test_the_keys_are_those_of_the_contract(queue):
     queue.redis.lpush("image-processing:wait", "a")
-    assert queue.claim(10) == {b"a": 1}
-    assert queue.redis.lrange("image-processing:active", 0, -1) == [b"a"]
+    assert queue.read(10) == {b"a": 1}
+    queue.show_active({"a": "run"})
+    assert queue.redis.llen("image-processing:active") == 1
     queue.dead_letter(b"a", 1, "why")
     assert queue.redis.llen("image-processing:dead") == 1
+    assert queue.redis.llen("image-processing:wait") == 0
+
+
+def test_active_counts_what_is_being_processed(queue):
+    queue.show_active({"b": "run2", "a": "run1"})
+    shown = [json.loads(entry) for entry in queue.redis.lrange(queue.active_key, 0, -1)]
+    assert shown == [{"imageId": "a", "runId": "run1"}, {"imageId": "b", "runId": "run2"}]
+    assert queue.read(10) == {}
+    queue.show_active({})
+    assert queue.redis.llen(queue.active_key) == 0
+
+
+def test_entries_that_an_earlier_version_left_in_active_are_read_first_and_forgotten(queue):
+    queue.enqueue("new")
+    queue.redis.lpush(queue.active_key, "old", '{"imageId": "older", "priority": 1}')
+    queue.redis.rpush(queue.active_key, '{"imageId": "x", "runId": "run"}')
+    entries = queue.read(10)
+    assert list(entries) == [b"old", b'{"imageId": "older", "priority": 1}', b"new"]
+    queue.acknowledge(entries)
+    assert queue.read(10) == {}
+    assert queue.redis.llen(queue.active_key) == 1
+
+
+@pytest.fixture
+def full_queue(queue):
+    """A queue with a hundred entries on a server whose memory is full."""
+    for number in range(100):
+        queue.enqueue(f"i{number}", f"original/{'x' * 200}{number}.jpg")
+    queue.redis.config_set("maxmemory-policy", "noeviction")
+    queue.redis.config_set("maxmemory", 1)
+    yield queue
+    queue.redis.config_set("maxmemory", 0)
+
+
+def test_a_full_redis_drains(full_queue):
+    with pytest.raises(StackError, match="Redis is full"):
+        full_queue.enqueue("one-more")
+    full_queue.wait(4)
+    entries = full_queue.read(500)
+    assert len(entries) == 100
+    full_queue.acknowledge(entries)
+    assert full_queue.count()["waiting"] == 0
+
+
+def test_a_full_redis_costs_no_unreadable_entry_and_no_count_of_what_is_processed(full_queue):
+    full_queue.show_active({"a": "run"})
+    entry = next(iter(full_queue.read(1)))
+    with pytest.raises(StackError, match="Redis is full"):
+        full_queue.dead_letter(entry, 1, "why")
+    assert full_queue.count() == {"waiting": 100, "dead": 0}
+    full_queue.show_active({})
 
 
 def test_uploads_come_out_in_the_order_they_went_in(queue):
     for image_id in "abc":
         queue.enqueue(image_id)
-    assert list(queue.claim(2)) == [b"a", b"b"]
+    assert list(queue.read(2)) == [b"a", b"b"]
 
 
 def test_enqueue_and_the_sensor_speak_the_same_language(queue):
     queue.enqueue("a", "original/x.jpg", priority=7)
-    [entry] = queue.claim(1)
+    [entry] = queue.read(1)
     assert Upload.from_entry(entry) == Upload("a", "original/x.jpg", 7)
 
 
@@ -46,34 +100,40 @@ def test_a_malformed_upload_is_not_pushed(queue):
     assert queue.count() == {"waiting": 0, "dead": 0}
 
 
-def test_what_a_crash_left_comes_first_and_is_not_lost(queue):
+def test_what_was_read_stays_until_it_is_acknowledged(queue):
     for image_id in "abc":
         queue.enqueue(image_id)
-    queue.claim(2)  # and then the sensor died
-    assert list(queue.claim(3)) == [b"a", b"b", b"c"]
+    queue.read(2)  # and then the sensor died
+    assert list(queue.read(3)) == [b"a", b"b", b"c"]
     assert queue.count()["waiting"] == 3
 
 
 def test_copies_are_counted_and_acknowledged_together(queue):
     for image_id in "aab":
         queue.enqueue(image_id)
-    assert queue.claim(10) == {b"a": 2, b"b": 1}
-    queue.acknowledge(b"a", 2)
-    assert queue.redis.lrange(queue.active_key, 0, -1) == [b"b"]
+    assert queue.read(10) == {b"a": 2, b"b": 1}
+    queue.acknowledge({b"a": 2})
+    assert queue.redis.lrange(queue.wait_key, 0, -1) == [b"b"]
+
+
+def test_of_copies_the_last_one_says_what_holds(queue):
+    for path in ("original/old.jpg", "original/new.jpg", "original/old.jpg"):
+        queue.enqueue("a", path)
+    assert [Upload.from_entry(entry).path for entry in queue.read(10)] == ["original/new.jpg", "original/old.jpg"]
 
 
 def test_acknowledging_leaves_a_copy_that_was_pushed_meanwhile(queue):
     queue.enqueue("a")
-    queue.claim(10)
+    entries = queue.read(10)
     queue.enqueue("a")
-    queue.acknowledge(b"a", 1)
-    assert queue.claim(10) == {b"a": 1}
+    queue.acknowledge(entries)
+    assert queue.read(10) == {b"a": 1}
 
 
 def test_a_dead_letter_is_escaped_cut_and_says_why(queue):
     entry = b"\x00\xff<script>\n" + b"x" * 2_000_000
     queue.redis.lpush(queue.wait_key, entry)
-    queue.claim(1)
+    queue.read(1)
     queue.dead_letter(entry, 1, "the reason")
     letter = json.loads(queue.redis.lindex(queue.dead_key, 0))
     assert letter["entry"].startswith(r"\x00\xff<script>\nxxx")
@@ -85,13 +145,13 @@ def test_a_dead_letter_is_escaped_cut_and_says_why(queue):
 def test_prefixes_do_not_see_each_other(queue, redis_url):
     other = UploadQueue(redis_url, "other")
     other.enqueue("a")
-    assert queue.claim(10) == {}
+    assert queue.read(10) == {}
     assert other.count()["waiting"] == 1
 
 
 def test_a_server_that_is_down_is_a_clear_error_without_the_password():
     queue = UploadQueue("redis://:canary@127.0.0.1:9/0")
-    for call in (lambda: queue.enqueue("a"), lambda: queue.claim(1), queue.count):
+    for call in (lambda: queue.enqueue("a"), lambda: queue.read(1), queue.count):
         with pytest.raises(StackError, match="does not answer") as caught:
             call()
         assert "canary" not in str(caught.value)
@@ -100,5 +160,5 @@ def test_a_server_that_is_down_is_a_clear_error_without_the_password():
 def test_a_key_of_another_type_is_a_clear_error_and_is_left_alone(queue):
     queue.redis.set(queue.wait_key, "oops")
     with pytest.raises(StackError, match="WRONGTYPE"):
-        queue.claim(1)
+        queue.read(1)
     assert queue.redis.get(queue.wait_key) == b"oops"

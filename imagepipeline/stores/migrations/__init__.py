@@ -1,1 +1,54 @@
-"""Alembic's scripts for the catalogue; `Catalogue.migrate` runs them."""
+"""The migrations of the catalogue, run by Alembic with a version table of our own.
+
+The default table, `alembic_version`, may be another program's in a database that is shared with one.
+"""
+
+import sqlalchemy as sa
+from alembic import command
+from alembic.config import Config
+from alembic.migration import MigrationContext
+from alembic.script import ScriptDirectory
+
+from imagepipeline.errors import StackError
+from imagepipeline.stores.tables import schema
+
+VERSION_TABLE = "imagepipeline_version"
+SHARED_VERSION_TABLE = "alembic_version"  # where versions up to 0.1.0 kept theirs
+
+
+def upgrade(connection: sa.Connection) -> None:
+    """Brings the tables up to date.
+
+    Raises:
+        StackError: a newer version has changed the tables so that this one cannot use them.
+    """
+    config = Config()
+    config.set_main_option("script_location", "imagepipeline.stores:migrations")
+    config.attributes["connection"] = connection
+    known = {revision.revision for revision in ScriptDirectory.from_config(config).walk_revisions()}
+    current = _read_version(connection, VERSION_TABLE)
+    if current is None:
+        earlier = _read_version(connection, SHARED_VERSION_TABLE)
+        if earlier in known and sa.inspect(connection).has_table("image_history"):
+            command.stamp(config, earlier)
+    elif current not in known:
+        _check_newer(connection, current)
+        return
+    command.upgrade(config, "head")
+
+
+def _read_version(connection: sa.Connection, table: str) -> str | None:
+    return MigrationContext.configure(connection, opts={"version_table": table}).get_current_revision()
+
+
+def _check_newer(connection: sa.Connection, version: str) -> None:
+    """Lets this version work on the tables of a newer one that has only added to them."""
+    found = sa.inspect(connection)
+    for table in schema.sorted_tables:
+        columns = {column["name"] for column in found.get_columns(table.name)} if found.has_table(table.name) else set()
+        missing = sorted(set(table.columns.keys()) - columns)
+        if missing:
+            raise StackError(
+                f"the catalogue's tables are those of a newer version ({version}), without {table.name}.{missing[0]}: "
+                "install that version again, or restore a backup from before it"
+            )
