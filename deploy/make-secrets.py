@@ -22,7 +22,7 @@ user pipeline on #{pipeline} resetkeys ~image-processing:* resetchannels -@all +
 +llen +multi +exec +get +set +del +zadd +pexpire +zcard +zrange +zremrangebyscore +evalsha +script|load +time \
 {connection}
 """
-CONNECTION = "+auth +hello +ping +select +client|setinfo +client|setname"
+CONNECTION = "+auth +hello +ping +info +select +client|setinfo +client|setname"
 
 
 def main() -> None:

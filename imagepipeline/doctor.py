@@ -15,6 +15,7 @@ MAX_CLOCK_SKEW_SECONDS = 2
 MIN_FREE_BYTES = 2_000_000_000
 MIN_OPEN_FILES = 1024
 MAX_QUESTIONS = 5
+FULL_SHARE = 0.9  # of Redis's maxmemory
 EVICTION_ADVICE = "set maxmemory-policy noeviction, or uploads get lost"
 
 
@@ -69,16 +70,19 @@ def _examine_redis(settings: Settings) -> Finding:
     client = redis.Redis.from_url(settings.redis_url, socket_connect_timeout=2, socket_timeout=5)
     try:
         client.ping()
-        policy = client.config_get("maxmemory-policy").get("maxmemory-policy", "noeviction")
+        memory = client.info("memory")
     except redis.ResponseError:  # managed servers and ACL users may not ask
-        return Finding("redis", True, "it answers; whether it may evict keys it does not say")
+        return Finding("redis", True, "it answers; whether it may evict keys or is full it does not say")
     except redis.RedisError as error:
         return Finding("redis", False, f"it does not answer ({type(error).__name__})", ADVICE["redis"])
+    policy, limit_bytes = memory.get("maxmemory_policy", "noeviction"), memory.get("maxmemory", 0)
     if policy != "noeviction":
-        return Finding(
-            "redis", False, f"it evicts keys ({policy})", "set maxmemory-policy noeviction, or uploads get lost"
-        )
-    return Finding("redis", True, "it answers and evicts nothing")
+        return Finding("redis", False, f"it evicts keys ({policy})", EVICTION_ADVICE)
+    share = memory.get("used_memory", 0) / limit_bytes if limit_bytes else 0
+    if share >= FULL_SHARE:
+        advice = "raise maxmemory, or find out what else is kept there: a full Redis refuses pushes"
+        return Finding("redis", False, f"{share:.0%} of its memory is used", advice)
+    return Finding("redis", True, "it answers, evicts nothing and has room")
 
 
 def _examine_database(settings: Settings) -> Finding:

@@ -127,3 +127,14 @@ def test_a_redis_that_evicts_is_named(environment, queue):
         queue.redis.config_set("maxmemory-policy", "noeviction")
     assert set(found) == {"redis"}
     assert "noeviction" in found["redis"].advice
+
+
+def test_a_redis_that_is_nearly_full_is_named_before_it_refuses(environment, queue):
+    used_bytes = queue.redis.info("memory")["used_memory"]
+    queue.redis.config_set("maxmemory", int(used_bytes * 1.05))
+    try:
+        found = ill(environment)
+    finally:
+        queue.redis.config_set("maxmemory", 0)
+    assert set(found) == {"redis"}
+    assert "maxmemory" in found["redis"].advice

@@ -25,6 +25,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from imagepipeline.resident import serve
+from imagepipeline.runtime.migration import bind_catalogue
 from imagepipeline.runtime.processes import rename
 from imagepipeline.settings import Settings
 
@@ -44,6 +45,7 @@ def main() -> None:
         fork_runs_from(prepare_context())
     except WarmStartError as error:
         print(f"Runs start cold, 2 CPU-seconds each: {error}", file=sys.stderr, flush=True)
+    bind_catalogue(settings)  # after the fork, which may inherit no connection
     ended = threading.Event()
     for work, arguments in ((keep_resident, (settings, ended)), (watch_processes, ())):
         threading.Thread(target=work, args=arguments, daemon=True).start()

@@ -16,7 +16,6 @@ from dagster._daemon import controller, sensor
 from dagster._daemon.cli import main as run_daemon
 from dagster._daemon.run_coordinator.queued_run_coordinator_daemon import QueuedRunCoordinatorDaemon
 
-from imagepipeline.runtime.migration import bind_catalogue
 from imagepipeline.settings import Settings
 
 TICK_PAUSE_SECONDS, QUEUE_PAUSE_SECONDS = 0.5, 0.15  # 3 % of a core while nothing happens
@@ -43,9 +42,7 @@ def main() -> None:
         vars(controller)["QueuedRunCoordinatorDaemon"] = PromptQueue
     else:
         print("Uploads start up to 6 s late: this version of Dagster's daemon is not known here.", file=sys.stderr)
-    settings = Settings.load()
-    bind_catalogue(settings)
-    lock = acquire_lock(settings)
+    lock = acquire_lock(Settings.load())
     run_daemon()
     del lock
 

@@ -115,7 +115,7 @@ def test_where_runs_cannot_be_forked_the_server_says_so_and_starts_them_as_dagst
         "import sys; from imagepipeline.runtime import code_server; code_server.CHECKED_DAGSTER = '0'; "
         "sys.argv = ['x', '--help']; code_server.main()"
     )
-    environment = os.environ | {"IMAGEPIPELINE_HOME": str(home)}
+    environment = os.environ | {"IMAGEPIPELINE_HOME": str(home), "DAGSTER_HOME": str(home / "dagster")}
     result = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True)
     assert "Runs start cold, 2 CPU-seconds each: checked with dagster 0, this is" in result.stderr
     assert "--module-name" in result.stdout  # Dagster's own server has taken over

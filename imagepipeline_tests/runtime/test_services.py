@@ -48,7 +48,7 @@ def test_a_second_dagster_on_the_same_catalogue_ends_at_once_with_a_sentence(cat
 
     assert call("first", "migrate") == (0, "")
     assert call("first", "migrate") == (0, "")
-    for command in (["migrate"], ["service", "daemon"], ["up"]):
+    for command in (["migrate"], ["service", "code-server"], ["up"]):
         code, error = call("second", *command)
         assert code != 0
         assert "belongs to another Dagster instance" in error.splitlines()[-1]
