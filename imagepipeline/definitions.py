@@ -10,13 +10,13 @@ from imagepipeline.imaging.variants import Renderer, build_recipe
 from imagepipeline.models import Recipe, build_variant_specs
 from imagepipeline.providers import (
     build_embedder,
+    build_embedding_recipe,
     build_index,
     build_notifiers,
     build_vision,
-    build_vision_options,
+    build_vision_recipe,
     open_paid_calls,
 )
-from imagepipeline.services import embedder, vision
 from imagepipeline.settings import Settings
 from imagepipeline.storage import open_storage
 from imagepipeline.stores.catalogue import Catalogue
@@ -46,25 +46,13 @@ def defs() -> dg.Definitions:
 def build_recipes(settings: Settings) -> dict[str, Recipe]:
     """What will make each asset under these settings; a change of it marks the asset's results as outdated."""
     return {
-        "metadata": (
-            vision.openai_recipe(
-                settings.vision_model,
-                settings.vision_prompt or vision.DEFAULT_PROMPT,
-                build_vision_options(settings),
-            )
-            if settings.has_remote_vision
-            else vision.LOCAL_RECIPE
-        ),
+        "metadata": build_vision_recipe(settings),
         "variants": build_recipe(
             build_variant_specs(settings.webp_quality, settings.avif_quality),
             settings.animation == "keep",
             settings.keep_copyright,
         ),
-        "embedding": (
-            embedder.openrouter_recipe(settings.embedding_model)
-            if settings.has_remote_embedder
-            else embedder.LOCAL_RECIPE
-        ),
+        "embedding": build_embedding_recipe(settings),
     }
 
 

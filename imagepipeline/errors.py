@@ -12,10 +12,12 @@
     │   ├── CatalogueDownError
     │   ├── ResidentDownError
     │   ├── PausedError             nor will any other image be worked on
+    │   │   └── ForbiddenError      unless it is this image alone that is forbidden
     │   ├── StorageDownError
     │   └── DiskFullError
     ├── RetryableError              another attempt may succeed
     │   ├── ProviderUnavailableError
+    │   │   └── ProviderTimedOutError
     │   ├── BadAnswerError
     │   │   └── FormatRefusedError
     │   ├── MissingOriginalError
@@ -105,6 +107,10 @@ class PausedError(PostponedError):
         self.pause_seconds = pause_seconds
 
 
+class ForbiddenError(PausedError):
+    """The provider forbids the call and does not say whether for the key's sake or the picture's."""
+
+
 class StorageDownError(PostponedError):
     """The object store does not answer, or refuses us."""
 
@@ -114,9 +120,10 @@ class DiskFullError(PostponedError):
 
 
 class RetryableError(ImagePipelineError):
-    """Another attempt may succeed."""
+    """Another attempt may succeed. `outcome` is the word for the ledger, where that is not the reason."""
 
     reason: ClassVar[str] = "unexpected"
+    outcome: ClassVar[str | None] = None
 
     def __init__(self, message: str, retry_after_seconds: float | None = None) -> None:
         super().__init__(message)
@@ -127,6 +134,12 @@ class ProviderUnavailableError(RetryableError):
     """The provider did not answer, was overloaded, or asked us to slow down."""
 
     reason = "provider_unavailable"
+
+
+class ProviderTimedOutError(ProviderUnavailableError):
+    """The whole answer was not there within the time a call may take; the provider may charge for it all the same."""
+
+    outcome = "timed_out"
 
 
 class BadAnswerError(RetryableError):

@@ -328,7 +328,8 @@ class PaidCall:
 class Pause:
     """A time during which no new work begins; `until` None is until a person resumes.
 
-    One that is over by the clock is on probation: one image is tried, and its success ends the pause.
+    One that is over by the clock is on probation: one image is tried, and its success ends the pause. `stage` is whose
+    calls brought it about; None for those of all.
     """
 
     seq: int
@@ -337,3 +338,4 @@ class Pause:
     since: datetime
     until: datetime | None
     is_over: bool
+    stage: str | None = None

@@ -1,17 +1,30 @@
 """Paid calls: made only if nothing is paused, the budget holds and the rate limit permits; always written down."""
 
+import re
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from datetime import datetime, timedelta
 from typing import Protocol, TypeVar
 
-from imagepipeline.errors import ImagePipelineError, PausedError, PostponedError
+from imagepipeline.errors import (
+    ForbiddenError,
+    ImagePipelineError,
+    PausedError,
+    PostponedError,
+    ProviderUnavailableError,
+    RefusedError,
+)
 from imagepipeline.models import CallUsage, Claim, PaidCall, Recipe, now_utc
 from imagepipeline.stores.ledger import Ledger
 from imagepipeline.stores.limiter import CallLimiter
 
 MAX_WAIT_SECONDS = 180  # for the rate limit; then the image gives its slot to another
+# A provider is down, and it is not an image's own trouble, when so many images in a row got no answer and one of them
+# has used all its attempts. Then one image is tried each time these seconds are over.
+DOWN_IMAGES, DOWN_CALLS, DOWN_SECONDS = 3, 3, 30
+# Providers append a date to a model's name for one of its versions, which costs the same.
+DATE = re.compile(r"[-@:](\d{4}-\d{2}-\d{2}|\d{8})$")
 
 
 class Answer(Protocol):
@@ -44,6 +57,7 @@ class PaidCalls:
         daily_budget_usd: over it everything waits for midnight (UTC); None for no such budget.
         monthly_budget_usd: over it everything waits for the first of the month.
         clock: gives the time.
+        recipes: by stage, what makes the calls of an image; local ones do not count.
     """
 
     def __init__(
@@ -54,7 +68,9 @@ class PaidCalls:
         daily_budget_usd: float | None = None,
         monthly_budget_usd: float | None = None,
         clock: Callable[[], datetime] = now_utc,
+        recipes: Mapping[str, Recipe] | None = None,
     ) -> None:
+        self._recipes = {stage: recipe for stage, recipe in (recipes or {}).items() if recipe.provider != "local"}
         self._ledger = ledger
         self._limiter = limiter
         self._prices = prices
@@ -81,18 +97,51 @@ class PaidCalls:
         """
         if recipe.provider == "local":
             return call(), Receipt()
+        if problem := self._explain_unpriced(recipe):
+            raise PostponedError(problem)
         self._check()
         waited_seconds = self._wait(stage, report)
+        try:
+            return self._ask(claim, stage, recipe, call, waited_seconds)
+        except ForbiddenError as error:
+            if claim and self._ledger.is_answered_for_others(claim.image_id, stage, error.reason):
+                raise RefusedError(f"{error}; but others are answered, so it is this picture that is refused") from None
+            self._pause(error, claim, stage)
+            raise
+        except PausedError as error:
+            self._pause(error, claim, stage)
+            raise
+        except ProviderUnavailableError as error:
+            if claim is None or not self._is_down(claim, stage):
+                raise
+            seconds = max(DOWN_SECONDS, error.retry_after_seconds or 0)
+            down = PausedError("provider_down", f"{error}, for several images in a row", seconds)
+            self._pause(down, claim, stage)
+            raise down from error
+
+    def _pause(self, error: PausedError, claim: Claim | None, stage: str) -> None:
+        # A search's or the doctor's pause is ended by any answer: neither may ever ask again.
+        self._ledger.pause(error.reason, str(error), error.pause_seconds, stage if claim else None)
+
+    def _is_down(self, claim: Claim, stage: str) -> bool:
+        """Whether it is the provider's trouble, and not the image's, that a call got no answer."""
+        if any(pause.reason == "provider_down" and pause.stage == stage for pause in self._ledger.list_pauses()):
+            return True
+        unanswered = self._ledger.count_unanswered(stage)
+        return len(unanswered) >= DOWN_IMAGES and unanswered.get(claim.image_id, 0) >= DOWN_CALLS
+
+    def _ask(
+        self, claim: Claim | None, stage: str, recipe: Recipe, call: Callable[[], A], waited_seconds: float
+    ) -> tuple[A, Receipt]:
+        """Makes a call and writes it down, whatever comes of it."""
         started = time.monotonic()
         outcome, usage = "answered", None
         try:
             answer = call()
             usage = answer.usage
         except ImagePipelineError as error:
-            outcome, usage = getattr(error, "reason", "unexpected"), getattr(error, "usage", None)
-            if isinstance(error, PausedError):
-                # A search's or the doctor's pause is ended by any answer: neither may ever ask again.
-                self._ledger.pause(error.reason, str(error), error.pause_seconds, stage if claim else None)
+            reason = getattr(error, "reason", "unexpected")
+            outcome, usage = getattr(error, "outcome", None) or reason, getattr(error, "usage", None)
             raise
         finally:
             receipt = Receipt(waited_seconds, round(time.monotonic() - started, 3), self._price(recipe.model, usage))
@@ -139,11 +188,61 @@ class PaidCalls:
             return 0.0
         report(f"The call waits for the rate limit of paid calls ({self._limiter.get_limits()}).")
         if not self._limiter.acquire(stage, MAX_WAIT_SECONDS):
-            raise PostponedError(f"no paid call was permitted within {MAX_WAIT_SECONDS} s: the rate limit is used up")
+            raise PostponedError(self._explain_wait(self._limiter.look(stage).wait_seconds))
         return round(time.monotonic() - started, 3)
 
+    def _explain_wait(self, wait_seconds: float) -> str:
+        opens_at, limits = self._clock() + timedelta(seconds=wait_seconds), self._limiter.get_limits()
+        return f"the rate limit of paid calls ({limits}) is used up: it goes on at {opens_at:%F %T} UTC"
+
+    def count_affordable(self) -> tuple[int | None, str]:
+        """How many images may begin with what the rate limits of hours and days leave, None for any; and why none.
+
+        Limits of shorter windows do not count: a run waits for those.
+        """
+        counts: list[tuple[int, str]] = []
+        for stage in self._recipes:
+            permits = self._limiter.look(stage, MAX_WAIT_SECONDS)
+            if permits.left is None:
+                continue
+            # An image takes one permit a stage; where one limit is for all stages, that many of it.
+            images = -(-permits.left // (len(self._recipes) if permits.is_shared else 1))
+            counts.append((images, "" if images else self._explain_wait(permits.wait_seconds)))
+        return min(counts, default=(None, ""))
+
+    def update_price_pause(self) -> None:
+        """Pauses paid work while a budget is set and a price is not known; ends that pause when neither is so."""
+        problems = [problem for recipe in self._recipes.values() if (problem := self._explain_unpriced(recipe))]
+        is_paused = any(pause.reason == "price" for pause in self._ledger.list_pauses())
+        if problems and not is_paused:
+            self._ledger.pause("price", problems[0], None)
+        elif is_paused and not problems:
+            self._ledger.resume("price")
+
+    def _explain_unpriced(self, recipe: Recipe) -> str | None:
+        """What to do if a budget is set that calls of a model cannot be counted against, as their price is unknown."""
+        if not any(self._budgets.values()) or find_price(recipe.model, self._prices) is not None:
+            return None
+        if self._ledger.has_cost(recipe.provider, recipe.model):
+            return None
+        return explain_unpriced(recipe.model)
+
     def _price(self, model: str, usage: CallUsage | None) -> float | None:
-        if usage is None or usage.cost_usd is not None or model not in self._prices:
+        price = find_price(model, self._prices)
+        if usage is None or usage.cost_usd is not None or price is None:
             return usage.cost_usd if usage else None
-        per_million_in, per_million_out = self._prices[model]
+        per_million_in, per_million_out = price
         return (usage.tokens_in * per_million_in + usage.tokens_out * per_million_out) / 1_000_000
+
+
+def find_price(model: str, prices: Mapping[str, tuple[float, float]]) -> tuple[float, float] | None:
+    """US dollars per million tokens in and out; a version of a model, named by its date, costs what the model does."""
+    return prices.get(model, prices.get(DATE.sub("", model)))
+
+
+def explain_unpriced(model: str) -> str:
+    """What to do where a budget is set and a model's price is not known."""
+    return (
+        f"a budget is set, and the price of {model} is not known: set IMAGEPIPELINE_PRICES to "
+        f'{{"{model}": [USD per million tokens in, out]}} and restart, or unset the budget'
+    )

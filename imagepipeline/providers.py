@@ -3,9 +3,10 @@
 from collections.abc import Callable, Iterator
 from contextlib import closing, contextmanager
 
-from imagepipeline.models import Embedding
-from imagepipeline.paid_calls import PaidCalls
+from imagepipeline.models import Embedding, Recipe
+from imagepipeline.paid_calls import PaidCalls, explain_unpriced, find_price
 from imagepipeline.resident import ResidentEmbedder, ResidentIndex, ResidentVision
+from imagepipeline.services import embedder, vision
 from imagepipeline.services.embedder import Embedder, LocalEmbedder, OpenRouterEmbedder
 from imagepipeline.services.notifier import MailNotifier, Notifier, WebhookNotifier
 from imagepipeline.services.vision import DEFAULT_PROMPT, LocalVision, OpenAIVision, VisionModel, VisionOptions
@@ -74,11 +75,37 @@ def open_paid_calls(settings: Settings) -> Iterator[PaidCalls]:
     """The maker of paid calls, with the pipeline's own limits and budgets."""
     with closing(Ledger(settings.database_url)) as ledger, open_limiter(settings) as limiter:
         budgets = (settings.daily_budget_usd, settings.monthly_budget_usd)
-        yield PaidCalls(ledger, limiter, settings.prices, *budgets)
+        recipes = {"metadata": build_vision_recipe(settings), "embedding": build_embedding_recipe(settings)}
+        yield PaidCalls(ledger, limiter, settings.prices, *budgets, recipes=recipes)
+
+
+def build_vision_recipe(settings: Settings) -> Recipe:
+    """What will describe the images under these settings."""
+    if not settings.has_remote_vision:
+        return vision.LOCAL_RECIPE
+    prompt = settings.vision_prompt or DEFAULT_PROMPT
+    return vision.openai_recipe(settings.vision_model, prompt, build_vision_options(settings))
+
+
+def build_embedding_recipe(settings: Settings) -> Recipe:
+    """What will embed the texts under these settings."""
+    if not settings.has_remote_embedder:
+        return embedder.LOCAL_RECIPE
+    return embedder.openrouter_recipe(settings.embedding_model)
+
+
+def explain_unpriced_models(settings: Settings) -> str | None:
+    """What to do if a budget is set and the price of a model that will be asked stands nowhere in the settings."""
+    if not (settings.daily_budget_usd or settings.monthly_budget_usd):
+        return None
+    recipes = (build_vision_recipe(settings), build_embedding_recipe(settings))
+    models = [recipe.model for recipe in recipes if recipe.provider != "local"]
+    unpriced = [model for model in models if find_price(model, settings.prices) is None]
+    return explain_unpriced(unpriced[0]) if unpriced else None
 
 
 def embed_query(settings: Settings, text: str, report: Callable[[str], None]) -> Embedding:
     """A search's text as a vector; a remote model's call is limited, priced and written down like all others."""
-    embedder = build_embedder(settings)
+    model = build_embedder(settings)
     with open_paid_calls(settings) as paid_calls:
-        return paid_calls.make(None, "search", embedder.recipe, lambda: embedder.embed(text), report)[0]
+        return paid_calls.make(None, "search", model.recipe, lambda: model.embed(text), report)[0]

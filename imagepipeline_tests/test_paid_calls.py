@@ -4,12 +4,20 @@ from datetime import UTC, datetime, timedelta
 
 import pytest
 
-from imagepipeline.errors import BadAnswerError, PausedError, PostponedError, ProviderUnavailableError
+from imagepipeline.errors import (
+    BadAnswerError,
+    ForbiddenError,
+    PausedError,
+    PostponedError,
+    ProviderTimedOutError,
+    ProviderUnavailableError,
+    RefusedError,
+)
 from imagepipeline.models import CallUsage, Claim, Recipe
 from imagepipeline.paid_calls import PaidCalls
 from imagepipeline.stores.ledger import Ledger
+from imagepipeline.stores.limiter import Permits as LeftPermits
 
-CLAIM = Claim("a", 1, 1, None)
 REMOTE = Recipe("openai", "priced-model")
 
 
@@ -35,6 +43,9 @@ class Permits:
     def get_limits(self):
         return "10/minute"
 
+    def look(self, stage, min_window_seconds=0):
+        return LeftPermits(0, 3600, True)
+
 
 class Answer:
     def __init__(self, usage):
@@ -55,10 +66,10 @@ def ledger(sqlite_catalogue_url, catalogue, clock):
 
 @pytest.fixture
 def make(ledger, clock):
-    def make(call, recipe=REMOTE, limiter=None, report=print, **budgets):
+    def make(call, recipe=REMOTE, limiter=None, report=print, image_id="a", **budgets):
         prices = {"priced-model": (1.0, 10.0)}
         paid_calls = PaidCalls(ledger, limiter or Permits(), prices, **budgets, clock=clock)
-        return paid_calls.make(CLAIM, "metadata", recipe, call, report)
+        return paid_calls.make(Claim(image_id, 1, 1, None), "metadata", recipe, call, report)
 
     return make
 
@@ -104,7 +115,9 @@ def test_a_failed_call_is_written_down_with_what_it_is_charged(make, ledger):
 
 
 def test_without_a_permit_the_image_waits_and_nothing_is_asked(make, ledger):
-    with pytest.raises(PostponedError, match="rate limit"):
+    with pytest.raises(
+        PostponedError, match=r"rate limit .* \(10/minute\) is used up: it goes on at 2026-11-23 23:00:00"
+    ):
         make(fail(AssertionError("asked")), limiter=Permits(False, False))
     assert ledger.summarize("model") == []
 
@@ -162,3 +175,84 @@ def test_an_answer_ends_no_pause_that_lasts_and_none_of_another_stage(make, ledg
     clock.now += timedelta(seconds=601)
     make(answer_while_another_run_meets_the_budget)
     assert [(pause.reason, pause.is_over) for pause in ledger.list_pauses()] == [("budget", False), ("auth", True)]
+
+
+@pytest.mark.parametrize("model", ["priced-model-2024-07-18", "priced-model-20240718", "priced-model@2024-07-18"])
+def test_a_version_of_a_model_costs_what_the_model_does(make, model):
+    _, receipt = make(lambda: Answer(CallUsage(1_000_000)), Recipe("openai", model), daily_budget_usd=5.0)
+    assert receipt.cost_usd == 1.0
+
+
+@pytest.mark.parametrize("budget", ["daily_budget_usd", "monthly_budget_usd"])
+def test_with_a_budget_a_call_of_unknown_price_is_not_made(make, ledger, budget):
+    with pytest.raises(PostponedError, match=r'price of other is not known: set IMAGEPIPELINE_PRICES to \{"other": \['):
+        make(fail(AssertionError("asked")), Recipe("openai", "other"), **{budget: 5.0})
+    assert ledger.summarize("model") == []
+    make(lambda: Answer(CallUsage(5)), Recipe("openai", "other"))  # without a budget it is
+
+
+def test_a_model_whose_cost_the_provider_reports_has_a_price(make):
+    reporting = Recipe("openai", "reporting")
+    make(lambda: Answer(CallUsage(5, 5, 0.01)), reporting)
+    make(lambda: Answer(CallUsage(5, 5, 0.01)), reporting, daily_budget_usd=5.0)
+
+
+def test_an_unknown_price_pauses_until_it_is_known(ledger, clock):
+    def update(prices, budget_usd=5.0):
+        recipes = {"metadata": Recipe("openai", "new"), "embedding": Recipe("local", "m")}
+        PaidCalls(ledger, Permits(), prices, budget_usd, clock=clock, recipes=recipes).update_price_pause()
+        return [pause.reason for pause in ledger.list_pauses()]
+
+    assert update({}) == ["price"]
+    assert update({}) == ["price"]
+    assert update({"new": (1.0, 1.0)}) == []
+    assert update({}) == ["price"]
+    assert update({}, None) == []
+
+
+def test_a_call_that_took_too_long_is_an_outcome_of_its_own(make, ledger, sqlite_catalogue_url):
+    with pytest.raises(ProviderTimedOutError):
+        make(fail(ProviderTimedOutError("too long")))
+    assert ledger.count_unanswered("metadata") == {"a": 1}
+
+
+def test_a_picture_that_is_forbidden_when_others_are_answered_is_refused(make, ledger, clock):
+    forbidden = ForbiddenError("auth", "answered 403", 60)
+    with pytest.raises(ForbiddenError):
+        make(fail(forbidden))
+    assert [pause.reason for pause in ledger.list_pauses()] == ["auth"]
+    clock.now += timedelta(seconds=61)
+    with pytest.raises(ForbiddenError):  # nobody was answered since: it may be the key
+        make(fail(forbidden))
+    clock.now += timedelta(seconds=61)
+    make(lambda: Answer(None), image_id="b")
+    with pytest.raises(RefusedError, match="it is this picture that is refused"):
+        make(fail(forbidden))
+    assert ledger.list_pauses() == []
+
+
+def test_a_provider_that_is_down_for_several_images_pauses_and_fails_none(make, ledger, clock):
+    down = ProviderUnavailableError("answered 503")
+    for image_id in "abcab":
+        with pytest.raises(ProviderUnavailableError):
+            make(fail(down), image_id=image_id)
+    with pytest.raises(PausedError, match="for several images in a row"):
+        make(fail(down), image_id="a")  # its third attempt
+    assert [(pause.reason, pause.stage) for pause in ledger.list_pauses()] == [("provider_down", "metadata")]
+    clock.now += timedelta(seconds=31)
+    with pytest.raises(PausedError):  # the probe, at its first attempt
+        make(fail(down), image_id="d")
+    clock.now += timedelta(seconds=31)
+    make(lambda: Answer(None), image_id="e")
+    assert ledger.list_pauses() == []
+
+
+def test_an_image_that_alone_gets_no_answer_fails_by_its_attempts(make, ledger):
+    for image_id in "bc":
+        with pytest.raises(ProviderUnavailableError):
+            make(fail(ProviderUnavailableError("busy")), image_id=image_id)
+    make(lambda: Answer(None), image_id="d")
+    for _ in range(3):
+        with pytest.raises(ProviderUnavailableError):
+            make(fail(ProviderUnavailableError("busy")))
+    assert ledger.list_pauses() == []

@@ -10,6 +10,7 @@ from imagepipeline.defs.jobs import process_upload
 from imagepipeline.defs.partitions import uploads
 from imagepipeline.errors import InvalidUploadError, PostponedError, StackError
 from imagepipeline.models import Pause, Upload
+from imagepipeline.paid_calls import PaidCalls
 from imagepipeline.stores.catalogue import Catalogue, Pending
 from imagepipeline.stores.ledger import Ledger
 from imagepipeline.stores.uploads import UploadQueue
@@ -40,6 +41,7 @@ def upload_sensor(
     queue: dg.ResourceParam[UploadQueue],
     catalogue: dg.ResourceParam[Catalogue],
     ledger: dg.ResourceParam[Ledger],
+    paid_calls: dg.ResourceParam[PaidCalls],
 ) -> dg.SensorResult | dg.SkipReason:
     """Takes uploads from the Redis list into the catalogue and starts one run for each image that waits for one.
 
@@ -65,12 +67,21 @@ def upload_sensor(
     except PostponedError as error:
         return dg.SkipReason(str(error))
     unfinished = find_unfinished(context.instance)
-    pauses = ledger.list_pauses()
     limit = find_limit(context.instance)
-    pending = catalogue.list_pending(limit, except_for=unfinished)
-    chosen = pending[: count_room(pauses, limit, len(unfinished))]
+    try:
+        paid_calls.update_price_pause()
+        affordable, problem_of_rates = paid_calls.count_affordable()
+        pauses = ledger.list_pauses()
+        for line in reopen_failures(catalogue, ledger, pauses):
+            context.log.warning(line)
+    except PostponedError as error:
+        return dg.SkipReason(str(error))
+    pending = catalogue.list_pending(limit, except_for=unfinished, is_rotating=bool(pauses))
+    chosen = pending[: count_room(pauses, limit if affordable is None else min(limit, affordable), len(unfinished))]
     if not chosen:
         paused = f"Paused ({pauses[0].reason}): {pauses[0].message}." if pauses and pending else None
+        if pending and problem_of_rates and not paused:
+            paused = f"Paused: {problem_of_rates}."
         return dg.SkipReason(paused or problem or explain_idleness(len(pending), len(unfinished)))
     image_ids = [image.image_id for image in chosen]
     return dg.SensorResult(
@@ -90,6 +101,16 @@ def count_room(pauses: Sequence[Pause], limit: int, unfinished_count: int) -> in
     if any(not pause.is_over for pause in pauses):
         return 0
     return max(0, (1 if pauses else limit) - unfinished_count)
+
+
+def reopen_failures(catalogue: Catalogue, ledger: Ledger, pauses: Sequence[Pause]) -> list[str]:
+    """While a provider is down, has the images wait again that failed for its sake before that was known."""
+    lines = []
+    for pause in pauses:
+        if pause.reason == "provider_down":
+            count = catalogue.reopen("provider_unavailable", ledger.find_streak_start(pause.stage))
+            lines += [f"{count} images that had failed as provider_unavailable wait again."] if count else []
+    return lines
 
 
 def take_in(queue: UploadQueue, catalogue: Catalogue) -> list[str]:

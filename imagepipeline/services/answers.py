@@ -16,6 +16,10 @@ from imagepipeline.errors import BadAnswerError
 from imagepipeline.models import ImageMetadata
 
 MAX_TAGS, MAX_COLORS, MAX_WORD_CHARACTERS = 20, 8, 80
+# Far above any honest answer. What is longer is refused, or cut, before an expression or a parser looks at it.
+MAX_ANSWER_CHARACTERS, MAX_TEXT_CHARACTERS, MAX_ITEMS = 100_000, 4_000, 200
+# Some models write a list as text, and tags with a hash.
+SEPARATOR = re.compile(r"[,;\n|]|\s(?=#)")
 COLOR = re.compile(r"#[0-9a-fA-F]{6}")
 # Links, then markup; what a template or a chat window might act upon.
 LINK = re.compile(
@@ -46,6 +50,8 @@ def read_answer(text: str, vocabulary: Vocabulary) -> ImageMetadata:
     Raises:
         BadAnswerError: there is no such object in it, or it does not fit the schema; the message quotes nothing.
     """
+    if len(text) > MAX_ANSWER_CHARACTERS:
+        raise BadAnswerError(f"the vision model's answer has {len(text):,} characters")
     start, end = text.find("{"), text.rfind("}")
     if start < 0 or end < start:
         raise BadAnswerError("the vision model's answer holds no JSON object")
@@ -59,22 +65,44 @@ def read_answer(text: str, vocabulary: Vocabulary) -> ImageMetadata:
         raise BadAnswerError(f"the vision model's answer does not fit the schema: {places[:80]}") from None
 
 
-def clean(answer: dict[str, Any], vocabulary: Vocabulary) -> dict[str, Any]:
-    """The fields asked for, and no others: without markup, links and control characters, the words normalised."""
-    category = to_word(answer["category"])[:MAX_WORD_CHARACTERS].strip() or "other"
-    colors = [color.lower() for color in answer["dominantColors"] if COLOR.fullmatch(color)]
+def clean(answer: Any, vocabulary: Vocabulary) -> dict[str, Any]:
+    """The fields asked for, and no others: without markup, links and control characters, the words normalised.
+
+    Raises:
+        BadAnswerError: a field is missing or of the wrong type.
+    """
+    if not isinstance(answer, dict):
+        raise BadAnswerError("the vision model's answer is not the JSON object it was asked for")
+    category = to_word(_read_text(answer, "category"))[:MAX_WORD_CHARACTERS].strip() or "other"
+    colors = [color.lower() for color in _read_list(answer, "dominantColors") if COLOR.fullmatch(color)]
     return {
-        "description": to_plain(answer["description"]),
-        "mood": to_plain(answer["mood"])[:MAX_WORD_CHARACTERS].strip() or "unknown",
-        "tags": choose_tags(answer["tags"], vocabulary.tags),
+        "description": to_plain(_read_text(answer, "description")),
+        "mood": to_plain(_read_text(answer, "mood"))[:MAX_WORD_CHARACTERS].strip() or "unknown",
+        "tags": choose_tags(_read_list(answer, "tags"), vocabulary.tags),
         "category": choose(category, vocabulary.categories) or "other" if vocabulary.categories else category,
         "dominantColors": list(dict.fromkeys(colors))[:MAX_COLORS],
     }
 
 
+def _read_text(answer: dict[str, Any], name: str) -> str:
+    value = answer.get(name)
+    if not isinstance(value, str):
+        raise BadAnswerError(f"the vision model's answer does not fit the schema: {name} is no text")
+    return value
+
+
+def _read_list(answer: dict[str, Any], name: str) -> list[str]:
+    """The texts of a list, or of a text with separators between them."""
+    value = answer.get(name)
+    items = SEPARATOR.split(value[:MAX_TEXT_CHARACTERS]) if isinstance(value, str) else value
+    if not isinstance(items, list) or not all(isinstance(item, str) for item in items):
+        raise BadAnswerError(f"the vision model's answer does not fit the schema: {name} is no list of texts")
+    return [item.strip() for item in items[:MAX_ITEMS]]
+
+
 def to_plain(text: str) -> str:
-    """The text on one line: no markup, no links, no control or direction characters."""
-    text = unicodedata.normalize("NFC", text)
+    """The text on one line: no markup, no links, no control or direction characters; what is far too long is cut."""
+    text = unicodedata.normalize("NFC", text[:MAX_TEXT_CHARACTERS])
     text = MARKUP.sub(" ", LINK.sub(" ", text))
     text = "".join(" " if unicodedata.category(character)[0] in "CZ" else character for character in text)
     return " ".join(text.split())

@@ -47,10 +47,12 @@ class OpenRouterEmbedder:
         from imagepipeline.services.openai_client import read_usage
 
         usage = None
-        with self._provider.call() as client:
+        with self._provider.call() as ask:
             # Raw, because the client would look at the type of each of some thousand numbers.
-            raw = client.embeddings.with_raw_response.create(
-                model=self.recipe.model, input=text, encoding_format="float"
+            raw = ask(
+                lambda client: client.embeddings.with_raw_response.create(
+                    model=self.recipe.model, input=text, encoding_format="float"
+                )
             )
             answer = CreateEmbeddingResponse.model_validate_json(raw.content)
             numbers = answer.data[0].embedding

@@ -117,9 +117,11 @@ class OpenAIVision:
 
         usage = None
         try:
-            with self._provider.call() as client:
-                completion = client.chat.completions.create(
-                    model=self.recipe.model, messages=self._build_messages(preview), **self._build_parameters()
+            with self._provider.call() as ask:
+                completion = ask(
+                    lambda client: client.chat.completions.create(
+                        model=self.recipe.model, messages=self._build_messages(preview), **self._build_parameters()
+                    )
                 )
                 usage = read_usage(completion.usage)
                 metadata = read_answer(self._read_text(completion.choices[0]), self._options)

@@ -158,16 +158,20 @@ class Catalogue:
                     self._note_push(connection, upload)
         return begun
 
-    def list_pending(self, limit: int, except_for: Iterable[tuple[str, int]] = ()) -> list[Pending]:
+    def list_pending(
+        self, limit: int, except_for: Iterable[tuple[str, int]] = (), is_rotating: bool = False
+    ) -> list[Pending]:
         """Up to `limit` pending images that are due, highest priority first, then oldest.
 
-        The (ID, generation)s of `except_for` are left out.
+        The (ID, generation)s of `except_for` are left out. With `is_rotating` the one that was tried least recently
+        comes first.
         """
+        order = (images.c.updated_at,) if is_rotating else (images.c.priority.desc(), images.c.accepted_at)
         query = (
             sa.select(images.c.id, images.c.generation, images.c.priority)
             .where(images.c.status == Status.PENDING)
             .where(sa.or_(images.c.not_before.is_(None), images.c.not_before <= self._clock()))
-            .order_by(images.c.priority.desc(), images.c.accepted_at, images.c.id)
+            .order_by(*order, images.c.id)
         )
         known = set(except_for)
         with self._database.transaction() as connection:
@@ -423,6 +427,34 @@ class Catalogue:
         )
         with self._database.transaction() as connection:
             return int(connection.execute(query).scalar_one())
+
+    def reopen(self, reason: str, since: datetime) -> int:
+        """Has images that failed for this reason since then wait again, as if they had not; gives how many.
+
+        Administrators that were not told yet will not be.
+        """
+        failures = sa.and_(
+            images.c.status == Status.FAILED,
+            images.c.reason == reason,
+            images.c.updated_at >= since,
+            images.c.discarded_at.is_(None),
+        )
+        with self._database.transaction() as connection:
+            image_ids = connection.execute(sa.select(images.c.id).where(failures)).scalars().all()
+            for image_id in image_ids:
+                unsent = sa.and_(
+                    notifications.c.image_id == image_id,
+                    notifications.c.generation
+                    == sa.select(images.c.generation).where(images.c.id == image_id).scalar_subquery(),
+                    notifications.c.webhook_sent_at.is_(None),
+                    notifications.c.mail_sent_at.is_(None),
+                )
+                connection.execute(sa.delete(notifications).where(unsent))
+                connection.execute(
+                    sa.update(images).where(images.c.id == image_id).values(_new_generation(self._clock()))
+                )
+                self._record(connection, image_id, "reopened", f"it had failed as {reason}")
+        return len(image_ids)
 
     def list_unsent(self, channel: str, limit: int = 100) -> list[dict[str, Any]]:
         """Failures of the last week that `webhook` or `mail` was not told of yet, oldest first."""

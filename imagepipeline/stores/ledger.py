@@ -12,6 +12,8 @@ from imagepipeline.stores.database import Database
 from imagepipeline.stores.tables import pauses, provider_calls
 
 GROUPS = ("model", "stage", "day")
+NO_ANSWER = ("provider_unavailable", "timed_out")
+STREAK = timedelta(hours=1)
 
 
 class Ledger:
@@ -37,6 +39,54 @@ class Ledger:
         )
         with self._database.transaction() as connection:
             return float(connection.execute(query).scalar_one())
+
+    def has_cost(self, provider: str, model: str) -> bool:
+        """Whether the cost of a call to this model is known: the provider reported it."""
+        calls = provider_calls.c
+        query = sa.select(calls.seq).where(
+            calls.provider == provider, calls.model == model, calls.cost_usd.is_not(None)
+        )
+        with self._database.transaction() as connection:
+            return connection.execute(query.limit(1)).first() is not None
+
+    def count_unanswered(self, stage: str) -> dict[str, int]:
+        """By image, how many calls of a stage got no answer since the last one that did, in the last hour."""
+        calls = provider_calls.c
+        last = sa.select(sa.func.coalesce(sa.func.max(calls.seq), 0)).where(self._got_something(stage))
+        query = (
+            sa.select(calls.image_id, sa.func.count())
+            .where(calls.stage == stage, calls.image_id.is_not(None), calls.outcome.in_(NO_ANSWER))
+            .where(calls.seq > last.scalar_subquery(), calls.at >= self._clock() - STREAK)
+            .group_by(calls.image_id)
+        )
+        with self._database.transaction() as connection:
+            return dict(connection.execute(query).tuples().all())
+
+    def find_streak_start(self, stage: str | None) -> datetime:
+        """Since when no call of a stage got anything but no answer; at most an hour ago."""
+        query = sa.select(sa.func.max(provider_calls.c.at)).where(self._got_something(stage))
+        with self._database.transaction() as connection:
+            return connection.execute(query).scalar_one() or self._clock() - STREAK
+
+    def _got_something(self, stage: str | None) -> sa.ColumnElement[bool]:
+        calls = provider_calls.c
+        return sa.and_(calls.stage == stage, calls.outcome.not_in(NO_ANSWER), calls.at >= self._clock() - STREAK)
+
+    def is_answered_for_others(self, image_id: str, stage: str, outcome: str) -> bool:
+        """Whether calls for other images were answered since this image's call last ended with this outcome.
+
+        The call that has just ended does not count.
+        """
+        calls = provider_calls.c
+        own = sa.select(calls.seq).where(calls.image_id == image_id, calls.stage == stage, calls.outcome == outcome)
+        with self._database.transaction() as connection:
+            earlier = connection.execute(own.order_by(calls.seq.desc()).offset(1).limit(1)).scalar()
+            if earlier is None:
+                return False
+            others = sa.select(calls.seq).where(
+                calls.seq > earlier, calls.stage == stage, calls.outcome == "answered", calls.image_id != image_id
+            )
+            return connection.execute(others.limit(1)).first() is not None
 
     def summarize(self, by: str, since: datetime | None = None) -> list[dict[str, Any]]:
         """One row per `model`, `stage` or `day` (UTC): calls, answered, tokens in and out, cost, and unpriced calls."""
@@ -119,7 +169,7 @@ class Ledger:
         return sa.func.substr(sa.cast(at, sa.String), 1, 10)
 
     def _find_pauses(self, condition: sa.ColumnElement[bool]) -> list[Pause]:
-        columns = [pauses.c[name] for name in ("seq", "reason", "message", "since", "until")]
+        columns = [pauses.c[name] for name in ("seq", "reason", "message", "since", "until", "stage")]
         now = self._clock()
         with self._database.transaction() as connection:
             rows = connection.execute(sa.select(*columns).where(condition).order_by(pauses.c.seq)).mappings().all()

@@ -48,6 +48,18 @@ class CallLimit:
     stage: str | None = None
 
 
+@dataclass(frozen=True)
+class Permits:
+    """What limits leave: permits that are left, None for any number; and the seconds until the next one.
+
+    `is_shared` is whether the scarcest limit is one for all stages together.
+    """
+
+    left: int | None
+    wait_seconds: float
+    is_shared: bool
+
+
 def parse_limits(text: str) -> tuple[CallLimit, ...]:
     """`10/minute` for all paid calls together, `metadata=10/minute,embedding=100/minute` each, `off` for none.
 
@@ -102,6 +114,32 @@ class CallLimiter:
             else:
                 parse_limits(text)
                 self._redis.set(self._key, text)
+
+    def look(self, stage: str, min_window_seconds: float = 0) -> Permits:
+        """What the limits of a stage with windows longer than that leave, without taking any.
+
+        Raises:
+            PostponedError: Redis does not answer.
+        """
+        found = []
+        for limit in parse_limits(self.get_limits()):
+            if limit.stage not in (None, stage) or limit.seconds <= min_window_seconds:
+                continue
+            key = f"{self._key}:{limit.stage or 'all'}:{limit.seconds}"
+            with _answering():
+                seconds, microseconds = self._redis.time()
+                now_ms = seconds * 1000 + microseconds // 1000
+                with self._redis.pipeline(transaction=True) as pipe:
+                    pipe.zremrangebyscore(key, "-inf", now_ms - limit.seconds * 1000)
+                    pipe.zcard(key)
+                    pipe.zrange(key, -limit.count, -limit.count, withscores=True)
+                    _, used, in_the_way = pipe.execute()
+            wait_ms = in_the_way[0][1] + limit.seconds * 1000 - now_ms if used >= limit.count else 0
+            found.append(Permits(max(0, limit.count - used), wait_ms / 1000, limit.stage is None))
+        if not found:
+            return Permits(None, 0, False)
+        scarcest = min(found, key=lambda permits: (permits.left, -permits.wait_seconds))
+        return Permits(scarcest.left, max(permits.wait_seconds for permits in found), scarcest.is_shared)
 
     def acquire(self, stage: str, timeout_seconds: float) -> bool:
         """Waits for a permit for one call, at most so long; whether it was given.

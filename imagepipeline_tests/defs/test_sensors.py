@@ -9,7 +9,8 @@ import pytest
 
 from imagepipeline.defs.failures import GENERATION_TAG
 from imagepipeline.defs.sensors import DEFAULT_SLOTS, RUNS_PER_SLOT, take_in, upload_sensor
-from imagepipeline.models import Upload, now_utc
+from imagepipeline.models import Recipe, Upload, now_utc
+from imagepipeline.paid_calls import PaidCalls
 from imagepipeline.stores.ledger import Ledger
 from imagepipeline.stores.uploads import UploadQueue
 
@@ -17,9 +18,9 @@ LIMIT = RUNS_PER_SLOT * DEFAULT_SLOTS
 
 
 @pytest.fixture
-def tick(instance, catalogue, queue, ledger):
-    def tick(queue=queue):
-        resources = {"queue": queue, "catalogue": catalogue, "ledger": ledger}
+def tick(instance, catalogue, queue, ledger, paid_calls):
+    def tick(queue=queue, paid_calls=paid_calls):
+        resources = {"queue": queue, "catalogue": catalogue, "ledger": ledger, "paid_calls": paid_calls}
         context = dg.build_sensor_context(instance=instance, resources=resources)
         return upload_sensor(context)
 
@@ -286,3 +287,70 @@ def test_after_a_pause_one_image_is_tried_first(tick, queue, sqlite_catalogue_ur
     earlier.pause("auth", "401", 600)
     earlier.close()
     assert keys(tick()) == ["a:1"]
+
+
+@pytest.fixture
+def build_paid_calls(ledger, limiter):
+    """The maker of paid calls for two remote models, with these limits."""
+
+    def build(limits, **options):
+        limiter.set_limits(limits)
+        recipes = {"metadata": Recipe("openai", "m"), "embedding": Recipe("openrouter", "e")}
+        return PaidCalls(ledger, limiter, {}, **options, recipes=recipes)
+
+    return build
+
+
+def test_no_run_begins_that_the_rate_limit_of_a_day_has_no_call_for(tick, catalogue, limiter, build_paid_calls):
+    catalogue.accept([Upload(f"i{number}") for number in range(12)])
+    paid_calls = build_paid_calls("10/day")
+    assert len(keys(tick(paid_calls=paid_calls))) == 5  # two calls each
+    for _ in range(9):
+        assert limiter.acquire("metadata", 0)
+    assert len(keys(tick(paid_calls=paid_calls))) == 1
+    assert limiter.acquire("embedding", 0)
+    message = tick(paid_calls=paid_calls).skip_message
+    assert message.startswith("Paused: the rate limit of paid calls (10/day) is used up: it goes on at 20")
+    limiter.set_limits("20/day")  # at once
+    assert len(keys(tick(paid_calls=paid_calls))) == 5
+
+
+def test_limits_of_stages_count_for_themselves_and_short_windows_not_at_all(tick, catalogue, build_paid_calls):
+    catalogue.accept([Upload(f"i{number}") for number in range(12)])
+    assert len(keys(tick(paid_calls=build_paid_calls("metadata=4/hour,embedding=100/minute")))) == 4
+    assert len(keys(tick(paid_calls=build_paid_calls("2/minute")))) == 12
+
+
+def test_no_run_begins_while_a_budget_is_set_and_a_price_unknown(tick, catalogue, build_paid_calls):
+    catalogue.accept([Upload("a")])
+    assert "the price of m is not known" in tick(paid_calls=build_paid_calls("off", daily_budget_usd=5.0)).skip_message
+    assert keys(tick(paid_calls=build_paid_calls("off"))) == ["a:1"]
+
+
+def test_the_image_that_is_tried_after_a_pause_is_not_always_the_same(tick, catalogue, sqlite_catalogue_url, ledger):
+    catalogue.accept([Upload("a", priority=9), Upload("b"), Upload("c")])
+    earlier = Ledger(sqlite_catalogue_url, lambda: now_utc() - timedelta(hours=1))
+    earlier.pause("auth", "403", 600)
+    earlier.close()
+    tried = []
+    for _ in range(4):
+        [image] = tick().run_requests
+        tried.append(image.partition_key)
+        generation = catalogue.get_states([image.partition_key])[image.partition_key].generation
+        catalogue.hand_back(catalogue.claim(image.partition_key, generation, "run"), "403")
+    assert sorted(tried[:3]) == ["a", "b", "c"]
+    assert tried[3] == tried[0]
+
+
+def test_what_failed_before_a_provider_was_known_to_be_down_waits_again(tick, catalogue, ledger):
+    for image_id, reason in (("a", "provider_unavailable"), ("b", "corrupt"), ("c", "provider_unavailable")):
+        catalogue.accept([Upload(image_id)])
+        catalogue.fail(catalogue.claim(image_id, 1, "run"), reason, "x")
+    catalogue.discard("c")
+    tick()
+    assert catalogue.count()["failed"] == 3
+    ledger.pause("provider_down", "503", 30, "metadata")
+    tick()
+    states = {image_id: state.status for image_id, state in catalogue.get_states(["a", "b", "c"]).items()}
+    assert states == {"a": "pending", "b": "failed", "c": "failed"}
+    assert [row["image_id"] for row in catalogue.list_unsent("webhook")] == ["b", "c"]

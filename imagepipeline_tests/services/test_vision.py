@@ -1,8 +1,12 @@
 """Vision models: the remote one against a real HTTP server, the local one on real photos."""
 
 import base64
+import gzip
 import io
 import json
+import socket
+import threading
+import time
 from datetime import UTC, datetime, timedelta
 from email.utils import format_datetime
 
@@ -12,10 +16,12 @@ from werkzeug import Request, Response
 
 from imagepipeline.errors import (
     BadAnswerError,
+    ForbiddenError,
     FormatRefusedError,
     InputInvalidError,
     PausedError,
     ProviderRejectedError,
+    ProviderTimedOutError,
     ProviderUnavailableError,
     RefusedError,
 )
@@ -132,7 +138,17 @@ PROVIDER_TABLE = [
     (429, coded("project_spend_limit_exceeded"), {}, PausedError, 600),
     (402, ERROR, {}, PausedError, 600),
     (401, coded("invalid_api_key"), {}, PausedError, 600),
-    (403, ERROR, {}, PausedError, 600),
+    (403, ERROR, {}, ForbiddenError, 60),
+    (403, {"error": {"message": "The secret API key was flagged for abuse"}}, {}, ForbiddenError, 60),
+    (403, {"error": {"code": 403, "metadata": {"reasons": ["x"], "flagged_input": "secret"}}}, {}, RefusedError, None),
+    (403, {"error": {"message": "secret model requires moderation"}}, {}, RefusedError, None),
+    (403, {"error": {"message": "Your input was flagged", "type": "secret"}}, {}, RefusedError, None),
+    (400, {"error": {"message": "x", "innererror": {"code": "ResponsibleAIPolicyViolation"}}}, {}, RefusedError, None),
+    (400, {"error": {"message": "The secret was rejected by the safety system"}}, {}, RefusedError, None),
+    (400, {"error": {"status": "PROHIBITED_CONTENT"}}, {}, RefusedError, None),
+    (422, {"detail": "secret: content policy"}, {}, RefusedError, None),
+    (451, {"error": {"message": "this image is unsafe, secret"}}, {}, RefusedError, None),
+    (307, "", {"Location": "/v1/elsewhere"}, ProviderRejectedError, None),
     (408, ERROR, {}, ProviderUnavailableError, None),
     (409, ERROR, {}, ProviderUnavailableError, None),
     (500, ERROR, {}, ProviderUnavailableError, None),
@@ -164,12 +180,21 @@ PROVIDER_TABLE = [
     (200, {"error": SECRET}, {}, BadAnswerError, None),
     (200, {**completion(METADATA), "choices": []}, {}, BadAnswerError, None),
     (200, "<html>", {}, BadAnswerError, None),
+    (200, " " * 5_000_000, {}, BadAnswerError, None),
+    (200, gzip.compress(b" " * 50_000_000), {"Content-Encoding": "gzip"}, BadAnswerError, None),
+    *(
+        (200, completion(METADATA | {name: value}), {}, BadAnswerError, None)
+        for name in METADATA
+        for value in (None, 5, True, {"a": "b"}, [["cat"]], [5], [None], [{"tag": "cat"}])
+    ),
+    *((200, completion(METADATA | {name: ["a", "cat"]}), {}, BadAnswerError, None) for name in ("mood", "category")),
+    *((200, completion(content), {}, BadAnswerError, None) for content in ("[]", "[{}]", '{"a": {}}', "null", "5")),
 ]
 
 
 @pytest.mark.parametrize(("status", "body", "headers", "error", "wait"), PROVIDER_TABLE)
 def test_every_way_to_fail_is_one_of_our_errors_after_one_call(httpserver, vision, status, body, headers, error, wait):
-    text = body if isinstance(body, str) else json.dumps(body)
+    text = body if isinstance(body, str | bytes) else json.dumps(body)
     httpserver.expect_request("/v1/chat/completions").respond_with_response(
         Response(text, status, dated(headers), content_type="application/json")
     )
@@ -181,6 +206,62 @@ def test_every_way_to_fail_is_one_of_our_errors_after_one_call(httpserver, visio
     assert "secret" not in str(caught.value)
     assert "canary" not in str(caught.value)
     assert len(httpserver.log) == 1
+
+
+@pytest.mark.parametrize(
+    ("tags", "read"),
+    [
+        ("boat, sea, sky", ["boat", "sea", "sky"]),
+        ("boat;sea;sky", ["boat", "sea", "sky"]),
+        ("boat\nsea\n", ["boat", "sea"]),
+        ("#boat #blue sea", ["boat", "blue sea"]),
+        ("night sky", ["night sky"]),
+        ('["boat", "sea"]', ["boat", "sea"]),
+        ("", []),
+    ],
+)
+def test_a_list_written_as_text_is_split_and_not_spelled(httpserver, vision, tags, read):
+    answer = METADATA | {"tags": tags, "dominantColors": "#AABBCC, #112233"}
+    httpserver.expect_request("/v1/chat/completions").respond_with_json(completion(answer))
+    metadata = vision.describe(b"x", FACTS).metadata
+    assert metadata.tags == read
+    assert metadata.dominant_colors == ["#aabbcc", "#112233"]
+
+
+@pytest.fixture
+def trickling_server():
+    """Sends a byte every tenth of a second, of a header or of the body, for as long as somebody listens."""
+    server = socket.create_server(("127.0.0.1", 0))
+    is_over = threading.Event()
+    heads = [b"HTTP/1.1 200 OK\r\nContent-Type: application/json\r\n\r\n", b"HTTP/1.1 200 OK\r\nX-Slow: "]
+
+    def serve():
+        for head in heads:
+            connection, _ = server.accept()
+            threading.Thread(target=trickle, args=(connection, head), daemon=True).start()
+
+    def trickle(connection, head):
+        try:
+            connection.sendall(head)
+            while not is_over.wait(0.1):
+                connection.sendall(b" ")
+        except OSError:
+            return
+
+    threading.Thread(target=serve, daemon=True).start()
+    yield f"http://127.0.0.1:{server.getsockname()[1]}/v1"
+    is_over.set()
+    server.close()
+
+
+def test_a_provider_that_trickles_is_given_up_when_the_time_of_a_call_is_over(trickling_server, monkeypatch):
+    monkeypatch.setattr("imagepipeline.services.openai_client.CALL_SECONDS", 0.5)
+    vision = OpenAIVision("k", trickling_server, "m", "Describe it.", VisionOptions())
+    for _ in range(2):  # once it trickles the body, once a header
+        started = time.monotonic()
+        with pytest.raises(ProviderTimedOutError, match=r"in full within 0\.5 s"):
+            vision.describe(b"x", FACTS)
+        assert time.monotonic() - started < 10
 
 
 def test_an_answer_that_cannot_be_used_is_still_charged(httpserver, vision):
