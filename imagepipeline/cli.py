@@ -125,9 +125,12 @@ def demo(settings: Settings, photos: Sequence[Path], exits: bool, as_json: bool)
 def up(settings: Settings, dev: bool, as_json: bool) -> None:
     """Run the local stack until Ctrl-C or `imagepipeline down`; uploads under way are finished first."""
     from imagepipeline import display
+    from imagepipeline.providers import explain_unpriced_models
     from imagepipeline.runtime.supervisor import Stack
 
     with Stack(settings, display.report, reloads_code=dev) as stack:
+        if problem := explain_unpriced_models(settings):
+            display.report(f"Paid work is paused: {problem}")
         display.show_addresses(settings, stack.webserver_url, as_json)
         with contextlib.suppress(KeyboardInterrupt):
             stack.wait()
@@ -203,7 +206,7 @@ def status(settings: Settings, image_id: str | None, watch: bool, as_json: bool)
 
     def read() -> dict[str, Any]:
         if image_id is None:
-            return count_images(settings, catalogue) | find_pause(ledger)
+            return count_images(settings, catalogue) | find_pause(settings, ledger)
         row = catalogue.get(image_id)
         if row is None:
             raise ImagePipelineError(f"no image {image_id!r:.80} is in the catalogue")
@@ -430,10 +433,17 @@ def doctor(settings: Settings, as_json: bool) -> None:
     sys.exit(EXIT_FAILED if display.show_findings(examine(settings), as_json) else 0)
 
 
-def find_pause(ledger: "Ledger") -> dict[str, str]:
-    """The pause under which paid work is, if it is, as one entry `paused`."""
+def find_pause(settings: Settings, ledger: "Ledger") -> dict[str, str]:
+    """The pause under which paid work is, if it is, as one entry `paused`; a rate limit that is used up is one, too."""
     pauses = ledger.list_pauses()
     if not pauses:
+        if not (settings.has_remote_vision or settings.has_remote_embedder):
+            return {}
+        from imagepipeline.providers import open_paid_calls
+
+        with open_paid_calls(settings) as paid_calls, contextlib.suppress(PostponedError):
+            _, problem = paid_calls.count_affordable()
+            return {"paused": f"rate_limit: {problem}"} if problem else {}
         return {}
     until = f", until {pauses[0].until:%F %R} UTC" if pauses[0].until else ""
     return {"paused": f"{pauses[0].reason}{until}: {pauses[0].message}"}

@@ -38,6 +38,7 @@ def examine(settings: Settings) -> Iterator[Finding]:
         "index": _examine_index,
         "clock": _examine_clock,
         "limits": _examine_limits,
+        "prices": _examine_prices,
         "vision model": _examine_vision,
         "embedding model": _examine_embedder,
         "pauses": _examine_pauses,
@@ -58,6 +59,7 @@ ADVICE = {
     "index": "mend or restore the folder `lancedb` in IMAGEPIPELINE_HOME, or materialize `embedding` again",
     "clock": "start Redis first",
     "limits": "look at `ulimit -a`",
+    "prices": "correct IMAGEPIPELINE_PRICES",
     "vision model": "correct OPENAI_BASE_URL, OPENAI_API_KEY or IMAGEPIPELINE_VISION_MODEL",
     "embedding model": "correct OPENROUTER_BASE_URL, OPENROUTER_API_KEY or IMAGEPIPELINE_EMBEDDING_MODEL",
     "pauses": "start the stack with `imagepipeline up`",
@@ -145,6 +147,18 @@ def _examine_limits(settings: Settings) -> Finding:
             "limits", False, f"the address space is limited to {address_space / 1e9:.1f} GB", "`ulimit -v unlimited`"
         )
     return Finding("limits", True, f"{open_files} files may be open, memory is not limited")
+
+
+def _examine_prices(settings: Settings) -> Finding:
+    from imagepipeline import providers
+
+    if problem := providers.explain_unpriced_models(settings):
+        sentence, _, advice = problem.partition(": ")
+        advice += "; where the provider itself reports costs, unset the budget for the first call"
+        return Finding("prices", False, sentence, advice)
+    if not (settings.daily_budget_usd or settings.monthly_budget_usd):
+        return Finding("prices", True, "no budget is set")
+    return Finding("prices", True, "the price of every model is known, so budgets hold")
 
 
 def _examine_vision(settings: Settings) -> Finding:

@@ -37,6 +37,7 @@ def test_a_healthy_local_pipeline_is_well(environment):
         "index",
         "clock",
         "limits",
+        "prices",
         "vision model",
         "embedding model",
         "pauses",
@@ -138,3 +139,16 @@ def test_a_redis_that_is_nearly_full_is_named_before_it_refuses(environment, que
         queue.redis.config_set("maxmemory", 0)
     assert set(found) == {"redis"}
     assert "maxmemory" in found["redis"].advice
+
+
+def test_a_budget_that_cannot_hold_is_named_before_anything_is_asked(environment, httpserver):
+    settings = remote(environment, httpserver) | {
+        "IMAGEPIPELINE_DAILY_BUDGET_USD": "5",
+        "IMAGEPIPELINE_VISION_MODEL": "mystery",
+        "IMAGEPIPELINE_EMBEDDING_MODEL": "openai/text-embedding-3-small-2024-01-25",
+    }
+    httpserver.expect_request("/v1/embeddings").respond_with_json(answer_of([1.0, 2.0]))
+    found = ill(settings)
+    assert set(found) == {"prices", "vision model"}
+    assert 'IMAGEPIPELINE_PRICES to {"mystery": [' in found["prices"].advice
+    assert [request.path for request, _ in httpserver.log] == ["/v1/embeddings"]
