@@ -91,7 +91,8 @@ def migrate(settings: Settings) -> None:
     """Creates or updates the tables of the catalogue and of Dagster; while another process does, it waits.
 
     Raises:
-        StackError: the home cannot be written to, or a database does not answer, or refuses; the message is the last line that was printed.
+        StackError: the home cannot be written to, or a database does not answer, or refuses; the message is the last
+            line that was printed.
     """
     make_home(settings)
     try:

@@ -100,7 +100,8 @@ def test_a_home_of_somebody_else_is_one_sentence_for_every_command(tmp_path_fact
     for path in (folder, *folder.parents[:2]):
         path.chmod(path.stat().st_mode | stat.S_IXOTH | stat.S_IROTH)
     script = (
-        "import os, sys; from imagepipeline import cli, display, storage; from imagepipeline.runtime import supervisor;"
+        "import os, sys; from imagepipeline import cli, display, providers;"
+        "from imagepipeline.runtime import supervisor;"
         "os.setuid(65534); sys.argv = ['imagepipeline', *sys.argv[1:]]; cli.main()"
     )
     for arguments in (["up"], ["service", "webserver"], ["migrate"], ["demo"]):
