@@ -34,6 +34,7 @@ if TYPE_CHECKING:
     from imagepipeline.stores.uploads import UploadQueue
 
 EXIT_FAILED, EXIT_SETTINGS, EXIT_STACK, EXIT_INTERRUPTED = 1, 3, 4, 130
+EXIT_UNREAD = 141  # 128 and SIGPIPE, as of any command in a pipe whose reader has gone
 MAX_RETRIES_PER_DAY = 5
 EPILOG = """\b
 Exit codes: 0 all went well; 1 an image failed or is unknown; 2 wrong usage;
@@ -45,8 +46,13 @@ photo_type = click.Path(exists=True, dir_okay=False, readable=True, path_type=Pa
 
 def main() -> None:
     """Runs the command line; errors of ours become one line and an exit code."""
+    open_standard_streams()
     try:
         cli(standalone_mode=False)
+        sys.stdout.flush()
+    except BrokenPipeError:
+        silence_streams()
+        sys.exit(EXIT_UNREAD)
     except click.ClickException as error:
         error.show()
         sys.exit(error.exit_code)
@@ -61,6 +67,29 @@ def main() -> None:
     except ImagePipelineError as error:
         click.echo(f"Error: {error}", err=True)
         sys.exit(EXIT_FAILED)
+    except OSError as error:
+        where = f" ({error.filename})" if error.filename else ""
+        click.echo(f"Error: {error.strerror or type(error).__name__}{where}", err=True)
+        sys.exit(EXIT_STACK)
+
+
+def open_standard_streams() -> None:
+    """Opens those that were closed when we were started, lest a file of ours take their place and be printed to."""
+    for descriptor, name in enumerate(("stdin", "stdout", "stderr")):
+        try:
+            os.fstat(descriptor)
+        except OSError:
+            os.open(os.devnull, os.O_RDWR)  # takes the lowest number, which is this one
+        if getattr(sys, name) is None:
+            setattr(sys, name, os.fdopen(descriptor, "r" if name == "stdin" else "w", closefd=False))
+
+
+def silence_streams() -> None:
+    """Lets what still waits to be printed go nowhere, so that Python does not complain at its end."""
+    from imagepipeline import display
+
+    for stream in (sys.stdout, sys.stderr):
+        display.silence(stream)
 
 
 @click.group(epilog=EPILOG)

@@ -1,12 +1,15 @@
 """What a person reads: progress (on stderr), tables and addresses (on stdout), and the same as JSON."""
 
+import io
 import json
+import os
+import sys
 import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict
 from datetime import datetime
-from typing import Any
+from typing import IO, Any, TextIO, cast
 
 from rich.console import Console
 from rich.live import Live
@@ -23,12 +26,54 @@ from imagepipeline.stores.vectors import EmbeddingIndex, Neighbour
 POLL_SECONDS = 0.3
 STYLES = {Status.COMPLETED: "green", Status.FAILED: "red", Status.PROCESSING: "yellow", Status.PENDING: "dim"}
 out = Console()
-err = Console(stderr=True)
+
+
+class EnduringStream(io.TextIOBase):
+    """A standard stream (`stdout`, `stderr`) for what must go on when nobody can read it any more.
+
+    Once a pipe's reader has gone, the terminal is closed or the disk is full, what is printed there goes nowhere.
+    """
+
+    def __init__(self, name: str) -> None:
+        self._name = name
+
+    @property
+    def _stream(self) -> TextIO:
+        stream: TextIO = getattr(sys, self._name)
+        return stream
+
+    def write(self, text: str) -> int:
+        """Writes and flushes."""
+        try:
+            self._stream.write(text)
+            self._stream.flush()
+        except OSError:
+            silence(self._stream)
+        return len(text)
+
+    def isatty(self) -> bool:
+        """As the stream's."""
+        return self._stream.isatty()
+
+    def fileno(self) -> int:
+        """As the stream's."""
+        return self._stream.fileno()
+
+
+def silence(stream: TextIO) -> None:
+    """Lets what is printed there from now on, and what still waits, go nowhere."""
+    nowhere = os.open(os.devnull, os.O_WRONLY)
+    os.dup2(nowhere, stream.fileno())
+    os.close(nowhere)
+
+
+err = Console(file=cast(IO[str], EnduringStream("stderr")))
+enduring_out = Console(file=cast(IO[str], EnduringStream("stdout")))
 
 
 def report(line: str) -> None:
-    """Says what the stack is doing."""
-    err.print(line, style="dim", highlight=False)
+    """Says what the stack is doing, to whoever may still listen."""
+    err.print(escape(line), style="dim", highlight=False)
 
 
 def follow(catalogue: Catalogue, awaited: Mapping[str, int], pause: Callable[[float], None]) -> None:
@@ -111,7 +156,7 @@ def show_results(rows: Sequence[Mapping[str, Any]], seconds: float, as_json: boo
 
 
 def show_addresses(settings: Settings, webserver_url: str, as_json: bool) -> None:
-    """Where the running stack is reached."""
+    """Where the running stack is reached; the stack runs on if nobody reads it."""
     own_redis = str(settings.socket_folder / "valkey.sock") if settings.has_own_redis else None
     addresses = {
         "webserver_url": webserver_url,
@@ -121,11 +166,12 @@ def show_addresses(settings: Settings, webserver_url: str, as_json: bool) -> Non
         "dagster_home": str(settings.home / "dagster"),
     }
     if as_json:
-        print(json.dumps(addresses), flush=True)
+        enduring_out.out(json.dumps(addresses), highlight=False)
         return
     for name, address in addresses.items():
-        out.print(f"{name.replace('_', ' '):<14} {address}", highlight=False, soft_wrap=True)
-    out.print("Ctrl-C stops it, after the uploads under way.", style="dim")
+        line = f"{name.replace('_', ' '):<14} {escape(address)}"
+        enduring_out.print(line, highlight=False, emoji=False, soft_wrap=True)
+    enduring_out.print("Ctrl-C stops it, after the uploads under way.", style="dim")
 
 
 def show_status(read: Callable[[], Mapping[str, Any]], as_json: bool, is_watching: bool) -> None:

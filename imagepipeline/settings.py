@@ -11,7 +11,7 @@ import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
-from urllib.parse import urlsplit
+from urllib.parse import parse_qsl, quote, urlsplit
 
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, SecretStr, ValidationError
 
@@ -20,7 +20,16 @@ from imagepipeline.errors import SettingsError
 OPENAI_URL, OPENROUTER_URL = "https://api.openai.com/v1", "https://openrouter.ai/api/v1"
 NO_KEY = "none"  # what servers that need no key are sent as one
 RATE = r"((metadata|embedding)=)?[1-9]\d{0,6}/(second|minute|hour|day)"
-MAX_SOCKET_FOLDER_CHARACTERS = 80  # macOS allows 104 bytes for a socket's whole path, Linux 108
+# macOS allows 104 bytes for a socket's whole path, Linux 108; the longest name there is multiprocessing's, of 32.
+MAX_SOCKET_FOLDER_BYTES = 70
+LOOPBACK = ("localhost", "127.0.0.1", "::1")
+# What Kubernetes (and Docker's links) set for each service beside us; one called redis brings REDIS_PORT=tcp://….
+# https://kubernetes.io/docs/concepts/services-networking/service/#environment-variables
+LINK_NAME = re.compile(r"_SERVICE_HOST$|_SERVICE_PORT(_[A-Z0-9_]+)?$|_PORT_\d+_(TCP|UDP|SCTP)(_(ADDR|PORT|PROTO))?$")
+LINK_ADDRESS = re.compile(r"(tcp|udp|sctp)://[^/]+:\d+")
+# Of whom: us, and Dagster's commands, which would read DAGSTER_GRPC_PORT as a number.
+LINKED = ("IMAGEPIPELINE_", "REDIS_", "DAGSTER_")
+SQLITE_PARAMETERS = {"timeout", "check_same_thread", "cached_statements"}
 
 
 def _check_redis_url(value: SecretStr) -> SecretStr:
@@ -34,6 +43,39 @@ def _check_database_url(value: SecretStr) -> SecretStr:
         ("sqlite:///", "postgresql://", "postgres://", "postgresql+psycopg2://")
     ):
         raise ValueError("must start with sqlite:/// or postgresql://")
+    url = value.get_secret_value()
+    _check_parameters(url)
+    if not url.startswith("sqlite"):
+        return value
+    path, mark, query = url.removeprefix("sqlite:///").partition("?")
+    if not path or path.startswith((":memory:", "file:")):
+        raise ValueError("must name a file: sqlite:////folder/catalogue.sqlite")
+    return SecretStr(f"sqlite:///{Path(path).absolute()}{mark}{query}")  # the same file for whoever works elsewhere
+
+
+def _check_parameters(url: str) -> None:
+    """Refuses what the driver would only complain of when it connects, such as the `schema` of other tools."""
+    names = [name for name, _ in parse_qsl(url.partition("?")[2], keep_blank_values=True)]
+    is_known = SQLITE_PARAMETERS.__contains__ if url.startswith("sqlite") else _is_known_to_postgres
+    unknown = [name for name in names if not is_known(name)]
+    if unknown:
+        raise ValueError(f"has a parameter the driver does not know, {unknown[0]!r:.40}: leave it out")
+
+
+def _is_known_to_postgres(name: str) -> bool:
+    from psycopg2 import ProgrammingError  # type: ignore[import-untyped]
+    from psycopg2.extensions import parse_dsn  # type: ignore[import-untyped]
+
+    try:
+        parse_dsn(f"postgresql://host/database?{quote(name)}=1")
+    except ProgrammingError:
+        return False
+    return True
+
+
+def _check_home(value: Path) -> Path:
+    if re.search(r"[?\x00-\x1f]", str(value)):  # in the URL of a SQLite file, parameters begin at a question mark
+        raise ValueError("must have no question mark or control character in its name")
     return value
 
 
@@ -41,6 +83,7 @@ def _check_postgres_url(value: SecretStr) -> SecretStr:
     url = value.get_secret_value()
     if not url.startswith(("postgresql://", "postgres://", "postgresql+psycopg2://")):
         raise ValueError("must start with postgresql://")
+    _check_parameters(url)
     # SQLAlchemy knows no postgres://, and from 2.1 reads postgresql:// as another driver than Dagster installs.
     return SecretStr(re.sub("^[a-z0-9+]+", "postgresql+psycopg2", url))
 
@@ -84,7 +127,7 @@ class Settings(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="ignore")
 
-    home: Path = Field(
+    home: Annotated[Path, AfterValidator(_check_home)] = Field(
         Path(".imagepipeline"), alias="IMAGEPIPELINE_HOME", description="the folder with all state of the local stack"
     )
     storage_root: Annotated[str, AfterValidator(_check_storage_root)] | None = Field(
@@ -266,10 +309,14 @@ class Settings(BaseModel):
         """
         known = {field.alias for field in cls.model_fields.values() if field.alias}
         secrets = _read_secrets(environment)
+        links = {
+            name for name, value in environment.items() if name.startswith(LINKED) and _is_service_link(name, value)
+        }
         if environment is os.environ:  # Dagster, the cloud's libraries and our children look there
-            os.environ.update(secrets)
-            for name in SECRETS:
-                os.environ.pop(f"{name}_FILE", None)
+            os.environ.update(secrets | _build_no_proxy(environment))
+            for name in {f"{name}_FILE" for name in SECRETS} | links:
+                os.environ.pop(name, None)
+        environment = {name: value for name, value in environment.items() if name not in links}
         for name in environment:
             if name.startswith("IMAGEPIPELINE_") and name not in known and name.removesuffix("_FILE") not in SECRETS:
                 similar = difflib.get_close_matches(name, known, n=1)
@@ -287,7 +334,12 @@ class Settings(BaseModel):
             raise SettingsError("IMAGEPIPELINE_MAIL_TO is missing: IMAGEPIPELINE_SMTP_URL has nobody to write to")
         if _is_same_database(settings.dagster_database_url, settings.explicit_database_url):
             raise SettingsError("DAGSTER_DATABASE_URL and DATABASE_URL must be two databases: each has its migrations")
-        return settings.model_copy(update={"home": settings.home.expanduser().absolute()})
+        home = settings.home.expanduser().absolute()
+        try:
+            _check_home(home)
+        except ValueError as error:
+            raise SettingsError(f"IMAGEPIPELINE_HOME, which is {home}, {error}") from None
+        return settings.model_copy(update={"home": home})
 
     def build_environment(self, **changes: str) -> dict[str, str]:
         """The environment of a process of this stack: ours, with the same home wherever it runs."""
@@ -322,7 +374,7 @@ class Settings(BaseModel):
         if self.explicit_redis_url:
             return self.explicit_redis_url.get_secret_value()
         if self.has_own_redis:
-            return f"unix://{self.socket_folder / 'valkey.sock'}?db=0"
+            return f"unix://{quote(str(self.socket_folder / 'valkey.sock'))}?db=0"
         return f"redis://{self.redis_host or '127.0.0.1'}:{self.redis_port or 6379}/0"
 
     @property
@@ -357,7 +409,7 @@ class Settings(BaseModel):
     def socket_folder(self) -> Path:
         """The folder for the stack's sockets: below the home, or where that is too long for a socket, in /tmp."""
         folder = self.home / "sockets"
-        if len(str(folder)) <= MAX_SOCKET_FOLDER_CHARACTERS:
+        if len(os.fsencode(folder)) <= MAX_SOCKET_FOLDER_BYTES:
             return folder
         digest = hashlib.sha256(str(self.home).encode()).hexdigest()[:12]
         return Path(f"/tmp/imagepipeline-{os.getuid()}-{digest}")  # noqa: S108  (`up` checks its owner)
@@ -376,6 +428,20 @@ def _is_same_database(one: SecretStr | None, other: SecretStr | None) -> bool:
     return (first.hostname, first.port, first.path, first.query) == (
         *(second.hostname, second.port, second.path, second.query),
     )
+
+
+def _is_service_link(name: str, value: str) -> bool:
+    """Whether the variable tells of a service beside us and is no setting, though it is called like one of ours."""
+    is_link = LINK_NAME.search(name) or (name.endswith("_PORT") and LINK_ADDRESS.fullmatch(value))
+    return bool(is_link) and name.startswith(LINKED)
+
+
+def _build_no_proxy(environment: Mapping[str, str]) -> dict[str, str]:
+    """NO_PROXY in both spellings, with loopback added: no proxy reaches what listens on this machine only."""
+    said = ",".join(environment.get(name, "") for name in ("NO_PROXY", "no_proxy")).split(",")
+    hosts = dict.fromkeys(host.strip() for host in [*said, *LOOPBACK] if host.strip())
+    text = "*" if "*" in hosts else ",".join(hosts)
+    return {"NO_PROXY": text, "no_proxy": text}
 
 
 def _read_secrets(environment: Mapping[str, str]) -> dict[str, str]:

@@ -132,3 +132,104 @@ def test_the_storage_root_is_a_folder_or_a_url_and_takes_the_index_along(tmp_pat
     assert (bucket.storage, bucket.index_uri) == ("s3://bucket/prefix", "s3://bucket/prefix/lancedb")
     folder = Settings.load({"IMAGEPIPELINE_STORAGE_ROOT": f"file://{tmp_path}", "IMAGEPIPELINE_HOME": "/h"})
     assert (folder.storage, folder.index_uri) == (str(tmp_path), "/h/lancedb")
+
+
+LINKS = {
+    "REDIS_PORT": "tcp://10.0.0.1:6379",
+    "REDIS_SERVICE_HOST": "10.0.0.1",
+    "REDIS_SERVICE_PORT": "6379",
+    "REDIS_PORT_6379_TCP": "tcp://10.0.0.1:6379",
+    "REDIS_PORT_6379_TCP_ADDR": "10.0.0.1",
+    "IMAGEPIPELINE_PORT": "tcp://[fd00::1]:8080",
+    "IMAGEPIPELINE_SERVICE_PORT_HTTP": "8080",
+    "IMAGEPIPELINE_PORT_8080_UDP_PROTO": "udp",
+    "IMAGEPIPELINE_WEBSERVER_PORT": "tcp://10.0.0.2:3000",
+    "IMAGEPIPELINE_WEBSERVER_SERVICE_HOST": "10.0.0.2",
+    "IMAGEPIPELINE_CODE_SERVER_PORT": "tcp://10.0.0.3:4000",
+}
+
+
+def test_what_kubernetes_tells_of_services_is_no_setting():
+    assert Settings.load(LINKS) == Settings.load({})
+    assert Settings.load(LINKS | {"REDIS_HOST": "h"}).redis_url == "redis://h:6379/0"
+
+
+def test_nobody_we_start_takes_a_service_for_a_setting(monkeypatch):
+    for name, value in (LINKS | {"DAGSTER_GRPC_PORT": "tcp://10.0.0.4:1", "OTHER_PORT": "tcp://h:1"}).items():
+        monkeypatch.setenv(name, value)
+    left = Settings.load().build_environment()
+    assert not left.keys() & (LINKS.keys() | {"DAGSTER_GRPC_PORT"})
+    assert left["OTHER_PORT"] == "tcp://h:1"
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("REDIS_PORT", "tcp://h"),
+        ("REDIS_PORT", "http://h:1"),
+        ("REDIS_URL", "tcp://h:6379"),
+        ("IMAGEPIPELINE_WEBSERVER_PROT", "3001"),
+        ("IMAGEPIPELINE_PORT", "3001"),
+        ("IMAGEPIPELINE_WEBSERVER_HOTS", "tcp://h:1"),
+    ],
+)
+def test_what_only_resembles_a_service_is_still_refused(name, value):
+    with pytest.raises(SettingsError, match=name):
+        Settings.load({name: value})
+
+
+def test_no_proxy_stands_between_us_and_this_machine(monkeypatch):
+    monkeypatch.setenv("NO_PROXY", "intranet, 127.0.0.1")
+    monkeypatch.setenv("no_proxy", ".example")
+    Settings.load()
+    assert os.environ["NO_PROXY"] == os.environ["no_proxy"] == "intranet,127.0.0.1,.example,localhost,::1"
+    monkeypatch.setenv("no_proxy", "*")
+    Settings.load()
+    assert os.environ["NO_PROXY"] == "*"
+
+
+def test_a_home_may_have_any_name_but_one_with_a_question_mark():
+    settings = Settings.load({"IMAGEPIPELINE_HOME": "/a b#c%2Fd"})
+    assert settings.redis_url == "unix:///a%20b%23c%252Fd/sockets/valkey.sock?db=0"
+    for name in ("/what?", "/two\nlines"):
+        with pytest.raises(SettingsError, match="IMAGEPIPELINE_HOME"):
+            Settings.load({"IMAGEPIPELINE_HOME": name})
+
+
+def test_a_default_home_in_a_folder_with_a_question_mark_is_refused_by_its_name(tmp_path, monkeypatch):
+    (tmp_path / "what?").mkdir()
+    monkeypatch.chdir(tmp_path / "what?")
+    with pytest.raises(SettingsError, match=r"IMAGEPIPELINE_HOME, which is .*what\?.*question mark"):
+        Settings.load({})
+
+
+def test_the_length_of_a_socket_counts_bytes():
+    folder = Settings.load({"IMAGEPIPELINE_HOME": "/" + "é" * 40}).socket_folder
+    assert len(os.fsencode(folder)) < 70
+
+
+def test_a_relative_sqlite_file_is_the_same_for_all_processes(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert Settings.load({"DATABASE_URL": "sqlite:///a/b.db"}).database_url == f"sqlite:///{tmp_path}/a/b.db"
+    assert Settings.load({"DATABASE_URL": "sqlite:////a/b.db?timeout=9"}).database_url == "sqlite:////a/b.db?timeout=9"
+
+
+@pytest.mark.parametrize("url", ["sqlite:///", "sqlite:///:memory:", "sqlite:///file:x"])
+def test_a_catalogue_that_would_vanish_with_its_process_is_refused(url):
+    with pytest.raises(SettingsError, match="must name a file"):
+        Settings.load({"DATABASE_URL": url})
+
+
+@pytest.mark.parametrize("name", ["DATABASE_URL", "DAGSTER_DATABASE_URL"])
+@pytest.mark.parametrize("parameter", ["schema", "pgbouncer", "connection_limit"])
+def test_a_parameter_the_driver_does_not_know_is_named(name, parameter):
+    with pytest.raises(SettingsError, match=f"{name}: has a parameter .*'{parameter}'") as caught:
+        Settings.load({name: f"postgresql://u:canary@h/d?sslmode=require&{parameter}=x"})
+    assert "canary" not in str(caught.value)
+
+
+def test_parameters_the_driver_knows_are_kept():
+    url = "postgresql://u@h/d?sslmode=require&application_name=a&host=/tmp"
+    assert Settings.load({"DATABASE_URL": url}).database_url == url
+    with pytest.raises(SettingsError, match="'mode'"):
+        Settings.load({"DATABASE_URL": "sqlite:////a.db?mode=ro"})

@@ -13,6 +13,7 @@ import multiprocessing
 import os
 import signal
 import sys
+import tempfile
 import threading
 import time
 import traceback
@@ -33,6 +34,8 @@ CHECKED_DAGSTER = "1.13.27"
 PRELOAD = "imagepipeline.runtime.preload"
 NAME = "forkserver"  # of the process runs are forked from, and of runs
 RESTART_SECONDS = 0.5
+# A socket's path has 107 bytes at most (unix(7)), of which multiprocessing adds /pymp-XXXXXXXX/listener-XXXXXXXX.
+MAX_TEMPORARY_FOLDER_BYTES = 107 - 32
 # A process that is stopped while it writes holds the lock of SQLite, for which all others wait 30 s before they fail.
 STOPPED_SECONDS = 15
 
@@ -41,6 +44,7 @@ def main() -> None:
     """Serves until it is stopped."""
     settings = Settings.load()
     settings.publish_resident_socket()
+    keep_socket_names_short(settings)
     try:
         fork_runs_from(prepare_context())
     except WarmStartError as error:
@@ -56,6 +60,12 @@ def main() -> None:
         run_dagster()  # type: ignore[no-untyped-call]
     finally:
         ended.set()
+
+
+def keep_socket_names_short(settings: Settings) -> None:
+    """Has temporary files, among them multiprocessing's sockets, beside ours where TMPDIR is too long for a socket."""
+    if len(os.fsencode(tempfile.gettempdir())) > MAX_TEMPORARY_FOLDER_BYTES:
+        tempfile.tempdir = str(settings.socket_folder)
 
 
 class WarmStartError(Exception):

@@ -38,7 +38,7 @@ class Child(Protocol):
 
 
 def start(arguments: Sequence[str], log: Path, environment: Mapping[str, str] | None = None) -> subprocess.Popen[bytes]:
-    """Starts a process in a session of its own; its output is appended to `log`, which is cut at 10 MB per start."""
+    """Starts a process in a session of its own; its output is appended to `log`."""
     with _open_log(log) as output:
         return subprocess.Popen(
             arguments,
@@ -122,10 +122,21 @@ def rename(name: str) -> None:
         Path("/proc/self/comm").write_text(name)
 
 
+def rotate(log: Path, limit_bytes: int = LOG_BYTES) -> None:
+    """Moves what a log holds to `.old.log` once it is longer than the limit; whoever writes to it need not know.
+
+    It is copied and truncated, as logs are opened to append. Lines that arrive meanwhile may be lost.
+    """
+    if not log.exists() or log.stat().st_size <= limit_bytes:
+        return
+    with contextlib.suppress(OSError):  # no room for a copy is one more reason to truncate
+        shutil.copyfile(log, log.with_suffix(".old.log"))
+    os.truncate(log, 0)
+
+
 def _open_log(log: Path) -> BinaryIO:
     log.parent.mkdir(parents=True, exist_ok=True)
-    if log.exists() and log.stat().st_size > LOG_BYTES:
-        shutil.move(log, log.with_suffix(".old.log"))
+    rotate(log)
     return open(log, "ab")
 
 
@@ -163,5 +174,7 @@ def _prepare_child() -> None:
     # find there to SIGTERM, and would then ignore both.
     signal.signal(signal.SIGINT, signal.SIG_DFL)
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    if signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:  # under nohup it stays ignored
+        signal.signal(signal.SIGHUP, signal.SIG_DFL)
     if sys.platform == "linux":  # elsewhere, `imagepipeline down` ends what a killed supervisor left behind
         ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)

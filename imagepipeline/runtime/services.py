@@ -6,13 +6,18 @@ starts, so that there is nothing to mount and nothing to keep in step.
 
 import os
 import socket
+import stat
 import subprocess
 import sys
+import tempfile
 import urllib.error
 import urllib.request
+from collections.abc import Iterator
+from contextlib import contextmanager
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
+from urllib.parse import quote
 
 import sqlalchemy as sa
 import yaml
@@ -34,28 +39,43 @@ def build_command(settings: Settings, name: str) -> list[str]:
     port = str(settings.webserver_port or DEFAULT_WEBSERVER_PORT)
     modules = {
         "code-server": [
-            *("imagepipeline.runtime.code_server", "--socket", str(settings.code_address)),
+            *("imagepipeline.runtime.code_server", "--socket", _quote_for_grpc(settings.code_address)),
             *("-m", "imagepipeline.definitions"),
         ],
-        "daemon": ["imagepipeline.runtime.daemon", "run", *workspace],
+        "daemon": ["imagepipeline.runtime.daemon", "run", "--log-level", "warning", *workspace],
         "webserver": ["dagster_webserver", "-h", settings.webserver_host, "-p", port, *workspace],
     }
     return [sys.executable, "-m", *modules[name]]
+
+
+def make_home(settings: Settings) -> None:
+    """Makes the home where there is none.
+
+    Raises:
+        StackError: it cannot be made or written to.
+    """
+    with _told_of(settings):
+        settings.home.mkdir(parents=True, exist_ok=True, mode=0o700)
+        with tempfile.TemporaryFile(dir=settings.home):  # also where root meets a file system that is read-only
+            pass
 
 
 def prepare(settings: Settings) -> dict[str, str]:
     """Writes Dagster's files, and gives the environment of a service.
 
     Raises:
-        StackError: the folder for the sockets belongs to another user.
+        StackError: the home cannot be written to, or the folder for the sockets belongs to another user.
     """
-    settings.socket_folder.mkdir(parents=True, exist_ok=True, mode=0o700)
-    if settings.socket_folder.stat().st_uid != os.getuid():
-        raise StackError(f"{settings.socket_folder} belongs to another user: remove it, or set IMAGEPIPELINE_HOME")
+    make_home(settings)
     home = _dagster_home(settings)
-    home.mkdir(parents=True, exist_ok=True)
-    (home / "dagster.yaml").write_text(yaml.safe_dump(_build_dagster_yaml(settings), sort_keys=False))
-    (home / "workspace.yaml").write_text(_read_shipped("workspace.yaml"))
+    with _told_of(settings):
+        settings.socket_folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+        found = settings.socket_folder.lstat()  # of a link, that of the link
+        if not stat.S_ISDIR(found.st_mode) or found.st_uid != os.getuid():
+            raise StackError(f"{settings.socket_folder} is not a folder of ours: remove it, or set IMAGEPIPELINE_HOME")
+        home.mkdir(parents=True, exist_ok=True)
+        (home / "dagster.yaml").write_text(yaml.safe_dump(_build_dagster_yaml(settings), sort_keys=False))
+        (home / "workspace.yaml").write_text(yaml.safe_dump(_build_workspace_yaml(settings)))
     environment = settings.build_environment(
         DAGSTER_HOME=str(home),
         IMAGEPIPELINE_CODE_SOCKET=str(settings.code_address),
@@ -73,8 +93,10 @@ def migrate(settings: Settings, is_taken_over: bool = False) -> None:
     With `is_taken_over` a catalogue that belongs to another Dagster instance is this one's from now on.
 
     Raises:
-        StackError: a database does not answer, or refuses; the message is the last line that was printed.
+        StackError: the home cannot be written to, or a database does not answer, or refuses; the message is the last
+            line that was printed.
     """
+    make_home(settings)
     try:
         Catalogue(settings.database_url).migrate()
     except sa.exc.DBAPIError as error:
@@ -91,7 +113,7 @@ def is_healthy(settings: Settings, name: str) -> bool:
     if name == "code-server":
         return answers_socket(settings.code_address)
     if name == "webserver":
-        return answers_http(f"http://127.0.0.1:{settings.webserver_port or DEFAULT_WEBSERVER_PORT}/server_info")
+        return answers_http(build_webserver_url(settings) + "/server_info")
     command = [sys.executable, "-m", "dagster._daemon", "liveness-check"]
     return subprocess.run(command, env=prepare(settings), capture_output=True, check=False).returncode == 0
 
@@ -103,12 +125,32 @@ def answers_socket(path: Path) -> bool:
 
 
 def answers_http(url: str) -> bool:
-    """Whether there is a page."""
+    """Whether there is a page; no proxy is asked for it."""
+    opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
     try:
-        with urllib.request.urlopen(url, timeout=2) as answer:  # noqa: S310  (our own http URL)
+        with opener.open(url, timeout=2) as answer:
             return bool(answer.status == 200)
     except (urllib.error.URLError, OSError):
         return False
+
+
+def build_webserver_url(settings: Settings) -> str:
+    """Where this machine reaches the webserver."""
+    host = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(settings.webserver_host, settings.webserver_host)  # noqa: S104
+    port = settings.webserver_port or DEFAULT_WEBSERVER_PORT
+    return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
+
+
+@contextmanager
+def _told_of(settings: Settings) -> Iterator[None]:
+    """Names the home when something below it cannot be written."""
+    try:
+        yield
+    except OSError as error:
+        raise StackError(
+            f"{settings.home} cannot be used as the home ({error.strerror or type(error).__name__}): "
+            "set IMAGEPIPELINE_HOME to a folder this user may write to"
+        ) from None
 
 
 def _dagster_home(settings: Settings) -> Path:
@@ -131,6 +173,17 @@ def _build_dagster_yaml(settings: Settings) -> dict[str, Any]:
             "config": {"base_dir": str(_dagster_home(settings) / "storage")},
         }
     return {**config, "storage": {"custom": storage}}
+
+
+def _build_workspace_yaml(settings: Settings) -> dict[str, Any]:
+    config: dict[str, Any] = yaml.safe_load(_read_shipped("workspace.yaml"))
+    config["load_from"][0]["grpc_server"]["socket"] = _quote_for_grpc(settings.code_address)
+    return config
+
+
+def _quote_for_grpc(path: Path) -> str:
+    """A socket's path as gRPC reads it: as part of a URI, without blanks, `#` or accents."""
+    return quote(str(path))
 
 
 def _read_shipped(name: str) -> str:

@@ -1,11 +1,13 @@
 """The local stack: our Redis, Dagster's code server, daemon and webserver, started, watched and drained as one."""
 
+import contextlib
 import fcntl
 import gc
 import importlib
 import json
 import math
 import os
+import shutil
 import signal
 import socket
 import sys
@@ -28,13 +30,14 @@ START_SECONDS = 90
 STOP_SECONDS = 15
 DRAIN_SECONDS = 180  # for the runs that are under way; the longest takes three provider calls with their waits
 RESTARTS_PER_MINUTE = 5
+LOG_CHECK_SECONDS = 5
 
 
 class Stack:
     """The processes of one home, as a context manager: started on entering, drained on leaving.
 
-    Use `wait` to keep it up. Processes that die are started again. Ctrl-C and SIGTERM raise KeyboardInterrupt;
-    the second one cuts the draining short.
+    Use `wait` to keep it up. Processes that die are started again. Ctrl-C, SIGTERM and the end of the
+    terminal (SIGHUP) raise KeyboardInterrupt; a second Ctrl-C or SIGTERM cuts the draining short.
     """
 
     def __init__(self, settings: Settings, report: Callable[[str], None], reloads_code: bool = False) -> None:
@@ -49,6 +52,7 @@ class Stack:
         self._restarts: deque[float] = deque(maxlen=RESTARTS_PER_MINUTE)
         self._is_stopping = False
         self._is_hurried = False
+        self._logs_checked_at = 0.0
 
     def __enter__(self) -> Self:
         """Starts everything and returns when the UI answers.
@@ -56,9 +60,10 @@ class Stack:
         Raises:
             StackError: another stack uses this home, or a process did not start; nothing is left running.
         """
-        self._lock = _acquire_lock(self._settings)
-        for number in (signal.SIGINT, signal.SIGTERM):
-            signal.signal(number, self._note_signal)
+        self._lock, self._last_port = _acquire_lock(self._settings)
+        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+            if number != signal.SIGHUP or signal.getsignal(number) != signal.SIG_IGN:  # nohup ignores it
+                signal.signal(number, self._note_signal)
         try:
             self._start_all()
         except BaseException:
@@ -82,6 +87,7 @@ class Stack:
         deadline = time.monotonic() + seconds
         while True:
             self._restart_dead()
+            self._rotate_logs()
             if self._reloads_code:
                 self._restart_on_change()
             remaining = deadline - time.monotonic()
@@ -111,11 +117,12 @@ class Stack:
         start("code-server", settings)
         self._until(lambda: services.answers_socket(settings.code_address), "code-server")
         start("daemon", settings)
-        port = settings.webserver_port or _choose_port()  # late, lest another stack take it meanwhile
-        self.webserver_url = f"http://127.0.0.1:{port}"
-        start("webserver", settings.model_copy(update={"webserver_port": port}))
+        # Late, lest another stack take it meanwhile.
+        settings = settings.model_copy(update={"webserver_port": _choose_port(settings, self._last_port)})
+        self.webserver_url = services.build_webserver_url(settings)
+        start("webserver", settings)
         self._until(lambda: services.answers_http(self.webserver_url + "/server_info"), "webserver")
-        _write_state(self._lock, self.webserver_url)
+        _write_state(self._lock, self.webserver_url, settings.webserver_port)
 
     def _launch(self, name: str, command: list[str], environment: dict[str, str]) -> processes.Child:
         """Forks a service from this process, which has imported what it needs; elsewhere, starts a new Python."""
@@ -156,6 +163,14 @@ class Stack:
             self._report(f"{name} ended with code {process.returncode}")
             self._start(name, self._starters[name])
 
+    def _rotate_logs(self) -> None:
+        if time.monotonic() - self._logs_checked_at < LOG_CHECK_SECONDS:
+            return
+        self._logs_checked_at = time.monotonic()
+        for name in self._running:
+            with contextlib.suppress(OSError):  # a full or failing disk must not end the stack
+                processes.rotate(self._log(name))
+
     def _restart_on_change(self) -> None:
         state = _read_code_state()
         if state == self._code_state:
@@ -179,6 +194,8 @@ class Stack:
             self._report("stopping code-server, after the uploads under way" if is_draining else f"stopping {name}")
             if not self._stop(process, DRAIN_SECONDS if is_draining else STOP_SECONDS):
                 self._report(f"{name} did not end and was killed")
+        if self._starters:  # else the folder may not be ours
+            shutil.rmtree(self._settings.socket_folder, ignore_errors=True)
 
     def _stop(self, process: processes.Child, patience_seconds: float) -> bool:
         """Stops a process; gives False if it had to be killed."""
@@ -190,7 +207,8 @@ class Stack:
 
     def _note_signal(self, number: int, frame: FrameType | None) -> None:
         if self._is_stopping:
-            self._is_hurried = True
+            # A closing terminal sends SIGHUP more than once.
+            self._is_hurried = self._is_hurried or number != signal.SIGHUP
             return
         self._is_stopping = True
         self._report("draining: uploads under way are finished, the rest waits; once more to stop at once")
@@ -227,9 +245,12 @@ def stop_running(settings: Settings, pid: int) -> None:
         time.sleep(0.1)
 
 
-def _acquire_lock(settings: Settings) -> int:
-    """A descriptor that is never closed, so that the lock is held exactly as long as the process lives."""
-    settings.home.mkdir(parents=True, exist_ok=True, mode=0o700)
+def _acquire_lock(settings: Settings) -> tuple[int, int | None]:
+    """A descriptor that is never closed, so that the lock is held exactly as long as the process lives.
+
+    Also gives the port of the UI when the home was last used.
+    """
+    services.make_home(settings)
     lock = os.open(_lock_path(settings), os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
     try:
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -238,13 +259,23 @@ def _acquire_lock(settings: Settings) -> int:
         raise StackError(
             f"a stack already uses {settings.home}: stop it with `imagepipeline down`, or set IMAGEPIPELINE_HOME"
         ) from None
-    _write_state(lock, webserver_url=None)
-    return lock
+    port = _read_last_port(settings)
+    _write_state(lock, None, port)
+    return lock, port
 
 
-def _write_state(lock: int, webserver_url: str | None) -> None:
+def _write_state(lock: int, webserver_url: str | None, webserver_port: int | None) -> None:
+    state = {"pid": os.getpid(), "webserver_url": webserver_url, "webserver_port": webserver_port}
     os.ftruncate(lock, 0)
-    os.pwrite(lock, json.dumps({"pid": os.getpid(), "webserver_url": webserver_url}).encode(), 0)
+    os.pwrite(lock, json.dumps(state).encode(), 0)
+
+
+def _read_last_port(settings: Settings) -> int | None:
+    try:
+        port = json.loads(_lock_path(settings).read_text())["webserver_port"]
+    except (OSError, ValueError, KeyError, TypeError):  # a new home, or one of an older version
+        return None
+    return port if isinstance(port, int) and 0 < port < 65536 else None
 
 
 def _lock_path(settings: Settings) -> Path:
@@ -256,13 +287,21 @@ def _read_code_state() -> dict[str, int]:
     return {str(path): path.stat().st_mtime_ns for path in folder.rglob("*.py")}
 
 
-def _choose_port() -> int:
-    """3000 if it is free, else any free port."""
-    for port in (services.DEFAULT_WEBSERVER_PORT, 0):
-        with socket.socket() as candidate:
-            try:
-                candidate.bind(("127.0.0.1", port))
+def _choose_port(settings: Settings, last_port: int | None) -> int:
+    """The port that is set; else the last one, else 3000, else any, of which the first where nobody listens."""
+    host = settings.webserver_host
+    wanted = settings.webserver_port
+    for port in (wanted,) if wanted else (last_port, services.DEFAULT_WEBSERVER_PORT, 0):
+        if port is None:
+            continue
+        try:
+            family = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0][0]
+            # It sets SO_REUSEADDR, as the webserver does: connections of the last one may linger for a minute.
+            with socket.create_server((host, port), family=family) as candidate:
                 return int(candidate.getsockname()[1])
-            except OSError:
-                continue
-    raise StackError("no free port on 127.0.0.1 for the webserver")
+        except OSError as error:
+            problem = error.strerror or type(error).__name__
+    raise StackError(
+        f"the webserver cannot listen on {host}, port {wanted or 'of any number'} ({problem}): "
+        "set IMAGEPIPELINE_WEBSERVER_PORT, or see who does"
+    )

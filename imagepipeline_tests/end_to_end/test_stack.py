@@ -6,6 +6,7 @@ import os
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 import urllib.request
 from pathlib import Path
@@ -14,6 +15,7 @@ import pytest
 import redis
 from PIL import Image
 
+from imagepipeline.runtime.services import answers_http
 from imagepipeline.stores.vectors import EmbeddingIndex
 from imagepipeline_tests.conftest import PHOTOS
 from imagepipeline_tests.end_to_end.processes import find_port, find_process
@@ -23,10 +25,20 @@ PATIENCE_SECONDS = 180
 
 
 @pytest.fixture
-def home(tmp_path, monkeypatch):
-    monkeypatch.setenv("IMAGEPIPELINE_HOME", str(tmp_path / "home"))
-    monkeypatch.setenv("IMAGEPIPELINE_WEBSERVER_PORT", str(find_port()))  # other tests have stacks at the same time
-    return tmp_path / "home"
+def home(monkeypatch):
+    """As unlucky as homes come, in an environment that is no better; short enough to have its sockets."""
+    with tempfile.TemporaryDirectory(prefix="ip", dir="/tmp") as folder:
+        home = Path(folder, "a b#c%2Fdé'\"")
+        (Path(folder) / ("t" * 110)).mkdir()
+        monkeypatch.setenv("TMPDIR", str(Path(folder) / ("t" * 110)))
+        for name in ("HTTP_PROXY", "HTTPS_PROXY", "ALL_PROXY", "http_proxy"):
+            monkeypatch.setenv(name, "http://127.0.0.1:9")
+        monkeypatch.setenv("REDIS_PORT", "tcp://10.0.0.1:6379")
+        monkeypatch.setenv("DAGSTER_GRPC_PORT", "tcp://10.0.0.1:4000")
+        monkeypatch.setenv("IMAGEPIPELINE_HOME", str(home))
+        monkeypatch.setenv("IMAGEPIPELINE_WEBSERVER_PORT", str(find_port()))  # other tests have stacks at the same time
+        yield home
+        assert {path.name for path in Path(folder).iterdir()} == {home.name, "t" * 110}
 
 
 def run(*arguments, check=True):
@@ -50,7 +62,7 @@ def ask(url, query):
     request = urllib.request.Request(
         f"{url}/graphql", json.dumps({"query": query}).encode(), {"Content-Type": "application/json"}
     )
-    with urllib.request.urlopen(request) as answer:
+    with urllib.request.build_opener(urllib.request.ProxyHandler({})).open(request) as answer:
         return json.load(answer)["data"]
 
 
@@ -125,7 +137,8 @@ def test_from_a_plain_push_to_a_search_and_a_clean_stop(home):
             again = run("push", str(originals / "broken.jpg"), "--id", "broken", "--wait", check=False)
             assert again.returncode == 1
 
-            os.kill(stack.pid, signal.SIGTERM)
+            for _ in range(2):  # as a closing terminal does
+                os.kill(stack.pid, signal.SIGHUP)
             assert stack.wait(60) == 0
         finally:
             stack.kill()
@@ -135,15 +148,24 @@ def test_from_a_plain_push_to_a_search_and_a_clean_stop(home):
 
 def test_a_stopped_stack_finishes_what_runs_and_goes_on_later_with_what_waits(home):
     def start():
-        stack = subprocess.Popen([COMMAND, "up", "--json"], stdout=subprocess.PIPE, stderr=subprocess.DEVNULL)
+        stack = subprocess.Popen([COMMAND, "up"], stdout=subprocess.PIPE, stderr=subprocess.PIPE)
         assert stack.stdout.readline()
+        stack.stdout.close()  # as `up | head -1` does
+        stack.stderr.close()
         return stack
 
     def counts():
         return json.loads(run("status", "--json").stdout)
 
+    def is_up():
+        return answers_http(f"http://127.0.0.1:{os.environ['IMAGEPIPELINE_WEBSERVER_PORT']}/server_info")
+
     stack = start()
     try:
+        webserver = find_process(home, b"webserver")
+        os.kill(webserver, signal.SIGKILL)  # that it is started again is told to nobody
+        wait_until(lambda: is_up() and find_process(home, b"webserver") != webserver)
+        assert stack.poll() is None
         run("push", *(str(photo) for photo in PHOTOS.glob("*.jpg")))
         for number in range(4):
             run("push", str(PHOTOS / "galaxies.jpg"), "--id", f"galaxy{number}")
@@ -163,4 +185,3 @@ def test_a_stopped_stack_finishes_what_runs_and_goes_on_later_with_what_waits(ho
             wait_until(lambda: not processes_of(home))
     finally:
         stack.kill()
-        stack.stdout.close()

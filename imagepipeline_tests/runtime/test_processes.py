@@ -1,9 +1,12 @@
 """Children that are forked instead of started anew."""
 
+import os
 import subprocess
 import sys
 import time
 from pathlib import Path
+
+from imagepipeline.runtime import processes
 
 PARENT = """
 import os, signal, sys, time
@@ -46,3 +49,40 @@ def test_a_forked_module_runs_as_if_started_by_python_m_and_ends_with_its_parent
     while orphan.exists() and "State:\tZ" not in orphan.read_text():
         assert time.monotonic() < deadline, "the child has outlived its parent"
         time.sleep(0.01)
+
+
+def test_a_log_is_rotated_while_its_process_writes(tmp_path):
+    log = tmp_path / "one.log"
+    script = "import sys\nfor line in sys.stdin: print(line, end='', flush=True)"
+    with open(log, "ab") as output:
+        command = [sys.executable, "-c", script]
+        writer = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=output, text=True)
+
+    def write(line):
+        size = log.stat().st_size
+        writer.stdin.write(line + "\n")
+        writer.stdin.flush()
+        deadline = time.monotonic() + 10
+        while log.stat().st_size != size + len(line) + 1:
+            assert time.monotonic() < deadline, "the line is not where it should be"
+            time.sleep(0.01)
+
+    write("a" * 100)
+    processes.rotate(log, 200)
+    assert log.stat().st_size == 101
+    write("b" * 100)
+    processes.rotate(log, 200)
+    assert log.stat().st_size == 0
+    write("c")
+    assert log.read_text() == "c\n"
+    assert (tmp_path / "one.old.log").read_text() == "a" * 100 + "\n" + "b" * 100 + "\n"
+    writer.stdin.close()
+    assert writer.wait(10) == 0
+
+
+def test_a_log_that_cannot_be_copied_is_cut_all_the_same(tmp_path):
+    log = tmp_path / "one.log"
+    log.write_text("x" * 300)
+    (tmp_path / "one.old.log").mkdir()
+    processes.rotate(log, 200)
+    assert os.path.getsize(log) == 0
