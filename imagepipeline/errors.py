@@ -3,6 +3,7 @@
     ImagePipelineError
     ├── SettingsError               a setting is missing or malformed
     ├── StackError                  the local stack cannot be started, reached or stopped
+    │   └── RedisClusterError
     ├── InvalidUploadError          an entry on the Redis list cannot be read
     ├── NotificationError           the administrators could not be told; they will be
     ├── ImageBusyError              another run is working on the image
@@ -34,6 +35,7 @@
         └── ProviderRejectedError
 
 `reason` is the word the catalogue stores beside the message; it is for filters, the message is for people.
+`can_be_retried` says whether a later try of the same file can succeed, perhaps under other settings.
 """
 
 from typing import TYPE_CHECKING, ClassVar
@@ -52,6 +54,10 @@ class SettingsError(ImagePipelineError):
 
 class StackError(ImagePipelineError):
     """The local stack cannot be started, reached or stopped."""
+
+
+class RedisClusterError(StackError):
+    """Redis runs as a cluster, which spreads our lists over several servers; they must be moved as one."""
 
 
 class InvalidUploadError(ImagePipelineError):
@@ -112,6 +118,7 @@ class RetryableError(ImagePipelineError):
     """Another attempt may succeed."""
 
     reason: ClassVar[str] = "unexpected"
+    can_be_retried: ClassVar[bool] = True
 
     def __init__(self, message: str, retry_after_seconds: float | None = None) -> None:
         super().__init__(message)
@@ -146,15 +153,17 @@ class SandboxLostError(RetryableError):
 
 
 class PermanentError(ImagePipelineError):
-    """No further attempt can succeed."""
+    """No further attempt can succeed, as things are; where `can_be_retried`, a person may change them."""
 
     reason: ClassVar[str] = "unexpected"
+    can_be_retried: ClassVar[bool] = False
 
 
 class MissingOriginalError(PermanentError):
     """There is no original, or more than one, or it is not a plain file under the storage root."""
 
     reason = "missing"
+    can_be_retried = True
 
 
 class EmptyOriginalError(PermanentError):
@@ -167,12 +176,14 @@ class TooLargeError(PermanentError):
     """The original has too many bytes."""
 
     reason = "too_large"
+    can_be_retried = True
 
 
 class LimitError(PermanentError):
     """The original exceeds another limit: pixels, frames, side, profile, texts, or the memory or CPU time it takes."""
 
     reason = "limits"
+    can_be_retried = True
 
 
 class UnsupportedFormatError(PermanentError):
@@ -197,6 +208,7 @@ class MissingMetadataError(PermanentError):
     """The image has no metadata yet, which this asset is made from."""
 
     reason = "missing_metadata"
+    can_be_retried = True
 
 
 class PathTakenError(PermanentError):
@@ -209,18 +221,21 @@ class UnsafePathError(PermanentError):
     """A file would be written through a symbolic link."""
 
     reason = "unsafe_path"
+    can_be_retried = True
 
 
 class InputInvalidError(PermanentError):
     """The provider cannot read the picture it was sent."""
 
     reason = "input_invalid"
+    can_be_retried = True
 
 
 class RefusedError(PermanentError):
     """The model declined to describe the image, or its content policy did. `usage` is what it will charge for it."""
 
     reason = "refused"
+    can_be_retried = True
     usage: "CallUsage | None" = None
 
 
@@ -228,3 +243,15 @@ class ProviderRejectedError(PermanentError):
     """The provider rejects the request itself: wrong model, address or parameter; or its vectors do not fit."""
 
     reason = "provider_rejected"
+    can_be_retried = True
+
+
+def list_reasons() -> dict[str, bool]:
+    """Every reason an image can have failed for, and whether it can be tried again."""
+    reasons = {"unexpected": True, "poison": True}  # of errors that are not ours, and of runs that were lost
+    kinds: list[type[RetryableError] | type[PermanentError]] = [RetryableError, PermanentError]
+    while kinds:
+        kind = kinds.pop()
+        kinds += kind.__subclasses__()
+        reasons.setdefault(kind.reason, kind.can_be_retried)
+    return reasons

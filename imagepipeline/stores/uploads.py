@@ -15,12 +15,14 @@ from typing import Any
 
 import redis
 
-from imagepipeline.errors import InvalidUploadError, StackError
+from imagepipeline.errors import InvalidUploadError, RedisClusterError, StackError
 from imagepipeline.models import Upload
 
 DEFAULT_PREFIX = "image-processing"
 SHOWN_CHARACTERS = 200
 RETRYABLE_BYTES = 1024
+# What a server that belongs to a cluster answers to commands that name keys of several slots.
+CLUSTER_ERRORS = (redis.exceptions.AskError, redis.exceptions.ClusterCrossSlotError, redis.exceptions.ClusterError)
 
 
 class UploadQueue:
@@ -136,6 +138,11 @@ def _translated_errors() -> Iterator[None]:
     """Turns Redis' errors into one of ours; the message leaves out the address, which may hold a password."""
     try:
         yield
+    except CLUSTER_ERRORS:
+        raise RedisClusterError(
+            "Redis runs as a cluster, which cannot move an entry from one list to another: "
+            "use one server (cluster-enabled no), with replicas if you like"
+        ) from None
     except redis.ResponseError as error:  # such as a key of another type: its text is the server's, without secrets
         raise StackError(f"Redis refuses the command: {error}") from None
     except redis.RedisError as error:
