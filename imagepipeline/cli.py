@@ -8,10 +8,11 @@ import os
 import re
 import sys
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from functools import partial
+from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -23,6 +24,7 @@ from imagepipeline.errors import (
     PostponedError,
     SettingsError,
     StackError,
+    list_reasons,
 )
 from imagepipeline.models import PRIORITY_LIMIT, Status, Upload
 from imagepipeline.settings import Settings
@@ -36,6 +38,8 @@ if TYPE_CHECKING:
 EXIT_FAILED, EXIT_SETTINGS, EXIT_STACK, EXIT_INTERRUPTED = 1, 3, 4, 130
 EXIT_UNREAD = 141  # 128 and SIGPIPE, as of any command in a pipe whose reader has gone
 MAX_RETRIES_PER_DAY = 5
+MAX_LISTED = 1000
+UNREADABLE = "unreadable"  # the reason of dead letters
 EPILOG = """\b
 Exit codes: 0 all went well; 1 an image failed or is unknown; 2 wrong usage;
 3 a setting is malformed; 4 the stack cannot be started or reached; 130 interrupted."""
@@ -197,6 +201,12 @@ def push(
     """
     if image_id is not None and len(photos) != 1:
         raise click.UsageError("--id names one image: push one PHOTO with it")
+    if image_id is not None:
+        try:
+            Upload(image_id)
+        except InvalidUploadError as error:
+            raise click.UsageError(str(error)) from None
+    open_queue(settings).count()  # where Redis does not answer, no original is left behind
     images = {image_id or build_image_id(photo): photo for photo in photos}
     if waits:
         from imagepipeline import display
@@ -276,9 +286,13 @@ def prioritize(settings: Settings, image_id: str, priority: int, as_json: bool) 
 
     Negative numbers need a `--` before them. At most fifteen images have a run already, whose order is fixed.
     """
-    is_changed = open_catalogue(settings).prioritize(image_id, priority)
+    catalogue = open_catalogue(settings)
+    is_changed = catalogue.prioritize(image_id, priority)
     if not is_changed:
-        raise ImagePipelineError(f"{image_id!r:.80} is not pending, so there is nothing to put forward")
+        state = catalogue.get_states([image_id]).get(image_id)
+        if state is None:
+            raise ImagePipelineError(f"no image {image_id!r:.80} is in the catalogue")
+        raise ImagePipelineError(f"{image_id!r:.80} is {state.status}, not pending, so there is nothing to put forward")
     row = {"image_id": image_id, "priority": priority}
     click.echo(json.dumps(row) if as_json else f"{image_id} now has priority {priority}")
 
@@ -314,7 +328,12 @@ def failed() -> None:
     """List failed images and unreadable entries, try them again, or let them go."""
 
 
-reason_option = click.option("--reason", help="Only failures of this reason, such as provider_unavailable.")
+reason_option = click.option(
+    "--reason",
+    type=click.Choice(sorted([*list_reasons(), UNREADABLE])),
+    metavar="REASON",
+    help="Only failures of this reason, such as provider_unavailable.",
+)
 dry_run_option = click.option("--dry-run", is_flag=True, help="Say what would be done, and do nothing.")
 all_option = click.option("--all", "is_all", is_flag=True, help="All failures, or all of the given reason.")
 
@@ -327,8 +346,11 @@ def list_failed(settings: Settings, reason: str | None, as_json: bool) -> None:
     """List what failed and was neither tried again nor discarded. Dead letters have the reason `unreadable`."""
     from imagepipeline import display
 
+    rows = [failure.row for failure in islice(find_failures(settings, reason), MAX_LISTED + 1)]
+    if len(rows) > MAX_LISTED:
+        click.echo(f"Note: only the newest {MAX_LISTED} are listed", err=True)
     display.show_rows(
-        [failure.row for failure in find_failures(settings, reason)],
+        rows[:MAX_LISTED],
         ("id", "reason", "error", "attempts", "retries", "updated_at"),
         as_json,
     )
@@ -342,8 +364,8 @@ def show(settings: Settings, failure_id: str, as_json: bool) -> None:
     """Show all that is known of one failure."""
     from imagepipeline import display
 
-    [failure] = choose_failures(settings, (failure_id,), None, False)
-    display.show_status(lambda: open_catalogue(settings).get(failure_id) or failure.row, as_json, False)
+    row = find_failure(settings, failure_id).row
+    display.show_status(lambda: row, as_json, False)
 
 
 @failed.command(epilog=EPILOG)
@@ -356,7 +378,10 @@ def show(settings: Settings, failure_id: str, as_json: bool) -> None:
 def retry(
     settings: Settings, failure_ids: tuple[str, ...], reason: str | None, is_all: bool, dry_run: bool, as_json: bool
 ) -> None:
-    """Try failed images again, at most five times a day each."""
+    """Try failed images again, at most five times a day each.
+
+    What is wrong with a file itself stays wrong: those are left alone, and named. Push a better file.
+    """
     act_on_failures(settings, choose_failures(settings, failure_ids, reason, is_all), "retry", dry_run, as_json)
 
 
@@ -422,7 +447,14 @@ def limit(settings: Settings, rate: str | None, reset: bool, as_json: bool) -> N
     `metadata=10/minute,embedding=100/minute` gives each stage its own. Kept in Redis until `--reset`.
     """
     from imagepipeline.providers import open_limiter
+    from imagepipeline.stores.limiter import parse_limits
 
+    if rate is not None and reset:
+        raise click.UsageError("give a RATE, or --reset")
+    try:
+        parse_limits(rate or "off")
+    except SettingsError as error:
+        raise click.UsageError(str(error)) from None
     with open_limiter(settings) as limiter:
         if rate is not None or reset:
             limiter.set_limits(None if reset else rate)
@@ -498,60 +530,102 @@ class Failure:
     discard: Callable[[], object]
 
 
-def find_failures(settings: Settings, reason: str | None) -> list[Failure]:
+def find_failures(settings: Settings, reason: str | None) -> Iterator[Failure]:
     """Failed images, newest first, then dead letters; the latter only if Redis answers."""
-    catalogue, queue = open_catalogue(settings), open_queue(settings)
+    return _iterate_failures(open_catalogue(settings), open_queue(settings), reason)
+
+
+def _iterate_failures(catalogue: "Catalogue", queue: "UploadQueue", reason: str | None) -> Iterator[Failure]:
+    if reason != UNREADABLE:
+        for image in catalogue.iterate_failed(reason):
+            yield _of_image(catalogue, image)
+    if reason in (None, UNREADABLE):
+        try:
+            letters = queue.list_dead()
+        except StackError as error:
+            click.echo(f"Note: {error}", err=True)
+            return
+        for letter in letters:
+            yield _of_letter(queue, letter)
+
+
+def find_failure(settings: Settings, failure_id: str) -> Failure:
+    """One failure, with all that is known of it.
+
+    Raises:
+        ImagePipelineError: there is none of that ID.
+    """
+    catalogue = open_catalogue(settings)
+    image = catalogue.get(failure_id)
+    if image is not None and image["status"] == Status.FAILED and image["discarded_at"] is None:
+        return _of_image(catalogue, image)
+    if image is None and failure_id.startswith("dead-"):
+        queue = open_queue(settings)
+        for letter in queue.list_dead():
+            if letter["id"] == failure_id:
+                return _of_letter(queue, letter)
+    raise ImagePipelineError(f"{failure_id!r:.80} is not among the failures: see `imagepipeline failed list`")
+
+
+def _of_image(catalogue: "Catalogue", image: dict[str, Any]) -> Failure:
     a_day_ago = datetime.now(UTC) - timedelta(days=1)
-    failures = []
-    for image in catalogue.list_ended(Status.FAILED):
-        image_id = image["id"]
-        row = image | {"retries": catalogue.count_events(image_id, "retried", a_day_ago)}
-        upload = Upload(image_id, image["requested_path"], image["priority"])
-        failures.append(
-            Failure(row, partial(catalogue.accept, [upload], "retried"), partial(catalogue.discard, image_id))
-        )
-    try:
-        letters = queue.list_dead()
-    except StackError as error:
-        click.echo(f"Note: {error}", err=True)
-        letters = []
-    for letter in letters:
-        at = datetime.fromtimestamp(letter["at"], UTC)
-        row = {"id": letter["id"], "reason": "unreadable", "error": f"{letter['reason']}: {letter['entry']}"}
-        row |= {"attempts": letter["copies"], "retries": 0, "updated_at": at}
-        failures.append(Failure(row, partial(queue.retry_dead, letter), partial(queue.discard_dead, letter)))
-    return [failure for failure in failures if reason in (None, failure.row["reason"])]
+    row = image | {"retries": catalogue.count_events(image["id"], "retried", a_day_ago)}
+    upload = Upload(image["id"], image["requested_path"], image["priority"])
+    return Failure(row, partial(catalogue.accept, [upload], "retried"), partial(catalogue.discard, image["id"]))
+
+
+def _of_letter(queue: "UploadQueue", letter: Mapping[str, Any]) -> Failure:
+    at = datetime.fromtimestamp(letter["at"], UTC)
+    row = {"id": letter["id"], "reason": UNREADABLE, "error": f"{letter['reason']}: {letter['entry']}"}
+    row |= {"attempts": letter["copies"], "retries": 0, "updated_at": at}
+    return Failure(row, partial(queue.retry_dead, letter), partial(queue.discard_dead, letter))
 
 
 def choose_failures(
     settings: Settings, failure_ids: tuple[str, ...], reason: str | None, is_all: bool
-) -> list[Failure]:
+) -> Iterable[Failure]:
     """The failures a command is to act on: the named ones, or those of a reason, or all."""
+    if failure_ids and (reason or is_all):
+        raise click.UsageError("name failures, or a --reason, or --all: not both")
     if not (failure_ids or reason or is_all):
         raise click.UsageError("name failures, or a --reason, or --all")
-    failures = {failure.row["id"]: failure for failure in find_failures(settings, reason)}
-    unknown = [failure_id for failure_id in failure_ids if failure_id not in failures]
-    if unknown:
-        raise ImagePipelineError(f"{unknown[0]!r:.80} is not among the failures: see `imagepipeline failed list`")
-    return [failures[failure_id] for failure_id in failure_ids] or list(failures.values())
+    if failure_ids:
+        return [find_failure(settings, failure_id) for failure_id in dict.fromkeys(failure_ids)]
+    return find_failures(settings, reason)
 
 
-def act_on_failures(settings: Settings, failures: Sequence[Failure], action: str, dry_run: bool, as_json: bool) -> None:
-    """Retries or discards failures one by one, and says of each what was done; one that cannot be costs no other."""
-    rows = []
-    for failure in failures:
-        outcome = f"would {action}" if dry_run else {"retry": "retried", "discard": "discarded"}[action]
-        try:
-            if action == "retry" and failure.row["retries"] >= MAX_RETRIES_PER_DAY:
-                outcome = f"left alone: retried {failure.row['retries']} times within a day"
-            elif not dry_run:
-                getattr(failure, action)()
-        except InvalidUploadError as error:
-            outcome = f"left alone: {error}"
-        rows.append({"id": failure.row["id"], "outcome": outcome})
-    click.echo(json.dumps(rows) if as_json else "\n".join(f"{row['id']}  {row['outcome']}" for row in rows))
-    if any(row["outcome"].startswith("left alone") for row in rows):
+def act_on_failures(settings: Settings, failures: Iterable[Failure], action: str, dry_run: bool, as_json: bool) -> None:
+    """Retries or discards failures one by one, and says of each what was done; one that cannot costs no other."""
+    is_any_left = False
+    if as_json:
+        click.echo("[", nl=False)
+    for number, failure in enumerate(failures):
+        outcome = _act(failure, action, dry_run)
+        is_any_left = is_any_left or outcome.startswith("left alone")
+        if as_json:
+            click.echo((", " if number else "") + json.dumps({"id": failure.row["id"], "outcome": outcome}), nl=False)
+        else:
+            click.echo(f"{failure.row['id']}  {outcome}")
+    if as_json:
+        click.echo("]")
+    if is_any_left:
         sys.exit(EXIT_FAILED)
+
+
+def _act(failure: Failure, action: str, dry_run: bool) -> str:
+    row = failure.row
+    if action == "retry":
+        if not list_reasons().get(row["reason"], True):
+            return f"left alone: {row['reason']}, which no other try can help: push a better file"
+        if row["retries"] >= MAX_RETRIES_PER_DAY:
+            return f"left alone: retried {row['retries']} times within a day"
+    if dry_run:
+        return f"would {action}"
+    try:
+        getattr(failure, action)()
+    except InvalidUploadError as error:
+        return f"left alone: {error}"
+    return {"retry": "retried", "discard": "discarded"}[action]
 
 
 @cli.command(epilog=EPILOG)
@@ -629,7 +703,10 @@ def enqueue(settings: Settings, images: Mapping[str, Path], priority: int) -> No
         extension = re.sub(r"[^a-z0-9]", "", photo.suffix.lower())[:8] or "bin"
         path = files.put_original(image_id, photo.read_bytes(), extension)
         replace_others(settings, files, image_id, path)
-        queue.enqueue(image_id, path, priority)
+        try:
+            queue.enqueue(image_id, path, priority)
+        except StackError as error:
+            raise StackError(f"{error}; {path} is stored and not enqueued: push it again") from None
 
 
 def replace_others(settings: Settings, files: "Storage", image_id: str, path: str) -> None:
@@ -668,6 +745,12 @@ def open_catalogue(settings: Settings) -> "Catalogue":
     """The catalogue, known to answer."""
     from imagepipeline.stores.catalogue import Catalogue
 
+    file = settings.catalogue_file
+    if file is not None and not file.exists():  # the driver would make an empty one
+        raise StackError(
+            f"there is no catalogue in {file.parent}: start the stack with `imagepipeline up`, or set "
+            "IMAGEPIPELINE_HOME (by default .imagepipeline in the folder you are in) to where it runs"
+        )
     catalogue = Catalogue(settings.database_url)
     catalogue.check()
     return catalogue

@@ -3,7 +3,8 @@
     ImagePipelineError
     ├── SettingsError               a setting is missing or malformed
     ├── StackError                  the local stack cannot be started, reached or stopped
-    │   └── CatalogueTakenError     the catalogue belongs to another Dagster instance
+    │   ├── CatalogueTakenError     the catalogue belongs to another Dagster instance
+    │   └── RedisClusterError
     ├── InvalidUploadError          an entry on the Redis list cannot be read
     ├── NotificationError           the administrators could not be told; they will be
     ├── ImageBusyError              another run is working on the image
@@ -37,6 +38,7 @@
         └── ProviderRejectedError
 
 `reason` is the word the catalogue stores beside the message; it is for filters, the message is for people.
+`can_be_retried` says whether a later try of the same file can succeed, perhaps under other settings.
 """
 
 from typing import TYPE_CHECKING, ClassVar
@@ -59,6 +61,10 @@ class StackError(ImagePipelineError):
 
 class CatalogueTakenError(StackError):
     """The catalogue belongs to another Dagster instance: two of them would take each other's runs for dead."""
+
+
+class RedisClusterError(StackError):
+    """Redis runs as a cluster, which spreads our lists over several servers; they must be moved as one."""
 
 
 class InvalidUploadError(ImagePipelineError):
@@ -124,6 +130,7 @@ class RetryableError(ImagePipelineError):
 
     reason: ClassVar[str] = "unexpected"
     outcome: ClassVar[str | None] = None
+    can_be_retried: ClassVar[bool] = True
 
     def __init__(self, message: str, retry_after_seconds: float | None = None) -> None:
         super().__init__(message)
@@ -173,9 +180,10 @@ class SandboxLostError(RetryableError):
 
 
 class PermanentError(ImagePipelineError):
-    """No further attempt can succeed."""
+    """No further attempt can succeed, as things are; where `can_be_retried`, a person may change them."""
 
     reason: ClassVar[str] = "unexpected"
+    can_be_retried: ClassVar[bool] = False
 
 
 class EmptyOriginalError(PermanentError):
@@ -188,12 +196,14 @@ class TooLargeError(PermanentError):
     """The original has too many bytes."""
 
     reason = "too_large"
+    can_be_retried = True
 
 
 class LimitError(PermanentError):
     """The original exceeds another limit: pixels, frames, side, profile, texts, or the memory or CPU time it takes."""
 
     reason = "limits"
+    can_be_retried = True
 
 
 class UnsupportedFormatError(PermanentError):
@@ -218,6 +228,7 @@ class MissingMetadataError(PermanentError):
     """The image has no metadata yet, which this asset is made from."""
 
     reason = "missing_metadata"
+    can_be_retried = True
 
 
 class PathTakenError(PermanentError):
@@ -230,18 +241,21 @@ class UnsafePathError(PermanentError):
     """A file would be written through a symbolic link."""
 
     reason = "unsafe_path"
+    can_be_retried = True
 
 
 class InputInvalidError(PermanentError):
     """The provider cannot read the picture it was sent."""
 
     reason = "input_invalid"
+    can_be_retried = True
 
 
 class RefusedError(PermanentError):
     """The model declined to describe the image, or its content policy did. `usage` is what it will charge for it."""
 
     reason = "refused"
+    can_be_retried = True
     usage: "CallUsage | None" = None
 
 
@@ -249,3 +263,16 @@ class ProviderRejectedError(PermanentError):
     """The provider rejects the request itself: wrong model, address or parameter; or its vectors do not fit."""
 
     reason = "provider_rejected"
+    can_be_retried = True
+
+
+def list_reasons() -> dict[str, bool]:
+    """Every reason an image can have failed for, and whether it can be tried again."""
+    # Those of errors that are not ours, and of runs that were lost or cancelled.
+    reasons = {"unexpected": True, "poison": True, "cancelled": True}
+    kinds: list[type[RetryableError] | type[PermanentError]] = [RetryableError, PermanentError]
+    while kinds:
+        kind = kinds.pop()
+        kinds += kind.__subclasses__()
+        reasons.setdefault(kind.reason, kind.can_be_retried)
+    return reasons

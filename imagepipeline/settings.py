@@ -385,6 +385,12 @@ class Settings(BaseModel):
         return f"sqlite:///{self.home / 'catalogue.sqlite'}"
 
     @property
+    def catalogue_file(self) -> Path | None:
+        """The catalogue's file; None if it is on a server."""
+        url = self.database_url
+        return Path(url.removeprefix("sqlite:///").partition("?")[0]) if url.startswith("sqlite") else None
+
+    @property
     def storage(self) -> str:
         """The storage root: the URL of a bucket, or an absolute folder."""
         root = (self.storage_root or str(self.home / "storage")).rstrip("/").removeprefix("file://")

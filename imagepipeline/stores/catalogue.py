@@ -4,7 +4,7 @@ Every change is one transaction. Every change by a run names the fence of its cl
 thought dead and was succeeded can change nothing any more.
 """
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from datetime import datetime, timedelta
 from pathlib import Path
@@ -198,6 +198,30 @@ class Catalogue:
             query = query.where(images.c.updated_at >= since)
         with self._database.transaction() as connection:
             return [{**row} for row in connection.execute(query).mappings()]
+
+    def iterate_failed(self, reason: str | None = None, page_rows: int = 500) -> Iterator[dict[str, Any]]:
+        """The failures that were not discarded, of one reason or all, newest first; in memory is a page of them.
+
+        What becomes of a row meanwhile does not matter: a page begins after the last row of the one before.
+        """
+        query = (
+            sa.select(images)
+            .where(images.c.status == Status.FAILED, images.c.discarded_at.is_(None))
+            .order_by(images.c.updated_at.desc(), images.c.id.desc())
+            .limit(page_rows)
+        )
+        if reason is not None:
+            query = query.where(images.c.reason == reason)
+        page = query
+        while True:
+            with self._database.transaction() as connection:
+                rows = [{**row} for row in connection.execute(page).mappings()]
+            yield from rows
+            if len(rows) < page_rows:
+                return
+            last = rows[-1]
+            is_older = (images.c.updated_at == last["updated_at"]) & (images.c.id < last["id"])
+            page = query.where((images.c.updated_at < last["updated_at"]) | is_older)
 
     def claim(self, image_id: str, generation: int, run_id: str) -> Claim | None:
         """Gives a run the right to an image's generation: the first to ask, and that run whenever it asks again.

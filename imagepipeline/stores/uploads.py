@@ -16,12 +16,14 @@ from typing import Any
 
 import redis
 
-from imagepipeline.errors import InvalidUploadError, StackError
+from imagepipeline.errors import InvalidUploadError, RedisClusterError, StackError
 from imagepipeline.models import Upload
 
 DEFAULT_PREFIX = "image-processing"
 SHOWN_CHARACTERS = 200
 RETRYABLE_BYTES = 1024
+# What a server that belongs to a cluster answers to commands that name keys of several slots.
+CLUSTER_ERRORS = (redis.exceptions.AskError, redis.exceptions.ClusterCrossSlotError, redis.exceptions.ClusterError)
 
 
 class UploadQueue:
@@ -170,6 +172,11 @@ def _translated_errors() -> Iterator[None]:
     except redis.exceptions.OutOfMemoryError:
         raise StackError(
             "Redis is full and takes nothing more: wait until the pipeline has drained it, or raise its maxmemory"
+        ) from None
+    except CLUSTER_ERRORS:
+        raise RedisClusterError(
+            "Redis runs as a cluster, which keeps our lists on several servers, while we change them together: "
+            "use one server (cluster-enabled no), with replicas if you like"
         ) from None
     except redis.ResponseError as error:  # such as a key of another type: its text is the server's, without secrets
         raise StackError(f"Redis refuses the command: {error}") from None
