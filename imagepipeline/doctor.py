@@ -3,7 +3,6 @@
 import io
 import os
 import resource
-import shutil
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -32,11 +31,7 @@ class Finding:
 
 def examine(settings: Settings) -> Iterator[Finding]:
     """Looks at each thing in turn; the providers are asked one tiny question each, which they may charge for."""
-    if not settings.home.exists() and settings.has_own_redis:
-        yield Finding("home", False, f"there is no {settings.home}", ADVICE["home"])
-        return  # nor anything in it, and looking would make some of it
     checks: dict[str, Callable[[Settings], Finding]] = {
-        "home": _examine_home,
         "redis": _examine_redis,
         "database": _examine_database,
         "storage": _examine_storage,
@@ -47,10 +42,6 @@ def examine(settings: Settings) -> Iterator[Finding]:
         "vision model": _examine_vision,
         "embedding model": _examine_embedder,
         "pauses": _examine_pauses,
-        "code server": _examine_code_server,
-        "daemon": _examine_daemon,
-        "sensors": _examine_sensors,
-        "webserver": _examine_webserver,
     }
     for name, check in checks.items():
         try:
@@ -62,11 +53,6 @@ def examine(settings: Settings) -> Iterator[Finding]:
 
 
 ADVICE = {
-    "home": "start the stack with `imagepipeline up`, or set IMAGEPIPELINE_HOME to the home of yours",
-    "code server": "start the stack with `imagepipeline up`, or look at logs/code-server.log",
-    "daemon": "start the stack with `imagepipeline up`, or look at logs/daemon.log",
-    "sensors": "look at Automation in the UI: start what was stopped, and see why a tick failed",
-    "webserver": "start the stack with `imagepipeline up`, or look at logs/webserver.log",
     "redis": "start the stack with `imagepipeline up`, or correct REDIS_URL",
     "database": "start the stack with `imagepipeline up`, or correct DATABASE_URL",
     "storage": "make IMAGEPIPELINE_STORAGE_ROOT a folder this user may write to",
@@ -78,60 +64,6 @@ ADVICE = {
     "embedding model": "correct OPENROUTER_BASE_URL, OPENROUTER_API_KEY or IMAGEPIPELINE_EMBEDDING_MODEL",
     "pauses": "start the stack with `imagepipeline up`",
 }
-
-
-def _examine_home(settings: Settings) -> Finding:
-    home = settings.home
-    home.mkdir(parents=True, exist_ok=True, mode=0o700)
-    state = home.stat()
-    if state.st_uid != os.getuid() and os.getuid() != 0:
-        return Finding("home", False, f"{home} belongs to another user", ADVICE["home"])
-    if not os.access(home, os.W_OK):
-        return Finding("home", False, f"{home} cannot be written to", ADVICE["home"])
-    if state.st_mode & 0o077:
-        return Finding("home", False, f"others may look into {home}", f"`chmod 700 {home}`: it holds sockets and data")
-    free_bytes = shutil.disk_usage(home).free
-    if free_bytes < MIN_FREE_BYTES:
-        return Finding("home", False, f"only {free_bytes / 1e9:.1f} GB are free there", "make room")
-    return Finding("home", True, f"{home} is ours alone; {free_bytes / 1e9:.0f} GB are free")
-
-
-def _examine_code_server(settings: Settings) -> Finding:
-    from imagepipeline.runtime import services
-
-    if not services.is_healthy(settings, "code-server"):
-        return Finding("code server", False, "it does not answer", ADVICE["code server"])
-    return Finding("code server", True, "it answers")
-
-
-def _examine_daemon(settings: Settings) -> Finding:
-    from imagepipeline.runtime import services
-
-    silent = services.ask_dagster(settings)["daemon"]
-    if silent:
-        return Finding("daemon", False, f"no sign of life of {', '.join(silent).lower()}", ADVICE["daemon"])
-    return Finding("daemon", True, "all its parts have given a sign of life of late")
-
-
-def _examine_sensors(settings: Settings) -> Finding:
-    from imagepipeline.runtime import services
-
-    problems = services.ask_dagster(settings)["sensors"]
-    if problems:
-        return Finding("sensors", False, "; ".join(problems), ADVICE["sensors"])
-    return Finding("sensors", True, "all are running")
-
-
-def _examine_webserver(settings: Settings) -> Finding:
-    from imagepipeline.runtime import services, supervisor
-
-    state = supervisor.find_running(settings)
-    if state is None and not settings.webserver_port:
-        return Finding("webserver", True, "no local stack runs here, and no port is set: it is not known where it is")
-    url = (state or {}).get("webserver_url") or services.build_webserver_url(settings)
-    if not services.answers_http(f"{url}/server_info"):
-        return Finding("webserver", False, f"{url} does not answer", ADVICE["webserver"])
-    return Finding("webserver", True, f"{url} answers")
 
 
 def _examine_redis(settings: Settings) -> Finding:

@@ -4,7 +4,6 @@ Each has its own copy of `dagster.yaml` and `workspace.yaml`, written from the s
 starts, so that there is nothing to mount and nothing to keep in step.
 """
 
-import json
 import os
 import socket
 import stat
@@ -31,7 +30,6 @@ from imagepipeline.stores.catalogue import Catalogue
 SHARED_MODULES = ("dagster._cli", "dagster._daemon.cli", "dagster_webserver.app", "dagster_webserver.cli")
 NAMES = ("code-server", "daemon", "webserver")
 DEFAULT_WEBSERVER_PORT = 3000
-GRPC_SECONDS = 5
 MIGRATION_COMMAND = [sys.executable, "-m", "imagepipeline.runtime.migration"]
 
 
@@ -113,39 +111,11 @@ def migrate(settings: Settings, is_taken_over: bool = False) -> None:
 def is_healthy(settings: Settings, name: str) -> bool:
     """Whether a service answers; of the daemon, whether all its parts have given a sign of life of late."""
     if name == "code-server":
-        return answers_grpc(settings.code_address)
+        return answers_socket(settings.code_address)
     if name == "webserver":
         return answers_http(build_webserver_url(settings) + "/server_info")
     command = [sys.executable, "-m", "dagster._daemon", "liveness-check"]
     return subprocess.run(command, env=prepare(settings), capture_output=True, check=False).returncode == 0
-
-
-def ask_dagster(settings: Settings) -> dict[str, list[str]]:
-    """What is wrong with the `daemon` (its silent parts) and the `sensors` (a sentence each).
-
-    Raises:
-        StackError: Dagster's database does not answer.
-    """
-    command = [sys.executable, "-m", "imagepipeline.runtime.health"]
-    result = subprocess.run(command, env=prepare(settings), capture_output=True, text=True, check=False)
-    if result.returncode != 0:
-        raise StackError("Dagster's database does not answer, or has no tables yet")
-    problems: dict[str, list[str]] = json.loads(result.stdout.splitlines()[-1])
-    return problems
-
-
-def answers_grpc(path: Path) -> bool:
-    """Whether Dagster's code server serves there: one that is frozen still lets others connect."""
-    import grpc
-    from grpc_health.v1 import health_pb2, health_pb2_grpc
-
-    with grpc.insecure_channel(f"unix:{_quote_for_grpc(path)}") as channel:
-        try:
-            question = health_pb2.HealthCheckRequest(service="DagsterApi")
-            answer = health_pb2_grpc.HealthStub(channel).Check(question, timeout=GRPC_SECONDS)
-        except grpc.RpcError:
-            return False
-    return bool(answer.status == health_pb2.HealthCheckResponse.SERVING)
 
 
 def answers_socket(path: Path) -> bool:
