@@ -105,7 +105,8 @@ class PaidCalls:
             return self._ask(claim, stage, recipe, call, waited_seconds)
         except ForbiddenError as error:
             if claim and self._ledger.is_answered_for_others(claim.image_id, stage, error.reason):
-                raise RefusedError(f"{error}; but others are answered, so it is this picture that is refused") from None
+                answer = str(error).partition(":")[0]
+                raise RefusedError(f"{answer} for this picture, and answers for others: it is refused") from None
             self._pause(error, claim, stage)
             raise
         except PausedError as error:

@@ -226,7 +226,7 @@ def test_a_picture_that_is_forbidden_when_others_are_answered_is_refused(make, l
         make(fail(forbidden))
     clock.now += timedelta(seconds=61)
     make(lambda: Answer(None), image_id="b")
-    with pytest.raises(RefusedError, match="it is this picture that is refused"):
+    with pytest.raises(RefusedError, match="answered 403 for this picture, and answers for others"):
         make(fail(forbidden))
     assert ledger.list_pauses() == []
 
