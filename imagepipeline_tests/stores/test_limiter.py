@@ -8,7 +8,7 @@ import pytest
 import redis
 
 from imagepipeline.errors import PostponedError, SettingsError
-from imagepipeline.stores.limiter import CallLimit, CallLimiter, parse_limits
+from imagepipeline.stores.limiter import CallLimit, CallLimiter, Permits, parse_limits
 
 CALLER = """
 import sys
@@ -117,3 +117,24 @@ def test_three_processes_together_never_exceed_the_limit(redis_url, queue):
     client.close()
     assert len(times_ms) == 36
     assert all(later - earlier >= 1000 for earlier, later in zip(times_ms, times_ms[8:], strict=False))
+
+
+def test_a_full_redis_permits_no_call_and_says_why(limiter, queue):
+    queue.redis.config_set("maxmemory", 1)
+    try:
+        with pytest.raises(PostponedError, match="Redis is full"):
+            limiter.acquire("metadata", 0)
+    finally:
+        queue.redis.config_set("maxmemory", 0)
+
+
+def test_what_is_left_can_be_looked_at_without_taking_any(limiter):
+    limiter.set_limits("metadata=2/hour,5/day,100/minute")
+    assert limiter.look("metadata") == Permits(2, 0, False)
+    limiter.acquire("metadata", 0)
+    assert limiter.look("metadata").left == 1
+    assert limiter.look("embedding", 180) == Permits(4, 0, True)
+    limiter.acquire("metadata", 0)
+    assert 3500 < limiter.look("metadata").wait_seconds <= 3600
+    limiter.set_limits("100/minute")
+    assert limiter.look("metadata", 180) == Permits(None, 0, False)
