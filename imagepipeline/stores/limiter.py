@@ -168,9 +168,6 @@ class CallLimiter:
 def _answering() -> Iterator[None]:
     try:
         yield
-    except redis.exceptions.OutOfMemoryError:
-        problem = "Redis is full, so paid calls cannot be counted: make room, or raise its maxmemory"
-        raise PostponedError(problem) from None
     except redis.RedisError as error:
         problem = f"Redis, which counts the paid calls, does not answer ({type(error).__name__})"
         raise PostponedError(problem) from None
