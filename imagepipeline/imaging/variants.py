@@ -42,11 +42,11 @@ class Renderer:
 
     def begin(self, session: Session[Decoded]) -> None:
         """Has the sandbox render what `render` will be asked for, while the run does something else."""
-        session.begin(_render_and_inspect, self.specs, self._has_rights)
+        session.begin(render_and_inspect, self.specs, self._has_rights)
 
     def render(self, session: Session[Decoded]) -> tuple[list[Variant], Usage]:
         """The variants, and what they took; raises what `Session.call` and `render` raise."""
-        (variants, inspections), usage = session.call(_render_and_inspect, self.specs, self._has_rights)
+        (variants, inspections), usage = session.call(render_and_inspect, self.specs, self._has_rights)
         contents = [variant.content for variant in variants]
         self._inspections = dict(zip(contents, inspections, strict=True))
         return variants, usage
@@ -95,7 +95,7 @@ def render(decoded: Decoded, specs: Iterable[VariantSpec], has_rights: bool = Fa
     return variants
 
 
-def _render_and_inspect(
+def render_and_inspect(
     decoded: Decoded, specs: Iterable[VariantSpec], has_rights: bool
 ) -> tuple[list[Variant], list[Inspection]]:
     variants = render(decoded, specs, has_rights)
