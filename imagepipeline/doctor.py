@@ -37,6 +37,7 @@ def examine(settings: Settings) -> Iterator[Finding]:
         "index": _examine_index,
         "clock": _examine_clock,
         "limits": _examine_limits,
+        "sandbox": _examine_sandbox,
         "vision model": _examine_vision,
         "embedding model": _examine_embedder,
         "pauses": _examine_pauses,
@@ -57,6 +58,7 @@ ADVICE = {
     "index": "mend or restore the folder `lancedb` in IMAGEPIPELINE_HOME, or materialize `embedding` again",
     "clock": "start Redis first",
     "limits": "look at `ulimit -a`",
+    "sandbox": "reinstall the package; look whether memory is short",
     "vision model": "correct OPENAI_BASE_URL, OPENAI_API_KEY or IMAGEPIPELINE_VISION_MODEL",
     "embedding model": "correct OPENROUTER_BASE_URL, OPENROUTER_API_KEY or IMAGEPIPELINE_EMBEDDING_MODEL",
     "pauses": "start the stack with `imagepipeline up`",
@@ -141,6 +143,25 @@ def _examine_limits(settings: Settings) -> Finding:
             "limits", False, f"the address space is limited to {address_space / 1e9:.1f} GB", "`ulimit -v unlimited`"
         )
     return Finding("limits", True, f"{open_files} files may be open, memory is not limited")
+
+
+def _examine_sandbox(settings: Settings) -> Finding:
+    from contextlib import closing
+
+    from imagepipeline.imaging.sandbox import Zygote
+
+    with closing(Zygote()) as zygote:
+        confinement = zygote.prepare()
+    sentence = f"of a process that decodes, {confinement.describe()}"
+    if not confinement.has_seccomp:
+        consequence = "images wait" if settings.require_confinement else "a decoder that is broken into gets all"
+        return Finding(
+            "sandbox",
+            False,
+            f"{sentence}: {consequence}",
+            "run on Linux, on x86_64 or aarch64, and where a container forbids seccomp, allow it: docs/security.md",
+        )
+    return Finding("sandbox", True, sentence)
 
 
 def _examine_vision(settings: Settings) -> Finding:

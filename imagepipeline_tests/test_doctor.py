@@ -37,6 +37,7 @@ def test_a_healthy_local_pipeline_is_well(environment):
         "index",
         "clock",
         "limits",
+        "sandbox",
         "vision model",
         "embedding model",
         "pauses",

@@ -15,7 +15,7 @@ from imagepipeline.models import build_variant_specs
 
 MAKERS: tuple[Callable[..., Any], ...] = (decode,)  # of what a child holds
 CALLS: tuple[Callable[..., Any], ...] = (prepare, render, render_and_inspect, inspect)  # on it, as first argument
-WARMED_FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "AVIF", "TIFF", "BMP")
+WARMED_FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "AVIF", "TIFF", "BMP", "MPO")  # MPO is a JPEG with a further picture
 
 
 def warm_up() -> None:
@@ -23,10 +23,11 @@ def warm_up() -> None:
     profile = ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes()
     exif = Image.Exif()
     exif[ExifTags.Base.Orientation] = 6
-    picture = Image.new("RGB", (64, 48), "#3060c0")
+    picture, other = (Image.new("RGB", (64, 48), color) for color in ("#3060c0", "#c06030"))
     for format_ in WARMED_FORMATS:
         buffer = io.BytesIO()
-        picture.save(buffer, format_, exif=exif, icc_profile=profile)
+        further = {"save_all": True, "append_images": [other]} if format_ == "MPO" else {}
+        picture.save(buffer, format_, exif=exif, icc_profile=profile, **further)
         decoded = decode(buffer.getvalue())
         prepare(decoded)
         render_and_inspect(decoded, build_variant_specs(), has_rights=True)

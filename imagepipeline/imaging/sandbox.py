@@ -149,7 +149,9 @@ class Zygote:
         command = [sys.executable, "-I", "-m", "imagepipeline.imaging.zygote", self._operations]
         silent = subprocess.DEVNULL
         with theirs:
-            self._process = subprocess.Popen(command, stdin=theirs, stdout=silent, stderr=silent, env={}, cwd="/")
+            self._process = subprocess.Popen(
+                command, stdin=theirs.fileno(), stdout=silent, stderr=silent, env={}, cwd="/"
+            )
         self._starter = os.getpid()
         ours.settimeout(START_SECONDS)
         try:
