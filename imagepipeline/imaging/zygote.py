@@ -55,8 +55,8 @@ def main() -> None:
     control = socket.socket(fileno=os.dup(0))
     try:
         module = importlib.import_module(sys.argv[1])
-        module.warm_up()
         operations = Operations.of(module.MAKERS, module.CALLS)
+        module.warm_up()
         if _count_threads() > 1:
             raise RuntimeError("the warm-up left a thread, beside which nothing can be forked")
     except Exception as error:
