@@ -59,7 +59,9 @@ def build_recipes(settings: Settings) -> dict[str, Recipe]:
 def build_resources(settings: Settings) -> dict[str, dg.ResourceDefinition]:
     """What assets and sensors are given; each connects when it is first used."""
     files = open_storage(settings.storage)
-    sandbox = Sandbox(settings.max_memory_bytes, settings.max_cpu_seconds)
+    sandbox = Sandbox(
+        settings.max_memory_bytes, settings.max_cpu_seconds, is_confinement_required=settings.require_confinement
+    )
     rules = Rules(
         max_bytes=settings.max_bytes,
         max_pixels=settings.max_pixels,

@@ -39,6 +39,7 @@ def examine(settings: Settings) -> Iterator[Finding]:
         "clock": _examine_clock,
         "limits": _examine_limits,
         "prices": _examine_prices,
+        "sandbox": _examine_sandbox,
         "vision model": _examine_vision,
         "embedding model": _examine_embedder,
         "pauses": _examine_pauses,
@@ -60,6 +61,7 @@ ADVICE = {
     "clock": "start Redis first",
     "limits": "look at `ulimit -a`",
     "prices": "correct IMAGEPIPELINE_PRICES",
+    "sandbox": "reinstall the package; look whether memory is short",
     "vision model": "correct OPENAI_BASE_URL, OPENAI_API_KEY or IMAGEPIPELINE_VISION_MODEL",
     "embedding model": "correct OPENROUTER_BASE_URL, OPENROUTER_API_KEY or IMAGEPIPELINE_EMBEDDING_MODEL",
     "pauses": "start the stack with `imagepipeline up`",
@@ -159,6 +161,25 @@ def _examine_prices(settings: Settings) -> Finding:
     if not (settings.daily_budget_usd or settings.monthly_budget_usd):
         return Finding("prices", True, "no budget is set")
     return Finding("prices", True, "the price of every model is known, so budgets hold")
+
+
+def _examine_sandbox(settings: Settings) -> Finding:
+    from contextlib import closing
+
+    from imagepipeline.imaging.sandbox import Zygote
+
+    with closing(Zygote()) as zygote:
+        confinement = zygote.prepare()
+    sentence = f"of a process that decodes, {confinement.describe()}"
+    if not confinement.has_seccomp:
+        consequence = "images wait" if settings.require_confinement else "a decoder that is broken into gets all"
+        return Finding(
+            "sandbox",
+            False,
+            f"{sentence}: {consequence}",
+            "run on Linux, on x86_64 or aarch64, and where a container forbids seccomp, allow it: docs/security.md",
+        )
+    return Finding("sandbox", True, sentence)
 
 
 def _examine_vision(settings: Settings) -> Finding:

@@ -12,6 +12,7 @@
     ├── PostponedError              nothing is wrong with the image; it waits, and no attempt is used
     │   ├── CatalogueDownError
     │   ├── ResidentDownError
+    │   ├── SandboxMissingError
     │   ├── PausedError             nor will any other image be worked on
     │   │   └── ForbiddenError      unless it is this image alone that is forbidden
     │   ├── StorageDownError
@@ -99,6 +100,10 @@ class ResidentDownError(PostponedError):
     """The process that keeps the index and the offline models does not answer; it is being started again."""
 
     wait_seconds = 5
+
+
+class SandboxMissingError(PostponedError):
+    """The kernel does not confine decoders here, and a setting forbids decoding without."""
 
 
 class PausedError(PostponedError):

@@ -257,6 +257,11 @@ class Settings(BaseModel):
     max_cpu_seconds: Positive = Field(
         20, alias="IMAGEPIPELINE_MAX_CPU_SECONDS", description="limit on decoding or encoding one image: CPU time"
     )
+    require_confinement: bool = Field(
+        False,
+        alias="IMAGEPIPELINE_REQUIRE_CONFINEMENT",
+        description="decodes nothing where the kernel does not filter a decoder's system calls; images wait",
+    )
     webserver_port: Port | None = Field(
         None,
         alias="IMAGEPIPELINE_WEBSERVER_PORT",

@@ -38,6 +38,7 @@ def test_a_healthy_local_pipeline_is_well(environment):
         "clock",
         "limits",
         "prices",
+        "sandbox",
         "vision model",
         "embedding model",
         "pauses",

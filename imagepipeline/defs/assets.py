@@ -133,7 +133,7 @@ def variants(
             return
         original = originals.load(claim)
         catalogue.save_original(claim, original.facts)
-        made, usage = renderer.render(original.session)
+        made, usage = renderer.render(original.session, (original.facts.width, original.facts.height))
         rendered = [(variant.spec.path_for(original.facts.path), variant) for variant in made]
         # Rows first: they refuse a path that is another image's before its file is overwritten.
         catalogue.save_variants(claim, rendered)

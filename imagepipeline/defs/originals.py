@@ -5,8 +5,9 @@ from dataclasses import dataclass
 
 from imagepipeline.errors import InvalidUploadError, MissingOriginalError, UnsafePathError
 from imagepipeline.imaging.decoding import Decoded, Rules, decode
-from imagepipeline.imaging.preparation import Prepared, prepare
+from imagepipeline.imaging.preparation import THUMBNAIL_PX, Prepared, prepare
 from imagepipeline.imaging.sandbox import Sandbox, Session, Usage
+from imagepipeline.imaging.verification import ImpossibleAnswerError, verify_prepared
 from imagepipeline.models import Claim, OriginalFacts, check_original_path
 from imagepipeline.storage import Storage
 
@@ -74,6 +75,9 @@ class Originals:
         session = self._sandbox.open(decode, content, self._rules)
         try:
             prepared, _ = session.call(prepare, self._preview_px)
+            verify_prepared(prepared, self._rules, max(self._preview_px, THUMBNAIL_PX))
+        except ImpossibleAnswerError as error:
+            session.distrust(str(error))
         except BaseException:
             session.close()
             raise

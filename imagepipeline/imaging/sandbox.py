@@ -1,57 +1,209 @@
-"""Sandbox: work on hostile bytes in a process of its own, so that no image can take its caller along."""
+"""Sandbox: work on hostile bytes in a process that can do nothing else, and whose answers are not trusted.
+
+The run asks a zygote (`imaging.zygote`), which it or the process it was forked from has started, for a child of its
+own, and speaks with that on a socket. Nothing but bytes crosses it (`wire`).
+"""
 
 import contextlib
-import ctypes
-import faulthandler
-import gc
-import multiprocessing
+import logging
 import os
-import pickle
-import resource
 import signal
-import time
-import warnings
+import socket
+import subprocess
+import sys
+import threading
 from collections.abc import Callable
-from dataclasses import dataclass
-from multiprocessing.connection import Connection
-from pathlib import Path
-from typing import Any, Concatenate, Generic, NoReturn, ParamSpec, Self, TypeVar
+from dataclasses import dataclass, field
+from typing import Annotated, Any, Concatenate, Generic, NoReturn, ParamSpec, Self, TypeVar
 
-from imagepipeline.errors import LimitError, SandboxLostError
+from pydantic import Field
 
-M_TRIM_THRESHOLD, M_TOP_PAD, M_MMAP_THRESHOLD = -1, -2, -3
+from imagepipeline.errors import (
+    EmptyOriginalError,
+    LimitError,
+    SandboxLostError,
+    SandboxMissingError,
+    TooLargeError,
+    TruncatedImageError,
+    UnreadableImageError,
+    UnsupportedFormatError,
+)
+from imagepipeline.imaging.confinement import Confinement
+from imagepipeline.wire import (
+    MalformedMessageError,
+    TimedStream,
+    clean,
+    read_message,
+    restore_error,
+    result_kind,
+    validate,
+    write_message,
+)
+
 P = ParamSpec("P")
 T = TypeVar("T")
 R = TypeVar("R")
+
+log = logging.getLogger(__name__)
+
+OPERATIONS = "imagepipeline.imaging.operations"
+START_SECONDS = 60  # for the zygote to be there: a busy machine imports slowly
+FORK_SECONDS = 20
+END_SECONDS = 5  # between the end of a child's connection and the news of its end
+MAX_ANSWER_BYTES = 256_000_000  # six variants of the largest originals take less
+# What a child may say of an image. Not of a claim, a pause or a store: the run acts on such errors.
+VERDICTS = (
+    EmptyOriginalError,
+    TooLargeError,
+    LimitError,
+    UnsupportedFormatError,
+    UnreadableImageError,
+    TruncatedImageError,
+)
 
 
 @dataclass(frozen=True)
 class Usage:
     """What a call took: CPU seconds, seconds by the clock, and the process's peak of resident bytes so far."""
 
-    cpu_seconds: float
-    wall_seconds: float
-    peak_bytes: int
+    cpu_seconds: Annotated[float, Field(ge=0, le=100_000)]
+    wall_seconds: Annotated[float, Field(ge=0, le=100_000)]
+    peak_bytes: Annotated[int, Field(ge=0, le=2**44)]
+
+
+class Zygote:
+    """The process children are forked from: started when it is first needed, or before by `prepare`.
+
+    Processes that are forked from the one that prepared it share it. When the last of them has ended, it ends.
+
+    Args:
+        operations: the module that names what children can do.
+    """
+
+    def __init__(self, operations: str = OPERATIONS) -> None:
+        self._operations = operations
+        self._control: socket.socket | None = None
+        self._confinement = Confinement(False, 0)
+        self._process: subprocess.Popen[bytes] | None = None
+        self._starter = 0
+        self._lock = threading.Lock()
+
+    def prepare(self) -> Confinement:
+        """Starts it, unless it was started; what the kernel offers for its children.
+
+        Raises:
+            SandboxLostError: it could not be started.
+        """
+        with self._lock:
+            if self._control is None:
+                self._start()
+            return self._confinement
+
+    @property
+    def descriptor(self) -> int | None:
+        """What a forked process must keep open to share it; None where it was not started."""
+        return self._control.fileno() if self._control else None
+
+    def fork(self, memory_bytes: int, cpu_seconds: int) -> tuple[socket.socket, socket.socket, int]:
+        """A child: the socket to speak with it, the one that tells its end and ends it when closed, its number.
+
+        Raises:
+            SandboxLostError: there is none to be had.
+        """
+        from imagepipeline.imaging.zygote import PROCESS, REQUEST
+
+        request = REQUEST.pack(memory_bytes, cpu_seconds)
+        for _ in range(2):  # it may have died: then the next one is asked
+            self.prepare()
+            session, theirs = socket.socketpair()
+            life, watched = socket.socketpair()
+            with theirs, watched, contextlib.suppress(OSError, AttributeError):
+                socket.send_fds(self._control, [request], [theirs.fileno(), watched.fileno()])  # type: ignore[arg-type]
+                watched.close()  # or its end would never come
+                life.settimeout(FORK_SECONDS)
+                answer = life.recv(PROCESS.size)
+                if len(answer) == PROCESS.size:
+                    return session, life, PROCESS.unpack(answer)[0]
+            session.close()
+            life.close()
+            self.close()
+        raise SandboxLostError("the process that decodes and encodes images could not be forked: is memory short?")
+
+    def close(self) -> None:
+        """Lets go of it; if this process started it, it is ended, and so are its children."""
+        with self._lock:
+            if self._control is not None:
+                self._control.close()
+                self._control = None
+            if self._process is not None and self._starter == os.getpid():
+                self._process.kill()
+                self._process.wait()
+            self._process = None
+
+    def _start(self) -> None:
+        from imagepipeline.imaging.zygote import MAX_FAILURE_BYTES, READY
+
+        # Where the system has them, sockets that keep messages apart. Without: one is shorter than is ever split.
+        kind = socket.SOCK_SEQPACKET if sys.platform == "linux" else socket.SOCK_STREAM
+        ours, theirs = socket.socketpair(type=kind)
+        command = [sys.executable, "-I", "-m", "imagepipeline.imaging.zygote", self._operations]
+        silent = subprocess.DEVNULL
+        with theirs:
+            self._process = subprocess.Popen(
+                command, stdin=theirs.fileno(), stdout=silent, stderr=silent, env={}, cwd="/"
+            )
+        self._starter = os.getpid()
+        ours.settimeout(START_SECONDS)
+        try:
+            answer = ours.recv(MAX_FAILURE_BYTES)
+        except OSError as error:
+            answer = type(error).__name__.encode()
+        if len(answer) != READY.size:
+            ours.close()
+            self._process.kill()
+            self._process.wait()
+            reason = answer.decode(errors="replace") or "it ended without a word"
+            raise SandboxLostError(f"the process that decodes images could not be started: {reason}")
+        self._control, self._confinement = ours, Confinement(*READY.unpack(answer))
+        if not self._confinement.has_seccomp:
+            log.warning(
+                "The process that decodes images is not confined: %s. A decoder that an upload breaks into could do "
+                "what this user may. See docs/security.md.",
+                self._confinement.describe(),
+            )
+
+
+DECODERS = Zygote()
 
 
 @dataclass(frozen=True)
 class Sandbox:
-    """Limits under which a forked child makes a value and works on it.
+    """Limits under which a child makes a value and works on it.
 
-    Forked, because a new Python with Pillow costs 0.2 CPU-seconds and a fork some milliseconds; and kept, because
-    moving decoded pixels between processes costs more than the fork (docs/decisions/0006-decoding-in-a-child.md).
-    It limits what the work may use, not what it may see. `cpu_seconds` is over the child's life, `wall_seconds` a call.
+    `cpu_seconds` is over the child's life, `wall_seconds` a call. `is_confinement_required`: where the kernel filters
+    no system calls, nothing is decoded. `zygote` is whose children are used.
     """
 
     memory_bytes: int = 2_000_000_000
     cpu_seconds: int = 20
     wall_seconds: float = 60
+    is_confinement_required: bool = False
+    zygote: Zygote = field(default=DECODERS, repr=False, compare=False)
 
     def open(self, make: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> "Session[T]":
-        """A session that holds `make(...)`, made and kept in the child; raises what `Session.call` raises."""
-        session: Session[T] = Session(self, lambda: make(*args, **kwargs))
+        """A session that holds `make(...)`, made and kept in the child; raises what `Session.call` raises.
+
+        Raises:
+            SandboxMissingError: confinement is required, and the kernel does not offer it.
+        """
+        if self.is_confinement_required and not self.zygote.prepare().has_seccomp:
+            raise SandboxMissingError(
+                "the kernel does not filter system calls here, and IMAGEPIPELINE_REQUIRE_CONFINEMENT forbids decoding "
+                "without: `imagepipeline doctor` says more"
+            )
+        session: Session[T] = Session(self)
         try:
-            session.usage = session.receive()[1]
+            session.usage = session.ask(make, args, None)[1]
         except BaseException:
             session.close()
             raise
@@ -59,83 +211,74 @@ class Sandbox:
 
 
 class Session(Generic[T]):
-    """A child process that holds a value; it ends with `close`, or when its parent does."""
+    """A child process that holds a value; it ends with `close`, or when the process that opened it does."""
 
     usage: Usage  # of making the value
+    process_id: int
 
-    def __init__(self, sandbox: Sandbox, make: Callable[[], T]) -> None:
+    def __init__(self, sandbox: Sandbox) -> None:
         self._sandbox = sandbox
-        self._connection, theirs = multiprocessing.Pipe()
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # of forking beside threads, and beside LanceDB: see _serve
-            self._child = os.fork()
-        if self._child == 0:
-            self._connection.close()
-            _serve(theirs, sandbox, make)
-        theirs.close()
-        self._status: int | None = None
+        self._connection, self._life, self.process_id = sandbox.zygote.fork(sandbox.memory_bytes, sandbox.cpu_seconds)
+        self._stream = TimedStream(self._connection, sandbox.wall_seconds)
         self._begun: tuple[Any, ...] | None = None
+        self._is_open = True
 
     def begin(self, function: Callable[Concatenate[T, P], Any], *args: P.args, **kwargs: P.kwargs) -> None:
         """Has the child work on a call that will be made later; what goes wrong is told then."""
         if self._begun is None:
             with contextlib.suppress(OSError):
-                self._connection.send((function, args, kwargs))
-                self._begun = (function, args, kwargs)
+                self._send(function, args)
+                self._begun = (function, args)
 
     def call(self, function: Callable[Concatenate[T, P], R], *args: P.args, **kwargs: P.kwargs) -> tuple[R, Usage]:
-        """What the function gives of the held value, and what it took. Function, arguments and value are pickled.
+        """What the function gives of the held value, and what it took.
 
-        If the same call was begun before, that is the one whose answer is given.
+        The function is one of the zygote's operations; its annotations say what crosses the border. Arguments are
+        given by position. If the same call was begun before, that is the one whose answer is given.
 
         Raises:
             LimitError: it needed more memory or CPU time than allowed.
             SandboxLostError: it crashed, or took too long by the clock: on a busy machine that may go well next time.
-            BaseException: whatever the function raised.
+            UnreadableImageError: the answer cannot be true, so that the image is not to be trusted.
+            PermanentError: the verdict on the image.
+            RuntimeError: whatever else the function raised.
         """
-        begun, self._begun = self._begun, None
-        if begun == (function, args, kwargs):
-            return self.receive()
-        if begun is not None:
-            with contextlib.suppress(Exception):  # of a call that nobody made after all
-                self.receive()
-        try:
-            self._connection.send((function, args, kwargs))
-        except OSError:
-            self._explain_end()
-        return self.receive()
+        return self.ask(function, args, result_kind(function))
 
-    def receive(self) -> tuple[Any, Usage]:
-        """The child's answer."""
-        sandbox = self._sandbox
-        if not self._connection.poll(sandbox.wall_seconds):
-            self.close()
-            raise SandboxLostError(f"decoding or encoding took longer than {sandbox.wall_seconds:g} s")
-        try:
-            value, error, usage = self._connection.recv()
-        except (EOFError, ConnectionResetError):
-            self._explain_end()
-        if isinstance(error, MemoryError):
-            raise LimitError(
-                f"decoding or encoding took more than {sandbox.memory_bytes / 1e6:,.0f} MB of memory "
-                "(IMAGEPIPELINE_MAX_MEMORY_BYTES)"
-            )
-        if error is not None:
-            raise error
-        return value, usage
+    def ask(self, function: Callable[..., Any], args: tuple[Any, ...], kind: Any) -> tuple[Any, Usage]:
+        """As `call`, for an answer of that type."""
+        begun, self._begun = self._begun, None
+        if begun is not None and begun != (function, args):
+            with contextlib.suppress(Exception):  # of a call that nobody made after all
+                self._receive(result_kind(begun[0]))
+        if begun != (function, args):
+            try:
+                self._send(function, args)
+            except TimeoutError:
+                self._give_up()
+            except OSError:
+                self._explain_end()
+        return self._receive(kind)
 
     @property
     def is_open(self) -> bool:
         """Whether the child is there, as far as is known."""
-        return self._status is None
+        return self._is_open
+
+    def distrust(self, what: str) -> NoReturn:
+        """Ends the child after an answer that cannot be true.
+
+        Raises:
+            UnreadableImageError: always; it says what was wrong.
+        """
+        self.close()
+        raise UnreadableImageError(f"decoding the image gave an answer that cannot be true, so it is refused: {what}")
 
     def close(self) -> None:
         """Ends the child; safe to call twice."""
-        if self._status is None:
-            with contextlib.suppress(ProcessLookupError):
-                os.kill(self._child, signal.SIGKILL)
-            self._status = os.waitpid(self._child, 0)[1]
-            self._connection.close()
+        self._is_open = False
+        self._connection.close()
+        self._life.close()  # the zygote kills the child when it sees that
 
     def __enter__(self) -> Self:
         return self
@@ -143,70 +286,55 @@ class Session(Generic[T]):
     def __exit__(self, *_: object) -> None:
         self.close()
 
+    def _send(self, function: Callable[..., Any], args: tuple[Any, ...]) -> None:
+        if not self._is_open:
+            raise SandboxLostError("the process that decoded the image has ended")
+        self._stream.allow(self._sandbox.wall_seconds)
+        write_message(self._stream, [function.__name__, args])
+
+    def _receive(self, kind: Any) -> tuple[Any, Usage]:
+        self._stream.allow(self._sandbox.wall_seconds)
+        try:
+            answer = clean(read_message(self._stream, MAX_ANSWER_BYTES))
+            parts = validate(dict[str, Any], answer)
+            usage = validate(Usage, parts.pop("usage", None))
+            if parts.keys() == {"value"}:
+                return validate(kind, parts["value"]), usage
+            error = restore_error(parts, (*VERDICTS, MemoryError))
+        except TimeoutError:
+            self._give_up()
+        except (EOFError, OSError):
+            self._explain_end()
+        except MalformedMessageError as problem:
+            self.distrust(str(problem))
+        if isinstance(error, MemoryError):
+            raise LimitError(
+                f"decoding or encoding took more than {self._sandbox.memory_bytes / 1e6:,.0f} MB of memory "
+                "(IMAGEPIPELINE_MAX_MEMORY_BYTES)"
+            )
+        raise error
+
+    def _give_up(self) -> NoReturn:
+        self.close()
+        raise SandboxLostError(f"decoding or encoding took longer than {self._sandbox.wall_seconds:g} s")
+
     def _explain_end(self) -> NoReturn:
-        if self._status is None:  # wait, not kill: the signal it died of is the news
-            self._status = os.waitpid(self._child, 0)[1]
-            self._connection.close()
-        number = os.WTERMSIG(self._status) if os.WIFSIGNALED(self._status) else 0
+        """The zygote knows how a child ended."""
+        from imagepipeline.imaging.zygote import FAILED_TO_CONFINE, STATUS
+
+        answer = b""
+        with contextlib.suppress(OSError):
+            self._life.settimeout(END_SECONDS)
+            answer = self._life.recv(STATUS.size)
+        self.close()
+        if len(answer) != STATUS.size:
+            raise SandboxLostError("the process that decodes and encodes the image is gone, and nobody saw its end")
+        (status,) = STATUS.unpack(answer)
+        number = os.WTERMSIG(status) if os.WIFSIGNALED(status) else 0
         if number == signal.SIGXCPU:
             limit = f"{self._sandbox.cpu_seconds} s of CPU time (IMAGEPIPELINE_MAX_CPU_SECONDS)"
             raise LimitError(f"decoding or encoding took more than {limit}")
-        name = signal.Signals(number).name if number else f"exit code {os.waitstatus_to_exitcode(self._status)}"
+        if not number and os.waitstatus_to_exitcode(status) == FAILED_TO_CONFINE:
+            raise SandboxLostError("the kernel refused to confine the process that decodes the image")
+        name = signal.Signals(number).name if number else f"exit code {os.waitstatus_to_exitcode(status)}"
         raise SandboxLostError(f"the process that decodes and encodes the image died ({name}): is the file damaged?")
-
-
-def _serve(connection: Connection, sandbox: Sandbox, make: Callable[[], Any]) -> NoReturn:
-    """The child: it computes, answers and ends, and so meets no lock another thread held when it was forked."""
-    try:
-        for number in (signal.SIGTERM, signal.SIGINT, signal.SIGXCPU):
-            signal.signal(number, signal.SIG_DFL)
-        faulthandler.disable()  # a decoder's crash is the parent's to tell
-        gc.disable()  # a collection would touch, and so copy, the parent's memory
-        silence = os.open(os.devnull, os.O_WRONLY)  # codecs write what an uploader made them write
-        os.dup2(silence, 1)
-        os.dup2(silence, 2)
-        _limit(sandbox)
-        _keep_freed_memory()
-        held: list[Any] = []
-        _answer(connection, lambda: held.append(make()))
-        while held:
-            function, args, kwargs = connection.recv()  # EOFError when the parent has gone
-            _answer(connection, lambda: function(held[0], *args, **kwargs))  # noqa: B023  (called at once)
-    finally:
-        os._exit(0)
-
-
-def _answer(connection: Connection, function: Callable[[], Any]) -> None:
-    started, before = time.monotonic(), resource.getrusage(resource.RUSAGE_SELF)
-    value, failure = None, None
-    try:
-        value = function()
-    except BaseException as error:
-        failure = error
-        failure.__context__ = failure.__cause__ = failure.__traceback__ = None
-    after = resource.getrusage(resource.RUSAGE_SELF)
-    cpu_seconds = after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
-    # Linux counts the peak in kB and macOS in bytes (getrusage(2)).
-    usage = Usage(cpu_seconds, time.monotonic() - started, after.ru_maxrss * (1024 if Path("/proc").exists() else 1))
-    try:
-        connection.send((value, failure, usage))
-    except (pickle.PicklingError, TypeError, AttributeError) as error:
-        connection.send((None, RuntimeError(f"{failure or value!r:.100} could not be sent: {error}"), usage))
-
-
-def _keep_freed_memory() -> None:
-    """Has malloc reuse the memory of pictures instead of giving it back: half the time in the kernel, 80 ms a photo."""
-    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)  # glibc only; mallopt(3), malloc.h for the numbers
-    if mallopt is not None:
-        for option, value in ((M_TRIM_THRESHOLD, 2**31 - 1), (M_TOP_PAD, 2**24), (M_MMAP_THRESHOLD, 2**30)):
-            mallopt(option, value)
-
-
-def _limit(sandbox: Sandbox) -> None:
-    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
-    resource.setrlimit(resource.RLIMIT_CPU, (sandbox.cpu_seconds, sandbox.cpu_seconds + 5))
-    statistics = Path("/proc/self/statm")
-    if statistics.exists():  # elsewhere (macOS) the kernel does not enforce a limit on memory
-        mapped_bytes = int(statistics.read_text().split()[0]) * resource.getpagesize()
-        limit = mapped_bytes + sandbox.memory_bytes
-        resource.setrlimit(resource.RLIMIT_AS, (limit, limit))

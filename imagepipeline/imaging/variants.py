@@ -10,6 +10,7 @@ from imagepipeline.errors import LimitError
 from imagepipeline.imaging.decoding import Decoded
 from imagepipeline.imaging.inspection import Inspection, inspect
 from imagepipeline.imaging.sandbox import Session, Usage
+from imagepipeline.imaging.verification import ImpossibleAnswerError, verify_inspections, verify_variants
 from imagepipeline.models import Recipe, Variant, VariantSpec
 
 # The measured frontier of quality, bytes and CPU time: docs/decisions/0003-encoder-settings.md.
@@ -42,11 +43,21 @@ class Renderer:
 
     def begin(self, session: Session[Decoded]) -> None:
         """Has the sandbox render what `render` will be asked for, while the run does something else."""
-        session.begin(_render_and_inspect, self.specs, self._has_rights)
+        session.begin(render_and_inspect, self.specs, self._has_rights)
 
-    def render(self, session: Session[Decoded]) -> tuple[list[Variant], Usage]:
-        """The variants, and what they took; raises what `Session.call` and `render` raise."""
-        (variants, inspections), usage = session.call(_render_and_inspect, self.specs, self._has_rights)
+    def render(self, session: Session[Decoded], size: tuple[int, int]) -> tuple[list[Variant], Usage]:
+        """The variants of an original of that size in pixels, and what they took.
+
+        Raises:
+            UnreadableImageError: what came is not what was asked for.
+            ImagePipelineError: what `Session.call` and `render` raise.
+        """
+        (variants, inspections), usage = session.call(render_and_inspect, self.specs, self._has_rights)
+        try:
+            verify_variants(variants, self.specs, size)
+            verify_inspections(inspections, len(variants))
+        except ImpossibleAnswerError as error:
+            session.distrust(str(error))
         contents = [variant.content for variant in variants]
         self._inspections = dict(zip(contents, inspections, strict=True))
         return variants, usage
@@ -57,7 +68,12 @@ class Renderer:
         Those that are, byte for byte, what was rendered need no second look.
         """
         if not all(content in self._inspections for content in contents):
-            return session.call(inspect, contents)[0]
+            inspections, _ = session.call(inspect, contents)
+            try:
+                verify_inspections(inspections, len(contents))
+            except ImpossibleAnswerError as error:
+                session.distrust(str(error))
+            return inspections
         return [self._inspections[content] for content in contents]
 
 
@@ -95,9 +111,10 @@ def render(decoded: Decoded, specs: Iterable[VariantSpec], has_rights: bool = Fa
     return variants
 
 
-def _render_and_inspect(
+def render_and_inspect(
     decoded: Decoded, specs: Iterable[VariantSpec], has_rights: bool
 ) -> tuple[list[Variant], list[Inspection]]:
+    """The variants, and what each of them is; raises what `render` raises."""
     variants = render(decoded, specs, has_rights)
     return variants, inspect(decoded, [variant.content for variant in variants])
 

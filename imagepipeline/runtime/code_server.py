@@ -25,6 +25,7 @@ from multiprocessing.context import BaseContext
 from pathlib import Path
 from typing import Any, NoReturn
 
+from imagepipeline.imaging.sandbox import DECODERS
 from imagepipeline.resident import serve
 from imagepipeline.runtime.migration import bind_catalogue
 from imagepipeline.runtime.processes import rename
@@ -157,8 +158,9 @@ def _fork_server(path: bytes, arguments: Sequence[str], kept: Sequence[int]) -> 
         try:
             # The one it is starting us with is held.
             vars(forkserver._forkserver)["_lock"] = threading.Lock()
+            shared = {*kept, DECODERS.descriptor}
             for descriptor in map(int, os.listdir("/proc/self/fd")):
-                if descriptor > 2 and descriptor not in kept:
+                if descriptor > 2 and descriptor not in shared:
                     with suppress(OSError):  # that of the listing itself
                         os.close(descriptor)
             rename(NAME)

@@ -1,6 +1,7 @@
 """What every run needs, imported and built once by the code server, from which the process is forked that runs are.
 
-Children get a copy of all there is, so there must be no thread, connection, model or open file here. pyarrow,
+Children get a copy of all there is, so there must be no thread, connection, model or open file here; but for the
+socket on which they ask one zygote for children that decode. pyarrow,
 LanceDB and onnxruntime start threads when they are imported, and are left to `imagepipeline.resident`.
 """
 
@@ -10,6 +11,7 @@ import os
 from pathlib import Path
 
 import imagepipeline.definitions
+from imagepipeline.imaging.sandbox import DECODERS
 from imagepipeline.runtime.rehearsal import rehearse
 
 # What a run imports late, and the rehearsal does not; a test compares it with a run.
@@ -31,6 +33,7 @@ for module in MODULES:
 made = imagepipeline.definitions.defs()
 made.get_repository_def().load_all_definitions()
 vars(imagepipeline.definitions)["defs"] = made
+DECODERS.prepare()
 rehearse()
 
 PRELOADED_BY = os.getpid()

@@ -2,177 +2,258 @@
 
 import os
 import signal
+import subprocess
+import sys
 import threading
 import time
+from contextlib import closing, contextmanager
 from pathlib import Path
 
-import numpy as np
 import pytest
 
 from imagepipeline.errors import LimitError, SandboxLostError, UnreadableImageError
-from imagepipeline.imaging.sandbox import Sandbox
+from imagepipeline.imaging.sandbox import Sandbox, Zygote
+from imagepipeline_tests.imaging import sandbox_operations as ops
+from imagepipeline_tests.imaging.odd_files import cases
+
+OPERATIONS = "imagepipeline_tests.imaging.sandbox_operations"
+SECONDS = 10
 
 
-def identity(value):
-    return value
+@pytest.fixture(scope="module")
+def zygote():
+    with closing(Zygote(OPERATIONS)) as zygote:
+        yield zygote
 
 
-def children():
-    return Path(f"/proc/self/task/{os.getpid()}/children").read_text().split()
+def has_ended(process):
+    try:
+        return Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()[0] == "Z"
+    except (FileNotFoundError, ProcessLookupError):
+        return True
 
 
-class Holder:
-    """Holds functions for the child to call; only the name of the call is sent."""
-
-    def __init__(self, function):
-        self.function = function
-
-
-def run(holder, *args):
-    return holder.function(*args)
+def assert_ends(process):
+    deadline = time.monotonic() + SECONDS
+    while not has_ended(process):
+        assert time.monotonic() < deadline, f"process {process} goes on"
+        time.sleep(0.01)
 
 
-def in_sandbox(function, *args, sandbox=Sandbox()):  # noqa: B008
-    with sandbox.open(Holder, function) as session:
-        return session.call(run, *args)
+def children_of(process):
+    return [int(child) for child in Path(f"/proc/{process}/task/{process}/children").read_text().split()]
 
 
-def test_a_value_is_made_and_worked_on_in_one_other_process():
-    with Sandbox().open(lambda: [os.getpid()]) as session:
-        (process,), usage = session.call(identity)
-        assert session.call(list.__len__)[0] == 1
-        assert session.call(list.__getitem__, 0)[0] == process != os.getpid()
+def open_session(zygote, numbers=(), **limits):
+    return Sandbox(zygote=zygote, **limits).open(ops.make_list, list(numbers))
+
+
+def do(zygote, function, *args, **limits):
+    with open_session(zygote, **limits) as session:
+        return session.call(function, *args)
+
+
+def test_a_value_is_made_and_worked_on_in_one_other_process(zygote):
+    with open_session(zygote, [5, 6]) as session:
+        session.call(ops.append, 7)
+        value, usage = session.call(ops.identity)
+    assert value == [5, 6, 7]
+    assert session.process_id != os.getpid()
     assert 0 <= usage.cpu_seconds <= usage.wall_seconds + 0.1
     assert 5_000_000 < usage.peak_bytes < 2_000_000_000
 
 
-def test_a_call_that_was_begun_is_answered_when_it_is_made():
-    with Sandbox().open(lambda: []) as session:
-        session.begin(list.append, 1)
-        session.begin(list.append, 2)  # one at a time: the first stays the one begun
-        assert session.call(list.append, 1)[0] is None
-        assert session.call(identity)[0] == [1]
-        session.begin(list.append, 3)
-        assert session.call(list.__len__)[0] == 2  # another call: that of the one begun is dropped
-        assert session.call(identity)[0] == [1, 3]
+def test_bytes_cross_as_they_are(zygote):
+    content = os.urandom(3_000_000)
+    assert do(zygote, ops.echo, content)[0] == content
+    assert do(zygote, ops.echo, b"")[0] == b""
 
 
-def test_what_went_wrong_in_a_call_that_was_begun_is_told_when_it_is_made():
-    with Sandbox().open(lambda: [1]) as session:
-        session.begin(list.__getitem__, 5)
-        with pytest.raises(IndexError):
-            session.call(list.__getitem__, 5)
-        session.begin(list.__getitem__, 7)
-        assert session.call(identity)[0] == [1]
-    with Sandbox().open(Holder, os.getpid) as session:
-        os.kill(session.call(run)[0], signal.SIGKILL)
-        time.sleep(0.1)
-        session.begin(run)
+def test_a_call_that_was_begun_is_answered_when_it_is_made(zygote):
+    with open_session(zygote) as session:
+        session.begin(ops.append, 1)
+        session.begin(ops.append, 2)  # one at a time: the first stays the one begun
+        assert session.call(ops.append, 1)[0] is None
+        assert session.call(ops.identity)[0] == [1]
+        session.begin(ops.append, 3)
+        assert session.call(ops.get, 0)[0] == 1  # another call: that of the one begun is dropped
+        assert session.call(ops.identity)[0] == [1, 3]
+
+
+def test_what_went_wrong_in_a_call_that_was_begun_is_told_when_it_is_made(zygote):
+    with open_session(zygote, [1]) as session:
+        session.begin(ops.get, 5)
+        with pytest.raises(RuntimeError, match="IndexError"):
+            session.call(ops.get, 5)
+        session.begin(ops.get, 7)
+        assert session.call(ops.identity)[0] == [1]
+        os.kill(session.process_id, signal.SIGKILL)
+        assert_ends(session.process_id)
+        session.begin(ops.identity)
         with pytest.raises(SandboxLostError):
-            session.call(run)
+            session.call(ops.identity)
 
 
-def test_an_exception_comes_back_as_it_was_and_the_session_goes_on():
-    with Sandbox().open(lambda: [1]) as session:
-        with pytest.raises(IndexError):
-            session.call(list.__getitem__, 5)
-        assert session.call(list.__getitem__, 0)[0] == 1
+def test_another_error_names_itself_and_the_session_goes_on(zygote):
+    with open_session(zygote, [1]) as session:
+        with pytest.raises(RuntimeError, match="IndexError: list index out of range"):
+            session.call(ops.get, 5)
+        assert session.call(ops.get, 0)[0] == 1
 
 
-def test_a_value_that_cannot_be_made_leaves_nothing_behind():
-    def fail():
-        raise UnreadableImageError("no")
-
-    before = children()
+def test_a_value_that_cannot_be_made_leaves_nothing_behind(zygote):
+    before = len(os.listdir("/proc/self/fd"))
     with pytest.raises(UnreadableImageError, match="no"):
-        Sandbox().open(fail)
-    assert children() == before
+        Sandbox(zygote=zygote).open(ops.fail, "no")
+    assert len(os.listdir("/proc/self/fd")) == before
 
 
-def test_too_much_memory_is_a_limit_and_names_its_setting():
-    sandbox = Sandbox(memory_bytes=200_000_000)
-    assert in_sandbox(lambda: np.ones(10_000_000, dtype=np.uint8).sum(), sandbox=sandbox)[0] == 10_000_000
+def test_too_much_memory_is_a_limit_and_names_its_setting(zygote):
+    assert do(zygote, ops.allocate, 10_000_000, memory_bytes=200_000_000)[0] == 10_000_000
     with pytest.raises(LimitError, match=r"200 MB.*IMAGEPIPELINE_MAX_MEMORY_BYTES"):
-        in_sandbox(lambda: np.ones(300_000_000, dtype=np.uint8).sum(), sandbox=sandbox)
+        do(zygote, ops.allocate, 300_000_000, memory_bytes=200_000_000)
 
 
-def test_too_much_cpu_time_is_a_limit_and_names_its_setting():
-    def spin():
-        while True:
-            pass
-
+def test_too_much_cpu_time_is_a_limit_and_names_its_setting(zygote):
     with pytest.raises(LimitError, match=r"1 s of CPU time.*IMAGEPIPELINE_MAX_CPU_SECONDS"):
-        in_sandbox(spin, sandbox=Sandbox(cpu_seconds=1))
+        do(zygote, ops.spin, cpu_seconds=1)
 
 
-def test_too_long_by_the_clock_may_go_well_next_time():
-    with Sandbox(wall_seconds=0.2).open(Holder, time.sleep) as session:
+def test_too_long_by_the_clock_may_go_well_next_time(zygote):
+    with open_session(zygote, wall_seconds=0.2) as session:
         with pytest.raises(SandboxLostError, match=r"longer than 0\.2 s"):
-            session.call(run, 60)
+            session.call(ops.sleep, 60.0)
         assert not session.is_open
+        assert_ends(session.process_id)
 
 
 @pytest.mark.parametrize("number", [signal.SIGSEGV, signal.SIGKILL, signal.SIGTERM, signal.SIGABRT])
-def test_a_crash_is_told_by_the_name_of_its_signal(number):
-    with Sandbox().open(Holder, lambda: os.kill(os.getpid(), number)) as session:
+def test_a_crash_is_told_by_the_name_of_its_signal(zygote, number):
+    with open_session(zygote) as session:
         with pytest.raises(SandboxLostError, match=number.name):
-            session.call(run)
+            session.call(ops.die, int(number))
         assert not session.is_open
 
 
-def test_a_crash_between_two_calls_is_told_by_the_second():
-    with Sandbox().open(os.getpid) as session:
-        os.kill(session.call(identity)[0], signal.SIGKILL)
-        time.sleep(0.05)
+def test_a_crash_between_two_calls_is_told_by_the_second(zygote):
+    with open_session(zygote) as session:
+        os.kill(session.process_id, signal.SIGKILL)
+        assert_ends(session.process_id)
         with pytest.raises(SandboxLostError, match="SIGKILL"):
-            session.call(identity)
+            session.call(ops.identity)
 
 
-def test_an_exit_is_a_crash_too():
+def test_an_exit_is_a_crash_too(zygote):
     with pytest.raises(SandboxLostError, match="exit code 3"):
-        in_sandbox(os._exit, 3)
+        do(zygote, ops.leave, 3)
 
 
-def test_a_value_that_cannot_be_sent_is_an_error():
+def test_a_value_that_cannot_be_sent_is_an_error(zygote):
     with pytest.raises(RuntimeError, match="could not be sent"):
-        in_sandbox(threading.Lock)
+        do(zygote, ops.give_lock)
 
 
-def test_what_is_printed_in_it_goes_nowhere(capfd):
-    in_sandbox(lambda: (os.write(1, b"x"), os.write(2, b"y")))
+def test_what_is_not_among_the_operations_cannot_be_called(zygote):
+    for function in (ops.make_list, ops.must_succeed):  # a maker is no call, a helper neither
+        with pytest.raises(RuntimeError, match="KeyError"), open_session(zygote) as session:
+            session.ask(function, (), None)
+
+
+def test_what_is_printed_in_it_goes_nowhere(zygote, capfd):
+    assert do(zygote, ops.shout)[0] == 2
     assert capfd.readouterr() == ("", "")
 
 
-def test_no_child_and_no_pipe_is_left_behind():
-    before = children(), len(os.listdir("/proc/self/fd"))
+def test_no_child_and_no_descriptor_is_left_behind(zygote):
+    zygote.prepare()
+    before = len(os.listdir("/proc/self/fd"))
     for _ in range(5):
-        in_sandbox(int)
+        do(zygote, ops.identity)
         with pytest.raises(SandboxLostError):
-            in_sandbox(time.sleep, 60, sandbox=Sandbox(wall_seconds=0.05))
-    assert (children(), len(os.listdir("/proc/self/fd"))) == before
+            do(zygote, ops.sleep, 60.0, wall_seconds=0.05)
+    assert len(os.listdir("/proc/self/fd")) == before
+    with open_session(zygote) as session:
+        parent = int(Path(f"/proc/{session.process_id}/stat").read_text().rpartition(")")[2].split()[1])
+    deadline = time.monotonic() + SECONDS
+    while children_of(parent):
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
 
 
-def test_the_child_ends_with_its_parent():
+@contextmanager
+def forked(work):
+    """A process that does the work and then sleeps; gives its number and what it reported."""
     reader, writer = os.pipe()
-    parent = os.fork()
-    if parent == 0:
-        session = Sandbox().open(os.getpid)
-        os.write(writer, str(session.call(identity)[0]).encode())
-        time.sleep(60)
-    child = int(os.read(reader, 20))
-    os.kill(parent, signal.SIGKILL)
-    os.waitpid(parent, 0)
-    for _ in range(100):
-        if not os.path.exists(f"/proc/{child}"):
-            return
-        with open(f"/proc/{child}/stat") as file:
-            if file.read().rpartition(")")[2].split()[0] == "Z":  # ended, nobody's child yet
-                return
-        time.sleep(0.05)
-    pytest.fail("the child outlives its parent")
+    process = os.fork()
+    if process == 0:
+        try:
+            os.write(writer, str(work()).encode())
+            time.sleep(60)
+        finally:
+            os._exit(0)
+    try:
+        yield process, int(os.read(reader, 20))
+    finally:
+        os.kill(process, signal.SIGKILL)
+        os.waitpid(process, 0)
+        os.close(reader)
+        os.close(writer)
 
 
-def test_it_works_beside_threads_that_hold_locks():
+kept = []
+
+
+def start_spinning(zygote):
+    """In a run: a child that is busy for longer than the test takes."""
+    kept.append(open_session(zygote))
+    kept[-1].begin(ops.spin)
+    return kept[-1].process_id
+
+
+def test_a_child_that_is_busy_ends_with_its_run_and_no_other_does(zygote):
+    zygote.prepare()
+    with open_session(zygote, [1]) as other:
+        with forked(lambda: start_spinning(zygote)) as (_, child):
+            assert not has_ended(child)
+        assert_ends(child)
+        assert other.call(ops.get, 0)[0] == 1
+
+
+def test_a_run_that_stands_still_holds_up_no_other(zygote):
+    zygote.prepare()
+    with forked(lambda: start_spinning(zygote)) as (run, child):
+        os.kill(run, signal.SIGSTOP)
+        assert do(zygote, ops.echo, b"x")[0] == b"x"
+        assert not has_ended(child)
+
+
+def test_children_end_with_the_zygote_and_the_next_call_starts_another():
+    with closing(Zygote(OPERATIONS)) as zygote, open_session(zygote) as session:
+        session.begin(ops.spin)
+        parent = int(Path(f"/proc/{session.process_id}/stat").read_text().rpartition(")")[2].split()[1])
+        os.kill(parent, signal.SIGKILL)
+        assert_ends(session.process_id)
+        with pytest.raises(SandboxLostError):
+            session.call(ops.spin)
+        assert do(zygote, ops.echo, b"x")[0] == b"x"
+
+
+def test_a_zygote_serves_the_forked_and_ends_with_the_last_of_them():
+    zygote = Zygote(OPERATIONS)
+    zygote.prepare()
+    with forked(lambda: zygote._process.pid if do(zygote, ops.echo, b"x") else 0) as (_, process):
+        zygote._control.close()  # as if this process had ended
+        assert not has_ended(process)
+    assert_ends(process)
+    zygote._process.wait()
+
+
+def test_a_zygote_that_cannot_start_says_why():
+    with pytest.raises(SandboxLostError, match="ModuleNotFoundError: No module named 'nothing'"):
+        Zygote("nothing").prepare()
+
+
+def test_it_works_beside_threads_that_hold_locks(zygote):
     lock, is_over = threading.Lock(), threading.Event()
 
     def hold():
@@ -182,7 +263,38 @@ def test_it_works_beside_threads_that_hold_locks():
     thread = threading.Thread(target=hold)
     thread.start()
     try:
-        assert all(in_sandbox(sum, range(1000))[0] == 499_500 for _ in range(20))
+        assert all(do(zygote, ops.echo, b"x")[0] == b"x" for _ in range(20))
     finally:
         is_over.set()
         thread.join()
+
+
+# Fed with the corpus on its standard input: what it asks the import system for.
+AFTER_THE_WARM_UP = """
+import sys
+from imagepipeline.imaging import operations
+from imagepipeline.models import build_variant_specs
+
+class Watch:
+    def find_spec(self, name, path=None, target=None):
+        asked.add(name)
+
+asked = set()
+operations.warm_up()
+sys.meta_path.insert(0, Watch())
+while length := int.from_bytes(sys.stdin.buffer.read(4), "big"):
+    try:
+        decoded = operations.decode(sys.stdin.buffer.read(length))
+        operations.prepare(decoded)
+        operations.render_and_inspect(decoded, build_variant_specs(), True)
+    except Exception:
+        pass
+print(sorted(asked))
+"""
+
+
+def test_no_file_of_the_corpus_needs_an_import_after_the_warm_up():
+    contents = [case.content for case in cases() if case.content and case.outcome != "crashed"]
+    stream = b"".join(len(content).to_bytes(4, "big") + content for content in contents) + bytes(4)
+    result = subprocess.run([sys.executable, "-c", AFTER_THE_WARM_UP], input=stream, capture_output=True, check=True)
+    assert result.stdout.decode().splitlines()[-1] == "[]"

@@ -70,12 +70,14 @@ def test_a_forked_run_finds_everything_imported_but_what_must_not_be_forked(home
 REHEARSAL = """
 import os, signal, sys, tempfile, threading
 from pathlib import Path
+from imagepipeline.imaging.sandbox import DECODERS
 from imagepipeline.runtime.rehearsal import rehearse
 
 def list_open():
     paths = [Path("/proc/self/fd", number) for number in os.listdir("/proc/self/fd")]
     return {os.readlink(path) for path in paths if path.exists()}
 
+DECODERS.prepare()  # as the preload does; its socket is for the runs
 tempfile.tempdir = sys.argv[1]
 handlers = [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)]
 known = list_open()

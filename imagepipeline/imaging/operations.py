@@ -1,0 +1,38 @@
+"""What a run may ask of the process that decodes, and the warm-up after which that need open nothing more."""
+
+import io
+from collections.abc import Callable
+from typing import Any
+
+from PIL import ExifTags, Image, ImageCms
+
+from imagepipeline.errors import PermanentError
+from imagepipeline.imaging.decoding import decode
+from imagepipeline.imaging.inspection import inspect
+from imagepipeline.imaging.preparation import prepare
+from imagepipeline.imaging.variants import render, render_and_inspect
+from imagepipeline.models import build_variant_specs
+
+MAKERS: tuple[Callable[..., Any], ...] = (decode,)  # of what a child holds
+CALLS: tuple[Callable[..., Any], ...] = (prepare, render, render_and_inspect, inspect)  # on it, as first argument
+WARMED_FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "AVIF", "TIFF", "BMP", "MPO")  # MPO is a JPEG with a further picture
+
+
+def warm_up() -> None:
+    """Does once what is done with uploads: libraries import and look up much when they are first used."""
+    profile = ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes()
+    exif = Image.Exif()
+    exif[ExifTags.Base.Orientation] = 6
+    picture, other = (Image.new("RGB", (64, 48), color) for color in ("#3060c0", "#c06030"))
+    for format_ in WARMED_FORMATS:
+        buffer = io.BytesIO()
+        further = {"save_all": True, "append_images": [other]} if format_ == "MPO" else {}
+        picture.save(buffer, format_, exif=exif, icc_profile=profile, **further)
+        decoded = decode(buffer.getvalue())
+        prepare(decoded)
+        render_and_inspect(decoded, build_variant_specs(), has_rights=True)
+        for damaged in (buffer.getvalue()[:-40], buffer.getvalue()[:20], b"GIF89a" + buffer.getvalue()):
+            try:
+                decode(damaged)
+            except PermanentError:
+                continue

@@ -1,0 +1,102 @@
+"""Whether what a decoding process says can be true: asked by the run, which trusts none of it."""
+
+import re
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+from imagepipeline.imaging.formats import FORMATS
+from imagepipeline.imaging.headers import measure_jpeg, measure_variant
+from imagepipeline.models import PixelFacts, Variant, VariantSpec
+
+if TYPE_CHECKING:  # variants verify themselves, and preparation needs variants
+    from imagepipeline.imaging.decoding import Rules
+    from imagepipeline.imaging.inspection import Inspection
+    from imagepipeline.imaging.preparation import Prepared
+
+MAX_PREVIEW_BYTES = 20_000_000
+MAX_PLACEHOLDER_CHARACTERS = 4_000
+MAX_TEXT_CHARACTERS = 500
+ROUNDING_PX = 2  # each copy is made of the one before, and each rounds its height
+COLOR = re.compile(r"#[0-9a-f]{6}")
+NAME = re.compile(r"[a-z -]{1,30}")
+PLACEHOLDER = re.compile(r"data:image/[a-z]+;base64,[A-Za-z0-9+/]+={0,2}")
+
+
+class ImpossibleAnswerError(Exception):
+    """What was said cannot be true; the message says what."""
+
+
+def verify_prepared(prepared: "Prepared", rules: "Rules", preview_px: int) -> None:
+    """Checks what was read off an original.
+
+    Raises:
+        ImpossibleAnswerError: it cannot be true.
+    """
+    _require(prepared.format in FORMATS, "its format")
+    _require(len(prepared.flaw or "") <= MAX_TEXT_CHARACTERS, "its flaw")
+    is_placeholder = len(prepared.placeholder) <= MAX_PLACEHOLDER_CHARACTERS
+    _require(is_placeholder and PLACEHOLDER.fullmatch(prepared.placeholder) is not None, "its placeholder")
+    _verify_facts(prepared.facts, rules)
+    for name, content in (("preview", prepared.preview), ("thumbnail", prepared.thumbnail)):
+        try:
+            size = measure_jpeg(content)
+        except ValueError as error:
+            raise ImpossibleAnswerError(f"the {name}: {error}") from None
+        is_small = len(content) <= MAX_PREVIEW_BYTES and max(size) <= preview_px
+        _require(is_small and min(size) >= 1, f"the size of the {name}")
+
+
+def verify_variants(variants: Sequence[Variant], specs: Sequence[VariantSpec], size: tuple[int, int]) -> None:
+    """Checks that variants are those asked for, of an original of that size; what they say by their own bytes.
+
+    Raises:
+        ImpossibleAnswerError: they are not.
+    """
+    _require([variant.spec for variant in variants] == list(specs), "the list of variants")
+    width, height = size
+    for variant in variants:
+        name = f"variant {variant.spec.suffix}.{variant.spec.format}"
+        try:
+            measured = measure_variant(variant.content, variant.spec.format)
+        except ValueError as error:
+            raise ImpossibleAnswerError(f"{name}: {error}") from None
+        _require(measured == (variant.width, variant.height), f"{name} says {variant.width} x {variant.height} px")
+        expected_width = min(variant.spec.width_px, width)
+        expected_height = max(1, height * expected_width / width)
+        is_expected = variant.width == expected_width and abs(variant.height - expected_height) <= ROUNDING_PX
+        _require(is_expected, f"{name} is {variant.width} x {variant.height} px")
+
+
+def verify_inspections(inspections: Sequence["Inspection"], count: int) -> None:
+    """Checks what was said of so many stored variants.
+
+    Raises:
+        ImpossibleAnswerError: it cannot be true.
+    """
+    _require(len(inspections) == count, "the number of inspections")
+    for inspection in inspections:
+        texts = (inspection.fault or "", inspection.format, *inspection.attachments)
+        _require(len(texts) <= 20 and all(len(text) <= MAX_TEXT_CHARACTERS for text in texts), "an inspection's texts")
+        _require(min(inspection.width, inspection.height) >= 0, "an inspection's size")
+        _require(-1.001 <= inspection.similarity <= 1.001, "an inspection's similarity")
+
+
+def _verify_facts(facts: PixelFacts, rules: "Rules") -> None:
+    width, height = facts.width, facts.height
+    is_allowed = max(width, height) <= rules.max_side_px and width * height <= rules.max_pixels
+    _require(min(width, height) >= 1 and is_allowed, "its size")
+    _require(1 <= len(facts.colors) <= 64 and len(facts.palette) <= 64, "the number of its colours")
+    _require(all(NAME.fullmatch(name) is not None for name, _, _ in facts.colors), "the name of a colour")
+    values = (*(value for _, value, _ in facts.colors), *facts.palette)
+    _require(all(COLOR.fullmatch(value) is not None for value in values), "a colour")
+    _require(all(-0.001 <= share <= 1.001 for *_, share in facts.colors), "the share of a colour")
+    # CIE Lab, with room for rounding: the largest b* of sRGB is 108, the largest chroma 134.
+    figures = (facts.brightness, facts.contrast, facts.saturation, abs(facts.warmth))
+    limits = zip(figures, (101, 101, 140, 115), strict=True)
+    _require(all(-0.1 <= figure <= limit for figure, limit in limits), "a figure")
+    _require(max(len(facts.camera or ""), len(facts.taken_on or "")) <= MAX_TEXT_CHARACTERS, "what its camera said")
+
+
+def _require(is_true: bool, what: str) -> None:
+    if not is_true:
+        raise ImpossibleAnswerError(what)

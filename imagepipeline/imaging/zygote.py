@@ -1,0 +1,264 @@
+"""The zygote: a small process that has imported the decoders, and forks a confined child for each image.
+
+    python -I -m imagepipeline.imaging.zygote MODULE
+
+It is started by `imaging.sandbox` with an empty environment and one descriptor, 0: a socket on which it is asked for
+children. MODULE says what these can do: make a value by one of its `MAKERS`, and work on that by its `CALLS`. Its
+`warm_up` is called before. See docs/decisions/0006-decoding-in-a-child.md.
+"""
+
+import contextlib
+import ctypes
+import faulthandler
+import gc
+import importlib
+import io
+import os
+import resource
+import selectors
+import signal
+import socket
+import struct
+import sys
+import time
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from types import FrameType
+from typing import Any, NoReturn, Self
+
+# OpenBLAS starts threads when it is imported; a process that forks must have none. Not in os.environ, which
+# /proc/self/environ would not show either.
+os.putenv("OPENBLAS_NUM_THREADS", "1")
+
+from imagepipeline.imaging.confinement import Confinement, confine, end_with_parent
+from imagepipeline.wire import (
+    describe_error,
+    prepare_arguments,
+    read_message,
+    validate_arguments,
+    write_message,
+)
+
+REQUEST = struct.Struct("!QQ")  # what a child may use: memory in bytes, CPU time in seconds
+PROCESS = struct.Struct("!i")  # answers a request: the child's number
+STATUS = struct.Struct("!i")  # tells its end: the status as of waitpid
+READY = struct.Struct("!?i")  # what the kernel offers
+MAX_FAILURE_BYTES = 1000
+MAX_DESCRIPTORS = 1024  # of which each child takes one
+MAX_REQUEST_BYTES = 2**40  # the run is trusted, and limits what it reads
+M_TRIM_THRESHOLD, M_TOP_PAD, M_MMAP_THRESHOLD = -1, -2, -3
+FAILED_TO_CONFINE = 71  # exit code
+
+
+def main() -> None:
+    """Serves until nobody is left who could ask."""
+    control = socket.socket(fileno=os.dup(0))
+    try:
+        module = importlib.import_module(sys.argv[1])
+        operations = Operations.of(module.MAKERS, module.CALLS)
+        module.warm_up()
+        if _count_threads() > 1:
+            raise RuntimeError("the warm-up left a thread, beside which nothing can be forked")
+    except Exception as error:
+        control.send(f"{type(error).__name__}: {error}".encode()[:MAX_FAILURE_BYTES])
+        return
+    _, limit = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (min(MAX_DESCRIPTORS, limit),) * 2)
+    _keep_freed_memory()
+    gc.collect()
+    gc.freeze()  # a collection in a child would touch, and so copy, all of it
+    Zygote(control, operations).serve()
+
+
+@dataclass(frozen=True)
+class Operations:
+    """What children can do, by name."""
+
+    makers: Mapping[str, Callable[..., Any]]
+    calls: Mapping[str, Callable[..., Any]]
+
+    @classmethod
+    def of(cls, makers: Iterable[Callable[..., Any]], calls: Iterable[Callable[..., Any]]) -> Self:
+        """Those functions, and all that is needed to check their arguments."""
+        found = cls({one.__name__: one for one in makers}, {one.__name__: one for one in calls})
+        for function in found.makers.values():
+            prepare_arguments(function)
+        for function in found.calls.values():
+            prepare_arguments(function, given=1)
+        return found
+
+
+class Zygote:
+    """Forks children and tells those who asked for them how they ended; kills those whose asker has gone."""
+
+    def __init__(self, control: socket.socket, operations: Operations) -> None:
+        self._control = control
+        self._operations = operations
+        self._confinement = Confinement(False, 0)
+        self._watched: dict[int, socket.socket] = {}  # by the child's number: whom to tell, and who may go
+        self._selector = selectors.DefaultSelector()
+        self._woken, self._waker = socket.socketpair()
+        for one in (self._woken, self._waker):
+            one.setblocking(False)
+        self._selector.register(control, selectors.EVENT_READ, self._accept)
+        self._selector.register(self._woken, selectors.EVENT_READ, self._reap)
+        signal.signal(signal.SIGCHLD, _ignore)
+        signal.set_wakeup_fd(self._waker.fileno())
+
+    def serve(self) -> NoReturn:
+        """Answers until the last holder of the other end has gone; its children end with it."""
+        self._confinement = _probe()
+        self._control.send(READY.pack(self._confinement.has_seccomp, self._confinement.landlock_version))
+        self._control.setblocking(False)
+        while True:
+            for key, _ in self._selector.select():
+                key.data()
+
+    def _accept(self) -> None:
+        try:
+            request, descriptors, *_ = socket.recv_fds(self._control, REQUEST.size, 2)
+        except OSError:
+            request = b""
+        if not request:
+            for process in self._watched:
+                os.kill(process, signal.SIGKILL)
+            os._exit(0)
+        if len(request) != REQUEST.size or len(descriptors) != 2:
+            for descriptor in descriptors:
+                os.close(descriptor)
+            return
+        session, watched = descriptors[0], socket.socket(fileno=descriptors[1])
+        parent = os.getpid()
+        try:
+            process = os.fork()
+        except OSError:  # whoever asked sees the end of the connection
+            process = -1
+        if process == 0:
+            self._become_child(session, parent, *REQUEST.unpack(request))
+        os.close(session)
+        if process < 0:
+            watched.close()
+            return
+        watched.setblocking(False)
+        self._watched[process] = watched
+        self._selector.register(watched, selectors.EVENT_READ, lambda: self._abandon(process))
+        self._tell(watched, PROCESS.pack(process))
+
+    def _abandon(self, process: int) -> None:
+        """The run has closed its end or has gone: nobody wants the child any more."""
+        self._selector.unregister(self._watched[process])
+        os.kill(process, signal.SIGKILL)  # it is reaped nowhere but here, so the number is its own
+
+    def _reap(self) -> None:
+        with contextlib.suppress(BlockingIOError):
+            self._woken.recv(4096)
+        while True:
+            try:
+                process, status = os.waitpid(-1, os.WNOHANG)
+            except ChildProcessError:
+                return
+            if process == 0:
+                return
+            watched = self._watched.pop(process, None)
+            if watched is not None:
+                with contextlib.suppress(KeyError):
+                    self._selector.unregister(watched)
+                self._tell(watched, STATUS.pack(status))
+                watched.close()
+
+    def _tell(self, watched: socket.socket, message: bytes) -> None:
+        with contextlib.suppress(OSError):  # it has gone
+            watched.send(message)
+
+    def _become_child(self, session: int, parent: int, memory_bytes: int, cpu_seconds: int) -> NoReturn:
+        try:
+            stream = _isolate(session, parent)
+            if confine(memory_bytes, cpu_seconds) != self._confinement:
+                os._exit(FAILED_TO_CONFINE)  # never without what was there a moment ago
+            serve(stream, self._operations)
+        finally:
+            os._exit(0)
+
+
+def serve(stream: io.FileIO, operations: Operations) -> None:
+    """In a child: makes a value, and works on it as long as the run asks for it."""
+    held: list[Any] = []
+    while True:
+        try:
+            name, arguments = read_message(stream, MAX_REQUEST_BYTES)
+        except EOFError:  # the run needs no more
+            return
+        started, before = time.monotonic(), resource.getrusage(resource.RUSAGE_SELF)
+        answer: dict[str, Any]
+        try:
+            function = (operations.calls if held else operations.makers)[name]
+            values = validate_arguments(function, arguments, given=len(held))
+            value = function(*held, *values)
+            answer = {"value": value if held else None}
+            if not held:
+                held.append(value)
+        except BaseException as error:  # the run decides what that means
+            answer = describe_error(error)
+        after = resource.getrusage(resource.RUSAGE_SELF)
+        usage = {
+            "cpu_seconds": after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime,
+            "wall_seconds": time.monotonic() - started,
+            # Linux counts the peak in kB and macOS in bytes (getrusage(2)).
+            "peak_bytes": after.ru_maxrss * (1 if sys.platform == "darwin" else 1024),
+        }
+        try:
+            write_message(stream, answer | {"usage": usage})
+        except (TypeError, ValueError) as error:
+            refused = RuntimeError(f"the result of {name} could not be sent: {error}")
+            write_message(stream, describe_error(refused) | {"usage": usage})
+
+
+def _isolate(session: int, parent: int) -> io.FileIO:
+    """Leaves the child its session, as descriptor 0, /dev/null as 1 and 2, and no tie to the zygote but its life."""
+    signal.set_wakeup_fd(-1)
+    for number in (signal.SIGCHLD, signal.SIGTERM, signal.SIGINT, signal.SIGXCPU):
+        signal.signal(number, signal.SIG_DFL)
+    end_with_parent(parent)
+    faulthandler.disable()  # a decoder's crash is the run's to tell
+    gc.disable()
+    os.dup2(session, 0)
+    os.closerange(3, MAX_DESCRIPTORS)
+    return io.FileIO(0, "r+", closefd=False)
+
+
+def _probe() -> Confinement:
+    """What the kernel offers here, tried in a child."""
+    ours, theirs = socket.socketpair()
+    process = os.fork()
+    if process == 0:
+        try:
+            found = confine(2**40, 20)
+            os.write(theirs.fileno(), READY.pack(found.has_seccomp, found.landlock_version))
+        finally:
+            os._exit(0)
+    theirs.close()
+    with ours:
+        answer = ours.recv(READY.size)
+    with contextlib.suppress(ChildProcessError):
+        os.waitpid(process, 0)
+    return Confinement(*READY.unpack(answer)) if len(answer) == READY.size else Confinement(False, 0)
+
+
+def _keep_freed_memory() -> None:
+    """Has malloc reuse the memory of pictures instead of giving it back: half the time in the kernel, 80 ms a photo."""
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)  # glibc only; mallopt(3), malloc.h for the numbers
+    if mallopt is not None:
+        for option, value in ((M_TRIM_THRESHOLD, 2**31 - 1), (M_TOP_PAD, 2**24), (M_MMAP_THRESHOLD, 2**30)):
+            mallopt(option, value)
+
+
+def _count_threads() -> int:
+    return len(os.listdir("/proc/self/task")) if os.path.isdir("/proc/self/task") else 1
+
+
+def _ignore(_number: int, _frame: FrameType | None) -> None:
+    """A signal with a handler wakes the selector; one without does not."""
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,15 @@
+"""The same operations for children that are not root's."""
+
+import os
+
+from imagepipeline_tests.imaging.sandbox_operations import CALLS, MAKERS
+
+__all__ = ["CALLS", "MAKERS", "warm_up"]
+NOBODY = 65534
+
+
+def warm_up() -> None:
+    """Becomes another user before the first child is forked."""
+    os.setgroups([])
+    os.setgid(NOBODY)
+    os.setuid(NOBODY)
