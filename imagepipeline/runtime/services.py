@@ -43,7 +43,7 @@ def build_command(settings: Settings, name: str) -> list[str]:
             *("-m", "imagepipeline.definitions"),
         ],
         "daemon": ["imagepipeline.runtime.daemon", "run", "--log-level", "warning", *workspace],
-        "webserver": ["dagster_webserver", "-h", settings.webserver_host, "-p", port, *workspace],
+        "webserver": ["imagepipeline.runtime.webserver", "-h", settings.webserver_host, "-p", port, *workspace],
     }
     return [sys.executable, "-m", *modules[name]]
 
