@@ -652,6 +652,8 @@ def service(settings: Settings, name: str, check: bool, as_json: bool) -> None:
     from imagepipeline.runtime import services
 
     if not check:
+        if name == "code-server":
+            services.check_redis(settings)
         command, environment = services.build_command(settings, name), services.prepare(settings)
         os.execve(command[0], command, environment)  # noqa: S606  (our own command)
     if not services.is_healthy(settings, name):

@@ -1,5 +1,6 @@
 """What a person reads: progress (on stderr), tables and addresses (on stdout), and the same as JSON."""
 
+import errno
 import io
 import json
 import os
@@ -25,7 +26,17 @@ from imagepipeline.stores.vectors import EmbeddingIndex, Neighbour
 
 POLL_SECONDS = 0.3
 STYLES = {Status.COMPLETED: "green", Status.FAILED: "red", Status.PROCESSING: "yellow", Status.PENDING: "dim"}
-out = Console()
+
+
+class CommandConsole(Console):
+    """Tells the command line that its reader has gone; rich itself would end with the code of a failure."""
+
+    def on_broken_pipe(self) -> None:
+        """Called by rich while it handles the BrokenPipeError."""
+        raise BrokenPipeError(errno.EPIPE, os.strerror(errno.EPIPE))
+
+
+out = CommandConsole()
 
 
 class EnduringStream(io.TextIOBase):
