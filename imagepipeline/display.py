@@ -1,6 +1,5 @@
 """What a person reads: progress (on stderr), tables and addresses (on stdout), and the same as JSON."""
 
-import errno
 import io
 import json
 import os
@@ -26,17 +25,7 @@ from imagepipeline.stores.vectors import EmbeddingIndex, Neighbour
 
 POLL_SECONDS = 0.3
 STYLES = {Status.COMPLETED: "green", Status.FAILED: "red", Status.PROCESSING: "yellow", Status.PENDING: "dim"}
-
-
-class CommandConsole(Console):
-    """Tells the command line that its reader has gone; rich itself would end with the code of a failure."""
-
-    def on_broken_pipe(self) -> None:
-        """Called by rich while it handles the BrokenPipeError."""
-        raise BrokenPipeError(errno.EPIPE, os.strerror(errno.EPIPE))
-
-
-out = CommandConsole()
+out = Console()
 
 
 class EnduringStream(io.TextIOBase):
@@ -193,9 +182,12 @@ def show_status(read: Callable[[], Mapping[str, Any]], as_json: bool, is_watchin
             if not is_watching:
                 return
             time.sleep(1)
-    if not is_watching:
-        out.print(_tabulate(read()))
-        return
+    if not is_watching or not out.is_terminal:
+        while True:
+            out.print(_tabulate(read()))
+            if not is_watching:
+                return
+            time.sleep(1)
     with Live(_tabulate(read()), console=out, auto_refresh=False) as live:
         while True:
             time.sleep(1)
