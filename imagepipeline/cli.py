@@ -36,7 +36,6 @@ if TYPE_CHECKING:
     from imagepipeline.stores.uploads import UploadQueue
 
 EXIT_FAILED, EXIT_SETTINGS, EXIT_STACK, EXIT_INTERRUPTED = 1, 3, 4, 130
-EXIT_UNREAD = 141  # 128 and SIGPIPE, as of any command in a pipe whose reader has gone
 MAX_RETRIES_PER_DAY = 5
 MAX_LISTED = 1000
 UNREADABLE = "unreadable"  # the reason of dead letters
@@ -56,7 +55,7 @@ def main() -> None:
         sys.stdout.flush()
     except BrokenPipeError:
         silence_streams()
-        sys.exit(EXIT_UNREAD)
+        sys.exit(EXIT_FAILED)  # as click and rich do
     except click.ClickException as error:
         error.show()
         sys.exit(error.exit_code)
@@ -665,6 +664,8 @@ def service(settings: Settings, name: str, check: bool, as_json: bool) -> None:
     from imagepipeline.runtime import services
 
     if not check:
+        if name == "code-server":
+            services.check_redis(settings)
         command, environment = services.build_command(settings, name), services.prepare(settings)
         os.execve(command[0], command, environment)  # noqa: S606  (our own command)
     if not services.is_healthy(settings, name):

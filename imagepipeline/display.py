@@ -182,9 +182,12 @@ def show_status(read: Callable[[], Mapping[str, Any]], as_json: bool, is_watchin
             if not is_watching:
                 return
             time.sleep(1)
-    if not is_watching:
-        out.print(_tabulate(read()))
-        return
+    if not is_watching or not out.is_terminal:
+        while True:
+            out.print(_tabulate(read()))
+            if not is_watching:
+                return
+            time.sleep(1)
     with Live(_tabulate(read()), console=out, auto_refresh=False) as live:
         while True:
             time.sleep(1)

@@ -3,11 +3,22 @@
 import io
 import os
 import resource
+import shutil
+import tempfile
 import time
 from collections.abc import Callable, Iterator
+from contextlib import closing
 from dataclasses import dataclass
+from pathlib import Path
 
-from imagepipeline.errors import FormatRefusedError, ImagePipelineError, PausedError, PostponedError
+from imagepipeline.errors import (
+    FormatRefusedError,
+    ImagePipelineError,
+    PausedError,
+    PostponedError,
+    RedisClusterError,
+    StackError,
+)
 from imagepipeline.models import PixelFacts
 from imagepipeline.settings import Settings
 
@@ -32,6 +43,7 @@ class Finding:
 def examine(settings: Settings) -> Iterator[Finding]:
     """Looks at each thing in turn; the providers are asked one tiny question each, which they may charge for."""
     checks: dict[str, Callable[[Settings], Finding]] = {
+        "home": _examine_home,
         "redis": _examine_redis,
         "database": _examine_database,
         "storage": _examine_storage,
@@ -40,6 +52,10 @@ def examine(settings: Settings) -> Iterator[Finding]:
         "limits": _examine_limits,
         "prices": _examine_prices,
         "sandbox": _examine_sandbox,
+        "code server": _examine_code_server,
+        "daemon": _examine_daemon,
+        "sensors": _examine_sensors,
+        "webserver": _examine_webserver,
         "vision model": _examine_vision,
         "embedding model": _examine_embedder,
         "pauses": _examine_pauses,
@@ -53,7 +69,13 @@ def examine(settings: Settings) -> Iterator[Finding]:
             yield Finding(name, False, sentence, "mend that first" if is_elsewhere else ADVICE[name])
 
 
+START = "start the stack with `imagepipeline up`"
 ADVICE = {
+    "home": "set IMAGEPIPELINE_HOME to a folder of this user",
+    "code server": f"{START}; its log says why it ended",
+    "daemon": f"{START}; its log says why it ended",
+    "sensors": START,
+    "webserver": f"{START}; its log says why it ended",
     "redis": "start the stack with `imagepipeline up`, or correct REDIS_URL",
     "database": "start the stack with `imagepipeline up`, or correct DATABASE_URL",
     "storage": "make IMAGEPIPELINE_STORAGE_ROOT a folder this user may write to",
@@ -68,9 +90,78 @@ ADVICE = {
 }
 
 
+def _examine_home(settings: Settings) -> Finding:
+    home = settings.home
+    if not home.is_dir():
+        return Finding("home", False, f"there is no folder {home}", "start the stack with `imagepipeline up`")
+    with tempfile.TemporaryFile(dir=home):
+        pass
+    found = home.stat()
+    if found.st_uid != os.getuid():
+        return Finding("home", False, f"{home} belongs to user {found.st_uid}, not to {os.getuid()}", ADVICE["home"])
+    if found.st_mode & 0o022:
+        return Finding("home", False, f"others may write to {home}", f"chmod go-w {home}")
+    free_bytes = shutil.disk_usage(home).free
+    if free_bytes < MIN_FREE_BYTES:
+        return Finding("home", False, f"only {free_bytes / 1e9:.1f} GB are free below {home}", "make room")
+    return Finding("home", True, f"{home} can be written; {free_bytes / 1e9:.0f} GB are free")
+
+
+def _examine_code_server(settings: Settings) -> Finding:
+    from imagepipeline.runtime import services
+
+    if not services.answers_grpc(settings.code_address):
+        return Finding("code server", False, "it does not answer", ADVICE["code server"])
+    return Finding("code server", True, "it answers")
+
+
+def _examine_daemon(settings: Settings) -> Finding:
+    problems = _ask_dagster(settings, "daemon")
+    if problems:
+        return Finding("daemon", False, "; ".join(problems), ADVICE["daemon"])
+    return Finding("daemon", True, "all its parts have given a sign of life")
+
+
+def _examine_sensors(settings: Settings) -> Finding:
+    problems = _ask_dagster(settings, "sensors")
+    if problems:
+        return Finding("sensors", False, "; ".join(problems), "without them nothing is taken in, recovered or told")
+    return Finding("sensors", True, "all run, and none fails")
+
+
+def _ask_dagster(settings: Settings, kind: str) -> list[str]:
+    from imagepipeline.runtime import services
+
+    if not settings.dagster_database_url and not (settings.home / "dagster" / "storage").is_dir():
+        raise StackError("there is no Dagster in this home yet")
+    said = services.examine_daemon(settings)[kind]
+    return [f"{name} {problem}" for name, problem in said.items() if problem]
+
+
+def _examine_webserver(settings: Settings) -> Finding:
+    from imagepipeline.runtime import services, supervisor
+
+    state = supervisor.find_running(settings)
+    url = (state or {}).get("webserver_url")
+    if url is None and settings.dagster_database_url:
+        return Finding(
+            "webserver", True, "it runs elsewhere, if it does: ask it there, with `service webserver --check`"
+        )
+    if url is None or not services.answers_http(f"{url}/server_info"):
+        return Finding("webserver", False, "it does not answer", ADVICE["webserver"])
+    return Finding("webserver", True, f"it answers at {url}")
+
+
 def _examine_redis(settings: Settings) -> Finding:
     import redis
 
+    from imagepipeline.stores.uploads import UploadQueue
+
+    try:
+        with closing(UploadQueue(settings.redis_url, settings.queue_prefix)) as queue:
+            queue.count()
+    except RedisClusterError as error:
+        return Finding("redis", False, str(error), "let REDIS_URL name a server that belongs to no cluster")
     client = redis.Redis.from_url(settings.redis_url, socket_connect_timeout=2, socket_timeout=5)
     try:
         client.ping()
@@ -89,9 +180,16 @@ def _examine_redis(settings: Settings) -> Finding:
     return Finding("redis", True, "it answers, evicts nothing and has room")
 
 
+def _require_catalogue(settings: Settings) -> None:
+    file = settings.catalogue_file
+    if file is not None and not file.exists():  # the driver would make an empty one
+        raise StackError(f"there is no catalogue in {file.parent}")
+
+
 def _examine_database(settings: Settings) -> Finding:
     from imagepipeline.stores.catalogue import Catalogue
 
+    _require_catalogue(settings)
     catalogue = Catalogue(settings.database_url)
     catalogue.check()
     counts = catalogue.count()
@@ -101,6 +199,8 @@ def _examine_database(settings: Settings) -> Finding:
 def _examine_storage(settings: Settings) -> Finding:
     from imagepipeline.storage import open_storage
 
+    if "://" not in settings.storage and not Path(settings.storage).exists():
+        return Finding("storage", False, f"there is no folder {settings.storage}", START)
     files = open_storage(settings.storage)
     name = f"variants/.doctor-{os.getpid()}"
     files.write(name, b"doctor")
@@ -118,9 +218,15 @@ def _examine_storage(settings: Settings) -> Finding:
     return Finding("storage", True, f"it can be written and read; {free_bytes / 1e9:.0f} GB are free")
 
 
+def _has_index(settings: Settings) -> bool:
+    return "://" in settings.index_uri or Path(settings.index_uri).exists()  # to open it would make it
+
+
 def _examine_index(settings: Settings) -> Finding:
     from imagepipeline.stores.vectors import EmbeddingIndex
 
+    if not _has_index(settings):
+        return Finding("index", True, "there is none yet; the first upload makes it")
     return Finding("index", True, f"it can be read; {EmbeddingIndex(settings.index_uri).count_rows()} embeddings")
 
 
@@ -220,7 +326,7 @@ def _examine_embedder(settings: Settings) -> Finding:
     with providers.open_paid_calls(settings) as paid_calls:
         embedding, receipt = paid_calls.make(None, "doctor", embedder.recipe, lambda: embedder.embed("a cat"))
     dimensions = len(embedding.vector)
-    known = EmbeddingIndex(settings.index_uri).list_dimensions(embedding.version)
+    known = EmbeddingIndex(settings.index_uri).list_dimensions(embedding.version) if _has_index(settings) else []
     if known and dimensions not in known:
         advice = "the model behind the name has changed: use another name, and materialize `embedding` of all images"
         sentence = f"it gives {dimensions} dimensions, the index holds {known[0]}"
@@ -234,6 +340,7 @@ def _examine_embedder(settings: Settings) -> Finding:
 def _examine_pauses(settings: Settings) -> Finding:
     from imagepipeline.stores.ledger import Ledger
 
+    _require_catalogue(settings)
     pauses = Ledger(settings.database_url).list_pauses()
     if pauses:
         advice = "mend the cause, then `imagepipeline resume`"

@@ -31,11 +31,11 @@ def no_settings_from_outside(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @contextmanager
-def redis_server() -> Iterator[str]:
-    """A real server with its data in a folder of its own; gives its URL."""
+def redis_server(*options: str) -> Iterator[str]:
+    """A real server with its data in a folder of its own, and more options than ours has; gives its URL."""
     with tempfile.TemporaryDirectory(prefix="ip", dir="/tmp") as folder:
         socket = Path(folder, "valkey.sock")
-        process = valkey.start_server(Path(folder, "data"), socket, Path(folder, "valkey.log"))
+        process = valkey.start_server(Path(folder, "data"), socket, Path(folder, "valkey.log"), options)
         yield f"unix://{socket}?db=0"
         processes.stop(process, patience_seconds=10)
 

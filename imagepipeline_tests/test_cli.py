@@ -6,12 +6,14 @@ import subprocess
 import sys
 import time
 from contextlib import closing
+from pathlib import Path
 
 import pytest
 from click.testing import CliRunner
 from PIL import Image
 
 from imagepipeline import cli
+from imagepipeline.errors import list_reasons
 from imagepipeline.models import ImageMetadata, OriginalFacts, PaidCall, Recipe, Upload
 from imagepipeline.services.embedder import LocalEmbedder
 from imagepipeline.stores.catalogue import Catalogue
@@ -148,7 +150,16 @@ def test_push_wait_waits_for_the_run_that_has_its_bytes(invoke, catalogue, queue
     [
         (["push", "no-such-file.jpg"], 2, "does not exist"),
         (["push"], 2, "Missing argument"),
-        (["push", str(PHOTOS / "cat.jpg"), "--id", "../x"], 1, "not an image ID"),
+        (["push", str(PHOTOS / "cat.jpg"), "--id", "../x"], 2, "not an image ID"),
+        (["push", str(PHOTOS / "cat.jpg"), "--id", "foo bar"], 2, "not an image ID"),
+        (["limit", "20"], 2, "10/minute"),
+        (["limit", "20/minute", "--reset"], 2, "--reset"),
+        (["prioritize", "nobody", "3"], 1, "no image 'nobody'"),
+        (["failed", "list", "--reason", "corupt"], 2, "corrupt"),
+        (["failed", "retry", "--reason", "corupt"], 2, "corrupt"),
+        (["failed", "retry", "a", "--all"], 2, "not both"),
+        (["failed", "show", "nobody"], 1, "nobody"),
+        (["failed", "show", "dead-0123"], 1, "dead-0123"),
         (["push", str(PHOTOS / "cat.jpg"), str(PHOTOS / "coffee.jpg"), "--id", "x"], 2, "one image"),
         (["push", str(PHOTOS / "cat.jpg"), "--priority", "5000"], 2, "5000"),
         (["status", "nobody"], 1, "nobody"),
@@ -176,6 +187,77 @@ def test_what_is_not_running_is_exit_code_4(invoke, monkeypatch):
     monkeypatch.setenv("REDIS_URL", "redis://:canary@127.0.0.1:9")
     code, _, err = invoke("push", str(PHOTOS / "cat.jpg"))
     assert (code, "does not answer" in err, "canary" in err) == (4, True, False)
+
+
+READERS = [
+    *(
+        ["status"],
+        ["status", "a"],
+        ["list"],
+        ["prioritize", "a", "1"],
+        ["sweep"],
+        ["resume"],
+        ["costs"],
+        ["search", "x"],
+    ),
+    *(["failed", "list"], ["failed", "show", "a"], ["failed", "retry", "--all"], ["failed", "discard", "a"]),
+    ["push", str(PHOTOS / "cat.jpg"), "--wait"],
+]
+
+
+@pytest.mark.parametrize("arguments", READERS)
+def test_a_command_in_the_wrong_folder_names_it_and_leaves_nothing_there(invoke, tmp_path, arguments):
+    for extra in ([], ["--json"]):
+        code, out, err = invoke(*arguments, *extra)
+        assert (code, out) == (4, "")
+        assert str(tmp_path / "home") in err
+        assert "IMAGEPIPELINE_HOME" in err
+    assert list((tmp_path / "home").iterdir()) == []
+
+
+def test_a_push_that_redis_does_not_take_leaves_no_original(invoke, catalogue, monkeypatch, tmp_path):
+    monkeypatch.setenv("REDIS_URL", "redis://127.0.0.1:9")
+    for extra in ([], ["--wait"]):
+        assert invoke("push", str(PHOTOS / "cat.jpg"), *extra)[0] == 4
+    assert not (tmp_path / "home" / "storage").exists()
+
+
+@pytest.mark.parametrize("arguments", READERS)
+def test_a_catalogue_that_is_none_is_one_line(invoke, tmp_path, arguments):
+    (tmp_path / "home" / "catalogue.sqlite").write_bytes(b"no database" * 1000)
+    code, out, err = invoke(*arguments)
+    assert (code, out) == (4, "")
+    assert "the catalogue does not answer" in err
+
+
+PROGRAM = Path(sys.executable).parent / "imagepipeline"
+
+
+def test_a_reader_that_has_gone_ends_a_command_without_a_word(invoke, catalogue):
+    for number in range(50):
+        fail(catalogue, f"image-{number}")
+    for arguments in (["failed", "list"], ["list", "--json"], ["status", "--watch"], ["status", "--watch", "--json"]):
+        command = [PROGRAM, *arguments]
+        with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+            process.stdout.close()
+            assert process.stderr.read() == ""
+            assert process.wait(30) == 1
+
+
+def test_a_command_with_its_streams_closed_works(invoke, catalogue, queue):
+    script = 'exec <&- >&- 2>&-; "$0" push "$1" --id closed'
+    assert subprocess.run(["sh", "-c", script, PROGRAM, PHOTOS / "cat.jpg"], check=False).returncode == 0
+    assert queue.count()["waiting"] == 1
+
+
+def test_what_cannot_be_printed_is_one_line(invoke, catalogue):
+    if not Path("/dev/full").exists():
+        pytest.skip("only Linux has a disk that is always full")
+    with open("/dev/full", "w") as full:
+        for arguments in (["status"], ["status", "--json"], ["limit"]):
+            result = subprocess.run([PROGRAM, *arguments], stdout=full, stderr=subprocess.PIPE, text=True, check=False)
+            assert result.returncode == 4
+            assert result.stderr == "Error: No space left on device\n"
 
 
 def test_down_without_a_stack_is_no_error(invoke):
@@ -245,12 +327,38 @@ def test_failures_are_listed_with_unreadable_entries_and_filtered_by_reason(invo
 
 def test_a_retry_begins_a_new_generation_and_a_dry_run_nothing(invoke, catalogue):
     fail(catalogue, "a")
-    fail(catalogue, "b", "corrupt")
-    assert outcomes(invoke("failed", "retry", "--reason", "corrupt", "--dry-run", "--json")) == {"b": "would retry"}
+    fail(catalogue, "b", "limits")
+    assert outcomes(invoke("failed", "retry", "--reason", "limits", "--dry-run", "--json")) == {"b": "would retry"}
     assert catalogue.count()["failed"] == 2
-    assert outcomes(invoke("failed", "retry", "--reason", "corrupt", "--json")) == {"b": "retried"}
+    assert outcomes(invoke("failed", "retry", "--reason", "limits", "--json")) == {"b": "retried"}
     assert (catalogue.get("b")["status"], catalogue.get("b")["generation"]) == ("pending", 2)
     assert catalogue.get("a")["status"] == "failed"
+
+
+def test_what_no_other_try_can_help_is_left_alone_and_named(invoke, catalogue):
+    for reason, can_be_retried in list_reasons().items():
+        fail(catalogue, reason, reason)
+        assert reason in catalogue.get(reason)["reason"]
+        answer = invoke("failed", "retry", reason, "--json")
+        [outcome] = outcomes(answer).values()
+        assert (answer[0], outcome == "retried") == (0 if can_be_retried else 1, can_be_retried), outcome
+        assert can_be_retried or f"left alone: {reason}" in outcome
+    assert {reason for reason, can_be_retried in list_reasons().items() if not can_be_retried} == {
+        *("corrupt", "empty", "path_taken", "truncated", "unsupported"),
+    }
+
+
+def test_all_means_all_however_many_there_are(invoke, catalogue):
+    ids = [f"i{number:04}" for number in range(1500)]
+    catalogue.accept([Upload(image_id) for image_id in ids])
+    with catalogue._database.transaction() as connection:  # many of them at the very same moment
+        connection.exec_driver_sql("UPDATE images SET status = 'failed', reason = 'provider_unavailable'")
+    rows = list(catalogue.iterate_failed(page_rows=7))
+    assert sorted(row["id"] for row in rows) == ids
+    code, out, err = invoke("failed", "list", "--json")
+    assert (code, len(json.loads(out)), "only the newest 1000" in err) == (0, 1000, True)
+    assert outcomes(invoke("failed", "retry", "--all", "--json")) == dict.fromkeys(ids, "retried")
+    assert catalogue.count()["pending"] == 1500
 
 
 def test_retries_are_counted_and_capped(invoke, catalogue):
@@ -363,7 +471,7 @@ def test_the_rate_limit_is_shown_changed_and_put_back(invoke):
     assert json.loads(invoke("limit", "metadata=20/minute", "--json")[1]) == {"rate_limit": "metadata=20/minute"}
     assert invoke("limit")[1] == "metadata=20/minute\n"
     code, _, err = invoke("limit", "fast")
-    assert (code, "10/minute" in err) == (3, True)
+    assert (code, "10/minute" in err) == (2, True)
     assert invoke("limit", "--reset")[1] == "10/minute\n"
 
 
@@ -376,12 +484,14 @@ def test_a_pause_shows_in_the_status_and_ends_by_resume(invoke, ledger):
     assert invoke("resume")[1] == "nothing is paused\n"
 
 
-def test_the_doctor_says_what_is_not_well_and_exits_with_1(invoke, catalogue, monkeypatch):
+def test_the_doctor_says_what_is_not_well_and_exits_with_1(invoke, catalogue, monkeypatch, tmp_path):
+    (tmp_path / "home" / "storage").mkdir()
     code, out, _ = invoke("doctor")
-    assert code == 0, out
+    assert code == 1, out  # no stack runs
     assert "✓ redis" in out
     monkeypatch.setenv("OPENAI_BASE_URL", "http://127.0.0.1:9/v1")
     monkeypatch.setenv("IMAGEPIPELINE_RATE_LIMIT", "off")
     code, out, _ = invoke("doctor", "--json")
     findings = [json.loads(line) for line in out.splitlines()]
-    assert (code, [finding["name"] for finding in findings if not finding["is_well"]]) == (1, ["vision model"])
+    ill = [finding["name"] for finding in findings if not finding["is_well"]]
+    assert (code, ill) == (1, ["code server", "daemon", "sensors", "webserver", "vision model"])

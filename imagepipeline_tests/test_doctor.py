@@ -1,12 +1,18 @@
 """The doctor finds what is wrong, says what to do, and tells no secret."""
 
 import json
+import time
+from contextlib import closing
 
 import pytest
 
 from imagepipeline.doctor import examine
+from imagepipeline.errors import RedisClusterError
+from imagepipeline.runtime import services
 from imagepipeline.settings import Settings
 from imagepipeline.stores.catalogue import Catalogue
+from imagepipeline.stores.uploads import UploadQueue
+from imagepipeline_tests.conftest import redis_server
 from imagepipeline_tests.services.test_embedder import answer_of
 from imagepipeline_tests.services.test_vision import METADATA, coded, completion
 
@@ -14,13 +20,20 @@ from imagepipeline_tests.services.test_vision import METADATA, coded, completion
 @pytest.fixture
 def environment(tmp_path, redis_url, queue):
     home = tmp_path / "home"
-    home.mkdir()
+    (home / "storage").mkdir(parents=True)
     Catalogue(f"sqlite:///{home / 'catalogue.sqlite'}").migrate()
     return {"IMAGEPIPELINE_HOME": str(home), "REDIS_URL": redis_url}
 
 
-def findings(environment):
+STACK = {"code server", "daemon", "sensors", "webserver"}  # examined where it runs, end to end
+
+
+def examine_all(environment):
     return {finding.name: finding for finding in examine(Settings.load(environment))}
+
+
+def findings(environment):
+    return {name: finding for name, finding in examine_all(environment).items() if name not in STACK}
 
 
 def ill(environment):
@@ -31,6 +44,7 @@ def test_a_healthy_local_pipeline_is_well(environment):
     found = findings(environment)
     assert all(finding.is_well and not finding.advice for finding in found.values()), found
     assert list(found) == [
+        "home",
         "redis",
         "database",
         "storage",
@@ -153,3 +167,44 @@ def test_a_budget_that_cannot_hold_is_named_before_anything_is_asked(environment
     assert set(found) == {"prices", "vision model"}
     assert 'IMAGEPIPELINE_PRICES to {"mystery": [' in found["prices"].advice
     assert [request.path for request, _ in httpserver.log] == ["/v1/embeddings"]
+
+
+def test_a_stack_that_does_not_run_is_not_well(environment):
+    found = examine_all(environment)
+    assert {name for name, finding in found.items() if not finding.is_well} == STACK
+    assert all("imagepipeline up" in found[name].advice for name in STACK)
+
+
+def test_in_a_folder_without_a_stack_it_says_so_and_makes_nothing(tmp_path, environment):
+    (tmp_path / "empty").mkdir()
+    for home in (tmp_path / "empty", tmp_path / "none"):
+        found = ill(environment | {"IMAGEPIPELINE_HOME": str(home)})
+        assert {"database", "storage", "pauses"} <= found.keys()
+        assert str(home) in found["database"].sentence
+    assert list((tmp_path / "empty").iterdir()) == []
+    assert not (tmp_path / "none").exists()
+
+
+def test_a_home_that_others_may_write_to_is_named(environment, tmp_path):
+    (tmp_path / "home").chmod(0o777)
+    assert "others may write" in ill(environment)["home"].sentence
+
+
+def test_a_redis_that_is_a_cluster_is_refused_everywhere_with_the_cure(environment, tmp_path):
+    """Also one whose only server holds all slots, which refuses nothing but what names two keys."""
+    for is_whole in (False, True):
+        with redis_server("--cluster-enabled", "yes") as url, closing(UploadQueue(url)) as queue:
+            if is_whole:
+                queue.redis.execute_command("CLUSTER ADDSLOTSRANGE 0 16383")
+                while queue.redis.cluster("INFO")["cluster_state"] != "ok":
+                    time.sleep(0.05)
+            clustered = environment | {"REDIS_URL": url}
+            found = ill(clustered)["redis"]
+            assert "runs as a cluster" in found.sentence
+            assert "REDIS_URL" in found.advice
+            for act in (queue.count, lambda: queue.dead_letter(b"x", 1, "why")):
+                with pytest.raises(RedisClusterError, match="cluster-enabled no"):
+                    act()
+            with pytest.raises(RedisClusterError):
+                services.check_redis(Settings.load(clustered))
+    services.check_redis(Settings.load(environment | {"REDIS_URL": "redis://127.0.0.1:9"}))  # may come yet

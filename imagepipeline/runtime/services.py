@@ -4,6 +4,7 @@ Each has its own copy of `dagster.yaml` and `workspace.yaml`, written from the s
 starts, so that there is nothing to mount and nothing to keep in step.
 """
 
+import json
 import os
 import socket
 import stat
@@ -13,7 +14,7 @@ import tempfile
 import urllib.error
 import urllib.request
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
@@ -22,15 +23,33 @@ from urllib.parse import quote
 import sqlalchemy as sa
 import yaml
 
-from imagepipeline.errors import StackError
+from imagepipeline.errors import RedisClusterError, StackError
 from imagepipeline.settings import Settings
 from imagepipeline.stores.catalogue import Catalogue
+from imagepipeline.stores.uploads import UploadQueue
 
 # What the services import, and may share when they are forked from one process that has.
 SHARED_MODULES = ("dagster._cli", "dagster._daemon.cli", "dagster_webserver.app", "dagster_webserver.cli")
 NAMES = ("code-server", "daemon", "webserver")
 DEFAULT_WEBSERVER_PORT = 3000
+GRPC_SECONDS = 5
+HEARTBEAT_TOLERANCE_SECONDS = 120
 MIGRATION_COMMAND = [sys.executable, "-m", "imagepipeline.runtime.migration"]
+
+
+def check_redis(settings: Settings) -> None:
+    """Refuses a Redis that can never work; one that does not answer may yet.
+
+    Raises:
+        RedisClusterError: it runs as a cluster.
+    """
+    with closing(UploadQueue(settings.redis_url, settings.queue_prefix)) as queue:
+        try:
+            queue.count()
+        except RedisClusterError:
+            raise
+        except StackError:
+            return
 
 
 def build_command(settings: Settings, name: str) -> list[str]:
@@ -79,7 +98,7 @@ def prepare(settings: Settings) -> dict[str, str]:
     environment = settings.build_environment(
         DAGSTER_HOME=str(home),
         IMAGEPIPELINE_CODE_SOCKET=str(settings.code_address),
-        DAGSTER_DAEMON_HEARTBEAT_TOLERANCE="120",
+        DAGSTER_DAEMON_HEARTBEAT_TOLERANCE=str(HEARTBEAT_TOLERANCE_SECONDS),
         OPENBLAS_NUM_THREADS="1",  # five runs share the machine
     )
     if settings.dagster_database_url:
@@ -111,17 +130,46 @@ def migrate(settings: Settings, is_taken_over: bool = False) -> None:
 def is_healthy(settings: Settings, name: str) -> bool:
     """Whether a service answers; of the daemon, whether all its parts have given a sign of life of late."""
     if name == "code-server":
-        return answers_socket(settings.code_address)
+        return answers_grpc(settings.code_address)
     if name == "webserver":
         return answers_http(build_webserver_url(settings) + "/server_info")
     command = [sys.executable, "-m", "dagster._daemon", "liveness-check"]
     return subprocess.run(command, env=prepare(settings), capture_output=True, check=False).returncode == 0
 
 
+def examine_daemon(settings: Settings) -> dict[str, dict[str, str]]:
+    """What Dagster's database says of the daemon's parts and of the sensors; see `runtime.examination`.
+
+    Raises:
+        StackError: it cannot be asked.
+    """
+    command = [sys.executable, "-m", "imagepipeline.runtime.examination"]
+    result = subprocess.run(command, env=prepare(settings), capture_output=True, text=True, check=False)
+    if result.returncode != 0:
+        last_line = (result.stderr.strip().splitlines() or ["no message"])[-1]
+        raise StackError(f"Dagster's database cannot be asked: {last_line.partition(':')[0]:.100}")
+    said: dict[str, dict[str, str]] = json.loads(result.stdout.splitlines()[-1])
+    return said
+
+
 def answers_socket(path: Path) -> bool:
     """Whether somebody listens there."""
     with socket.socket(socket.AF_UNIX) as client:
         return client.connect_ex(str(path)) == 0
+
+
+def answers_grpc(path: Path) -> bool:
+    """Whether Dagster's server there says that it serves; unlike `answers_socket`, it notices one that hangs."""
+    import grpc  # type: ignore[import-untyped]  # it starts threads, which whoever forks must not have
+    from grpc_health.v1 import health_pb2, health_pb2_grpc  # type: ignore[import-untyped]
+
+    with grpc.insecure_channel(f"unix:{_quote_for_grpc(path)}") as channel:
+        request = health_pb2.HealthCheckRequest(service="DagsterApi")
+        try:
+            answer = health_pb2_grpc.HealthStub(channel).Check(request, timeout=GRPC_SECONDS)
+        except grpc.RpcError:
+            return False
+    return bool(answer.status == health_pb2.HealthCheckResponse.SERVING)
 
 
 def answers_http(url: str) -> bool:

@@ -100,7 +100,9 @@ class Stack:
         environment = services.prepare(settings)
         if "://" not in settings.storage:
             Path(settings.storage).mkdir(parents=True, exist_ok=True)
-        if settings.has_own_redis:
+        if not settings.has_own_redis:
+            services.check_redis(settings)
+        else:
             server_socket = settings.socket_folder / "valkey.sock"
             self._start(
                 "redis", lambda: valkey.start_server(settings.home / "valkey", server_socket, self._log("redis"))

@@ -6,6 +6,7 @@ The package's own launcher keeps nothing on disk and dies with Ctrl-C, so the bi
 import shutil
 import subprocess
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
 import redis
@@ -16,8 +17,10 @@ from imagepipeline.runtime import processes
 START_SECONDS = 10
 
 
-def start_server(data: Path, socket: Path, log: Path) -> subprocess.Popen[bytes]:
+def start_server(data: Path, socket: Path, log: Path, options: Sequence[str] = ()) -> subprocess.Popen[bytes]:
     """Starts the server on `socket` and waits until it has read its data; only its owner may connect.
+
+    `options` are more of the server's own, such as `--maxmemory`.
 
     Raises:
         StackError: no binary was found, or the server did not come up.
@@ -28,6 +31,7 @@ def start_server(data: Path, socket: Path, log: Path) -> subprocess.Popen[bytes]
             find_binary(),
             *("--port", "0", "--unixsocket", str(socket), "--unixsocketperm", "700"),
             *("--dir", str(data), "--appendonly", "yes", "--appendfsync", "everysec", "--save", ""),
+            *options,
         ],
         log,
     )

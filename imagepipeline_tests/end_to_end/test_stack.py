@@ -66,6 +66,14 @@ def ask(url, query):
         return json.load(answer)["data"]
 
 
+def stop_sensor(url, name):
+    nodes = ask(url, "{ repositoriesOrError { ... on RepositoryConnection { nodes { sensors { name id } } } } }")
+    [repository] = nodes["repositoriesOrError"]["nodes"]
+    [identity] = [sensor["id"] for sensor in repository["sensors"] if sensor["name"] == name]
+    stop = "mutation { stopSensor(id: %s) { ... on StopSensorMutationResult { instigationState { status } } } }"
+    return ask(url, stop % json.dumps(identity))
+
+
 def processes_of(home):
     """The processes whose environment names this home: all that a stack starts."""
     found = []
@@ -136,6 +144,14 @@ def test_from_a_plain_push_to_a_search_and_a_clean_stop(home):
             assert json.loads(pushed.stdout)["images"][0]["status"] == "completed"
             again = run("push", str(originals / "broken.jpg"), "--id", "broken", "--wait", check=False)
             assert again.returncode == 1
+
+            assert run("doctor").returncode == 0
+            stopped = stop_sensor(addresses["webserver_url"], "notification_sensor")
+            assert stopped["stopSensor"]["instigationState"]["status"] == "STOPPED"
+            found = [json.loads(line) for line in run("doctor", "--json", check=False).stdout.splitlines()]
+            [ill] = [finding for finding in found if not finding["is_well"]]
+            assert ill["name"] == "sensors"
+            assert "notification_sensor is stopped" in ill["sentence"]
 
             for _ in range(2):  # as a closing terminal does
                 os.kill(stack.pid, signal.SIGHUP)
