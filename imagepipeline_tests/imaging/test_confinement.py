@@ -1,5 +1,6 @@
 """A decoder that was broken into gets nothing, and what it says is believed only as far as it can be checked."""
 
+import ctypes
 import os
 import pickle
 import struct
@@ -13,7 +14,16 @@ import pytest
 
 from imagepipeline.defs.originals import Originals
 from imagepipeline.errors import SandboxLostError, UnreadableImageError
-from imagepipeline.imaging.confinement import ALLOWED, ARCHITECTURES, build_filter
+from imagepipeline.imaging.confinement import (
+    ALLOWED,
+    ARCHITECTURES,
+    CLONE,
+    CLONE3,
+    MMAP,
+    MPROTECT,
+    TGKILL,
+    build_filter,
+)
 from imagepipeline.imaging.decoding import Rules, decode
 from imagepipeline.imaging.sandbox import MAX_ANSWER_BYTES, Sandbox, Zygote
 from imagepipeline.imaging.variants import Renderer
@@ -23,6 +33,11 @@ from imagepipeline_tests.conftest import PHOTOS
 from imagepipeline_tests.imaging import lying_operations, sandbox_operations
 
 OPERATIONS = "imagepipeline_tests.imaging.sandbox_operations"
+LIES = [
+    *lying_operations.ABOUT_THE_IMAGE,
+    *lying_operations.ABOUT_VARIANTS,
+    *lying_operations.ABOUT_INSPECTIONS,
+]
 IS_ROOT = os.getuid() == 0
 
 
@@ -75,6 +90,16 @@ def test_the_filters_of_both_architectures_allow_the_same_calls():
     assert lengths["x86_64"] - lengths["aarch64"] == 16  # x32 has no twin
     for column in (0, 1):
         assert len({numbers[column] for numbers in ALLOWED.values()}) == len(ALLOWED)
+
+
+def test_the_numbers_of_the_calls_are_those_libseccomp_knows():
+    try:
+        resolve = ctypes.CDLL("libseccomp.so.2").seccomp_syscall_resolve_name_arch
+    except OSError:
+        pytest.skip("there is no libseccomp here")
+    partly = {"mmap": MMAP, "mprotect": MPROTECT, "clone": CLONE, "tgkill": TGKILL, "clone3": CLONE3}
+    for name, numbers in {**ALLOWED, **partly}.items():
+        assert tuple(resolve(one, name.encode()) for one in ARCHITECTURES.values()) == numbers, name
 
 
 def test_nothing_of_the_run_is_in_the_child(tmp_path):
@@ -223,7 +248,9 @@ def test_an_honest_decoder_is_believed(process):
     assert len(process("")[1]) == 6
 
 
-@pytest.mark.parametrize("lie", [*lying_operations.ABOUT_THE_IMAGE, *lying_operations.ABOUT_VARIANTS, "similarity"])
+@pytest.mark.parametrize(
+    "lie", [*lying_operations.ABOUT_THE_IMAGE, *lying_operations.ABOUT_VARIANTS, *lying_operations.ABOUT_INSPECTIONS]
+)
 def test_a_decoder_that_lies_ends_its_image(process, lie):
     with pytest.raises(UnreadableImageError, match="cannot be true"):
         process(lie)
