@@ -151,15 +151,16 @@ def validate_arguments(function: Callable[..., Any], values: Any, given: int = 0
     Raises:
         MalformedMessageError: they do not fit.
     """
-    kinds = _parameters(function)[given:]
-    if not isinstance(values, list) or len(values) > len(kinds):
+    parameters = _parameters(function)[given:]
+    required_count = sum(is_required for _, is_required in parameters)
+    if not isinstance(values, list) or not required_count <= len(values) <= len(parameters):
         raise MalformedMessageError(f"{function.__name__} takes other arguments")
-    return [validate(kind, value) for kind, value in zip(kinds, values, strict=False)]
+    return [validate(kind, value) for (kind, _), value in zip(parameters, values, strict=False)]
 
 
 def prepare_arguments(function: Callable[..., Any], given: int = 0) -> None:
     """Makes what `validate_arguments` needs, which it would else do, and import for it, when it is first called."""
-    for kind in _parameters(function)[given:]:
+    for kind, _ in _parameters(function)[given:]:
         _adapt(kind)
 
 
@@ -221,7 +222,8 @@ def _adapt(kind: Any) -> TypeAdapter[tuple[Any]]:
 
 
 @functools.cache
-def _parameters(function: Callable[..., Any]) -> list[Any]:
+def _parameters(function: Callable[..., Any]) -> list[tuple[Any, bool]]:
+    """The type of each parameter, and whether it must be given."""
     hints = typing.get_type_hints(function, include_extras=True)
-    names = list(inspect.signature(function).parameters)
-    return [hints[name] for name in names]
+    parameters = inspect.signature(function).parameters.values()
+    return [(hints[one.name], one.default is inspect.Parameter.empty) for one in parameters]

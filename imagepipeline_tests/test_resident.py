@@ -1,8 +1,12 @@
 """The resident does for a run what the run would do itself, and says so when it cannot."""
 
+import contextlib
 import multiprocessing
 import os
+import pickle
 import signal
+import socket
+import struct
 import subprocess
 import sys
 import threading
@@ -18,6 +22,7 @@ from imagepipeline.resident import ResidentEmbedder, ResidentIndex, serve
 from imagepipeline.runtime.services import answers_socket
 from imagepipeline.services.embedder import LocalEmbedder
 from imagepipeline.stores.vectors import BatchingIndex, EmbeddingIndex
+from imagepipeline.wire import HEADER
 
 
 def claim(image_id, fence=1):
@@ -70,6 +75,33 @@ def test_without_it_an_image_waits_and_none_fails(resident, tmp_path):
     threading.Timer(0.5, process.kill).start()
     with pytest.raises(ResidentDownError):
         stopped.get("a", "local:m")
+
+
+class Attack:
+    def __init__(self, path):
+        self.path = path
+
+    def __reduce__(self):
+        return open, (self.path, "w")
+
+
+def test_what_is_no_question_is_not_answered_and_runs_nothing(resident, tmp_path):
+    address, process = resident
+    attack = pickle.dumps(("get", (Attack(str(tmp_path / "attacked")),)))
+    framed = HEADER.pack(len(attack), 0) + attack
+    for data in (struct.pack("!i", len(attack)) + attack, framed, HEADER.pack(2**31, 2**40)):
+        with socket.socket(socket.AF_UNIX) as connection:
+            connection.connect(address)
+            connection.sendall(data)
+            connection.shutdown(socket.SHUT_WR)
+            with contextlib.suppress(ConnectionResetError):  # what it did not read, it lets fall
+                assert connection.recv(1) == b""
+    for name, arguments in (("nothing", ()), ("get", ()), ("get", ("a", "b", "c")), ("upsert", ("a", "b"))):
+        with pytest.raises(ResidentDownError):
+            ResidentIndex(address).call(name, None, *arguments)
+    assert not (tmp_path / "attacked").exists()
+    assert process.is_alive()
+    assert ResidentIndex(address).get("a", "local:m") is None
 
 
 def test_it_ends_with_the_process_that_started_it(tmp_path):

@@ -226,7 +226,7 @@ class Session(Generic[T]):
     def begin(self, function: Callable[Concatenate[T, P], Any], *args: P.args, **kwargs: P.kwargs) -> None:
         """Has the child work on a call that will be made later; what goes wrong is told then."""
         if self._begun is None:
-            with contextlib.suppress(OSError):
+            with contextlib.suppress(OSError, SandboxLostError):
                 self._send(function, args)
                 self._begun = (function, args)
 

@@ -10,7 +10,12 @@ from imagepipeline.errors import LimitError
 from imagepipeline.imaging.decoding import Decoded
 from imagepipeline.imaging.inspection import Inspection, inspect
 from imagepipeline.imaging.sandbox import Session, Usage
-from imagepipeline.imaging.verification import ImpossibleAnswerError, verify_inspections, verify_variants
+from imagepipeline.imaging.verification import (
+    ImpossibleAnswerError,
+    verify_inspections,
+    verify_own_inspections,
+    verify_variants,
+)
 from imagepipeline.models import Recipe, Variant, VariantSpec
 
 # The measured frontier of quality, bytes and CPU time: docs/decisions/0003-encoder-settings.md.
@@ -55,7 +60,7 @@ class Renderer:
         (variants, inspections), usage = session.call(render_and_inspect, self.specs, self._has_rights)
         try:
             verify_variants(variants, self.specs, size)
-            verify_inspections(inspections, len(variants))
+            verify_own_inspections(inspections, variants)
         except ImpossibleAnswerError as error:
             session.distrust(str(error))
         contents = [variant.content for variant in variants]

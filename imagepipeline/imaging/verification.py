@@ -67,6 +67,18 @@ def verify_variants(variants: Sequence[Variant], specs: Sequence[VariantSpec], s
         _require(is_expected, f"{name} is {variant.width} x {variant.height} px")
 
 
+def verify_own_inspections(inspections: Sequence["Inspection"], variants: Sequence[Variant]) -> None:
+    """Checks what was said of variants just verified: what can be decoded is what their bytes say.
+
+    Raises:
+        ImpossibleAnswerError: it cannot be true.
+    """
+    verify_inspections(inspections, len(variants))
+    for found, variant in zip(inspections, variants, strict=True):
+        is_same = (found.format, found.width, found.height) == (variant.spec.format, variant.width, variant.height)
+        _require(found.fault is not None or is_same, "the inspection of a variant")
+
+
 def verify_inspections(inspections: Sequence["Inspection"], count: int) -> None:
     """Checks what was said of so many stored variants.
 

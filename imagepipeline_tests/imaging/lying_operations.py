@@ -41,6 +41,13 @@ ABOUT_VARIANTS: dict[str, Callable[[list[Variant]], list[Variant]]] = {
 }
 
 
+ABOUT_INSPECTIONS: dict[str, Callable[[Inspection], Inspection]] = {
+    "similarity": lambda found: replace(found, similarity=9.0),
+    "width": lambda found: replace(found, width=found.width + 1),
+    "attachments": lambda found: replace(found, attachments=("x" * 5000,)),
+}
+
+
 def decode(content: bytes, rules: Rules) -> Decoded:
     content, _, lie = content.rpartition(b"lie:")
     told.append(lie.decode())
@@ -55,8 +62,7 @@ def render_and_inspect(
     decoded: Decoded, specs: list[VariantSpec], has_rights: bool
 ) -> tuple[list[Variant], list[Inspection]]:
     variants, inspections = render_honestly(decoded, specs, has_rights)
-    if told[0] == "similarity":
-        inspections = [replace(one, similarity=9.0) for one in inspections]
+    inspections = [ABOUT_INSPECTIONS.get(told[0], lambda found: found)(found) for found in inspections]
     return ABOUT_VARIANTS.get(told[0], lambda variants: variants)(variants), inspections
 
 

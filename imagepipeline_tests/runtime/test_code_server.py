@@ -60,6 +60,7 @@ def test_a_forked_run_finds_everything_imported_but_what_must_not_be_forked(home
     provider = httpserver.url_for("/v1")
     done = run_warm(home, OPENAI_BASE_URL=provider, OPENROUTER_BASE_URL=provider, REDIS_URL=redis_url)
     assert done["status"] == "completed"
+    assert done["is_shared"]  # the zygote is the preload's
     # There is no resident here, so the run imports LanceDB and what that needs itself; the rest is our concern.
     watched = ("dagster", "imagepipeline", "openai", "httpx2", "httpcore2", "sqlalchemy", "numpy", "redis", "PIL")
     late = {name for name in done["modules"] if name.split(".")[0] in watched}

@@ -1,10 +1,12 @@
 """One upload `cat` in a process forked as the code server forks its runs: FOLDER [PRELOAD]; prints JSON.
 
-`status`, and the `modules` that the run still had to import. With the name of another preload: `error`.
+`status`, the `modules` that the run still had to import, and whether it `is_shared`: the zygote its decoder came from.
+With the name of another preload: `error`.
 """
 
 import json
 import multiprocessing
+import os
 import sys
 from pathlib import Path
 
@@ -20,13 +22,15 @@ def process_cat(folder: str, results: "multiprocessing.Queue[dict[str, object]]"
 
     import imagepipeline.definitions
     from imagepipeline.defs.failures import GENERATION_TAG
+    from imagepipeline.imaging.sandbox import DECODERS
 
     with dg.DagsterInstance.from_config(folder) as instance:
         instance.add_dynamic_partitions("uploads", ["cat"])
         job = imagepipeline.definitions.defs.get_job_def("process_upload")
         result = job.execute_in_process(instance=instance, partition_key="cat", tags={GENERATION_TAG: "1"})
     status = "completed" if result.success else "failed"
-    results.put({"status": status, "modules": sorted(set(sys.modules) - before)})
+    is_shared = DECODERS.descriptor is not None and DECODERS._starter != os.getpid()
+    results.put({"status": status, "modules": sorted(set(sys.modules) - before), "is_shared": is_shared})
 
 
 def main() -> None:

@@ -1,0 +1,28 @@
+"""An image whose decoder was broken into ends as failed, whatever that decoder says."""
+
+from contextlib import closing
+
+import pytest
+
+from imagepipeline.defs.originals import Originals
+from imagepipeline.imaging.decoding import Rules
+from imagepipeline.imaging.sandbox import Sandbox, Zygote
+from imagepipeline_tests.conftest import PHOTOS
+from imagepipeline_tests.imaging import lying_operations
+
+
+@pytest.mark.parametrize(("lie", "status"), [("", "completed"), ("preview", "failed"), ("no picture", "failed")])
+def test_an_image_whose_decoder_lies_fails_and_is_not_tried_again(run, catalogue, files, monkeypatch, lie, status):
+    monkeypatch.setattr("imagepipeline.defs.originals.decode", lying_operations.decode)
+    files.put_original("cat", (PHOTOS / "cat.jpg").read_bytes() + b"lie:" + lie.encode(), "jpg")
+    with (
+        closing(Zygote("imagepipeline_tests.imaging.lying_operations")) as zygote,
+        closing(Originals(files, Sandbox(zygote=zygote), Rules())) as originals,
+    ):
+        run("cat", originals=originals)
+    row = catalogue.get("cat")
+    assert row["status"] == status
+    if status == "failed":
+        assert row["reason"] == "corrupt"
+        assert "cannot be true" in row["error"]
+        assert row["variants"] == []
