@@ -15,6 +15,7 @@
     │   ├── SandboxMissingError
     │   ├── PausedError             nor will any other image be worked on
     │   │   └── ForbiddenError      unless it is this image alone that is forbidden
+    │   ├── RateLimitError
     │   ├── StorageDownError
     │   └── DiskFullError
     ├── RetryableError              another attempt may succeed
@@ -112,6 +113,8 @@ class PausedError(PostponedError):
     `reason` is the pause's word; `pause_seconds` None means until a person resumes.
     """
 
+    wait_seconds = 0  # the pause alone decides, so that its end counts at once
+
     def __init__(self, reason: str, message: str, pause_seconds: float | None) -> None:
         super().__init__(message)
         self.reason = reason
@@ -120,6 +123,12 @@ class PausedError(PostponedError):
 
 class ForbiddenError(PausedError):
     """The provider forbids the call and does not say whether for the key's sake or the picture's."""
+
+
+class RateLimitError(PostponedError):
+    """The rate limit of paid calls is used up for longer than a run waits."""
+
+    wait_seconds = 0  # no run begins before there is a permit again, so that a raised limit counts at once
 
 
 class StorageDownError(PostponedError):

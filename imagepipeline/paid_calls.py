@@ -1,8 +1,9 @@
 """Paid calls: made only if nothing is paused, the budget holds and the rate limit permits; always written down."""
 
+import json
 import re
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime, timedelta
 from typing import Protocol, TypeVar
@@ -13,16 +14,18 @@ from imagepipeline.errors import (
     PausedError,
     PostponedError,
     ProviderUnavailableError,
+    RateLimitError,
     RefusedError,
 )
 from imagepipeline.models import CallUsage, Claim, PaidCall, Recipe, now_utc
-from imagepipeline.stores.ledger import Ledger
+from imagepipeline.stores.ledger import MESSAGE_CHARACTERS, Ledger
 from imagepipeline.stores.limiter import CallLimiter
 
 MAX_WAIT_SECONDS = 180  # for the rate limit; then the image gives its slot to another
 # A provider is down, and it is not an image's own trouble, when so many images in a row got no answer and one of them
 # has used all its attempts. Then one image is tried each time these seconds are over.
 DOWN_IMAGES, DOWN_CALLS, DOWN_SECONDS = 3, 3, 30
+FREE = (0, 0)  # a price
 # Providers append a date to a model's name for one of its versions, which costs the same.
 DATE = re.compile(r"[-@:](\d{4}-\d{2}-\d{2}|\d{8})$")
 
@@ -57,7 +60,7 @@ class PaidCalls:
         daily_budget_usd: over it everything waits for midnight (UTC); None for no such budget.
         monthly_budget_usd: over it everything waits for the first of the month.
         clock: gives the time.
-        recipes: by stage, what makes the calls of an image; local ones do not count.
+        recipes: by stage, what makes the results of an image; only remote models' calls are paid ones.
     """
 
     def __init__(
@@ -70,7 +73,8 @@ class PaidCalls:
         clock: Callable[[], datetime] = now_utc,
         recipes: Mapping[str, Recipe] | None = None,
     ) -> None:
-        self._recipes = {stage: recipe for stage, recipe in (recipes or {}).items() if recipe.provider != "local"}
+        self._all_recipes = recipes or {}
+        self._recipes = {stage: recipe for stage, recipe in self._all_recipes.items() if recipe.provider != "local"}
         self._ledger = ledger
         self._limiter = limiter
         self._prices = prices
@@ -92,7 +96,8 @@ class PaidCalls:
 
         Raises:
             PausedError: no paid call may be made now.
-            PostponedError: there was no permit within three minutes, or Redis does not answer.
+            RateLimitError: there was no permit within three minutes.
+            PostponedError: the price is not known and a budget is set, or Redis does not answer.
             ImagePipelineError: whatever the call raises.
         """
         if recipe.provider == "local":
@@ -107,7 +112,8 @@ class PaidCalls:
             if claim and self._ledger.is_answered_for_others(claim.image_id, stage, error.reason):
                 answer = str(error).partition(":")[0]
                 raise RefusedError(f"{answer} for this picture, and answers for others: it is refused") from None
-            self._pause(error, claim, stage)
+            if claim:  # a search's text may be what is forbidden, which is nobody else's trouble
+                self._pause(error, claim, stage)
             raise
         except PausedError as error:
             self._pause(error, claim, stage)
@@ -168,6 +174,12 @@ class PaidCalls:
         pause = next((pause for pause in self._ledger.list_pauses() if not pause.is_over), None)
         if pause is not None:
             raise PausedError(pause.reason, pause.message, None)
+        if reached := self._explain_budget():
+            self._ledger.pause("budget", *reached)
+            raise PausedError("budget", *reached)
+
+    def _explain_budget(self) -> tuple[str, float] | None:
+        """Of a budget that is used up, a sentence and the seconds until it is not."""
         now = self._clock()
         midnight = now.replace(hour=0, minute=0, second=0, microsecond=0)
         month = midnight.replace(day=1)
@@ -179,9 +191,8 @@ class PaidCalls:
                     f"the {name} budget of {budget_usd:g} USD is used up ({spent:.2f} USD): "
                     f"it goes on at {ends[name]:%F %R} UTC"
                 )
-                pause_seconds = (ends[name] - now).total_seconds()
-                self._ledger.pause("budget", message, pause_seconds)
-                raise PausedError("budget", message, pause_seconds)
+                return message, (ends[name] - now).total_seconds()
+        return None
 
     def _wait(self, stage: str, report: Callable[[str], None]) -> float:
         started = time.monotonic()
@@ -189,7 +200,7 @@ class PaidCalls:
             return 0.0
         report(f"The call waits for the rate limit of paid calls ({self._limiter.get_limits()}).")
         if not self._limiter.acquire(stage, MAX_WAIT_SECONDS):
-            raise PostponedError(self._explain_wait(self._limiter.look(stage).wait_seconds))
+            raise RateLimitError(self._explain_wait(self._limiter.look(stage).wait_seconds))
         return round(time.monotonic() - started, 3)
 
     def _explain_wait(self, wait_seconds: float) -> str:
@@ -197,10 +208,7 @@ class PaidCalls:
         return f"the rate limit of paid calls ({limits}) is used up: it goes on at {opens_at:%F %T} UTC"
 
     def count_affordable(self) -> tuple[int | None, str]:
-        """How many images may begin with what the rate limits of hours and days leave, None for any; and why none.
-
-        Limits of shorter windows do not count: a run waits for those.
-        """
+        """How many images the rate limits have calls for before a run gives up waiting, None for any; and why none."""
         counts: list[tuple[int, str]] = []
         for stage in self._recipes:
             permits = self._limiter.look(stage, MAX_WAIT_SECONDS)
@@ -211,26 +219,46 @@ class PaidCalls:
             counts.append((images, "" if images else self._explain_wait(permits.wait_seconds)))
         return min(counts, default=(None, ""))
 
-    def update_price_pause(self) -> None:
-        """Pauses paid work while a budget is set and a price is not known; ends that pause when neither is so."""
-        problems = [problem for recipe in self._recipes.values() if (problem := self._explain_unpriced(recipe))]
-        is_paused = any(pause.reason == "price" for pause in self._ledger.list_pauses())
-        if problems and not is_paused:
-            self._ledger.pause("price", problems[0], None)
-        elif is_paused and not problems:
-            self._ledger.resume("price")
+    def update_pauses(self) -> None:
+        """Opens and ends the pauses that follow from settings and ledger alone, so that no run must fail to find out.
 
-    def _explain_unpriced(self, recipe: Recipe) -> str | None:
-        """What to do if a budget is set that calls of a model cannot be counted against, as their price is unknown."""
-        if not any(self._budgets.values()) or find_price(recipe.model, self._prices) is not None:
+        A pause that calls of a model brought about which is not asked any more is ended, too.
+        """
+        problem = self._explain_unpriced(*self._recipes.values())
+        reasons: dict[str, tuple[str, float | None] | None] = {
+            "price": (problem, None) if problem else None,
+            "budget": self._explain_budget() if self._recipes else None,
+        }
+        pauses = self._ledger.list_pauses()
+        for reason, due in reasons.items():
+            known = next((pause for pause in pauses if pause.reason == reason), None)
+            if due and (known is None or known.is_over or known.message != due[0][:MESSAGE_CHARACTERS]):
+                self._ledger.pause(reason, *due)
+            elif known and not due:
+                self._ledger.end(known)
+        for pause in pauses:
+            is_local = pause.stage in self._all_recipes and pause.stage not in self._recipes
+            if is_local or (self._all_recipes and not self._recipes):
+                self._ledger.end(pause)
+
+    def _explain_unpriced(self, *recipes: Recipe) -> str | None:
+        """What to do if a budget is set that calls to these models cannot be counted against: their cost is unknown."""
+        if not any(self._budgets.values()):
             return None
-        if self._ledger.has_cost(recipe.provider, recipe.model):
-            return None
-        return explain_unpriced(recipe.model)
+        unpriced, silent = [], []
+        for recipe in recipes:
+            price = find_price(recipe.model, self._prices)
+            says_usage, cost_usd = self._ledger.find_last_usage(recipe.provider, recipe.model) or (True, None)
+            # A cost of nothing may mean that somebody else is charged: of a free model a person must say so.
+            if price is None and not cost_usd:
+                unpriced.append(recipe.model)
+            elif price != FREE and not says_usage and not cost_usd:
+                silent.append(recipe.model)
+        return explain_unpriced(unpriced) if unpriced else explain_silent(silent[0]) if silent else None
 
     def _price(self, model: str, usage: CallUsage | None) -> float | None:
         price = find_price(model, self._prices)
-        if usage is None or usage.cost_usd is not None or price is None:
+        if usage is None or usage.cost_usd or price is None:
             return usage.cost_usd if usage else None
         per_million_in, per_million_out = price
         return (usage.tokens_in * per_million_in + usage.tokens_out * per_million_out) / 1_000_000
@@ -241,9 +269,18 @@ def find_price(model: str, prices: Mapping[str, tuple[float, float]]) -> tuple[f
     return prices.get(model, prices.get(DATE.sub("", model)))
 
 
-def explain_unpriced(model: str) -> str:
-    """What to do where a budget is set and a model's price is not known."""
+def explain_unpriced(models: Sequence[str]) -> str:
+    """What to do where a budget is set and the prices of these models are not known."""
+    entries = ", ".join(f"{json.dumps(model)}: [IN, OUT]" for model in models)
     return (
-        f"a budget is set, and the price of {model} is not known: set IMAGEPIPELINE_PRICES to "
-        f'{{"{model}": [USD per million tokens in, out]}} and restart, or unset the budget'
+        f"a budget is set, and the price of {' and '.join(models)} is not known: set IMAGEPIPELINE_PRICES to "
+        f"{{{entries}}} in USD per million tokens ([0, 0] if it is free), or unset the budget, and restart"
+    )
+
+
+def explain_silent(model: str) -> str:
+    """What to do where a budget is set and a provider does not say what a call uses."""
+    return (
+        f"a budget is set, and calls to {model} do not say what they use: set IMAGEPIPELINE_PRICES to "
+        f"{{{json.dumps(model)}: [0, 0]}} if it is free, or unset the budget, and restart"
     )

@@ -76,7 +76,7 @@ def open_paid_calls(settings: Settings) -> Iterator[PaidCalls]:
     with closing(Ledger(settings.database_url)) as ledger, open_limiter(settings) as limiter:
         budgets = (settings.daily_budget_usd, settings.monthly_budget_usd)
         recipes = {"metadata": build_vision_recipe(settings), "embedding": build_embedding_recipe(settings)}
-        yield PaidCalls(ledger, limiter, settings.prices, *budgets, recipes=recipes)
+        yield PaidCalls(ledger, limiter, list_prices(settings), *budgets, recipes=recipes)
 
 
 def build_vision_recipe(settings: Settings) -> Recipe:
@@ -100,8 +100,15 @@ def explain_unpriced_models(settings: Settings) -> str | None:
         return None
     recipes = (build_vision_recipe(settings), build_embedding_recipe(settings))
     models = [recipe.model for recipe in recipes if recipe.provider != "local"]
-    unpriced = [model for model in models if find_price(model, settings.prices) is None]
-    return explain_unpriced(unpriced[0]) if unpriced else None
+    prices = list_prices(settings)
+    unpriced = [model for model in models if find_price(model, prices) is None]
+    return explain_unpriced(unpriced) if unpriced else None
+
+
+def list_prices(settings: Settings) -> dict[str, tuple[float, float]]:
+    """US dollars per million tokens in and out: those we know, and those that are set."""
+    known: dict[str, tuple[float, float]] = Settings.model_fields["prices"].default
+    return known | settings.prices
 
 
 def embed_query(settings: Settings, text: str, report: Callable[[str], None]) -> Embedding:

@@ -18,7 +18,7 @@ from imagepipeline.paid_calls import PaidCalls
 from imagepipeline.stores.ledger import Ledger
 from imagepipeline.stores.limiter import Permits as LeftPermits
 
-REMOTE = Recipe("openai", "priced-model")
+REMOTE, NEW, LOCAL = Recipe("openai", "priced-model"), Recipe("openai", "new"), Recipe("local", "m")
 
 
 class Clock:
@@ -197,17 +197,98 @@ def test_a_model_whose_cost_the_provider_reports_has_a_price(make):
     make(lambda: Answer(CallUsage(5, 5, 0.01)), reporting, daily_budget_usd=5.0)
 
 
-def test_an_unknown_price_pauses_until_it_is_known(ledger, clock):
-    def update(prices, budget_usd=5.0):
-        recipes = {"metadata": Recipe("openai", "new"), "embedding": Recipe("local", "m")}
-        PaidCalls(ledger, Permits(), prices, budget_usd, clock=clock, recipes=recipes).update_price_pause()
+@pytest.fixture
+def update(ledger, clock):
+    """A tick's look at what follows from settings and ledger; gives the pauses after it."""
+
+    def update(prices=None, budget_usd=5.0, vision=NEW, embedder=LOCAL):
+        recipes = {"metadata": vision, "embedding": embedder}
+        PaidCalls(ledger, Permits(), prices or {}, budget_usd, clock=clock, recipes=recipes).update_pauses()
         return [pause.reason for pause in ledger.list_pauses()]
 
-    assert update({}) == ["price"]
-    assert update({}) == ["price"]
+    return update
+
+
+def test_an_unknown_price_pauses_until_it_is_known(update, ledger):
+    assert update() == ["price"]
+    assert update() == ["price"]
+    assert len(ledger.list_untold("mail")) == 1
     assert update({"new": (1.0, 1.0)}) == []
-    assert update({}) == ["price"]
-    assert update({}, None) == []
+    assert update() == ["price"]
+    assert update(budget_usd=None) == []
+
+
+def test_the_pause_for_prices_names_all_models_and_follows_the_settings(update, ledger):
+    update(embedder=Recipe("openrouter", "vendor/e"))
+    [pause] = ledger.list_pauses()
+    assert (
+        'of new and vendor/e is not known: set IMAGEPIPELINE_PRICES to {"new": [IN, OUT], "vendor/e": ['
+        in pause.message
+    )
+    update(vision=Recipe("openai", "newer"))
+    [pause] = ledger.list_pauses()
+    assert "of newer is not known" in pause.message
+
+
+def test_a_budget_that_was_raised_ends_its_pause_without_a_person(update, make, ledger):
+    make(lambda: Answer(CallUsage(5_000_000)))
+    free = {"new": (0.0, 0.0)}
+    assert update(free) == ["budget"]  # before any run has failed to find out
+    assert update(free, budget_usd=6.0) == []
+    assert update(free) == ["budget"]
+    assert update(free, budget_usd=None) == []
+
+
+def test_a_pause_ends_when_its_model_is_not_asked_any_more(update, ledger, clock):
+    ledger.pause("auth", "the vision model answered 401", 600, "metadata")
+    ledger.pause("auth", "the embedding model answered 401", 600, "embedding")
+    update(budget_usd=None)
+    assert [pause.stage for pause in ledger.list_pauses()] == ["metadata"]
+    ledger.pause("auth", "a search was answered 401", 600)
+    update(budget_usd=None, vision=LOCAL)
+    assert ledger.list_pauses() == []
+
+
+def test_a_price_that_was_taken_away_is_not_known_any_more(make):
+    other = Recipe("openai", "other")
+    make(lambda: Answer(CallUsage(5, 5, 0.01)), other)
+    make(lambda: Answer(CallUsage(5, 5)), other, daily_budget_usd=5.0)  # it has stopped reporting costs
+    with pytest.raises(PostponedError, match="price of other is not known"):
+        make(fail(AssertionError("asked")), other, daily_budget_usd=5.0)
+
+
+def test_a_reported_cost_of_nothing_is_no_price(make):
+    other = Recipe("openai", "other")
+    make(lambda: Answer(CallUsage(5, 5, 0.0)), other)
+    with pytest.raises(PostponedError, match=r"\[0, 0\] if it is free"):
+        make(fail(AssertionError("asked")), other, daily_budget_usd=5.0)
+
+
+def test_where_nothing_is_reported_as_cost_the_price_counts(make):
+    _, receipt = make(lambda: Answer(CallUsage(1_000_000, 0, 0.0)))
+    assert receipt.cost_usd == 1.0
+
+
+def test_a_model_that_does_not_say_what_it_uses_is_asked_once_under_a_budget(make, ledger, clock):
+    make(lambda: Answer(None), daily_budget_usd=5.0)
+    with pytest.raises(PostponedError, match="calls to priced-model do not say what they use"):
+        make(fail(AssertionError("asked")), daily_budget_usd=5.0)
+    free = PaidCalls(ledger, Permits(), {"priced-model": (0.0, 0.0)}, 5.0, clock=clock)
+    assert free.make(None, "search", REMOTE, lambda: Answer(None))
+
+
+def test_an_unpriced_past_does_not_stop_a_model_that_has_a_price_now(ledger, clock):
+    paid_calls = PaidCalls(ledger, Permits(), {}, clock=clock)
+    paid_calls.make(None, "search", NEW, lambda: Answer(CallUsage(5)))
+    priced = PaidCalls(ledger, Permits(), {"new": (1.0, 1.0)}, 5.0, clock=clock)
+    assert priced.make(None, "search", NEW, lambda: Answer(CallUsage(5)))
+
+
+def test_a_search_that_is_forbidden_is_nobody_elses_trouble(ledger, clock):
+    paid_calls = PaidCalls(ledger, Permits(), {}, clock=clock)
+    with pytest.raises(ForbiddenError):
+        paid_calls.make(None, "search", REMOTE, fail(ForbiddenError("auth", "answered 403", 60)))
+    assert ledger.list_pauses() == []
 
 
 def test_a_call_that_took_too_long_is_an_outcome_of_its_own(make, ledger, sqlite_catalogue_url):

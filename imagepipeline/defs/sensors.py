@@ -69,7 +69,7 @@ def upload_sensor(
     unfinished = find_unfinished(context.instance)
     limit = find_limit(context.instance)
     try:
-        paid_calls.update_price_pause()
+        paid_calls.update_pauses()
         affordable, problem_of_rates = paid_calls.count_affordable()
         pauses = ledger.list_pauses()
         for line in reopen_failures(catalogue, ledger, pauses):

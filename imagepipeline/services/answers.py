@@ -18,12 +18,14 @@ from imagepipeline.models import ImageMetadata
 MAX_TAGS, MAX_COLORS, MAX_WORD_CHARACTERS = 20, 8, 80
 # Far above any honest answer. What is longer is refused, or cut, before an expression or a parser looks at it.
 MAX_ANSWER_CHARACTERS, MAX_TEXT_CHARACTERS, MAX_ITEMS = 100_000, 4_000, 200
-# Some models write a list as text, and tags with a hash.
-SEPARATOR = re.compile(r"[,;\n|]|\s(?=#)")
-COLOR = re.compile(r"#[0-9a-fA-F]{6}")
-# Links, then markup; what a template or a chat window might act upon.
+# Some models write a list as text: with commas of any script, a bullet or number a line, or a hash before each tag.
+SEPARATOR = re.compile(r"[,;\n|•·،、，；]|\s(?=#)")
+BULLET = re.compile(r"\s*(?:[-*–]|\d{1,2}[.)])\s+")
+COLOR = re.compile(r"#[0-9a-fA-F]{6}\b")
+# Links, then markup; what a template or a chat window might act upon. Their time is linear.
 LINK = re.compile(
-    r"\]\([^)]*\)+|(?:\b[a-z][a-z0-9+.-]{1,20}://|\bwww\.|\bmailto:|\bjavascript:|\bdata:)\S*", re.IGNORECASE
+    r"\]\((?:(?!\]\()[^)])*\)+|(?:\b[a-z][a-z0-9+.-]{1,20}://|\bwww\.|\bmailto:|\bjavascript:|\bdata:)\S*",
+    re.IGNORECASE,
 )
 MARKUP = re.compile(r"<[^<>]*>|[<>`{}\[\]|\\]|\*\*|\]\(")
 # Singular words that end like plurals; those in -ss, -us, -is are told by their ending.
@@ -74,7 +76,7 @@ def clean(answer: Any, vocabulary: Vocabulary) -> dict[str, Any]:
     if not isinstance(answer, dict):
         raise BadAnswerError("the vision model's answer is not the JSON object it was asked for")
     category = to_word(_read_text(answer, "category"))[:MAX_WORD_CHARACTERS].strip() or "other"
-    colors = [color.lower() for color in _read_list(answer, "dominantColors") if COLOR.fullmatch(color)]
+    colors = [color.lower() for item in _read_list(answer, "dominantColors") for color in COLOR.findall(item)]
     return {
         "description": to_plain(_read_text(answer, "description")),
         "mood": to_plain(_read_text(answer, "mood"))[:MAX_WORD_CHARACTERS].strip() or "unknown",
@@ -92,12 +94,18 @@ def _read_text(answer: dict[str, Any], name: str) -> str:
 
 
 def _read_list(answer: dict[str, Any], name: str) -> list[str]:
-    """The texts of a list, or of a text with separators between them."""
+    """The texts of a list, each of which may be a list written as text; or of a text that is one."""
     value = answer.get(name)
-    items = SEPARATOR.split(value[:MAX_TEXT_CHARACTERS]) if isinstance(value, str) else value
-    if not isinstance(items, list) or not all(isinstance(item, str) for item in items):
+    texts = [value] if isinstance(value, str) else value
+    if not isinstance(texts, list) or not all(isinstance(text, str) for text in texts):
         raise BadAnswerError(f"the vision model's answer does not fit the schema: {name} is no list of texts")
-    return [item.strip() for item in items[:MAX_ITEMS]]
+    items = [item for text in texts[:MAX_ITEMS] for item in SEPARATOR.split(text[:MAX_TEXT_CHARACTERS])]
+    return [_without_bullet(item) for item in items[:MAX_ITEMS]]
+
+
+def _without_bullet(item: str) -> str:
+    bullet = BULLET.match(item)
+    return item[bullet.end() if bullet else 0 :].strip()
 
 
 def to_plain(text: str) -> str:

@@ -10,9 +10,10 @@ import re
 import ssl
 import threading
 from collections.abc import Callable, Iterator, Mapping
-from concurrent.futures import Future
+from concurrent.futures import Future, wait
 from contextlib import contextmanager
-from typing import Any, TypeVar
+from dataclasses import dataclass
+from typing import Any, Protocol, TypeVar
 
 import httpx2
 import openai
@@ -35,11 +36,13 @@ from imagepipeline.models import CallUsage
 TIMEOUT_SECONDS = 60.0  # between two signs of life
 CALL_SECONDS = 90.0  # for a whole call, however many signs of life there are
 MAX_ANSWER_BYTES = 4_000_000  # an embedding of 4,096 dimensions has 100 kB
+MAX_TOKENS, MAX_COST_USD = 1e9, 1e3  # of one call, that are believed
 MAX_RETRY_AFTER_SECONDS, MAX_PAUSE_SECONDS = 120, 86_400
 # How long nothing is asked after a bad key or an empty account; then one image tries whether it was mended.
 PROBE_SECONDS = 600
 FORBIDDEN_PROBE_SECONDS = 60  # a 403 may be about the picture, and then it should not keep the others for long
 RETRYABLE_STATUSES = frozenset({408, 409, 429})
+FORBIDDING_STATUSES = frozenset({403, 451})
 QUOTA_CODES = frozenset(
     {
         "insufficient_quota",
@@ -53,15 +56,22 @@ QUOTA_CODES = frozenset(
 POLICY_CODES = frozenset(
     {"content_policy_violation", "content_filter", "moderation_blocked", "ResponsibleAIPolicyViolation"}
 )
-# Where no code says so: how providers write that it is the picture they object to, and not the caller.
+# Where no code says so: how providers write that they object to what they were sent.
 POLICY_STATUSES = frozenset({400, 403, 422, 451})
 POLICY_TEXT = re.compile(
-    r"flagged_input|requires moderation|moderation (block|fail|reject)|content[_ ]?(polic|filter|management|moderation)"
-    r"|(safety|usage) (polic|system|filter)|prohibited[_ ]content|responsible ?ai|inappropriate"
-    r"|(input|image|picture|prompt|content)\b.{0,40}\b(flagged|unsafe|not allowed by our)"
-    r"|(flagged|unsafe)\b.{0,40}\b(input|image|picture|prompt|content)",
+    r"flagged|moderat(ed|ion)|nsfw|unsafe|inappropriate|prohibited[_ ]content|responsible ?ai|not allowed by our"
+    r"|content.{0,3}(polic|filter|manage|violat|restrict)|(polic|guideline|terms|rules).{0,30}violat"
+    r"|(violat|against)\w*.{0,30}(polic|guideline|terms|rules)|usage (polic|guideline)"
+    r"|safety.{0,3}(polic|system|filter|check|reason|violat)|(due to|reason).{0,5}safety",
     re.IGNORECASE,
 )
+# The same words may be about the caller. Then nothing can be said of the picture, unless the body quotes it.
+CALLER_TEXT = re.compile(
+    r"\b(account|organi[sz]ation|api.?key|subscription|billing|region|country|territory|suspended|deactivated|banned)\b",
+    re.IGNORECASE,
+)
+PICTURE_TEXT = re.compile(r"flagged_input|\"reasons\"\s*:\s*\[")
+POLICY_ENDS = ("content_filter", "safety", "image_safety", "prohibited_content", "refusal", "blocklist")
 MAX_ERROR_CHARACTERS = 4_000  # of an error's body, that are looked at
 IMAGE_CODES = frozenset(
     {"invalid_image", "invalid_image_format", "image_too_large", "image_parse_error", "invalid_base64"}
@@ -72,7 +82,23 @@ KNOWN_CODES = QUOTA_CODES | POLICY_CODES | IMAGE_CODES | {"invalid_api_key", "mo
 OPTIONAL_PARAMETERS = ("response_format", "json_schema", "json_object", "max_completion_tokens", "max_tokens", "detail")
 
 
-A = TypeVar("A")
+# What the client lets through when the body is not what it expects.
+UNREADABLE = (
+    *(openai.OpenAIError, httpx2.HTTPError, ValueError, TypeError, IndexError, AttributeError, RecursionError),
+)
+
+
+class RawAnswer(Protocol):
+    """What the client gives by `with_raw_response`, as far as it is used here."""
+
+    http_response: httpx2.Response
+
+    @property
+    def content(self) -> bytes:
+        """The body, unpacked."""
+
+
+A = TypeVar("A", bound=RawAnswer)
 
 
 class ProviderClient:
@@ -89,29 +115,31 @@ class ProviderClient:
 
     @contextmanager
     def call(self) -> Iterator[Callable[[Callable[[openai.OpenAI], A]], A]]:
-        """Gives what asks with the client, and turns what is raised into one of our errors, never quoting the answer.
-
-        The client lets foreign errors through when the body is not what it expects (ValueError, TypeError, …).
-        """
+        """Gives what asks with the client. What it raises becomes one of our errors, which never quote the answer."""
         try:
             yield self._ask
         except openai.APIStatusError as error:
-            raise _classify(self._name, error) from None
+            text = f"{error.param or ''} {error.message}"
+            raise _classify(self._name, _Complaint(error.status_code, error.code, text, error.response)) from None
         except UnboundedAnswerError as error:
             raise BadAnswerError(f"{self._name} sent {error}") from None
         except openai.APIConnectionError as error:  # includes timeouts
-            if isinstance(error.__cause__, UnboundedAnswerError):  # it came up before the client had the status
-                raise BadAnswerError(f"{self._name} sent {error.__cause__}") from None
+            cause = error.__cause__  # where there is one, it came up before the client had the status
+            if isinstance(cause, UnboundedAnswerError):
+                raise BadAnswerError(f"{self._name} sent {cause}") from None
+            if isinstance(cause, httpx2.DecodingError):
+                raise BadAnswerError(f"{self._name} sent an answer that cannot be unpacked") from None
             raise ProviderUnavailableError(f"{self._name} did not answer: {type(error).__name__}") from None
-        except (openai.OpenAIError, ValueError, TypeError, IndexError, AttributeError) as error:
+        except UNREADABLE as error:
             raise BadAnswerError(f"{self._name} sent an answer that cannot be read: {type(error).__name__}") from None
 
     def _ask(self, request: Callable[[openai.OpenAI], A]) -> A:
-        """What the request gives, if it does so in time.
+        """The answer to a request, if it comes in time.
 
         In a thread, since a client's timeouts begin anew with every byte: one that comes now and then, of a header or
         of the TLS handshake, would hold the caller for as long as the provider likes. A thread that is late is left
-        behind; its next read fails, as its connection is closed.
+        behind with its client; it dies with the process of the run at the latest. To close its connection from here
+        could close a file that has been given the same number by then.
         """
         answer: Future[A] = Future()
         client = self._client
@@ -123,15 +151,14 @@ class ProviderClient:
                 answer.set_exception(error)
 
         threading.Thread(target=work, name="provider call", daemon=True).start()
-        try:
-            return answer.result(CALL_SECONDS)
-        except TimeoutError:
-            if answer.done():  # it was the request's own
-                raise
-            client.close()
+        wait([answer], CALL_SECONDS)
+        if not answer.done():
             self._client = self._open()
-            problem = f"{self._name} did not answer in full within {CALL_SECONDS:g} s"
-            raise ProviderTimedOutError(problem) from None
+            raise ProviderTimedOutError(f"{self._name} did not answer in full within {CALL_SECONDS:g} s")
+        raw = answer.result()
+        if complaint := _find_complaint(raw):
+            raise _classify(self._name, complaint)
+        return raw
 
 
 def _open_client(api_key: str, base_url: str) -> openai.OpenAI:
@@ -149,33 +176,31 @@ def _open_client(api_key: str, base_url: str) -> openai.OpenAI:
 
 
 class UnboundedAnswerError(Exception):
-    """An answer is too large, or may become so when it is unpacked."""
+    """An answer is too large, as it comes or unpacked."""
 
 
 class _BoundedStream(httpx2.SyncByteStream):
-    """The bytes of an answer, up to a limit."""
+    """The bytes of an answer, unpacked piece by piece, up to a limit."""
 
-    def __init__(self, stream: Any) -> None:
-        self._stream = stream
+    def __init__(self, response: httpx2.Response) -> None:
+        headers = {"Content-Encoding": response.headers.pop("content-encoding", "identity")}
+        self._packed = httpx2.Response(200, headers=headers, stream=response.stream)
 
     def __iter__(self) -> Iterator[bytes]:
         length = 0
-        for chunk in self._stream:
+        for chunk in self._packed.iter_bytes():
             length += len(chunk)
             if length > MAX_ANSWER_BYTES:
                 raise UnboundedAnswerError(f"an answer of more than {MAX_ANSWER_BYTES:,} bytes")
             yield chunk
 
     def close(self) -> None:
-        self._stream.close()
+        self._packed.close()
 
 
 def _bound(response: httpx2.Response) -> None:
-    """Before the body of an answer is read: refuses one that is packed, and has its bytes counted."""
-    encoding = response.headers.get("content-encoding", "identity").strip().lower()
-    if encoding not in ("", "identity"):
-        raise UnboundedAnswerError("a packed answer, which was not asked for")
-    response.stream = _BoundedStream(response.stream)
+    """Before the body of an answer is read: has its bytes counted, also where it is packed, though we do not ask so."""
+    response.stream = _BoundedStream(response)
 
 
 @functools.cache
@@ -195,61 +220,94 @@ def rehearse() -> None:
         client = openai.OpenAI(api_key="none", base_url="http://localhost", http_client=http_client)
         picture: Any = {"type": "image_url", "image_url": {"url": "data:"}}
         messages: Any = [{"role": "user", "content": [{"type": "text", "text": "?"}, picture]}]
-        client.chat.completions.create(model="none", messages=messages, max_completion_tokens=1)
+        client.chat.completions.with_raw_response.create(
+            model="none", messages=messages, max_completion_tokens=1
+        ).parse()
         raw = client.embeddings.with_raw_response.create(model="none", input="?", encoding_format="float")
         CreateEmbeddingResponse.model_validate_json(raw.content)
 
 
 def read_usage(usage: Any) -> CallUsage | None:
-    """What an answer says it used; OpenRouter adds the cost in US dollars."""
-    if usage is None:
+    """What an answer says it used, or None if it says nothing that can be; OpenRouter adds the cost in US dollars."""
+    names = (("prompt_tokens", MAX_TOKENS), ("completion_tokens", MAX_TOKENS), ("cost", MAX_COST_USD))
+    tokens_in, tokens_out, cost_usd = (_read_number(getattr(usage, name, None), most) for name, most in names)
+    if not tokens_in and not cost_usd:  # no call uses nothing
         return None
-    said = (usage.model_extra or {}).get("cost")
-    cost_usd = float(said) if isinstance(said, int | float) and 0 <= said < 1000 else None
-    tokens_out = getattr(usage, "completion_tokens", 0)
-    return CallUsage(usage.prompt_tokens or 0, tokens_out or 0, cost_usd)
+    return CallUsage(int(tokens_in or 0), int(tokens_out or 0), cost_usd)
 
 
-def _classify(provider: str, error: openai.APIStatusError) -> ImagePipelineError:
-    status, code = error.status_code, str(error.code or "")
+def _read_number(value: Any, most: float) -> float | None:
+    """A number from 0 to that; some servers write numbers as text."""
+    try:
+        number = None if isinstance(value, bool) else float(value)
+    except (ValueError, TypeError, OverflowError):
+        return None
+    return number if number is not None and 0 <= number <= most else None
+
+
+@dataclass(frozen=True)
+class _Complaint:
+    """What a provider objects to: an HTTP status, its own code, and the text in which parameters are named."""
+
+    status: int
+    code: Any
+    text: str
+    response: httpx2.Response
+
+
+def _find_complaint(raw: RawAnswer) -> _Complaint | None:
+    """The error in an answer whose status says that all is well, as routers send it when they have begun to answer."""
+    if b'"error"' not in raw.content:
+        return None
+    answer = json.loads(raw.content)
+    parts = [answer, *(answer.get("choices") or [])[:1]] if isinstance(answer, dict) else []
+    for error in (part.get("error") for part in parts if isinstance(part, dict)):
+        if not isinstance(error, dict):
+            continue
+        code = error.get("code")
+        status = int(_read_number(code, 599) or 0)
+        if status >= 400 or code in KNOWN_CODES:
+            return _Complaint(status or 400, code, str(error.get("message")), raw.http_response)
+    return None
+
+
+def _classify(provider: str, complaint: _Complaint) -> ImagePipelineError:
+    status, code, headers = complaint.status, str(complaint.code or ""), complaint.response.headers
     summary = f"{provider} answered {status}" + (f" ({code})" if code in KNOWN_CODES else "")
-    if code in POLICY_CODES or _speaks_of_content(error):
+    body = complaint.response.text[:MAX_ERROR_CHARACTERS]
+    speaks_of_content = status in POLICY_STATUSES and bool(POLICY_TEXT.search(body) or PICTURE_TEXT.search(body))
+    speaks_of_caller = CALLER_TEXT.search(body) and not PICTURE_TEXT.search(body)
+    if code in POLICY_CODES or (speaks_of_content and not speaks_of_caller):
         return RefusedError(f"{summary}: the image is against its content policy")
     if code in QUOTA_CODES or status == 402:
         advice = "top up the account, or raise its limit; `imagepipeline resume` tries at once"
         return PausedError("quota", f"{summary}: {advice}", PROBE_SECONDS)
-    if status in (401, 403):
-        advice = "check the key; `imagepipeline resume` tries at once"
-        if status == 403:
-            return ForbiddenError("auth", f"{summary}: {advice}", FORBIDDEN_PROBE_SECONDS)
+    advice = "check the key; `imagepipeline resume` tries at once"
+    if status == 401:
         return PausedError("auth", f"{summary}: {advice}", PROBE_SECONDS)
+    if status in FORBIDDING_STATUSES or speaks_of_content:
+        return ForbiddenError("auth", f"{summary}: {advice}", FORBIDDEN_PROBE_SECONDS)
     if status in RETRYABLE_STATUSES or status >= 500:
-        wait_seconds = read_retry_after(error.response.headers)
+        wait_seconds = read_retry_after(headers)
         if wait_seconds is not None and wait_seconds > MAX_RETRY_AFTER_SECONDS:
             asked = f"{summary} and asked for {wait_seconds:.0f} s of quiet"
             return PausedError("rate_limited", asked, min(wait_seconds, MAX_PAUSE_SECONDS))
         return ProviderUnavailableError(summary, wait_seconds)
     if code in IMAGE_CODES:
         return InputInvalidError(f"{summary}: it cannot read the picture")
-    parameter = _refused_parameter(error)
+    parameter = _refused_parameter(complaint)
     if parameter:
         return FormatRefusedError(f"{summary}: it does not know {parameter}", parameter)
+    if 300 <= status < 400:
+        return ProviderRejectedError(f"{summary}, and redirects are not followed: set the address it redirects to")
     return ProviderRejectedError(f"{summary}: check the model's name and the address")
 
 
-def _speaks_of_content(error: openai.APIStatusError) -> bool:
-    """Whether an error's body says that the provider objects to what it was sent."""
-    if error.status_code not in POLICY_STATUSES:
-        return False
-    return POLICY_TEXT.search(json.dumps(error.body, default=str)[:MAX_ERROR_CHARACTERS]) is not None
-
-
-def _refused_parameter(error: openai.APIStatusError) -> str | None:
+def _refused_parameter(complaint: _Complaint) -> str | None:
     """The optional parameter a 400 or 422 complains of."""
-    text = f"{error.param or ''} {error.message}"
-    if error.status_code not in (400, 422):
+    if complaint.status not in (400, 422):
         return None
-    return next((name for name in OPTIONAL_PARAMETERS if name in text), None)
+    return next((name for name in OPTIONAL_PARAMETERS if name in complaint.text), None)
 
 
 def read_retry_after(headers: Mapping[str, str]) -> float | None:

@@ -118,11 +118,12 @@ class OpenAIVision:
         usage = None
         try:
             with self._provider.call() as ask:
-                completion = ask(
-                    lambda client: client.chat.completions.create(
+                raw = ask(
+                    lambda client: client.chat.completions.with_raw_response.create(
                         model=self.recipe.model, messages=self._build_messages(preview), **self._build_parameters()
                     )
                 )
+                completion = raw.parse()
                 usage = read_usage(completion.usage)
                 metadata = read_answer(self._read_text(completion.choices[0]), self._options)
         except FormatRefusedError as error:
@@ -150,9 +151,11 @@ class OpenAIVision:
         return parameters
 
     def _read_text(self, choice: Any) -> str:
+        from imagepipeline.services.openai_client import POLICY_ENDS
+
         if choice.message.refusal:
             raise RefusedError("the vision model refused to describe the image")
-        if choice.finish_reason == "content_filter":
+        if str(choice.finish_reason).lower().startswith(POLICY_ENDS):
             raise RefusedError("the vision model stopped at its content policy")
         if choice.finish_reason == "length":
             self._max_tokens *= 2

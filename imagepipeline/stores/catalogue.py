@@ -163,10 +163,11 @@ class Catalogue:
     ) -> list[Pending]:
         """Up to `limit` pending images that are due, highest priority first, then oldest.
 
-        The (ID, generation)s of `except_for` are left out. With `is_rotating` the one that was tried least recently
-        comes first.
+        The (ID, generation)s of `except_for` are left out. With `is_rotating` those that were not tried yet come first,
+        then the one that was tried least recently.
         """
-        order = (images.c.updated_at,) if is_rotating else (images.c.priority.desc(), images.c.accepted_at)
+        by_trial = (images.c.attempts > 0, images.c.updated_at)
+        order = by_trial if is_rotating else (images.c.priority.desc(), images.c.accepted_at)
         query = (
             sa.select(images.c.id, images.c.generation, images.c.priority)
             .where(images.c.status == Status.PENDING)

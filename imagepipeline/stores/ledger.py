@@ -11,9 +11,11 @@ from imagepipeline.models import PaidCall, Pause, now_utc
 from imagepipeline.stores.database import Database
 from imagepipeline.stores.tables import pauses, provider_calls
 
+MESSAGE_CHARACTERS = 300
 GROUPS = ("model", "stage", "day")
 NO_ANSWER = ("provider_unavailable", "timed_out")
 STREAK = timedelta(hours=1)
+MEMORY = timedelta(days=31)
 
 
 class Ledger:
@@ -40,14 +42,18 @@ class Ledger:
         with self._database.transaction() as connection:
             return float(connection.execute(query).scalar_one())
 
-    def has_cost(self, provider: str, model: str) -> bool:
-        """Whether the cost of a call to this model is known: the provider reported it."""
+    def find_last_usage(self, provider: str, model: str) -> tuple[bool, float | None] | None:
+        """Of the last answered call to a model in 31 days, whether it said what it used, and its cost in US dollars."""
         calls = provider_calls.c
-        query = sa.select(calls.seq).where(
-            calls.provider == provider, calls.model == model, calls.cost_usd.is_not(None)
+        query = (
+            sa.select(calls.tokens_in.is_not(None), calls.cost_usd)
+            .where(calls.provider == provider, calls.model == model, calls.outcome == "answered")
+            .where(calls.at >= self._clock() - MEMORY)
+            .order_by(calls.at.desc(), calls.seq.desc())
         )
         with self._database.transaction() as connection:
-            return connection.execute(query.limit(1)).first() is not None
+            row = connection.execute(query.limit(1)).first()
+        return None if row is None else (bool(row[0]), row[1])
 
     def count_unanswered(self, stage: str) -> dict[str, int]:
         """By image, how many calls of a stage got no answer since the last one that did, in the last hour."""
@@ -115,7 +121,7 @@ class Ledger:
     def pause(self, reason: str, message: str, wait_seconds: float | None, stage: str | None = None) -> None:
         """Stops all new work until then, or for None until a person resumes it.
 
-        `stage` is whose calls brought it about; a pause of that reason and stage is prolonged.
+        `stage` is whose calls brought it about; a pause of that reason and stage is prolonged, with this message.
         """
         now = self._clock()
         until = None if wait_seconds is None else now + timedelta(seconds=wait_seconds)
@@ -123,9 +129,14 @@ class Ledger:
             pauses.c.reason == reason, pauses.c.stage.is_not_distinct_from(stage), pauses.c.ended_at.is_(None)
         )
         with self._database.transaction() as connection:
-            if connection.execute(sa.update(pauses).where(open_ones).values(until=until)).rowcount == 0:
-                values = {"reason": reason, "stage": stage, "message": message[:300], "since": now, "until": until}
-                connection.execute(sa.insert(pauses).values(values))
+            values = {"message": message[:MESSAGE_CHARACTERS], "until": until}
+            if connection.execute(sa.update(pauses).where(open_ones).values(values)).rowcount == 0:
+                connection.execute(sa.insert(pauses).values(reason=reason, stage=stage, since=now, **values))
+
+    def end(self, pause: Pause) -> None:
+        """Ends one pause, whatever its time."""
+        with self._database.transaction() as connection:
+            connection.execute(sa.update(pauses).where(pauses.c.seq == pause.seq).values(ended_at=self._clock()))
 
     def resume(self, *reasons: str) -> int:
         """Ends the pauses of these reasons, or all; gives how many there were."""

@@ -115,31 +115,42 @@ class CallLimiter:
                 parse_limits(text)
                 self._redis.set(self._key, text)
 
-    def look(self, stage: str, min_window_seconds: float = 0) -> Permits:
-        """What the limits of a stage with windows longer than that leave, without taking any.
+    def look(self, stage: str, within_seconds: float = 0) -> Permits:
+        """What the limits of a stage leave, without taking any.
+
+        Limits whose window is not longer than `within_seconds` leave all that they permit in that time.
 
         Raises:
             PostponedError: Redis does not answer.
         """
         found = []
         for limit in parse_limits(self.get_limits()):
-            if limit.stage not in (None, stage) or limit.seconds <= min_window_seconds:
+            if limit.stage not in (None, stage):
                 continue
-            key = f"{self._key}:{limit.stage or 'all'}:{limit.seconds}"
-            with _answering():
-                seconds, microseconds = self._redis.time()
-                now_ms = seconds * 1000 + microseconds // 1000
-                with self._redis.pipeline(transaction=True) as pipe:
-                    pipe.zremrangebyscore(key, "-inf", now_ms - limit.seconds * 1000)
-                    pipe.zcard(key)
-                    pipe.zrange(key, -limit.count, -limit.count, withscores=True)
-                    _, used, in_the_way = pipe.execute()
-            wait_ms = in_the_way[0][1] + limit.seconds * 1000 - now_ms if used >= limit.count else 0
-            found.append(Permits(max(0, limit.count - used), wait_ms / 1000, limit.stage is None))
+            if limit.seconds <= within_seconds:
+                left, wait_seconds = limit.count * int(within_seconds // limit.seconds), 0.0
+            else:
+                left, wait_seconds = self._look_at(limit)
+            found.append((left, -wait_seconds, limit.stage is None))
         if not found:
             return Permits(None, 0, False)
-        scarcest = min(found, key=lambda permits: (permits.left, -permits.wait_seconds))
-        return Permits(scarcest.left, max(permits.wait_seconds for permits in found), scarcest.is_shared)
+        left, _, is_shared = min(found)
+        return Permits(left, max(-wait for _, wait, _ in found), is_shared)
+
+    def _look_at(self, limit: CallLimit) -> tuple[int, float]:
+        """How many permits one limit has left, and the seconds until it has one."""
+        key = f"{self._key}:{limit.stage or 'all'}:{limit.seconds}"
+        with _answering():
+            seconds, microseconds = self._redis.time()
+            start_ms = seconds * 1000 + microseconds // 1000 - limit.seconds * 1000
+            with self._redis.pipeline(transaction=True) as pipe:
+                pipe.zremrangebyscore(key, "-inf", start_ms)
+                pipe.zcard(key)
+                pipe.zrange(key, -limit.count, -limit.count, withscores=True)
+                _, used, last_in_the_way = pipe.execute()
+        if used < limit.count:
+            return limit.count - used, 0.0
+        return 0, (last_in_the_way[0][1] - start_ms) / 1000
 
     def acquire(self, stage: str, timeout_seconds: float) -> bool:
         """Waits for a permit for one call, at most so long; whether it was given.

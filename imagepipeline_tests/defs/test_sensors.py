@@ -315,15 +315,27 @@ def test_no_run_begins_that_the_rate_limit_of_a_day_has_no_call_for(tick, catalo
     assert len(keys(tick(paid_calls=paid_calls))) == 5
 
 
-def test_limits_of_stages_count_for_themselves_and_short_windows_not_at_all(tick, catalogue, build_paid_calls):
+@pytest.mark.parametrize(
+    ("limits", "count"),
+    [
+        ("metadata=4/hour,embedding=100/minute", 4),
+        ("metadata=100/minute,embedding=3/day", 3),
+        ("1/minute", 2),  # three calls in the three minutes that a run waits at most
+        ("2/minute", 3),
+        ("10/minute", 12),
+        ("100/minute,3/day", 2),
+        ("off", 12),
+    ],
+)
+def test_as_many_runs_begin_as_have_their_calls_in_time(tick, catalogue, build_paid_calls, limits, count):
     catalogue.accept([Upload(f"i{number}") for number in range(12)])
-    assert len(keys(tick(paid_calls=build_paid_calls("metadata=4/hour,embedding=100/minute")))) == 4
-    assert len(keys(tick(paid_calls=build_paid_calls("2/minute")))) == 12
+    assert len(keys(tick(paid_calls=build_paid_calls(limits)))) == count
 
 
 def test_no_run_begins_while_a_budget_is_set_and_a_price_unknown(tick, catalogue, build_paid_calls):
     catalogue.accept([Upload("a")])
-    assert "the price of m is not known" in tick(paid_calls=build_paid_calls("off", daily_budget_usd=5.0)).skip_message
+    message = tick(paid_calls=build_paid_calls("off", daily_budget_usd=5.0)).skip_message
+    assert "the price of m and e is not known" in message
     assert keys(tick(paid_calls=build_paid_calls("off"))) == ["a:1"]
 
 
@@ -340,6 +352,12 @@ def test_the_image_that_is_tried_after_a_pause_is_not_always_the_same(tick, cata
         catalogue.hand_back(catalogue.claim(image.partition_key, generation, "run"), "403")
     assert sorted(tried[:3]) == ["a", "b", "c"]
     assert tried[3] == tried[0]
+    for image_id in "abc":
+        state = catalogue.get_states([image_id])[image_id]
+        catalogue.record_attempt(catalogue.claim(image_id, state.generation, "run"), 1)
+        catalogue.hand_back(catalogue.claim(image_id, state.generation, "run"), "403")
+    catalogue.accept([Upload("new")])
+    assert keys(tick()) == ["new:1"]
 
 
 def test_what_failed_before_a_provider_was_known_to_be_down_waits_again(tick, catalogue, ledger):

@@ -1,8 +1,14 @@
 """What a model wrote becomes plain text and normal words."""
 
+import contextlib
+import json
+import time
+
 import pytest
 
-from imagepipeline.services.answers import choose_tags, to_plain, to_word
+from imagepipeline.errors import BadAnswerError
+from imagepipeline.services.answers import MAX_ANSWER_CHARACTERS, choose_tags, read_answer, to_plain, to_word
+from imagepipeline.services.vision import VisionOptions
 
 
 @pytest.mark.parametrize(
@@ -53,3 +59,18 @@ def test_tags_are_each_there_once_in_their_order():
 
 def test_of_a_vocabulary_only_its_words_are_kept_as_it_spells_them():
     assert choose_tags(["cats", "Night Sky", "spam"], ("Cat", "night skies")) == ["Cat", "night skies"]
+
+
+@pytest.mark.parametrize(
+    "evil", ["<!---->", "](", "[](", "<", "[", "a", "aa-", "www.", "http://", "#", "e\u0301", "- "]
+)
+@pytest.mark.parametrize("field", ["description", "tags"])
+def test_no_answer_takes_long_to_read(field, evil):
+    text = evil * (MAX_ANSWER_CHARACTERS // (2 * len(evil)))
+    pieces = [text[start : start + 4000] for start in range(0, len(text), 4000)]
+    answer = {"description": "d", "tags": ["t"], "category": "c", "dominantColors": [], "mood": "m"}
+    answer |= {field: text + " a cat" if field == "description" else pieces}
+    started = time.process_time()
+    with contextlib.suppress(BadAnswerError):
+        read_answer(json.dumps(answer, ensure_ascii=False), VisionOptions())
+    assert time.process_time() - started < 0.5

@@ -6,7 +6,7 @@ import math
 import pytest
 from werkzeug import Request, Response
 
-from imagepipeline.errors import BadAnswerError, PausedError, ProviderUnavailableError
+from imagepipeline.errors import BadAnswerError, PausedError, ProviderUnavailableError, RefusedError
 from imagepipeline.models import CallUsage
 from imagepipeline.services.embedder import OpenRouterEmbedder
 
@@ -46,6 +46,8 @@ def test_a_text_becomes_a_vector_of_unit_length(httpserver, embedder):
         (503, {}, ProviderUnavailableError),
         (401, {"error": {"message": "no"}}, PausedError),
         (200, {"error": {"message": "no"}}, BadAnswerError),
+        (200, {"error": {"message": "no", "code": 502}}, ProviderUnavailableError),
+        (403, {"error": {"message": "Your input was flagged"}}, RefusedError),
         (200, answer_of([0.0, 0.0]), BadAnswerError),
         (200, answer_of([math.nan, 1.0]), BadAnswerError),
         (200, answer_of([]), BadAnswerError),

@@ -148,6 +148,18 @@ PROVIDER_TABLE = [
     (400, {"error": {"status": "PROHIBITED_CONTENT"}}, {}, RefusedError, None),
     (422, {"detail": "secret: content policy"}, {}, RefusedError, None),
     (451, {"error": {"message": "this image is unsafe, secret"}}, {}, RefusedError, None),
+    (403, {"error": {"message": "secret", "metadata": {"reasons": ["violence"]}}}, {}, RefusedError, None),
+    (403, {"error": "secret violates usage guidelines. Safety check type: X"}, {}, RefusedError, None),
+    (403, {"error": {"message": "Content Moderated: secret"}}, {}, RefusedError, None),
+    (403, {"message": "This secret has been blocked by our content filters."}, {}, RefusedError, None),
+    (400, {"error": {"code": "data_inspection_failed", "message": "inappropriate secret"}}, {}, RefusedError, None),
+    # Of the caller, in the same words: no image may fail for that.
+    (403, {"error": {"message": "Your account was suspended for violating usage policies"}}, {}, ForbiddenError, 60),
+    (403, {"error": {"message": "Your organization was flagged: prohibited content"}}, {}, ForbiddenError, 60),
+    (400, {"error": {"message": "Your API key was banned: unsafe content, secret"}}, {}, ForbiddenError, 60),
+    (403, {"error": {"message": "Your account's input was flagged", "flagged_input": "x"}}, {}, RefusedError, None),
+    (403, {"error": {"message": "This region is not supported: secret"}}, {}, ForbiddenError, 60),
+    (451, ERROR, {}, ForbiddenError, 60),
     (307, "", {"Location": "/v1/elsewhere"}, ProviderRejectedError, None),
     (408, ERROR, {}, ProviderUnavailableError, None),
     (409, ERROR, {}, ProviderUnavailableError, None),
@@ -178,10 +190,21 @@ PROVIDER_TABLE = [
     (200, completion('{"a":' * 100_000), {}, BadAnswerError, None),
     (200, completion(None), {}, BadAnswerError, None),
     (200, {"error": SECRET}, {}, BadAnswerError, None),
+    # Routers that have begun to answer send their errors like this.
+    (200, {"error": {**SECRET, "code": 502}}, {}, ProviderUnavailableError, None),
+    (200, {"error": {**SECRET, "code": "429"}}, {"Retry-After": "7"}, ProviderUnavailableError, 7),
+    (200, {"error": {**SECRET, "code": 402}}, {}, PausedError, 600),
+    (200, coded("insufficient_quota"), {}, PausedError, 600),
+    (200, {"error": {**SECRET, "code": 403, "metadata": {"flagged_input": "x"}}}, {}, RefusedError, None),
+    (200, {"choices": [{"error": {**SECRET, "code": 502}, "message": {}}]}, {}, ProviderUnavailableError, None),
+    (200, completion("", finish_reason="content_filter: PROHIBITED_CONTENT"), {}, RefusedError, None),
+    (200, completion(None, finish_reason="SAFETY"), {}, RefusedError, None),
     (200, {**completion(METADATA), "choices": []}, {}, BadAnswerError, None),
     (200, "<html>", {}, BadAnswerError, None),
     (200, " " * 5_000_000, {}, BadAnswerError, None),
     (200, gzip.compress(b" " * 50_000_000), {"Content-Encoding": "gzip"}, BadAnswerError, None),
+    (500, gzip.compress(b" " * 50_000_000), {"Content-Encoding": "gzip"}, BadAnswerError, None),
+    (200, b"no gzip", {"Content-Encoding": "gzip"}, BadAnswerError, None),
     *(
         (200, completion(METADATA | {name: value}), {}, BadAnswerError, None)
         for name in METADATA
@@ -216,12 +239,17 @@ def test_every_way_to_fail_is_one_of_our_errors_after_one_call(httpserver, visio
         ("boat\nsea\n", ["boat", "sea"]),
         ("#boat #blue sea", ["boat", "blue sea"]),
         ("night sky", ["night sky"]),
+        ("boat、sea，sky", ["boat", "sea", "sky"]),
+        ("- boat\n- sea", ["boat", "sea"]),
+        ("1. boat\n2) sea", ["boat", "sea"]),
+        ("boat • 35 mm", ["boat", "35 mm"]),
+        (["boat, sea", "sky"], ["boat", "sea", "sky"]),
         ('["boat", "sea"]', ["boat", "sea"]),
         ("", []),
     ],
 )
 def test_a_list_written_as_text_is_split_and_not_spelled(httpserver, vision, tags, read):
-    answer = METADATA | {"tags": tags, "dominantColors": "#AABBCC, #112233"}
+    answer = METADATA | {"tags": tags, "dominantColors": "#AABBCC and #112233"}
     httpserver.expect_request("/v1/chat/completions").respond_with_json(completion(answer))
     metadata = vision.describe(b"x", FACTS).metadata
     assert metadata.tags == read
@@ -269,6 +297,32 @@ def test_an_answer_that_cannot_be_used_is_still_charged(httpserver, vision):
     with pytest.raises(BadAnswerError) as caught:
         vision.describe(b"x", FACTS)
     assert caught.value.usage == CallUsage(800, 60)
+
+
+def test_an_answer_that_comes_packed_is_unpacked(httpserver, vision):
+    packed = gzip.compress(json.dumps(completion(METADATA)).encode())
+    response = Response(packed, 200, {"Content-Encoding": "gzip"}, content_type="application/json")
+    httpserver.expect_request("/v1/chat/completions", headers={"Accept-Encoding": "identity"}).respond_with_response(
+        response
+    )
+    assert vision.describe(b"x", FACTS).metadata.tags == ["cat"]
+
+
+@pytest.mark.parametrize(
+    ("said", "read"),
+    [
+        ({"prompt_tokens": "800", "completion_tokens": "60"}, CallUsage(800, 60)),
+        ({"prompt_tokens": 5, "cost": "0.5"}, CallUsage(5, 0, 0.5)),
+        ({"prompt_tokens": 5, "cost": True}, CallUsage(5)),
+        ({"prompt_tokens": 5, "cost": -1}, CallUsage(5)),
+        ({"prompt_tokens": 5, "cost": 0}, CallUsage(5, 0, 0.0)),
+        *(({"prompt_tokens": tokens}, None) for tokens in (None, 0, -5, 10**30, True, [], "x")),
+        *((usage, None) for usage in (None, {}, [], "x", 5)),
+    ],
+)
+def test_of_what_an_answer_used_only_what_can_be_is_believed(httpserver, vision, said, read):
+    httpserver.expect_request("/v1/chat/completions").respond_with_json(completion(METADATA) | {"usage": said})
+    assert vision.describe(b"x", FACTS).usage == read
 
 
 def test_the_provider_says_what_it_costs(httpserver, vision):

@@ -136,4 +136,6 @@ def test_what_is_left_can_be_looked_at_without_taking_any(limiter):
     limiter.acquire("metadata", 0)
     assert 3500 < limiter.look("metadata").wait_seconds <= 3600
     limiter.set_limits("100/minute")
+    assert limiter.look("metadata", 180) == Permits(300, 0, True)
+    limiter.set_limits("off")
     assert limiter.look("metadata", 180) == Permits(None, 0, False)
