@@ -89,7 +89,9 @@ def prepare(settings: Settings) -> dict[str, str]:
     home = _dagster_home(settings)
     with _told_of(settings):
         settings.socket_folder.mkdir(parents=True, exist_ok=True, mode=0o700)
-        found = settings.socket_folder.lstat()  # of a link, that of the link
+        # Anybody may put a link into /tmp; one in the home is its owner's, such as to a shared volume.
+        is_in_home = settings.socket_folder.parent == settings.home
+        found = settings.socket_folder.stat() if is_in_home else settings.socket_folder.lstat()
         if not stat.S_ISDIR(found.st_mode) or found.st_uid != os.getuid():
             raise StackError(f"{settings.socket_folder} is not a folder of ours: remove it, or set IMAGEPIPELINE_HOME")
         home.mkdir(parents=True, exist_ok=True)

@@ -167,9 +167,9 @@ def test_a_foreign_page_can_change_nothing_through_the_proxy(stack):
     as_json = json.dumps({"query": ATTACK.replace("KEY", "as-json")}).encode()
     simple_json = "text/plain; application/json"  # for which browsers need no leave
     # The webserver refuses it, too, whoever reaches it without the proxy.
-    assert ask(bare + by_get, **foreign)[0] == 403
-    assert ask(bare + as_text, b"", Content_Type="text/plain", **foreign)[0] == 403
-    assert ask(bare + "/graphql", as_json, Content_Type=simple_json, **foreign)[0] == 403
+    assert ask(bare + by_get, **foreign)[0] == 421
+    assert ask(bare + as_text, b"", Content_Type="text/plain", **foreign)[0] == 421
+    assert ask(bare + "/graphql", as_json, Content_Type=simple_json, **foreign)[0] == 421
     assert ask(bare + by_get)[0] == 405
 
     assert ask(site + "/") == (401, "")
