@@ -4,7 +4,7 @@ import dagster as dg
 
 from imagepipeline.defs import assets, jobs, notifications, reconciler, resources, sensors
 from imagepipeline.defs.originals import Originals
-from imagepipeline.imaging.reading import Rules
+from imagepipeline.imaging.decoding import Rules
 from imagepipeline.imaging.sandbox import Sandbox
 from imagepipeline.imaging.variants import Renderer, build_recipe
 from imagepipeline.models import Recipe, build_variant_specs

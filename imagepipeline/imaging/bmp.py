@@ -7,6 +7,7 @@ from PIL import Image
 
 HEADERS = (12, 16, 40, 52, 56, 64, 108, 124)
 RGB, RLE8, RLE4, BITFIELDS, JPEG, PNG, ALPHA_BITFIELDS = 0, 1, 2, 3, 4, 5, 6
+CMYK = (11, 12, 13)
 DEFAULT_MASKS = {16: (0x7C00, 0x03E0, 0x001F, 0), 32: (0xFF0000, 0xFF00, 0xFF, 0)}
 
 
@@ -27,6 +28,13 @@ class Bmp:
         """The bytes of a row that is not compressed, to a multiple of four."""
         return (self.width * self.bits + 31) // 32 * 4
 
+    @property
+    def is_plausible(self) -> bool:
+        """Whether its header could be one: a known compression and number of bits."""
+        is_wrapper = self.compression in (JPEG, PNG)
+        is_known = is_wrapper or self.compression in (RGB, RLE8, RLE4, BITFIELDS, ALPHA_BITFIELDS, *CMYK)
+        return is_known and (is_wrapper or self.bits in (1, 2, 4, 8, 16, 24, 32))
+
     def find_refusal(self, header_bytes: int) -> str | None:
         """What kind it is if it is none that is read."""
         if header_bytes in (16, 64) and self.compression > RLE4:
@@ -34,7 +42,7 @@ class Bmp:
         if self.compression in (JPEG, PNG):
             return f"a BMP that wraps a {'JPEG' if self.compression == JPEG else 'PNG'}"
         if self.compression > ALPHA_BITFIELDS:
-            return f"a BMP with compression {self.compression}"
+            return "a BMP of CMYK colours"
         if self.bits not in (1, 4, 8, 16, 24, 32):
             return f"a BMP of {self.bits} bits a pixel"
         return "an OS/2 bitmap of version 2" if header_bytes == 16 else None

@@ -164,13 +164,13 @@ class _Reader:
         return int.from_bytes(self._content[self._position - size : self._position], "big")
 
 
-def _walk(content: bytes, position: int, end: int) -> Iterator[tuple[bytes, int, int]]:
+def _walk(content: bytes | bytearray, position: int, end: int) -> Iterator[tuple[bytes, int, int]]:
     """Type, start and end of the content of each box between two positions."""
     for _ in range(MAX_BOXES):
         if position + 8 > end:
             return
         size, header = int.from_bytes(content[position : position + 4], "big"), 8
-        kind = content[position + 4 : position + 8]
+        kind = bytes(content[position + 4 : position + 8])
         if size == 1:
             size, header = int.from_bytes(content[position + 8 : position + 16], "big"), 16
         stop = end if size == 0 else position + size
@@ -178,3 +178,35 @@ def _walk(content: bytes, position: int, end: int) -> Iterator[tuple[bytes, int,
             return
         yield kind, position + header, stop
         position = stop
+
+
+def set_play_count(content: bytes, play_count: int) -> bytes:
+    """An animated AVIF, as libavif writes it, that is shown so often; 0 for ever, which is what libavif writes.
+
+    Its edit list names the duration of one round and says that it repeats; it does until the duration of its tracks
+    is over (ISO/IEC 14496-12, 8.6.6).
+    """
+    if not play_count:
+        return content
+    changed = bytearray(content)
+    for kind, start, end in _walk(content, 0, len(content)):
+        if kind == b"moov":
+            _set_durations(changed, start, end, play_count)
+    return bytes(changed)
+
+
+def _set_durations(content: bytearray, start: int, end: int, play_count: int) -> None:
+    longest = 0
+    boxes = [*_walk(content, start, end)]
+    for kind, first, last in boxes:
+        if kind == b"trak":
+            inner = {name: (one, other) for name, one, other in _walk(content, first, last)}
+            lists = {name: one for name, one, _ in _walk(content, *inner.get(b"edts", (0, 0)))}
+            round_start = lists.get(b"elst", 0) + 8  # behind version, flags and the number of entries
+            duration = play_count * int.from_bytes(content[round_start : round_start + 8], "big")
+            at = inner[b"tkhd"][0] + 28  # behind version, flags, two dates, the track's ID and 4 bytes
+            content[at : at + 8] = duration.to_bytes(8, "big")
+            longest = max(longest, duration)
+    for kind, first, _ in boxes:
+        if kind == b"mvhd":
+            content[first + 24 : first + 32] = longest.to_bytes(8, "big")  # behind version, flags, dates, time scale

@@ -18,7 +18,9 @@ from imagepipeline.errors import (
 from imagepipeline.imaging.color import to_srgb
 from imagepipeline.imaging.drawing import clean
 from imagepipeline.imaging.formats import identify
-from imagepipeline.imaging.reading import READERS, Picture, Rules, Source
+from imagepipeline.imaging.limits import Rules as Rules  # which callers import with `decode`
+from imagepipeline.imaging.limits import check_variants
+from imagepipeline.imaging.reading import READERS, Picture, Source
 
 # How to turn what the camera stored, by EXIF orientation (CIPA DC-008, 4.6.4).
 TURNS = {
@@ -60,7 +62,10 @@ class Decoded:
         return self.frames[0]
 
 
-def decode(content: bytes, rules: Rules = Rules()) -> Decoded:
+DEFAULT_RULES = Rules()
+
+
+def decode(content: bytes, rules: Rules = DEFAULT_RULES) -> Decoded:
     """Decodes an original in full.
 
     Raises:
@@ -108,7 +113,7 @@ def _finish(source: Source, format_: str, rules: Rules) -> Decoded:
     turn = TURNS.get(orientation) if source.is_turned_by_exif else None
     is_on_its_side = turn in (TURNS[5], TURNS[6], TURNS[7], TURNS[8])
     width, height = (source.height, source.width) if is_on_its_side else (source.width, source.height)
-    _check_variants(width, height, rules)
+    check_variants(width, height, rules)
     frames, durations_ms, flaw = [], [], None
     for picture in source.load(is_on_its_side):
         scale = min(1.0, rules.max_width_px / (picture.image.height if is_on_its_side else picture.image.width))
@@ -129,17 +134,6 @@ def _finish(source: Source, format_: str, rules: Rules) -> Decoded:
         flaw=flaw,
         **texts,
     )
-
-
-def _check_variants(width: int, height: int, rules: Rules) -> None:
-    """The limit is that of the formats written, so it is about what is written."""
-    scale = min(1.0, rules.max_width_px / width)
-    largest = max(round(width * scale), round(height * scale))
-    if largest > rules.max_side_px:
-        raise LimitError(
-            f"the original is {width} x {height} px, its variants would be up to {largest:,} px long, "
-            f"{rules.max_side_px:,} are allowed (IMAGEPIPELINE_MAX_SIDE_PX)"
-        )
 
 
 def _read_exif(content: bytes) -> tuple[int, dict[str, str | None]]:

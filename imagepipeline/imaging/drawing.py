@@ -1,6 +1,9 @@
 """Which pixels a decoder has drawn: the one thing that tells a whole picture from a part, whatever its colours are."""
 
-from collections.abc import Callable
+import os
+import tempfile
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import numpy as np
@@ -40,9 +43,14 @@ def draw(
     """
     error: Exception | None = None
     try:
-        image = _load(open_image(), 0)
+        with hear_libtiff() as complaints:
+            image = _load(open_image(), 0)
+        if complaints and not is_part_kept:
+            raise UnreadableImageError(f"the {format_} data is damaged: {complaints[0]}")
         if not _may_be_missing(image):
-            return Drawn(image)
+            return Drawn(image, flaw=f"some of the picture is wrong: {complaints[0]}" if complaints else None)
+    except UnreadableImageError:
+        raise
     except Exception as one:  # decoders raise whatever they stumble over
         error = one
         if "memory" in str(one).lower():  # how codecs put it
@@ -62,6 +70,24 @@ def draw(
     if not is_part_kept:
         raise _explain(format_, is_cut, flaw, error)
     return Drawn(first, missing, flaw)
+
+
+@contextmanager
+def hear_libtiff() -> Iterator[list[str]]:
+    """What libtiff complains of meanwhile, known at the end: it tells standard error alone, and goes on."""
+    complaints: list[str] = []
+    saved = os.dup(2)
+    with tempfile.TemporaryFile() as heard:
+        os.dup2(heard.fileno(), 2)
+        try:
+            yield complaints
+        finally:
+            os.dup2(saved, 2)
+            os.close(saved)
+            heard.seek(0)
+            lines = heard.read(4096).decode(errors="replace").splitlines()
+            texts = (clean(line, 100) for line in lines if "warning" not in line.lower())
+            complaints += [text for text in texts if text]
 
 
 def percent(share: float) -> str:

@@ -58,7 +58,7 @@ def _walk(content: bytes, gif: Gif) -> Iterator[GifFrame]:
     while position < len(content):
         kind = content[position]
         if kind == 0x21:  # an extension
-            blocks, end = _read_blocks(content, position + 2)
+            blocks, after = _read_blocks(content, position + 2)
             label = content[position + 1] if position + 1 < len(content) else 0
             if label == 0xF9 and len(blocks) >= 4:
                 clear_index = blocks[3] if blocks[0] & 1 else None
@@ -66,7 +66,7 @@ def _walk(content: bytes, gif: Gif) -> Iterator[GifFrame]:
                 duration_ms = int.from_bytes(blocks[1:3], "little") * 10
             elif label == 0xFF and blocks.startswith(LOOPS) and len(blocks) >= 14 and blocks[11] == 1:
                 gif.loop = int.from_bytes(blocks[12:14], "little")
-            position = end
+            position = after
         elif kind == 0x2C:  # a frame
             if position + 10 > len(content):
                 return

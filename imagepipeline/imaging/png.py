@@ -8,6 +8,8 @@ from imagepipeline.errors import UnreadableImageError, UnsupportedFormatError
 SIGNATURE = b"\x89PNG\r\n\x1a\n"
 GREY, RGB, PALETTE = 0, 2, 3  # colour types
 ANIMATION = (b"acTL", b"fcTL", b"fdAT")
+# What counts only before the pixels (W3C PNG, 5.6).
+BEFORE_PIXELS = (b"PLTE", b"tRNS", b"cICP", b"iCCP", b"sRGB", b"gAMA", b"cHRM", b"sBIT", b"bKGD", b"cLLI", b"mDCV")
 END = b"\0\0\0\0IEND\xaeB`\x82"
 
 
@@ -70,7 +72,7 @@ def read_png(content: bytes) -> Png | None:
             header = header or body
         elif kind == b"IDAT":
             data.append(body)
-        else:
+        elif not (data and kind in BEFORE_PIXELS):
             if not is_critical:
                 chunks.setdefault(kind, body)
             (after if data else before).append((kind, body))

@@ -2,8 +2,9 @@
 
 import io
 import math
+import re
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 import pi_heif
@@ -29,37 +30,29 @@ from imagepipeline.imaging.boxes import Item, find_end, read_primary_item
 from imagepipeline.imaging.color import ColorSpace, read_nclx, read_png_space
 from imagepipeline.imaging.drawing import Drawn, clean, draw, fill, percent
 from imagepipeline.imaging.formats import RAW_ADVICE, measure_webp
+from imagepipeline.imaging.limits import Rules, check_frames, check_profile, check_size
 
 pillow_avif.AvifImagePlugin.DEFAULT_MAX_THREADS = 1  # five runs share the machine
 pi_heif.register_heif_opener(thumbnails=False, depth_images=False, aux_images=False, decode_threads=1)
 
 EXPORT_ADVICE = "export it as PNG"
+AVIF_BRANDS = (b"avif", b"avis")
+HEIF_BRANDS = (b"heic", b"heix", b"heim", b"heis", b"hevc", b"hevx", b"hevm", b"hevs", b"mif1", b"msf1")
 # A JPEG is decoded at an eighth to all of its size. Even at an eighth its coded data is read in full, so that it may be
 # no larger than this many times what is decoded.
 MAX_JPEG_REDUCTION = 5
+# What libjpeg-turbo says, in words for an uploader.
+EXTRANEOUS = re.compile(r"(\d+) extraneous bytes before marker 0xd9")
+JPEG_FLAWS = {
+    "premature end": "the data of its pixels ends too early",
+    "extraneous": "there is more data than its pixels need",
+    "bad Huffman code": "the data of its pixels makes no sense",
+    "instead of RST": "a piece of its pixels is missing",
+    "Huffman table": "a table that its pixels need is missing or broken",
+    "quantization table": "a table that its pixels need is missing",
+    "progressive": "the parts of its picture do not fit together",
+}
 ZEROS = {b"av01": bytes(64), b"hvc1": bytes(16)}  # longer runs of zeros no encoder writes
-
-
-@dataclass(frozen=True)
-class Rules:
-    """What an original may be, and how it is taken.
-
-    `max_pixels` is of what is decoded: a JPEG may be larger, as it is decoded at a part of its size; of an animation
-    that is kept it is over all frames. `max_side_px` is of the variants. `max_frames` counts where all are kept.
-    `max_text_bytes` bounds the texts of a PNG, unpacked. An image wider than `max_width_px` is scaled down to it.
-    `is_animation_kept`: all frames instead of the first. `is_truncated_accepted`: a cut-off or damaged file gives a
-    picture, with grey where nothing could be read.
-    """
-
-    max_bytes: int = 25_000_000
-    max_pixels: int = 50_000_000
-    max_side_px: int = 16_383  # WebP can encode no more
-    max_frames: int = 60
-    max_icc_bytes: int = 1_000_000
-    max_text_bytes: int = 1_000_000
-    max_width_px: int = 1920
-    is_animation_kept: bool = False
-    is_truncated_accepted: bool = False
 
 
 @dataclass(frozen=True)
@@ -88,32 +81,7 @@ class Source:
     count_plays: Callable[[], int] = lambda: 0
 
 
-# ---- limits
-
-
-def check_size(width: int, height: int, rules: Rules, frame_count: int = 1) -> None:
-    """Raises LimitError if so many pixels may not be decoded."""
-    if width * height * frame_count > rules.max_pixels:
-        frames = f" in {frame_count} frames or more" if frame_count > 1 else ""
-        megapixels = f"{rules.max_pixels / 1e6:g} megapixels"
-        size = f"the original is {width} x {height} px{frames}"
-        raise LimitError(f"{size}, the limit is {megapixels} in all (IMAGEPIPELINE_MAX_PIXELS)")
-
-
-def check_frames(width: int, height: int, frame_count: int, rules: Rules) -> None:
-    """Raises LimitError if an animation has too many frames, or too many pixels in them."""
-    if frame_count > rules.max_frames:
-        raise LimitError(f"the original has more than {rules.max_frames} frames (IMAGEPIPELINE_MAX_FRAMES)")
-    check_size(width, height, rules, frame_count)
-
-
-def _check_profile(profile: bytes | None, rules: Rules) -> bytes | None:
-    if profile and len(profile) > rules.max_icc_bytes:
-        raise LimitError(
-            f"the colour profile has {len(profile):,} bytes, the limit is {rules.max_icc_bytes:,} "
-            "(IMAGEPIPELINE_MAX_ICC_BYTES)"
-        )
-    return profile or None
+# ---- what all have in common
 
 
 def _miss_start(format_: str) -> TruncatedImageError:
@@ -151,14 +119,16 @@ def read_jpeg(content: bytes, rules: Rules) -> Source:
     found = jpeg.read_jpeg(content)
     if found is None:
         raise _miss_start("JPEG")
-    profile = _check_profile(found.profile, rules)
+    profile = check_profile(found.profile, rules)
     width, height = found.width, found.height
     if width * height > MAX_JPEG_REDUCTION * rules.max_pixels:
-        check_size(width, height, rules)
+        limit = f"{MAX_JPEG_REDUCTION * rules.max_pixels / 1e6:g} megapixels"
+        setting = f"{MAX_JPEG_REDUCTION} x IMAGEPIPELINE_MAX_PIXELS"
+        raise LimitError(f"the original is {width} x {height} px, the limit for a JPEG is {limit} ({setting})")
 
     def load(is_on_its_side: bool) -> Iterator[Picture]:
         size = _choose_size(width, height, is_on_its_side, rules)
-        yield _decode_jpeg(content, found, size, rules)
+        yield _decode_jpeg(found, size, rules)
 
     return Source(width, height, load, ColorSpace(profile), found.exif)
 
@@ -166,8 +136,8 @@ def read_jpeg(content: bytes, rules: Rules) -> Source:
 def _choose_size(width: int, height: int, is_on_its_side: bool, rules: Rules) -> tuple[int, int]:
     """The size at which a JPEG is decoded, one to eight eighths of its own.
 
-    At half, a quarter or an eighth where that leaves twice what is needed: a third of the time, no visible loss. Smaller
-    if it has too many pixels otherwise, as long as it leaves what is needed.
+    At half, a quarter or an eighth where that leaves twice what is needed: a third of the time, no visible loss.
+    Smaller if it has too many pixels otherwise, as long as it leaves what is needed.
     """
     across = height if is_on_its_side else width
     eighths = next((part for part in (1, 2, 4) if across * part // 8 >= 2 * rules.max_width_px), 8)
@@ -179,17 +149,22 @@ def _choose_size(width: int, height: int, is_on_its_side: bool, rules: Rules) ->
         eighths -= 1
     size = math.ceil(width * eighths / 8), math.ceil(height * eighths / 8)
     if size[0] * size[1] > rules.max_pixels:
-        check_size(width, height, rules)
+        raise LimitError(
+            f"the original is {width} x {height} px and must be decoded at {size[0]} x {size[1]} px, "
+            f"the limit is {rules.max_pixels / 1e6:g} megapixels (IMAGEPIPELINE_MAX_PIXELS)"
+        )
     return size
 
 
-def _decode_jpeg(content: bytes, found: jpeg.Jpeg, size: tuple[int, int], rules: Rules) -> Picture:
+def _decode_jpeg(found: jpeg.Jpeg, size: tuple[int, int], rules: Rules) -> Picture:
     """By simplejpeg, which passes on what the decoder warns of; Pillow does not."""
+    if found.is_cut and not found.is_covered:
+        return _salvage_jpeg(found, size, rules)
     mode, layout = {1: ("L", "GRAY"), 3: ("RGB", "RGBX"), 4: ("CMYK", "CMYK")}[found.component_count]
     try:
         pixels = simplejpeg.decode_jpeg(found.content, layout, min_width=size[0], min_height=size[1])
     except ValueError as error:
-        return _explain_jpeg(content, found, size, str(error), rules)
+        return _explain_jpeg(found, size, str(error), rules)
     return Picture(_from_pixels(pixels, mode))
 
 
@@ -200,22 +175,24 @@ def _from_pixels(pixels: "np.ndarray[tuple[int, ...], np.dtype[np.uint8]]", mode
     return Image.frombuffer(mode, (width, height), pixels, "raw", "RGBX" if mode == "RGB" else mode, 0, 1)
 
 
-def _explain_jpeg(content: bytes, found: jpeg.Jpeg, size: tuple[int, int], error: str, rules: Rules) -> Picture:
+def _explain_jpeg(found: jpeg.Jpeg, size: tuple[int, int], error: str, rules: Rules) -> Picture:
     """The picture if the decoder's complaint is none of the picture, or if parts are wanted; raises otherwise."""
     if "subsampling" in error:  # a kind that only Pillow decodes
-        drawn = draw(lambda: _draft(found.content, size), "JPEG", not found.has_end, False, rules.is_truncated_accepted)
+        drawn = draw(lambda: _draft(found.content, size), "JPEG", found.is_cut, False, rules.is_truncated_accepted)
         return _to_picture(drawn)
     if "memory" in error.lower():
         raise MemoryError(error)
-    if not found.has_end:
-        return _salvage_jpeg(content, found, rules)
-    text = clean(error, 120) or "no reason given"
-    flaw = f"the JPEG data is damaged: {text[0].lower()}{text[1:]}"
+    if found.is_cut:
+        return _salvage_jpeg(found, size, rules)
+    padding = EXTRANEOUS.search(error)
+    if padding and jpeg.strip_padding(found.content, int(padding[1])) != found.content:
+        clean_content = jpeg.strip_padding(found.content, int(padding[1]))
+        return _decode_jpeg(replace(found, content=clean_content), size, rules)
+    flaw = next((words for text, words in JPEG_FLAWS.items() if text in error), "its decoder gave up")
     if rules.is_truncated_accepted and "Corrupt JPEG data" in error:
-        return Picture(
-            _to_picture(Drawn(_load_leniently(found.content, size))).image, flaw=f"{flaw}; some of it is wrong"
-        )
-    raise UnreadableImageError(flaw)
+        image = _to_picture(Drawn(_load_leniently(found.content, size))).image
+        return Picture(image, flaw=f"some of the picture is wrong: {flaw}")
+    raise UnreadableImageError(f"{jpeg.DAMAGED}: {flaw}")
 
 
 def _draft(content: bytes, size: tuple[int, int]) -> ImageFile.ImageFile:
@@ -230,22 +207,21 @@ def _load_leniently(content: bytes, size: tuple[int, int]) -> Image.Image:
     return image
 
 
-def _salvage_jpeg(content: bytes, found: jpeg.Jpeg, rules: Rules) -> Picture:
+def _salvage_jpeg(found: jpeg.Jpeg, size: tuple[int, int], rules: Rules) -> Picture:
     """What there is of a JPEG without an end: its first rows, or if it comes in scans, the whole but coarse."""
     advice = "the end of the JPEG file is missing: upload it again"
     if found.has_several_scans:
         if not found.scan_count:
             raise TruncatedImageError(f"not even a coarse picture could be read; {advice}")
         scans = "1 scan" if found.scan_count == 1 else f"{found.scan_count} scans"
-        flaw = f"only a coarse picture could be read, of {scans}"
+        flaw = f"only a coarse picture could be read, from {scans}"
         if not rules.is_truncated_accepted:
             raise TruncatedImageError(f"{flaw}; {advice}")
-        return Picture(
-            _to_picture(Drawn(_load_leniently(found.content, (1, 1) and (found.width, found.height)))).image, flaw=flaw
-        )
+        return Picture(_to_picture(Drawn(_load_leniently(found.content, size))).image, flaw=flaw)
 
     def open_image() -> ImageFile.ImageFile:
         image = _open(found.content[:-2].rstrip(b"\0"), "JPEG")  # without an end, so that what is missing is not drawn
+        image.draft(None, size)
         image.load_read = image.fp.read  # type: ignore[attr-defined, union-attr]
         return image
 
@@ -278,7 +254,7 @@ def read_png(content: bytes, rules: Rules) -> Source:
                 "(IMAGEPIPELINE_MAX_TEXT_BYTES, IMAGEPIPELINE_MAX_ICC_BYTES)"
             ) from None
         raise
-    profile = _check_profile(header.info.get("icc_profile"), rules)
+    profile = check_profile(header.info.get("icc_profile"), rules)
     first = 1 if is_animation and header.info.get("default_image") else 0  # which is for those that show one picture
     frame_count = getattr(header, "n_frames", 1) - first if is_animation else 1
     if is_animation:
@@ -362,10 +338,8 @@ def read_gif(content: bytes, rules: Rules) -> Source:
     check_size(width, height, rules)
     if rules.is_animation_kept:
         walk = gif.read_gif(content)
-        frame_count = 0
-        for _ in walk[1] if walk else ():
-            frame_count += 1
-            check_frames(width, height, frame_count, rules)
+        for index, _ in enumerate(walk[1] if walk else ()):
+            check_frames(width, height, index + 1, rules)
 
     def load(_: bool) -> Iterator[Picture]:
         shown = Image.new("RGBA", (width, height))
@@ -421,14 +395,14 @@ def read_webp(content: bytes, rules: Rules) -> Source:
             raise _miss_end("WEBP", len(content), declared) from error
         raise UnreadableImageError("the WEBP data is damaged: its header cannot be read") from error
     check_size(*header.size, rules)
-    profile = _check_profile(header.info.get("icc_profile"), rules)
+    profile = check_profile(header.info.get("icc_profile"), rules)
     frame_count = getattr(header, "n_frames", 1) if rules.is_animation_kept else 1
     check_frames(*header.size, frame_count, rules) if rules.is_animation_kept else None
 
     def load(_: bool) -> Iterator[Picture]:
         try:
             yield from _load_frames(header, frame_count)
-        except OSError as error:
+        except Exception as error:
             if is_cut:
                 raise _miss_end("WEBP", len(content), declared) from error
             raise
@@ -453,7 +427,7 @@ def read_avif(content: bytes, rules: Rules) -> Source:
     """AVIF; it is turned and cropped by its own properties, not by EXIF (ISO/IEC 23000-22, 7.3.6.7)."""
     item, is_cut = _check_boxes(content, "AVIF")
     try:
-        header = _open(_with_brand(content, b"avif"), "AVIF")
+        header = _open(_with_brand(content, AVIF_BRANDS), "AVIF")
     except UnidentifiedImageError:
         raise (
             _miss_end("AVIF", len(content), find_end(content))
@@ -471,7 +445,7 @@ def read_avif(content: bytes, rules: Rules) -> Source:
             for picture in _load_frames(header, frame_count):
                 image = picture.image.crop(crop) if crop else picture.image
                 yield Picture(image, picture.duration_ms)
-        except OSError as error:
+        except Exception as error:
             if is_cut:
                 raise _miss_end("AVIF", len(content), find_end(content)) from error
             raise
@@ -484,7 +458,7 @@ def read_heif(content: bytes, rules: Rules) -> Source:
     """HEIC; libheif turns and crops it, so that EXIF must not."""
     item, is_cut = _check_boxes(content, "HEIF")
     try:
-        header = _open(_with_brand(content, b"heic"), "HEIF")
+        header = _open(_with_brand(content, HEIF_BRANDS), "HEIF")
     except UnidentifiedImageError as error:
         if is_cut:
             raise _miss_end("HEIF", len(content), find_end(content)) from None
@@ -495,7 +469,7 @@ def read_heif(content: bytes, rules: Rules) -> Source:
     def load(_: bool) -> Iterator[Picture]:
         try:
             header.load()
-        except (OSError, EOFError, ValueError, RuntimeError) as error:
+        except Exception as error:
             if is_cut:
                 raise _miss_end("HEIF", len(content), find_end(content)) from error
             raise
@@ -507,7 +481,7 @@ def read_heif(content: bytes, rules: Rules) -> Source:
 def _explain_heif(content: bytes, error: Exception) -> Exception:
     """Why a header cannot be opened; Pillow keeps that to itself."""
     try:
-        pi_heif.open_heif(io.BytesIO(_with_brand(content, b"heic")))
+        pi_heif.open_heif(io.BytesIO(_with_brand(content, HEIF_BRANDS)))
     except Exception as one:
         text = clean(str(one), 200) or "its header cannot be read"
         if "limit" in text.lower() or "memory" in text.lower():
@@ -531,13 +505,13 @@ def _check_boxes(content: bytes, format_: str) -> tuple[Item, bool]:
     return item, is_cut
 
 
-def _with_brand(content: bytes, brand: bytes) -> bytes:
-    """The file with a major brand that its reader knows; it was told by its coding, which says more."""
-    return content[:8] + brand + content[12:] if content[4:8] == b"ftyp" else content
+def _with_brand(content: bytes, known: tuple[bytes, ...]) -> bytes:
+    """The file with a major brand that its reader knows: what is in it was told by its coding, which says more."""
+    return content if content[8:12] in known else content[:8] + known[0] + content[12:]
 
 
 def _read_space(item: Item, profile: bytes | None, rules: Rules) -> ColorSpace:
-    profile = _check_profile(profile, rules)
+    profile = check_profile(profile, rules)
     if profile:
         return ColorSpace(profile)
     nclx = next((box for kind, box in item.properties if kind == b"colr" and box.startswith(b"nclx")), None)
@@ -581,7 +555,7 @@ def read_tiff(content: bytes, rules: Rules) -> Source:
     if not isinstance(header, TiffImagePlugin.TiffImageFile):
         raise UnreadableImageError("the TIFF data is damaged: its header cannot be read")
     check_size(*header.size, rules)
-    profile = _check_profile(header.info.get("icc_profile"), rules)
+    profile = check_profile(header.info.get("icc_profile"), rules)
 
     def load(_: bool) -> Iterator[Picture]:
         try:
@@ -594,7 +568,7 @@ def read_tiff(content: bytes, rules: Rules) -> Source:
         if image.mode.startswith(("I", "F")):
             image = _to_eight_bits(image, page)
         elif image.mode == "La":
-            image = image.convert("LA") if False else _unmultiply(image)
+            image = _unmultiply(image)
         yield _to_picture(Drawn(image, drawn.missing, drawn.flaw))
 
     exif = header.getexif().tobytes()
@@ -635,6 +609,8 @@ def read_bmp(content: bytes, rules: Rules) -> Source:
     if found is None:
         raise _miss_start("BMP")
     header, header_bytes = found
+    if not header.is_plausible:
+        raise UnreadableImageError("the BMP data is damaged: its header cannot be read")
     refusal = header.find_refusal(header_bytes)
     if refusal:
         raise UnsupportedFormatError(f"the original is {refusal}: {EXPORT_ADVICE}")
@@ -643,7 +619,7 @@ def read_bmp(content: bytes, rules: Rules) -> Source:
     check_size(header.width, header.height, rules)
     is_plain = header.compression in (bmp.RGB, bmp.BITFIELDS, bmp.ALPHA_BITFIELDS)
     end = header.start + header.row_bytes * header.height if is_plain else int.from_bytes(content[2:6], "little")
-    profile = _check_profile(bmp.read_profile(content, header_bytes), rules)
+    profile = check_profile(bmp.read_profile(content, header_bytes), rules)
 
     def load(_: bool) -> Iterator[Picture]:
         if header.compression in (bmp.BITFIELDS, bmp.ALPHA_BITFIELDS):

@@ -21,7 +21,7 @@ from PIL import Image
 from imagepipeline.defs import assets, jobs
 from imagepipeline.defs.failures import GENERATION_TAG
 from imagepipeline.defs.originals import Originals
-from imagepipeline.imaging.reading import Rules
+from imagepipeline.imaging.decoding import Rules
 from imagepipeline.imaging.sandbox import Sandbox
 from imagepipeline.imaging.variants import Renderer
 from imagepipeline.models import Claim, Embedding, PixelFacts, Recipe, Upload, VisionAnswer, build_variant_specs
