@@ -2,15 +2,38 @@
 
 import re
 from collections.abc import Callable
-from typing import Literal
 
 from imagepipeline.errors import UnsupportedFormatError
+from imagepipeline.imaging.boxes import read_brands, read_primary_item
 
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "AVIF", "TIFF", "BMP", "HEIF")
 AVIF_BRANDS = {b"avif", b"avis"}
-HEIF_BRANDS = {b"heic", b"heix", b"heim", b"heis", b"hevc", b"hevx", b"mif1", b"msf1"}
-TIFF_VALUE_BYTES = {3: 2, 4: 4, 5: 8, 8: 2, 9: 4, 10: 8, 11: 4, 12: 8}  # by type; 1 for the others
-TIFF_STRIP_TAGS = (273, 279, 324, 325)  # offsets and byte counts of strips and tiles
+HEIF_BRANDS = {
+    b"heic",
+    b"heix",
+    b"heim",
+    b"heis",
+    b"hevc",
+    b"hevx",
+    b"hevm",
+    b"hevs",
+    b"mif1",
+    b"mif2",
+    b"msf1",
+    b"miaf",
+}
+
+# Ways to code the picture in a HEIF file that are not read here (MP4RA, codes of sample entries and items).
+REFUSED_CODINGS = {
+    b"unci": "of uncompressed pixels",
+    b"jpeg": "that wraps a JPEG",
+    b"j2k1": "that wraps a JPEG 2000",
+    b"vvc1": "coded as VVC",
+    b"avc1": "coded as AVC (H.264)",
+    b"evc1": "coded as EVC",
+    b"lhv1": "coded as layered HEVC",
+    b"mski": "of a mask alone",
+}
 RAW_ADVICE = "a camera raw file: develop it and upload a JPEG"
 VIDEO_ADVICE = "a video: upload a picture"
 ARCHIVE_ADVICE = "an archive: unpack it and upload the pictures one by one"
@@ -47,24 +70,15 @@ def identify(content: bytes) -> str:
         if is_meant(content):
             return format_
     accepted = ", ".join(FORMATS)
+    coding = _coding(content)
+    if coding:
+        name = REFUSED_CODINGS.get(coding, f"of pixels coded as {coding.decode('latin-1')!r}")
+        raise UnsupportedFormatError(f"the original is a HEIF file {name}: export it as JPEG (accepted: {accepted})")
     head = content[:1024]
     for pattern, kind in REFUSED:
         if re.match(pattern, head, re.IGNORECASE | re.DOTALL):
             raise UnsupportedFormatError(f"the original is {kind} (accepted: {accepted})")
     raise UnsupportedFormatError(f"the original is no picture of a known format (accepted: {accepted})")
-
-
-def declare_bytes(content: bytes, format_: str) -> int | None:
-    """How long the file says it is, in bytes; None where the format does not say, or not at a place easily found."""
-    if format_ == "WEBP":
-        return int.from_bytes(content[4:8], "little") + 8
-    if format_ == "BMP":
-        return int.from_bytes(content[2:6], "little") or None
-    if format_ in ("AVIF", "HEIF"):
-        return _end_of_boxes(content)
-    if format_ == "TIFF" and content[2:4] in (b"*\0", b"\0*"):
-        return _end_of_first_page(content)
-    return None
 
 
 def measure_webp(content: bytes) -> tuple[int, int]:
@@ -88,47 +102,15 @@ def _is_tiff(content: bytes) -> bool:
     return content.startswith((b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")) and not is_raw
 
 
-def _brands(content: bytes) -> set[bytes]:
-    """The major and compatible brands of an ISO base media file (ISO/IEC 14496-12, 4.3)."""
-    if content[4:8] != b"ftyp":
-        return set()
-    box = content[8 : min(int.from_bytes(content[:4], "big"), 256)]
-    return {box[start : start + 4] for start in (0, *range(8, len(box), 4))}
-
-
-def _end_of_boxes(content: bytes) -> int:
-    """Where the last top-level box of an ISO base media file ends (ISO/IEC 14496-12, 4.2)."""
-    position = 0
-    while position + 8 <= len(content):
-        size = int.from_bytes(content[position : position + 4], "big")
-        if size == 1:
-            size = int.from_bytes(content[position + 8 : position + 16], "big")
-        if size < 8:  # 0: to the end of the file; less: damaged
-            return len(content)
-        position += size
-    return position if position >= len(content) else position + 8  # a part of a header is left
-
-
-def _end_of_first_page(content: bytes) -> int:
-    """Where the last byte named by the first directory of a TIFF file lies (TIFF 6.0, section 2)."""
-    order: Literal["little", "big"] = "little" if content.startswith(b"II") else "big"
-
-    def read(position: int, size: int = 4) -> int:
-        return int.from_bytes(content[position : position + size], order)
-
-    start = read(4)
-    end = start + 6 + 12 * read(start, 2)
-    values: dict[int, list[int]] = {}
-    for entry in range(start + 2, min(end - 4, len(content) - 11), 12):
-        tag, size, count = read(entry, 2), TIFF_VALUE_BYTES.get(read(entry + 2, 2), 1), read(entry + 4)
-        position = entry + 8 if size * count <= 4 else read(entry + 8)
-        end = max(end, position + size * count)
-        if tag in TIFF_STRIP_TAGS and position + size * count <= len(content):
-            values[tag] = [read(position + index * size, size) for index in range(count)]
-    for offsets, counts in ((273, 279), (324, 325)):
-        for offset, count in zip(values.get(offsets, ()), values.get(counts, ()), strict=False):
-            end = max(end, offset + count)
-    return end
+def _coding(content: bytes) -> bytes:
+    """How the picture of an AVIF or HEIC file is coded: by what it says of its primary item, or by its brands."""
+    brands = read_brands(content)
+    if not brands:
+        return b""
+    coding = read_primary_item(content).coding
+    if coding:
+        return coding
+    return b"av01" if brands & AVIF_BRANDS else b"hvc1" if brands & HEIF_BRANDS else b""
 
 
 BMP_HEADERS = {size.to_bytes(4, "little") for size in (12, 16, 40, 52, 56, 64, 108, 124)}
@@ -137,8 +119,8 @@ SIGNATURES: dict[str, Callable[[bytes], bool]] = {
     "PNG": lambda content: content.startswith(b"\x89PNG\r\n\x1a\n"),
     "WEBP": lambda content: content.startswith(b"RIFF") and content[8:12] == b"WEBP",
     "GIF": lambda content: content.startswith((b"GIF87a", b"GIF89a")),
-    "AVIF": lambda content: bool(_brands(content) & AVIF_BRANDS),
+    "AVIF": lambda content: _coding(content) == b"av01",
     "TIFF": _is_tiff,
     "BMP": lambda content: content.startswith(b"BM") and content[14:18] in BMP_HEADERS,
-    "HEIF": lambda content: bool(_brands(content) & HEIF_BRANDS),
+    "HEIF": lambda content: _coding(content) == b"hvc1",
 }

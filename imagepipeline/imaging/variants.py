@@ -7,6 +7,7 @@ from collections.abc import Iterable, Sequence
 from PIL import ExifTags, Image
 
 from imagepipeline.errors import LimitError
+from imagepipeline.imaging.boxes import set_play_count
 from imagepipeline.imaging.decoding import Decoded
 from imagepipeline.imaging.inspection import Inspection, inspect
 from imagepipeline.imaging.sandbox import Session, Usage
@@ -160,7 +161,7 @@ def _scale_to_width(image: Image.Image, width_px: int) -> Image.Image:
 def _animation_options(decoded: Decoded) -> dict[str, object]:
     if len(decoded.frames) == 1:
         return {}
-    return {"save_all": True, "duration": list(decoded.durations_ms), "loop": 0}
+    return {"save_all": True, "duration": list(decoded.durations_ms), "loop": decoded.play_count}
 
 
 def _rights_options(decoded: Decoded) -> dict[str, object]:
@@ -182,4 +183,6 @@ def _encode(frames: Sequence[Image.Image], spec: VariantSpec, options: dict[str,
         size = f"{len(frames)} x {frames[0].width} x {frames[0].height} px"
         limit = f"the memory allowed (IMAGEPIPELINE_MAX_MEMORY_BYTES): {error}"
         raise LimitError(f"{size} cannot be encoded as {spec.format} in {limit}") from error
+    if spec.format == "avif" and isinstance(plays := options.get("loop"), int):
+        return set_play_count(buffer.getvalue(), plays)  # which the plugin cannot
     return buffer.getvalue()

@@ -10,7 +10,7 @@ import struct
 import zipfile
 import zlib
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import click
@@ -29,8 +29,24 @@ from imagepipeline.models import Variant, build_variant_specs
 SAMPLES = Path(__file__).parent / "samples"
 PHOTO = Path(__file__).parent.parent.parent / "imagepipeline" / "demo_photos" / "cat.jpg"
 SIZE = (96, 64)
+KEEP = Rules(is_animation_kept=True)
+JPEGS: dict[str, dict[str, object]] = {
+    "baseline": {},
+    "progressive": {"progressive": True},
+    "restarting": {"restart_marker_rows": 1},
+    "grey": {},
+}
 # Upper left, upper right, lower left, lower right: each turn and each mix-up of channels shows.
 CORNERS = ((200, 40, 40), (40, 180, 60), (50, 60, 200), (230, 230, 220))
+# Code points of ITU-T H.273 with what the corners then show.
+STATED: tuple[tuple[str, tuple[int, int], tuple[tuple[int, ...], ...]], ...] = (
+    ("Display P3", (12, 13), ((218, 0, 26), (0, 183, 30), (47, 60, 208), (230, 230, 219))),
+    ("BT.2020", (9, 13), ((249, 0, 27), (0, 190, 14), (0, 58, 210), (231, 230, 219))),
+    ("linear", (1, 8), ((229, 110, 110), (110, 219, 133), (122, 133, 229), (244, 244, 239))),
+    ("PQ", (9, 16), ((255, 0, 0), (0, 255, 0), (0, 0, 255), (255, 255, 212))),
+    ("HLG", (9, 18), ((230, 0, 13), (0, 170, 0), (0, 40, 177), (235, 234, 211))),
+    ("BT.709", (1, 1), ((197, 28, 28), (28, 176, 49), (39, 49, 197), (229, 229, 218))),
+)
 TURNS = {  # what the camera stored, so that turning it by the orientation gives the picture (CIPA DC-008, 4.6.4)
     1: None,
     2: Image.Transpose.FLIP_LEFT_RIGHT,
@@ -47,13 +63,16 @@ TURNS = {  # what the camera stored, so that turning it by the orientation gives
 class Case:
     """A file and its fate: `completed`, or the reason of its failure.
 
-    `colors` are what the four corners must show, as RGB or RGBA; None where the picture is another one.
+    `colors` are what the four corners must show, as RGB or RGBA; None where the picture is another one. `sentence` is a
+    part of what its uploader must be told.
     """
 
     name: str
     content: bytes
     outcome: str = "completed"
     colors: tuple[tuple[int, ...], ...] | None = CORNERS
+    sentence: str = ""
+    rules: Rules = field(default_factory=Rules)
 
 
 def cases() -> Iterator[Case]:
@@ -62,16 +81,26 @@ def cases() -> Iterator[Case]:
         modes,
         orientations,
         profiles,
+        stated_colors,
+        clear_colors,
+        partly_covered,
+        kinds_of_tiff,
+        kinds_of_bmp,
+        kinds_of_jpeg,
+        cropped,
         many_frames,
+        kept_animations,
         heif_samples,
+        large,
         bombs,
         truncated,
+        whole_all_the_same,
         damaged,
         found_by_fuzzing,
         refused,
     ):
         for case in group():
-            yield Case(f"{group.__name__}: {case.name}", case.content, case.outcome, case.colors)
+            yield replace(case, name=f"{group.__name__}: {case.name}")
 
 
 # ---- the picture
@@ -226,6 +255,222 @@ def heif_samples() -> Iterator[Case]:
         yield Case(path.stem, path.read_bytes(), colors=colors)
 
 
+# ---- files of every kind, each with what it must show
+
+
+def stated_colors() -> Iterator[Case]:
+    """Colours stated otherwise than by an ICC profile; the values are what Chromium shows, measured to 1 of 255."""
+    for name, codes, colors in STATED:
+        yield Case(
+            f"PNG cICP {name}", _with_chunks(_png_of(picture()), (b"cICP", bytes([*codes, 0, 1]))), colors=colors
+        )
+        if codes[1] != 1:  # BT.709's curve is a display's in PNG and sRGB's in AVIF
+            yield Case(
+                f"AVIF nclx {name}", _with_nclx(encode(picture(), "AVIF", subsampling="4:4:4"), *codes), colors=colors
+            )
+    gamma, wide = struct.pack(">I", 100_000), struct.pack(">8I", 31270, 32900, 68000, 32000, 26500, 69000, 15000, 6000)
+    linear = tuple(tuple(_code_srgb(value / 255) for value in color) for color in CORNERS)
+    yield Case("PNG gAMA", _with_chunks(_png_of(picture()), (b"gAMA", gamma)), colors=linear)
+    yield Case("PNG cHRM alone", _with_chunks(_png_of(picture()), (b"cHRM", wide)))
+    yield Case("PNG sRGB over gAMA", _with_chunks(_png_of(picture()), (b"sRGB", b"\0"), (b"gAMA", gamma)))
+    profile = b"wide\0\0" + zlib.compress(wide_profile())
+    in_srgb = tuple(_p3_to_srgb(color) for color in CORNERS)
+    yield Case(
+        "PNG iCCP over gAMA", _with_chunks(_png_of(picture()), (b"iCCP", profile), (b"gAMA", gamma)), colors=in_srgb
+    )
+    of_p3 = (b"cICP", bytes([12, 13, 0, 1]))
+    yield Case("PNG cICP over iCCP", _with_chunks(_png_of(picture()), of_p3, (b"iCCP", profile)), colors=STATED[0][2])
+    wide_gamma = (b"gAMA", struct.pack(">I", 45_455)), (b"cHRM", wide)
+    yield Case("PNG gAMA and cHRM", _with_chunks(_png_of(picture()), *wide_gamma), colors=in_srgb)
+    grey_linear = tuple((_code_srgb(color[0] / 255),) * 3 for color in _grey())
+    yield Case("PNG grey with gAMA", _with_chunks(_png_of(picture("L")), (b"gAMA", gamma)), colors=grey_linear)
+    grey = _grey_profile()
+    for mode, colors in (("L", grey_linear), ("LA", _clear_last(grey_linear))):
+        yield Case(
+            f"PNG {mode} with a linear grey profile", encode(picture(mode), "PNG", icc_profile=grey), colors=colors
+        )
+
+
+def clear_colors() -> Iterator[Case]:
+    """PNGs with a colour that is transparent, at every number of bits."""
+    for bits in (1, 2, 4, 8, 16):
+        steps = 2**bits - 1
+        values = [0, steps, 0, steps] if bits == 1 else [0, steps // 3, steps * 2 // 3, steps]
+        colors = [(round(value * 255 / steps),) * 3 for value in values]
+        expected = tuple(
+            (0, 0, 0, 0) if value == steps else (*color, 255) for value, color in zip(values, colors, strict=True)
+        )
+        content = _png_chunks(SIZE, bits, 0, _rows_of(values, bits), (b"tRNS", struct.pack(">H", steps)))
+        yield Case(f"grey of {bits} bits", content, colors=expected)
+    for bits in (8, 16):
+        pixels = np.asarray(picture()).astype(">u2" if bits == 16 else "u1") * (257 if bits == 16 else 1)
+        clear = struct.pack(">3H", *(int(value) for value in pixels[-1, -1]))
+        data = b"".join(b"\0" + row.astype(">u2" if bits == 16 else "u1").tobytes() for row in pixels)
+        yield Case(
+            f"RGB of {bits} bits", _png_chunks(SIZE, bits, 2, data, (b"tRNS", clear)), colors=_clear_last(CORNERS)
+        )
+    near = np.asarray(picture()).astype(np.uint16) * 257
+    clear = struct.pack(">3H", *(int(value) ^ 1 for value in near[-1, -1]))  # the same in its upper bytes
+    data = b"".join(b"\0" + row.astype(">u2").tobytes() for row in near)
+    yield Case("RGB of 16 bits, nearly the colour", _png_chunks(SIZE, 16, 2, data, (b"tRNS", clear)))
+
+
+def partly_covered() -> Iterator[Case]:
+    """GIFs whose first frame leaves a part of the canvas free."""
+    for left, top in ((0, 0), (SIZE[0] // 2, SIZE[1] // 2)):
+        frame = encode(Image.new("P", (SIZE[0] // 2, SIZE[1] // 2), 1), "GIF")
+        at = frame.index(b",")
+        content = (
+            frame[:6]
+            + struct.pack("<HH", *SIZE)
+            + frame[10:at]
+            + b","
+            + struct.pack("<HH", left, top)
+            + frame[at + 5 :]
+        )
+        palette = frame[13 + 3 : 13 + 6]
+        colors = [(0, 0, 0, 0)] * 4
+        colors[3 if left else 0] = (*palette, 255)
+        yield Case(f"GIF frame at {left}, {top}", content, colors=tuple(colors))
+
+
+def kinds_of_tiff() -> Iterator[Case]:
+    """TIFFs that are read rightly, and those that are called by their name."""
+    rgb = np.asarray(picture())
+    grey = np.asarray(picture("L"))
+    for bits, kind in ((8, "u1"), (16, "u2")):
+        light = (grey.astype(kind) * (257 if bits == 16 else 1)).astype("<" + kind)
+        yield Case(f"grey of {bits} bits", _tiff(bits, 1, light.tobytes(), {262: (3, 1)}), colors=_grey())
+        dark = ((2**bits - 1) - light.astype(np.int64)).astype("<" + kind)
+        yield Case(f"white is zero, {bits} bits", _tiff(bits, 1, dark.tobytes(), {262: (3, 0)}), colors=_grey())
+    dark = (1 - grey / 255).astype("<f4")
+    extra = {262: (3, 0), 339: (3, 3)}
+    yield Case("white is zero, floating-point", _tiff(32, 1, dark.tobytes(), extra), colors=_stretched(_grey()))
+    wide = grey.astype(np.uint64) * 16_843_009
+    yield Case(
+        "grey of 32 unsigned bits",
+        _tiff(32, 1, wide.astype("<u4").tobytes(), {262: (3, 1)}),
+        colors=_stretched(_grey()),
+    )
+    planes = b"".join(rgb[:, :, channel].astype("<u2").tobytes() for channel in range(3))
+    half = np.concatenate([rgb, grey[:, :, None]], axis=2)
+    refused = {
+        "RGB of 16 bits in separate planes": (
+            _tiff(16, 3, planes, {284: (3, 2)}),
+            "RGB TIFF with 3 x 16-bit samples, in separate",
+        ),
+        "CMYK with alpha": (_tiff(8, 5, bytes(96 * 64 * 5), {262: (3, 5), 338: (3, 2)}), "CMYK TIFF with 5 x 8-bit"),
+        "grey with alpha, 16 bits": (
+            _tiff(16, 2, bytes(96 * 64 * 4), {262: (3, 1), 338: (3, 2)}),
+            "grey TIFF with 2 x 16-bit",
+        ),
+        "Lab of 16 bits": (_tiff(16, 3, bytes(96 * 64 * 6), {262: (3, 8)}), "CIE Lab TIFF with 3 x 16-bit"),
+        "floating-point RGB": (_tiff(32, 3, bytes(96 * 64 * 12), {339: (3, 3)}), "3 x 32-bit floating-point"),
+        "RGB of 32 bits": (_tiff(32, 3, bytes(96 * 64 * 12)), "RGB TIFF with 3 x 32-bit"),
+        "grey of half floats": (
+            _tiff(16, 1, bytes(96 * 64 * 2), {262: (3, 1), 339: (3, 3)}),
+            "1 x 16-bit floating-point",
+        ),
+        "grey of signed bytes": (_tiff(8, 1, bytes(96 * 64), {262: (3, 1), 339: (3, 2)}), "1 x 8-bit signed"),
+        "LogLuv": (_tiff(16, 3, bytes(96 * 64 * 6), {262: (3, 32845), 259: (3, 34676)}), "SGI LogLuv"),
+        "WebP inside": (_tiff(8, 3, bytes(99), {259: (3, 50001)}), "compressed as WebP"),
+        "JPEG XL inside": (_tiff(8, 3, bytes(99), {259: (3, 50002)}), "compressed as JPEG XL"),
+        "a BigTIFF of the other order": (_big_tiff(">"), "BigTIFF in big-endian"),
+    }
+    for name, (content, sentence) in refused.items():
+        yield Case(name, content, "unsupported", sentence=sentence)
+    yield Case("a BigTIFF", _big_tiff("<"), colors=_grey())
+    assert half.shape[2] == 4
+
+
+def kinds_of_bmp() -> Iterator[Case]:
+    """BMPs with bit fields, which Pillow mostly refuses."""
+    for name, bits, masks in (
+        ("565", 16, (0xF800, 0x07E0, 0x001F, 0)),
+        ("555", 16, (0x7C00, 0x03E0, 0x001F, 0)),
+        ("4444", 16, (0x0F00, 0x00F0, 0x000F, 0xF000)),
+        ("1010102", 32, (0x3FF00000, 0xFFC00, 0x3FF, 0xC0000000)),
+        ("8888", 32, (0xFF0000, 0xFF00, 0xFF, 0xFF000000)),
+        ("the other way round", 32, (0xFF, 0xFF00, 0xFF0000, 0)),
+    ):
+        for is_top_down in (False, True):
+            colors = _clear_last(CORNERS) if masks[3] else CORNERS
+            yield Case(f"{name}{', top down' * is_top_down}", _bmp_of_fields(bits, masks, is_top_down), colors=colors)
+    cut = _bmp_of_fields(16, (0xF800, 0x07E0, 0x001F, 0), False)
+    yield Case("565, cut off", cut[: len(cut) * 3 // 4], "truncated", sentence="7")
+    for name, at, value, sentence in (("JPEG inside", 30, 4, "wraps a JPEG"), ("two bits", 28, 2, "2 bits a pixel")):
+        content = bytearray(encode(picture(), "BMP"))
+        content[at] = value
+        yield Case(name, bytes(content), "unsupported", sentence=sentence)
+
+
+def kinds_of_jpeg() -> Iterator[Case]:
+    """JPEGs of other processes than the usual three, by their headers."""
+    content = encode(picture(), "JPEG")
+    at = content.index(b"\xff\xc0")
+    for name, marker, sentence in (
+        ("lossless", 0xC3, "lossless"),
+        ("hierarchical", 0xC5, "hierarchical"),
+        ("arithmetic", 0xC9, "arithmetic"),
+    ):
+        changed = content[: at + 1] + bytes([marker]) + content[at + 2 :]
+        yield Case(name, changed, "unsupported", sentence=sentence)
+    yield Case("12 bits", content[: at + 4] + b"\x0c" + content[at + 5 :], "unsupported", sentence="12 bits")
+    yield Case("no height", content[: at + 5] + b"\0\0" + content[at + 7 :], "unsupported", sentence="height")
+    yield Case("extended", content[: at + 1] + b"\xc1" + content[at + 2 :])
+    for subsampling in (0, 1, 2):
+        yield Case(f"subsampling {subsampling}", encode(picture(), "JPEG", subsampling=subsampling))
+    yield Case("restart markers", encode(picture(), "JPEG", restart_marker_blocks=2))
+    yield Case("RGB, not YCbCr", encode(picture(), "JPEG", keep_rgb=True))
+
+
+def cropped() -> Iterator[Case]:
+    """AVIF that shows a part of what it stores (clap), alone and turned; and one that only EXIF or XMP turn."""
+    wide = Image.new("RGB", (SIZE[0] + 32, SIZE[1] + 16), "magenta")
+    wide.paste(picture(), (32, 0))
+    exif = Image.Exif()
+    yield Case("AVIF with clap", _with_clap(encode(wide, "AVIF", subsampling="4:4:4"), SIZE, (16, -8)))
+    exif[ExifTags.Base.Orientation] = 3
+    turned = wide.copy()
+    turned.paste(picture().transpose(TURNS[3]), (32, 0))
+    content = encode(turned, "AVIF", subsampling="4:4:4", exif=exif)
+    yield Case("AVIF with clap and irot", _with_clap(content, SIZE, (16, -8)))
+    xmp = b'<x:xmpmeta xmlns:x="adobe:ns:meta/"><rdf:RDF xmlns:rdf="http://www.w3.org/1999/02/22-rdf-syntax-ns#">'
+    xmp += b'<rdf:Description xmlns:tiff="http://ns.adobe.com/tiff/1.0/" tiff:Orientation="6"/></rdf:RDF></x:xmpmeta>'
+    for format_ in ("AVIF", "JPEG", "WEBP"):
+        yield Case(f"{format_} turned by XMP alone", encode(picture(), format_, xmp=xmp))
+
+
+def kept_animations() -> Iterator[Case]:
+    """Animations of which all frames are kept."""
+    clear = picture("RGBA")
+    for format_ in ("GIF", "PNG", "WEBP", "AVIF"):
+        other = picture("RGBA") if format_ == "AVIF" else picture()  # which wants them alike
+        content = encode(clear, format_, save_all=True, append_images=[other], duration=100, loop=3)
+        yield Case(f"{format_}, transparent and not", content, colors=_clear_last(CORNERS), rules=KEEP)
+        content = encode(other, format_, save_all=True, append_images=[clear], duration=100, loop=3)
+        yield Case(f"{format_}, opaque and not", content, colors=None, rules=KEEP)
+    frames = [Image.new("RGB", SIZE, (index * 2, 0, 0)) for index in range(99)]
+    for format_ in ("GIF", "PNG", "WEBP"):
+        content = encode(picture(), format_, save_all=True, append_images=frames)
+        yield Case(f"{format_} of 100 frames, the first alone", content)
+    yield Case("TIFF of 100 pages", encode(picture(), "TIFF", save_all=True, append_images=frames), rules=KEEP)
+
+
+def large() -> Iterator[Case]:
+    """What phones and scanners make: large in number, small in what is decoded."""
+    for name, size in (
+        ("50 MP of a phone", (8160, 6144)),
+        ("the same upright", (6144, 8160)),
+        ("108 MP", (12_000, 9000)),
+    ):
+        yield Case(f"JPEG of {name}", encode(_large(size), "JPEG", quality=50), colors=_grey())
+    yield Case("JPEG of 200 MP", encode(_large((16_320, 12_240)), "JPEG", quality=30), colors=_grey())
+    yield Case("panorama", encode(_large((20_000, 2000)), "JPEG"), colors=_grey())
+    yield Case("panorama as PNG", encode(_large((20_000, 2000)), "PNG", compress_level=1), colors=_grey())
+    yield Case("a line", encode(Image.new("1", (16_384, 1)), "PNG"), colors=None)
+
+
 # ---- hostile files
 
 
@@ -233,7 +478,7 @@ def bombs() -> Iterator[Case]:
     """Small files that would be large pictures, or much else."""
     yield Case("PNG of 169 megapixels in 20 kB", encode(Image.new("1", (13_000, 13_000)), "PNG"), "limits")
     yield Case("PNG one pixel too many", encode(Image.new("1", (10_000, 5_001)), "PNG"), "limits")
-    yield Case("PNG too wide", encode(Image.new("1", (16_384, 1)), "PNG"), "limits")
+    yield Case("PNG whose variants would be too long", encode(Image.new("1", (1, 16_384)), "PNG"), "limits")
     yield Case("PNG that claims 2 billion px", _png_chunks((2**31 - 1, 2**31 - 1), 8, 2, b""), "limits")
     yield Case("JPEG of 65500 x 65500 by its header", _resized_jpeg(65_500, 65_500), "limits")
     yield Case("WebP of 16383 x 16383 by its header", _resized_webp(), "limits")
@@ -242,14 +487,17 @@ def bombs() -> Iterator[Case]:
     yield Case("TIFF of 225 megapixels", tiff, "limits")
     frame = Image.new("RGB", (16, 16))
     frames = [Image.new("RGB", (16, 16), (index * 4, 0, 0)) for index in range(1, 61)]
-    yield Case("GIF of 61 frames", encode(frame, "GIF", save_all=True, append_images=frames), "limits")
-    yield Case("PNG of 61 frames", encode(frame, "PNG", save_all=True, append_images=frames), "limits")
-    yield Case("WebP of 61 frames", encode(frame, "WEBP", save_all=True, append_images=frames, lossless=True), "limits")
-    yield Case("TIFF of 61 pages", encode(frame, "TIFF", save_all=True, append_images=frames), "limits")
+    gifs = encode(frame, "GIF", save_all=True, append_images=frames)
+    yield Case("GIF of 61 frames to keep", gifs, "limits", rules=KEEP)
+    pngs = encode(frame, "PNG", save_all=True, append_images=frames)
+    yield Case("PNG of 61 frames to keep", pngs, "limits", rules=KEEP)
+    webps = encode(frame, "WEBP", save_all=True, append_images=frames, lossless=True)
+    yield Case("WebP of 61 frames to keep", webps, "limits", rules=KEEP)
     wide_frames = [Image.new("L", (3000, 3000), index * 40) for index in range(1, 6)]
     content = encode(Image.new("L", (3000, 3000)), "GIF", save_all=True, append_images=wide_frames)
-    yield Case("GIF of 54 megapixels in six frames", content, "limits")
-    yield Case("GIF of a million frames", _gif_of_empty_frames(1_000_000), "limits")
+    yield Case("GIF of 54 megapixels in six frames to keep", content, "limits", rules=KEEP)
+    yield Case("GIF of a million frames to keep", _gif_of_empty_frames(1_000_000), "limits", rules=KEEP)
+    yield Case("JPEG that must be decoded in full", _resized_jpeg(1000, 60_000), "limits", sentence="60000 px")
     yield Case("TIFF whose pages go in a circle", _circular_tiff(), "completed", None)
     text = PngImagePlugin.PngInfo()
     text.add_text("comment", "a" * 20_000_000, zip=True)
@@ -282,9 +530,50 @@ def truncated() -> Iterator[Case]:
         for percent in (1, 5, 10, 25, 50, 75, 90, 99):
             cut = content[: max(16, len(content) * percent // 100)]
             yield Case(f"{name} at {percent} %", cut, "truncated", None)
+    bilevel = Image.open(PHOTO).convert("1")
+    for format_, options in (("PNG", {}), ("BMP", {}), ("TIFF", {}), ("TIFF", {"compression": "group4"})):
+        content = encode(bilevel, format_, **options)
+        yield Case(f"{format_} of two colours {options}", content[: len(content) // 2], "truncated", None)
+    zeros = photo_as("JPEG")
+    zeros = zeros[: len(zeros) // 2].ljust(len(zeros), b"\0")  # reserved, and never written
+    yield Case("JPEG with zeros where its second half was", zeros, "truncated", None, sentence="of the rows")
     whole = photo_as("JPEG")
     assert whole.endswith(b"\xff\xd9")
     yield Case("JPEG of which only the end marker is missing", whole[:-2], "completed", None)
+
+
+def whole_all_the_same() -> Iterator[Case]:
+    """Files with a flaw that takes nothing from their picture."""
+    margin = picture()
+    margin.paste((128, 128, 128), (SIZE[0] - 8, 0, *SIZE))
+    for name, image in (
+        ("", picture()),
+        (" with a grey margin", margin),
+        (" all grey", Image.new("RGB", SIZE, (165,) * 3)),
+    ):
+        content = encode(image, "PNG")
+        colors = CORNERS if name != " all grey" else ((165,) * 3,) * 4
+        yield Case(f"PNG{name}, no end", content[:-12], colors=colors)
+    for name in (b"pHYs", b"tEXt", b"tIME", b"gAMA", b"cHRM", b"iCCP", b"eXIf", b"bKGD", b"sBIT", b"zzZz", b"acTL"):
+        for is_late in (False, True):
+            content = _with_chunks(_png_of(picture()), (name, b"\0\0\0\1\0\0\0\1\1"), is_late=is_late, is_wrong=True)
+            yield Case(f"PNG, {name.decode()} with a wrong checksum{', late' * is_late}", content)
+    for options in ({}, {"progressive": True}, {"subsampling": 0}):
+        content = encode(picture(), "JPEG", **options)
+        yield Case(f"JPEG {options}, no end", content[:-2])
+        yield Case(f"JPEG {options}, noise behind", content + np.random.default_rng(5).bytes(500))
+        yield Case(f"JPEG {options}, zeros before its end", content[:-2] + bytes(40) + content[-2:])
+    content = encode(picture(), "JPEG")
+    at = content.index(b"\xff\xdb")
+    yield Case("JPEG, junk between its segments", content[:at] + b"junk" + content[at:])
+    scan = content.index(b"\xff\xda")
+    nonsense = content[: scan + 11] + b"\x01\x05\x11" + content[scan + 14 :]
+    yield Case("JPEG, nonsense where only a progressive one needs numbers", nonsense)
+    exif = Image.Exif()
+    exif[ExifTags.Base.Model] = "x" * 100
+    thumbnail = exif.tobytes() + encode(Image.new("RGB", (8, 8)), "JPEG")
+    yield Case("JPEG with a thumbnail that has an end of its own", encode(picture(), "JPEG", exif=thumbnail))
+    yield Case("GIF, no end", encode(picture("P"), "GIF")[:-1])
 
 
 def damaged() -> Iterator[Case]:
@@ -297,9 +586,25 @@ def damaged() -> Iterator[Case]:
     start = jpeg.index(b"\xff\xc4")  # the Huffman tables
     jpeg[start + 4 : start + 24] = b"\xff" * 20
     yield Case("JPEG without tables", bytes(jpeg), "corrupt")
-    avif = bytearray(photo_as("AVIF"))
-    avif[-9000:-3000] = bytes(6000)
-    yield Case("AVIF with a hole", bytes(avif), "completed", None)  # AV1 has no checksums
+    noise = np.random.default_rng(3).bytes(4096)
+    for name, options in JPEGS.items():
+        whole = photo_as("JPEG", **options)
+        middle = len(whole) // 2
+        for kind, hole in (("noise", noise), ("zeros", bytes(4096)), ("nothing", b"")):
+            changed = whole[:middle] + hole + whole[middle + 4096 :]
+            yield Case(f"{name} JPEG with {kind} inside", changed, "corrupt", None)
+    for start in (-9000, -6000, -2000, -200):
+        avif = bytearray(photo_as("AVIF"))
+        avif[start : start + 6000 if start == -9000 else None] = bytes(6000 if start == -9000 else -start)
+        yield Case(f"AVIF with zeros from {start}", bytes(avif), "corrupt", None, sentence="zeros")
+    heic = bytearray((SAMPLES / "plain.heic").read_bytes())
+    heic[-60:-20] = bytes(40)
+    yield Case("HEIC with a hole", bytes(heic), "corrupt", None)
+    rows = b"".join(b"\0" + row.tobytes() for row in np.asarray(picture())[:40])
+    yield Case("PNG of too few rows", _png_chunks(SIZE, 8, 2, rows), "corrupt", None, sentence="62 % of the rows")
+    short = encode(picture("P").crop((0, 0, SIZE[0], 32)), "GIF", interlace=0)
+    short = bytearray(short.replace(struct.pack("<HH", SIZE[0], 32), struct.pack("<HH", *SIZE)))
+    yield Case("GIF of too few rows", bytes(short), "corrupt", None, sentence="50 % of the rows")
     webp = bytearray(photo_as("WEBP", lossless=True))
     webp[40:1040] = np.random.default_rng(2).bytes(1000)
     yield Case("WebP with a hole", bytes(webp), "corrupt")
@@ -335,6 +640,7 @@ def refused() -> Iterator[Case]:
         "JPEG XL": b"\xff\x0a" + bytes(20),
         "icon": b"\0\0\1\0\1\0" + bytes(40),
         "a program": b"\x7fELF" + bytes(40),
+        "PNG for Apple's devices": b"\x89PNG\r\n\x1a\n\0\0\0\4CgBI" + bytes(40),
         "text": b"hello, this is no picture",
         "zeros": bytes(99),
         "one byte": b"G",
@@ -380,12 +686,147 @@ def _p3_to_srgb(color: tuple[int, ...]) -> tuple[int, ...]:
     return tuple(int(value) for value in (curved * 255).round())
 
 
-def _png_chunks(size: tuple[int, int], bits: int, color_type: int, data: bytes) -> bytes:
-    def chunk(name: bytes, content: bytes) -> bytes:
-        return struct.pack(">I", len(content)) + name + content + struct.pack(">I", zlib.crc32(name + content))
+def _chunk(name: bytes, content: bytes, is_wrong: bool = False) -> bytes:
+    checksum = zlib.crc32(name + content) ^ is_wrong
+    return struct.pack(">I", len(content)) + name + content + struct.pack(">I", checksum)
 
-    header = struct.pack(">IIBBBBB", *size, bits, color_type, 0, 0, 0)
-    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(data)) + chunk(b"IEND", b"")
+
+def _png_chunks(size: tuple[int, int], bits: int, color_type: int, data: bytes, *chunks: tuple[bytes, bytes]) -> bytes:
+    content = _chunk(b"IHDR", struct.pack(">IIBBBBB", *size, bits, color_type, 0, 0, 0))
+    content += b"".join(_chunk(*chunk) for chunk in chunks)
+    return b"\x89PNG\r\n\x1a\n" + content + _chunk(b"IDAT", zlib.compress(data)) + _chunk(b"IEND", b"")
+
+
+def _png_of(image: Image.Image) -> bytes:
+    return encode(image, "PNG")
+
+
+def _with_chunks(content: bytes, *chunks: tuple[bytes, bytes], is_late: bool = False, is_wrong: bool = False) -> bytes:
+    """A PNG with chunks behind its header, or before its end."""
+    at = len(content) - 12 if is_late else 33
+    return content[:at] + b"".join(_chunk(*chunk, is_wrong) for chunk in chunks) + content[at:]
+
+
+def _rows_of(values: list[int], bits: int) -> bytes:
+    """The rows of a grey PNG whose four corners have these values."""
+    rows = b""
+    for y in range(SIZE[1]):
+        left, right = values[y * 2 // SIZE[1] * 2 :][:2]
+        pixels = np.repeat([left, right], SIZE[0] // 2)
+        if bits == 16:
+            rows += b"\0" + pixels.astype(">u2").tobytes()
+        else:
+            digits = (pixels[:, None] >> np.arange(bits - 1, -1, -1)) & 1
+            rows += b"\0" + np.packbits(digits.astype(np.uint8).ravel()).tobytes()
+    return rows
+
+
+def _code_srgb(linear: float) -> int:
+    return round(255 * (12.92 * linear if linear <= 0.0031308 else 1.055 * linear ** (1 / 2.4) - 0.055))
+
+
+def _grey_profile() -> bytes:
+    """A grey profile whose values are linear light (ICC.1:2010, 8.3.3)."""
+    white = b"XYZ \0\0\0\0" + b"".join(round(value * 65_536).to_bytes(4, "big") for value in (0.9642, 1.0, 0.8249))
+    curve = b"curv" + bytes(8)
+    header = b"\0" * 8 + b"\x02\x10\0\0" + b"mntrGRAYXYZ " + b"\0" * 12 + b"acsp" + b"\0" * 28 + white[8:]
+    table = struct.pack(">I4sII4sII", 2, b"wtpt", 156, len(white), b"kTRC", 156 + len(white), len(curve))
+    profile = header.ljust(128, b"\0") + table + white + curve
+    return len(profile).to_bytes(4, "big") + profile[4:]
+
+
+def _with_nclx(content: bytes, primaries: int, transfer: int) -> bytes:
+    """An AVIF or HEIC file that says its colours are those."""
+    at = content.index(b"colrnclx") + 8
+    return content[:at] + struct.pack(">HH", primaries, transfer) + content[at + 4 :]
+
+
+def _with_clap(content: bytes, size: tuple[int, int], offset: tuple[int, int]) -> bytes:
+    """An AVIF that shows a part of that size; its middle lies so far right and below the middle of the whole."""
+    values = [(size[0], 1), (size[1], 1), (offset[0], 1), (offset[1], 1)]
+    box = b"\0\0\0\x28clap" + b"".join(struct.pack(">iI", *value) for value in values)
+    changed = bytearray(content)
+    ipco = content.index(b"ipco")
+    ipco_bytes = int.from_bytes(content[ipco - 4 : ipco], "big")
+    position, count = ipco + 4, 0
+    while position < ipco - 4 + ipco_bytes:
+        position, count = position + int.from_bytes(content[position : position + 4], "big"), count + 1
+    ipma = content.index(b"ipma")
+    entry = ipma + 4 + 4 + 4 + 2  # version and flags, number of entries, item
+    place = entry + 1 + content[entry]
+    turns = [
+        at for at in range(entry + 1, place) if _property_at(content, ipco, content[at] & 127) in (b"irot", b"imir")
+    ]
+    place = min(turns, default=place)
+    changed[entry] += 1
+    changed[place:place] = bytes([0x80 | count + 1])
+    changed[position:position] = box
+    for name, grown in ((b"ipco", 40), (b"ipma", 1), (b"iprp", 41), (b"meta", 41)):
+        at = content.index(name) - 4
+        at += 40 if at >= position else 0
+        changed[at : at + 4] = (int.from_bytes(changed[at : at + 4], "big") + grown).to_bytes(4, "big")
+    iloc = content.index(b"iloc")
+    iloc += 41 if iloc > ipma else 40 if iloc > position else 0
+    for at in _offsets_of(bytes(changed), iloc):
+        changed[at : at + 4] = (int.from_bytes(changed[at : at + 4], "big") + 41).to_bytes(4, "big")
+    return bytes(changed)
+
+
+def _property_at(content: bytes, ipco: int, index: int) -> bytes:
+    position = ipco + 4
+    for _ in range(index - 1):
+        position += int.from_bytes(content[position : position + 4], "big")
+    return content[position + 4 : position + 8]
+
+
+def _offsets_of(content: bytes, iloc: int) -> Iterator[int]:
+    """Where the offsets of the items stand in a box of libavif's: version 0, offsets and lengths of 4 bytes."""
+    assert content[iloc + 4 : iloc + 10] in (b"\0\0\0\0\x44\0", b"\0\0\0\0\x44\x40")
+    base = content[iloc + 9] >> 4
+    position = iloc + 12
+    for _ in range(int.from_bytes(content[iloc + 10 : iloc + 12], "big")):
+        position += 4 + base
+        for _ in range(int.from_bytes(content[position : position + 2], "big")):
+            yield position + 2
+            position += 8
+        position += 2
+
+
+def _bmp_of_fields(bits: int, masks: tuple[int, ...], is_top_down: bool) -> bytes:
+    """A BMP of version 4 with these masks."""
+    pixels = np.asarray(picture("RGBA")).astype(np.uint64)
+    packed = np.zeros(pixels.shape[:2], np.uint64)
+    for channel, mask in enumerate(masks):
+        if mask:
+            shift = (mask & -mask).bit_length() - 1
+            packed |= (pixels[:, :, channel] * (mask >> shift) + 127) // 255 << np.uint64(shift)
+    if not masks[3]:
+        packed[SIZE[1] // 2 :, SIZE[0] // 2 :] = packed[-1, -1]
+        last = np.uint64(0)
+        for channel, mask in enumerate(masks[:3]):
+            shift = (mask & -mask).bit_length() - 1
+            last |= np.uint64((CORNERS[3][channel] * (mask >> shift) + 127) // 255 << shift)
+        packed[SIZE[1] // 2 :, SIZE[0] // 2 :] = last
+    data = (packed if is_top_down else packed[::-1]).astype("<u2" if bits == 16 else "<u4").tobytes()
+    height = -SIZE[1] if is_top_down else SIZE[1]
+    header = struct.pack("<IiiHHIIiiII4I", 108, SIZE[0], height, 1, bits, 3, len(data), 0, 0, 0, 0, *masks).ljust(
+        108, b"\0"
+    )
+    return b"BM" + struct.pack("<IHHI", 14 + 108 + len(data), 0, 0, 14 + 108) + header + data
+
+
+def _big_tiff(order: str) -> bytes:
+    """A grey BigTIFF of one strip."""
+    data = np.asarray(picture("L")).tobytes()
+    tags = {256: SIZE[0], 257: SIZE[1], 258: 8, 259: 1, 262: 1, 273: 400, 277: 1, 278: SIZE[1], 279: len(data)}
+    content = (b"II" if order == "<" else b"MM") + struct.pack(order + "HHHQQ", 43, 8, 0, 16, len(tags))
+    for tag, value in tags.items():
+        content += struct.pack(order + "HHQQ", tag, 16, 1, value)
+    return (content + bytes(8)).ljust(400, b"\0") + data
+
+
+def _large(size: tuple[int, int]) -> Image.Image:
+    return picture("L").resize(size, Image.Resampling.NEAREST)
 
 
 def _wide_rows() -> "np.ndarray[tuple[int, ...], np.dtype[np.uint16]]":
@@ -413,8 +854,10 @@ def _tiff(bits: int, samples: int, data: bytes, extra: dict[int, tuple[int, int]
     }
     content = b"II*\0\x08\0\0\0" + struct.pack("<H", len(tags))
     for tag, (kind, value) in sorted(tags.items()):
-        if tag == 258:  # one per sample, behind the directory
+        if tag == 258 and samples > 2:  # one per sample, behind the directory
             content += struct.pack("<HHII", tag, kind, samples, 900)
+        elif tag == 258:
+            content += struct.pack("<HHI", tag, kind, samples) + (struct.pack("<H", bits) * samples).ljust(4, b"\0")
         else:
             content += struct.pack("<HHII", tag, kind, 1, value)
     content = (content + bytes(4)).ljust(900, b"\0") + struct.pack("<H", bits) * samples
@@ -507,7 +950,7 @@ def main(folder: Path | None, sheet: Path | None) -> None:
         if folder is None
         else (Case(path.name, path.read_bytes(), "") for path in sorted(folder.rglob("*")) if path.is_file())
     )
-    results = [(case, process(case.content)) for case in files]
+    results = [(case, process(case.content, rules=case.rules)) for case in files]
     out = Console(width=160)
     table = Table("outcome", "files", "CPU s at most", "memory at most", "an example", "what its uploader is told")
     for outcome in sorted({result.outcome for _, result in results}):

@@ -103,7 +103,7 @@ def test_all_frames_of_an_animation_are_kept_when_asked_for(format_):
         (Rules(max_bytes=100), TooLargeError, "IMAGEPIPELINE_MAX_BYTES"),
         (Rules(max_pixels=6_000), LimitError, "IMAGEPIPELINE_MAX_PIXELS"),
         (Rules(max_side_px=95), LimitError, "IMAGEPIPELINE_MAX_SIDE_PX"),
-        (Rules(max_frames=2), LimitError, "IMAGEPIPELINE_MAX_FRAMES"),
+        (Rules(max_frames=2, is_animation_kept=True), LimitError, "IMAGEPIPELINE_MAX_FRAMES"),
     ],
 )
 def test_each_limit_is_a_setting_and_the_error_names_it(rules, error, name):

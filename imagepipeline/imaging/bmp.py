@@ -1,0 +1,94 @@
+"""What a BMP is, read from its headers, and those kinds of it that Pillow does not read."""
+
+from dataclasses import dataclass
+
+import numpy as np
+from PIL import Image
+
+HEADERS = (12, 16, 40, 52, 56, 64, 108, 124)
+RGB, RLE8, RLE4, BITFIELDS, JPEG, PNG, ALPHA_BITFIELDS = 0, 1, 2, 3, 4, 5, 6
+CMYK = (11, 12, 13)
+DEFAULT_MASKS = {16: (0x7C00, 0x03E0, 0x001F, 0), 32: (0xFF0000, 0xFF00, 0xFF, 0)}
+
+
+@dataclass(frozen=True)
+class Bmp:
+    """The headers of a BMP. `masks` are those of red, green, blue and alpha; `start` is where its pixels lie."""
+
+    width: int
+    height: int
+    is_top_down: bool
+    bits: int
+    compression: int
+    start: int
+    masks: tuple[int, int, int, int]
+
+    @property
+    def row_bytes(self) -> int:
+        """The bytes of a row that is not compressed, to a multiple of four."""
+        return (self.width * self.bits + 31) // 32 * 4
+
+    @property
+    def is_plausible(self) -> bool:
+        """Whether its header could be one: a known compression and number of bits."""
+        is_wrapper = self.compression in (JPEG, PNG)
+        is_known = is_wrapper or self.compression in (RGB, RLE8, RLE4, BITFIELDS, ALPHA_BITFIELDS, *CMYK)
+        return is_known and (is_wrapper or self.bits in (1, 2, 4, 8, 16, 24, 32))
+
+    def find_refusal(self, header_bytes: int) -> str | None:
+        """What kind it is if it is none that is read."""
+        if header_bytes in (16, 64) and self.compression > RLE4:
+            return "an OS/2 bitmap with its own compression"
+        if self.compression in (JPEG, PNG):
+            return f"a BMP that wraps a {'JPEG' if self.compression == JPEG else 'PNG'}"
+        if self.compression > ALPHA_BITFIELDS:
+            return "a BMP of CMYK colours"
+        if self.bits not in (1, 4, 8, 16, 24, 32):
+            return f"a BMP of {self.bits} bits a pixel"
+        return "an OS/2 bitmap of version 2" if header_bytes == 16 else None
+
+
+def read_bmp(content: bytes) -> tuple[Bmp, int] | None:
+    """The headers and the size of the second one in bytes; None where the file ends before."""
+
+    def read(position: int, size: int = 4, signed: bool = False) -> int:
+        return int.from_bytes(content[position : position + size], "little", signed=signed)
+
+    header_bytes = read(14)
+    if len(content) < 14 + header_bytes:
+        return None
+    if header_bytes == 12:
+        return Bmp(read(18, 2), read(20, 2), False, read(24, 2), RGB, read(10), (0, 0, 0, 0)), 12
+    width, height, bits = read(18, signed=True), read(22, signed=True), read(28, 2)
+    compression = read(30) if header_bytes > 16 else RGB
+    masks = DEFAULT_MASKS.get(bits, (0, 0, 0, 0))
+    if compression in (BITFIELDS, ALPHA_BITFIELDS) and header_bytes >= 40:
+        has_alpha = header_bytes >= 56 or compression == ALPHA_BITFIELDS
+        masks = (read(54), read(58), read(62), read(66) if has_alpha else 0)
+    return Bmp(max(width, 0), abs(height), height < 0, bits, compression, read(10), masks), header_bytes
+
+
+def read_fields(content: bytes, bmp: Bmp) -> Image.Image | None:
+    """RGB or RGBA of a BMP whose pixels are made of bit fields; None if its masks are of no use."""
+    if not all(bmp.masks[:3]) or max(mask.bit_length() for mask in bmp.masks) > bmp.bits:
+        return None
+    size = bmp.row_bytes * bmp.height
+    rows = np.frombuffer(content, np.uint8, size, bmp.start).reshape(bmp.height, bmp.row_bytes)
+    pixels = rows.view("<u2" if bmp.bits == 16 else "<u4")[:, : bmp.width]
+    if not bmp.is_top_down:
+        pixels = pixels[::-1]
+    channels = []
+    for mask in bmp.masks if bmp.masks[3] else bmp.masks[:3]:
+        shift = (mask & -mask).bit_length() - 1
+        largest = mask >> shift
+        values = (pixels & mask) >> shift
+        channels.append(((values.astype(np.uint64) * 255 + largest // 2) // largest).astype(np.uint8))
+    return Image.fromarray(np.stack(channels, axis=-1))
+
+
+def read_profile(content: bytes, header_bytes: int) -> bytes | None:
+    """The ICC profile embedded in a BMP of version 5."""
+    if header_bytes != 124 or content[70:74] != b"DEBM":  # "MBED", least significant byte first
+        return None
+    offset, size = int.from_bytes(content[126:130], "little"), int.from_bytes(content[130:134], "little")
+    return content[14 + offset : 14 + offset + size] or None

@@ -1,0 +1,128 @@
+"""What a GIF is made of, read block by block (GIF89a specification), and each of its frames as a file of its own."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+MAX_SIDE = 65_535
+LOOPS = (b"NETSCAPE2.0", b"ANIMEXTS1.0")
+
+
+@dataclass(frozen=True)
+class GifFrame:
+    """One frame: where it lies, and a GIF of that size which holds nothing but it.
+
+    `clear_index` is the palette index that shows what lies below. `disposal` is 2 to clear its area afterwards, 3 to
+    restore what was there before. `is_cut`: the file ends within it.
+    """
+
+    content: bytes
+    left: int
+    top: int
+    width: int
+    height: int
+    is_interlaced: bool
+    clear_index: int | None
+    disposal: int
+    duration_ms: int
+    is_cut: bool
+
+
+@dataclass
+class Gif:
+    """A GIF's canvas in pixels, and how often it is shown: 0 for ever, None if it does not say, which is once."""
+
+    width: int
+    height: int
+    loop: int | None = None
+
+
+def read_gif(content: bytes) -> tuple[Gif, Iterator[GifFrame]] | None:
+    """The canvas and its frames, one after the other as they are asked for; None where the file ends before them.
+
+    `Gif.loop` is known once the first frame is.
+    """
+    if len(content) < 13:
+        return None
+    gif = Gif(int.from_bytes(content[6:8], "little"), int.from_bytes(content[8:10], "little"))
+    return gif, _walk(content, gif)
+
+
+def _walk(content: bytes, gif: Gif) -> Iterator[GifFrame]:
+    position = 13
+    palette = b""
+    if content[10] & 0x80:
+        size = 3 << (content[10] & 7) + 1
+        palette = content[position : position + size]
+        position += size
+    clear_index, disposal, duration_ms = None, 0, 0
+    while position < len(content):
+        kind = content[position]
+        if kind == 0x21:  # an extension
+            blocks, after = _read_blocks(content, position + 2)
+            label = content[position + 1] if position + 1 < len(content) else 0
+            if label == 0xF9 and len(blocks) >= 4:
+                clear_index = blocks[3] if blocks[0] & 1 else None
+                disposal = blocks[0] >> 2 & 7
+                duration_ms = int.from_bytes(blocks[1:3], "little") * 10
+            elif label == 0xFF and blocks.startswith(LOOPS) and len(blocks) >= 14 and blocks[11] == 1:
+                gif.loop = int.from_bytes(blocks[12:14], "little")
+            position = after
+        elif kind == 0x2C:  # a frame
+            if position + 10 > len(content):
+                return
+            left, top, width, height = (
+                int.from_bytes(content[at : at + 2], "little") for at in range(position + 1, position + 9, 2)
+            )
+            packed = content[position + 9]
+            position += 10
+            own = palette
+            if packed & 0x80:
+                size = 3 << (packed & 7) + 1
+                own = content[position : position + size]
+                position += size
+            end = _skip_blocks(content, position + 1)
+            is_cut = end is None
+            data = content[position : end or len(content)]
+            own = own.ljust(6, b"\0")
+            colors = max(1, (len(own) // 3 - 1).bit_length())
+            start = b"GIF89a" + width.to_bytes(2, "little") + height.to_bytes(2, "little")
+            start += bytes([0x80 | colors - 1, 0, 0]) + own.ljust(3 << colors, b"\0")
+            start += b",\0\0\0\0" + width.to_bytes(2, "little") + height.to_bytes(2, "little") + bytes([packed & 0x40])
+            yield GifFrame(
+                start + data + (b"" if is_cut else b";"),
+                left,
+                top,
+                width,
+                height,
+                bool(packed & 0x40),
+                clear_index,
+                disposal,
+                duration_ms,
+                is_cut,
+            )
+            clear_index, disposal, duration_ms = None, 0, 0
+            if end is None:
+                return
+            position = end
+        elif kind == 0x3B:  # the end
+            return
+        else:  # what belongs to nothing is passed over, as browsers do
+            position += 1
+
+
+def _read_blocks(content: bytes, position: int) -> tuple[bytes, int]:
+    """The contents of data sub-blocks joined, and where they end."""
+    found = []
+    while position < len(content) and content[position]:
+        found.append(content[position + 1 : position + 1 + content[position]])
+        position += 1 + content[position]
+    return b"".join(found), position + 1
+
+
+def _skip_blocks(content: bytes, position: int) -> int | None:
+    """Where data sub-blocks end; None if the file ends before."""
+    while position < len(content):
+        if not content[position]:
+            return position + 1
+        position += 1 + content[position]
+    return None

@@ -1,0 +1,132 @@
+"""What the first page of a TIFF is, read from its tags (TIFF 6.0), and whether it is of a kind that is read rightly."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Literal
+
+NEW_SUBFILE_TYPE, BITS, COMPRESSION, PHOTOMETRIC, SAMPLES = 254, 258, 259, 262, 277
+PLANES, EXTRA_SAMPLES, SAMPLE_FORMAT, STRIPS, TILES = 284, 338, 339, (273, 279), (324, 325)
+WIDTH, HEIGHT, DNG_VERSION = 256, 257, 50706
+VALUE_BYTES = {3: 2, 4: 4, 5: 8, 8: 2, 9: 4, 10: 8, 11: 4, 12: 8, 13: 4, 16: 8, 17: 8, 18: 8}  # by type; 1 for others
+MAX_VALUES = 200_000  # of one tag that are read
+KEPT = (WIDTH, HEIGHT, NEW_SUBFILE_TYPE, BITS, COMPRESSION, PHOTOMETRIC, SAMPLES, PLANES, EXTRA_SAMPLES, SAMPLE_FORMAT)
+WHITE_IS_ZERO, BLACK_IS_ZERO, RGB, PALETTE, CMYK, YCBCR = 0, 1, 2, 3, 5, 6
+UNSIGNED, SIGNED, FLOAT, UNDEFINED = 1, 2, 3, 4
+RAW, OLD_JPEG = 1, 6
+PHOTOMETRICS = {
+    WHITE_IS_ZERO: "grey",
+    BLACK_IS_ZERO: "grey",
+    RGB: "RGB",
+    PALETTE: "palette",
+    4: "mask",
+    CMYK: "CMYK",
+    YCBCR: "YCbCr",
+    8: "CIE Lab",
+    9: "ICC Lab",
+    10: "ITU Lab",
+    32803: "camera raw",
+    32844: "LogL",
+    32845: "LogLuv",
+    34892: "camera raw",
+}
+# Compressions by name; those that libtiff has in Pillow's wheels are read.
+COMPRESSIONS = {
+    6: "old-style JPEG",
+    32766: "NeXT",
+    32809: "ThunderScan",
+    34676: "SGI LogLuv",
+    34677: "SGI LogLuv",
+    34712: "JPEG 2000",
+    34887: "LERC",
+    34892: "lossy JPEG of DNG",
+    50001: "WebP",
+    50002: "JPEG XL",
+    52546: "JPEG XL",
+}
+
+
+@dataclass(frozen=True)
+class Tiff:
+    """The first page of a TIFF file; `tags` are those of KEPT, `end` is where the last byte lies that it names."""
+
+    order: Literal["little", "big"]
+    is_big: bool
+    end: int
+    tags: Mapping[int, tuple[int, ...]] = field(default_factory=dict)
+
+    def first(self, tag: int, default: int) -> int:
+        """The first value of a tag."""
+        return (self.tags.get(tag) or (default,))[0]
+
+    @property
+    def size(self) -> tuple[int, int]:
+        """Width and height in pixels."""
+        return self.first(WIDTH, 0), self.first(HEIGHT, 0)
+
+    @property
+    def is_preview(self) -> bool:
+        """Whether the page says it is a smaller copy of another one, as in camera raw files."""
+        return bool(self.first(NEW_SUBFILE_TYPE, 0) & 1)
+
+    def find_refusal(self) -> str | None:
+        """What kind it is if it is one that would not be read rightly; None if it is read."""
+        if self.is_big and self.order == "big":
+            return "a BigTIFF in big-endian byte order"
+        bits = self.tags.get(BITS) or (1,)
+        extra = self.tags.get(EXTRA_SAMPLES, ())
+        compression, photometric = self.first(COMPRESSION, RAW), self.first(PHOTOMETRIC, BLACK_IS_ZERO)
+        sample_format = self.first(SAMPLE_FORMAT, UNSIGNED)
+        if compression in COMPRESSIONS:
+            return f"a TIFF compressed as {COMPRESSIONS[compression]}"
+        if sample_format == SIGNED and max(bits) <= 8:
+            return self.describe()
+        if self.first(PLANES, 1) == 2 and self.first(SAMPLES, 1) > 1:
+            # Uncompressed planes are read as if they held 8 bits and no alpha; grey ones with alpha never rightly.
+            is_grey = photometric in (WHITE_IS_ZERO, BLACK_IS_ZERO)
+            if is_grey or (compression == RAW and (max(bits) > 8 or (extra and extra != (2,)))):
+                return self.describe()
+        if photometric == YCBCR and compression not in (RAW, 7):
+            return self.describe()  # their colours come out unconverted
+        return None
+
+    def describe(self) -> str:
+        """The kind of its pixels in words."""
+        bits, count = self.tags.get(BITS) or (1,), self.first(SAMPLES, 1)
+        depth = str(bits[0]) if len(set(bits)) == 1 else "/".join(map(str, bits[:8]))
+        kind = {SIGNED: " signed", FLOAT: " floating-point"}.get(self.first(SAMPLE_FORMAT, UNSIGNED), "")
+        photometric = self.first(PHOTOMETRIC, BLACK_IS_ZERO)
+        color = PHOTOMETRICS.get(photometric, f"photometric interpretation {photometric}")
+        planes = ", in separate planes" if self.first(PLANES, 1) == 2 and count > 1 else ""
+        return f"a {color} TIFF with {count} x {depth}-bit{kind} samples{planes}"
+
+
+def read_tiff(content: bytes) -> Tiff | None:
+    """The first page; None where the file ends before its tags do."""
+    order: Literal["little", "big"] = "little" if content.startswith(b"II") else "big"
+
+    def read(position: int, size: int) -> int:
+        return int.from_bytes(content[position : position + size], order)
+
+    is_big = read(2, 2) == 43
+    word, count_size, entry_size = (8, 8, 20) if is_big else (4, 2, 12)
+    start = read(8 if is_big else 4, word)
+    if start + count_size > len(content) or start < 8:
+        return None
+    entries = start + count_size
+    end = entries + entry_size * read(start, count_size) + word
+    if end - word > len(content):
+        return None
+    tags: dict[int, tuple[int, ...]] = {}
+    for entry in range(entries, end - word, entry_size):
+        tag, kind, count = read(entry, 2), read(entry + 2, 2), read(entry + 4, word)
+        size = VALUE_BYTES.get(kind, 1)
+        inline = entry + 4 + word
+        position = inline if size * count <= word else read(inline, word)
+        if tag in (*KEPT, *STRIPS, *TILES):
+            if position + size * count > len(content):
+                return None
+            tags[tag] = tuple(read(position + index * size, size) for index in range(min(count, MAX_VALUES)))
+    for offsets, counts in (STRIPS, TILES):
+        for offset, count in zip(tags.get(offsets, ()), tags.get(counts, ()), strict=False):
+            end = max(end, offset + count)
+    return Tiff(order, is_big, end, {tag: values for tag, values in tags.items() if tag in KEPT})
