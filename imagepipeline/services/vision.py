@@ -182,7 +182,7 @@ class LocalVision:
         # Here, because numpy and the weights are not needed where a remote model is used.
         from imagepipeline.services.local import efficientnet
 
-        probabilities = efficientnet.classify(Image.open(io.BytesIO(preview)))
+        probabilities = efficientnet.classify(Image.open(io.BytesIO(preview), formats=["JPEG"]))
         best = int(probabilities.argmax())
         label = efficientnet.load_labels()[best] if probabilities[best] >= MIN_LABEL_PROBABILITY else None
         shares = {group: float(probabilities[members(group)].sum()) for group in GROUPS}
