@@ -238,6 +238,25 @@ def test_children_end_with_the_zygote_and_the_next_call_starts_another():
         assert do(zygote, ops.echo, b"x")[0] == b"x"
 
 
+def test_a_zygote_that_stands_still_is_replaced(monkeypatch):
+    monkeypatch.setattr("imagepipeline.imaging.sandbox.FORK_SECONDS", 0.2)
+    with closing(Zygote(OPERATIONS)) as zygote:
+        zygote.prepare()
+        first = zygote._process
+        first.send_signal(signal.SIGSTOP)
+        monkeypatch.setattr(zygote, "_start", restore_patience(monkeypatch, zygote._start))
+        assert do(zygote, ops.echo, b"x")[0] == b"x"
+        assert first.poll() == -signal.SIGKILL
+
+
+def restore_patience(monkeypatch, start):
+    def patient_start():
+        monkeypatch.setattr("imagepipeline.imaging.sandbox.FORK_SECONDS", SECONDS)
+        start()
+
+    return patient_start
+
+
 def test_a_zygote_serves_the_forked_and_ends_with_the_last_of_them():
     zygote = Zygote(OPERATIONS)
     zygote.prepare()
