@@ -271,7 +271,9 @@ def list_finished(settings: Settings, is_all: bool, as_json: bool) -> None:
         (Status.COMPLETED, settings.list_completed_hours),
         (Status.FAILED, settings.list_failed_hours),
     ):
-        rows += catalogue.list_ended(state, None if is_all else now - timedelta(hours=hours))
+        rows += catalogue.list_ended(state, None if is_all else now - timedelta(hours=hours), MAX_LISTED)
+        if len(rows) >= MAX_LISTED:
+            click.echo(f"Note: at most the newest {MAX_LISTED} of each status are listed", err=True)
     display.show_rows(rows, ("id", "status", "generation", "attempts", "reason", "error", "updated_at"), as_json)
 
 

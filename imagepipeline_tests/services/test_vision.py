@@ -30,6 +30,7 @@ from imagepipeline.imaging.palette import measure
 from imagepipeline.imaging.variants import render_preview
 from imagepipeline.models import CallUsage, PixelFacts
 from imagepipeline.services.vision import LocalVision, OpenAIVision, VisionOptions, openai_recipe
+from imagepipeline.settings import Settings
 from imagepipeline_tests.conftest import PHOTOS
 
 FACTS = PixelFacts(4, 3, (("red", "#ff0000", 1.0),), 50, 20, 30, 10)
@@ -401,6 +402,20 @@ def test_the_vocabulary_is_asked_for_and_kept_to(httpserver):
     assert metadata.tags == ["Cat", "dogs"]
     assert metadata.category == "other"
     assert "Use only these tags: Cat, dogs." in requests[0]
+
+
+def test_a_provider_on_this_machine_is_reached_directly_and_any_other_through_the_proxy(httpserver, monkeypatch):
+    """The test's server is provider and proxy at once: what came through a proxy names its host in the first line."""
+    for name in ("HTTP_PROXY", "http_proxy"):
+        monkeypatch.setenv(name, httpserver.url_for("/"))
+    for name in ("NO_PROXY", "no_proxy"):
+        monkeypatch.setenv(name, "")  # restored after the test
+    Settings.load()
+    httpserver.expect_request("/v1/chat/completions").respond_with_json(completion(METADATA))
+    for url in (httpserver.url_for("/v1"), "http://provider.example/v1"):
+        OpenAIVision("k", url, "m", "Describe it.", VisionOptions()).describe(b"x", FACTS)
+    hosts = [request.headers["Host"] for request, _ in httpserver.log]
+    assert hosts == [f"{httpserver.host}:{httpserver.port}", "provider.example"]
 
 
 def test_a_server_that_is_not_there_may_be_tried_again():
