@@ -312,6 +312,17 @@ def test_a_picture_that_is_forbidden_when_others_are_answered_is_refused(make, l
     assert ledger.list_pauses() == []
 
 
+def test_a_key_that_is_bad_today_refuses_no_picture_that_met_another_bad_key_a_month_ago(make, ledger, clock):
+    with pytest.raises(ForbiddenError):
+        make(fail(ForbiddenError("auth", "answered 403", 60)))
+    clock.now += timedelta(seconds=61)
+    for image_id in "ba":
+        make(lambda: Answer(None), image_id=image_id)
+    clock.now += timedelta(days=30)
+    with pytest.raises(ForbiddenError):
+        make(fail(ForbiddenError("auth", "answered 403", 60)))
+
+
 def test_a_provider_that_is_down_for_several_images_pauses_and_fails_none(make, ledger, clock):
     down = ProviderUnavailableError("answered 503")
     for image_id in "abcab":

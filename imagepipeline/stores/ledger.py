@@ -81,10 +81,14 @@ class Ledger:
     def is_answered_for_others(self, image_id: str, stage: str, outcome: str) -> bool:
         """Whether calls for other images were answered since this image's call last ended with this outcome.
 
-        The call that has just ended does not count.
+        The call that has just ended does not count, nor one of more than an hour ago: much may have changed since.
         """
         calls = provider_calls.c
-        own = sa.select(calls.seq).where(calls.image_id == image_id, calls.stage == stage, calls.outcome == outcome)
+        own = (
+            sa.select(calls.seq)
+            .where(calls.image_id == image_id, calls.stage == stage, calls.outcome == outcome)
+            .where(calls.at >= self._clock() - STREAK)
+        )
         with self._database.transaction() as connection:
             earlier = connection.execute(own.order_by(calls.seq.desc()).offset(1).limit(1)).scalar()
             if earlier is None:

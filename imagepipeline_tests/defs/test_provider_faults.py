@@ -1,5 +1,6 @@
 """Many images against a provider of which three answers in ten go wrong: all end, and the money adds up.
 
+And days on which it is down, or permits only few calls.
 12 images here; `PROVIDER_FAULT_IMAGES=200 pytest imagepipeline_tests/defs/test_provider_faults.py` for more.
 """
 
@@ -7,14 +8,21 @@ import json
 import os
 import random
 from collections import Counter
+from contextlib import closing
+from datetime import timedelta
 
+import dagster as dg
+import pytest
 from PIL import Image
 from werkzeug import Response
 
-from imagepipeline.models import Upload
+from imagepipeline.defs.failures import GENERATION_TAG
+from imagepipeline.defs.sensors import upload_sensor
+from imagepipeline.models import Recipe, Upload, now_utc
 from imagepipeline.paid_calls import PaidCalls
 from imagepipeline.services.embedder import OpenRouterEmbedder
 from imagepipeline.services.vision import OpenAIVision, VisionOptions
+from imagepipeline.stores.ledger import Ledger
 from imagepipeline_tests.imaging.odd_files import encode
 from imagepipeline_tests.services.test_embedder import answer_of
 from imagepipeline_tests.services.test_vision import METADATA, completion
@@ -85,3 +93,128 @@ def test_all_images_end_within_bounds_and_the_cost_adds_up(httpserver, run, cata
     cost_usd = sum(row["cost_usd"] for row in rows.values())
     assert round(cost_usd * 1_000_000) == provider.tokens["millionths of a USD"]
     print(dict(outcomes), dict(provider.calls), f"{cost_usd:.4f} USD")
+
+
+class Days:
+    """A pipeline with one slot, whose sensor and runs are real, before a provider that a test tells what to answer."""
+
+    def __init__(self, httpserver, run, instance, queue, catalogue, files, limiter, database_url):
+        self.answer = lambda number: None  # to the 1st, 2nd, … request for a description: a status, None for 200
+        self.calls = Counter()
+        self.ends = Counter()
+        self.passed = timedelta(0)
+        self.instance, self.queue, self.catalogue, self.files, self.limiter = instance, queue, catalogue, files, limiter
+        self._run = run
+        self.ledger = Ledger(database_url, lambda: now_utc() + self.passed)
+        httpserver.expect_request("/v1/chat/completions").respond_with_handler(self._describe)
+        httpserver.expect_request("/v1/embeddings").respond_with_handler(self._embed)
+        url = httpserver.url_for("/v1")
+        self._models = {
+            "vision": OpenAIVision("k", url, "m", "p", VisionOptions()),
+            "embedder": OpenRouterEmbedder("k", url, "e"),
+        }
+        recipes = {"metadata": Recipe("openai", "m"), "embedding": Recipe("openrouter", "e")}
+        self.paid_calls = PaidCalls(self.ledger, limiter, {}, clock=lambda: now_utc() + self.passed, recipes=recipes)
+
+    def push(self, count):
+        for number in range(count):
+            picture = encode(Image.new("RGB", (40, 30), (number, 90, 40)), "PNG")
+            self.files.put_original(f"image-{number}", picture, "png")
+            self.queue.enqueue(f"image-{number}")
+
+    def tick(self):
+        """One tick and the runs it asks for, one after the other; gives how many, or why there is none."""
+        resources = {"queue": self.queue, "catalogue": self.catalogue, "ledger": self.ledger}
+        context = dg.build_sensor_context(
+            instance=self.instance, resources={**resources, "paid_calls": self.paid_calls}
+        )
+        result = upload_sensor(context)
+        if isinstance(result, dg.SkipReason):
+            return result.skip_message
+        for request in result.run_requests:
+            generation = int(request.tags[GENERATION_TAG])
+            ended = self._run(request.partition_key, generation, paid_calls=self.paid_calls, **self._models)
+            self.ends[ended.success] += 1
+        return len(result.run_requests)
+
+    def _describe(self, request):
+        self.calls["metadata"] += 1
+        status = self.answer(self.calls["metadata"])
+        if status:
+            return Response(json.dumps({"error": {"message": "no"}}), status, content_type="application/json")
+        return Response(json.dumps(completion(METADATA)), content_type="application/json")
+
+    def _embed(self, request):
+        self.calls["embedding"] += 1
+        return Response(json.dumps(answer_of([1.0, 2.0, 3.0])), content_type="application/json")
+
+
+@pytest.fixture
+def days(httpserver, run, instance, queue, catalogue, files, limiter, sqlite_catalogue_url):
+    days = Days(httpserver, run, instance, queue, catalogue, files, limiter, sqlite_catalogue_url)
+    with closing(days.ledger):
+        yield days
+
+
+def test_a_provider_that_is_down_for_a_while_fails_no_image_and_tells_nobody_of_any(days):
+    days.push(4)
+    days.answer = lambda number: 503
+    assert days.tick() == 4  # two fail before it is known whose trouble it is, the third finds out
+    assert days.catalogue.count()["failed"] == 2
+    assert "provider_down" in days.tick()
+    assert days.catalogue.count()["pending"] == 4
+    assert days.catalogue.list_unsent("mail") == []
+    known = days.calls["metadata"]
+    for probes in (1, 2):
+        days.passed += timedelta(seconds=31)
+        assert days.tick() == 1
+        assert "provider_down" in days.tick()
+        assert days.calls["metadata"] == known + probes
+    days.answer = lambda number: None
+    days.passed += timedelta(seconds=31)
+    assert days.tick() == 1
+    assert days.tick() == 3
+    assert days.catalogue.count()["completed"] == 4
+    assert days.ledger.list_pauses() == []
+
+
+def test_a_provider_that_answers_others_fails_the_image_it_does_not_answer(days):
+    days.push(4)
+    days.answer = lambda number: 503 if number <= 3 else None
+    assert days.tick() == 4
+    assert days.catalogue.count() | {"completed": 3, "failed": 1} == days.catalogue.count()
+    assert days.catalogue.get("image-0")["reason"] == "provider_unavailable"
+    assert days.ledger.list_pauses() == []
+
+
+def test_twelve_images_under_ten_calls_a_day_make_no_run_that_fails(days):
+    days.limiter.set_limits("10/day")
+    days.push(12)
+    days.tick()
+    for _ in range(5):
+        assert "(10/day) is used up: it goes on at " in days.tick()
+    assert (days.ends, days.calls.total()) == ({True: 5}, 10)
+    days.limiter.set_limits("metadata=4/day,embedding=100/minute")
+    days.tick()
+    for _ in range(5):
+        assert "is used up" in days.tick()
+    days.limiter.set_limits("off")  # at once
+    days.tick()
+    assert days.ends == {True: 12}
+    assert days.catalogue.count()["completed"] == 12
+
+
+def test_calls_that_were_not_counted_on_cost_a_run_and_no_image(days):
+    days.limiter.set_limits("5/day")
+    days.push(4)
+    days.answer = lambda number: 500 if number == 1 else None  # so that one image takes three calls
+    while not isinstance(days.tick(), str):
+        pass
+    assert days.calls.total() == 5
+    assert days.ends[False] == 1
+    assert days.catalogue.count()["failed"] == 0
+    days.limiter.set_limits("off")
+    while not isinstance(days.tick(), str):
+        pass
+    assert days.catalogue.count()["completed"] == 4
+    assert days.calls["metadata"] == 5  # what was answered is not asked again
