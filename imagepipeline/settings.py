@@ -222,7 +222,8 @@ class Settings(BaseModel):
     accept_truncated: bool = Field(
         False,
         alias="IMAGEPIPELINE_ACCEPT_TRUNCATED",
-        description="makes what it can of files that are cut off, grey where nothing arrived, instead of failing them",
+        description="makes what it can of files that are cut off or damaged, grey where nothing could be read, "
+        "instead of failing them",
     )
     keep_copyright: bool = Field(
         False, alias="IMAGEPIPELINE_KEEP_COPYRIGHT", description="keeps artist and copyright in the variants"
@@ -231,15 +232,18 @@ class Settings(BaseModel):
         25_000_000, alias="IMAGEPIPELINE_MAX_BYTES", description="limit on an original: its bytes"
     )
     max_pixels: Positive = Field(
-        50_000_000, alias="IMAGEPIPELINE_MAX_PIXELS", description="limit on an original: its pixels, over all frames"
+        50_000_000,
+        alias="IMAGEPIPELINE_MAX_PIXELS",
+        description="limit on an original: the pixels that are decoded, over all frames that are kept; "
+        "a JPEG may have five times as many",
     )
     max_side_px: Annotated[int, Field(ge=1, le=16_383)] = Field(
         16_383,
         alias="IMAGEPIPELINE_MAX_SIDE_PX",
-        description="limit on an original: width and height; WebP allows no more",
+        description="limit on a variant: width and height; WebP allows no more",
     )
     max_frames: Positive = Field(
-        60, alias="IMAGEPIPELINE_MAX_FRAMES", description="limit on an original: frames or pages"
+        60, alias="IMAGEPIPELINE_MAX_FRAMES", description="limit on an original: its frames, where all are kept"
     )
     max_icc_bytes: Positive = Field(
         1_000_000, alias="IMAGEPIPELINE_MAX_ICC_BYTES", description="limit on an original: its colour profile"

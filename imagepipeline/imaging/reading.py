@@ -188,11 +188,15 @@ def _explain_jpeg(found: jpeg.Jpeg, size: tuple[int, int], error: str, rules: Ru
     if padding and jpeg.strip_padding(found.content, int(padding[1])) != found.content:
         clean_content = jpeg.strip_padding(found.content, int(padding[1]))
         return _decode_jpeg(replace(found, content=clean_content), size, rules)
-    flaw = next((words for text, words in JPEG_FLAWS.items() if text in error), "its decoder gave up")
+    flaw = _explain_flaw(error)
     if rules.is_truncated_accepted and "Corrupt JPEG data" in error:
         image = _to_picture(Drawn(_load_leniently(found.content, size))).image
         return Picture(image, flaw=f"some of the picture is wrong: {flaw}")
     raise UnreadableImageError(f"{jpeg.DAMAGED}: {flaw}")
+
+
+def _explain_flaw(error: str) -> str:
+    return next((words for text, words in JPEG_FLAWS.items() if text in error), "its decoder gave up")
 
 
 def _draft(content: bytes, size: tuple[int, int]) -> ImageFile.ImageFile:
@@ -558,6 +562,8 @@ def read_tiff(content: bytes, rules: Rules) -> Source:
     profile = check_profile(header.info.get("icc_profile"), rules)
 
     def load(_: bool) -> Iterator[Picture]:
+        if page.first(tiff.COMPRESSION, tiff.RAW) == tiff.JPEG and not is_cut and not rules.is_truncated_accepted:
+            _check_jpeg_pieces(content, page)
         try:
             drawn = draw(lambda: _open(content, "TIFF"), "TIFF", is_cut, False, rules.is_truncated_accepted)
         except UnreadableImageError as error:
@@ -573,6 +579,21 @@ def read_tiff(content: bytes, rules: Rules) -> Source:
 
     exif = header.getexif().tobytes()
     return Source(*header.size, load, ColorSpace(profile), exif, is_turned_by_exif=False)  # Pillow turns it itself
+
+
+def _check_jpeg_pieces(content: bytes, page: tiff.Tiff) -> None:
+    """Raises UnreadableImageError if a JPEG in a TIFF is damaged: libtiff does not tell."""
+    tables = bytes(page.tags.get(tiff.JPEG_TABLES, ()))
+    for offset, size in page.pieces:
+        found = jpeg.read_jpeg(tables[:-2] + content[offset + 2 * bool(tables) : offset + size])
+        if found is None:
+            raise UnreadableImageError("the TIFF data is damaged: a JPEG in it has no picture")
+        try:
+            simplejpeg.decode_jpeg(found.content, "GRAY", min_width=1, min_height=1)
+        except ValueError as error:
+            if "Corrupt JPEG data" in str(error):
+                flaw = _explain_flaw(str(error))
+                raise UnreadableImageError(f"the TIFF data is damaged: in a JPEG in it, {flaw}") from error
 
 
 def _unmultiply(image: Image.Image) -> Image.Image:

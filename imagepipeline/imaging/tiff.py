@@ -9,10 +9,23 @@ PLANES, EXTRA_SAMPLES, SAMPLE_FORMAT, STRIPS, TILES = 284, 338, 339, (273, 279),
 WIDTH, HEIGHT, DNG_VERSION = 256, 257, 50706
 VALUE_BYTES = {3: 2, 4: 4, 5: 8, 8: 2, 9: 4, 10: 8, 11: 4, 12: 8, 13: 4, 16: 8, 17: 8, 18: 8}  # by type; 1 for others
 MAX_VALUES = 200_000  # of one tag that are read
-KEPT = (WIDTH, HEIGHT, NEW_SUBFILE_TYPE, BITS, COMPRESSION, PHOTOMETRIC, SAMPLES, PLANES, EXTRA_SAMPLES, SAMPLE_FORMAT)
+RAW, JPEG = 1, 7
+JPEG_TABLES = 347
+KEPT = (
+    WIDTH,
+    HEIGHT,
+    NEW_SUBFILE_TYPE,
+    BITS,
+    COMPRESSION,
+    PHOTOMETRIC,
+    SAMPLES,
+    PLANES,
+    EXTRA_SAMPLES,
+    SAMPLE_FORMAT,
+    JPEG_TABLES,
+)
 WHITE_IS_ZERO, BLACK_IS_ZERO, RGB, PALETTE, CMYK, YCBCR = 0, 1, 2, 3, 5, 6
 UNSIGNED, SIGNED, FLOAT, UNDEFINED = 1, 2, 3, 4
-RAW, OLD_JPEG = 1, 6
 PHOTOMETRICS = {
     WHITE_IS_ZERO: "grey",
     BLACK_IS_ZERO: "grey",
@@ -47,12 +60,16 @@ COMPRESSIONS = {
 
 @dataclass(frozen=True)
 class Tiff:
-    """The first page of a TIFF file; `tags` are those of KEPT, `end` is where the last byte lies that it names."""
+    """The first page of a TIFF file; `tags` are those of KEPT, `end` is where the last byte lies that it names.
+
+    `pieces` are (offset, length) of its strips or tiles.
+    """
 
     order: Literal["little", "big"]
     is_big: bool
     end: int
     tags: Mapping[int, tuple[int, ...]] = field(default_factory=dict)
+    pieces: tuple[tuple[int, int], ...] = ()
 
     def first(self, tag: int, default: int) -> int:
         """The first value of a tag."""
@@ -85,7 +102,7 @@ class Tiff:
             is_grey = photometric in (WHITE_IS_ZERO, BLACK_IS_ZERO)
             if is_grey or (compression == RAW and (max(bits) > 8 or (extra and extra != (2,)))):
                 return self.describe()
-        if photometric == YCBCR and compression not in (RAW, 7):
+        if photometric == YCBCR and compression not in (RAW, JPEG):
             return self.describe()  # their colours come out unconverted
         return None
 
@@ -126,7 +143,10 @@ def read_tiff(content: bytes) -> Tiff | None:
             if position + size * count > len(content):
                 return None
             tags[tag] = tuple(read(position + index * size, size) for index in range(min(count, MAX_VALUES)))
-    for offsets, counts in (STRIPS, TILES):
-        for offset, count in zip(tags.get(offsets, ()), tags.get(counts, ()), strict=False):
-            end = max(end, offset + count)
-    return Tiff(order, is_big, end, {tag: values for tag, values in tags.items() if tag in KEPT})
+    pieces = tuple(
+        piece
+        for offsets, counts in (STRIPS, TILES)
+        for piece in zip(tags.get(offsets, ()), tags.get(counts, ()), strict=False)
+    )
+    end = max(end, *(offset + count for offset, count in pieces), 0)
+    return Tiff(order, is_big, end, {tag: values for tag, values in tags.items() if tag in KEPT}, pieces)

@@ -4,10 +4,16 @@ import numpy as np
 import pytest
 from PIL import ExifTags, Image
 
-from imagepipeline.errors import LimitError, TooLargeError, TruncatedImageError, UnsupportedFormatError
+from imagepipeline.errors import (
+    LimitError,
+    TooLargeError,
+    TruncatedImageError,
+    UnreadableImageError,
+    UnsupportedFormatError,
+)
 from imagepipeline.imaging.decoding import Rules, decode
 from imagepipeline.imaging.formats import FORMATS, REFUSED, SIGNATURES
-from imagepipeline_tests.imaging.odd_files import PHOTO, TURNS, encode, photo_as, picture
+from imagepipeline_tests.imaging.odd_files import PHOTO, SAMPLES, SIZE, TURNS, encode, photo_as, picture
 
 
 def test_nothing_but_pixels_is_left():
@@ -57,6 +63,58 @@ def test_a_cut_off_file_says_how_much_of_it_could_be_read(format_, percent):
     with pytest.raises(TruncatedImageError, match="upload it again") as error:
         decode(whole[: len(whole) * percent // 100])
     assert rows_of(error) == pytest.approx(percent, abs=5)
+
+
+@pytest.mark.parametrize("format_", ["PNG", "BMP", "TIFF"])
+@pytest.mark.parametrize("percent", [20, 50, 83])
+def test_rows_are_counted_whatever_their_colours_are(format_, percent):
+    noise = np.random.default_rng(1).integers(0, 2, (400, 400), dtype=np.uint8)
+    for image in (
+        Image.fromarray(noise * 255).convert("1"),
+        Image.new("L", (400, 400), 165),
+        Image.new("1", (400, 400)),
+    ):
+        whole = encode(image, format_, **({"compress_level": 0} if format_ == "PNG" else {}))
+        with pytest.raises(TruncatedImageError) as error:
+            decode(whole[: len(whole) * percent // 100])
+        assert rows_of(error) == pytest.approx(percent, abs=5)
+
+
+@pytest.mark.parametrize(("scans", "percent"), [(2, 25), (5, 50), (9, 99)])
+def test_a_progressive_jpeg_says_of_how_many_scans_its_picture_is(scans, percent):
+    whole = photo_as("JPEG", progressive=True)
+    content = whole[: len(whole) * percent // 100]
+    with pytest.raises(TruncatedImageError, match=f"coarse picture could be read, from {scans} scans"):
+        decode(content)
+    decoded = decode(content, Rules(is_truncated_accepted=True))
+    assert "coarse" in decoded.flaw
+    assert decoded.image.size == decode(whole).image.size
+
+
+def test_a_damaged_jpeg_is_kept_with_its_flaw_where_that_is_asked_for():
+    whole = photo_as("JPEG")
+    middle = len(whole) // 2
+    damaged = whole[:middle] + whole[middle + 4096 :]
+    with pytest.raises(UnreadableImageError, match="ends too early"):
+        decode(damaged)
+    decoded = decode(damaged, Rules(is_truncated_accepted=True))
+    assert "wrong" in decoded.flaw
+    made, wanted = (np.asarray(one.image).astype(int) for one in (decoded, decode(whole)))
+    assert abs(made[:100] - wanted[:100]).max() == 0
+
+
+@pytest.mark.parametrize(
+    ("compression", "mode"),
+    [("group4", "1"), ("tiff_lzw", "RGB"), ("tiff_adobe_deflate", "L"), ("jpeg", "RGB"), ("jpeg", "L")],
+)
+def test_damage_in_a_compressed_tiff_is_heard(compression, mode):
+    page = encode(Image.open(PHOTO).convert(mode), "TIFF", compression=compression)
+    damaged = bytearray(page)
+    middle = len(damaged) // 2
+    damaged[middle : middle + 400] = np.random.default_rng(2).bytes(400)
+    assert decode(page).flaw is None
+    with pytest.raises(UnreadableImageError, match="damaged"):
+        decode(bytes(damaged))
 
 
 @pytest.mark.parametrize("format_", ["WEBP", "AVIF"])
@@ -156,3 +214,34 @@ def test_a_very_large_jpeg_is_decoded_smaller_without_visible_loss(orientation):
     reference = np.asarray(large.resize(decoded.image.size, Image.Resampling.LANCZOS)).astype(float)
     error = ((np.asarray(decoded.image) - reference) ** 2).mean()
     assert 10 * np.log10(255**2 / error) > 40
+
+
+@pytest.mark.parametrize(("size", "is_turned"), [((8160, 6144), False), ((8160, 6144), True), ((6144, 8160), False)])
+def test_a_jpeg_over_the_limit_is_decoded_at_a_part_of_its_size(size, is_turned):
+    exif = Image.Exif()
+    exif[ExifTags.Base.Orientation] = 6 if is_turned else 1
+    content = encode(picture("L").resize(size), "JPEG", quality=30, exif=exif)
+    decoded = decode(content)
+    assert (decoded.width, decoded.height) == (size[::-1] if is_turned else size)
+    assert decoded.image.width == 1920
+
+
+def test_what_must_be_decoded_in_full_is_limited_in_full():
+    content = encode(picture("L").resize((1000, 700)), "PNG")
+    assert decode(content, Rules(max_pixels=700_000))
+    with pytest.raises(LimitError, match="IMAGEPIPELINE_MAX_PIXELS"):
+        decode(content, Rules(max_pixels=699_999))
+    with pytest.raises(LimitError, match="decoded at 500 x 350 px"):
+        decode(encode(picture("L").resize((1000, 700)), "JPEG"), Rules(max_pixels=150_000, max_width_px=500))
+
+
+def test_the_limit_on_a_side_is_that_of_the_variants():
+    assert decode(encode(Image.new("L", (20_000, 30)), "PNG")).image.size == (1920, 3)
+    with pytest.raises(LimitError, match="variants would be up to 16,384 px"):
+        decode(encode(Image.new("L", (30, 16_384)), "PNG"))
+    assert decode(encode(Image.new("L", (4000, 8000)), "PNG")).image.height == 3840
+
+
+def test_exif_turns_a_heic_no_second_time():
+    content = (SAMPLES / "orientation-6.heic").read_bytes()
+    assert decode(content).image.size == SIZE
