@@ -93,8 +93,8 @@ def decode(content: bytes, rules: Rules = DEFAULT_RULES) -> Decoded:
 
 
 def _bound_texts(rules: Rules) -> None:
-    # Pillow's own bounds on what it unpacks of a PNG; the ICC profile of one is bounded by the first, too.
-    PngImagePlugin.MAX_TEXT_CHUNK = max(rules.max_text_bytes, rules.max_icc_bytes)
+    # Pillow's own bounds on what it unpacks of a PNG.
+    PngImagePlugin.MAX_TEXT_CHUNK = rules.max_text_bytes
     PngImagePlugin.MAX_TEXT_MEMORY = rules.max_text_bytes
     Image.MAX_IMAGE_PIXELS = None  # our own limits count instead
 
@@ -136,11 +136,9 @@ def _finish(source: Source, format_: str, rules: Rules) -> Decoded:
     )
 
 
-def _read_exif(content: bytes) -> tuple[int, dict[str, str | None]]:
+def _read_exif(exif: Image.Exif) -> tuple[int, dict[str, str | None]]:
     """The orientation (1..8), and the texts kept."""
-    exif = Image.Exif()
     try:
-        exif.load(content)
         details = exif.get_ifd(ExifTags.IFD.Exif)
         texts = {
             "camera": clean(exif.get(ExifTags.Base.Model), 40),
