@@ -96,6 +96,19 @@ def _miss_end(format_: str, arrived: int, declared: int) -> TruncatedImageError:
     )
 
 
+def explain(format_: str, error: Exception) -> Exception:
+    """What a decoder's own error means."""
+    text = clean(str(error), 200) or type(error).__name__
+    if "security limit" in text.lower():  # libheif's, which are about a bad header or a giant
+        return LimitError(f"the {format_} file exceeds a limit of its decoder: {text}")
+    if "memory" in text.lower():  # how codecs put it
+        return MemoryError(text)
+    if "not implemented" in text.lower() or "unsupported" in text.lower():
+        kind = f"of a kind of {format_} that cannot be read here"
+        return UnsupportedFormatError(f"the original is {kind} ({text[:120]}): export it as JPEG or PNG")
+    return UnreadableImageError(f"the {format_} data is damaged: {text[:120]}")
+
+
 def _parse_exif(content: bytes) -> Image.Exif:
     exif = Image.Exif()
     with contextlib.suppress(Exception):  # EXIF is decoration: however broken it is, the picture is not
@@ -497,10 +510,7 @@ def _explain_heif(content: bytes, error: Exception) -> Exception:
     try:
         pi_heif.open_heif(io.BytesIO(_with_brand(content, HEIF_BRANDS)))
     except Exception as one:
-        text = clean(str(one), 200) or "its header cannot be read"
-        if "limit" in text.lower() or "memory" in text.lower():
-            return LimitError(f"the HEIF file exceeds a limit of its decoder, libheif: {text}")
-        return UnreadableImageError(f"the HEIF data is damaged: {text[:120]}")
+        return explain("HEIF", one)
     return UnreadableImageError("the HEIF data is damaged: its header cannot be read")
 
 

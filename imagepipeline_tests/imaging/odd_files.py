@@ -253,6 +253,17 @@ def heif_samples() -> Iterator[Case]:
     for path in sorted(SAMPLES.glob("*.heic")):
         colors = _clear_last(CORNERS) if path.stem == "alpha" else CORNERS
         yield Case(path.stem, path.read_bytes(), colors=colors)
+    plain = (SAMPLES / "plain.heic").read_bytes()
+    avif = encode(picture(), "AVIF")
+    for brand in (b"mif1", b"mif2", b"miaf", b"msf1", b"heix", b"hevc", b"heis", b"1pic"):
+        yield Case(f"HEIC of brand {brand.decode()}", plain[:8] + brand + plain[12:])
+        yield Case(f"AVIF of brand {brand.decode()}", avif[:8] + brand + avif[12:])
+    for name, codes, colors in STATED:
+        if codes[1] != 1 and b"colrnclx" in plain:
+            yield Case(f"HEIC nclx {name}", _with_nclx(plain, *codes), colors=colors)
+    for coding, sentence in ((b"unci", "uncompressed"), (b"j2k1", "JPEG 2000"), (b"vvc1", "VVC"), (b"avc1", "AVC")):
+        changed = plain.replace(b"hvc1", coding)
+        yield Case(f"HEIF of {coding.decode()}", changed, "unsupported", sentence=sentence)
 
 
 # ---- files of every kind, each with what it must show
