@@ -1,8 +1,9 @@
-"""What a BMP is, read from its headers, and those kinds of it that Pillow does not read."""
+"""What a BMP is, read from its headers, and those kinds of it that Pillow does not read, or not rightly."""
 
 from dataclasses import dataclass
 
 import numpy as np
+from numpy.typing import NDArray
 from PIL import Image
 
 HEADERS = (12, 16, 40, 52, 56, 64, 108, 124)
@@ -70,7 +71,7 @@ def read_bmp(content: bytes) -> tuple[Bmp, int] | None:
 
 def read_fields(content: bytes, bmp: Bmp) -> Image.Image | None:
     """RGB or RGBA of a BMP whose pixels are made of bit fields; None if its masks are of no use."""
-    if not all(bmp.masks[:3]) or max(mask.bit_length() for mask in bmp.masks) > bmp.bits:
+    if not any(bmp.masks[:3]) or max(mask.bit_length() for mask in bmp.masks) > bmp.bits:
         return None
     size = bmp.row_bytes * bmp.height
     rows = np.frombuffer(content, np.uint8, size, bmp.start).reshape(bmp.height, bmp.row_bytes)
@@ -79,11 +80,61 @@ def read_fields(content: bytes, bmp: Bmp) -> Image.Image | None:
         pixels = pixels[::-1]
     channels = []
     for mask in bmp.masks if bmp.masks[3] else bmp.masks[:3]:
+        if not mask:
+            channels.append(np.zeros(pixels.shape, np.uint8))
+            continue
         shift = (mask & -mask).bit_length() - 1
         largest = mask >> shift
         values = (pixels & mask) >> shift
         channels.append(((values.astype(np.uint64) * 255 + largest // 2) // largest).astype(np.uint8))
     return Image.fromarray(np.stack(channels, axis=-1))
+
+
+def read_runs(content: bytes, bmp: Bmp, header_bytes: int) -> tuple[Image.Image, NDArray[np.bool_], bool]:
+    """RGB of a BMP of run lengths, which pixels its runs leave free, and whether they come to an end.
+
+    What is free is black, and runs that are longer than their row are cut, as in Chromium.
+    """
+    width, height, is_wide = bmp.width, bmp.height, bmp.compression == RLE8
+    pixels, drawn = bytearray(width * height), bytearray(width * height)
+    position, x, y, has_end = bmp.start, 0, 0, False
+    while position + 2 <= len(content) and y < height:
+        count, value = content[position], content[position + 1]
+        position += 2
+        if count == 0 and value == 0:
+            x, y = 0, y + 1
+            continue
+        if count == 0 and value == 1:
+            has_end = True
+            break
+        if count == 0 and value == 2:
+            x, y = x + content[position], y + content[position + 1] if position + 2 <= len(content) else height
+            position += 2
+            continue
+        if count:
+            run = bytes([value]) * count if is_wide else (bytes([value >> 4, value & 15]) * (count // 2 + 1))[:count]
+        else:
+            size = value if is_wide else (value + 1) // 2
+            run = content[position : position + size]
+            if not is_wide:
+                run = bytes(half for both in run for half in (both >> 4, both & 15))[:value]
+            position += size + size % 2
+        run = run[: max(0, width - x)]
+        at = y * width + x
+        pixels[at : at + len(run)] = run
+        drawn[at : at + len(run)] = b"\1" * len(run)
+        x += len(run)
+    has_end = has_end or y >= height
+    table = np.frombuffer(content, np.uint8, min(1024, len(content) - 14 - header_bytes), 14 + header_bytes)
+    palette = np.zeros((256, 3), np.uint8)
+    colors = table[: len(table) // 4 * 4].reshape(-1, 4)[: max(0, bmp.start - 14 - header_bytes) // 4, 2::-1]
+    palette[: len(colors)] = colors
+    direction = 1 if bmp.is_top_down else -1
+    rows = np.frombuffer(bytes(pixels), np.uint8).reshape(height, width)[::direction]
+    free = np.frombuffer(bytes(drawn), np.uint8).reshape(height, width)[::direction] == 0
+    shown = palette[rows]
+    shown[free] = 0
+    return Image.fromarray(shown), free, has_end
 
 
 def read_profile(content: bytes, header_bytes: int) -> bytes | None:

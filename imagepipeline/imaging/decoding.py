@@ -10,17 +10,15 @@ from PIL import ExifTags, Image, PngImagePlugin
 
 from imagepipeline.errors import (
     EmptyOriginalError,
-    LimitError,
     PermanentError,
     TooLargeError,
-    UnreadableImageError,
 )
 from imagepipeline.imaging.color import to_srgb
 from imagepipeline.imaging.drawing import clean
 from imagepipeline.imaging.formats import identify
 from imagepipeline.imaging.limits import Rules as Rules  # which callers import with `decode`
 from imagepipeline.imaging.limits import check_variants
-from imagepipeline.imaging.reading import READERS, Picture, Source
+from imagepipeline.imaging.reading import READERS, Picture, Source, explain
 
 # How to turn what the camera stored, by EXIF orientation (CIPA DC-008, 4.6.4).
 TURNS = {
@@ -89,23 +87,14 @@ def decode(content: bytes, rules: Rules = DEFAULT_RULES) -> Decoded:
         except (PermanentError, MemoryError):
             raise
         except Exception as error:  # decoders raise whatever they stumble over
-            raise _explain(format_, error) from error
+            raise explain(format_, error) from error
 
 
 def _bound_texts(rules: Rules) -> None:
-    # Pillow's own bounds on what it unpacks of a PNG; the ICC profile of one is bounded by the first, too.
-    PngImagePlugin.MAX_TEXT_CHUNK = max(rules.max_text_bytes, rules.max_icc_bytes)
+    # Pillow's own bounds on what it unpacks of a PNG.
+    PngImagePlugin.MAX_TEXT_CHUNK = rules.max_text_bytes
     PngImagePlugin.MAX_TEXT_MEMORY = rules.max_text_bytes
     Image.MAX_IMAGE_PIXELS = None  # our own limits count instead
-
-
-def _explain(format_: str, error: Exception) -> Exception:
-    text = clean(str(error), 200) or type(error).__name__
-    if "security limit" in text.lower():  # libheif's, which are about a bad header or a giant
-        return LimitError(f"the {format_} file exceeds a limit of its decoder: {text}")
-    if "memory" in text.lower():  # how codecs put it
-        return MemoryError(text)
-    return UnreadableImageError(f"the {format_} data is damaged: {text[:120]}")
 
 
 def _finish(source: Source, format_: str, rules: Rules) -> Decoded:
@@ -136,11 +125,9 @@ def _finish(source: Source, format_: str, rules: Rules) -> Decoded:
     )
 
 
-def _read_exif(content: bytes) -> tuple[int, dict[str, str | None]]:
+def _read_exif(exif: Image.Exif) -> tuple[int, dict[str, str | None]]:
     """The orientation (1..8), and the texts kept."""
-    exif = Image.Exif()
     try:
-        exif.load(content)
         details = exif.get_ifd(ExifTags.IFD.Exif)
         texts = {
             "camera": clean(exif.get(ExifTags.Base.Model), 40),

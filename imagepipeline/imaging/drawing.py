@@ -1,6 +1,7 @@
 """Which pixels a decoder has drawn: the one thing that tells a whole picture from a part, whatever its colours are."""
 
 import os
+import re
 import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -16,6 +17,7 @@ from imagepipeline.errors import TruncatedImageError, UnreadableImageError
 GROUNDS: dict[str, tuple[float, float]] = {"1": (0, 255), "I;16": (42_405, 23_130), "F": (-1.2345e30, 5.4321e30)}
 BYTE_GROUNDS = (165, 90)
 GREY = 128  # where nothing could be read
+ABOUT_TAGS = re.compile(r"warning|Field|Directory|Tag\b", re.IGNORECASE)  # what libtiff says of anything but pixels
 EDGE_PX = 8  # what is looked at first: the right end of each row, which a decoder draws last
 
 
@@ -57,18 +59,18 @@ def draw(
             raise MemoryError from one
     first, second = _load_partly(open_image, 0), _load_partly(open_image, 1)
     if first is None or second is None:
-        raise _explain(format_, is_cut, "no row could be read", error)
+        raise _explain(format_, is_cut, "no row could be read") from error
     missing = _is_ground(first, 0) & _is_ground(second, 1)
     if not missing.any():
         return Drawn(first)
     if missing.all():
-        raise _explain(format_, is_cut, "no row could be read", error)
+        raise _explain(format_, is_cut, "no row could be read") from error
     if is_interlaced:
         flaw = f"{percent(1 - missing.mean())} of the pixels could be read, all over the picture"
     else:
         flaw = f"{percent(1 - missing.any(axis=1).mean())} of the rows could be read"
     if not is_part_kept:
-        raise _explain(format_, is_cut, flaw, error)
+        raise _explain(format_, is_cut, flaw) from error
     return Drawn(first, missing, flaw)
 
 
@@ -86,7 +88,7 @@ def hear_libtiff() -> Iterator[list[str]]:
             os.close(saved)
             heard.seek(0)
             lines = heard.read(4096).decode(errors="replace").splitlines()
-            texts = (clean(line, 100) for line in lines if "warning" not in line.lower())
+            texts = (clean(line, 100) for line in lines if not ABOUT_TAGS.search(line))
             complaints += [text for text in texts if text]
 
 
@@ -95,11 +97,10 @@ def percent(share: float) -> str:
     return f"{int(share * 100)} %"
 
 
-def _explain(format_: str, is_cut: bool, flaw: str, error: Exception | None) -> Exception:
+def _explain(format_: str, is_cut: bool, flaw: str) -> Exception:
     if is_cut:
         return TruncatedImageError(f"{flaw}; the end of the {format_} file is missing: upload it again")
-    reason = f" ({clean(str(error), 100)})" if error and clean(str(error), 100) else ""
-    return UnreadableImageError(f"the {format_} data is damaged{reason}: {flaw}")
+    return UnreadableImageError(f"the {format_} data is damaged: {flaw}")
 
 
 def clean(value: object, max_characters: int) -> str | None:

@@ -4,7 +4,7 @@ import re
 from collections.abc import Callable
 
 from imagepipeline.errors import UnsupportedFormatError
-from imagepipeline.imaging.boxes import read_brands, read_primary_item
+from imagepipeline.imaging.boxes import DERIVED, read_brands, read_primary_item
 
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "AVIF", "TIFF", "BMP", "HEIF")
 AVIF_BRANDS = {b"avif", b"avis"}
@@ -108,7 +108,7 @@ def _coding(content: bytes) -> bytes:
     if not brands:
         return b""
     coding = read_primary_item(content).coding
-    if coding:
+    if coding.isalnum() and coding not in DERIVED:
         return coding
     return b"av01" if brands & AVIF_BRANDS else b"hvc1" if brands & HEIF_BRANDS else b""
 

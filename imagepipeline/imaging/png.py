@@ -10,6 +10,9 @@ GREY, RGB, PALETTE = 0, 2, 3  # colour types
 ANIMATION = (b"acTL", b"fcTL", b"fdAT")
 # What counts only before the pixels (W3C PNG, 5.6).
 BEFORE_PIXELS = (b"PLTE", b"tRNS", b"cICP", b"iCCP", b"sRGB", b"gAMA", b"cHRM", b"sBIT", b"bKGD", b"cLLI", b"mDCV")
+# Ancillary chunks that change pixels, or that are bounded as Pillow unpacks them. Others, it stumbles over if they are
+# malformed.
+FOR_DECODER = (b"tRNS", b"tEXt", b"zTXt", b"iTXt", *ANIMATION)
 END = b"\0\0\0\0IEND\xaeB`\x82"
 
 
@@ -17,8 +20,8 @@ END = b"\0\0\0\0IEND\xaeB`\x82"
 class Png:
     """The chunks of a PNG file.
 
-    `content` is the file without ancillary chunks whose checksum is wrong, and with an end; `still` is that without
-    an animation. `chunks` holds the first one of each ancillary kind. `is_cut`: the file ends before its end chunk.
+    `content` is what the decoder must get, with an end; `still` is that without an animation. `chunks` holds the first
+    one of each ancillary kind whose checksum is right. `is_cut`: the file ends before its end chunk.
     """
 
     width: int
@@ -75,7 +78,8 @@ def read_png(content: bytes) -> Png | None:
         elif not (data and kind in BEFORE_PIXELS):
             if not is_critical:
                 chunks.setdefault(kind, body)
-            (after if data else before).append((kind, body))
+            if is_critical or kind in FOR_DECODER:
+                (after if data else before).append((kind, body))
     if not header:
         if is_cut:
             return None
@@ -100,3 +104,14 @@ def _join(chunks: list[tuple[bytes, bytes]]) -> bytes:
 
 def _chunk(kind: bytes, body: bytes) -> bytes:
     return len(body).to_bytes(4, "big") + kind + body + zlib.crc32(body, zlib.crc32(kind)).to_bytes(4, "big")
+
+
+def unpack_profile(chunk: bytes, max_bytes: int) -> bytes | None:
+    """The ICC profile in an `iCCP` chunk, of one byte too many at most; None if there is none (W3C PNG, 11.3.2.3)."""
+    _, _, packed = chunk.partition(b"\0")
+    if packed[:1] != b"\0":  # the only way of packing there is
+        return None
+    try:
+        return zlib.decompressobj().decompress(packed[1:], max_bytes + 1) or None
+    except zlib.error:
+        return None

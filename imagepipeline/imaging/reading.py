@@ -1,5 +1,6 @@
 """Each accepted format: what its header says, the limits on it, and how its pixels are decoded."""
 
+import contextlib
 import io
 import math
 import re
@@ -76,7 +77,7 @@ class Source:
     height: int
     load: Callable[[bool], Iterator[Picture]]
     space: ColorSpace = field(default_factory=ColorSpace)
-    exif: bytes = b""
+    exif: Image.Exif = field(default_factory=Image.Exif)
     is_turned_by_exif: bool = True
     count_plays: Callable[[], int] = lambda: 0
 
@@ -93,6 +94,26 @@ def _miss_end(format_: str, arrived: int, declared: int) -> TruncatedImageError:
     return TruncatedImageError(
         f"{share} of the bytes arrived, no row could be read; the end of the {format_} file is missing: upload it again"
     )
+
+
+def explain(format_: str, error: Exception) -> Exception:
+    """What a decoder's own error means."""
+    text = clean(str(error), 200) or type(error).__name__
+    if "security limit" in text.lower():  # libheif's, which are about a bad header or a giant
+        return LimitError(f"the {format_} file exceeds a limit of its decoder: {text}")
+    if "memory" in text.lower():  # how codecs put it
+        return MemoryError(text)
+    if "not implemented" in text.lower() or "unsupported" in text.lower():
+        kind = f"of a kind of {format_} that cannot be read here"
+        return UnsupportedFormatError(f"the original is {kind} ({text[:120]}): export it as JPEG or PNG")
+    return UnreadableImageError(f"the {format_} data is damaged: {text[:120]}")
+
+
+def _parse_exif(content: bytes) -> Image.Exif:
+    exif = Image.Exif()
+    with contextlib.suppress(Exception):  # EXIF is decoration: however broken it is, the picture is not
+        exif.load(content)
+    return exif
 
 
 def _open(content: bytes, format_: str) -> ImageFile.ImageFile:
@@ -130,7 +151,7 @@ def read_jpeg(content: bytes, rules: Rules) -> Source:
         size = _choose_size(width, height, is_on_its_side, rules)
         yield _decode_jpeg(found, size, rules)
 
-    return Source(width, height, load, ColorSpace(profile), found.exif)
+    return Source(width, height, load, ColorSpace(profile), _parse_exif(found.exif))
 
 
 def _choose_size(width: int, height: int, is_on_its_side: bool, rules: Rules) -> tuple[int, int]:
@@ -254,11 +275,11 @@ def read_png(content: bytes, rules: Rules) -> Source:
     except ValueError as error:
         if "MAX_TEXT" in str(error):
             raise LimitError(
-                f"a text or colour profile in the original unpacks to more than {rules.max_text_bytes:,} bytes "
-                "(IMAGEPIPELINE_MAX_TEXT_BYTES, IMAGEPIPELINE_MAX_ICC_BYTES)"
+                f"a text in the original unpacks to more than {rules.max_text_bytes:,} bytes, or all of them do "
+                "(IMAGEPIPELINE_MAX_TEXT_BYTES)"
             ) from None
         raise
-    profile = check_profile(header.info.get("icc_profile"), rules)
+    profile = check_profile(png.unpack_profile(found.chunks.get(b"iCCP", b""), rules.max_icc_bytes), rules)
     first = 1 if is_animation and header.info.get("default_image") else 0  # which is for those that show one picture
     frame_count = getattr(header, "n_frames", 1) - first if is_animation else 1
     if is_animation:
@@ -277,7 +298,9 @@ def read_png(content: bytes, rules: Rules) -> Source:
 
     space = read_png_space(found.chunks, profile)
     plays = int(header.info.get("loop") or 0)
-    return Source(found.width, found.height, load, space, found.chunks.get(b"eXIf", b""), count_plays=lambda: plays)
+    return Source(
+        found.width, found.height, load, space, _parse_exif(found.chunks.get(b"eXIf", b"")), count_plays=lambda: plays
+    )
 
 
 def _draw_png(found: png.Png, rules: Rules) -> Picture:
@@ -412,7 +435,7 @@ def read_webp(content: bytes, rules: Rules) -> Source:
             raise
 
     plays = int(header.info.get("loop") or 0)
-    exif = header.info.get("exif", b"")
+    exif = _parse_exif(header.info.get("exif", b""))
     return Source(*header.size, load, ColorSpace(profile), exif, count_plays=lambda: plays)
 
 
@@ -455,7 +478,7 @@ def read_avif(content: bytes, rules: Rules) -> Source:
             raise
 
     width, height = (crop[2] - crop[0], crop[3] - crop[1]) if crop else header.size
-    return Source(width, height, load, space, header.info.get("exif", b""))
+    return Source(width, height, load, space, _parse_exif(header.info.get("exif", b"")))
 
 
 def read_heif(content: bytes, rules: Rules) -> Source:
@@ -479,7 +502,7 @@ def read_heif(content: bytes, rules: Rules) -> Source:
             raise
         yield _to_picture(Drawn(header))
 
-    return Source(*header.size, load, space, header.info.get("exif") or b"", is_turned_by_exif=False)
+    return Source(*header.size, load, space, _parse_exif(header.info.get("exif") or b""), is_turned_by_exif=False)
 
 
 def _explain_heif(content: bytes, error: Exception) -> Exception:
@@ -487,10 +510,7 @@ def _explain_heif(content: bytes, error: Exception) -> Exception:
     try:
         pi_heif.open_heif(io.BytesIO(_with_brand(content, HEIF_BRANDS)))
     except Exception as one:
-        text = clean(str(one), 200) or "its header cannot be read"
-        if "limit" in text.lower() or "memory" in text.lower():
-            return LimitError(f"the HEIF file exceeds a limit of its decoder, libheif: {text}")
-        return UnreadableImageError(f"the HEIF data is damaged: {text[:120]}")
+        return explain("HEIF", one)
     return UnreadableImageError("the HEIF data is damaged: its header cannot be read")
 
 
@@ -555,6 +575,8 @@ def read_tiff(content: bytes, rules: Rules) -> Source:
     try:
         header = _open(content, "TIFF")
     except UnidentifiedImageError:
+        if _is_known(page) or not page.is_plausible:
+            raise UnreadableImageError("the TIFF data is damaged: its tags make no sense") from None
         raise UnsupportedFormatError(f"the original is {page.describe()}: {EXPORT_ADVICE}") from None
     if not isinstance(header, TiffImagePlugin.TiffImageFile):
         raise UnreadableImageError("the TIFF data is damaged: its header cannot be read")
@@ -567,7 +589,7 @@ def read_tiff(content: bytes, rules: Rules) -> Source:
         try:
             drawn = draw(lambda: _open(content, "TIFF"), "TIFF", is_cut, False, rules.is_truncated_accepted)
         except UnreadableImageError as error:
-            if "raw mode" in str(error) or "not configured" in str(error):
+            if "raw mode" in str(error.__cause__) or "not configured" in str(error.__cause__):
                 raise UnsupportedFormatError(f"the original is {page.describe()}: {EXPORT_ADVICE}") from error
             raise
         image = drawn.image
@@ -577,8 +599,19 @@ def read_tiff(content: bytes, rules: Rules) -> Source:
             image = _unmultiply(image)
         yield _to_picture(Drawn(image, drawn.missing, drawn.flaw))
 
-    exif = header.getexif().tobytes()
+    exif = header.getexif()
     return Source(*header.size, load, ColorSpace(profile), exif, is_turned_by_exif=False)  # Pillow turns it itself
+
+
+def _is_known(page: tiff.Tiff) -> bool:
+    """Whether Pillow reads pixels of that kind, so that it must be something else that it stumbles over."""
+    bits, extra = page.tags.get(tiff.BITS) or (1,), page.tags.get(tiff.EXTRA_SAMPLES, ())
+    photometric, kind = page.first(tiff.PHOTOMETRIC, tiff.BLACK_IS_ZERO), page.first(tiff.SAMPLE_FORMAT, tiff.UNSIGNED)
+    order = b"II" if page.order == "little" else b"MM"
+    return any(
+        key[:2] == (order, photometric) and key[2][0] == kind and key[4:] == (bits, extra)
+        for key in TiffImagePlugin.OPEN_INFO
+    )
 
 
 def _check_jpeg_pieces(content: bytes, page: tiff.Tiff) -> None:
@@ -638,13 +671,15 @@ def read_bmp(content: bytes, rules: Rules) -> Source:
     if not header.width or not header.height:
         raise UnreadableImageError(f"the BMP data is damaged: its picture is {header.width} x {header.height} px")
     check_size(header.width, header.height, rules)
-    is_plain = header.compression in (bmp.RGB, bmp.BITFIELDS, bmp.ALPHA_BITFIELDS)
-    end = header.start + header.row_bytes * header.height if is_plain else int.from_bytes(content[2:6], "little")
+    end = header.start + header.row_bytes * header.height
     profile = check_profile(bmp.read_profile(content, header_bytes), rules)
 
     def load(_: bool) -> Iterator[Picture]:
         if header.compression in (bmp.BITFIELDS, bmp.ALPHA_BITFIELDS):
             yield _read_fields(content, header, rules)
+            return
+        if header.compression in (bmp.RLE4, bmp.RLE8):
+            yield _read_runs(content, header, header_bytes, rules)
             return
         drawn = draw(lambda: _open(content, "BMP"), "BMP", end > len(content), False, rules.is_truncated_accepted)
         yield _to_picture(drawn)
@@ -666,6 +701,16 @@ def _read_fields(content: bytes, header: bmp.Bmp, rules: Rules) -> Picture:
     missing = np.zeros((header.height, header.width), dtype=bool)
     missing[rows:] = True
     return Picture(fill(image, missing if header.is_top_down else missing[::-1]), flaw=flaw)
+
+
+def _read_runs(content: bytes, header: bmp.Bmp, header_bytes: int, rules: Rules) -> Picture:
+    image, free, has_end = bmp.read_runs(content, header, header_bytes)
+    if has_end or not free.any():
+        return Picture(image)
+    flaw = f"{percent(1 - free.any(axis=1).mean())} of the rows could be read"
+    if not rules.is_truncated_accepted or free.all():
+        raise TruncatedImageError(f"{flaw}; the end of the BMP file is missing: upload it again")
+    return Picture(fill(image, free), flaw=flaw)
 
 
 READERS: dict[str, Callable[[bytes, Rules], Source]] = {

@@ -26,6 +26,8 @@ KEPT = (
 )
 WHITE_IS_ZERO, BLACK_IS_ZERO, RGB, PALETTE, CMYK, YCBCR = 0, 1, 2, 3, 5, 6
 UNSIGNED, SIGNED, FLOAT, UNDEFINED = 1, 2, 3, 4
+POSSIBLE_BITS = {*range(1, 17), 24, 32, 64}
+MAX_SAMPLES = 16
 PHOTOMETRICS = {
     WHITE_IS_ZERO: "grey",
     BLACK_IS_ZERO: "grey",
@@ -44,7 +46,6 @@ PHOTOMETRICS = {
 }
 # Compressions by name; those that libtiff has in Pillow's wheels are read.
 COMPRESSIONS = {
-    6: "old-style JPEG",
     32766: "NeXT",
     32809: "ThunderScan",
     34676: "SGI LogLuv",
@@ -102,9 +103,14 @@ class Tiff:
             is_grey = photometric in (WHITE_IS_ZERO, BLACK_IS_ZERO)
             if is_grey or (compression == RAW and (max(bits) > 8 or (extra and extra != (2,)))):
                 return self.describe()
-        if photometric == YCBCR and compression not in (RAW, JPEG):
-            return self.describe()  # their colours come out unconverted
         return None
+
+    @property
+    def is_plausible(self) -> bool:
+        """Whether there may be such a picture; its tags are damaged otherwise."""
+        bits, count = self.tags.get(BITS) or (1,), self.first(SAMPLES, 1)
+        is_counted = len(bits) in (1, count) and 1 <= count <= MAX_SAMPLES
+        return is_counted and set(bits) <= POSSIBLE_BITS and self.first(PHOTOMETRIC, BLACK_IS_ZERO) in PHOTOMETRICS
 
     def describe(self) -> str:
         """The kind of its pixels in words."""
@@ -112,9 +118,10 @@ class Tiff:
         depth = str(bits[0]) if len(set(bits)) == 1 else "/".join(map(str, bits[:8]))
         kind = {SIGNED: " signed", FLOAT: " floating-point"}.get(self.first(SAMPLE_FORMAT, UNSIGNED), "")
         photometric = self.first(PHOTOMETRIC, BLACK_IS_ZERO)
-        color = PHOTOMETRICS.get(photometric, f"photometric interpretation {photometric}")
+        color = PHOTOMETRICS.get(photometric, "TIFF")
+        article = "an" if color[0] in "RI" else "a"
         planes = ", in separate planes" if self.first(PLANES, 1) == 2 and count > 1 else ""
-        return f"a {color} TIFF with {count} x {depth}-bit{kind} samples{planes}"
+        return f"{article} {color} TIFF with {count} x {depth}-bit{kind} samples{planes}"
 
 
 def read_tiff(content: bytes) -> Tiff | None:

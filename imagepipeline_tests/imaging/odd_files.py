@@ -253,6 +253,17 @@ def heif_samples() -> Iterator[Case]:
     for path in sorted(SAMPLES.glob("*.heic")):
         colors = _clear_last(CORNERS) if path.stem == "alpha" else CORNERS
         yield Case(path.stem, path.read_bytes(), colors=colors)
+    plain = (SAMPLES / "plain.heic").read_bytes()
+    avif = encode(picture(), "AVIF")
+    for brand in (b"mif1", b"mif2", b"miaf", b"msf1", b"heix", b"hevc", b"heis", b"1pic"):
+        yield Case(f"HEIC of brand {brand.decode()}", plain[:8] + brand + plain[12:])
+        yield Case(f"AVIF of brand {brand.decode()}", avif[:8] + brand + avif[12:])
+    for name, codes, colors in STATED:
+        if codes[1] != 1 and b"colrnclx" in plain:
+            yield Case(f"HEIC nclx {name}", _with_nclx(plain, *codes), colors=colors)
+    for coding, sentence in ((b"unci", "uncompressed"), (b"j2k1", "JPEG 2000"), (b"vvc1", "VVC"), (b"avc1", "AVC")):
+        changed = plain.replace(b"hvc1", coding)
+        yield Case(f"HEIF of {coding.decode()}", changed, "unsupported", sentence=sentence)
 
 
 # ---- files of every kind, each with what it must show
@@ -398,6 +409,11 @@ def kinds_of_bmp() -> Iterator[Case]:
             yield Case(f"{name}{', top down' * is_top_down}", _bmp_of_fields(bits, masks, is_top_down), colors=colors)
     cut = _bmp_of_fields(16, (0xF800, 0x07E0, 0x001F, 0), False)
     yield Case("565, cut off", cut[: len(cut) * 3 // 4], "truncated", sentence="7")
+    yield Case("runs of 8 bits", _bmp_of_runs(1, False))
+    yield Case("runs of 4 bits", _bmp_of_runs(2, False))
+    yield Case("runs that skip a corner", _bmp_of_runs(1, True), colors=(*CORNERS[:3], (0, 0, 0)))
+    whole = _bmp_of_runs(1, False)
+    yield Case("runs, cut off", whole[: len(whole) * 3 // 4], "truncated", sentence="of the rows")
     for name, at, value, sentence in (("JPEG inside", 30, 4, "wraps a JPEG"), ("two bits", 28, 2, "2 bits a pixel")):
         content = bytearray(encode(picture(), "BMP"))
         content[at] = value
@@ -813,6 +829,27 @@ def _bmp_of_fields(bits: int, masks: tuple[int, ...], is_top_down: bool) -> byte
         108, b"\0"
     )
     return b"BM" + struct.pack("<IHHI", 14 + 108 + len(data), 0, 0, 14 + 108) + header + data
+
+
+def _bmp_of_runs(compression: int, is_skipping: bool) -> bytes:
+    """A BMP of run lengths, a row a line, from the lowest up; it may leave its last corner free."""
+    palette = b"".join(bytes([*color[::-1], 0]) for color in CORNERS)
+    data, half = b"", SIZE[0] // 2
+    for y in reversed(range(SIZE[1])):
+        left, right = (2, 3) if y >= SIZE[1] // 2 else (0, 1)
+        indexes = [index * 17 if compression == 2 else index for index in (left, right)]
+        data += bytes([half, indexes[0]])
+        data += b"" if is_skipping and right == 3 else bytes([0, half, *(_absolute(right, compression, half))])
+        data += b"\0\0"
+    data += b"\0\1"
+    bits = 4 if compression == 2 else 8
+    header = struct.pack("<IiiHHIIiiII", 40, *SIZE, 1, bits, compression, len(data), 0, 0, 4, 0)
+    start = 14 + 40 + len(palette)
+    return b"BM" + struct.pack("<IHHI", start + len(data), 0, 0, start) + header + palette + data
+
+
+def _absolute(index: int, compression: int, count: int) -> bytes:
+    return bytes([index * 17]) * (count // 2) if compression == 2 else bytes([index]) * count
 
 
 def _big_tiff(order: str) -> bytes:
