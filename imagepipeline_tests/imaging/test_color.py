@@ -9,7 +9,7 @@ from PIL import Image
 from imagepipeline.imaging.color import HLG, PQ, ColorSpace, read_nclx, read_png_space, to_srgb, tone_map
 
 GREYS = (33, 66, 132, 197, 255)
-# What Chromium 146 shows of a PNG with cICP, for GREYS. PQ and HLG with primaries of BT.2020.
+# What Chromium 156 shows of a PNG with cICP, for GREYS. PQ and HLG with primaries of BT.2020.
 SHOWN = {
     (1, 1): (21, 56, 125, 194, 255),
     (1, 4): (27, 64, 133, 198, 255),
