@@ -579,6 +579,10 @@ def whole_all_the_same() -> Iterator[Case]:
         yield Case(f"JPEG {options}, no end", content[:-2])
         yield Case(f"JPEG {options}, noise behind", content + np.random.default_rng(5).bytes(500))
         yield Case(f"JPEG {options}, zeros before its end", content[:-2] + bytes(40) + content[-2:])
+    text = b"comment\0\0" + zlib.compress(bytes(20_000_000))
+    yield Case("PNG, 20 MB of text behind its pixels", _with_chunks(_png_of(picture()), (b"zTXt", text), is_late=True))
+    for name in (b"pHYs", b"cHRM", b"sRGB", b"gAMA", b"iCCP", b"tIME", b"eXIf"):
+        yield Case(f"PNG, {name.decode()} of one byte", _with_chunks(_png_of(picture()), (name, b"\0")))
     content = encode(picture(), "JPEG")
     at = content.index(b"\xff\xdb")
     yield Case("JPEG, junk between its segments", content[:at] + b"junk" + content[at:])
