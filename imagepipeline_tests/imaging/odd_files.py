@@ -513,7 +513,7 @@ def bombs() -> Iterator[Case]:
     content = encode(Image.new("L", (3000, 3000)), "GIF", save_all=True, append_images=wide_frames)
     yield Case("GIF of 54 megapixels in six frames to keep", content, "limits", rules=KEEP)
     yield Case("GIF of a million frames to keep", _gif_of_empty_frames(1_000_000), "limits", rules=KEEP)
-    yield Case("JPEG that must be decoded in full", _resized_jpeg(1000, 60_000), "limits", sentence="60000 px")
+    yield Case("JPEG whose variants would be too long", _resized_jpeg(1000, 60_000), "limits", sentence="60000 px")
     yield Case("TIFF whose pages go in a circle", _circular_tiff(), "completed", None)
     text = PngImagePlugin.PngInfo()
     text.add_text("comment", "a" * 20_000_000, zip=True)
