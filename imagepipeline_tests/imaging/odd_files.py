@@ -384,6 +384,10 @@ def kinds_of_tiff() -> Iterator[Case]:
         ),
         "grey of signed bytes": (_tiff(8, 1, bytes(96 * 64), {262: (3, 1), 339: (3, 2)}), "1 x 8-bit signed"),
         "LogLuv": (_tiff(16, 3, bytes(96 * 64 * 6), {262: (3, 32845), 259: (3, 34676)}), "SGI LogLuv"),
+        "YCbCr, subsampled and uncompressed": (
+            _tiff(8, 3, bytes(96 * 64 * 3), {262: (3, 6)}),
+            "YCbCr TIFF with 3 x 8-bit",
+        ),
         "WebP inside": (_tiff(8, 3, bytes(99), {259: (3, 50001)}), "compressed as WebP"),
         "JPEG XL inside": (_tiff(8, 3, bytes(99), {259: (3, 50002)}), "compressed as JPEG XL"),
         "a BigTIFF of the other order": (_big_tiff(">"), "BigTIFF in big-endian"),
