@@ -57,9 +57,9 @@ def read_primary_item(content: bytes) -> Item:
 
 def _read_primary_item(content: bytes) -> Item:
     boxes = _Meta()
-    for name, first, last in _walk(content, 0, len(content)):
+    for name, first, last in walk(content, 0, len(content)):
         if name == b"meta":
-            for kind, start, stop in _walk(content, first + 4, last):
+            for kind, start, stop in walk(content, first + 4, last):
                 boxes.take(kind, content[start:stop])
             break
     coded = boxes.find_coded(boxes.primary)
@@ -104,15 +104,15 @@ class _Meta:
         elif kind == b"iloc":
             self._take_locations(_Reader(box))
         elif kind == b"iprp":
-            for name, start, stop in _walk(box, 0, len(box)):
+            for name, start, stop in walk(box, 0, len(box)):
                 if name == b"ipco":
                     inner = box[start:stop]
-                    self.properties = [(what, inner[a:b]) for what, a, b in _walk(inner, 0, len(inner))]
+                    self.properties = [(what, inner[a:b]) for what, a, b in walk(inner, 0, len(inner))]
                 elif name == b"ipma":
                     self._take_associations(_Reader(box[start:stop]))
 
     def _take_types(self, box: bytes) -> None:
-        for kind, start, stop in _walk(box, 8 if box[0] else 6, len(box)):
+        for kind, start, stop in walk(box, 8 if box[0] else 6, len(box)):
             if kind == b"infe" and box[start] in (2, 3):
                 width = 2 if box[start] == 2 else 4
                 item = int.from_bytes(box[start + 4 : start + 4 + width], "big")
@@ -120,7 +120,7 @@ class _Meta:
 
     def _take_references(self, box: bytes) -> None:
         width = 4 if box[0] else 2
-        for kind, start, stop in _walk(box, 4, len(box)):
+        for kind, start, stop in walk(box, 4, len(box)):
             if kind == b"dimg":
                 reader = _Reader(box[start:stop])
                 item, count = reader.number(width), reader.number(2)
@@ -164,7 +164,7 @@ class _Reader:
         return int.from_bytes(self._content[self._position - size : self._position], "big")
 
 
-def _walk(content: bytes | bytearray, position: int, end: int) -> Iterator[tuple[bytes, int, int]]:
+def walk(content: bytes | bytearray, position: int, end: int) -> Iterator[tuple[bytes, int, int]]:
     """Type, start and end of the content of each box between two positions."""
     for _ in range(MAX_BOXES):
         if position + 8 > end:
@@ -189,7 +189,7 @@ def set_play_count(content: bytes, play_count: int) -> bytes:
     if not play_count:
         return content
     changed = bytearray(content)
-    for kind, start, end in _walk(content, 0, len(content)):
+    for kind, start, end in walk(content, 0, len(content)):
         if kind == b"moov":
             _set_durations(changed, start, end, play_count)
     return bytes(changed)
@@ -197,11 +197,11 @@ def set_play_count(content: bytes, play_count: int) -> bytes:
 
 def _set_durations(content: bytearray, start: int, end: int, play_count: int) -> None:
     longest = 0
-    boxes = [*_walk(content, start, end)]
+    boxes = [*walk(content, start, end)]
     for kind, first, last in boxes:
         if kind == b"trak":
-            inner = {name: (one, other) for name, one, other in _walk(content, first, last)}
-            lists = {name: one for name, one, _ in _walk(content, *inner.get(b"edts", (0, 0)))}
+            inner = {name: (one, other) for name, one, other in walk(content, first, last)}
+            lists = {name: one for name, one, _ in walk(content, *inner.get(b"edts", (0, 0)))}
             round_start = lists.get(b"elst", 0) + 8  # behind version, flags and the number of entries
             duration = play_count * int.from_bytes(content[round_start : round_start + 8], "big")
             at = inner[b"tkhd"][0] + 28  # behind version, flags, two dates, the track's ID and 4 bytes

@@ -162,11 +162,12 @@ def _build_profile(space: ColorSpace) -> bytes | None:
         if primaries is SRGB_PRIMARIES and curve is TO_LINEAR[SRGB_CURVE]:
             return None
     try:
-        to_xyz = _to_xyz(primaries)
-        white = to_xyz.sum(axis=1)
-        scale = np.diag((BRADFORD @ D50) / (BRADFORD @ white))
-        columns = np.linalg.inv(BRADFORD) @ scale @ BRADFORD @ to_xyz
-    except (ZeroDivisionError, np.linalg.LinAlgError):  # chromaticities of no colours
+        with np.errstate(all="ignore"):  # chromaticities of no colours: told by what comes of them
+            to_xyz = _to_xyz(primaries)
+            white = to_xyz.sum(axis=1)
+            scale = np.diag((BRADFORD @ D50) / (BRADFORD @ white))
+            columns = np.linalg.inv(BRADFORD) @ scale @ BRADFORD @ to_xyz
+    except (ZeroDivisionError, np.linalg.LinAlgError):
         return None
     if not np.isfinite(columns).all() or abs(columns).max() > MAX_S15:
         return None

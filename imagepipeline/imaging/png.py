@@ -10,9 +10,10 @@ GREY, RGB, PALETTE = 0, 2, 3  # colour types
 ANIMATION = (b"acTL", b"fcTL", b"fdAT")
 # What counts only before the pixels (W3C PNG, 5.6).
 BEFORE_PIXELS = (b"PLTE", b"tRNS", b"cICP", b"iCCP", b"sRGB", b"gAMA", b"cHRM", b"sBIT", b"bKGD", b"cLLI", b"mDCV")
+TEXTS = (b"tEXt", b"zTXt", b"iTXt")  # bounded where they come first; behind the pixels they are not unpacked at all
 # Ancillary chunks that change pixels, or that are bounded as Pillow unpacks them. Others, it stumbles over if they are
 # malformed.
-FOR_DECODER = (b"tRNS", b"tEXt", b"zTXt", b"iTXt", *ANIMATION)
+FOR_DECODER = (b"tRNS", *TEXTS, *ANIMATION)
 END = b"\0\0\0\0IEND\xaeB`\x82"
 
 
@@ -75,7 +76,7 @@ def read_png(content: bytes) -> Png | None:
             header = header or body
         elif kind == b"IDAT":
             data.append(body)
-        elif not (data and kind in BEFORE_PIXELS):
+        elif not (data and kind in BEFORE_PIXELS + TEXTS):
             if not is_critical:
                 chunks.setdefault(kind, body)
             if is_critical or kind in FOR_DECODER:

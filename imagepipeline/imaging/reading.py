@@ -162,19 +162,20 @@ def _choose_size(width: int, height: int, is_on_its_side: bool, rules: Rules) ->
     """
     across = height if is_on_its_side else width
     eighths = next((part for part in (1, 2, 4) if across * part // 8 >= 2 * rules.max_width_px), 8)
-    while eighths > 1:
-        size = math.ceil(width * eighths / 8), math.ceil(height * eighths / 8)
-        smaller = math.ceil(across * (eighths - 1) / 8)
-        if size[0] * size[1] <= rules.max_pixels or smaller < min(across, rules.max_width_px):
-            break
+    size = _scale_by_eighths(width, height, eighths)
+    while size[0] * size[1] > rules.max_pixels and across * (eighths - 1) / 8 >= min(across, rules.max_width_px):
         eighths -= 1
-    size = math.ceil(width * eighths / 8), math.ceil(height * eighths / 8)
+        size = _scale_by_eighths(width, height, eighths)
     if size[0] * size[1] > rules.max_pixels:
         raise LimitError(
             f"the original is {width} x {height} px and must be decoded at {size[0]} x {size[1]} px, "
             f"the limit is {rules.max_pixels / 1e6:g} megapixels (IMAGEPIPELINE_MAX_PIXELS)"
         )
     return size
+
+
+def _scale_by_eighths(width: int, height: int, eighths: int) -> tuple[int, int]:
+    return math.ceil(width * eighths / 8), math.ceil(height * eighths / 8)
 
 
 def _decode_jpeg(found: jpeg.Jpeg, size: tuple[int, int], rules: Rules) -> Picture:
@@ -294,7 +295,8 @@ def read_png(content: bytes, rules: Rules) -> Source:
             image.seek(index)
             image.load()
             duration_ms = int(image.info.get("duration") or 0)
-            yield _to_picture(Drawn(_with_clear_color(image.copy(), found, None)), duration_ms)
+            frame = _to_bytes(_with_clear_color(image.copy(), found, None))
+            yield _to_picture(Drawn(frame), duration_ms)
 
     space = read_png_space(found.chunks, profile)
     plays = int(header.info.get("loop") or 0)
@@ -315,10 +317,13 @@ def _draw_png(found: png.Png, rules: Rules) -> Picture:
     lower = None
     if found.bits == 16 and found.color_type == png.RGB and b"tRNS" in found.chunks:
         lower = draw(lambda: open_image("RGB;16L"), *options).image  # the lower bytes: as if they were the upper ones
-    image = _with_clear_color(drawn.image, found, lower)
-    if image.mode.startswith("I"):
-        image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
+    image = _to_bytes(_with_clear_color(drawn.image, found, lower))
     return _to_picture(Drawn(image, drawn.missing, drawn.flaw))
+
+
+def _to_bytes(image: Image.Image) -> Image.Image:
+    """Grey of 16 bits by its upper eight."""
+    return Image.fromarray((np.asarray(image) >> 8).astype(np.uint8)) if image.mode.startswith("I") else image
 
 
 def _with_clear_color(image: Image.Image, found: png.Png, lower: Image.Image | None) -> Image.Image:
@@ -327,7 +332,8 @@ def _with_clear_color(image: Image.Image, found: png.Png, lower: Image.Image | N
     `lower` holds the lower bytes of an RGB image of 16 bits.
     """
     clear = found.chunks.get(b"tRNS", b"")
-    image.info.pop("transparency", None) if found.color_type in (png.GREY, png.RGB) else None
+    if found.color_type in (png.GREY, png.RGB):
+        image.info.pop("transparency", None)  # which Pillow compares with numbers of another depth
     values = [int.from_bytes(clear[at : at + 2], "big") for at in range(0, len(clear) - 1, 2)]
     if found.color_type == png.GREY and len(values) == 1 and image.mode in ("1", "L", "I;16", "I"):
         stored = np.asarray(image.convert("L") if image.mode == "1" else image)
@@ -424,7 +430,8 @@ def read_webp(content: bytes, rules: Rules) -> Source:
     check_size(*header.size, rules)
     profile = check_profile(header.info.get("icc_profile"), rules)
     frame_count = getattr(header, "n_frames", 1) if rules.is_animation_kept else 1
-    check_frames(*header.size, frame_count, rules) if rules.is_animation_kept else None
+    if rules.is_animation_kept:
+        check_frames(*header.size, frame_count, rules)
 
     def load(_: bool) -> Iterator[Picture]:
         try:
@@ -463,7 +470,8 @@ def read_avif(content: bytes, rules: Rules) -> Source:
         ) from None
     check_size(*header.size, rules)
     frame_count = getattr(header, "n_frames", 1) if rules.is_animation_kept else 1
-    check_frames(*header.size, frame_count, rules) if rules.is_animation_kept else None
+    if rules.is_animation_kept:
+        check_frames(*header.size, frame_count, rules)
     space = _read_space(item, header.info.get("icc_profile"), rules)
     crop = _read_crop(item, *header.size)
 

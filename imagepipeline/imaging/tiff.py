@@ -10,7 +10,7 @@ WIDTH, HEIGHT, DNG_VERSION = 256, 257, 50706
 VALUE_BYTES = {3: 2, 4: 4, 5: 8, 8: 2, 9: 4, 10: 8, 11: 4, 12: 8, 13: 4, 16: 8, 17: 8, 18: 8}  # by type; 1 for others
 MAX_VALUES = 200_000  # of one tag that are read
 RAW, JPEG = 1, 7
-JPEG_TABLES = 347
+JPEG_TABLES, SUBSAMPLING = 347, 530
 KEPT = (
     WIDTH,
     HEIGHT,
@@ -23,6 +23,7 @@ KEPT = (
     EXTRA_SAMPLES,
     SAMPLE_FORMAT,
     JPEG_TABLES,
+    SUBSAMPLING,
 )
 WHITE_IS_ZERO, BLACK_IS_ZERO, RGB, PALETTE, CMYK, YCBCR = 0, 1, 2, 3, 5, 6
 UNSIGNED, SIGNED, FLOAT, UNDEFINED = 1, 2, 3, 4
@@ -98,6 +99,8 @@ class Tiff:
             return f"a TIFF compressed as {COMPRESSIONS[compression]}"
         if sample_format == SIGNED and max(bits) <= 8:
             return self.describe()
+        if photometric == YCBCR and compression == RAW and (self.tags.get(SUBSAMPLING) or (2, 2)) != (1, 1):
+            return f"{self.describe()}, whose colours have fewer samples than its brightness"
         if self.first(PLANES, 1) == 2 and self.first(SAMPLES, 1) > 1:
             # Uncompressed planes are read as if they held 8 bits and no alpha; grey ones with alpha never rightly.
             is_grey = photometric in (WHITE_IS_ZERO, BLACK_IS_ZERO)

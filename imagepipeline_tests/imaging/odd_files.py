@@ -384,6 +384,10 @@ def kinds_of_tiff() -> Iterator[Case]:
         ),
         "grey of signed bytes": (_tiff(8, 1, bytes(96 * 64), {262: (3, 1), 339: (3, 2)}), "1 x 8-bit signed"),
         "LogLuv": (_tiff(16, 3, bytes(96 * 64 * 6), {262: (3, 32845), 259: (3, 34676)}), "SGI LogLuv"),
+        "YCbCr, subsampled and uncompressed": (
+            _tiff(8, 3, bytes(96 * 64 * 3), {262: (3, 6)}),
+            "YCbCr TIFF with 3 x 8-bit",
+        ),
         "WebP inside": (_tiff(8, 3, bytes(99), {259: (3, 50001)}), "compressed as WebP"),
         "JPEG XL inside": (_tiff(8, 3, bytes(99), {259: (3, 50002)}), "compressed as JPEG XL"),
         "a BigTIFF of the other order": (_big_tiff(">"), "BigTIFF in big-endian"),
@@ -513,7 +517,7 @@ def bombs() -> Iterator[Case]:
     content = encode(Image.new("L", (3000, 3000)), "GIF", save_all=True, append_images=wide_frames)
     yield Case("GIF of 54 megapixels in six frames to keep", content, "limits", rules=KEEP)
     yield Case("GIF of a million frames to keep", _gif_of_empty_frames(1_000_000), "limits", rules=KEEP)
-    yield Case("JPEG that must be decoded in full", _resized_jpeg(1000, 60_000), "limits", sentence="60000 px")
+    yield Case("JPEG whose variants would be too long", _resized_jpeg(1000, 60_000), "limits", sentence="60000 px")
     yield Case("TIFF whose pages go in a circle", _circular_tiff(), "completed", None)
     text = PngImagePlugin.PngInfo()
     text.add_text("comment", "a" * 20_000_000, zip=True)
@@ -579,6 +583,10 @@ def whole_all_the_same() -> Iterator[Case]:
         yield Case(f"JPEG {options}, no end", content[:-2])
         yield Case(f"JPEG {options}, noise behind", content + np.random.default_rng(5).bytes(500))
         yield Case(f"JPEG {options}, zeros before its end", content[:-2] + bytes(40) + content[-2:])
+    text = b"comment\0\0" + zlib.compress(bytes(20_000_000))
+    yield Case("PNG, 20 MB of text behind its pixels", _with_chunks(_png_of(picture()), (b"zTXt", text), is_late=True))
+    for name in (b"pHYs", b"cHRM", b"sRGB", b"gAMA", b"iCCP", b"tIME", b"eXIf"):
+        yield Case(f"PNG, {name.decode()} of one byte", _with_chunks(_png_of(picture()), (name, b"\0")))
     content = encode(picture(), "JPEG")
     at = content.index(b"\xff\xdb")
     yield Case("JPEG, junk between its segments", content[:at] + b"junk" + content[at:])

@@ -6,7 +6,7 @@ import struct
 import pytest
 from PIL import Image
 
-from imagepipeline.imaging.boxes import _walk
+from imagepipeline.imaging.boxes import walk
 from imagepipeline.imaging.decoding import decode
 from imagepipeline.imaging.variants import render
 from imagepipeline.models import build_variant_specs
@@ -59,7 +59,7 @@ def count_plays(content):
 
 
 def walk_in(content, start, end):
-    for kind, first, last in _walk(content, start, end):
+    for kind, first, last in walk(content, start, end):
         yield kind, first, last
         if kind in (b"moov", b"trak", b"edts"):
             yield from walk_in(content, first, last)
