@@ -748,12 +748,6 @@ def open_catalogue(settings: Settings) -> "Catalogue":
     """The catalogue, known to answer."""
     from imagepipeline.stores.catalogue import Catalogue
 
-    file = settings.catalogue_file
-    if file is not None and not file.exists():  # the driver would make an empty one
-        raise StackError(
-            f"there is no catalogue in {file.parent}: start the stack with `imagepipeline up`, or set "
-            "IMAGEPIPELINE_HOME (by default .imagepipeline in the folder you are in) to where it runs"
-        )
     catalogue = Catalogue(settings.database_url)
     catalogue.check()
     return catalogue

@@ -1,12 +1,13 @@
 """The doctor: looks at everything a pipeline stands on, one finding each, with what to do about it."""
 
+import functools
 import io
 import os
 import resource
 import shutil
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
@@ -42,6 +43,7 @@ class Finding:
 
 def examine(settings: Settings) -> Iterator[Finding]:
     """Looks at each thing in turn; the providers are asked one tiny question each, which they may charge for."""
+    ask_dagster = functools.cache(lambda: _ask_dagster(settings))  # it takes a process that imports Dagster
     checks: dict[str, Callable[[Settings], Finding]] = {
         "home": _examine_home,
         "redis": _examine_redis,
@@ -53,8 +55,8 @@ def examine(settings: Settings) -> Iterator[Finding]:
         "prices": _examine_prices,
         "sandbox": _examine_sandbox,
         "code server": _examine_code_server,
-        "daemon": _examine_daemon,
-        "sensors": _examine_sensors,
+        "daemon": lambda _: _examine_daemon(ask_dagster()),
+        "sensors": lambda _: _examine_sensors(ask_dagster()),
         "webserver": _examine_webserver,
         "vision model": _examine_vision,
         "embedding model": _examine_embedder,
@@ -115,26 +117,27 @@ def _examine_code_server(settings: Settings) -> Finding:
     return Finding("code server", True, "it answers")
 
 
-def _examine_daemon(settings: Settings) -> Finding:
-    problems = _ask_dagster(settings, "daemon")
-    if problems:
+def _examine_daemon(said: Mapping[str, Mapping[str, str]]) -> Finding:
+    if problems := _list_problems(said["daemon"]):
         return Finding("daemon", False, "; ".join(problems), ADVICE["daemon"])
     return Finding("daemon", True, "all its parts have given a sign of life")
 
 
-def _examine_sensors(settings: Settings) -> Finding:
-    problems = _ask_dagster(settings, "sensors")
-    if problems:
+def _examine_sensors(said: Mapping[str, Mapping[str, str]]) -> Finding:
+    if problems := _list_problems(said["sensors"]):
         return Finding("sensors", False, "; ".join(problems), "without them nothing is taken in, recovered or told")
     return Finding("sensors", True, "all run, and none fails")
 
 
-def _ask_dagster(settings: Settings, kind: str) -> list[str]:
+def _ask_dagster(settings: Settings) -> dict[str, dict[str, str]]:
     from imagepipeline.runtime import services
 
     if not settings.dagster_database_url and not (settings.home / "dagster" / "storage").is_dir():
         raise StackError("there is no Dagster in this home yet")
-    said = services.examine_daemon(settings)[kind]
+    return services.examine_daemon(settings)
+
+
+def _list_problems(said: Mapping[str, str]) -> list[str]:
     return [f"{name} {problem}" for name, problem in said.items() if problem]
 
 
@@ -180,16 +183,9 @@ def _examine_redis(settings: Settings) -> Finding:
     return Finding("redis", True, "it answers, evicts nothing and has room")
 
 
-def _require_catalogue(settings: Settings) -> None:
-    file = settings.catalogue_file
-    if file is not None and not file.exists():  # the driver would make an empty one
-        raise StackError(f"there is no catalogue in {file.parent}")
-
-
 def _examine_database(settings: Settings) -> Finding:
     from imagepipeline.stores.catalogue import Catalogue
 
-    _require_catalogue(settings)
     catalogue = Catalogue(settings.database_url)
     catalogue.check()
     counts = catalogue.count()
@@ -338,9 +334,10 @@ def _examine_embedder(settings: Settings) -> Finding:
 
 
 def _examine_pauses(settings: Settings) -> Finding:
+    from imagepipeline.stores.catalogue import Catalogue
     from imagepipeline.stores.ledger import Ledger
 
-    _require_catalogue(settings)
+    Catalogue(settings.database_url).check()
     pauses = Ledger(settings.database_url).list_pauses()
     if pauses:
         advice = "mend the cause, then `imagepipeline resume`"

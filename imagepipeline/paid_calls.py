@@ -17,7 +17,7 @@ from imagepipeline.errors import (
     RateLimitError,
     RefusedError,
 )
-from imagepipeline.models import CallUsage, Claim, PaidCall, Recipe, now_utc
+from imagepipeline.models import CallUsage, Claim, PaidCall, Pause, Recipe, now_utc
 from imagepipeline.stores.ledger import MESSAGE_CHARACTERS, Ledger
 from imagepipeline.stores.limiter import CallLimiter
 
@@ -219,8 +219,10 @@ class PaidCalls:
             counts.append((images, "" if images else self._explain_wait(permits.wait_seconds)))
         return min(counts, default=(None, ""))
 
-    def update_pauses(self) -> None:
-        """Opens and ends the pauses that follow from settings and ledger alone, so that no run must fail to find out.
+    def update_pauses(self) -> list[Pause]:
+        """Opens and ends the pauses that follow from settings and ledger alone, and gives those that are left open.
+
+        So no run must fail to find out.
 
         A pause that calls of a model brought about which is not asked any more is ended, too.
         """
@@ -229,17 +231,21 @@ class PaidCalls:
             "price": (problem, None) if problem else None,
             "budget": self._explain_budget() if self._recipes else None,
         }
-        pauses = self._ledger.list_pauses()
+        pauses, is_changed = self._ledger.list_pauses(), False
         for reason, due in reasons.items():
             known = next((pause for pause in pauses if pause.reason == reason), None)
             if due and (known is None or known.is_over or known.message != due[0][:MESSAGE_CHARACTERS]):
                 self._ledger.pause(reason, *due)
+                is_changed = True
             elif known and not due:
                 self._ledger.end(known)
+                is_changed = True
         for pause in pauses:
             is_local = pause.stage in self._all_recipes and pause.stage not in self._recipes
             if is_local or (self._all_recipes and not self._recipes):
                 self._ledger.end(pause)
+                is_changed = True
+        return self._ledger.list_pauses() if is_changed else pauses
 
     def _explain_unpriced(self, *recipes: Recipe) -> str | None:
         """What to do if a budget is set that calls to these models cannot be counted against: their cost is unknown."""

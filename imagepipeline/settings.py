@@ -318,9 +318,7 @@ class Settings(BaseModel):
         """
         known = {field.alias for field in cls.model_fields.values() if field.alias}
         secrets = _read_secrets(environment)
-        links = {
-            name for name, value in environment.items() if name.startswith(LINKED) and _is_service_link(name, value)
-        }
+        links = {name for name, value in environment.items() if _is_service_link(name, value)}
         if environment is os.environ:  # Dagster, the cloud's libraries and our children look there
             os.environ.update(secrets | _build_no_proxy(environment))
             for name in {f"{name}_FILE" for name in SECRETS} | links:
@@ -392,12 +390,6 @@ class Settings(BaseModel):
         if self.explicit_database_url:
             return self.explicit_database_url.get_secret_value()
         return f"sqlite:///{self.home / 'catalogue.sqlite'}"
-
-    @property
-    def catalogue_file(self) -> Path | None:
-        """The catalogue's file; None if it is on a server."""
-        url = self.database_url
-        return Path(url.removeprefix("sqlite:///").partition("?")[0]) if url.startswith("sqlite") else None
 
     @property
     def storage(self) -> str:

@@ -168,7 +168,7 @@ def variants(
                 "attempt": context.retry_number + 1,
                 "dagster/uri": files.locate(rendered[0][0]).rpartition("/")[0],
             },
-            check_results=checks.check_variants(claim.image_id, catalogue, files, originals, renderer),
+            check_results=checks.check_variants(claim, catalogue, files, originals, renderer),
         )
 
 

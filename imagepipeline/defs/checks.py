@@ -36,10 +36,10 @@ with warnings.catch_warnings():
 
 
 def check_variants(
-    image_id: str, catalogue: Catalogue, files: Storage, originals: Originals, renderer: Renderer
+    claim: Claim, catalogue: Catalogue, files: Storage, originals: Originals, renderer: Renderer
 ) -> list[dg.AssetCheckResult]:
-    """Reads an image's stored variants back and compares them with their rows and their original."""
-    problems, facts = find_problems(image_id, catalogue, files, originals, renderer)
+    """Reads the claimed image's stored variants back and compares them with their rows and their original."""
+    problems, facts = find_problems(claim, catalogue, files, originals, renderer)
     return [
         dg.AssetCheckResult(
             check_name=name,
@@ -53,22 +53,22 @@ def check_variants(
 
 
 def find_problems(
-    image_id: str, catalogue: Catalogue, files: Storage, originals: Originals, renderer: Renderer
+    claim: Claim, catalogue: Catalogue, files: Storage, originals: Originals, renderer: Renderer
 ) -> tuple[dict[str, list[str]], dict[str, float | int]]:
-    """What is wrong with an image's variants, by the names of CHECKS, and figures about them.
+    """What is wrong with the claimed image's variants, by the names of CHECKS, and figures about them.
 
     A check that cannot be made has failed, and fails nothing else.
     """
     try:
-        row = catalogue.get(image_id) or {"variants": [], "path": None, "generation": 0, "fence": 0}
-        original = originals.load(Claim(image_id, row["generation"], row["fence"], row["path"]))
-        contents = [_read(files, variant["path"]) for variant in row["variants"]]
+        variants = (catalogue.get(claim.image_id) or {"variants": []})["variants"]
+        original = originals.load(claim)
+        contents = [_read(files, variant["path"]) for variant in variants]
         inspections = renderer.inspect(original.session, contents)
     except ImagePipelineError as error:
         return {name: [str(error)] for name in CHECKS}, {}
     found = [
         {**variant, "found": inspection, "spec": _spec_of(variant, renderer.specs)}
-        for variant, inspection in zip(row["variants"], inspections, strict=True)
+        for variant, inspection in zip(variants, inspections, strict=True)
     ]
     problems = {
         "complete": [*_find_incomplete(found, original, len(renderer.specs))],

@@ -69,9 +69,8 @@ def upload_sensor(
     unfinished = find_unfinished(context.instance)
     limit = find_limit(context.instance)
     try:
-        paid_calls.update_pauses()
+        pauses = paid_calls.update_pauses()
         affordable, problem_of_rates = paid_calls.count_affordable()
-        pauses = ledger.list_pauses()
         for line in reopen_failures(catalogue, ledger, pauses):
             context.log.warning(line)
     except PostponedError as error:

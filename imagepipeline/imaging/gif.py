@@ -3,7 +3,6 @@
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-MAX_SIDE = 65_535
 LOOPS = (b"NETSCAPE2.0", b"ANIMEXTS1.0")
 
 

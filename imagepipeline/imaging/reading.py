@@ -37,8 +37,9 @@ pillow_avif.AvifImagePlugin.DEFAULT_MAX_THREADS = 1  # five runs share the machi
 pi_heif.register_heif_opener(thumbnails=False, depth_images=False, aux_images=False, decode_threads=1)
 
 EXPORT_ADVICE = "export it as PNG"
-AVIF_BRANDS = (b"avif", b"avis")
-HEIF_BRANDS = (b"heic", b"heix", b"heim", b"heis", b"hevc", b"hevx", b"hevm", b"hevs", b"mif1", b"msf1")
+# The brands by which the decoders know their files; `formats` knows more.
+PILLOW_AVIF_BRANDS = (b"avif", b"avis")
+PILLOW_HEIF_BRANDS = (b"heic", b"heix", b"heim", b"heis", b"hevc", b"hevx", b"hevm", b"hevs", b"mif1", b"msf1")
 # A JPEG is decoded at an eighth to all of its size. Even at an eighth its coded data is read in full, so that it may be
 # no larger than this many times what is decoded.
 MAX_JPEG_REDUCTION = 5
@@ -461,7 +462,7 @@ def read_avif(content: bytes, rules: Rules) -> Source:
     """AVIF; it is turned and cropped by its own properties, not by EXIF (ISO/IEC 23000-22, 7.3.6.7)."""
     item, is_cut = _check_boxes(content, "AVIF")
     try:
-        header = _open(_with_brand(content, AVIF_BRANDS), "AVIF")
+        header = _open(_with_brand(content, PILLOW_AVIF_BRANDS), "AVIF")
     except UnidentifiedImageError:
         raise (
             _miss_end("AVIF", len(content), find_end(content))
@@ -493,7 +494,7 @@ def read_heif(content: bytes, rules: Rules) -> Source:
     """HEIC; libheif turns and crops it, so that EXIF must not."""
     item, is_cut = _check_boxes(content, "HEIF")
     try:
-        header = _open(_with_brand(content, HEIF_BRANDS), "HEIF")
+        header = _open(_with_brand(content, PILLOW_HEIF_BRANDS), "HEIF")
     except UnidentifiedImageError as error:
         if is_cut:
             raise _miss_end("HEIF", len(content), find_end(content)) from None
@@ -516,7 +517,7 @@ def read_heif(content: bytes, rules: Rules) -> Source:
 def _explain_heif(content: bytes, error: Exception) -> Exception:
     """Why a header cannot be opened; Pillow keeps that to itself."""
     try:
-        pi_heif.open_heif(io.BytesIO(_with_brand(content, HEIF_BRANDS)))
+        pi_heif.open_heif(io.BytesIO(_with_brand(content, PILLOW_HEIF_BRANDS)))
     except Exception as one:
         return explain("HEIF", one)
     return UnreadableImageError("the HEIF data is damaged: its header cannot be read")

@@ -133,6 +133,12 @@ class Catalogue:
         Raises:
             StackError: if not. The message leaves out the address, which may hold a password.
         """
+        url = self._database.engine.url
+        if url.drivername == "sqlite" and url.database and not Path(url.database).exists():
+            raise StackError(  # the driver would make an empty file, and look for tables in that
+                f"there is no catalogue in {Path(url.database).parent}: start the stack with `imagepipeline up`, or "
+                "set IMAGEPIPELINE_HOME (by default .imagepipeline in the folder you are in) to where it runs"
+            )
         try:
             with self._database.engine.connect() as connection:
                 connection.execute(sa.select(image_history.c.seq).limit(1))

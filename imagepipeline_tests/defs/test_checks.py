@@ -10,7 +10,7 @@ from imagepipeline.defs.originals import Originals
 from imagepipeline.imaging.decoding import Rules
 from imagepipeline.imaging.sandbox import Sandbox
 from imagepipeline.imaging.variants import Renderer
-from imagepipeline.models import Variant, build_variant_specs
+from imagepipeline.models import Claim, Variant, build_variant_specs
 from imagepipeline_tests.imaging.odd_files import encode
 
 
@@ -20,7 +20,7 @@ def check(catalogue, files):
 
     def check(image_id, specs=build_variant_specs()):  # noqa: B008
         with closing(Originals(files, Sandbox(), Rules())) as originals:
-            problems, _ = find_problems(image_id, catalogue, files, originals, Renderer(specs))
+            problems, _ = find_problems(Claim(image_id, 1, 1, None), catalogue, files, originals, Renderer(specs))
         return {name: "; ".join(found) for name, found in problems.items()}
 
     return check
