@@ -58,10 +58,10 @@ class Stack:
                 if time.monotonic() - started > seconds:
                     raise RuntimeError(f"{len(image_ids) - len(ended)} images did not end within {seconds} s")
                 states = catalogue.get_states([image_id for image_id in image_ids if image_id not in ended])
-                for image_id, (_, status) in states.items():
-                    if status == "failed":
+                for image_id, state in states.items():
+                    if state.status == "failed":
                         raise RuntimeError(f"{image_id} failed")
-                    if status == "completed":
+                    if state.status == "completed":
                         ended[image_id] = time.monotonic() - started
                 time.sleep(0.02 if len(image_ids) == 1 else 0.1)
         return ended

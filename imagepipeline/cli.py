@@ -654,7 +654,7 @@ def migrate(settings: Settings, is_taken_over: bool, dry_run: bool, as_json: boo
 
 
 @cli.command(epilog=EPILOG)
-@click.argument("name", type=click.Choice(["code-server", "daemon", "webserver"]))
+@click.argument("name", type=click.Choice(["code-server", "worker", "daemon", "webserver"]))
 @click.option("--check", is_flag=True, help="Exit with 0 if the service is healthy, with 4 if not, and start nothing.")
 @json_option
 @with_settings
@@ -668,8 +668,9 @@ def service(settings: Settings, name: str, check: bool, as_json: bool) -> None:
     if not check:
         if name == "code-server":
             services.check_redis(settings)
-        command, environment = services.build_command(settings, name), services.prepare(settings)
-        os.execve(command[0], command, environment)  # noqa: S606  (our own command)
+        services.prepare(settings)
+        command = services.build_command(settings, name)
+        os.execve(command[0], command, services.build_environment(settings, name))  # noqa: S606  (our own command)
     if not services.is_healthy(settings, name):
         raise StackError(f"{name} does not answer")
     click.echo(json.dumps({"service": name, "is_healthy": True}) if as_json else f"{name} is healthy")

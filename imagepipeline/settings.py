@@ -5,9 +5,11 @@ A setting's alias is its environment variable; the field's description is the te
 
 import difflib
 import hashlib
+import ipaddress
 import json
 import os
 import re
+import socket
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
@@ -119,6 +121,7 @@ Price = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 HttpUrl = Annotated[str, AfterValidator(_check_http_url)]
 Quality = Annotated[int, Field(ge=1, le=100)]
 Positive = Annotated[int, Field(ge=1)]
+Provider = Literal["auto", "local", "remote"]
 Port = Annotated[int, Field(ge=1, le=65535)]
 
 
@@ -153,6 +156,34 @@ class Settings(BaseModel):
     )
     max_runs: Annotated[int, Field(ge=1, le=100)] = Field(
         5, alias="IMAGEPIPELINE_MAX_RUNS", description="how many uploads are worked on at a time (5)"
+    )
+    worker_slots: Annotated[int, Field(ge=1, le=100)] | None = Field(
+        None,
+        alias="IMAGEPIPELINE_WORKER_SLOTS",
+        description="how many uploads one worker processes at a time; as many as may run by default",
+    )
+    explicit_broker_url: Annotated[SecretStr, AfterValidator(_check_redis_url)] | None = Field(
+        None,
+        alias="IMAGEPIPELINE_BROKER_URL",
+        description="the Redis through which runs reach the workers, where it is not that of the uploads",
+    )
+    index_root: Annotated[str, AfterValidator(_check_storage_root)] | None = Field(
+        None,
+        alias="IMAGEPIPELINE_INDEX_ROOT",
+        description="the folder of the LanceDB index, or its URL; below the home, or in the bucket, by default",
+    )
+    vision: Provider = Field(
+        "auto",
+        alias="IMAGEPIPELINE_VISION",
+        description="who describes images: `local`, `remote`, or `auto`: remote if there is a key or an address",
+    )
+    embedding: Provider = Field(
+        "auto", alias="IMAGEPIPELINE_EMBEDDING", description="who embeds texts: `local`, `remote` or `auto`"
+    )
+    allow_plain_http: bool = Field(
+        False,
+        alias="IMAGEPIPELINE_ALLOW_PLAIN_HTTP",
+        description="lets keys be sent to a provider over http, which anybody on the way can read",
     )
     openai_api_key: SecretStr | None = Field(
         None, alias="OPENAI_API_KEY", description="if set, a vision model describes the images instead of the local one"
@@ -306,7 +337,7 @@ class Settings(BaseModel):
     resident_socket: Path | None = Field(
         None,
         alias="IMAGEPIPELINE_RESIDENT_SOCKET",
-        description="the socket of the process that keeps index and models; the code server sets it for its runs",
+        description="the socket of the process that keeps index and models; a worker sets it for its runs",
     )
 
     @classmethod
@@ -341,6 +372,7 @@ class Settings(BaseModel):
             raise SettingsError("IMAGEPIPELINE_MAIL_TO is missing: IMAGEPIPELINE_SMTP_URL has nobody to write to")
         if _is_same_database(settings.dagster_database_url, settings.explicit_database_url):
             raise SettingsError("DAGSTER_DATABASE_URL and DATABASE_URL must be two databases: each has its migrations")
+        settings._check_keys()
         home = settings.home.expanduser().absolute()
         try:
             _check_home(home)
@@ -348,13 +380,16 @@ class Settings(BaseModel):
             raise SettingsError(f"IMAGEPIPELINE_HOME, which is {home}, {error}") from None
         return settings.model_copy(update={"home": home})
 
-    def build_environment(self, **changes: str) -> dict[str, str]:
-        """The environment of a process of this stack: ours, with the same home wherever it runs."""
-        return {**os.environ, "IMAGEPIPELINE_HOME": str(self.home), **changes}
-
-    def adopt_environment(self, environment: Mapping[str, str]) -> None:
-        """Makes an environment that was built for a service that of this process and of its children."""
-        os.environ.update(environment)
+    def _check_keys(self) -> None:
+        for name, key, url in (
+            ("OPENAI", self.openai_api_key, self.openai_base_url),
+            ("OPENROUTER", self.openrouter_api_key, self.openrouter_base_url),
+        ):
+            if key and is_plain_http(url) and not self.allow_plain_http:
+                raise SettingsError(
+                    f"{name}_BASE_URL starts with http://, so {name}_API_KEY would be sent unencrypted: use https://, "
+                    "unset the key, or set IMAGEPIPELINE_ALLOW_PLAIN_HTTP=1"
+                )
 
     def publish_resident_socket(self) -> None:
         """Tells this process and its children where the resident listens."""
@@ -363,12 +398,16 @@ class Settings(BaseModel):
     @property
     def has_remote_vision(self) -> bool:
         """Whether a remote model describes images: there is a key, or an address that may need none."""
-        return self.openai_api_key is not None or self.openai_base_url != OPENAI_URL
+        if self.vision == "auto":
+            return self.openai_api_key is not None or self.openai_base_url != OPENAI_URL
+        return self.vision == "remote"
 
     @property
     def has_remote_embedder(self) -> bool:
         """Whether a remote model embeds texts: there is a key, or an address that may need none."""
-        return self.openrouter_api_key is not None or self.openrouter_base_url != OPENROUTER_URL
+        if self.embedding == "auto":
+            return self.openrouter_api_key is not None or self.openrouter_base_url != OPENROUTER_URL
+        return self.embedding == "remote"
 
     @property
     def has_own_redis(self) -> bool:
@@ -385,6 +424,17 @@ class Settings(BaseModel):
         return f"redis://{self.redis_host or '127.0.0.1'}:{self.redis_port or 6379}/0"
 
     @property
+    def broker_url(self) -> str:
+        """The Redis through which runs reach the workers; may hold a password."""
+        return self.explicit_broker_url.get_secret_value() if self.explicit_broker_url else self.redis_url
+
+    @property
+    def worker_name(self) -> str:
+        """What Celery calls the worker of this home on this machine."""
+        digest = hashlib.sha256(str(self.home).encode()).hexdigest()[:6]
+        return f"imagepipeline-{digest}@{socket.gethostname()}"
+
+    @property
     def database_url(self) -> str:
         """Where the catalogue is; may hold a password."""
         if self.explicit_database_url:
@@ -399,7 +449,10 @@ class Settings(BaseModel):
 
     @property
     def index_uri(self) -> str:
-        """Where LanceDB keeps the embeddings: below the home, or in the bucket."""
+        """Where LanceDB keeps the embeddings: where the setting says, else below the home or in the bucket."""
+        if self.index_root:
+            root = self.index_root.rstrip("/").removeprefix("file://")
+            return root if "://" in root else str(Path(root).expanduser().absolute())
         return f"{self.storage}/lancedb" if "://" in self.storage else str(self.home / "lancedb")
 
     @property
@@ -409,7 +462,7 @@ class Settings(BaseModel):
 
     @property
     def resident_address(self) -> str:
-        """Where the code server has its resident listen."""
+        """Where a worker has its resident listen."""
         return str(self.socket_folder / "resident.sock")
 
     @property
@@ -426,6 +479,20 @@ SECRETS = {
     *(str(field.alias) for field in Settings.model_fields.values() if "SecretStr" in str(field.annotation)),
     *("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY", "AZURE_STORAGE_ACCOUNT_KEY", "GOOGLE_SERVICE_ACCOUNT_KEY"),
 }
+
+
+def is_loopback(host: str) -> bool:
+    """Whether a host's name or address is this machine's own."""
+    try:
+        return host == "localhost" or ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return False
+
+
+def is_plain_http(url: str) -> bool:
+    """Whether what is sent to the address crosses a network unencrypted."""
+    parts = urlsplit(url)
+    return parts.scheme == "http" and not is_loopback(parts.hostname or "")
 
 
 def _is_same_database(one: SecretStr | None, other: SecretStr | None) -> bool:

@@ -1,21 +1,19 @@
 """Child processes that do not outlive us, and cannot be hit by the terminal's Ctrl-C before we drain them."""
 
-import atexit
 import contextlib
 import ctypes
-import math
+import logging
+import multiprocessing
 import os
 import runpy
 import shutil
 import signal
 import subprocess
 import sys
-import threading
-import time
-import traceback
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
+from multiprocessing.context import BaseContext
 from pathlib import Path
-from typing import BinaryIO, Protocol
+from typing import Any, BinaryIO, Protocol
 
 LOG_BYTES = 10_000_000
 PR_SET_PDEATHSIG = 1  # linux/prctl.h
@@ -51,47 +49,43 @@ def start(arguments: Sequence[str], log: Path, environment: Mapping[str, str] | 
         )
 
 
-class Forked:
-    """A child that shares with us what we have imported: `python -m MODULE ARGUMENTS` in a session of its own.
+class Service:
+    """A module run as `python -m MODULE ARGUMENTS`, in a session and with an environment of its own, as a `Child`.
 
-    Only a process with one thread may be forked. `leave` is called in the child first, to part with what is ours
-    alone; `name` is what `ps -o comm` shows.
+    `context` says how it comes to be: of a forkserver, it shares what that has imported. Its variables stand in no
+    `/proc/PID/environ`. `name` is what `ps -o comm` shows; its output is appended to `log`.
     """
 
-    def __init__(self, name: str, arguments: Sequence[str], log: Path, leave: Callable[[], None]) -> None:
-        self.returncode: int | None = None
-        parent = os.getpid()
-        sys.stdout.flush()
-        sys.stderr.flush()
-        self.pid = os.fork()
-        if self.pid == 0:
-            code = 1
-            try:
-                leave()
-                code = _become(name, arguments, log, parent)
-            finally:
-                os._exit(code)
+    def __init__(
+        self, context: BaseContext, name: str, arguments: Sequence[str], log: Path, environment: Mapping[str, str]
+    ) -> None:
+        # Typed loosely, as a context's Process is known to no stub.
+        self._process: Any = context.Process(  # type: ignore[attr-defined]
+            target=_become, args=(name, list(arguments), log, dict(environment))
+        )
+        self._process.start()
+        self.pid: int = self._process.pid
+
+    @property
+    def returncode(self) -> int | None:
+        """As `poll`."""
+        return self.poll()
 
     def poll(self) -> int | None:
         """As `Child.poll`."""
-        if self.returncode is None:
-            pid, status = os.waitpid(self.pid, os.WNOHANG)
-            self.returncode = os.waitstatus_to_exitcode(status) if pid else None
-        return self.returncode
+        code: int | None = self._process.exitcode
+        return code
 
     def wait(self, timeout: float | None = None) -> int | None:
         """As `Child.wait`."""
-        deadline = time.monotonic() + (math.inf if timeout is None else timeout)
-        while self.poll() is None:
-            if time.monotonic() > deadline:
-                raise subprocess.TimeoutExpired(str(self.pid), timeout or 0)
-            time.sleep(0.01)
-        return self.returncode
+        self._process.join(timeout)
+        if self.poll() is None:
+            raise subprocess.TimeoutExpired(str(self.pid), timeout or 0)
+        return self.poll()
 
     def terminate(self) -> None:
         """As `Child.terminate`."""
-        if self.poll() is None:
-            os.kill(self.pid, signal.SIGTERM)
+        self._process.terminate()
 
 
 def stop(process: Child, patience_seconds: float) -> bool:
@@ -140,33 +134,25 @@ def _open_log(log: Path) -> BinaryIO:
     return open(log, "ab")
 
 
-def _become(name: str, arguments: Sequence[str], log: Path, parent: int) -> int:
-    """In a child that was just forked: runs a module as a new Python would, and gives the exit code."""
+def _become(name: str, arguments: Sequence[str], log: Path, environment: Mapping[str, str]) -> None:
+    """In a new child: runs a module as a new Python would."""
     os.setsid()
     _prepare_child()
-    if os.getppid() != parent:  # it died before we asked to be told
-        return 1
+    parent = multiprocessing.parent_process()
+    if parent is not None and not parent.is_alive():  # it died before we asked to be told
+        return
     signal.signal(signal.SIGINT, signal.default_int_handler)  # as in a new Python
     with _open_log(log) as output, open(os.devnull, "rb") as nothing:
         for descriptor, file in enumerate((nothing, output, output)):
             os.dup2(file.fileno(), descriptor)
     rename(name)
+    os.environ.clear()
+    os.environ.update(environment)
     sys.argv = list(arguments)
-    code = 0
     try:
         runpy.run_module(arguments[0], run_name="__main__", alter_sys=True)
-    except SystemExit as end:
-        code = end.code if isinstance(end.code, int) else int(end.code is not None)
-        if isinstance(end.code, str):
-            print(end.code, file=sys.stderr)
-    except BaseException:
-        traceback.print_exc()
-        code = 1
-    threading._shutdown()  # type: ignore[attr-defined]  # as Python itself does at its end
-    atexit._run_exitfuncs()
-    sys.stdout.flush()
-    sys.stderr.flush()
-    return code
+    finally:
+        logging.shutdown()
 
 
 def _prepare_child() -> None:

@@ -6,6 +6,7 @@ starts, so that there is nothing to mount and nothing to keep in step.
 
 import json
 import os
+import re
 import socket
 import stat
 import subprocess
@@ -24,15 +25,26 @@ import sqlalchemy as sa
 import yaml
 
 from imagepipeline.errors import RedisClusterError, StackError
-from imagepipeline.settings import Settings
+from imagepipeline.settings import SECRETS, Settings
+from imagepipeline.stores import broker
 from imagepipeline.stores.catalogue import Catalogue
 from imagepipeline.stores.uploads import UploadQueue
 
-# What the services import, and may share when they are forked from one process that has.
-SHARED_MODULES = ("dagster._cli", "dagster._daemon.cli", "dagster_webserver.app", "dagster_webserver.cli")
-NAMES = ("code-server", "daemon", "webserver")
+NOTIFIERS = {"IMAGEPIPELINE_WEBHOOK_URL", "IMAGEPIPELINE_WEBHOOK_SECRET", "IMAGEPIPELINE_SMTP_URL"}
+NAMES = ("code-server", "worker", "daemon", "webserver")
+# Celery reads them itself, so that those of another project in our environment would win over any other setting.
+CELERY_URLS = ("CELERY_BROKER_URL", "CELERY_RESULT_BACKEND")
+# The secrets a service needs; whatever else looks like one is kept from it. The worker alone makes paid calls.
+SECRETS_OF = {
+    "code-server": {"DATABASE_URL", "REDIS_URL", *NOTIFIERS},
+    "worker": SECRETS - NOTIFIERS,
+    "daemon": set(),
+    "webserver": set(),
+}
+SECRET_NAME = re.compile(r"KEY|TOKEN|SECRET|PASSWORD|PASSWD|CREDENTIAL|PGPASS", re.IGNORECASE)
 DEFAULT_WEBSERVER_PORT = 3000
 GRPC_SECONDS = 5
+PING_SECONDS = 3
 HEARTBEAT_TOLERANCE_SECONDS = 120
 MIGRATION_COMMAND = [sys.executable, "-m", "imagepipeline.runtime.migration"]
 
@@ -61,6 +73,7 @@ def build_command(settings: Settings, name: str) -> list[str]:
             *("imagepipeline.runtime.code_server", "--socket", _quote_for_grpc(settings.code_address)),
             *("-m", "imagepipeline.definitions"),
         ],
+        "worker": ["imagepipeline.runtime.worker"],
         "daemon": ["imagepipeline.runtime.daemon", "run", "--log-level", "warning", *workspace],
         "webserver": ["imagepipeline.runtime.webserver", "-h", settings.webserver_host, "-p", port, *workspace],
     }
@@ -79,8 +92,8 @@ def make_home(settings: Settings) -> None:
             pass
 
 
-def prepare(settings: Settings) -> dict[str, str]:
-    """Writes Dagster's files, and gives the environment of a service.
+def prepare(settings: Settings) -> None:
+    """Makes the home, and writes Dagster's files into it.
 
     Raises:
         StackError: the home cannot be written to, or the folder for the sockets belongs to another user.
@@ -97,15 +110,35 @@ def prepare(settings: Settings) -> dict[str, str]:
         home.mkdir(parents=True, exist_ok=True)
         (home / "dagster.yaml").write_text(yaml.safe_dump(_build_dagster_yaml(settings), sort_keys=False))
         (home / "workspace.yaml").write_text(yaml.safe_dump(_build_workspace_yaml(settings)))
-    environment = settings.build_environment(
-        DAGSTER_HOME=str(home),
-        IMAGEPIPELINE_CODE_SOCKET=str(settings.code_address),
-        DAGSTER_DAEMON_HEARTBEAT_TOLERANCE=str(HEARTBEAT_TOLERANCE_SECONDS),
-        OPENBLAS_NUM_THREADS="1",  # five runs share the machine
-    )
+
+
+def build_environment(settings: Settings, name: str | None = None) -> dict[str, str]:
+    """The environment of a service, with the secrets it needs; without a name, of a command of ours, with all."""
+    environment = {
+        **os.environ,
+        "IMAGEPIPELINE_HOME": str(settings.home),
+        "DAGSTER_HOME": str(_dagster_home(settings)),
+        "IMAGEPIPELINE_CODE_SOCKET": str(settings.code_address),
+        "DAGSTER_DAEMON_HEARTBEAT_TOLERANCE": str(HEARTBEAT_TOLERANCE_SECONDS),
+        "OPENBLAS_NUM_THREADS": "1",  # five runs share the machine
+        # Those without the keys cannot tell by themselves.
+        "IMAGEPIPELINE_VISION": "remote" if settings.has_remote_vision else "local",
+        "IMAGEPIPELINE_EMBEDDING": "remote" if settings.has_remote_embedder else "local",
+        "IMAGEPIPELINE_BROKER_URL": settings.broker_url,
+        **dict.fromkeys(CELERY_URLS, broker.build_url(settings.broker_url)),
+    }
     if settings.dagster_database_url:
         environment["DAGSTER_DATABASE_URL"] = settings.dagster_database_url.get_secret_value()
-    return environment
+    if name is None:
+        return environment
+    kept = {"IMAGEPIPELINE_BROKER_URL", *CELERY_URLS, "DAGSTER_DATABASE_URL"} | SECRETS_OF[name]
+    return {variable: value for variable, value in environment.items() if variable in kept or not is_secret(variable)}
+
+
+def is_secret(variable: str) -> bool:
+    """Whether a variable's name says that it holds a secret, or the name of a file with one."""
+    name = variable.removesuffix("_FILE")
+    return name in SECRETS or SECRET_NAME.search(name) is not None
 
 
 def migrate(settings: Settings, is_taken_over: bool = False) -> None:
@@ -123,7 +156,8 @@ def migrate(settings: Settings, is_taken_over: bool = False) -> None:
     except sa.exc.DBAPIError as error:
         raise StackError(f"the catalogue's tables could not be made ({type(error.orig).__name__})") from None
     command = MIGRATION_COMMAND + ["--take-over"] * is_taken_over
-    result = subprocess.run(command, env=prepare(settings), capture_output=True, text=True, check=False)
+    prepare(settings)
+    result = subprocess.run(command, env=build_environment(settings), capture_output=True, text=True, check=False)
     if result.returncode != 0:
         last_line = (result.stderr.strip().splitlines() or ["no message"])[-1]
         raise StackError(f"the tables could not be made: {last_line:.500}")
@@ -135,8 +169,11 @@ def is_healthy(settings: Settings, name: str) -> bool:
         return answers_grpc(settings.code_address)
     if name == "webserver":
         return answers_http(build_webserver_url(settings) + "/server_info")
+    if name == "worker":
+        return answers_ping(settings)
+    prepare(settings)
     command = [sys.executable, "-m", "dagster._daemon", "liveness-check"]
-    return subprocess.run(command, env=prepare(settings), capture_output=True, check=False).returncode == 0
+    return subprocess.run(command, env=build_environment(settings), capture_output=True, check=False).returncode == 0
 
 
 def examine_daemon(settings: Settings) -> dict[str, dict[str, str]]:
@@ -145,8 +182,9 @@ def examine_daemon(settings: Settings) -> dict[str, dict[str, str]]:
     Raises:
         StackError: it cannot be asked.
     """
+    prepare(settings)
     command = [sys.executable, "-m", "imagepipeline.runtime.examination"]
-    result = subprocess.run(command, env=prepare(settings), capture_output=True, text=True, check=False)
+    result = subprocess.run(command, env=build_environment(settings), capture_output=True, text=True, check=False)
     if result.returncode != 0:
         last_line = (result.stderr.strip().splitlines() or ["no message"])[-1]
         raise StackError(f"Dagster's database cannot be asked: {last_line.partition(':')[0]:.100}")
@@ -172,6 +210,20 @@ def answers_grpc(path: Path) -> bool:
         except grpc.RpcError:
             return False
     return bool(answer.status == health_pb2.HealthCheckResponse.SERVING)
+
+
+def answers_ping(settings: Settings) -> bool:
+    """Whether the worker of this home answers Celery's ping."""
+    from celery import Celery
+
+    url = broker.build_url(settings.broker_url)
+    app = Celery(broker=url, config_source=broker.build_config(settings.queue_prefix))
+    with app.connection_for_write() as connection:
+        try:
+            connection.ensure_connection(max_retries=1)
+            return bool(app.control.ping([settings.worker_name], timeout=PING_SECONDS, connection=connection, limit=1))
+        except connection.connection_errors + connection.channel_errors:
+            return False
 
 
 def answers_http(url: str) -> bool:
@@ -222,7 +274,16 @@ def _build_dagster_yaml(settings: Settings) -> dict[str, Any]:
             "class": "PooledSqliteStorage",
             "config": {"base_dir": str(_dagster_home(settings) / "storage")},
         }
-    return {**config, "storage": {"custom": storage}}
+    launcher = {
+        "module": "imagepipeline.runtime.launcher",
+        "class": "RunLauncher",
+        "config": {
+            "broker": {"env": CELERY_URLS[0]},
+            "backend": {"env": CELERY_URLS[1]},
+            "config_source": broker.build_config(settings.queue_prefix),
+        },
+    }
+    return {**config, "storage": {"custom": storage}, "run_launcher": launcher}
 
 
 def _build_workspace_yaml(settings: Settings) -> dict[str, Any]:

@@ -2,16 +2,14 @@
 
 import contextlib
 import fcntl
-import gc
-import importlib
 import json
 import math
+import multiprocessing
 import os
 import shutil
 import signal
 import socket
 import sys
-import threading
 import time
 from collections import deque
 from collections.abc import Callable
@@ -45,7 +43,11 @@ class Stack:
         self._settings = settings
         self._report = report
         self._reloads_code = reloads_code
-        self._forks = sys.platform == "linux" and not reloads_code
+        # The forkserver imports Dagster once for all services, which share it; elsewhere than on Linux, forking a
+        # process with such libraries is not safe, and code that is to be reloaded may not be shared.
+        is_shared = sys.platform == "linux" and not reloads_code
+        self._context = multiprocessing.get_context("forkserver" if is_shared else "spawn")
+        self._context.set_forkserver_preload(["imagepipeline.runtime.shared"])
         self._code_state = _read_code_state() if reloads_code else {}
         self._starters: dict[str, Callable[[], processes.Child]] = {}
         self._running: dict[str, processes.Child] = {}
@@ -97,7 +99,9 @@ class Stack:
 
     def _start_all(self) -> None:
         settings = self._settings
-        environment = services.prepare(settings)
+        services.prepare(settings)
+        for variable in filter(services.is_secret, list(os.environ)):
+            del os.environ[variable]  # each service is given its own; the forkserver needs none
         if "://" not in settings.storage:
             Path(settings.storage).mkdir(parents=True, exist_ok=True)
         if not settings.has_own_redis:
@@ -107,16 +111,15 @@ class Stack:
             self._start(
                 "redis", lambda: valkey.start_server(settings.home / "valkey", server_socket, self._log("redis"))
             )
-        if self._forks:
-            settings.adopt_environment(environment)
-            _import_for_all()
-        self._migrate(environment)
+        self._migrate()
 
         def start(name: str, settings: Settings) -> None:
             command = services.build_command(settings, name)
+            environment = services.build_environment(settings, name)
             self._start(name, lambda: self._launch(name, command, environment))
 
         start("code-server", settings)
+        start("worker", settings)
         self._until(lambda: services.answers_socket(settings.code_address), "code-server")
         start("daemon", settings)
         # Late, lest another stack take it meanwhile.
@@ -127,21 +130,17 @@ class Stack:
         _write_state(self._lock, self.webserver_url, settings.webserver_port)
 
     def _launch(self, name: str, command: list[str], environment: dict[str, str]) -> processes.Child:
-        """Forks a service from this process, which has imported what it needs; elsewhere, starts a new Python."""
-        if not self._forks or threading.active_count() > 1:
-            return processes.start(command, self._log(name), environment)
         module_and_arguments = command[command.index("-m") + 1 :]
-        return processes.Forked(name, module_and_arguments, self._log(name), lambda: os.close(self._lock))
+        return processes.Service(self._context, name, module_and_arguments, self._log(name), environment)
 
-    def _migrate(self, environment: dict[str, str]) -> None:
+    def _migrate(self) -> None:
         """Makes or updates the tables; Dagster's, and the tie between the two, by a process of its own."""
         settings = self._settings
-        with closing(Catalogue(settings.database_url)) as catalogue:  # no connection may be open at a fork
+        with closing(Catalogue(settings.database_url)) as catalogue:
             catalogue.migrate()
-        log = self._log("migrate")
-        process = self._launch("migrate", services.MIGRATION_COMMAND, environment)
+        process = self._launch("migrate", services.MIGRATION_COMMAND, services.build_environment(settings, "worker"))
         if process.wait() != 0:
-            raise StackError(processes.read_tail(log, 1) or "Dagster's tables could not be made")
+            raise StackError(processes.read_tail(self._log("migrate"), 1) or "Dagster's tables could not be made")
 
     def _start(self, name: str, starter: Callable[[], processes.Child]) -> None:
         self._report(f"starting {name}")
@@ -180,20 +179,20 @@ class Stack:
         self._code_state = state
         self._report("the code has changed")
         # The daemon first: a run that it hands to a draining code server fails.
-        for name in ("daemon", "code-server"):
+        for name in ("daemon", "worker", "code-server"):
             processes.stop(self._running[name], DRAIN_SECONDS)
-        self._start("code-server", self._starters["code-server"])
-        self._start("daemon", self._starters["daemon"])
+        for name in ("code-server", "worker", "daemon"):
+            self._start(name, self._starters[name])
 
     def _stop_all(self) -> None:
         self._is_stopping = True
         # In this order: nothing new is dequeued, runs under way end, then what they needed goes.
-        for name in ("daemon", "code-server", "webserver", "redis"):
+        for name in ("daemon", "worker", "code-server", "webserver", "redis"):
             process = self._running.pop(name, None)
             if process is None:
                 continue
-            is_draining = name == "code-server"
-            self._report("stopping code-server, after the uploads under way" if is_draining else f"stopping {name}")
+            is_draining = name == "worker"
+            self._report("stopping worker, after the uploads under way" if is_draining else f"stopping {name}")
             if not self._stop(process, DRAIN_SECONDS if is_draining else STOP_SECONDS):
                 self._report(f"{name} did not end and was killed")
         if self._starters:  # else the folder may not be ours
@@ -218,13 +217,6 @@ class Stack:
 
     def _log(self, name: str) -> Path:
         return self._settings.home / "logs" / f"{name}.log"
-
-
-def _import_for_all() -> None:
-    for module in services.SHARED_MODULES:
-        importlib.import_module(module)
-    gc.collect()
-    gc.freeze()  # a collection in a child would touch, and so copy, all of it
 
 
 def find_running(settings: Settings) -> dict[str, Any] | None:

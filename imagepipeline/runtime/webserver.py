@@ -5,7 +5,6 @@ or sends as plain text, for whoever opens such a page on the machine where it li
 same for a production stack.
 """
 
-import ipaddress
 import posixpath
 from collections.abc import Awaitable, Callable, MutableMapping
 from typing import Any
@@ -13,7 +12,7 @@ from urllib.parse import urlsplit
 
 from dagster_webserver import app, cli
 
-from imagepipeline.settings import Settings
+from imagepipeline.settings import Settings, is_loopback
 
 Message = MutableMapping[str, Any]
 Receive = Callable[[], Awaitable[Message]]
@@ -67,14 +66,6 @@ class OwnPagesOnly:
             return WRONG_METHOD
         is_json = headers.get("content-type", "").startswith("application/json")
         return DISGUISED if is_query and not (scope["method"] == "POST" and is_json) else None
-
-
-def is_loopback(host: str) -> bool:
-    """Whether a host's name or address is this machine's own."""
-    try:
-        return host == "localhost" or ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        return False
 
 
 def main() -> None:

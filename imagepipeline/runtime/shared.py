@@ -1,0 +1,12 @@
+"""What all services import: once, by the forkserver they are forked from, so that they share the memory it takes."""
+
+import gc
+import importlib
+
+for module in (
+    *("dagster._cli", "dagster._daemon.cli", "dagster_webserver.app", "dagster_webserver.cli"),
+    *("dagster_celery.launcher", "imagepipeline.definitions"),
+):
+    importlib.import_module(module)
+gc.collect()
+gc.freeze()  # a collection in a child would touch, and so copy, all of it

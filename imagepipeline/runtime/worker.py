@@ -1,0 +1,137 @@
+"""The worker: a Celery worker whose children have everything imported, and execute Dagster's runs.
+
+    python -m imagepipeline.runtime.worker
+
+As many as wanted, on as many machines as wanted, each with a home of its own. A worker keeps one resident, for the
+index and the offline models, and one zygote, from which the decoders are forked.
+"""
+
+import fcntl
+import importlib
+import multiprocessing
+import os
+import signal
+import sys
+import time
+from multiprocessing.process import BaseProcess
+from pathlib import Path
+from typing import Any
+
+import billiard
+from celery import Celery, bootsteps, signals
+from dagster_celery.make_app import make_app
+from dagster_celery.tasks import create_execute_job_task
+
+from imagepipeline.errors import StackError
+from imagepipeline.resident import serve
+from imagepipeline.runtime.processes import rename
+from imagepipeline.settings import Settings
+from imagepipeline.stores import broker
+
+PRELOAD = "imagepipeline.runtime.preload"
+LOOK_SECONDS = 0.5
+# A process that is stopped while it writes holds the lock of SQLite, for which all others wait 30 s before they fail.
+STOPPED_SECONDS = 15
+# A child that has worked keeps some 40 MB; a fresh one shares all it has with the worker.
+RUNS_PER_CHILD = int(os.environ.get("PROTO_N", "1"))
+
+
+def main() -> None:
+    """Works until it is stopped; SIGTERM lets runs under way end.
+
+    Raises:
+        SystemExit: another worker uses this home.
+    """
+    settings = Settings.load()
+    lock = acquire_lock(settings)
+    settings.publish_resident_socket()
+    importlib.import_module(PRELOAD)  # before the fork: the children share it
+    slots = settings.worker_slots or settings.max_runs
+    build_app(settings).worker_main(
+        [
+            *("--quiet", "worker", "--pool=prefork", f"--concurrency={slots}", f"--hostname={settings.worker_name}"),
+            *(f"--max-tasks-per-child={RUNS_PER_CHILD}", "--loglevel=WARNING", f"--queues={broker.QUEUE}"),
+            *("--without-gossip", "--without-mingle", "--without-heartbeat", "-O", "fair"),
+        ]
+    )
+    os.close(lock)
+
+
+def acquire_lock(settings: Settings) -> int:
+    """A descriptor that holds the home for one worker as long as this process lives."""
+    lock = os.open(settings.home / "worker.lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        sys.exit(f"another worker uses {settings.home}: give this one an IMAGEPIPELINE_HOME of its own")
+    return lock
+
+
+def build_app(settings: Settings) -> Celery:
+    """The Celery app, with dagster-celery's own task and our housekeeping."""
+    url = broker.build_url(settings.broker_url)
+    app = make_app({"broker": url, "backend": url, "config_source": broker.build_config(settings.queue_prefix)})
+    create_execute_job_task(app)
+    keeper = Housekeeper(settings)
+
+    class Housekeeping(bootsteps.StartStopStep):  # type: ignore[misc]
+        """Has the worker's event loop call the housekeeper."""
+
+        requires = ("celery.worker.components:Pool", "celery.worker.components:Timer")
+
+        def start(self, worker: Any) -> None:
+            keeper.look()
+            worker.timer.call_repeatedly(LOOK_SECONDS, keeper.look)
+
+    app.steps["worker"].add(Housekeeping)
+
+    @signals.worker_process_init.connect(weak=False)  # type: ignore[untyped-decorator]
+    def note_child(**_: Any) -> None:
+        rename("run")
+
+    return app
+
+
+class Housekeeper:
+    """Keeps the resident alive, and ends processes that were stopped (SIGSTOP) and not let go on."""
+
+    def __init__(self, settings: Settings) -> None:
+        self._arguments = (settings.resident_address, settings.index_uri)
+        self._resident: BaseProcess | None = None
+        self._stopped: dict[int, float] = {}
+
+    def look(self) -> None:
+        """One look at all processes of this worker."""
+        self._keep_resident()
+        pids = [process.pid for process in (*billiard.active_children(), self._resident) if process is not None]
+        now_seconds = time.monotonic()
+        self._stopped = {pid: self._stopped.get(pid, now_seconds) for pid in pids if is_stopped(pid)}
+        for pid, since_seconds in self._stopped.items():
+            if now_seconds - since_seconds >= STOPPED_SECONDS:
+                _say(f"Process {pid} stood still for {STOPPED_SECONDS} s and is killed.")
+                os.kill(pid, signal.SIGKILL)
+
+    def _keep_resident(self) -> None:
+        if self._resident is not None:
+            if self._resident.is_alive():
+                return
+            _say(f"The resident ended with code {self._resident.exitcode} and is started again.")
+        context = multiprocessing.get_context("spawn")  # LanceDB's threads do not survive a fork
+        self._resident = context.Process(target=serve, args=self._arguments, daemon=True)
+        self._resident.start()
+
+
+def is_stopped(pid: int) -> bool:
+    """Whether a process is stopped by a signal; False where there is no /proc to tell."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] == "T"
+    except OSError:
+        return False
+
+
+def _say(line: str) -> None:
+    print(line, file=sys.stderr, flush=True)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,78 @@
+"""Celery's side of Redis: how runs reach the workers, and which of them still wait for one.
+
+Light on import: `services` writes these settings into the `dagster.yaml` of every process that hands over runs.
+"""
+
+import json
+from typing import Any
+from urllib.parse import urlsplit
+
+import redis
+
+QUEUE = "dagster"  # dagster-celery's only queue
+CONNECT_SECONDS = 5
+# How long a task may be on its way from Redis to a worker's child before another worker takes it. It is acknowledged
+# when the child begins, so this bounds milliseconds, not a run.
+HANDOVER_SECONDS = 60
+RESTORE_INTERVAL_SECONDS = 10
+KEEP_FAILURES_SECONDS = 3600
+
+
+def build_config(prefix: str) -> dict[str, Any]:
+    """Celery's settings for those who hand over runs and those who execute them, as plain values.
+
+    All keys and channels in Redis begin with `{prefix}:runs:`. A result is kept only of a task whose process died.
+    """
+    place = {"global_keyprefix": f"{prefix}:runs:", "socket_connect_timeout": CONNECT_SECONDS}
+    return {
+        "broker_transport_options": {
+            **place,
+            "priority_steps": [0],  # Dagster's own queue knows priorities; here they would be ten lists
+            "visibility_timeout": HANDOVER_SECONDS,
+            "unacked_restore_interval": RESTORE_INTERVAL_SECONDS,
+            "unacked_restore_throttle": 1,
+            "max_retries": 3,
+            "interval_start": 0,
+            "interval_step": 0.2,
+            "interval_max": 0.5,
+        },
+        "result_backend_transport_options": place,
+        "broker_connection_retry_on_startup": True,
+        "broker_connection_max_retries": None,
+        "task_ignore_result": True,
+        "task_store_errors_even_if_ignored": True,
+        "result_expires": KEEP_FAILURES_SECONDS,
+        "worker_prefetch_multiplier": 1,
+        "worker_disable_prefetch": True,  # what waits stays on the list, where any worker finds it
+        "worker_hijack_root_logger": False,
+        "worker_redirect_stdouts": False,
+        "worker_send_task_events": False,
+    }
+
+
+def build_url(redis_url: str) -> str:
+    """The address of that Redis as Celery reads it."""
+    if redis_url.startswith("unix://"):
+        path, _, query = redis_url.removeprefix("unix://").partition("?")
+        database = query.partition("db=")[2].partition("&")[0] or "0"
+        return f"redis+socket://{path}?virtual_host={database}"
+    if redis_url.startswith("rediss://") and "ssl_cert_reqs=" not in redis_url:
+        return f"{redis_url}{'&' if urlsplit(redis_url).query else '?'}ssl_cert_reqs=required"
+    return redis_url
+
+
+class TaskQueue:
+    """The tasks, one a run, that no worker has taken yet."""
+
+    def __init__(self, redis_url: str, prefix: str) -> None:
+        self._redis = redis.Redis.from_url(redis_url, socket_connect_timeout=CONNECT_SECONDS)
+        self._key = f"{prefix}:runs:{QUEUE}"
+
+    def list_waiting(self) -> set[str]:
+        """The IDs of the tasks; as many as runs may be under way, at most."""
+        messages: list[bytes] = self._redis.lrange(self._key, 0, -1)  # type: ignore[assignment]
+        return {json.loads(message)["headers"]["id"] for message in messages}
+
+    def close(self) -> None:
+        """Closes the connection."""
+        self._redis.close()
