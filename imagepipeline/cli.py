@@ -27,6 +27,7 @@ from imagepipeline.errors import (
     list_reasons,
 )
 from imagepipeline.models import PRIORITY_LIMIT, Status, Upload
+from imagepipeline.runtime.homes import secure_home
 from imagepipeline.settings import Settings
 
 if TYPE_CHECKING:
@@ -111,11 +112,13 @@ def cli() -> None:
 
 
 def with_settings(command: Callable[..., Any]) -> Callable[..., Any]:
-    """Gives a command the validated settings as its first argument."""
+    """Gives a command the validated settings as its first argument, and closes their home to other users."""
 
     @functools.wraps(command)
     def wrapper(*args: Any, **kwargs: Any) -> Any:
-        return command(Settings.load(), *args, **kwargs)
+        settings = Settings.load()
+        secure_home(settings)
+        return command(settings, *args, **kwargs)
 
     return wrapper
 
@@ -483,8 +486,7 @@ def resume(settings: Settings, dry_run: bool, as_json: bool) -> None:
 
 @cli.command(epilog=EPILOG)
 @json_option
-@with_settings
-def doctor(settings: Settings, as_json: bool) -> None:
+def doctor(as_json: bool) -> None:
     """Examine all that the pipeline stands on, and say what to do about what is not well.
 
     Each provider is asked one tiny question, which it may charge for. Exit code 1 if anything is not well.
@@ -492,7 +494,7 @@ def doctor(settings: Settings, as_json: bool) -> None:
     from imagepipeline import display
     from imagepipeline.doctor import examine
 
-    sys.exit(EXIT_FAILED if display.show_findings(examine(settings), as_json) else 0)
+    sys.exit(EXIT_FAILED if display.show_findings(examine(Settings.load()), as_json) else 0)
 
 
 def find_pause(settings: Settings, ledger: "Ledger") -> dict[str, str]:

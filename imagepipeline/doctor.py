@@ -21,6 +21,7 @@ from imagepipeline.errors import (
     StackError,
 )
 from imagepipeline.models import PixelFacts
+from imagepipeline.runtime.homes import find_faults
 from imagepipeline.settings import Settings
 
 MAX_CLOCK_SKEW_SECONDS = 2
@@ -96,17 +97,14 @@ def _examine_home(settings: Settings) -> Finding:
     home = settings.home
     if not home.is_dir():
         return Finding("home", False, f"there is no folder {home}", "start the stack with `imagepipeline up`")
+    for fault in find_faults(settings):
+        return Finding("home", False, fault.sentence, fault.cure)
     with tempfile.TemporaryFile(dir=home):
         pass
-    found = home.stat()
-    if found.st_uid != os.getuid():
-        return Finding("home", False, f"{home} belongs to user {found.st_uid}, not to {os.getuid()}", ADVICE["home"])
-    if found.st_mode & 0o022:
-        return Finding("home", False, f"others may write to {home}", f"chmod go-w {home}")
     free_bytes = shutil.disk_usage(home).free
     if free_bytes < MIN_FREE_BYTES:
         return Finding("home", False, f"only {free_bytes / 1e9:.1f} GB are free below {home}", "make room")
-    return Finding("home", True, f"{home} can be written; {free_bytes / 1e9:.0f} GB are free")
+    return Finding("home", True, f"{home} can be written, by its owner only; {free_bytes / 1e9:.0f} GB are free")
 
 
 def _examine_code_server(settings: Settings) -> Finding:

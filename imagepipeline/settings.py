@@ -311,7 +311,7 @@ class Settings(BaseModel):
 
     @classmethod
     def load(cls, environment: Mapping[str, str] = os.environ) -> Self:
-        """The settings of this process; an empty variable counts as not set.
+        """The settings of this process, whose files are private from now on; an empty variable counts as not set.
 
         Raises:
             SettingsError: names every variable that is malformed, and what is wrong, but never its value.
@@ -320,6 +320,7 @@ class Settings(BaseModel):
         secrets = _read_secrets(environment)
         links = {name for name, value in environment.items() if _is_service_link(name, value)}
         if environment is os.environ:  # Dagster, the cloud's libraries and our children look there
+            os.umask(0o077)  # each way in comes by here: what it makes, and what libraries make for it, is its owner's
             os.environ.update(secrets | _build_no_proxy(environment))
             for name in {f"{name}_FILE" for name in SECRETS} | links:
                 os.environ.pop(name, None)
