@@ -237,7 +237,8 @@ def status(settings: Settings, image_id: str | None, watch: bool, as_json: bool)
     processing  a run is working on it
     completed   metadata, variants and embedding are in place
     failed      ended without; `status ID` says why
-    dead        entries of the Redis list that could not be read
+    dead        entries of the Redis list that could not be read; the newest 1000 are kept
+    dropped     there only if more came: how many older ones are gone
     paused      there only while paid work is paused: why, and until when
     """
     from imagepipeline import display
@@ -515,13 +516,16 @@ def find_pause(settings: Settings, ledger: "Ledger") -> dict[str, str]:
 
 def count_images(settings: Settings, catalogue: "Catalogue") -> dict[str, int | None]:
     """The images by status, with what waits on the Redis list; None for the latter while Redis is down."""
-    queue: Mapping[str, int | None]
+    counts: dict[str, int | None]
+    dropped = 0
     try:
-        queue = open_queue(settings).count()
+        queue = open_queue(settings)
+        counts, dropped = dict(queue.count()), queue.count_dropped()
     except (StackError, PostponedError) as error:
         click.echo(f"Note: {error}", err=True)
-        queue = {"waiting": None, "dead": None}
-    return {"waiting": queue["waiting"], **catalogue.count(), "dead": queue["dead"]}
+        counts = {"waiting": None, "dead": None}
+    row = {"waiting": counts["waiting"], **catalogue.count(), "dead": counts["dead"]}
+    return row | ({"dropped": dropped} if dropped else {})
 
 
 @dataclass(frozen=True)

@@ -29,6 +29,7 @@ MIN_FREE_BYTES = 2_000_000_000
 MIN_OPEN_FILES = 1024
 MAX_QUESTIONS = 5
 FULL_SHARE = 0.9  # of Redis's maxmemory
+FLOOD_ADVICE = "mend the uploader, then `imagepipeline failed discard --reason unreadable`"
 EVICTION_ADVICE = "set maxmemory-policy noeviction, or uploads get lost"
 
 
@@ -161,8 +162,13 @@ def _examine_redis(settings: Settings) -> Finding:
     try:
         with closing(UploadQueue(settings.redis_url, settings.queue_prefix)) as queue:
             queue.count()
+            dropped = queue.count_dropped()
     except RedisClusterError as error:
         return Finding("redis", False, str(error), "let REDIS_URL name a server that belongs to no cluster")
+    if dropped:
+        return Finding(
+            "redis", False, f"{dropped} unreadable entries were dropped, as more came than are kept", FLOOD_ADVICE
+        )
     client = redis.Redis.from_url(settings.redis_url, socket_connect_timeout=2, socket_timeout=5)
     try:
         client.ping()

@@ -11,6 +11,7 @@ from imagepipeline.errors import RedisClusterError
 from imagepipeline.runtime import services
 from imagepipeline.runtime.homes import secure_home
 from imagepipeline.settings import Settings
+from imagepipeline.stores import uploads
 from imagepipeline.stores.catalogue import Catalogue
 from imagepipeline.stores.uploads import UploadQueue
 from imagepipeline_tests.conftest import redis_server
@@ -157,6 +158,19 @@ def test_a_redis_that_is_nearly_full_is_named_before_it_refuses(environment, que
         queue.redis.config_set("maxmemory", 0)
     assert set(found) == {"redis"}
     assert "maxmemory" in found["redis"].advice
+
+
+def test_unreadable_entries_that_were_dropped_are_named_until_the_rest_is_discarded(environment, queue, monkeypatch):
+    monkeypatch.setattr(uploads, "MAX_DEAD", 2)
+    for number in range(5):
+        queue.dead_letter(b"?%d" % number, 1, "why")
+    found = ill(environment)
+    assert set(found) == {"redis"}
+    assert "3 unreadable entries were dropped" in found["redis"].sentence
+    assert "failed discard --reason unreadable" in found["redis"].advice
+    for letter in queue.list_dead():
+        queue.discard_dead(letter)
+    assert not ill(environment)
 
 
 def test_a_budget_that_cannot_hold_is_named_before_anything_is_asked(environment, httpserver):

@@ -1,6 +1,5 @@
 """A home is its owner's alone, however it was made and whichever way one comes in."""
 
-import json
 import os
 import shutil
 import socket
