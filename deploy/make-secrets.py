@@ -21,8 +21,8 @@ user default off
 user admin on #{admin} allkeys allchannels +@all
 user uploader on #{uploader} resetkeys ~image-processing:wait resetchannels -@all +lpush +rpush +llen {connection}
 user pipeline on #{pipeline} resetkeys ~image-processing:* resetchannels -@all +blmove +lpush +rpush +lrange +lrem \
-+llen +ltrim +incrby +multi +exec +get +set +del +zadd +pexpire +zcard +zrange +zremrangebyscore +evalsha +script|load +time \
-{connection}
++llen +ltrim +incrby +multi +exec +get +set +del +zadd +pexpire +zcard +zrange +zremrangebyscore +evalsha \
++script|load +time {connection}
 """
 CONNECTION = "+auth +hello +ping +info +select +client|setinfo +client|setname"
 

@@ -23,6 +23,8 @@ DEFAULT_PREFIX = "image-processing"
 SHOWN_CHARACTERS = 200
 RETRYABLE_BYTES = 1024
 MAX_DEAD = 1000  # of at most 4 kB each; an uploader that sends nonsense must not fill the server
+READ_TOGETHER = 25  # entries in one answer; each may be as long as the server lets it be
+MAX_READ_BYTES = 4_000_000  # at which no more are read; twice what 500 well-formed entries may have
 # What a server that belongs to a cluster answers to commands that name keys of several slots.
 CLUSTER_ERRORS = (redis.exceptions.AskError, redis.exceptions.ClusterCrossSlotError, redis.exceptions.ClusterError)
 
@@ -64,10 +66,17 @@ class UploadQueue:
         """Up to `limit` entries, oldest first, with the number of copies of each; they stay where they are.
 
         Those that an earlier version moved to `active` and did not record come first. Of copies, the last one counts.
+        Fewer are read where they are long: an answer takes memory of the server, which an uploader could exhaust.
         """
+        waiting: list[bytes] = []
         with _translated_errors():
             left = [entry for entry in self.redis.lrange(self.active_key, 0, -1) if not _is_shown(entry)]
-            waiting = self.redis.lrange(self.wait_key, -limit, -1)
+            while len(waiting) < limit and sum(map(len, waiting)) < MAX_READ_BYTES:
+                first, last = -min(len(waiting) + READ_TOGETHER, limit), -len(waiting) - 1
+                older = self.redis.lrange(self.wait_key, first, last)
+                if not older:
+                    break
+                waiting = [*older, *waiting]
         counted: Counter[bytes] = Counter()
         for entry in [*left[::-1], *waiting[::-1]]:
             counted[entry] = counted.pop(entry, 0) + 1

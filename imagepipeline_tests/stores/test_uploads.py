@@ -88,6 +88,21 @@ def test_uploads_come_out_in_the_order_they_went_in(queue):
     assert list(queue.read(2)) == [b"a", b"b"]
 
 
+@pytest.mark.parametrize("limit", [1, 24, 25, 26, 60, 100, 500])
+def test_so_many_are_read_and_the_oldest_first(queue, limit):
+    names = [b"i%d" % number for number in range(60)]
+    queue.redis.lpush(queue.wait_key, *names)
+    assert list(queue.read(limit)) == names[:limit]
+
+
+def test_of_long_entries_fewer_are_read(queue):
+    for number in range(100):
+        queue.redis.lpush(queue.wait_key, b"%d" % number + b"x" * 1_000_000)
+    assert len(queue.read(500)) == 25
+    queue.acknowledge(queue.read(500))
+    assert next(iter(queue.read(500))).startswith(b"25x")
+
+
 def test_enqueue_and_the_sensor_speak_the_same_language(queue):
     queue.enqueue("a", "original/x.jpg", priority=7)
     [entry] = queue.read(1)
