@@ -1,5 +1,6 @@
 """What fences the servers of docker-compose.yml: the same commands and files, with real servers and real attacks."""
 
+import contextlib
 import http.client
 import os
 import re
@@ -78,11 +79,10 @@ def test_one_command_cannot_fill_the_server(uploader, admin, pipeline_queue):
 
 def test_a_list_full_of_the_longest_entries_drains_within_the_containers_memory(uploader, admin, pipeline_queue):
     admin.config_resetstat()
-    with pytest.raises(redis.exceptions.OutOfMemoryError):
+    with contextlib.suppress(redis.exceptions.OutOfMemoryError):
         for number in range(400):
             uploader.lpush("image-processing:wait", b"%d" % number + b"x" * 1_000_000)
-    waiting = pipeline_queue.count()["waiting"]
-    assert waiting > 150
+    assert 150 < pipeline_queue.count()["waiting"] < 400
     while entries := pipeline_queue.read(500):
         pipeline_queue.acknowledge(entries)
     assert pipeline_queue.count()["waiting"] == 0
