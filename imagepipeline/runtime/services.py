@@ -75,7 +75,7 @@ def prepare(settings: Settings) -> dict[str, str]:
     make_socket_folder(settings)
     home = _dagster_home(settings)
     with told_of(settings.home):
-        home.mkdir(parents=True, exist_ok=True)
+        home.mkdir(exist_ok=True, mode=0o700)
         (home / "dagster.yaml").write_text(yaml.safe_dump(_build_dagster_yaml(settings), sort_keys=False))
         (home / "workspace.yaml").write_text(yaml.safe_dump(_build_workspace_yaml(settings)))
     environment = settings.build_environment(

@@ -104,15 +104,24 @@ def test_an_open_home_is_closed_whichever_way_one_comes_in(open_home, redis_url,
     assert "open to other users" not in again.stderr
 
 
-@pytest.mark.parametrize("module", ["migration", "examination"])
-def test_what_a_module_makes_by_itself_is_private(tmp_path, module):
-    environment = services.prepare(load(tmp_path / "home"))
-    result = run(tmp_path / "home", "-m", f"imagepipeline.runtime.{module}", DAGSTER_HOME=environment["DAGSTER_HOME"])
-    shutil.rmtree(tmp_path / "home" / "dagster" / ".telemetry", ignore_errors=True)
-    made = [path.name for path in (tmp_path / "home").rglob("*.db")]
-    assert made, result.stderr
-    assert not any("catalogue" in name for name in list_open(tmp_path / "home"))
-    assert mode_of(tmp_path / "home") == 0o700
+@pytest.mark.parametrize(
+    "command",
+    [
+        ["-m", "imagepipeline.runtime.migration"],
+        ["-m", "imagepipeline.runtime.examination"],
+        ["-m", "dagster", "instance", "info"],
+        ["-m", "dagster", "instance", "migrate"],
+    ],
+    ids=" ".join,
+)
+def test_what_a_module_or_a_tool_of_dagster_makes_by_itself_is_private(tmp_path, command):
+    home = tmp_path / "home"
+    environment = services.prepare(load(home))
+    result = run(home, *command, DAGSTER_HOME=environment["DAGSTER_HOME"])
+    made = {path.name for path in home.rglob("*.db")}
+    assert "runs.db" in made, result.stderr
+    assert [name for name in list_open(home) if Path(name).name in made or "catalogue" in name] == []
+    assert (mode_of(home), mode_of(home / "dagster")) == (0o700, 0o700)
 
 
 def test_all_that_a_running_stack_makes_is_private():
