@@ -100,6 +100,16 @@ def _check_http_url(value: str) -> str:
     return value.rstrip("/")
 
 
+def _check_webhook_url(value: SecretStr) -> SecretStr:
+    try:
+        is_whole = bool(urlsplit(value.get_secret_value()).hostname) and urlsplit(value.get_secret_value()).port != 0
+    except ValueError:  # of brackets, or of the port
+        is_whole = False
+    if not is_whole:
+        raise ValueError("must be an address such as https://example.com/hook")
+    return value
+
+
 def _check_rate_limit(value: str) -> str:
     if value != "off" and not re.fullmatch(rf"({RATE})(,{RATE})*", value):
         raise ValueError("must look like 10/minute, or metadata=10/minute,embedding=100/minute, or off")
@@ -276,7 +286,7 @@ class Settings(BaseModel):
         alias="IMAGEPIPELINE_WEBSERVER_HOST",
         description="the address the Dagster UI listens on; it has no login, so never one that others reach",
     )
-    webhook_url: SecretStr | None = Field(
+    webhook_url: Annotated[SecretStr, AfterValidator(_check_webhook_url)] | None = Field(
         None, alias="IMAGEPIPELINE_WEBHOOK_URL", description="told of final failures by a POST of JSON; https"
     )
     webhook_secret: Annotated[SecretStr, Field(min_length=16)] | None = Field(
