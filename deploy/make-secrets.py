@@ -14,13 +14,15 @@ import sys
 from pathlib import Path
 
 # `uploader` may only push and see how much waits; `pipeline` may do what our code does, on our keys. It runs one
-# Lua script, the rate limit's, which may do no more than these. Nobody may read other keys, flush or reconfigure.
+# Lua script, the rate limit's, which may do no more than these. Neither may read other keys, flush or reconfigure: for
+# that there is `admin`, whose password no service is given.
 ACL = """\
 user default off
+user admin on #{admin} allkeys allchannels +@all
 user uploader on #{uploader} resetkeys ~image-processing:wait resetchannels -@all +lpush +rpush +llen {connection}
 user pipeline on #{pipeline} resetkeys ~image-processing:* resetchannels -@all +blmove +lpush +rpush +lrange +lrem \
-+llen +multi +exec +get +set +del +zadd +pexpire +zcard +zrange +zremrangebyscore +evalsha +script|load +time \
-{connection}
++llen +ltrim +incrby +multi +exec +get +set +del +zadd +pexpire +zcard +zrange +zremrangebyscore +evalsha \
++script|load +time {connection}
 """
 CONNECTION = "+auth +hello +ping +info +select +client|setinfo +client|setname"
 
@@ -52,6 +54,7 @@ def main() -> None:
         password = draw(f"redis_{user}_password")
         digests[user] = hashlib.sha256(password.encode()).hexdigest()
         make(f"redis_{user}_url", f"redis://{user}:{password}@redis:6379/0")
+    digests["admin"] = hashlib.sha256(draw("redis_admin_password").encode()).hexdigest()
     acl, rights = folder / "redis_users.acl", ACL.format(**digests, connection=CONNECTION)
     if acl.exists() and acl.read_text() != rights:  # they change with versions of ours, and with rotated passwords
         acl.write_text(rights)

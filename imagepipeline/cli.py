@@ -27,6 +27,7 @@ from imagepipeline.errors import (
     list_reasons,
 )
 from imagepipeline.models import PRIORITY_LIMIT, Status, Upload
+from imagepipeline.runtime.homes import secure_home
 from imagepipeline.settings import Settings
 
 if TYPE_CHECKING:
@@ -111,11 +112,13 @@ def cli() -> None:
 
 
 def with_settings(command: Callable[..., Any]) -> Callable[..., Any]:
-    """Gives a command the validated settings as its first argument."""
+    """Gives a command the validated settings as its first argument, and closes their home to other users."""
 
     @functools.wraps(command)
     def wrapper(*args: Any, **kwargs: Any) -> Any:
-        return command(Settings.load(), *args, **kwargs)
+        settings = Settings.load()
+        secure_home(settings)
+        return command(settings, *args, **kwargs)
 
     return wrapper
 
@@ -234,7 +237,8 @@ def status(settings: Settings, image_id: str | None, watch: bool, as_json: bool)
     processing  a run is working on it
     completed   metadata, variants and embedding are in place
     failed      ended without; `status ID` says why
-    dead        entries of the Redis list that could not be read
+    dead        entries of the Redis list that could not be read; the newest 1000 are kept
+    dropped     there only if more came: how many older ones are gone
     paused      there only while paid work is paused: why, and until when
     """
     from imagepipeline import display
@@ -483,8 +487,7 @@ def resume(settings: Settings, dry_run: bool, as_json: bool) -> None:
 
 @cli.command(epilog=EPILOG)
 @json_option
-@with_settings
-def doctor(settings: Settings, as_json: bool) -> None:
+def doctor(as_json: bool) -> None:
     """Examine all that the pipeline stands on, and say what to do about what is not well.
 
     Each provider is asked one tiny question, which it may charge for. Exit code 1 if anything is not well.
@@ -492,7 +495,7 @@ def doctor(settings: Settings, as_json: bool) -> None:
     from imagepipeline import display
     from imagepipeline.doctor import examine
 
-    sys.exit(EXIT_FAILED if display.show_findings(examine(settings), as_json) else 0)
+    sys.exit(EXIT_FAILED if display.show_findings(examine(Settings.load()), as_json) else 0)
 
 
 def find_pause(settings: Settings, ledger: "Ledger") -> dict[str, str]:
@@ -513,13 +516,16 @@ def find_pause(settings: Settings, ledger: "Ledger") -> dict[str, str]:
 
 def count_images(settings: Settings, catalogue: "Catalogue") -> dict[str, int | None]:
     """The images by status, with what waits on the Redis list; None for the latter while Redis is down."""
-    queue: Mapping[str, int | None]
+    counts: dict[str, int | None]
+    dropped = 0
     try:
-        queue = open_queue(settings).count()
+        queue = open_queue(settings)
+        counts, dropped = dict(queue.count()), queue.count_dropped()
     except (StackError, PostponedError) as error:
         click.echo(f"Note: {error}", err=True)
-        queue = {"waiting": None, "dead": None}
-    return {"waiting": queue["waiting"], **catalogue.count(), "dead": queue["dead"]}
+        counts = {"waiting": None, "dead": None}
+    row = {"waiting": counts["waiting"], **catalogue.count(), "dead": counts["dead"]}
+    return row | ({"dropped": dropped} if dropped else {})
 
 
 @dataclass(frozen=True)

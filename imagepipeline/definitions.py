@@ -17,6 +17,7 @@ from imagepipeline.providers import (
     build_vision_recipe,
     open_paid_calls,
 )
+from imagepipeline.runtime.homes import secure_home
 from imagepipeline.settings import Settings
 from imagepipeline.storage import open_storage
 from imagepipeline.stores.catalogue import Catalogue
@@ -26,8 +27,9 @@ from imagepipeline.stores.uploads import UploadQueue
 
 @dg.definitions
 def defs() -> dg.Definitions:
-    """The code location. Nothing connects and nothing is read from a disk here."""
+    """The code location. Nothing connects here, and of the disk only the home's modes are looked at."""
     settings = Settings.load()
+    secure_home(settings)  # under `dagster dev`, this is the way in
     recipes = build_recipes(settings)
     return dg.Definitions(
         assets=[

@@ -21,6 +21,7 @@ from imagepipeline.errors import (
     StackError,
 )
 from imagepipeline.models import PixelFacts
+from imagepipeline.runtime.homes import find_faults
 from imagepipeline.settings import Settings
 
 MAX_CLOCK_SKEW_SECONDS = 2
@@ -28,6 +29,7 @@ MIN_FREE_BYTES = 2_000_000_000
 MIN_OPEN_FILES = 1024
 MAX_QUESTIONS = 5
 FULL_SHARE = 0.9  # of Redis's maxmemory
+FLOOD_ADVICE = "mend the uploader, then `imagepipeline failed discard --reason unreadable`"
 EVICTION_ADVICE = "set maxmemory-policy noeviction, or uploads get lost"
 
 
@@ -96,17 +98,14 @@ def _examine_home(settings: Settings) -> Finding:
     home = settings.home
     if not home.is_dir():
         return Finding("home", False, f"there is no folder {home}", "start the stack with `imagepipeline up`")
+    for fault in find_faults(settings):
+        return Finding("home", False, fault.sentence, fault.cure)
     with tempfile.TemporaryFile(dir=home):
         pass
-    found = home.stat()
-    if found.st_uid != os.getuid():
-        return Finding("home", False, f"{home} belongs to user {found.st_uid}, not to {os.getuid()}", ADVICE["home"])
-    if found.st_mode & 0o022:
-        return Finding("home", False, f"others may write to {home}", f"chmod go-w {home}")
     free_bytes = shutil.disk_usage(home).free
     if free_bytes < MIN_FREE_BYTES:
         return Finding("home", False, f"only {free_bytes / 1e9:.1f} GB are free below {home}", "make room")
-    return Finding("home", True, f"{home} can be written; {free_bytes / 1e9:.0f} GB are free")
+    return Finding("home", True, f"{home} can be written, by its owner only; {free_bytes / 1e9:.0f} GB are free")
 
 
 def _examine_code_server(settings: Settings) -> Finding:
@@ -163,8 +162,13 @@ def _examine_redis(settings: Settings) -> Finding:
     try:
         with closing(UploadQueue(settings.redis_url, settings.queue_prefix)) as queue:
             queue.count()
+            dropped = queue.count_dropped()
     except RedisClusterError as error:
         return Finding("redis", False, str(error), "let REDIS_URL name a server that belongs to no cluster")
+    if dropped:
+        return Finding(
+            "redis", False, f"{dropped} unreadable entries were dropped, as more came than are kept", FLOOD_ADVICE
+        )
     client = redis.Redis.from_url(settings.redis_url, socket_connect_timeout=2, socket_timeout=5)
     try:
         client.ping()

@@ -102,6 +102,16 @@ def _check_http_url(value: str) -> str:
     return value.rstrip("/")
 
 
+def _check_webhook_url(value: SecretStr) -> SecretStr:
+    try:
+        is_whole = bool(urlsplit(value.get_secret_value()).hostname) and urlsplit(value.get_secret_value()).port != 0
+    except ValueError:  # of brackets, or of the port
+        is_whole = False
+    if not is_whole:
+        raise ValueError("must be an address such as https://example.com/hook")
+    return value
+
+
 def _check_rate_limit(value: str) -> str:
     if value != "off" and not re.fullmatch(rf"({RATE})(,{RATE})*", value):
         raise ValueError("must look like 10/minute, or metadata=10/minute,embedding=100/minute, or off")
@@ -307,7 +317,7 @@ class Settings(BaseModel):
         alias="IMAGEPIPELINE_WEBSERVER_HOST",
         description="the address the Dagster UI listens on; it has no login, so never one that others reach",
     )
-    webhook_url: SecretStr | None = Field(
+    webhook_url: Annotated[SecretStr, AfterValidator(_check_webhook_url)] | None = Field(
         None, alias="IMAGEPIPELINE_WEBHOOK_URL", description="told of final failures by a POST of JSON; https"
     )
     webhook_secret: Annotated[SecretStr, Field(min_length=16)] | None = Field(
@@ -342,7 +352,7 @@ class Settings(BaseModel):
 
     @classmethod
     def load(cls, environment: Mapping[str, str] = os.environ) -> Self:
-        """The settings of this process; an empty variable counts as not set.
+        """The settings of this process, whose files are private from now on; an empty variable counts as not set.
 
         Raises:
             SettingsError: names every variable that is malformed, and what is wrong, but never its value.
@@ -351,6 +361,7 @@ class Settings(BaseModel):
         secrets = _read_secrets(environment)
         links = {name for name, value in environment.items() if _is_service_link(name, value)}
         if environment is os.environ:  # Dagster, the cloud's libraries and our children look there
+            os.umask(0o077)  # each way in comes by here: what it makes, and what libraries make for it, is its owner's
             os.environ.update(secrets | _build_no_proxy(environment))
             for name in {f"{name}_FILE" for name in SECRETS} | links:
                 os.environ.pop(name, None)

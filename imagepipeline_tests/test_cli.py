@@ -16,6 +16,7 @@ from imagepipeline import cli
 from imagepipeline.errors import list_reasons
 from imagepipeline.models import ImageMetadata, OriginalFacts, PaidCall, Recipe, Upload
 from imagepipeline.services.embedder import LocalEmbedder
+from imagepipeline.stores import uploads
 from imagepipeline.stores.catalogue import Catalogue
 from imagepipeline.stores.ledger import Ledger
 from imagepipeline.stores.vectors import EmbeddingIndex
@@ -271,6 +272,16 @@ def test_status_counts_every_state(invoke, catalogue, queue):
     assert code == 0
     assert json.loads(out) == {"waiting": 1, "pending": 0, "processing": 1, "completed": 0, "failed": 0, "dead": 0}
     assert "processing" in invoke("status")[1]
+
+
+def test_status_says_how_many_unreadable_entries_were_dropped(invoke, catalogue, queue, monkeypatch):
+    monkeypatch.setattr(uploads, "MAX_DEAD", 2)
+    for number in range(5):
+        queue.dead_letter(b"?%d" % number, 1, "why")
+    counts = json.loads(invoke("status", "--json")[1])
+    assert (counts["dead"], counts["dropped"]) == (2, 3)
+    assert invoke("failed", "discard", "--reason", "unreadable")[0] == 0
+    assert "dropped" not in json.loads(invoke("status", "--json")[1])
 
 
 def test_status_without_redis_still_counts_the_catalogue(invoke, catalogue, monkeypatch):

@@ -9,7 +9,9 @@ import pytest
 from imagepipeline.doctor import examine
 from imagepipeline.errors import RedisClusterError
 from imagepipeline.runtime import services
+from imagepipeline.runtime.homes import secure_home
 from imagepipeline.settings import Settings
+from imagepipeline.stores import uploads
 from imagepipeline.stores.catalogue import Catalogue
 from imagepipeline.stores.uploads import UploadQueue
 from imagepipeline_tests.conftest import redis_server
@@ -22,7 +24,9 @@ def environment(tmp_path, redis_url, queue):
     home = tmp_path / "home"
     (home / "storage").mkdir(parents=True)
     Catalogue(f"sqlite:///{home / 'catalogue.sqlite'}").migrate()
-    return {"IMAGEPIPELINE_HOME": str(home), "REDIS_URL": redis_url}
+    environment = {"IMAGEPIPELINE_HOME": str(home), "REDIS_URL": redis_url}
+    secure_home(Settings.load(environment))
+    return environment
 
 
 STACK = {"code server", "daemon", "sensors", "webserver"}  # examined where it runs, end to end
@@ -156,6 +160,19 @@ def test_a_redis_that_is_nearly_full_is_named_before_it_refuses(environment, que
     assert "maxmemory" in found["redis"].advice
 
 
+def test_unreadable_entries_that_were_dropped_are_named_until_the_rest_is_discarded(environment, queue, monkeypatch):
+    monkeypatch.setattr(uploads, "MAX_DEAD", 2)
+    for number in range(5):
+        queue.dead_letter(b"?%d" % number, 1, "why")
+    found = ill(environment)
+    assert set(found) == {"redis"}
+    assert "3 unreadable entries were dropped" in found["redis"].sentence
+    assert "failed discard --reason unreadable" in found["redis"].advice
+    for letter in queue.list_dead():
+        queue.discard_dead(letter)
+    assert not ill(environment)
+
+
 def test_a_budget_that_cannot_hold_is_named_before_anything_is_asked(environment, httpserver):
     settings = remote(environment, httpserver) | {
         "IMAGEPIPELINE_DAILY_BUDGET_USD": "5",
@@ -185,9 +202,14 @@ def test_in_a_folder_without_a_stack_it_says_so_and_makes_nothing(tmp_path, envi
     assert not (tmp_path / "none").exists()
 
 
-def test_a_home_that_others_may_write_to_is_named(environment, tmp_path):
-    (tmp_path / "home").chmod(0o777)
-    assert "others may write" in ill(environment)["home"].sentence
+@pytest.mark.parametrize("mode", [0o777, 0o755, 0o710])
+def test_a_home_that_is_open_to_others_is_named_with_the_cure(environment, tmp_path, mode):
+    home = tmp_path / "home"
+    home.chmod(mode)
+    found = ill(environment)["home"]
+    assert f"{home} is open to other users" in found.sentence
+    assert f"chmod go= {home}" in found.advice
+    assert home.stat().st_mode & 0o777 == mode  # it examines, and changes nothing
 
 
 def test_a_redis_that_is_a_cluster_is_refused_everywhere_with_the_cure(environment, tmp_path):

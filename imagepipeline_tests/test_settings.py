@@ -233,3 +233,13 @@ def test_parameters_the_driver_knows_are_kept():
     assert Settings.load({"DATABASE_URL": url}).database_url == url
     with pytest.raises(SettingsError, match="'mode'"):
         Settings.load({"DATABASE_URL": "sqlite:////a.db?mode=ro"})
+
+
+@pytest.mark.parametrize(
+    "url", ["https://[canary/", "https://canary:70000/", "https://canary:x/", "canary", "https:///c"]
+)
+def test_a_webhook_without_a_whole_address_is_refused_at_start_and_not_shown(url):
+    environment = {"IMAGEPIPELINE_WEBHOOK_URL": url, "IMAGEPIPELINE_WEBHOOK_SECRET": "x" * 16}
+    with pytest.raises(SettingsError, match="IMAGEPIPELINE_WEBHOOK_URL: must be an address such as") as caught:
+        Settings.load(environment)
+    assert "canary" not in str(caught.value)

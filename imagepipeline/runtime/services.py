@@ -5,17 +5,12 @@ starts, so that there is nothing to mount and nothing to keep in step.
 """
 
 import json
-import os
-import re
 import socket
-import stat
 import subprocess
 import sys
-import tempfile
 import urllib.error
 import urllib.request
-from collections.abc import Iterator
-from contextlib import closing, contextmanager
+from contextlib import closing
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
@@ -25,8 +20,14 @@ import sqlalchemy as sa
 import yaml
 
 from imagepipeline.errors import RedisClusterError, StackError
+<<<<<<< HEAD
 from imagepipeline.settings import SECRETS, Settings
 from imagepipeline.stores import broker
+=======
+from imagepipeline.runtime.homes import make_home as make_home
+from imagepipeline.runtime.homes import make_socket_folder, told_of
+from imagepipeline.settings import Settings
+>>>>>>> wt-h
 from imagepipeline.stores.catalogue import Catalogue
 from imagepipeline.stores.uploads import UploadQueue
 
@@ -80,6 +81,7 @@ def build_command(settings: Settings, name: str) -> list[str]:
     return [sys.executable, "-m", *modules[name]]
 
 
+<<<<<<< HEAD
 def make_home(settings: Settings) -> None:
     """Makes the home where there is none.
 
@@ -94,20 +96,19 @@ def make_home(settings: Settings) -> None:
 
 def prepare(settings: Settings) -> None:
     """Makes the home, and writes Dagster's files into it.
+=======
+def prepare(settings: Settings) -> dict[str, str]:
+    """Writes Dagster's files, and gives the environment of a service.
+>>>>>>> wt-h
 
     Raises:
-        StackError: the home cannot be written to, or the folder for the sockets belongs to another user.
+        StackError: the home cannot be written to, or it or its sockets are not ours alone; see `homes`.
     """
     make_home(settings)
+    make_socket_folder(settings)
     home = _dagster_home(settings)
-    with _told_of(settings):
-        settings.socket_folder.mkdir(parents=True, exist_ok=True, mode=0o700)
-        # Anybody may put a link into /tmp; one in the home is its owner's, such as to a shared volume.
-        is_in_home = settings.socket_folder.parent == settings.home
-        found = settings.socket_folder.stat() if is_in_home else settings.socket_folder.lstat()
-        if not stat.S_ISDIR(found.st_mode) or found.st_uid != os.getuid():
-            raise StackError(f"{settings.socket_folder} is not a folder of ours: remove it, or set IMAGEPIPELINE_HOME")
-        home.mkdir(parents=True, exist_ok=True)
+    with told_of(settings.home):
+        home.mkdir(exist_ok=True, mode=0o700)
         (home / "dagster.yaml").write_text(yaml.safe_dump(_build_dagster_yaml(settings), sort_keys=False))
         (home / "workspace.yaml").write_text(yaml.safe_dump(_build_workspace_yaml(settings)))
 
@@ -241,18 +242,6 @@ def build_webserver_url(settings: Settings) -> str:
     host = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(settings.webserver_host, settings.webserver_host)  # noqa: S104
     port = settings.webserver_port or DEFAULT_WEBSERVER_PORT
     return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
-
-
-@contextmanager
-def _told_of(settings: Settings) -> Iterator[None]:
-    """Names the home when something below it cannot be written."""
-    try:
-        yield
-    except OSError as error:
-        raise StackError(
-            f"{settings.home} cannot be used as the home ({error.strerror or type(error).__name__}): "
-            "set IMAGEPIPELINE_HOME to a folder this user may write to"
-        ) from None
 
 
 def _dagster_home(settings: Settings) -> Path:

@@ -6,6 +6,7 @@ names it in its `dagster.yaml`; without that entry Dagster uses its own. Tables 
 """
 
 import functools
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -27,6 +28,7 @@ class PooledSqliteStorage(DagsterSqliteStorage):
     """Runs, ticks and events, in a database each below `base_dir`."""
 
     def __init__(self, base_dir: str, inst_data: ConfigurableClassData | None = None) -> None:
+        os.umask(0o077)  # Dagster's own tools come in here, and load no settings of ours
         self.base_dir = base_dir
         self._run_storage: Any = PooledRunStorage.from_local(base_dir)
         self._event_log_storage: Any = PooledEventLogStorage(base_dir)

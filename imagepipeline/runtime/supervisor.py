@@ -23,6 +23,7 @@ from imagepipeline.errors import StackError
 from imagepipeline.runtime import processes, services, valkey
 from imagepipeline.settings import Settings
 from imagepipeline.stores.catalogue import Catalogue
+from imagepipeline.stores.files import FileStore
 
 START_SECONDS = 90
 STOP_SECONDS = 15
@@ -103,7 +104,7 @@ class Stack:
         for variable in filter(services.is_secret, list(os.environ)):
             del os.environ[variable]  # each service is given its own; the forkserver needs none
         if "://" not in settings.storage:
-            Path(settings.storage).mkdir(parents=True, exist_ok=True)
+            FileStore(Path(settings.storage)).make_root()
         if not settings.has_own_redis:
             services.check_redis(settings)
         else:

@@ -22,7 +22,26 @@ from imagepipeline.models import Pause
 
 TIMEOUT_SECONDS = 3.0
 SMTP_TIMEOUT_SECONDS = 10.0
-NAT64 = ipaddress.ip_network("64:ff9b::/96")  # RFC 6052
+# https://www.iana.org/assignments/ipv6-address-space: of all IPv6 addresses, those that are given out.
+GLOBAL_UNICAST = ipaddress.ip_network("2000::/3")
+NAT64 = ipaddress.ip_network("64:ff9b::/96")  # RFC 6052: an IPv4 address in the last 32 bits
+# What Python's `is_global` lets through, in one version or another.
+# https://www.iana.org/assignments/iana-ipv4-special-registry and iana-ipv6-special-registry
+NOT_PUBLIC = tuple(
+    ipaddress.ip_network(network)
+    for network in (
+        "100.64.0.0/10",  # behind a carrier's NAT, RFC 6598; clouds have their metadata there, too
+        "168.63.129.16/32",  # Azure's own services, the same in each of its networks
+        "192.0.0.0/24",  # of protocols, RFC 6890
+        "192.88.99.0/24",  # once 6to4's relays, RFC 7526
+        "198.18.0.0/15",  # measurements, RFC 2544
+        "2001::/23",  # of protocols, RFC 2928; Teredo among them, which wraps an IPv4 address
+        "2001:db8::/32",  # documentation, RFC 3849
+        "2002::/16",  # 6to4, RFC 3056, which wraps an IPv4 address
+        "3fff::/20",  # documentation, RFC 9637
+    )
+)
+LAST_PRIVILEGED_PORT = 1023
 
 
 class Notifier(Protocol):
@@ -77,7 +96,10 @@ def build_pause_message(pause: Pause) -> dict[str, Any]:
 
 
 class WebhookNotifier:
-    """A POST of JSON, signed; https to a public address, unless private ones are allowed. Redirects are not followed.
+    """A POST of JSON, signed. Redirects are not followed.
+
+    Unless private addresses are allowed, it goes by https to a public address, at port 443 or one above 1023: the
+    others belong to other services.
 
     `X-Imagepipeline-Signature` is `sha256=` and the HMAC-SHA256, in hex, of timestamp, dot and body under the secret;
     `X-Imagepipeline-Timestamp` is that timestamp, in Unix seconds.
@@ -122,28 +144,39 @@ class WebhookNotifier:
         host, is_https = self._url.hostname or "", self._url.scheme == "https"
         if not is_https and not (self._allows_private and self._url.scheme == "http"):
             raise NotificationError("the webhook must be https")
-        port = self._url.port or (443 if is_https else 80)
-        address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0][4][0]
-        if not self._allows_private and not is_public(str(address)):
-            raise NotificationError("the webhook is at a private address")
+        try:
+            port = self._url.port or (443 if is_https else 80)
+            found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)
+        except ValueError:  # of a port beyond 65535, or of a name that IDNA cannot encode
+            raise NotificationError("the webhook's address is malformed: correct IMAGEPIPELINE_WEBHOOK_URL") from None
+        addresses = [str(entry[4][0]) for entry in found]
+        if not self._allows_private:
+            # A name that has a private address beside a public one is not trusted with either.
+            if not all(is_public(address) for address in addresses):
+                raise NotificationError("the webhook is at a private address")
+            if port <= LAST_PRIVILEGED_PORT and port != 443:
+                raise NotificationError("the webhook must be at port 443, or at one above 1023")
+        address = addresses[0]
         timeout = urllib3.Timeout(TIMEOUT_SECONDS)
         if is_https:
             return urllib3.HTTPSConnectionPool(
-                str(address), port, timeout=timeout, server_hostname=host, assert_hostname=host
+                address, port, timeout=timeout, server_hostname=host, assert_hostname=host
             )
-        return urllib3.HTTPConnectionPool(str(address), port, timeout=timeout)
+        return urllib3.HTTPConnectionPool(address, port, timeout=timeout)
 
 
 def is_public(address: str) -> bool:
-    """Whether an IP address is on the public Internet, also when it wraps an IPv4 address in an IPv6 one."""
+    """Whether an IP address is on the public Internet.
+
+    An IPv6 address that wraps an IPv4 one is public where NAT64 leads to a public one, and else is not.
+    """
     ip = ipaddress.ip_address(address.partition("%")[0])
     if isinstance(ip, ipaddress.IPv6Address):
-        wrapped = [ip.ipv4_mapped, ip.sixtofour, *(ip.teredo or ())]
         if ip in NAT64:
-            wrapped.append(ipaddress.IPv4Address(int(ip) & 0xFFFFFFFF))
-        if any(inner is not None and not is_public(str(inner)) for inner in wrapped):
+            return is_public(str(ipaddress.IPv4Address(int(ip) & 0xFFFFFFFF)))
+        if ip not in GLOBAL_UNICAST:  # mapped, compatible, translated and site-local addresses among them
             return False
-    return ip.is_global and not ip.is_multicast
+    return ip.is_global and not ip.is_multicast and not any(ip in network for network in NOT_PUBLIC)
 
 
 class MailNotifier:

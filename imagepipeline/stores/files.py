@@ -2,6 +2,9 @@
 
 Paths are those of the contract: relative, with `/`, `original/…` or `variants/…`. Nothing outside the root is
 opened, and no symbolic link, device or pipe is followed.
+
+What is written is as open as the folder it is written to, whatever the process' umask: who may enter that may read it.
+Below a private home all is private; below a folder that a web server may enter, all can be served.
 """
 
 import contextlib
@@ -18,6 +21,7 @@ from imagepipeline.errors import DiskFullError, MissingOriginalError, UnsafePath
 from imagepipeline.models import IMAGE_ID_PATTERN, check_image_id
 
 SETTLED_SECONDS, LEFTOVER_SECONDS = 60, 3600
+ENTER, WRITE = 0o011, 0o022  # what a mode lets others do with a folder
 
 
 class FileStore:
@@ -25,6 +29,10 @@ class FileStore:
 
     def __init__(self, root: Path) -> None:
         self.root = root
+
+    def make_root(self) -> None:
+        """Makes the root where there is none; others may do in it what they may do around it, but write."""
+        _make_folder(self.root)
 
     def list_originals_of(self, image_id: str) -> list[str]:
         """The paths of the files `original/<image_id>.*`, sorted.
@@ -76,12 +84,14 @@ class FileStore:
         """
         *parents, name = Path(path).parts
         beside = f".{uuid.uuid4().hex}.tmp"  # without the name, which may be as long as a name can be
-        self.root.mkdir(parents=True, exist_ok=True)
+        self.make_root()
         try:
             with self._open_folder(parents, is_created=True) as folder:
                 try:
-                    descriptor = os.open(beside, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666, dir_fd=folder)
+                    descriptor = os.open(beside, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600, dir_fd=folder)
                     with os.fdopen(descriptor, "wb") as file:
+                        entered_by = os.fstat(folder).st_mode & ENTER
+                        _set_mode(descriptor, 0o600 | entered_by << 2)  # who may enter, 1, may read, 4
                         file.write(content)
                         file.flush()
                         os.fsync(descriptor)
@@ -139,11 +149,35 @@ class FileStore:
         try:
             for part in parts:
                 parent = folder
-                if is_created:
-                    with contextlib.suppress(FileExistsError):
-                        os.mkdir(part, dir_fd=parent)
+                is_new = is_created and _make_entry(part, parent)
                 folder = os.open(part, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW, dir_fd=parent)
+                if is_new:  # the umask has its say in mkdir
+                    _set_mode(folder, stat.S_IMODE(os.fstat(parent).st_mode))
                 os.close(parent)
             yield folder
         finally:
             os.close(folder)
+
+
+def _set_mode(descriptor: int, mode: int) -> None:
+    with contextlib.suppress(PermissionError):  # of a file system that keeps none
+        os.fchmod(descriptor, mode)
+
+
+def _make_entry(name: str, parent: int) -> bool:
+    """Makes a folder; gives False if there was one."""
+    try:
+        os.mkdir(name, 0o700, dir_fd=parent)
+    except FileExistsError:
+        return False
+    return True
+
+
+def _make_folder(path: Path) -> None:
+    """Makes a folder and those around it, each as open as the one it is in; but that only we may write to it."""
+    if path.is_dir():
+        return
+    _make_folder(path.parent)
+    with contextlib.suppress(FileExistsError):
+        path.mkdir(mode=0o700)
+        path.chmod(path.parent.stat().st_mode & ~WRITE & ~stat.S_ISVTX & 0o7777 | 0o700)

@@ -2,7 +2,7 @@
 
 An entry leaves `wait` only when the catalogue has recorded it, so a crash anywhere repeats a step and loses nothing.
 Taking in uses only commands that Redis obeys when its memory is full, so that a full Redis drains. What cannot be read
-ends in `dead`, with its reason. `active` shows what is being processed; nothing depends on it.
+ends in `dead`, with its reason; the newest are kept. `active` shows what is being processed; nothing depends on it.
 """
 
 import base64
@@ -22,6 +22,9 @@ from imagepipeline.models import Upload
 DEFAULT_PREFIX = "image-processing"
 SHOWN_CHARACTERS = 200
 RETRYABLE_BYTES = 1024
+MAX_DEAD = 1000  # of at most 4 kB each; an uploader that sends nonsense must not fill the server
+READ_TOGETHER = 25  # entries in one answer; each may be as long as the server lets it be
+MAX_READ_BYTES = 4_000_000  # at which no more are read; twice what 500 well-formed entries may have
 # What a server that belongs to a cluster answers to commands that name keys of several slots.
 CLUSTER_ERRORS = (redis.exceptions.AskError, redis.exceptions.ClusterCrossSlotError, redis.exceptions.ClusterError)
 
@@ -36,6 +39,7 @@ class UploadQueue:
 
     def __init__(self, url: str, prefix: str = DEFAULT_PREFIX) -> None:
         self.wait_key, self.active_key, self.dead_key = (f"{prefix}:{name}" for name in ("wait", "active", "dead"))
+        self._dropped_key = f"{self.dead_key}:dropped"
         self.redis: Any = redis.Redis.from_url(url, socket_connect_timeout=2, socket_timeout=5)
 
     def close(self) -> None:
@@ -62,10 +66,17 @@ class UploadQueue:
         """Up to `limit` entries, oldest first, with the number of copies of each; they stay where they are.
 
         Those that an earlier version moved to `active` and did not record come first. Of copies, the last one counts.
+        Fewer are read where they are long: an answer takes memory of the server, which an uploader could exhaust.
         """
+        waiting: list[bytes] = []
         with _translated_errors():
             left = [entry for entry in self.redis.lrange(self.active_key, 0, -1) if not _is_shown(entry)]
-            waiting = self.redis.lrange(self.wait_key, -limit, -1)
+            while len(waiting) < limit and sum(map(len, waiting)) < MAX_READ_BYTES:
+                first, last = -min(len(waiting) + READ_TOGETHER, limit), -len(waiting) - 1
+                older = self.redis.lrange(self.wait_key, first, last)
+                if not older:
+                    break
+                waiting = [*older, *waiting]
         counted: Counter[bytes] = Counter()
         for entry in [*left[::-1], *waiting[::-1]]:
             counted[entry] = counted.pop(entry, 0) + 1
@@ -106,7 +117,7 @@ class UploadQueue:
         """Moves copies of an unreadable entry to `dead`.
 
         There it is JSON: `id`, `entry` (escaped, at most 200 characters), `raw` (base64, if the entry has at
-        most 1 kB), `reason`, `copies`, `at` (Unix seconds).
+        most 1 kB), `reason`, `copies`, `at` (Unix seconds). The newest `MAX_DEAD` are kept; see `count_dropped`.
         """
         letter = json.dumps(
             {
@@ -120,8 +131,18 @@ class UploadQueue:
         )
         with _translated_errors(), self.redis.pipeline(transaction=True) as pipe:
             pipe.lpush(self.dead_key, letter)
+            pipe.ltrim(self.dead_key, 0, MAX_DEAD - 1)
             self._forget(pipe, entry, copies)
-            pipe.execute()
+            dropped = pipe.execute()[0] - MAX_DEAD
+        if dropped > 0:
+            # Apart, as only now we know; a full Redis, or a crash in between, costs the count and no entry.
+            with _translated_errors(), suppress(redis.exceptions.OutOfMemoryError):
+                self.redis.incrby(self._dropped_key, dropped)
+
+    def count_dropped(self) -> int:
+        """How many dead letters were dropped, as `MAX_DEAD` newer ones came, since `dead` was last emptied."""
+        with _translated_errors():
+            return int(self.redis.get(self._dropped_key) or 0)
 
     def list_dead(self) -> list[dict[str, Any]]:
         """The dead letters, newest first, as `dead_letter` wrote them."""
@@ -137,14 +158,13 @@ class UploadQueue:
         if letter["raw"] is None:
             raise InvalidUploadError(f"{letter['id']} was too long to be kept: push the image's ID again instead")
         with _translated_errors(), self.redis.pipeline(transaction=True) as pipe:
-            pipe.lrem(self.dead_key, 0, json.dumps(dict(letter)))
             pipe.lpush(self.wait_key, base64.b64decode(letter["raw"]))
-            pipe.execute()
+            self._take_off(pipe, letter)
 
     def discard_dead(self, letter: Mapping[str, Any]) -> None:
         """Takes a letter off `dead`."""
-        with _translated_errors():
-            self.redis.lrem(self.dead_key, 0, json.dumps(dict(letter)))
+        with _translated_errors(), self.redis.pipeline(transaction=True) as pipe:
+            self._take_off(pipe, letter)
 
     def count(self) -> dict[str, int]:
         """The lengths of the lists `wait` (as `waiting`: not in the catalogue yet) and `dead`."""
@@ -153,6 +173,13 @@ class UploadQueue:
                 pipe.llen(key)
             waiting, dead = pipe.execute()
         return {"waiting": waiting, "dead": dead}
+
+    def _take_off(self, pipe: Any, letter: Mapping[str, Any]) -> None:
+        """Does what `pipe` holds and takes a letter off `dead`; with the last one, those dropped are forgotten."""
+        pipe.lrem(self.dead_key, 0, json.dumps(dict(letter)))
+        pipe.llen(self.dead_key)
+        if pipe.execute()[-1] == 0:
+            self.redis.delete(self._dropped_key)
 
     def _forget(self, pipe: Any, entry: bytes, copies: int) -> None:
         pipe.lrem(self.wait_key, -copies, entry)

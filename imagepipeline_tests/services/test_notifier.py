@@ -128,10 +128,83 @@ def test_by_default_only_https_to_public_addresses_is_used(url, why):
         ("2002:7f00:1::", False),
         ("64:ff9b::7f00:1", False),
         ("64:ff9b::a9fe:a9fe", False),
+        ("64:ff9b:1::5db8:d822", False),
+        ("64:ff9b:1:a9fe:a9:fe00::", False),
+        ("::ffff:93.184.216.34", False),
+        ("::ffff:0:127.0.0.1", False),
+        ("::127.0.0.1", False),
+        ("::a9fe:a9fe", False),
+        ("2001:0:4136:e378:8000:63bf:3fff:fdd2", False),
+        ("2002:5db8:d822::1", False),
+        ("fec0::1", False),
+        ("fd00:ec2::254", False),
+        ("100::1", False),
+        ("2001:2::1", False),
+        ("2001:20::1", False),
+        ("2001:db8::1", False),
+        ("3fff::1", False),
+        ("5f00::1", False),
+        ("4000::1", False),
+        ("0.1.2.3", False),
+        ("100.100.100.200", False),
+        ("168.63.129.16", False),
+        ("192.0.0.9", False),
+        ("192.0.0.192", False),
+        ("192.0.2.1", False),
+        ("192.88.99.1", False),
+        ("198.18.0.1", False),
+        ("198.19.255.255", False),
+        ("239.255.255.250", False),
+        ("240.0.0.1", False),
     ],
 )
 def test_private_addresses_are_known_in_every_disguise(address, expected):
     assert is_public(address) is expected
+
+
+@pytest.fixture
+def name_server(monkeypatch):
+    """Answers for `hook.test`, with the next of the lists it is given each time it is asked."""
+    answers = []
+    look_up = socket.getaddrinfo
+
+    def answer(host, port, *args, **kwargs):
+        if host != "hook.test":
+            return look_up(host, port, *args, **kwargs)
+        return [entry for address in answers.pop(0) for entry in look_up(address, port, *args, **kwargs)]
+
+    monkeypatch.setattr(socket, "getaddrinfo", answer)
+    return answers
+
+
+def test_a_name_with_a_private_address_beside_a_public_one_is_refused(name_server):
+    for addresses in (["93.184.216.34", "127.0.0.1"], ["127.0.0.1", "93.184.216.34"]):
+        name_server.append(addresses)
+        with pytest.raises(NotificationError, match="private"):
+            WebhookNotifier("https://hook.test/", "s", allows_private=False).send([failure()])
+
+
+def test_a_name_is_looked_up_once_and_that_address_is_connected_to(name_server, httpserver):
+    httpserver.expect_request("/hook").respond_with_data("")
+    name_server.extend([["127.0.0.1"], ["127.0.0.2"]])
+    webhook = WebhookNotifier(f"http://hook.test:{httpserver.port}/hook", "s", allows_private=True)
+    webhook.send([failure()])
+    request, _ = received(httpserver)
+    assert request.headers["Host"] == f"hook.test:{httpserver.port}"
+    assert name_server == [["127.0.0.2"]]
+
+
+@pytest.mark.parametrize("port", [22, 25, 80, 444, 465, 1023])
+def test_ports_of_other_services_are_refused(port):
+    with pytest.raises(NotificationError, match="port 443"):
+        WebhookNotifier(f"https://93.184.216.34:{port}/", "s", allows_private=False).send([failure()])
+
+
+@pytest.mark.parametrize("url", ["https://example.com:70000/", "https://example.com:x/", "https://a..b/", "https:///"])
+def test_a_malformed_address_is_an_error_of_the_notifier(url):
+    with pytest.raises(NotificationError, match=r"malformed|did not answer|private") as caught:
+        WebhookNotifier(url, "s", allows_private=False).send([failure()])
+    assert "example" not in str(caught.value)
 
 
 class Mailbox:

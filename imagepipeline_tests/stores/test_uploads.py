@@ -8,7 +8,7 @@ import pytest
 
 from imagepipeline.errors import InvalidUploadError, StackError
 from imagepipeline.models import Upload
-from imagepipeline.stores.uploads import UploadQueue
+from imagepipeline.stores.uploads import MAX_DEAD, UploadQueue
 
 
 def test_waiting_ends_with_an_entry_and_moves_none(queue):
@@ -88,6 +88,21 @@ def test_uploads_come_out_in_the_order_they_went_in(queue):
     assert list(queue.read(2)) == [b"a", b"b"]
 
 
+@pytest.mark.parametrize("limit", [1, 24, 25, 26, 60, 100, 500])
+def test_so_many_are_read_and_the_oldest_first(queue, limit):
+    names = [b"i%d" % number for number in range(60)]
+    queue.redis.lpush(queue.wait_key, *names)
+    assert list(queue.read(limit)) == names[:limit]
+
+
+def test_of_long_entries_fewer_are_read(queue):
+    for number in range(100):
+        queue.redis.lpush(queue.wait_key, b"%d" % number + b"x" * 1_000_000)
+    assert len(queue.read(500)) == 25
+    queue.acknowledge(queue.read(500))
+    assert next(iter(queue.read(500))).startswith(b"25x")
+
+
 def test_enqueue_and_the_sensor_speak_the_same_language(queue):
     queue.enqueue("a", "original/x.jpg", priority=7)
     [entry] = queue.read(1)
@@ -140,6 +155,29 @@ def test_a_dead_letter_is_escaped_cut_and_says_why(queue):
     assert len(letter["entry"]) == 200
     assert letter["reason"] == "the reason"
     assert queue.count() == {"waiting": 0, "dead": 1}
+
+
+def test_of_unreadable_entries_the_newest_are_kept_and_the_others_counted(queue):
+    for number in range(MAX_DEAD + 3):
+        queue.redis.lpush(queue.wait_key, f"?{number}")
+        queue.dead_letter(f"?{number}".encode(), 1, "why")
+    assert queue.count() == {"waiting": 0, "dead": MAX_DEAD}
+    assert queue.count_dropped() == 3
+    letters = queue.list_dead()
+    assert (letters[0]["entry"], letters[-1]["entry"]) == (f"?{MAX_DEAD + 2}", "?3")
+    for letter in letters[1:]:
+        queue.discard_dead(letter)
+    assert queue.count_dropped() == 3
+    queue.retry_dead(letters[0])
+    assert queue.count_dropped() == 0
+    assert queue.count() == {"waiting": 1, "dead": 0}
+
+
+def test_a_flood_of_long_unreadable_entries_takes_a_bounded_memory(queue):
+    before_bytes = queue.redis.info("memory")["used_memory"]
+    for number in range(2 * MAX_DEAD):
+        queue.dead_letter(b"%d" % number + b"\xff" * 1000, 1, "why " * 50)
+    assert queue.redis.info("memory")["used_memory"] - before_bytes < 5_000_000
 
 
 def test_prefixes_do_not_see_each_other(queue, redis_url):

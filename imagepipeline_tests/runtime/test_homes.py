@@ -1,0 +1,377 @@
+"""A home is its owner's alone, however it was made and whichever way one comes in."""
+
+import os
+import shutil
+import socket
+import stat
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+import pytest
+
+from imagepipeline.errors import StackError
+from imagepipeline.runtime import services
+from imagepipeline.runtime.homes import find_faults, make_home, secure_home
+from imagepipeline.settings import Settings
+from imagepipeline.stores.catalogue import Catalogue
+from imagepipeline.stores.files import FileStore
+from imagepipeline_tests.conftest import PHOTOS
+
+IS_ROOT = os.getuid() == 0
+NOBODY = 65534
+# Imports all that it will need, because the package may lie where nobody may read, and then becomes that user.
+BECOME_NOBODY = f"os.setgroups([]); os.setgid({NOBODY}); os.setuid({NOBODY});"
+AS_NOBODY = (
+    "import os, sys, sqlite3.dbapi2, platformdirs; from imagepipeline import cli, display, doctor, providers, storage;"
+    "from imagepipeline.runtime import supervisor; from imagepipeline.stores import ledger, migrations, uploads;"
+    f"{BECOME_NOBODY}"
+    "sys.argv = ['imagepipeline', *sys.argv[1:]]; cli.main()"
+)
+only_root = pytest.mark.skipif(not IS_ROOT, reason="only root can become somebody else")
+
+
+def load(home, **changes):
+    return Settings.load({"IMAGEPIPELINE_HOME": str(home), **changes})
+
+
+def run(home, *command, umask=0, **environment):
+    """A command of a user whose files are open to everybody."""
+    return subprocess.run(
+        [sys.executable, *command],
+        env=os.environ | {"IMAGEPIPELINE_HOME": str(home), **environment},
+        capture_output=True,
+        text=True,
+        check=False,
+        umask=umask,
+        timeout=120,
+    )
+
+
+def call(home, *arguments, **environment):
+    return run(home, "-m", "imagepipeline.cli", *arguments, **environment)
+
+
+def call_as_nobody(home, *arguments, **environment):
+    return run(home, "-c", AS_NOBODY, *arguments, **environment)
+
+
+def list_open(home):
+    """What others may use, of a home and all that is in it."""
+    paths = [home, *home.rglob("*")]
+    return {str(path.relative_to(home)): oct(path.lstat().st_mode) for path in paths if path.lstat().st_mode & 0o077}
+
+
+def mode_of(path):
+    return stat.S_IMODE(path.lstat().st_mode)
+
+
+@pytest.fixture
+def open_home(tmp_path):
+    """As `mkdir` and an earlier version made it."""
+    home = tmp_path / "home"
+    for folder in ("", "dagster/storage", "logs", "lancedb/a.lance", "valkey", "sockets", "storage/original"):
+        (home / folder).mkdir(exist_ok=True, parents=True)
+    for file in ("dagster/dagster.yaml", "dagster/storage/runs.db", "logs/redis.log", "valkey/dump.rdb", "stack.lock"):
+        (home / file).write_text("")
+    (home / "stack.lock").write_text("{}")
+    (home / "dagster" / "storage" / "runs.db").unlink()
+    Catalogue(f"sqlite:///{home / 'catalogue.sqlite'}").migrate()
+    for path in (home, *home.rglob("*")):
+        path.chmod(0o755 if path.is_dir() else 0o644)
+    return home
+
+
+WAYS = {
+    "status": ["-m", "imagepipeline.cli", "status"],
+    "list": ["-m", "imagepipeline.cli", "failed", "list"],
+    "push": ["-m", "imagepipeline.cli", "push", str(PHOTOS / "cat.jpg")],
+    "migrate": ["-m", "imagepipeline.cli", "migrate"],
+    "service": ["-m", "imagepipeline.cli", "service", "webserver", "--check"],
+    "definitions": ["-c", "from imagepipeline.definitions import defs; defs().resolve_all_job_defs()"],
+}
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_an_open_home_is_closed_whichever_way_one_comes_in(open_home, redis_url, way):
+    result = run(open_home, *WAYS[way], REDIS_URL=redis_url)
+    assert "Traceback" not in result.stderr, result.stderr
+    assert f"{open_home} is open to other users (rwxr-xr-x); it has been closed to them" in result.stderr
+    found = list_open(open_home)
+    assert {name for name in found if not name.startswith("storage")} == set()
+    again = run(open_home, *WAYS[way], REDIS_URL=redis_url)
+    assert "open to other users" not in again.stderr
+
+
+@pytest.mark.parametrize(
+    "command",
+    [
+        ["-m", "imagepipeline.runtime.migration"],
+        ["-m", "imagepipeline.runtime.examination"],
+        ["-m", "dagster", "instance", "info"],
+        ["-m", "dagster", "instance", "migrate"],
+    ],
+    ids=" ".join,
+)
+def test_what_a_module_or_a_tool_of_dagster_makes_by_itself_is_private(tmp_path, command):
+    home = tmp_path / "home"
+    environment = services.prepare(load(home))
+    result = run(home, *command, DAGSTER_HOME=environment["DAGSTER_HOME"])
+    made = {path.name for path in home.rglob("*.db")}
+    assert "runs.db" in made, result.stderr
+    assert [name for name in list_open(home) if Path(name).name in made or "catalogue" in name] == []
+    assert (mode_of(home), mode_of(home / "dagster")) == (0o700, 0o700)
+
+
+def test_all_that_a_running_stack_makes_is_private():
+    """Below a short path, so that the sockets are in the home."""
+    with tempfile.TemporaryDirectory(prefix="ip", dir="/tmp") as folder:
+        home = Path(folder, "home")
+        result = call(home, "demo", "--exit", "--json", str(PHOTOS / "cat.jpg"))
+        assert result.returncode == 0, result.stderr
+        assert '"completed"' in result.stdout
+        names = {path.name for path in home.iterdir()}
+        assert {"catalogue.sqlite", "dagster", "lancedb", "logs", "stack.lock", "storage", "valkey"} <= names
+        assert list_open(home) == {}
+
+
+def test_a_folder_that_holds_other_things_is_not_closed(tmp_path):
+    home = tmp_path / "project"
+    home.mkdir(mode=0o755)
+    (home / "index.html").write_text("served")
+    result = call(home, "migrate")
+    assert result.returncode == 4
+    assert f"{home} is open to other users (rwxr-xr-x), and they may need {home / 'index.html'}" in result.stderr
+    assert "chmod go=" in result.stderr
+    assert mode_of(home) == 0o755
+    assert [path.name for path in home.iterdir()] == ["index.html"]
+
+
+def test_a_home_that_holds_a_storage_root_somebody_chose_is_not_closed(tmp_path):
+    home = tmp_path / "home"
+    home.mkdir(mode=0o755)
+    settings = load(home, IMAGEPIPELINE_STORAGE_ROOT=str(home / "storage"))
+    with pytest.raises(StackError, match=r"they may need .*storage: move that out of the home"):
+        make_home(settings)
+    assert mode_of(home) == 0o755
+    home.chmod(0o700)
+    make_home(settings)
+
+
+def test_a_folder_that_users_share_is_not_closed(tmp_path):
+    home = tmp_path / "shared"
+    home.mkdir()
+    home.chmod(0o1777)
+    with pytest.raises(StackError, match="meant to be: set IMAGEPIPELINE_HOME"):
+        make_home(load(home))
+    assert mode_of(home) == 0o1777
+
+
+def test_what_a_home_links_to_is_left_as_it_is(open_home, tmp_path):
+    elsewhere = tmp_path / "elsewhere"
+    elsewhere.mkdir()
+    (elsewhere / "file").write_text("theirs")
+    elsewhere.chmod(0o755)
+    (elsewhere / "file").chmod(0o644)
+    shutil.rmtree(open_home / "lancedb")
+    (open_home / "lancedb").symlink_to(elsewhere)
+    (open_home / "logs" / "link").symlink_to(elsewhere / "file")
+    secure_home(load(open_home))
+    assert (mode_of(elsewhere), mode_of(elsewhere / "file")) == (0o755, 0o644)
+    assert mode_of(open_home / "logs" / "redis.log") == 0o600
+
+
+def test_a_home_called_like_something_in_it_is_closed_without_its_storage(tmp_path):
+    home = tmp_path / "dagster"
+    (home / "storage").mkdir(parents=True)
+    home.chmod(0o755)
+    (home / "storage").chmod(0o755)
+    make_home(load(home))
+    assert (mode_of(home), mode_of(home / "storage")) == (0o700, 0o755)
+
+
+def share(path):
+    """Lets nobody come to a folder of the tests."""
+    for parent in path.parents:
+        if parent == Path(tempfile.gettempdir()):
+            return
+        parent.chmod(parent.stat().st_mode | stat.S_IXOTH | stat.S_IROTH)
+
+
+@only_root
+def test_a_home_of_somebody_else_is_one_sentence_and_nothing_is_made(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("theirs")
+    (folder / "home").mkdir()
+    share(folder / "home")
+    for arguments in (["up"], ["service", "webserver"], ["migrate"], ["status"], ["push", str(PHOTOS / "cat.jpg")]):
+        result = call_as_nobody(folder / "home", *arguments)
+        assert result.returncode == 4, result.stderr
+        assert f"{folder / 'home'} belongs to user 0, not to {NOBODY}: set IMAGEPIPELINE_HOME" in result.stderr
+        assert "Traceback" not in result.stderr
+    for arguments in (["up"], ["service", "webserver"], ["migrate"]):
+        result = call_as_nobody(folder / "new", *arguments)
+        assert result.returncode == 4, result.stderr
+        assert f"{folder / 'new'} cannot be used as the home (Permission denied)" in result.stderr
+        assert "Traceback" not in result.stderr
+    assert list(folder.iterdir()) == [folder / "home"]
+    assert list((folder / "home").iterdir()) == []
+
+
+@only_root
+@pytest.mark.parametrize("arguments", [["up"], ["status"], ["migrate"], ["push", str(PHOTOS / "cat.jpg")]])
+def test_root_uses_no_home_of_somebody_else_either(tmp_path, arguments):
+    home = tmp_path / "home"
+    home.mkdir(mode=0o700)
+    os.chown(home, NOBODY, NOBODY)
+    result = call(home, *arguments)
+    assert result.returncode == 4
+    assert f"{home} belongs to user {NOBODY}, not to 0" in result.stderr
+    assert list(home.iterdir()) == []
+
+
+@only_root
+def test_a_home_made_by_mkdir_is_closed_by_its_owner_who_is_not_root(tmp_path_factory):
+    home = tmp_path_factory.mktemp("nobodys") / "home"
+    home.mkdir(mode=0o755)
+    share(home)
+    Catalogue(f"sqlite:///{home / 'catalogue.sqlite'}").migrate()
+    for path in (home, *home.iterdir()):
+        os.chown(path, NOBODY, NOBODY)
+    result = call_as_nobody(home, "list", "--json")
+    assert result.stdout == "[]\n", result.stderr
+    assert list_open(home) == {}
+
+
+@only_root
+@pytest.mark.parametrize("name", ["dagster", "catalogue.sqlite", "valkey", "logs"])
+def test_what_somebody_else_has_put_into_a_home_is_refused(open_home, name):
+    os.chown(open_home / name, NOBODY, NOBODY)
+    with pytest.raises(StackError, match=f"{name} belongs to user {NOBODY}, not to 0: remove it"):
+        secure_home(load(open_home))
+
+
+@only_root
+def test_a_home_that_is_a_link_of_somebody_else_is_refused(tmp_path):
+    (tmp_path / "ours").mkdir(mode=0o700)
+    link = tmp_path / "link"
+    link.symlink_to(tmp_path / "ours")
+    make_home(load(link))
+    os.chown(link, NOBODY, NOBODY, follow_symlinks=False)
+    with pytest.raises(StackError, match=f"is a link of user {NOBODY}"):
+        make_home(load(link))
+
+
+@pytest.fixture
+def far_settings(tmp_path):
+    """Of a home whose path is too long for a socket, so that they are in /tmp."""
+    settings = load(tmp_path / ("x" * 80))
+    folder = settings.socket_folder
+    assert folder.parent == Path("/tmp")
+    yield settings
+    if folder.is_symlink():
+        folder.unlink()
+    shutil.rmtree(folder, ignore_errors=True)
+
+
+def test_a_socket_folder_that_is_a_link_is_not_followed(far_settings, tmp_path):
+    (tmp_path / "elsewhere").mkdir()
+    far_settings.socket_folder.symlink_to(tmp_path / "elsewhere")  # anybody may make one in /tmp
+    for use in (services.prepare, secure_home):
+        with pytest.raises(StackError, match="is a link: remove it"):
+            use(far_settings)
+
+
+def test_a_socket_folder_is_closed_each_time_it_is_used(far_settings):
+    services.prepare(far_settings)
+    assert mode_of(far_settings.socket_folder) == 0o700
+    for use in (services.prepare, secure_home):
+        far_settings.socket_folder.chmod(0o777)
+        use(far_settings)
+        assert mode_of(far_settings.socket_folder) == 0o700
+
+
+@only_root
+def test_what_is_pushed_does_not_go_to_a_server_that_somebody_else_has_put_there(far_settings):
+    services.prepare(far_settings)
+    folder = far_settings.socket_folder
+    with socket.socket(socket.AF_UNIX) as server:
+        server.bind(str(folder / "valkey.sock"))
+        server.listen()
+        server.setblocking(False)
+        os.chown(folder, NOBODY, NOBODY)
+        for arguments in (["push", str(PHOTOS / "cat.jpg")], ["status"], ["doctor"]):
+            result = call(far_settings.home, *arguments)
+            assert f"{folder} belongs to user {NOBODY}, not to 0" in result.stdout + result.stderr
+            if arguments != ["doctor"]:
+                assert result.returncode == 4
+                with pytest.raises(BlockingIOError):
+                    server.accept()
+
+
+@pytest.mark.parametrize(("mode", "is_refused"), [(0o1777, True), (0o770, True), (0o755, False), (0o700, False)])
+def test_a_code_socket_in_a_folder_where_others_may_put_theirs_is_refused_and_the_folder_left(
+    tmp_path, mode, is_refused
+):
+    (tmp_path / "shared").mkdir()
+    (tmp_path / "shared").chmod(mode)
+    settings = load(tmp_path / "home", IMAGEPIPELINE_CODE_SOCKET=str(tmp_path / "shared" / "code.sock"))
+    assert any("IMAGEPIPELINE_CODE_SOCKET" in fault.cure for fault in find_faults(settings)) is is_refused
+    if is_refused:
+        with pytest.raises(StackError, match="other users may write to"):
+            services.prepare(settings)
+    else:
+        services.prepare(settings)
+    assert mode_of(tmp_path / "shared") == mode
+
+
+@pytest.mark.parametrize(
+    ("folder", "file"), [(0o755, 0o644), (0o750, 0o640), (0o711, 0o644), (0o700, 0o600), (0o2775, 0o644)]
+)
+def test_files_are_as_open_as_the_storage_root_that_somebody_made(tmp_path, folder, file):
+    root = tmp_path / "storage"
+    root.mkdir()
+    root.chmod(folder)
+    before = os.umask(0o077)
+    try:
+        FileStore(root).write("variants/2026/a-sm.webp", b"x")
+    finally:
+        os.umask(before)
+    for path in (root / "variants", root / "variants" / "2026"):
+        assert mode_of(path) == folder
+    assert mode_of(root / "variants" / "2026" / "a-sm.webp") == file
+
+
+def test_originals_may_be_closed_where_variants_are_open(tmp_path):
+    store = FileStore(tmp_path / "storage")
+    (tmp_path / "storage" / "original").mkdir(parents=True)
+    (tmp_path / "storage").chmod(0o755)
+    (tmp_path / "storage" / "original").chmod(0o700)
+    store.put_original("a", b"x", "jpg")
+    store.write("variants/a-sm.webp", b"x")
+    assert mode_of(tmp_path / "storage" / "original" / "a.jpg") == 0o600
+    assert mode_of(tmp_path / "storage" / "variants" / "a-sm.webp") == 0o644
+
+
+def test_a_storage_root_we_make_is_as_open_as_what_is_around_it_but_for_writing(tmp_path):
+    for around, made in ((0o755, 0o755), (0o1777, 0o755), (0o700, 0o700), (0o2775, 0o2755)):
+        folder = tmp_path / oct(around)
+        folder.mkdir()
+        folder.chmod(around)
+        FileStore(folder / "a" / "b").make_root()
+        assert (mode_of(folder / "a"), mode_of(folder / "a" / "b")) == (made, made)
+
+
+@only_root
+def test_a_web_server_may_serve_what_a_pushed_photo_became(tmp_path_factory, redis_url):
+    folder = tmp_path_factory.mktemp("served")
+    (folder / "public").mkdir()
+    (folder / "public").chmod(0o755)
+    share(folder / "public")
+    result = call(
+        folder / "home", "push", str(PHOTOS / "cat.jpg"), "--id", "cat", REDIS_URL=redis_url,
+        IMAGEPIPELINE_STORAGE_ROOT=str(folder / "public"),
+    )  # fmt: skip
+    assert result.returncode == 0, result.stderr
+    read = ["-c", f"import os, sys; {BECOME_NOBODY} open(sys.argv[1]).close()"]
+    assert run(folder / "home", *read, str(folder / "public" / "original" / "cat.jpg")).returncode == 0
