@@ -402,6 +402,10 @@ class Settings(BaseModel):
                     "unset the key, or set IMAGEPIPELINE_ALLOW_PLAIN_HTTP=1"
                 )
 
+    def build_environment(self, **changes: str) -> dict[str, str]:
+        """The environment of a process of this stack: ours, with the same home wherever it runs."""
+        return {**os.environ, "IMAGEPIPELINE_HOME": str(self.home), **changes}
+
     def publish_resident_socket(self) -> None:
         """Tells this process and its children where the resident listens."""
         os.environ["IMAGEPIPELINE_RESIDENT_SOCKET"] = self.resident_address
@@ -486,6 +490,8 @@ class Settings(BaseModel):
         return Path(f"/tmp/imagepipeline-{os.getuid()}-{digest}")  # noqa: S108  (`up` checks its owner)
 
 
+NOTIFIERS = {"IMAGEPIPELINE_WEBHOOK_URL", "IMAGEPIPELINE_WEBHOOK_SECRET", "IMAGEPIPELINE_SMTP_URL"}
+SECRET_NAME = re.compile(r"KEY|TOKEN|SECRET|PASSWORD|PASSWD|CREDENTIAL|PGPASS", re.IGNORECASE)
 SECRETS = {
     *(str(field.alias) for field in Settings.model_fields.values() if "SecretStr" in str(field.annotation)),
     *("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY", "AZURE_STORAGE_ACCOUNT_KEY", "GOOGLE_SERVICE_ACCOUNT_KEY"),
@@ -504,6 +510,23 @@ def is_plain_http(url: str) -> bool:
     """Whether what is sent to the address crosses a network unencrypted."""
     parts = urlsplit(url)
     return parts.scheme == "http" and not is_loopback(parts.hostname or "")
+
+
+def is_secret(variable: str) -> bool:
+    """Whether a variable's name says that it holds a secret, or the name of a file with one."""
+    name = variable.removesuffix("_FILE")
+    return name in SECRETS or SECRET_NAME.search(name) is not None
+
+
+def adopt_environment(environment: Mapping[str, str]) -> None:
+    """Makes an environment that of this process and of its children, in place of the one it had."""
+    os.environ.clear()
+    os.environ.update(environment)
+
+
+def forget_secrets() -> None:
+    """Removes what looks like a secret from the environment of this process and of its children."""
+    adopt_environment({name: value for name, value in os.environ.items() if not is_secret(name)})
 
 
 def _is_same_database(one: SecretStr | None, other: SecretStr | None) -> bool:

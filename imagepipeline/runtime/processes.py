@@ -15,6 +15,8 @@ from multiprocessing.context import BaseContext
 from pathlib import Path
 from typing import Any, BinaryIO, Protocol
 
+from imagepipeline.settings import adopt_environment
+
 LOG_BYTES = 10_000_000
 PR_SET_PDEATHSIG = 1  # linux/prctl.h
 
@@ -23,7 +25,9 @@ class Child(Protocol):
     """A child process, as `subprocess.Popen` shows it."""
 
     pid: int
-    returncode: int | None
+    @property
+    def returncode(self) -> int | None:
+        """Its exit code, or None while it runs, as `poll` found last."""
 
     def poll(self) -> int | None:
         """Its exit code, or None while it runs."""
@@ -146,8 +150,7 @@ def _become(name: str, arguments: Sequence[str], log: Path, environment: Mapping
         for descriptor, file in enumerate((nothing, output, output)):
             os.dup2(file.fileno(), descriptor)
     rename(name)
-    os.environ.clear()
-    os.environ.update(environment)
+    adopt_environment(environment)
     sys.argv = list(arguments)
     try:
         runpy.run_module(arguments[0], run_name="__main__", alter_sys=True)

@@ -20,18 +20,13 @@ import sqlalchemy as sa
 import yaml
 
 from imagepipeline.errors import RedisClusterError, StackError
-<<<<<<< HEAD
-from imagepipeline.settings import SECRETS, Settings
-from imagepipeline.stores import broker
-=======
 from imagepipeline.runtime.homes import make_home as make_home
 from imagepipeline.runtime.homes import make_socket_folder, told_of
-from imagepipeline.settings import Settings
->>>>>>> wt-h
+from imagepipeline.settings import NOTIFIERS, SECRETS, Settings, is_secret
+from imagepipeline.stores import broker
 from imagepipeline.stores.catalogue import Catalogue
 from imagepipeline.stores.uploads import UploadQueue
 
-NOTIFIERS = {"IMAGEPIPELINE_WEBHOOK_URL", "IMAGEPIPELINE_WEBHOOK_SECRET", "IMAGEPIPELINE_SMTP_URL"}
 NAMES = ("code-server", "worker", "daemon", "webserver")
 # Celery reads them itself, so that those of another project in our environment would win over any other setting.
 CELERY_URLS = ("CELERY_BROKER_URL", "CELERY_RESULT_BACKEND")
@@ -42,7 +37,6 @@ SECRETS_OF = {
     "daemon": set(),
     "webserver": set(),
 }
-SECRET_NAME = re.compile(r"KEY|TOKEN|SECRET|PASSWORD|PASSWD|CREDENTIAL|PGPASS", re.IGNORECASE)
 DEFAULT_WEBSERVER_PORT = 3000
 GRPC_SECONDS = 5
 PING_SECONDS = 3
@@ -81,25 +75,8 @@ def build_command(settings: Settings, name: str) -> list[str]:
     return [sys.executable, "-m", *modules[name]]
 
 
-<<<<<<< HEAD
-def make_home(settings: Settings) -> None:
-    """Makes the home where there is none.
-
-    Raises:
-        StackError: it cannot be made or written to.
-    """
-    with _told_of(settings):
-        settings.home.mkdir(parents=True, exist_ok=True, mode=0o700)
-        with tempfile.TemporaryFile(dir=settings.home):  # also where root meets a file system that is read-only
-            pass
-
-
 def prepare(settings: Settings) -> None:
     """Makes the home, and writes Dagster's files into it.
-=======
-def prepare(settings: Settings) -> dict[str, str]:
-    """Writes Dagster's files, and gives the environment of a service.
->>>>>>> wt-h
 
     Raises:
         StackError: the home cannot be written to, or it or its sockets are not ours alone; see `homes`.
@@ -115,31 +92,23 @@ def prepare(settings: Settings) -> dict[str, str]:
 
 def build_environment(settings: Settings, name: str | None = None) -> dict[str, str]:
     """The environment of a service, with the secrets it needs; without a name, of a command of ours, with all."""
-    environment = {
-        **os.environ,
-        "IMAGEPIPELINE_HOME": str(settings.home),
-        "DAGSTER_HOME": str(_dagster_home(settings)),
-        "IMAGEPIPELINE_CODE_SOCKET": str(settings.code_address),
-        "DAGSTER_DAEMON_HEARTBEAT_TOLERANCE": str(HEARTBEAT_TOLERANCE_SECONDS),
-        "OPENBLAS_NUM_THREADS": "1",  # five runs share the machine
+    environment = settings.build_environment(
+        DAGSTER_HOME=str(_dagster_home(settings)),
+        IMAGEPIPELINE_CODE_SOCKET=str(settings.code_address),
+        DAGSTER_DAEMON_HEARTBEAT_TOLERANCE=str(HEARTBEAT_TOLERANCE_SECONDS),
+        OPENBLAS_NUM_THREADS="1",  # five runs share the machine
         # Those without the keys cannot tell by themselves.
-        "IMAGEPIPELINE_VISION": "remote" if settings.has_remote_vision else "local",
-        "IMAGEPIPELINE_EMBEDDING": "remote" if settings.has_remote_embedder else "local",
-        "IMAGEPIPELINE_BROKER_URL": settings.broker_url,
+        IMAGEPIPELINE_VISION="remote" if settings.has_remote_vision else "local",
+        IMAGEPIPELINE_EMBEDDING="remote" if settings.has_remote_embedder else "local",
+        IMAGEPIPELINE_BROKER_URL=settings.broker_url,
         **dict.fromkeys(CELERY_URLS, broker.build_url(settings.broker_url)),
-    }
+    )
     if settings.dagster_database_url:
         environment["DAGSTER_DATABASE_URL"] = settings.dagster_database_url.get_secret_value()
     if name is None:
         return environment
     kept = {"IMAGEPIPELINE_BROKER_URL", *CELERY_URLS, "DAGSTER_DATABASE_URL"} | SECRETS_OF[name]
     return {variable: value for variable, value in environment.items() if variable in kept or not is_secret(variable)}
-
-
-def is_secret(variable: str) -> bool:
-    """Whether a variable's name says that it holds a secret, or the name of a file with one."""
-    name = variable.removesuffix("_FILE")
-    return name in SECRETS or SECRET_NAME.search(name) is not None
 
 
 def migrate(settings: Settings, is_taken_over: bool = False) -> None:

@@ -21,7 +21,7 @@ from typing import Any, Self
 
 from imagepipeline.errors import StackError
 from imagepipeline.runtime import processes, services, valkey
-from imagepipeline.settings import Settings
+from imagepipeline.settings import Settings, forget_secrets
 from imagepipeline.stores.catalogue import Catalogue
 from imagepipeline.stores.files import FileStore
 
@@ -101,8 +101,6 @@ class Stack:
     def _start_all(self) -> None:
         settings = self._settings
         services.prepare(settings)
-        for variable in filter(services.is_secret, list(os.environ)):
-            del os.environ[variable]  # each service is given its own; the forkserver needs none
         if "://" not in settings.storage:
             FileStore(Path(settings.storage)).make_root()
         if not settings.has_own_redis:
@@ -112,12 +110,13 @@ class Stack:
             self._start(
                 "redis", lambda: valkey.start_server(settings.home / "valkey", server_socket, self._log("redis"))
             )
-        self._migrate()
+        environments = {name: services.build_environment(settings, name) for name in services.NAMES}
+        forget_secrets()  # the forkserver, which all services come from, needs none
+        self._migrate(environments["worker"])
 
         def start(name: str, settings: Settings) -> None:
             command = services.build_command(settings, name)
-            environment = services.build_environment(settings, name)
-            self._start(name, lambda: self._launch(name, command, environment))
+            self._start(name, lambda: self._launch(name, command, environments[name]))
 
         start("code-server", settings)
         start("worker", settings)
@@ -134,12 +133,12 @@ class Stack:
         module_and_arguments = command[command.index("-m") + 1 :]
         return processes.Service(self._context, name, module_and_arguments, self._log(name), environment)
 
-    def _migrate(self) -> None:
+    def _migrate(self, environment: dict[str, str]) -> None:
         """Makes or updates the tables; Dagster's, and the tie between the two, by a process of its own."""
         settings = self._settings
         with closing(Catalogue(settings.database_url)) as catalogue:
             catalogue.migrate()
-        process = self._launch("migrate", services.MIGRATION_COMMAND, services.build_environment(settings, "worker"))
+        process = self._launch("migrate", services.MIGRATION_COMMAND, environment)
         if process.wait() != 0:
             raise StackError(processes.read_tail(self._log("migrate"), 1) or "Dagster's tables could not be made")
 

@@ -22,7 +22,6 @@ from celery import Celery, bootsteps, signals
 from dagster_celery.make_app import make_app
 from dagster_celery.tasks import create_execute_job_task
 
-from imagepipeline.errors import StackError
 from imagepipeline.resident import serve
 from imagepipeline.runtime.processes import rename
 from imagepipeline.settings import Settings
@@ -33,7 +32,7 @@ LOOK_SECONDS = 0.5
 # A process that is stopped while it writes holds the lock of SQLite, for which all others wait 30 s before they fail.
 STOPPED_SECONDS = 15
 # A child that has worked keeps some 40 MB; a fresh one shares all it has with the worker.
-RUNS_PER_CHILD = int(os.environ.get("PROTO_N", "1"))
+RUNS_PER_CHILD = 1
 
 
 def main() -> None:
