@@ -6,9 +6,8 @@ loads all this itself.
 """
 
 import contextlib
-import multiprocessing
-import os
 import socket
+import sys
 import threading
 from collections.abc import Callable
 from pathlib import Path
@@ -18,6 +17,7 @@ from imagepipeline.errors import ProviderRejectedError, ResidentDownError, Stale
 from imagepipeline.models import Claim, Embedding, PixelFacts, Recipe, VisionAnswer
 from imagepipeline.services.embedder import LocalEmbedder
 from imagepipeline.services.vision import LocalVision
+from imagepipeline.settings import Settings
 from imagepipeline.stores.vectors import BatchingIndex, EmbeddingIndex
 from imagepipeline.wire import (
     MalformedMessageError,
@@ -39,8 +39,7 @@ ERRORS = (StaleClaimError, ProviderRejectedError, OSError)  # that runs tell apa
 
 
 def serve(address: str, index_uri: str) -> None:
-    """Answers calls until the process that started this one ends."""
-    threading.Thread(target=_end_with_parent, daemon=True).start()
+    """Answers calls until the process ends."""
     index, vision, embedder = BatchingIndex(index_uri), LocalVision(), LocalEmbedder()
     functions: dict[str, Callable[..., Any]] = {
         "upsert": index.upsert,
@@ -144,8 +143,12 @@ def _answer(connection: socket.socket, functions: dict[str, Callable[..., Any]])
             write_message(stream, describe_error(error))
 
 
-def _end_with_parent() -> None:
-    parent = multiprocessing.parent_process()
-    if parent is not None:
-        parent.join()
-        os._exit(0)
+def main() -> None:
+    """Serves until the worker that started it, and holds the other end of its standard input, ends."""
+    settings = Settings.load()
+    threading.Thread(target=serve, args=(settings.resident_address, settings.index_uri), daemon=True).start()
+    sys.stdin.read()
+
+
+if __name__ == "__main__":
+    main()

@@ -490,11 +490,15 @@ class Settings(BaseModel):
         return Path(f"/tmp/imagepipeline-{os.getuid()}-{digest}")  # noqa: S108  (`up` checks its owner)
 
 
+BUCKET_SECRETS = {
+    *("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY", "AWS_SESSION_TOKEN"),
+    *("AZURE_STORAGE_ACCOUNT_KEY", "GOOGLE_SERVICE_ACCOUNT_KEY", "GOOGLE_APPLICATION_CREDENTIALS"),
+}
 NOTIFIERS = {"IMAGEPIPELINE_WEBHOOK_URL", "IMAGEPIPELINE_WEBHOOK_SECRET", "IMAGEPIPELINE_SMTP_URL"}
-SECRET_NAME = re.compile(r"KEY|TOKEN|SECRET|PASSWORD|PASSWD|CREDENTIAL|PGPASS", re.IGNORECASE)
+SECRET_NAME = re.compile(r"KEY|TOKEN|SECRET|PASSWORD|PASSWD|CREDENTIAL|PGPASS|^CELERY_", re.IGNORECASE)
 SECRETS = {
     *(str(field.alias) for field in Settings.model_fields.values() if "SecretStr" in str(field.annotation)),
-    *("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY", "AZURE_STORAGE_ACCOUNT_KEY", "GOOGLE_SERVICE_ACCOUNT_KEY"),
+    *BUCKET_SECRETS,
 }
 
 
@@ -522,11 +526,6 @@ def adopt_environment(environment: Mapping[str, str]) -> None:
     """Makes an environment that of this process and of its children, in place of the one it had."""
     os.environ.clear()
     os.environ.update(environment)
-
-
-def forget_secrets() -> None:
-    """Removes what looks like a secret from the environment of this process and of its children."""
-    adopt_environment({name: value for name, value in os.environ.items() if not is_secret(name)})
 
 
 def _is_same_database(one: SecretStr | None, other: SecretStr | None) -> bool:

@@ -1,4 +1,4 @@
-"""Dagster's tables, created or brought up to date, and the catalogue tied to that Dagster instance.
+"""The tables of catalogue and Dagster, created or brought up to date, and the catalogue tied to that Dagster instance.
 
     python -m imagepipeline.runtime.migration [--take-over]
 
@@ -29,6 +29,13 @@ def main() -> None:
         SystemExit: the catalogue belongs to another Dagster instance, or does not answer.
     """
     settings = Settings.load()
+    try:
+        with closing(Catalogue(settings.database_url)) as catalogue:
+            catalogue.migrate()
+    except sa.exc.DBAPIError as error:
+        sys.exit(f"the catalogue's tables could not be made ({type(error.orig).__name__})")
+    except (StackError, PostponedError) as error:
+        sys.exit(str(error))
     url = settings.dagster_database_url
     if url is None:  # SQLite: only the supervisor is there, and it has a lock of its own
         done = settings.home / "dagster" / f".migrated-{dagster_version}"

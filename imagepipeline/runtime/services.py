@@ -16,15 +16,13 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import quote
 
-import sqlalchemy as sa
 import yaml
 
 from imagepipeline.errors import RedisClusterError, StackError
 from imagepipeline.runtime.homes import make_home as make_home
 from imagepipeline.runtime.homes import make_socket_folder, told_of
-from imagepipeline.settings import NOTIFIERS, SECRETS, Settings, is_secret
+from imagepipeline.settings import BUCKET_SECRETS, NOTIFIERS, SECRETS, Settings, is_secret
 from imagepipeline.stores import broker
-from imagepipeline.stores.catalogue import Catalogue
 from imagepipeline.stores.uploads import UploadQueue
 
 NAMES = ("code-server", "worker", "daemon", "webserver")
@@ -34,6 +32,7 @@ CELERY_URLS = ("CELERY_BROKER_URL", "CELERY_RESULT_BACKEND")
 SECRETS_OF = {
     "code-server": {"DATABASE_URL", "REDIS_URL", *NOTIFIERS},
     "worker": SECRETS - NOTIFIERS,
+    "resident": BUCKET_SECRETS,  # a worker starts it
     "daemon": set(),
     "webserver": set(),
 }
@@ -120,11 +119,6 @@ def migrate(settings: Settings, is_taken_over: bool = False) -> None:
         StackError: the home cannot be written to, or a database does not answer, or refuses; the message is the last
             line that was printed.
     """
-    make_home(settings)
-    try:
-        Catalogue(settings.database_url).migrate()
-    except sa.exc.DBAPIError as error:
-        raise StackError(f"the catalogue's tables could not be made ({type(error.orig).__name__})") from None
     command = MIGRATION_COMMAND + ["--take-over"] * is_taken_over
     prepare(settings)
     result = subprocess.run(command, env=build_environment(settings), capture_output=True, text=True, check=False)

@@ -5,7 +5,9 @@ import importlib
 
 for module in (
     *("dagster._cli", "dagster._daemon.cli", "dagster_webserver.app", "dagster_webserver.cli"),
-    *("dagster_celery.launcher", "imagepipeline.definitions"),
+    *("dagster._grpc.client", "dagster._grpc.server", "dagster_celery.launcher", "dagster_postgres"),
+    *("fsspec", "grpc_health.v1.health_pb2_grpc", "upath", "uvicorn", "websockets"),
+    *("imagepipeline.cli", "imagepipeline.definitions"),
 ):
     importlib.import_module(module)
 gc.collect()

@@ -13,7 +13,6 @@ import sys
 import time
 from collections import deque
 from collections.abc import Callable
-from contextlib import closing
 from importlib.resources import files
 from pathlib import Path
 from types import FrameType, TracebackType
@@ -21,8 +20,7 @@ from typing import Any, Self
 
 from imagepipeline.errors import StackError
 from imagepipeline.runtime import processes, services, valkey
-from imagepipeline.settings import Settings, forget_secrets
-from imagepipeline.stores.catalogue import Catalogue
+from imagepipeline.settings import Settings, adopt_environment, is_secret
 from imagepipeline.stores.files import FileStore
 
 START_SECONDS = 90
@@ -111,7 +109,8 @@ class Stack:
                 "redis", lambda: valkey.start_server(settings.home / "valkey", server_socket, self._log("redis"))
             )
         environments = {name: services.build_environment(settings, name) for name in services.NAMES}
-        forget_secrets()  # the forkserver, which all services come from, needs none
+        # The forkserver, which all services come from, needs none of the secrets.
+        adopt_environment({name: value for name, value in environments["daemon"].items() if not is_secret(name)})
         self._migrate(environments["worker"])
 
         def start(name: str, settings: Settings) -> None:
@@ -134,10 +133,7 @@ class Stack:
         return processes.Service(self._context, name, module_and_arguments, self._log(name), environment)
 
     def _migrate(self, environment: dict[str, str]) -> None:
-        """Makes or updates the tables; Dagster's, and the tie between the two, by a process of its own."""
-        settings = self._settings
-        with closing(Catalogue(settings.database_url)) as catalogue:
-            catalogue.migrate()
+        """Makes or updates the tables, by a process of its own."""
         process = self._launch("migrate", services.MIGRATION_COMMAND, environment)
         if process.wait() != 0:
             raise StackError(processes.read_tail(self._log("migrate"), 1) or "Dagster's tables could not be made")

@@ -7,13 +7,13 @@ index and the offline models, and one zygote, from which the decoders are forked
 """
 
 import fcntl
+import gc
 import importlib
-import multiprocessing
 import os
 import signal
+import subprocess
 import sys
 import time
-from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
 
@@ -22,12 +22,13 @@ from celery import Celery, bootsteps, signals
 from dagster_celery.make_app import make_app
 from dagster_celery.tasks import create_execute_job_task
 
-from imagepipeline.resident import serve
+from imagepipeline.runtime import services
 from imagepipeline.runtime.processes import rename
 from imagepipeline.settings import Settings
 from imagepipeline.stores import broker
 
 PRELOAD = "imagepipeline.runtime.preload"
+RESIDENT_COMMAND = [sys.executable, "-m", "imagepipeline.resident"]
 LOOK_SECONDS = 0.5
 # A process that is stopped while it writes holds the lock of SQLite, for which all others wait 30 s before they fail.
 STOPPED_SECONDS = 15
@@ -84,6 +85,10 @@ def build_app(settings: Settings) -> Celery:
 
     app.steps["worker"].add(Housekeeping)
 
+    @signals.worker_before_create_process.connect(weak=False)  # type: ignore[untyped-decorator]
+    def share_memory(**_: Any) -> None:
+        gc.freeze()  # a collection in the child would touch, and so copy, all that was made so far
+
     @signals.worker_process_init.connect(weak=False)  # type: ignore[untyped-decorator]
     def note_child(**_: Any) -> None:
         rename("run")
@@ -95,8 +100,8 @@ class Housekeeper:
     """Keeps the resident alive, and ends processes that were stopped (SIGSTOP) and not let go on."""
 
     def __init__(self, settings: Settings) -> None:
-        self._arguments = (settings.resident_address, settings.index_uri)
-        self._resident: BaseProcess | None = None
+        self._environment = services.build_environment(settings, "resident")
+        self._resident: subprocess.Popen[bytes] | None = None
         self._stopped: dict[int, float] = {}
 
     def look(self) -> None:
@@ -112,12 +117,11 @@ class Housekeeper:
 
     def _keep_resident(self) -> None:
         if self._resident is not None:
-            if self._resident.is_alive():
+            if self._resident.poll() is None:
                 return
-            _say(f"The resident ended with code {self._resident.exitcode} and is started again.")
-        context = multiprocessing.get_context("spawn")  # LanceDB's threads do not survive a fork
-        self._resident = context.Process(target=serve, args=self._arguments, daemon=True)
-        self._resident.start()
+            _say(f"The resident ended with code {self._resident.returncode} and is started again.")
+        # A Python of its own: LanceDB's threads do not survive a fork. It ends when its standard input does.
+        self._resident = subprocess.Popen(RESIDENT_COMMAND, stdin=subprocess.PIPE, env=self._environment)
 
 
 def is_stopped(pid: int) -> bool:
