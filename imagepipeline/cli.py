@@ -3,7 +3,7 @@
 import contextlib
 import functools
 import hashlib
-import json
+import io
 import os
 import re
 import sys
@@ -28,6 +28,7 @@ from imagepipeline.errors import (
 )
 from imagepipeline.models import PRIORITY_LIMIT, Status, Upload
 from imagepipeline.settings import Settings
+from imagepipeline.text import make_printable, to_json
 
 if TYPE_CHECKING:
     from imagepipeline.storage import Storage
@@ -57,23 +58,30 @@ def main() -> None:
         silence_streams()
         sys.exit(EXIT_FAILED)  # as click and rich do
     except click.ClickException as error:
-        error.show()
+        shown = io.StringIO()
+        error.show(shown)  # with the arguments, which may be names of files that others chose
+        say(*shown.getvalue().rstrip("\n").split("\n"), err=True)
         sys.exit(error.exit_code)
     except (click.Abort, KeyboardInterrupt):
         sys.exit(EXIT_INTERRUPTED)
     except SettingsError as error:
-        click.echo(f"Setting: {error}", err=True)
+        say(f"Setting: {error}", err=True)
         sys.exit(EXIT_SETTINGS)
     except (StackError, PostponedError) as error:
-        click.echo(f"Error: {error}", err=True)
+        say(*f"Error: {error}".split("\n"), err=True)
         sys.exit(EXIT_STACK)
     except ImagePipelineError as error:
-        click.echo(f"Error: {error}", err=True)
+        say(f"Error: {error}", err=True)
         sys.exit(EXIT_FAILED)
     except OSError as error:
         where = f" ({error.filename})" if error.filename else ""
-        click.echo(f"Error: {error.strerror or type(error).__name__}{where}", err=True)
+        say(f"Error: {error.strerror or type(error).__name__}{where}", err=True)
         sys.exit(EXIT_STACK)
+
+
+def say(*lines: str, err: bool = False, nl: bool = True) -> None:
+    """Prints lines, whoever wrote them: what is not printable in one becomes a space."""
+    click.echo("\n".join(map(make_printable, lines)), nl=nl, err=err)
 
 
 def open_standard_streams() -> None:
@@ -179,7 +187,7 @@ def down(settings: Settings, as_json: bool) -> None:
     if state is not None:
         supervisor.stop_running(settings, state["pid"])
     text = "stopped" if state is not None else f"no stack uses {settings.home}"
-    click.echo(json.dumps({"was_running": state is not None}) if as_json else text)
+    say(to_json({"was_running": state is not None}) if as_json else text)
 
 
 @cli.command(epilog=EPILOG)
@@ -217,7 +225,7 @@ def push(
         return
     enqueue(settings, images, priority)
     rows = [{"image_id": image_id, "photo": str(photo)} for image_id, photo in images.items()]
-    click.echo(json.dumps(rows) if as_json else "\n".join(images))
+    say(*([to_json(rows)] if as_json else images))
 
 
 @cli.command(epilog=EPILOG)
@@ -273,7 +281,7 @@ def list_finished(settings: Settings, is_all: bool, as_json: bool) -> None:
     ):
         rows += catalogue.list_ended(state, None if is_all else now - timedelta(hours=hours), MAX_LISTED)
         if len(rows) >= MAX_LISTED:
-            click.echo(f"Note: at most the newest {MAX_LISTED} of each status are listed", err=True)
+            say(f"Note: at most the newest {MAX_LISTED} of each status are listed", err=True)
     display.show_rows(rows, ("id", "status", "generation", "attempts", "reason", "error", "updated_at"), as_json)
 
 
@@ -295,7 +303,7 @@ def prioritize(settings: Settings, image_id: str, priority: int, as_json: bool) 
             raise ImagePipelineError(f"no image {image_id!r:.80} is in the catalogue")
         raise ImagePipelineError(f"{image_id!r:.80} is {state.status}, not pending, so there is nothing to put forward")
     row = {"image_id": image_id, "priority": priority}
-    click.echo(json.dumps(row) if as_json else f"{image_id} now has priority {priority}")
+    say(to_json(row) if as_json else f"{image_id} now has priority {priority}")
 
 
 @cli.command(epilog=EPILOG)
@@ -321,7 +329,7 @@ def sweep(settings: Settings, dry_run: bool, as_json: bool) -> None:
     done = {"enqueued": sorted(unknown), "deleted": [files.locate(path) for path in leftovers], "dry_run": dry_run}
     would = "would be " if dry_run else ""
     text = f"{len(unknown)} originals {would}enqueued, {len(leftovers)} temporary files {would}deleted"
-    click.echo(json.dumps(done) if as_json else "\n".join([*sorted(unknown), text]))
+    say(*([to_json(done)] if as_json else [*sorted(unknown), text]))
 
 
 @cli.group(epilog=EPILOG)
@@ -349,7 +357,7 @@ def list_failed(settings: Settings, reason: str | None, as_json: bool) -> None:
 
     rows = [failure.row for failure in islice(find_failures(settings, reason), MAX_LISTED + 1)]
     if len(rows) > MAX_LISTED:
-        click.echo(f"Note: only the newest {MAX_LISTED} are listed", err=True)
+        say(f"Note: only the newest {MAX_LISTED} are listed", err=True)
     display.show_rows(
         rows[:MAX_LISTED],
         ("id", "reason", "error", "attempts", "retries", "updated_at"),
@@ -460,7 +468,7 @@ def limit(settings: Settings, rate: str | None, reset: bool, as_json: bool) -> N
         if rate is not None or reset:
             limiter.set_limits(None if reset else rate)
         text = limiter.get_limits()
-    click.echo(json.dumps({"rate_limit": text}) if as_json else text)
+    say(to_json({"rate_limit": text}) if as_json else text)
 
 
 @cli.command(epilog=EPILOG)
@@ -478,7 +486,7 @@ def resume(settings: Settings, dry_run: bool, as_json: bool) -> None:
         ledger.resume()
     lines = [f"{'would resume' if dry_run else 'resumed'} ({pause['reason']}): {pause['message']}" for pause in pauses]
     done = {"pauses": pauses, "dry_run": dry_run}
-    click.echo(json.dumps(done) if as_json else "\n".join(lines) or "nothing is paused")
+    say(*([to_json(done)] if as_json else lines or ["nothing is paused"]))
 
 
 @cli.command(epilog=EPILOG)
@@ -517,7 +525,7 @@ def count_images(settings: Settings, catalogue: "Catalogue") -> dict[str, int | 
     try:
         queue = open_queue(settings).count()
     except (StackError, PostponedError) as error:
-        click.echo(f"Note: {error}", err=True)
+        say(f"Note: {error}", err=True)
         queue = {"waiting": None, "dead": None}
     return {"waiting": queue["waiting"], **catalogue.count(), "dead": queue["dead"]}
 
@@ -544,7 +552,7 @@ def _iterate_failures(catalogue: "Catalogue", queue: "UploadQueue", reason: str 
         try:
             letters = queue.list_dead()
         except StackError as error:
-            click.echo(f"Note: {error}", err=True)
+            say(f"Note: {error}", err=True)
             return
         for letter in letters:
             yield _of_letter(queue, letter)
@@ -599,16 +607,16 @@ def act_on_failures(settings: Settings, failures: Iterable[Failure], action: str
     """Retries or discards failures one by one, and says of each what was done; one that cannot costs no other."""
     is_any_left = False
     if as_json:
-        click.echo("[", nl=False)
+        say("[", nl=False)
     for number, failure in enumerate(failures):
         outcome = _act(failure, action, dry_run)
         is_any_left = is_any_left or outcome.startswith("left alone")
         if as_json:
-            click.echo((", " if number else "") + json.dumps({"id": failure.row["id"], "outcome": outcome}), nl=False)
+            say((", " if number else "") + to_json({"id": failure.row["id"], "outcome": outcome}), nl=False)
         else:
-            click.echo(f"{failure.row['id']}  {outcome}")
+            say(f"{failure.row['id']}  {outcome}")
     if as_json:
-        click.echo("]")
+        say("]")
     if is_any_left:
         sys.exit(EXIT_FAILED)
 
@@ -649,8 +657,8 @@ def migrate(settings: Settings, is_taken_over: bool, dry_run: bool, as_json: boo
     if not dry_run:
         services.migrate(settings, is_taken_over)
     done = "would be brought" if dry_run else "are"
-    text = "\n".join(f"{name}: the tables on {kind} {done} up to date" for name, kind in databases.items())
-    click.echo(json.dumps({"databases": databases, "dry_run": dry_run}) if as_json else text)
+    lines = [f"{name}: the tables on {kind} {done} up to date" for name, kind in databases.items()]
+    say(*([to_json({"databases": databases, "dry_run": dry_run})] if as_json else lines))
 
 
 @cli.command(epilog=EPILOG)
@@ -672,7 +680,7 @@ def service(settings: Settings, name: str, check: bool, as_json: bool) -> None:
         os.execve(command[0], command, environment)  # noqa: S606  (our own command)
     if not services.is_healthy(settings, name):
         raise StackError(f"{name} does not answer")
-    click.echo(json.dumps({"service": name, "is_healthy": True}) if as_json else f"{name} is healthy")
+    say(to_json({"service": name, "is_healthy": True}) if as_json else f"{name} is healthy")
 
 
 def push_and_follow(
@@ -726,7 +734,7 @@ def replace_others(settings: Settings, files: "Storage", image_id: str, path: st
     for other in others:
         if may_be_read:
             advice = f"delete it before you push {image_id} by its ID alone"
-            click.echo(f"Note: {other} is kept, as a run may be reading it: {advice}", err=True)
+            say(f"Note: {other} is kept, as a run may be reading it: {advice}", err=True)
         else:
             files.delete(other)
 

@@ -62,8 +62,7 @@ def metadata(
     with attempt(context, catalogue) as claim:
         if claim is None:
             return
-        original = originals.load(claim)
-        catalogue.save_original(claim, original.facts)
+        original = originals.load(claim, catalogue)
         answer, receipt = known_answer(context, catalogue, claim, vision.recipe, original), Receipt()
         is_reused = answer is not None
         renderer.begin(original.session)  # the variants are made while the model is waited for
@@ -131,8 +130,7 @@ def variants(
     with attempt(context, catalogue) as claim:
         if claim is None:
             return
-        original = originals.load(claim)
-        catalogue.save_original(claim, original.facts)
+        original = originals.load(claim, catalogue)
         made, usage = renderer.render(original.session, (original.facts.width, original.facts.height))
         rendered = [(variant.spec.path_for(original.facts.path), variant) for variant in made]
         # Rows first: they refuse a path that is another image's before its file is overwritten.

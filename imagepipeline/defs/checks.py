@@ -61,7 +61,7 @@ def find_problems(
     """
     try:
         variants = (catalogue.get(claim.image_id) or {"variants": []})["variants"]
-        original = originals.load(claim)
+        original = originals.load(claim, catalogue)
         contents = [_read(files, variant["path"]) for variant in variants]
         inspections = renderer.inspect(original.session, contents)
     except ImagePipelineError as error:
