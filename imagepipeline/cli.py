@@ -26,7 +26,7 @@ from imagepipeline.errors import (
     StackError,
     list_reasons,
 )
-from imagepipeline.models import PRIORITY_LIMIT, Status, Upload
+from imagepipeline.models import PRIORITY_LIMIT, Status, Upload, check_original_path
 from imagepipeline.settings import Settings
 from imagepipeline.text import make_printable, to_json
 
@@ -321,11 +321,21 @@ def sweep(settings: Settings, dry_run: bool, as_json: bool) -> None:
     files, queue = open_storage(settings.storage), open_queue(settings)
     unknown = open_catalogue(settings).find_unknown(files.list_originals())
     leftovers = files.list_leftovers()
+    for image_id, path in list(unknown.items()):
+        try:
+            check_original_path(path)
+        except InvalidUploadError as error:
+            say(f"Note: {error}", err=True)
+            del unknown[image_id]
     if not dry_run:
         for image_id, path in unknown.items():
             queue.enqueue(image_id, path)
-        for leftover in leftovers:
-            files.delete(leftover)
+        for leftover in list(leftovers):
+            try:
+                files.delete(leftover)
+            except OSError as error:
+                say(f"Note: {leftover} cannot be deleted: {error.strerror}", err=True)
+                leftovers.remove(leftover)
     done = {"enqueued": sorted(unknown), "deleted": [files.locate(path) for path in leftovers], "dry_run": dry_run}
     would = "would be " if dry_run else ""
     text = f"{len(unknown)} originals {would}enqueued, {len(leftovers)} temporary files {would}deleted"
@@ -579,8 +589,12 @@ def find_failure(settings: Settings, failure_id: str) -> Failure:
 def _of_image(catalogue: "Catalogue", image: dict[str, Any]) -> Failure:
     a_day_ago = datetime.now(UTC) - timedelta(days=1)
     row = image | {"retries": catalogue.count_events(image["id"], "retried", a_day_ago)}
-    upload = Upload(image["id"], image["requested_path"], image["priority"])
-    return Failure(row, partial(catalogue.accept, [upload], "retried"), partial(catalogue.discard, image["id"]))
+
+    def retry() -> None:
+        # Built only now: a row of an earlier version that no upload could have made costs no other.
+        catalogue.accept([Upload(image["id"], image["requested_path"], image["priority"])], "retried")
+
+    return Failure(row, retry, partial(catalogue.discard, image["id"]))
 
 
 def _of_letter(queue: "UploadQueue", letter: Mapping[str, Any]) -> Failure:

@@ -1,4 +1,4 @@
-"""A deadline for a whole conversation: timeouts of sockets begin anew with every byte, and a peer may send one a time."""
+"""A deadline for a whole conversation: timeouts of sockets begin anew with every byte, and a peer may send just one."""
 
 import threading
 from collections.abc import Callable

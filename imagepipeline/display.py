@@ -142,7 +142,7 @@ def show_results(rows: Sequence[Mapping[str, Any]], seconds: float, as_json: boo
         cells: list[Text | str] = [
             _to_text(row["image_id"]),
             Text(make_printable(row["status"]), style=STYLES.get(row["status"], "dim")),
-            _to_text(", ".join(row["tags"])),
+            _to_text(", ".join(map(str, row["tags"]))),
             _to_text(row["error"] or row["description"]),
             f"{row['bytes_in'] or 0:,} → {row['bytes_out']:,}",
         ]

@@ -344,7 +344,7 @@ def test_what_no_other_try_can_help_is_left_alone_and_named(invoke, catalogue):
         assert (answer[0], outcome == "retried") == (0 if can_be_retried else 1, can_be_retried), outcome
         assert can_be_retried or f"left alone: {reason}" in outcome
     assert {reason for reason, can_be_retried in list_reasons().items() if not can_be_retried} == {
-        *("corrupt", "empty", "path_taken", "truncated", "unsupported"),
+        *("corrupt", "empty", "invalid_id", "path_taken", "truncated", "unsupported"),
     }
 
 

@@ -232,7 +232,10 @@ def known_answer(
     row = catalogue.get(claim.image_id) or {}
     made = row.get("made_by", {}).get("metadata", {})
     is_same = (made.get("version"), made.get("input_sha256")) == (recipe.version, original.facts.original_sha256)
-    return VisionAnswer(ImageMetadata.model_validate(row["metadata"])) if is_same and row["metadata"] else None
+    try:
+        return VisionAnswer(ImageMetadata.model_validate(row["metadata"])) if is_same and row["metadata"] else None
+    except ValueError:  # of whoever's writing: the model is asked again
+        return None
 
 
 def _with_visible_colors(metadata: ImageMetadata, facts: PixelFacts) -> ImageMetadata:

@@ -148,7 +148,7 @@ def test_what_children_are_forked_from_has_imported_imaging_alone():
     result = subprocess.run([sys.executable, "-I", "-c", code], env={}, capture_output=True, text=True, check=True)
     ours, foreign = result.stdout.splitlines()
     assert sorted(ast.literal_eval(ours)) == [
-        f"imagepipeline.{name}" for name in ("errors", "imaging", "models", "wire")
+        f"imagepipeline.{name}" for name in ("errors", "imaging", "models", "text", "wire")
     ]
     assert foreign == "set()"
 
