@@ -23,6 +23,7 @@ from imagepipeline.errors import (
 from imagepipeline.models import ImageMetadata, OriginalFacts, Recipe, Status, Upload, Variant, VariantSpec
 from imagepipeline.stores.catalogue import Catalogue, State
 from imagepipeline.stores.database import create_sqlite_engine
+from imagepipeline.stores.ledger import Ledger
 from imagepipeline.stores.migrations import VERSION_TABLE
 from imagepipeline.stores.tables import schema
 
@@ -367,3 +368,38 @@ def test_a_database_that_restarts_is_used_again(postgres_url, postgres_catalogue
         ended = "SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE datname = :name"
         assert admin.execute(sa.text(ended), {"name": name}).all()
     assert catalogue.count()["pending"] == 1
+
+
+IMPOSSIBLE = ["{", "[" * 100_000, "1" * 10_000, "[1]", "7", '"text"', '{"a": ' * 50_000]
+
+
+@pytest.mark.parametrize("text", IMPOSSIBLE, ids=range(len(IMPOSSIBLE)))
+def test_impossible_json_costs_its_row_the_metadata_and_no_other_row_anything(sqlite_catalogue_url, text):
+    catalogue = Catalogue(sqlite_catalogue_url)
+    catalogue.migrate()
+    for image_id in ("bad", "good"):
+        catalogue.fail(catalogue.claim_anew(image_id, "run"), "corrupt", "cut off")
+    with sa.create_engine(sqlite_catalogue_url).begin() as connection:
+        connection.execute(sa.text("UPDATE images SET metadata = :text WHERE id = 'bad'"), {"text": text})
+    assert catalogue.get("bad")["metadata"] is None
+    assert {row["id"] for row in catalogue.list_ended(Status.FAILED)} == {"bad", "good"}
+    assert {row["id"] for row in catalogue.iterate_failed()} == {"bad", "good"}
+
+
+@pytest.mark.parametrize("text", ["\x1b[31m\n\u202e\x7f", "half \ud83d", "nothing \x00"])
+def test_any_text_can_be_written_down_and_is_printable(catalogue_url, text):
+    catalogue = Catalogue(catalogue_url)
+    catalogue.migrate()
+    claim = catalogue.claim_anew("a", "run")
+    catalogue.record_failure(claim, "metadata", 1, 1, text)
+    catalogue.fail(claim, "unexpected", text * 300)
+    row = catalogue.get("a")
+    assert row["error"].isprintable()
+    assert len(row["error"]) == 300
+    assert all((event["detail"] or "").isprintable() for event in row["history"])
+    assert catalogue.list_unsent("mail")[0]["error"].isprintable()
+    ledger = Ledger(catalogue_url)
+    ledger.pause("auth", text, 60)
+    assert ledger.list_pauses()[0].message.isprintable()
+    ledger.close()
+    catalogue.close()

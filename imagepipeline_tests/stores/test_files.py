@@ -181,3 +181,27 @@ def test_nothing_is_written_or_listed_through_a_link(files, tmp_path, folder):
     if folder == "original":
         with pytest.raises(MissingOriginalError, match="cannot be read"):
             files.list_originals_of("a")
+
+
+def test_a_file_that_goes_while_they_are_listed_costs_no_other(files, monkeypatch):
+    for name in ("a", "b", "c"):
+        files.put_original(name, b"x", "jpg")
+        os.utime(files.root / "original" / f"{name}.jpg", (0, 0))
+    look = os.stat
+
+    def look_late(name, **options):
+        if name == "b.jpg":
+            (files.root / "original" / "b.jpg").unlink()
+        return look(name, **options)
+
+    monkeypatch.setattr(os, "stat", look_late)
+    assert list(files.list_originals()) == ["a", "c"]
+
+
+def test_only_files_are_leftovers(files):
+    files.write("variants/a.webp", b"x")
+    for name in (".x.tmp", ".y.tmp"):
+        path = files.root / "variants" / name
+        path.mkdir() if name == ".x.tmp" else path.touch()
+        os.utime(path, (0, 0))
+    assert files.list_leftovers() == ["variants/.y.tmp"]
