@@ -45,6 +45,13 @@ Exit codes: 0 all went well; 1 an image failed or is unknown; 2 wrong usage;
 3 a setting is malformed; 4 the stack cannot be started or reached; 130 interrupted."""
 
 json_option = click.option("--json", "as_json", is_flag=True, help="Print JSON instead of text.")
+
+
+def to_text(argument: str) -> str:
+    """An argument as text that can be stored and compared: bytes that are no UTF-8 become question marks."""
+    return argument.encode(errors="replace").decode()
+
+
 photo_type = click.Path(exists=True, dir_okay=False, readable=True, path_type=Path)
 
 
@@ -229,7 +236,7 @@ def push(
 
 
 @cli.command(epilog=EPILOG)
-@click.argument("image_id", required=False)
+@click.argument("image_id", required=False, type=to_text)
 @click.option("--watch", is_flag=True, help="Show it again every second until Ctrl-C.")
 @json_option
 @with_settings
@@ -286,7 +293,7 @@ def list_finished(settings: Settings, is_all: bool, as_json: bool) -> None:
 
 
 @cli.command(epilog=EPILOG)
-@click.argument("image_id")
+@click.argument("image_id", type=to_text)
 @click.argument("priority", type=click.IntRange(-PRIORITY_LIMIT, PRIORITY_LIMIT))
 @json_option
 @with_settings
@@ -376,7 +383,7 @@ def list_failed(settings: Settings, reason: str | None, as_json: bool) -> None:
 
 
 @failed.command(epilog=EPILOG)
-@click.argument("failure_id")
+@click.argument("failure_id", type=to_text)
 @json_option
 @with_settings
 def show(settings: Settings, failure_id: str, as_json: bool) -> None:
@@ -388,7 +395,7 @@ def show(settings: Settings, failure_id: str, as_json: bool) -> None:
 
 
 @failed.command(epilog=EPILOG)
-@click.argument("failure_ids", nargs=-1)
+@click.argument("failure_ids", nargs=-1, type=to_text)
 @reason_option
 @all_option
 @dry_run_option
@@ -405,7 +412,7 @@ def retry(
 
 
 @failed.command(epilog=EPILOG)
-@click.argument("failure_ids", nargs=-1)
+@click.argument("failure_ids", nargs=-1, type=to_text)
 @reason_option
 @all_option
 @dry_run_option
@@ -419,7 +426,7 @@ def discard(
 
 
 @cli.command(epilog=EPILOG)
-@click.argument("text")
+@click.argument("text", type=to_text)
 @click.option("-k", "count", type=click.IntRange(1, 1000), default=5, show_default=True, help="How many images.")
 @json_option
 @with_settings
@@ -456,7 +463,7 @@ def costs(settings: Settings, by: str, since: datetime | None, as_json: bool) ->
 
 
 @cli.command(epilog=EPILOG)
-@click.argument("rate", required=False)
+@click.argument("rate", required=False, type=to_text)
 @click.option("--reset", is_flag=True, help="Back to IMAGEPIPELINE_RATE_LIMIT.")
 @json_option
 @with_settings

@@ -63,6 +63,7 @@ def metadata(
         if claim is None:
             return
         original = originals.load(claim, catalogue)
+        catalogue.save_original(claim, original.facts)
         answer, receipt = known_answer(context, catalogue, claim, vision.recipe, original), Receipt()
         is_reused = answer is not None
         renderer.begin(original.session)  # the variants are made while the model is waited for
@@ -131,6 +132,7 @@ def variants(
         if claim is None:
             return
         original = originals.load(claim, catalogue)
+        catalogue.save_original(claim, original.facts)
         made, usage = renderer.render(original.session, (original.facts.width, original.facts.height))
         rendered = [(variant.spec.path_for(original.facts.path), variant) for variant in made]
         # Rows first: they refuse a path that is another image's before its file is overwritten.

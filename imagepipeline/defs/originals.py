@@ -39,7 +39,7 @@ class Originals:
     def load(self, claim: Claim, catalogue: Catalogue) -> Original:
         """The original at the path the upload named, or else the one file `original/<image_id>.*` that is there now.
 
-        The catalogue is asked whether it is another image's before it is read, and told what was found out about it.
+        Before it is read, the catalogue is asked whether it is another image's.
 
         Raises:
             MissingOriginalError: it is not there.
@@ -52,7 +52,6 @@ class Originals:
             path = claim.path or self._find(image_id, claim.last_path)
             catalogue.check_path(claim, path)
             self._held = image_id, self._load(path)
-            catalogue.save_original(claim, self._held[1].facts)
         return self._held[1]
 
     def close(self) -> None:

@@ -185,6 +185,8 @@ class Catalogue:
         soon as that is known. Of uploads of the same path, the first counts.
         """
         named = {key: upload for key, upload in uploads.items() if upload.path is not None}
+        if not named:
+            return {}
         paths = {str(upload.path) for upload in named.values()}
         names = {name for name in map(find_named_image, paths) if name}
         pushed = {upload.image_id for upload in uploads.values()}
@@ -192,7 +194,7 @@ class Catalogue:
             known = set(connection.execute(sa.select(images.c.id).where(images.c.id.in_(names))).scalars()) | pushed
             columns = (images.c.id, images.c.requested_path, images.c.path)
             of_paths = sa.or_(images.c.requested_path.in_(paths), images.c.path.in_(paths))
-            rows = connection.execute(sa.select(*columns).where(of_paths)).all() if paths else []
+            rows = connection.execute(sa.select(*columns).where(of_paths)).all()
         holders: dict[str, list[str]] = {}
         for row in rows:
             for path in {row.requested_path, row.path} & paths:

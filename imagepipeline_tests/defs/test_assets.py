@@ -418,7 +418,7 @@ def test_a_child_that_dies_between_two_assets_is_replaced(run, cat, catalogue, f
             return ANSWER
 
     assert run(cat, vision=Killer(), originals=originals).success
-    assert originals.load(catalogue.claim_anew(cat, "another run"), catalogue).session is not loads[0].session
+    assert originals.load(Claim(cat, 1, 1, None), catalogue).session is not loads[0].session
     originals.close()
 
 

@@ -234,3 +234,32 @@ def test_a_bucket_is_asked_for_the_very_name(bucket_url):
     storage.put_original("victim", CAT, "jpg")
     assert storage.list_originals_of("victim") == ["original/victim.jpg"]
     assert storage.list_originals_of("VICTIM") == []
+
+
+def test_what_nobody_classified_is_written_down_printable(run, catalogue, files, instance):
+    files.put_original("cat", CAT, "jpg")
+    catalogue.accept([Upload("cat")])
+    evil = "\x1b[31m\u202e\x9b\u2028\ud83d"
+
+    class Vision(LocalVision):
+        def describe(self, preview, facts):
+            raise KeyError(evil) from RuntimeError(evil)
+
+    result = run("cat", 1, vision=Vision())
+    assert not result.success
+    row = catalogue.get("cat")
+    assert row["error"].startswith("KeyError")
+    assert row["error"].isprintable()
+    written = "".join(str(entry.to_json()) for entry in instance.all_logs(result.run_id))
+    assert not any(mark in written for mark in ("u001b", "u202e", "\x1b", "\u202e", "\x9b"))
+
+
+def test_of_a_stored_variant_no_more_is_read_than_was_written(run, catalogue, files, monkeypatch):
+    files.put_original("cat", CAT, "jpg")
+    catalogue.accept([Upload("cat")])
+    sizes = []
+    read = files.read
+    monkeypatch.setattr(files, "read", lambda path, most=None: sizes.append((path, most)) or read(path, most))
+    assert run("cat", 1).success
+    assert all(most is not None for _, most in sizes)
+    assert len([path for path, _ in sizes if path.startswith("variants/")]) >= 6
