@@ -205,3 +205,21 @@ def test_only_files_are_leftovers(files):
         path.mkdir() if name == ".x.tmp" else path.touch()
         os.utime(path, (0, 0))
     assert files.list_leftovers() == ["variants/.y.tmp"]
+
+
+def test_nothing_is_written_to_where_an_object_store_redirects(httpserver, monkeypatch):
+    for name, value in {"ACCESS_KEY_ID": "k", "SECRET_ACCESS_KEY": "s", "REGION": "us-east-1"}.items():
+        monkeypatch.setenv(f"AWS_{name}", value)
+    monkeypatch.setenv("AWS_ENDPOINT_URL", f"http://127.0.0.1:{httpserver.port}")
+    elsewhere = f"http://localhost:{httpserver.port}/elsewhere"
+    httpserver.expect_request("/images/x/a.webp").respond_with_data("", 307, {"Location": elsewhere})
+    httpserver.expect_request("/elsewhere").respond_with_data("")
+    store = ObjectStore("s3://images/x")
+    with pytest.raises(StorageDownError):
+        store.write("a.webp", b"a picture")
+    with contextlib.suppress(StorageDownError):
+        store.read("a.webp")
+    for request, _ in httpserver.log:
+        if request.path == "/elsewhere":
+            assert request.get_data() == b""
+            assert "Authorization" not in request.headers
