@@ -33,6 +33,8 @@ def notification_sensor(
                 told += work(notifier)
             except (NotificationError, PostponedError) as error:
                 problems.append(str(error))
+            except Exception as error:  # of one channel; the other is none the worse for it
+                problems.append(f"{type(error).__name__} came up")
         for problem in dict.fromkeys(problems):
             context.log.error(f"{notifier.channel}: {problem}; it stays in the outbox.")
             lines.append(f"{notifier.channel}: {problem}.")

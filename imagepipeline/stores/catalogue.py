@@ -203,7 +203,7 @@ class Catalogue:
         for key, upload in named.items():
             path, name = str(upload.path), find_named_image(str(upload.path))
             held = holders.setdefault(path, [])
-            if upload.image_id in held:
+            if upload.image_id in (name, *held):
                 continue
             if held:
                 owners[key] = held[0]

@@ -263,3 +263,16 @@ def test_of_a_stored_variant_no_more_is_read_than_was_written(run, catalogue, fi
     assert run("cat", 1).success
     assert all(most is not None for _, most in sizes)
     assert len([path for path, _ in sizes if path.startswith("variants/")]) >= 6
+
+
+@pytest.mark.parametrize("path", [None, "original/victim.jpg"])
+def test_a_thief_that_was_first_keeps_no_owner_from_its_own_file(run, queue, catalogue, files, path):
+    files.put_original("victim", CAT, "jpg")
+    queue.enqueue("thief", "original/victim.jpg")
+    take_in(queue, catalogue)
+    queue.enqueue("victim", path)
+    take_in(queue, catalogue)
+    assert queue.list_dead() == []
+    assert not run("thief", 1).success
+    assert run("victim", 1).success
+    assert [catalogue.get(image_id)["reason"] for image_id in ("thief", "victim")] == ["path_taken", None]

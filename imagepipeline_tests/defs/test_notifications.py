@@ -123,3 +123,11 @@ def test_a_pause_that_cannot_be_told_keeps_no_failure_from_being_told(tick, fail
     fail("a")
     assert "answered 400" in tick(webhook)
     assert webhook.sent == [["a"]]
+
+
+def test_a_channel_that_breaks_down_costs_the_other_nothing(tick, fail):
+    webhook, mail = ScriptedNotifier("webhook"), ScriptedNotifier("mail")
+    webhook.send = lambda failures: 1 / 0
+    fail("a")
+    assert "webhook: ZeroDivisionError came up." in tick(webhook, mail)
+    assert mail.sent == [["a"]]
