@@ -403,3 +403,18 @@ def test_any_text_can_be_written_down_and_is_printable(catalogue_url, text):
     assert ledger.list_pauses()[0].message.isprintable()
     ledger.close()
     catalogue.close()
+
+
+def test_an_original_belongs_to_the_image_that_named_it_first(catalogue_url):
+    catalogue = Catalogue(catalogue_url)
+    catalogue.migrate()
+    catalogue.accept([Upload("a", "original/2026/x.jpg"), Upload("b"), Upload("c", "original/b.png")])
+    uploads = [Upload("a", "original/2026/x.jpg"), Upload("d", "original/2026/x.jpg"), Upload("d", "original/b.gif"),
+               Upload("b", "original/b.png"), Upload("d", "original/2026/y.jpg"), Upload("e", "original/2026/y.jpg"),
+               Upload("e"), Upload("f", "original/f.jpg")]  # fmt: skip
+    assert catalogue.find_owners(dict(enumerate(uploads))) == {1: "a", 2: "b", 5: "d"}
+    claim = catalogue.claim("c", 1, "run")
+    with pytest.raises(PathTakenError, match=r"original/b\.png is the original of b, not of c"):
+        catalogue.check_path(claim, "original/b.png")
+    catalogue.check_path(claim, "original/c.png")
+    catalogue.close()
