@@ -7,12 +7,17 @@ import hashlib
 import hmac
 import json
 import socket
+import ssl
 import threading
 import time
-from datetime import UTC, datetime
+from datetime import UTC, datetime, timedelta
 
 import pytest
 from aiosmtpd.controller import Controller
+from cryptography import x509
+from cryptography.hazmat.primitives import hashes, serialization
+from cryptography.hazmat.primitives.asymmetric import ec
+from pytest_httpserver import HTTPServer
 from werkzeug import Response
 
 from imagepipeline.errors import NoticeRefusedError, NotificationError
@@ -295,3 +300,47 @@ def test_a_refused_mail_says_that_it_is_this_one(mailbox, monkeypatch):
 
 async def refuse(self, server, session, envelope):
     return "554 no"
+
+
+def make_certificate(folder, name):
+    """The files of a certificate that vouches for itself under a name, and of its key."""
+    key = ec.generate_private_key(ec.SECP256R1())
+    subject = x509.Name([x509.NameAttribute(x509.NameOID.COMMON_NAME, name)])
+    now = datetime.now(UTC)
+    certificate = (
+        x509.CertificateBuilder(subject, subject, key.public_key(), x509.random_serial_number())
+        .not_valid_before(now - timedelta(hours=1))
+        .not_valid_after(now + timedelta(hours=1))
+        .add_extension(x509.SubjectAlternativeName([x509.DNSName(name)]), critical=False)
+        .add_extension(x509.BasicConstraints(ca=True, path_length=None), critical=True)
+        .sign(key, hashes.SHA256())
+    )
+    (folder / "certificate").write_bytes(certificate.public_bytes(serialization.Encoding.PEM))
+    pem = (serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8, serialization.NoEncryption())
+    (folder / "key").write_bytes(key.private_bytes(*pem))
+    return folder / "certificate", folder / "key"
+
+
+@pytest.mark.parametrize(("name", "is_taken"), [("localhost", True), ("elsewhere.example", False)])
+def test_over_https_the_certificate_must_be_that_of_the_name(monkeypatch, tmp_path, name, is_taken):
+    certificate, key = make_certificate(tmp_path, name)
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    context.load_cert_chain(certificate, key)
+    monkeypatch.setenv("SSL_CERT_FILE", str(certificate))
+    with HTTPServer(ssl_context=context) as server:
+        server.expect_request("/hook").respond_with_data("")
+        webhook = WebhookNotifier(f"https://localhost:{server.port}/hook", "s", allows_private=True)
+        if is_taken:
+            webhook.send([failure()])
+        else:
+            with pytest.raises(NotificationError, match="SSLCertVerificationError"):
+                webhook.send([failure()])
+        assert len(server.log) == is_taken
+
+
+def test_a_webhook_that_does_not_finish_its_tls_handshake_is_given_up(trickling, monkeypatch):
+    monkeypatch.setattr(notifier, "WEBHOOK_SECONDS", 0.5)
+    start, _ = trickling
+    port = start(b"\x16\x03\x03\x40\x00", b"\x00")  # a record of 16 kB, byte by byte
+    with pytest.raises(NotificationError, match="TimeoutError"):
+        WebhookNotifier(f"https://127.0.0.1:{port}/", "s", allows_private=True).send([failure()])
