@@ -3,7 +3,7 @@
 import contextlib
 import functools
 import hashlib
-import json
+import io
 import os
 import re
 import sys
@@ -26,9 +26,10 @@ from imagepipeline.errors import (
     StackError,
     list_reasons,
 )
-from imagepipeline.models import PRIORITY_LIMIT, Status, Upload
+from imagepipeline.models import PRIORITY_LIMIT, Status, Upload, check_original_path
 from imagepipeline.runtime.homes import secure_home
 from imagepipeline.settings import Settings
+from imagepipeline.text import make_printable, to_json
 
 if TYPE_CHECKING:
     from imagepipeline.storage import Storage
@@ -45,6 +46,13 @@ Exit codes: 0 all went well; 1 an image failed or is unknown; 2 wrong usage;
 3 a setting is malformed; 4 the stack cannot be started or reached; 130 interrupted."""
 
 json_option = click.option("--json", "as_json", is_flag=True, help="Print JSON instead of text.")
+
+
+def to_text(argument: str) -> str:
+    """An argument as text that can be stored and compared: bytes that are no UTF-8 become question marks."""
+    return argument.encode(errors="replace").decode()
+
+
 photo_type = click.Path(exists=True, dir_okay=False, readable=True, path_type=Path)
 
 
@@ -58,23 +66,30 @@ def main() -> None:
         silence_streams()
         sys.exit(EXIT_FAILED)  # as click and rich do
     except click.ClickException as error:
-        error.show()
+        shown = io.StringIO()
+        error.show(shown)  # with the arguments, which may be names of files that others chose
+        say(*shown.getvalue().rstrip("\n").split("\n"), err=True)
         sys.exit(error.exit_code)
     except (click.Abort, KeyboardInterrupt):
         sys.exit(EXIT_INTERRUPTED)
     except SettingsError as error:
-        click.echo(f"Setting: {error}", err=True)
+        say(f"Setting: {error}", err=True)
         sys.exit(EXIT_SETTINGS)
     except (StackError, PostponedError) as error:
-        click.echo(f"Error: {error}", err=True)
+        say(*f"Error: {error}".split("\n"), err=True)
         sys.exit(EXIT_STACK)
     except ImagePipelineError as error:
-        click.echo(f"Error: {error}", err=True)
+        say(f"Error: {error}", err=True)
         sys.exit(EXIT_FAILED)
     except OSError as error:
         where = f" ({error.filename})" if error.filename else ""
-        click.echo(f"Error: {error.strerror or type(error).__name__}{where}", err=True)
+        say(f"Error: {error.strerror or type(error).__name__}{where}", err=True)
         sys.exit(EXIT_STACK)
+
+
+def say(*lines: str, err: bool = False, nl: bool = True) -> None:
+    """Prints lines, whoever wrote them: what is not printable in one becomes a space."""
+    click.echo("\n".join(map(make_printable, lines)), nl=nl, err=err)
 
 
 def open_standard_streams() -> None:
@@ -182,7 +197,7 @@ def down(settings: Settings, as_json: bool) -> None:
     if state is not None:
         supervisor.stop_running(settings, state["pid"])
     text = "stopped" if state is not None else f"no stack uses {settings.home}"
-    click.echo(json.dumps({"was_running": state is not None}) if as_json else text)
+    say(to_json({"was_running": state is not None}) if as_json else text)
 
 
 @cli.command(epilog=EPILOG)
@@ -220,11 +235,11 @@ def push(
         return
     enqueue(settings, images, priority)
     rows = [{"image_id": image_id, "photo": str(photo)} for image_id, photo in images.items()]
-    click.echo(json.dumps(rows) if as_json else "\n".join(images))
+    say(*([to_json(rows)] if as_json else images))
 
 
 @cli.command(epilog=EPILOG)
-@click.argument("image_id", required=False)
+@click.argument("image_id", required=False, type=to_text)
 @click.option("--watch", is_flag=True, help="Show it again every second until Ctrl-C.")
 @json_option
 @with_settings
@@ -277,12 +292,12 @@ def list_finished(settings: Settings, is_all: bool, as_json: bool) -> None:
     ):
         rows += catalogue.list_ended(state, None if is_all else now - timedelta(hours=hours), MAX_LISTED)
         if len(rows) >= MAX_LISTED:
-            click.echo(f"Note: at most the newest {MAX_LISTED} of each status are listed", err=True)
+            say(f"Note: at most the newest {MAX_LISTED} of each status are listed", err=True)
     display.show_rows(rows, ("id", "status", "generation", "attempts", "reason", "error", "updated_at"), as_json)
 
 
 @cli.command(epilog=EPILOG)
-@click.argument("image_id")
+@click.argument("image_id", type=to_text)
 @click.argument("priority", type=click.IntRange(-PRIORITY_LIMIT, PRIORITY_LIMIT))
 @json_option
 @with_settings
@@ -299,7 +314,7 @@ def prioritize(settings: Settings, image_id: str, priority: int, as_json: bool) 
             raise ImagePipelineError(f"no image {image_id!r:.80} is in the catalogue")
         raise ImagePipelineError(f"{image_id!r:.80} is {state.status}, not pending, so there is nothing to put forward")
     row = {"image_id": image_id, "priority": priority}
-    click.echo(json.dumps(row) if as_json else f"{image_id} now has priority {priority}")
+    say(to_json(row) if as_json else f"{image_id} now has priority {priority}")
 
 
 @cli.command(epilog=EPILOG)
@@ -317,15 +332,25 @@ def sweep(settings: Settings, dry_run: bool, as_json: bool) -> None:
     files, queue = open_storage(settings.storage), open_queue(settings)
     unknown = open_catalogue(settings).find_unknown(files.list_originals())
     leftovers = files.list_leftovers()
+    for image_id, path in list(unknown.items()):
+        try:
+            check_original_path(path)
+        except InvalidUploadError as error:
+            say(f"Note: {error}", err=True)
+            del unknown[image_id]
     if not dry_run:
         for image_id, path in unknown.items():
             queue.enqueue(image_id, path)
-        for leftover in leftovers:
-            files.delete(leftover)
+        for leftover in list(leftovers):
+            try:
+                files.delete(leftover)
+            except OSError as error:
+                say(f"Note: {leftover} cannot be deleted: {error.strerror}", err=True)
+                leftovers.remove(leftover)
     done = {"enqueued": sorted(unknown), "deleted": [files.locate(path) for path in leftovers], "dry_run": dry_run}
     would = "would be " if dry_run else ""
     text = f"{len(unknown)} originals {would}enqueued, {len(leftovers)} temporary files {would}deleted"
-    click.echo(json.dumps(done) if as_json else "\n".join([*sorted(unknown), text]))
+    say(*([to_json(done)] if as_json else [*sorted(unknown), text]))
 
 
 @cli.group(epilog=EPILOG)
@@ -353,7 +378,7 @@ def list_failed(settings: Settings, reason: str | None, as_json: bool) -> None:
 
     rows = [failure.row for failure in islice(find_failures(settings, reason), MAX_LISTED + 1)]
     if len(rows) > MAX_LISTED:
-        click.echo(f"Note: only the newest {MAX_LISTED} are listed", err=True)
+        say(f"Note: only the newest {MAX_LISTED} are listed", err=True)
     display.show_rows(
         rows[:MAX_LISTED],
         ("id", "reason", "error", "attempts", "retries", "updated_at"),
@@ -362,7 +387,7 @@ def list_failed(settings: Settings, reason: str | None, as_json: bool) -> None:
 
 
 @failed.command(epilog=EPILOG)
-@click.argument("failure_id")
+@click.argument("failure_id", type=to_text)
 @json_option
 @with_settings
 def show(settings: Settings, failure_id: str, as_json: bool) -> None:
@@ -374,7 +399,7 @@ def show(settings: Settings, failure_id: str, as_json: bool) -> None:
 
 
 @failed.command(epilog=EPILOG)
-@click.argument("failure_ids", nargs=-1)
+@click.argument("failure_ids", nargs=-1, type=to_text)
 @reason_option
 @all_option
 @dry_run_option
@@ -391,7 +416,7 @@ def retry(
 
 
 @failed.command(epilog=EPILOG)
-@click.argument("failure_ids", nargs=-1)
+@click.argument("failure_ids", nargs=-1, type=to_text)
 @reason_option
 @all_option
 @dry_run_option
@@ -405,7 +430,7 @@ def discard(
 
 
 @cli.command(epilog=EPILOG)
-@click.argument("text")
+@click.argument("text", type=to_text)
 @click.option("-k", "count", type=click.IntRange(1, 1000), default=5, show_default=True, help="How many images.")
 @json_option
 @with_settings
@@ -442,7 +467,7 @@ def costs(settings: Settings, by: str, since: datetime | None, as_json: bool) ->
 
 
 @cli.command(epilog=EPILOG)
-@click.argument("rate", required=False)
+@click.argument("rate", required=False, type=to_text)
 @click.option("--reset", is_flag=True, help="Back to IMAGEPIPELINE_RATE_LIMIT.")
 @json_option
 @with_settings
@@ -464,7 +489,7 @@ def limit(settings: Settings, rate: str | None, reset: bool, as_json: bool) -> N
         if rate is not None or reset:
             limiter.set_limits(None if reset else rate)
         text = limiter.get_limits()
-    click.echo(json.dumps({"rate_limit": text}) if as_json else text)
+    say(to_json({"rate_limit": text}) if as_json else text)
 
 
 @cli.command(epilog=EPILOG)
@@ -482,7 +507,7 @@ def resume(settings: Settings, dry_run: bool, as_json: bool) -> None:
         ledger.resume()
     lines = [f"{'would resume' if dry_run else 'resumed'} ({pause['reason']}): {pause['message']}" for pause in pauses]
     done = {"pauses": pauses, "dry_run": dry_run}
-    click.echo(json.dumps(done) if as_json else "\n".join(lines) or "nothing is paused")
+    say(*([to_json(done)] if as_json else lines or ["nothing is paused"]))
 
 
 @cli.command(epilog=EPILOG)
@@ -522,7 +547,7 @@ def count_images(settings: Settings, catalogue: "Catalogue") -> dict[str, int | 
         queue = open_queue(settings)
         counts, dropped = dict(queue.count()), queue.count_dropped()
     except (StackError, PostponedError) as error:
-        click.echo(f"Note: {error}", err=True)
+        say(f"Note: {error}", err=True)
         counts = {"waiting": None, "dead": None}
     row = {"waiting": counts["waiting"], **catalogue.count(), "dead": counts["dead"]}
     return row | ({"dropped": dropped} if dropped else {})
@@ -550,7 +575,7 @@ def _iterate_failures(catalogue: "Catalogue", queue: "UploadQueue", reason: str 
         try:
             letters = queue.list_dead()
         except StackError as error:
-            click.echo(f"Note: {error}", err=True)
+            say(f"Note: {error}", err=True)
             return
         for letter in letters:
             yield _of_letter(queue, letter)
@@ -577,8 +602,12 @@ def find_failure(settings: Settings, failure_id: str) -> Failure:
 def _of_image(catalogue: "Catalogue", image: dict[str, Any]) -> Failure:
     a_day_ago = datetime.now(UTC) - timedelta(days=1)
     row = image | {"retries": catalogue.count_events(image["id"], "retried", a_day_ago)}
-    upload = Upload(image["id"], image["requested_path"], image["priority"])
-    return Failure(row, partial(catalogue.accept, [upload], "retried"), partial(catalogue.discard, image["id"]))
+
+    def retry() -> None:
+        # Built only now: a row of an earlier version that no upload could have made costs no other.
+        catalogue.accept([Upload(image["id"], image["requested_path"], image["priority"])], "retried")
+
+    return Failure(row, retry, partial(catalogue.discard, image["id"]))
 
 
 def _of_letter(queue: "UploadQueue", letter: Mapping[str, Any]) -> Failure:
@@ -605,16 +634,16 @@ def act_on_failures(settings: Settings, failures: Iterable[Failure], action: str
     """Retries or discards failures one by one, and says of each what was done; one that cannot costs no other."""
     is_any_left = False
     if as_json:
-        click.echo("[", nl=False)
+        say("[", nl=False)
     for number, failure in enumerate(failures):
         outcome = _act(failure, action, dry_run)
         is_any_left = is_any_left or outcome.startswith("left alone")
         if as_json:
-            click.echo((", " if number else "") + json.dumps({"id": failure.row["id"], "outcome": outcome}), nl=False)
+            say((", " if number else "") + to_json({"id": failure.row["id"], "outcome": outcome}), nl=False)
         else:
-            click.echo(f"{failure.row['id']}  {outcome}")
+            say(f"{failure.row['id']}  {outcome}")
     if as_json:
-        click.echo("]")
+        say("]")
     if is_any_left:
         sys.exit(EXIT_FAILED)
 
@@ -655,8 +684,8 @@ def migrate(settings: Settings, is_taken_over: bool, dry_run: bool, as_json: boo
     if not dry_run:
         services.migrate(settings, is_taken_over)
     done = "would be brought" if dry_run else "are"
-    text = "\n".join(f"{name}: the tables on {kind} {done} up to date" for name, kind in databases.items())
-    click.echo(json.dumps({"databases": databases, "dry_run": dry_run}) if as_json else text)
+    lines = [f"{name}: the tables on {kind} {done} up to date" for name, kind in databases.items()]
+    say(*([to_json({"databases": databases, "dry_run": dry_run})] if as_json else lines))
 
 
 @cli.command(epilog=EPILOG)
@@ -679,7 +708,7 @@ def service(settings: Settings, name: str, check: bool, as_json: bool) -> None:
         os.execve(command[0], command, services.build_environment(settings, name))  # noqa: S606  (our own command)
     if not services.is_healthy(settings, name):
         raise StackError(f"{name} does not answer")
-    click.echo(json.dumps({"service": name, "is_healthy": True}) if as_json else f"{name} is healthy")
+    say(to_json({"service": name, "is_healthy": True}) if as_json else f"{name} is healthy")
 
 
 def push_and_follow(
@@ -733,7 +762,7 @@ def replace_others(settings: Settings, files: "Storage", image_id: str, path: st
     for other in others:
         if may_be_read:
             advice = f"delete it before you push {image_id} by its ID alone"
-            click.echo(f"Note: {other} is kept, as a run may be reading it: {advice}", err=True)
+            say(f"Note: {other} is kept, as a run may be reading it: {advice}", err=True)
         else:
             files.delete(other)
 

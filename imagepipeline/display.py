@@ -1,7 +1,6 @@
 """What a person reads: progress (on stderr), tables and addresses (on stdout), and the same as JSON."""
 
 import io
-import json
 import os
 import sys
 import time
@@ -13,15 +12,16 @@ from typing import IO, Any, TextIO, cast
 
 from rich.console import Console
 from rich.live import Live
-from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
+from rich.text import Text
 
 from imagepipeline.doctor import Finding
 from imagepipeline.models import Status
 from imagepipeline.settings import Settings
 from imagepipeline.stores.catalogue import Catalogue
 from imagepipeline.stores.vectors import EmbeddingIndex, Neighbour
+from imagepipeline.text import make_printable, to_json
 
 POLL_SECONDS = 0.3
 STYLES = {Status.COMPLETED: "green", Status.FAILED: "red", Status.PROCESSING: "yellow", Status.PENDING: "dim"}
@@ -73,7 +73,7 @@ enduring_out = Console(file=cast(IO[str], EnduringStream("stdout")))
 
 def report(line: str) -> None:
     """Says what the stack is doing, to whoever may still listen."""
-    err.print(escape(line), style="dim", highlight=False)
+    err.print(Text(make_printable(line), style="dim"))
 
 
 def follow(catalogue: Catalogue, awaited: Mapping[str, int], pause: Callable[[float], None]) -> None:
@@ -87,7 +87,8 @@ def follow(catalogue: Catalogue, awaited: Mapping[str, int], pause: Callable[[fl
             for image_id, state in states.items():
                 if state.status.has_ended and state.pushes_seen >= waiting[image_id]:
                     del waiting[image_id]
-                    progress.console.print(f"[{STYLES[state.status]}]{state.status:<10}[/] {escape(image_id)}")
+                    style = STYLES[state.status]
+                    progress.console.print(Text.assemble((f"{state.status:<10}", style), " ", make_printable(image_id)))
             current = Counter(state.status for image_id, state in states.items() if image_id in waiting)
             counts = ", ".join(f"{count} {status}" for status, count in sorted(current.items()))
             progress.update(bar, completed=len(awaited) - len(waiting), description=counts or "waiting")
@@ -126,7 +127,7 @@ def add_nearest(rows: Sequence[dict[str, Any]], settings: Settings, version: str
 def show_results(rows: Sequence[Mapping[str, Any]], seconds: float, as_json: bool) -> None:
     """The results as a table, and how long they took together."""
     if as_json:
-        print(json.dumps({"images": list(rows), "seconds": round(seconds, 1)}), flush=True)
+        print(to_json({"images": list(rows), "seconds": round(seconds, 1)}), flush=True)
         return
     has_nearest = "nearest" in rows[0]
     table = Table(show_lines=True)
@@ -138,16 +139,16 @@ def show_results(rows: Sequence[Mapping[str, Any]], seconds: float, as_json: boo
     if has_nearest:
         table.add_column("nearest other image", overflow="fold", ratio=3)
     for row in rows:
-        cells = [
-            escape(row["image_id"]),
-            f"[{STYLES.get(row['status'], 'dim')}]{row['status']}[/]",
-            escape(", ".join(row["tags"])),
-            escape(row["error"] or row["description"] or ""),
+        cells: list[Text | str] = [
+            _to_text(row["image_id"]),
+            Text(make_printable(row["status"]), style=STYLES.get(row["status"], "dim")),
+            _to_text(", ".join(map(str, row["tags"]))),
+            _to_text(row["error"] or row["description"]),
             f"{row['bytes_in'] or 0:,} → {row['bytes_out']:,}",
         ]
         if has_nearest:
             nearest = row["nearest"]
-            cells.append(escape(f"{nearest['image_id']} ({nearest['score']:.2f})") if nearest else "")
+            cells.append(_to_text(f"{nearest['image_id']} ({nearest['score']:.2f})" if nearest else None))
         table.add_row(*cells)
     out.print(table)
     completed = sum(row["status"] == Status.COMPLETED for row in rows)
@@ -166,11 +167,10 @@ def show_addresses(settings: Settings, webserver_url: str, as_json: bool) -> Non
         "dagster_home": str(settings.home / "dagster"),
     }
     if as_json:
-        enduring_out.out(json.dumps(addresses), highlight=False)
+        enduring_out.out(to_json(addresses), highlight=False)
         return
     for name, address in addresses.items():
-        line = f"{name.replace('_', ' '):<14} {escape(address)}"
-        enduring_out.print(line, highlight=False, emoji=False, soft_wrap=True)
+        enduring_out.print(Text(make_printable(f"{name.replace('_', ' '):<14} {address}")), soft_wrap=True)
     enduring_out.print("Ctrl-C stops it, after the uploads under way.", style="dim")
 
 
@@ -178,7 +178,7 @@ def show_status(read: Callable[[], Mapping[str, Any]], as_json: bool, is_watchin
     """What `read` gives, once or every second."""
     if as_json:
         while True:
-            print(json.dumps(read(), default=_to_json), flush=True)
+            print(to_json(read(), default=_to_json), flush=True)
             if not is_watching:
                 return
             time.sleep(1)
@@ -198,7 +198,7 @@ def show_rows(rows: Sequence[Mapping[str, Any]], columns: Sequence[str], as_json
     """The chosen columns of some rows."""
     chosen = [{name: row.get(name) for name in columns} for row in rows]
     if as_json:
-        print(json.dumps(chosen, default=_to_json))
+        print(to_json(chosen, default=_to_json))
         return
     if not chosen:
         out.print("None.")
@@ -217,12 +217,12 @@ def show_findings(findings: Iterable[Finding], as_json: bool) -> bool:
     for finding in findings:
         is_ill = is_ill or not finding.is_well
         if as_json:
-            print(json.dumps(asdict(finding)), flush=True)
+            print(to_json(asdict(finding)), flush=True)
             continue
-        mark = "[green]✓[/]" if finding.is_well else "[red]✗[/]"
-        out.print(f"{mark} {finding.name:<16} {escape(finding.sentence)}", highlight=False, soft_wrap=True)
+        mark = ("✓", "green") if finding.is_well else ("✗", "red")
+        out.print(Text.assemble(mark, make_printable(f" {finding.name:<16} {finding.sentence}")), soft_wrap=True)
         if finding.advice:
-            out.print(f"  {'':<16} → {escape(finding.advice)}", highlight=False, soft_wrap=True, style="yellow")
+            out.print(Text(make_printable(f"  {'':<16} → {finding.advice}"), style="yellow"), soft_wrap=True)
     return is_ill
 
 
@@ -234,14 +234,14 @@ def show_neighbours(catalogue: Catalogue, neighbours: Sequence[Neighbour], as_js
         description = described.get("description", neighbour.text)
         rows.append({"image_id": neighbour.image_id, "score": round(neighbour.score, 4), "description": description})
     if as_json:
-        print(json.dumps(rows))
+        print(to_json(rows))
         return
     if not rows:
         out.print("No image has been embedded by this model yet.")
         return
     table = Table("score", "image", "description")
     for row in rows:
-        table.add_row(f"{row['score']:.2f}", escape(row["image_id"]), escape(row["description"]))
+        table.add_row(*map(_to_text, (f"{row['score']:.2f}", row["image_id"], row["description"])))
     out.print(table)
 
 
@@ -252,12 +252,13 @@ def _tabulate(values: Mapping[str, Any]) -> Table:
     return table
 
 
-def _to_text(value: Any) -> str:
+def _to_text(value: Any) -> Text:
+    """What a person reads of a value: no markup is looked for in it, and nothing in it acts upon the terminal."""
     if isinstance(value, datetime):
-        return value.isoformat(timespec="seconds")
+        return Text(value.isoformat(timespec="seconds"))
     if isinstance(value, dict | list):
-        return escape(json.dumps(value, indent=1, default=_to_json))
-    return "" if value is None else escape(str(value))
+        return Text(to_json(value, indent=1, default=_to_json))
+    return Text("" if value is None else make_printable(str(value)))
 
 
 def _to_json(value: Any) -> str:

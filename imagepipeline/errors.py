@@ -7,6 +7,7 @@
     │   └── RedisClusterError
     ├── InvalidUploadError          an entry on the Redis list cannot be read
     ├── NotificationError           the administrators could not be told; they will be
+    │   └── NoticeRefusedError      of this one thing
     ├── ImageBusyError              another run is working on the image
     ├── StaleClaimError             the claim was taken over; write nothing more
     ├── PostponedError              nothing is wrong with the image; it waits, and no attempt is used
@@ -45,12 +46,17 @@
 
 from typing import TYPE_CHECKING, ClassVar
 
+from imagepipeline.text import make_printable
+
 if TYPE_CHECKING:  # models raise these errors
     from imagepipeline.models import CallUsage
 
 
 class ImagePipelineError(Exception):
-    """Root of the tree."""
+    """Root of the tree. Messages may quote what others wrote and end in logs and terminals: they are printable."""
+
+    def __str__(self) -> str:
+        return make_printable(super().__str__())
 
 
 class SettingsError(ImagePipelineError):
@@ -58,7 +64,10 @@ class SettingsError(ImagePipelineError):
 
 
 class StackError(ImagePipelineError):
-    """The local stack cannot be started, reached or stopped."""
+    """The local stack cannot be started, reached or stopped. The message may have several lines: the end of a log."""
+
+    def __str__(self) -> str:
+        return "\n".join(map(make_printable, Exception.__str__(self).split("\n")))
 
 
 class CatalogueTakenError(StackError):
@@ -75,6 +84,10 @@ class InvalidUploadError(ImagePipelineError):
 
 class NotificationError(ImagePipelineError):
     """The administrators could not be told; the notice stays in the outbox. The message names no address."""
+
+
+class NoticeRefusedError(NotificationError):
+    """The other end is there and refuses this one notice; others it may take."""
 
 
 class ImageBusyError(ImagePipelineError):
@@ -282,8 +295,8 @@ class ProviderRejectedError(PermanentError):
 
 def list_reasons() -> dict[str, bool]:
     """Every reason an image can have failed for, and whether it can be tried again."""
-    # Those of errors that are not ours, and of runs that were lost or cancelled.
-    reasons = {"unexpected": True, "poison": True, "cancelled": True}
+    # Those of errors that are not ours, of runs that were lost or cancelled, and of IDs that earlier versions let in.
+    reasons = {"unexpected": True, "poison": True, "cancelled": True, "invalid_id": False}
     kinds: list[type[RetryableError] | type[PermanentError]] = [RetryableError, PermanentError]
     while kinds:
         kind = kinds.pop()

@@ -38,6 +38,18 @@ def check_image_id(value: object) -> str:
     return value
 
 
+def is_image_id(value: str) -> bool:
+    """Whether it is a valid image ID."""
+    return IMAGE_ID_PATTERN.fullmatch(value) is not None
+
+
+def find_named_image(path: str) -> str | None:
+    """The image whose own file a path is, as `original/<image_id>.*`, or None: files in folders may have any name."""
+    folder, _, name = path.rpartition("/")
+    image_id = name.partition(".")[0]
+    return image_id if folder == "original" and is_image_id(image_id) else None
+
+
 def check_original_path(value: object) -> str:
     """The value itself, if it is a relative path below `original/` without `..` and with an extension.
 

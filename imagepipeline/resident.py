@@ -10,11 +10,13 @@ import socket
 import sys
 import threading
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from imagepipeline.errors import ProviderRejectedError, ResidentDownError, StaleClaimError
 from imagepipeline.models import Claim, Embedding, PixelFacts, Recipe, VisionAnswer
+from imagepipeline.services.answers import clean_metadata
 from imagepipeline.services.embedder import LocalEmbedder
 from imagepipeline.services.vision import LocalVision
 from imagepipeline.settings import Settings
@@ -102,14 +104,14 @@ class ResidentIndex(Resident):
 
 
 class ResidentVision(Resident):
-    """The offline vision model, as `LocalVision`."""
+    """The offline vision model, as `LocalVision`. It decodes the picture, so its answer is cleaned here once more."""
 
     recipe: Recipe = LocalVision.recipe
 
     def describe(self, preview: bytes, facts: PixelFacts) -> VisionAnswer:
         """As `LocalVision.describe`."""
         answer: VisionAnswer = self.call("describe", VisionAnswer, preview, facts)
-        return answer
+        return replace(answer, metadata=clean_metadata(answer.metadata))
 
 
 class ResidentEmbedder(Resident):

@@ -16,6 +16,8 @@ from typing import Any, Protocol
 
 from pydantic import BaseModel, ConfigDict, TypeAdapter, ValidationError
 
+from imagepipeline.text import make_printable
+
 HEADER = struct.Struct("!IQ")  # lengths of the JSON and of the bytes
 MAX_JSON_BYTES = 1_000_000
 MAX_MESSAGE_CHARACTERS = 500  # of an error
@@ -187,22 +189,6 @@ def restore_error(described: Any, kinds: Iterable[type[Exception]]) -> Exception
         if kind.__name__ == names["error"]:
             return kind(names["message"])
     return RuntimeError(f"{names['error'][:80]}: {names['message']}")
-
-
-def make_printable(text: str) -> str:
-    """The text with a space for each control character, half surrogate, and mark that turns its direction."""
-    return text if text.isprintable() else "".join(one if one.isprintable() else " " for one in text)
-
-
-def clean(value: Any) -> Any:
-    """A message in which every text is made printable; of one whose writer is not trusted."""
-    if isinstance(value, str):
-        return make_printable(value)
-    if isinstance(value, list):
-        return [clean(part) for part in value]
-    if isinstance(value, dict):
-        return {make_printable(name): clean(part) for name, part in value.items()}
-    return value
 
 
 def _read(stream: Stream, length: int) -> bytearray:

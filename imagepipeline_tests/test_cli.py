@@ -355,7 +355,7 @@ def test_what_no_other_try_can_help_is_left_alone_and_named(invoke, catalogue):
         assert (answer[0], outcome == "retried") == (0 if can_be_retried else 1, can_be_retried), outcome
         assert can_be_retried or f"left alone: {reason}" in outcome
     assert {reason for reason, can_be_retried in list_reasons().items() if not can_be_retried} == {
-        *("corrupt", "empty", "path_taken", "truncated", "unsupported"),
+        *("corrupt", "empty", "invalid_id", "path_taken", "truncated", "unsupported"),
     }
 
 
@@ -506,3 +506,94 @@ def test_the_doctor_says_what_is_not_well_and_exits_with_1(invoke, catalogue, mo
     findings = [json.loads(line) for line in out.splitlines()]
     ill = [finding["name"] for finding in findings if not finding["is_well"]]
     assert (code, ill) == (1, ["code server", "daemon", "sensors", "webserver", "vision model"])
+
+
+EVIL = "\x1b]0;title\x07\x1b[2J\x9b31m\u202egpj\u2066\u200b\u2028\x7f\rforged [red]x[/red] :smile: \\"
+
+
+@pytest.fixture
+def hostile(catalogue, queue, tmp_path):
+    """A catalogue with rows as whoever can write to the database could make them, beside a good one."""
+    for image_id in ("bad", "json", "good"):
+        fail(catalogue, image_id, "unexpected")
+    with catalogue._database.transaction() as connection:
+        connection.exec_driver_sql(
+            "UPDATE images SET error = ?, requested_path = ?, priority = 5000 WHERE id = 'bad'", (EVIL, EVIL)
+        )
+        connection.exec_driver_sql("UPDATE images SET metadata = '{', flaw = ? WHERE id = 'json'", (EVIL,))
+        connection.exec_driver_sql("UPDATE image_history SET detail = ? WHERE image_id = 'bad'", (EVIL,))
+    Ledger(f"sqlite:///{tmp_path / 'home' / 'catalogue.sqlite'}").pause("auth", "x", 60)
+    with catalogue._database.transaction() as connection:
+        connection.exec_driver_sql("UPDATE pauses SET message = ?", (EVIL,))
+    queue.redis.lpush(queue.dead_key, json.dumps({"id": f"dead-{EVIL}", "entry": EVIL, "raw": None, "reason": EVIL,
+                                                  "copies": 1, "at": 0}))  # fmt: skip
+
+
+SHOWN = [
+    ("list", "--all"),
+    ("failed", "list"),
+    ("failed", "show", "bad"),
+    ("status",),
+    ("status", "bad"),
+    ("status", "json"),
+    ("status", EVIL),
+    ("failed", "retry", "--all"),
+    ("failed", "retry", EVIL),
+    ("failed", "discard", "--all", "--dry-run"),
+    ("resume", "--dry-run"),
+    ("push", EVIL),
+    ("limit", EVIL),
+    ("prioritize", EVIL, "1"),
+    ("status", "half \udcff"),
+    ("failed", "show", "half \udcff"),
+    ("prioritize", "half \udcff", "1"),
+    ("limit", "half \udcff"),
+    ("push", "half \udcff"),
+]
+
+
+@pytest.mark.parametrize("command", SHOWN, ids=lambda command: ascii("-".join(command))[1:24])
+@pytest.mark.parametrize("is_json", [False, True])
+def test_nothing_that_is_printed_acts_upon_the_terminal_or_keeps_the_rest_from_being_printed(
+    invoke, hostile, command, is_json
+):
+    _, out, err = invoke(*command, *(["--json"] if is_json else []))
+    for line in (out + err).split("\n"):
+        assert line.isprintable(), ascii(line)
+    assert "Traceback" not in err
+    if command in (("list", "--all"), ("failed", "list"), ("failed", "retry", "--all")):
+        assert "good" in out
+    if is_json and command == ("failed", "show", "bad"):
+        assert json.loads(out)["error"] == EVIL
+    elif command == ("failed", "list") and not is_json:
+        assert "[red]x[/red]" in "".join(out.split()).replace("│", "")
+
+
+def test_a_row_no_upload_could_have_made_is_left_alone_and_the_others_are_tried_again(invoke, hostile):
+    outcome = outcomes(invoke("failed", "retry", "--reason", "unexpected", "--json"))
+    assert outcome.pop("bad").startswith("left alone: ")
+    assert outcome == {"good": "retried", "json": "retried"}
+
+
+def test_a_sweep_leaves_alone_what_has_no_name_an_upload_could_have(invoke, catalogue, queue, tmp_path):
+    folder = tmp_path / "home" / "storage" / "original"
+    folder.mkdir(parents=True)
+    for name in (b"good.jpg", b"odd.\xff", b"colored.\x1b[31m", b"\xff.jpg"):
+        path = os.fsencode(folder) + b"/" + name
+        with open(path, "wb"):
+            os.utime(path, (0, 0))
+    code, out, err = invoke("sweep")
+    assert (code, out.splitlines()[0]) == (0, "good")
+    assert err.count("is not the path of an original") == 2
+    assert all(line.isprintable() for line in (out + err).split("\n"))
+    assert [Upload.from_entry(entry).image_id for entry in queue.read(9)] == ["good"]
+
+
+def test_a_photo_whose_name_is_no_text_is_pushed(invoke, catalogue, queue, tmp_path):
+    path = os.fsencode(tmp_path) + b"/caf\xe9\x1b[31m.jpg"
+    with open(path, "wb") as photo:
+        photo.write(b"x")
+    code, out, err = invoke("push", os.fsdecode(path))
+    assert (code, err) == (0, "")
+    assert out.isascii()
+    assert json.loads(invoke("push", os.fsdecode(path), "--json")[1])[0]["photo"] == os.fsdecode(path)

@@ -62,7 +62,7 @@ def metadata(
     with attempt(context, catalogue) as claim:
         if claim is None:
             return
-        original = originals.load(claim)
+        original = originals.load(claim, catalogue)
         catalogue.save_original(claim, original.facts)
         answer, receipt = known_answer(context, catalogue, claim, vision.recipe, original), Receipt()
         is_reused = answer is not None
@@ -131,7 +131,7 @@ def variants(
     with attempt(context, catalogue) as claim:
         if claim is None:
             return
-        original = originals.load(claim)
+        original = originals.load(claim, catalogue)
         catalogue.save_original(claim, original.facts)
         made, usage = renderer.render(original.session, (original.facts.width, original.facts.height))
         rendered = [(variant.spec.path_for(original.facts.path), variant) for variant in made]
@@ -234,7 +234,10 @@ def known_answer(
     row = catalogue.get(claim.image_id) or {}
     made = row.get("made_by", {}).get("metadata", {})
     is_same = (made.get("version"), made.get("input_sha256")) == (recipe.version, original.facts.original_sha256)
-    return VisionAnswer(ImageMetadata.model_validate(row["metadata"])) if is_same and row["metadata"] else None
+    try:
+        return VisionAnswer(ImageMetadata.model_validate(row["metadata"])) if is_same and row["metadata"] else None
+    except ValueError:  # of whoever's writing: the model is asked again
+        return None
 
 
 def _with_visible_colors(metadata: ImageMetadata, facts: PixelFacts) -> ImageMetadata:

@@ -16,6 +16,7 @@ from imagepipeline.storage import Storage
 from imagepipeline.stores.catalogue import Catalogue
 
 MIN_SIMILARITY = 0.8
+MAX_ATTACHED_BYTES = 1_000_000
 # AVIF reaches the look of WebP at some 17 points less; above that it is asked to look better, and may be larger.
 AVIF_QUALITY_MARGIN = 15
 CHECKS = {
@@ -61,8 +62,8 @@ def find_problems(
     """
     try:
         variants = (catalogue.get(claim.image_id) or {"variants": []})["variants"]
-        original = originals.load(claim)
-        contents = [_read(files, variant["path"]) for variant in variants]
+        original = originals.load(claim, catalogue)
+        contents = [_read(files, variant) for variant in variants]
         inspections = renderer.inspect(original.session, contents)
     except ImagePipelineError as error:
         return {name: [str(error)] for name in CHECKS}, {}
@@ -89,9 +90,10 @@ def _spec_of(variant: Mapping[str, Any], specs: Sequence[VariantSpec]) -> Varian
     return next((spec for spec in specs if variant["path"].endswith(f"-{spec.suffix}.{spec.format}")), None)
 
 
-def _read(files: Storage, path: str) -> bytes:
+def _read(files: Storage, variant: Mapping[str, Any]) -> bytes:
+    """The stored bytes, and of what somebody has attached to them since, so many that it is found."""
     try:
-        return files.read(path)
+        return files.read(variant["path"], variant["size"] + MAX_ATTACHED_BYTES)
     except MissingOriginalError:
         return b""
 

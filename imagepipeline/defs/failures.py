@@ -1,17 +1,27 @@
 """An attempt at one asset of one image: the claim it needs, and what its failure means to Dagster and the catalogue."""
 
+import re
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 
 import dagster as dg
 from dagster._core.errors import DagsterExecutionInterruptedError
 
-from imagepipeline.errors import ImageBusyError, PermanentError, PostponedError, RetryableError, StaleClaimError
-from imagepipeline.models import ASSETS, Claim
+from imagepipeline.errors import (
+    ImageBusyError,
+    InvalidUploadError,
+    PermanentError,
+    PostponedError,
+    RetryableError,
+    StaleClaimError,
+)
+from imagepipeline.models import ASSETS, Claim, check_image_id
 from imagepipeline.stores.catalogue import Catalogue
+from imagepipeline.text import clean_error
 
 GENERATION_TAG = "imagepipeline/generation"
+GENERATION = re.compile(r"[0-9]{1,9}")
 MAX_ATTEMPTS = 3
 # For errors nobody classified. Dagster waits (2^n - 1) x delay: 1 s, then 3 s.
 RETRY_POLICY = dg.RetryPolicy(max_retries=MAX_ATTEMPTS - 1, delay=1, backoff=dg.Backoff.EXPONENTIAL)
@@ -56,6 +66,7 @@ def attempt(context: dg.AssetExecutionContext, catalogue: Catalogue) -> Iterator
         # Raised again as it is, Dagster would take it for a reason to retry and swallow the stop.
         raise _interrupted(context, catalogue, claim) from interrupt
     except Exception as error:
+        clean_error(error)  # Dagster writes it down as it is
         description = f"{type(error).__name__}: {error}"
         if number == MAX_ATTEMPTS:
             raise _failed(context, catalogue, claim, "unexpected", description) from error
@@ -64,14 +75,23 @@ def attempt(context: dg.AssetExecutionContext, catalogue: Catalogue) -> Iterator
 
 
 def _claim(context: dg.AssetExecutionContext, catalogue: Catalogue) -> Claim | None:
-    generation = context.run.tags.get(GENERATION_TAG)
     is_re_execution = context.run.parent_run_id is not None  # of a run whose generation has ended
-    if generation is not None and not is_re_execution:
-        return catalogue.claim(context.partition_key, int(generation), context.run.run_id)
     try:
-        return catalogue.claim_anew(context.partition_key, context.run.run_id)
-    except ImageBusyError as error:
+        image_id = check_image_id(context.partition_key)  # Dagster itself takes any text for a key
+        if GENERATION_TAG in context.run.tags and not is_re_execution:
+            generation = read_generation(context.run.tags)
+            if generation is None:
+                raise InvalidUploadError(f"the run's tag {GENERATION_TAG} is no number: start it without that tag")
+            return catalogue.claim(image_id, generation, context.run.run_id)
+        return catalogue.claim_anew(image_id, context.run.run_id)
+    except (ImageBusyError, InvalidUploadError) as error:
         raise dg.Failure(str(error), allow_retries=False) from error
+
+
+def read_generation(tags: Mapping[str, str]) -> int | None:
+    """The generation a run is of by its tags, which anyone may write; None if they name none."""
+    text = tags.get(GENERATION_TAG, "")
+    return int(text) if GENERATION.fullmatch(text) else None
 
 
 _beating: dict[tuple[str, int], threading.Event] = {}

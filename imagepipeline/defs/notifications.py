@@ -1,8 +1,11 @@
 """Emptying the outbox: the administrators are told once of every image that has failed for good."""
 
+from collections.abc import Callable, Iterable
+from functools import partial
+
 import dagster as dg
 
-from imagepipeline.errors import NotificationError, PostponedError
+from imagepipeline.errors import NoticeRefusedError, NotificationError, PostponedError
 from imagepipeline.services.notifier import Notifier
 from imagepipeline.stores.catalogue import Catalogue
 from imagepipeline.stores.ledger import Ledger
@@ -24,28 +27,57 @@ def notification_sensor(
     """
     lines = []
     for notifier in notifiers:
-        try:
-            lines.append(f"{notifier.channel}: {tell_of_pauses(ledger, notifier) + tell(catalogue, notifier)} told.")
-        except (NotificationError, PostponedError) as error:
-            context.log.error(f"{notifier.channel}: {error}; it stays in the outbox.")
-            lines.append(f"{notifier.channel}: {error}.")
+        told, problems = 0, []
+        for work in (partial(tell_of_pauses, ledger), partial(tell, catalogue)):
+            try:
+                told += work(notifier)
+            except (NotificationError, PostponedError) as error:
+                problems.append(str(error))
+            except Exception as error:  # of one channel; the other is none the worse for it
+                problems.append(f"{type(error).__name__} came up")
+        for problem in dict.fromkeys(problems):
+            context.log.error(f"{notifier.channel}: {problem}; it stays in the outbox.")
+            lines.append(f"{notifier.channel}: {problem}.")
+        if not problems:
+            lines.append(f"{notifier.channel}: {told} told.")
     return dg.SkipReason(" ".join(lines) or "No webhook or mail server is set.")
 
 
 def tell_of_pauses(ledger: Ledger, notifier: Notifier) -> int:
-    """Tells of each pause once; gives the number told."""
+    """Tells of each pause once; gives the number told. As `tell`."""
     untold = ledger.list_untold(notifier.channel)
-    for pause in untold:
-        notifier.send_pause(pause)
-        ledger.mark_told(notifier.channel, [pause])
+    notices = [
+        (partial(notifier.send_pause, one), partial(ledger.mark_told, notifier.channel, [one])) for one in untold
+    ]
+    _send_each(notices)
     return len(untold)
 
 
 def tell(catalogue: Catalogue, notifier: Notifier) -> int:
-    """Sends what this notifier has not sent yet and marks it; gives the number of failures told."""
+    """Sends what this notifier has not sent yet and marks it; gives the number of failures told.
+
+    A notice that is refused is tried again with the next tick, and keeps none of the others.
+
+    Raises:
+        NotificationError: one could not be sent.
+    """
     unsent = catalogue.list_unsent(notifier.channel)
     messages = [unsent] if len(unsent) > DIGEST_ABOVE else [[failure] for failure in unsent]
-    for failures in messages:
-        notifier.send(failures)
-        catalogue.mark_sent(notifier.channel, failures)
+    notices = [
+        (partial(notifier.send, some), partial(catalogue.mark_sent, notifier.channel, some)) for some in messages
+    ]
+    _send_each(notices)
     return len(unsent)
+
+
+def _send_each(notices: Iterable[tuple[Callable[[], None], Callable[[], None]]]) -> None:
+    refusal = None
+    for send, mark in notices:
+        try:
+            send()
+        except NoticeRefusedError as error:
+            refusal = error
+        else:
+            mark()
+    if refusal:
+        raise refusal

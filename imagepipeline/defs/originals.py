@@ -10,6 +10,7 @@ from imagepipeline.imaging.sandbox import Sandbox, Session, Usage
 from imagepipeline.imaging.verification import ImpossibleAnswerError, verify_prepared
 from imagepipeline.models import Claim, OriginalFacts, check_original_path
 from imagepipeline.storage import Storage
+from imagepipeline.stores.catalogue import Catalogue
 
 
 @dataclass(frozen=True)
@@ -35,8 +36,10 @@ class Originals:
         self._rules = rules
         self._held: tuple[str, Original] | None = None
 
-    def load(self, claim: Claim) -> Original:
+    def load(self, claim: Claim, catalogue: Catalogue) -> Original:
         """The original at the path the upload named, or else the one file `original/<image_id>.*` that is there now.
+
+        Before it is read, the catalogue is asked whether it is another image's.
 
         Raises:
             MissingOriginalError: it is not there.
@@ -46,7 +49,9 @@ class Originals:
         image_id = claim.image_id
         if self._held is None or self._held[0] != image_id or not self._held[1].session.is_open:
             self.close()
-            self._held = image_id, self._load(claim.path or self._find(image_id, claim.last_path))
+            path = claim.path or self._find(image_id, claim.last_path)
+            catalogue.check_path(claim, path)
+            self._held = image_id, self._load(path)
         return self._held[1]
 
     def close(self) -> None:

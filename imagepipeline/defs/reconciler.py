@@ -6,6 +6,7 @@ and at Dagster's runs and changes a row only under the fence it has read, so tha
 
 import time
 from collections.abc import Callable, Hashable
+from functools import partial
 
 import dagster as dg
 
@@ -13,12 +14,14 @@ from imagepipeline.defs.failures import GENERATION_TAG
 from imagepipeline.defs.jobs import process_upload
 from imagepipeline.errors import PostponedError, StaleClaimError
 from imagepipeline.stores.catalogue import Catalogue, Pending, Processing
+from imagepipeline.text import make_printable
 
 INTERVAL_SECONDS = 15
 STALL_SECONDS = 45  # more than four beats of a living run
 UNCLAIMED_SECONDS = 60  # a run takes 1 s to start, and 9 s when five do at once on two cores
 MAX_PENDING_CHECKED = 50
 RENEWAL_WAITS_SECONDS = (1, 5, 30, 120)  # for a run that ends before it begins, again and again
+CANCELLED = "its run was cancelled before it began"
 JOB_NAMES = (process_upload.name, "__ASSET_JOB")  # the latter is Dagster's name for runs started by hand
 HOLDING_A_SLOT = [dg.DagsterRunStatus.STARTING, dg.DagsterRunStatus.STARTED, dg.DagsterRunStatus.CANCELING]
 
@@ -69,9 +72,9 @@ def reconcile(catalogue: Catalogue, instance: dg.DagsterInstance, watch: Standst
     lines = []
     for row in processing:
         watched.add((row.image_id, row.fence))
-        lines += _recover_if_lost(catalogue, instance, watch, row)
+        lines += _look_at(row.image_id, partial(_recover_if_lost, catalogue, instance, watch, row))
     for pending in catalogue.list_pending(MAX_PENDING_CHECKED):
-        lines += _renew_if_run_ended(catalogue, instance, pending)
+        lines += _look_at(pending.image_id, partial(_renew_if_run_ended, catalogue, instance, pending))
     owners = {row.run_id for row in processing}
     for record in instance.get_run_records(dg.RunsFilter(statuses=HOLDING_A_SLOT)):
         run = record.dagster_run
@@ -82,6 +85,16 @@ def reconcile(catalogue: Catalogue, instance: dg.DagsterInstance, watch: Standst
                 lines.append(f"Run {run.run_id} was ended: it held a slot and no image.")
     watch.forget_all_but(watched)
     return lines
+
+
+def _look_at(image_id: str, work: Callable[[], list[str]]) -> list[str]:
+    """What was done about one image; what is wrong with its row costs no other."""
+    try:
+        return work()
+    except PostponedError:  # it is about all of them
+        raise
+    except Exception as error:
+        return [f"{image_id!r:.80} could not be looked at: {make_printable(f'{type(error).__name__}: {error}')[:200]}"]
 
 
 def _recover_if_lost(
@@ -117,7 +130,7 @@ def _renew_if_run_ended(catalogue: Catalogue, instance: dg.DagsterInstance, pend
     if not runs or not all(run.is_finished for run in runs):
         return []
     if runs[0].status == dg.DagsterRunStatus.CANCELED:
-        is_changed, what = catalogue.cancel(pending), "failed: its run was cancelled before it began"
+        is_changed, what = catalogue.fail_pending(pending, "cancelled", CANCELLED), f"failed: {CANCELLED}"
     else:
         wait_seconds = RENEWAL_WAITS_SECONDS[min(catalogue.count_renewals(pending), len(RENEWAL_WAITS_SECONDS) - 1)]
         is_changed = catalogue.renew(pending, f"run {runs[0].run_id} ended before it began", wait_seconds)

@@ -5,11 +5,11 @@ from collections.abc import Sequence
 
 import dagster as dg
 
-from imagepipeline.defs.failures import GENERATION_TAG
+from imagepipeline.defs.failures import GENERATION_TAG, read_generation
 from imagepipeline.defs.jobs import process_upload
 from imagepipeline.defs.partitions import uploads
 from imagepipeline.errors import InvalidUploadError, PostponedError, StackError
-from imagepipeline.models import Pause, Upload
+from imagepipeline.models import Pause, Upload, check_image_id, is_image_id
 from imagepipeline.paid_calls import PaidCalls
 from imagepipeline.stores.catalogue import Catalogue, Pending
 from imagepipeline.stores.ledger import Ledger
@@ -76,6 +76,9 @@ def upload_sensor(
     except PostponedError as error:
         return dg.SkipReason(str(error))
     pending = catalogue.list_pending(limit, except_for=unfinished, is_rotating=bool(pauses))
+    for line in end_invalid(catalogue, pending):
+        context.log.error(line)
+    pending = [image for image in pending if is_image_id(image.image_id)]
     chosen = pending[: count_room(pauses, limit if affordable is None else min(limit, affordable), len(unfinished))]
     if not chosen:
         paused = f"Paused ({pauses[0].reason}): {pauses[0].message}." if pauses and pending else None
@@ -112,6 +115,18 @@ def reopen_failures(catalogue: Catalogue, ledger: Ledger, pauses: Sequence[Pause
     return lines
 
 
+def end_invalid(catalogue: Catalogue, pending: Sequence[Pending]) -> list[str]:
+    """Fails images whose IDs Dagster must not see: earlier versions let them in by partitions made by hand."""
+    lines = []
+    for image in pending:
+        try:
+            check_image_id(image.image_id)
+        except InvalidUploadError as error:
+            if catalogue.fail_pending(image, "invalid_id", str(error)):
+                lines.append(f"An image has failed: {error}.")
+    return lines
+
+
 def take_in(queue: UploadQueue, catalogue: Catalogue) -> list[str]:
     """Records what waits on the Redis list and takes it off; gives a line for the log for each entry.
 
@@ -127,6 +142,9 @@ def take_in(queue: UploadQueue, catalogue: Catalogue) -> list[str]:
             uploads[entry] = Upload.from_entry(entry)
         except InvalidUploadError as error:
             unreadable[entry] = str(error)
+    for entry, owner in catalogue.find_owners(uploads).items():
+        upload = uploads.pop(entry)
+        unreadable[entry] = f"{upload.path!r:.100} is the original of {owner}, not of {upload.image_id}"
     begun = catalogue.accept(uploads.values())
     queue.acknowledge({entry: entries[entry] for entry in uploads})
     for upload in uploads.values():
@@ -145,8 +163,10 @@ def take_in(queue: UploadQueue, catalogue: Catalogue) -> list[str]:
 def find_unfinished(instance: dg.DagsterInstance) -> set[tuple[str, int]]:
     """The (image ID, generation) of every run of the job that is queued or running."""
     records = instance.get_run_records(dg.RunsFilter(job_name=process_upload.name, statuses=UNFINISHED))
-    tags = [record.dagster_run.tags for record in records]
-    return {(tag["dagster/partition"], int(tag[GENERATION_TAG])) for tag in tags if GENERATION_TAG in tag}
+    named = [
+        (run.tags.get("dagster/partition"), read_generation(run.tags)) for run in (one.dagster_run for one in records)
+    ]
+    return {(image_id, generation) for image_id, generation in named if image_id and generation is not None}
 
 
 def build_run_request(image: Pending) -> dg.RunRequest:

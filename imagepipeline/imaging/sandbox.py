@@ -29,10 +29,10 @@ from imagepipeline.errors import (
     UnsupportedFormatError,
 )
 from imagepipeline.imaging.confinement import Confinement
+from imagepipeline.text import clean
 from imagepipeline.wire import (
     MalformedMessageError,
     TimedStream,
-    clean,
     read_message,
     restore_error,
     result_kind,
@@ -305,7 +305,7 @@ class Session(Generic[T]):
             self._give_up()
         except (EOFError, OSError):
             self._explain_end()
-        except MalformedMessageError as problem:
+        except (MalformedMessageError, RecursionError) as problem:  # the latter of JSON that is nested very deep
             self.distrust(str(problem))
         if isinstance(error, MemoryError):
             raise LimitError(

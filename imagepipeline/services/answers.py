@@ -46,6 +46,13 @@ class Vocabulary(Protocol):
         """The allowed categories."""
 
 
+class AnyWords:
+    """No vocabulary."""
+
+    tags: tuple[str, ...] = ()
+    categories: tuple[str, ...] = ()
+
+
 def read_answer(text: str, vocabulary: Vocabulary) -> ImageMetadata:
     """The metadata in a model's answer, which may be wrapped in prose or a code fence.
 
@@ -84,6 +91,18 @@ def clean(answer: Any, vocabulary: Vocabulary) -> dict[str, Any]:
         "category": choose(category, vocabulary.categories) or "other" if vocabulary.categories else category,
         "dominantColors": list(dict.fromkeys(colors))[:MAX_COLORS],
     }
+
+
+def clean_metadata(metadata: ImageMetadata) -> ImageMetadata:
+    """Metadata from a process that is not trusted, cleaned as a model's answer is.
+
+    Raises:
+        BadAnswerError: nothing is left of it.
+    """
+    try:
+        return ImageMetadata.model_validate(clean(metadata.model_dump(by_alias=True), AnyWords()))
+    except ValidationError:
+        raise BadAnswerError("the local model's answer is empty") from None
 
 
 def _read_text(answer: dict[str, Any], name: str) -> str:
@@ -128,10 +147,16 @@ def choose_tags(tags: Iterable[str], allowed: Sequence[str]) -> list[str]:
     """The tags in normal form, each once, those of the vocabulary if there is one."""
     words = [to_word(tag) for tag in tags]
     if allowed:
-        words = [choose(word, allowed) or "" for word in words]
+        meant = _by_normal_form(allowed)
+        words = [meant.get(word, "") for word in words]
     return list(dict.fromkeys(word for word in words if 0 < len(word) <= MAX_WORD_CHARACTERS))[:MAX_TAGS]
 
 
 def choose(word: str, allowed: Sequence[str]) -> str | None:
     """The word of the vocabulary that a word in normal form means, as the vocabulary spells it."""
-    return next((entry for entry in allowed if to_word(entry) == word), None)
+    return _by_normal_form(allowed).get(word)
+
+
+def _by_normal_form(allowed: Sequence[str]) -> dict[str, str]:
+    """The words of a vocabulary by what they are compared as; of two that are the same, the first counts."""
+    return {to_word(entry): entry for entry in reversed(allowed)}

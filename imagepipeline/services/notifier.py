@@ -3,25 +3,29 @@
 What to tell is decided elsewhere; a notifier sends one message or raises.
 """
 
+import contextlib
 import email.message
 import hashlib
 import hmac
+import http.client
 import ipaddress
-import json
 import smtplib
 import socket
+import ssl
 import time
 from collections.abc import Mapping, Sequence
 from typing import Any, Protocol
 from urllib.parse import unquote, urlsplit
 
-import urllib3
-
-from imagepipeline.errors import NotificationError
+from imagepipeline.deadlines import call_within
+from imagepipeline.errors import NoticeRefusedError, NotificationError
 from imagepipeline.models import Pause
+from imagepipeline.text import make_printable, to_json
 
 TIMEOUT_SECONDS = 3.0
 SMTP_TIMEOUT_SECONDS = 10.0
+# For a whole conversation: five notices and a pause by webhook and by mail fit into the minute a tick may take.
+WEBHOOK_SECONDS, MAIL_SECONDS = 5.0, 15.0
 # https://www.iana.org/assignments/ipv6-address-space: of all IPv6 addresses, those that are given out.
 GLOBAL_UNICAST = ipaddress.ip_network("2000::/3")
 NAT64 = ipaddress.ip_network("64:ff9b::/96")  # RFC 6052: an IPv4 address in the last 32 bits
@@ -77,7 +81,7 @@ def build_message(failures: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
         for failure in failures
     ]
     keys = " ".join(f"{image['imageId']}:{image['generation']}" for image in images)
-    event_id = keys if len(images) == 1 else "digest:" + hashlib.sha256(keys.encode()).hexdigest()[:32]
+    event_id = keys if len(images) == 1 else "digest:" + hashlib.sha256(keys.encode(errors="replace")).hexdigest()[:32]
     if len(images) == 1:
         return {"type": "image-processing-failed", "eventId": event_id, **images[0]}
     return {"type": "image-processing-failed-digest", "eventId": event_id, "count": len(images), "images": images}
@@ -113,7 +117,7 @@ class WebhookNotifier:
         self._allows_private = allows_private
 
     def send(self, failures: Sequence[Mapping[str, Any]]) -> None:
-        """Tries once, for at most 3 s to connect and 3 s to be answered."""
+        """Tries once, for at most 3 s to connect, 3 s between two signs of life, and 5 s in all."""
         self._post(build_message(failures))
 
     def send_pause(self, pause: Pause) -> None:
@@ -121,7 +125,7 @@ class WebhookNotifier:
         self._post(build_pause_message(pause))
 
     def _post(self, content: Mapping[str, Any]) -> None:
-        body = json.dumps(content).encode()
+        body = to_json(content).encode()
         timestamp = str(int(time.time()))
         signature = hmac.new(self._secret, timestamp.encode() + b"." + body, hashlib.sha256).hexdigest()
         headers = {
@@ -131,15 +135,19 @@ class WebhookNotifier:
             "X-Imagepipeline-Signature": f"sha256={signature}",
         }
         path = (self._url.path or "/") + (f"?{self._url.query}" if self._url.query else "")
+        connection = self._connect()
         try:
-            with self._connect() as pool:
-                answer = pool.urlopen("POST", path, body=body, headers=headers, redirect=False, retries=False)
-        except (urllib3.exceptions.HTTPError, OSError) as error:
+            status = call_within(
+                WEBHOOK_SECONDS, lambda: _ask(connection, path, body, headers), lambda: _cut_off(connection.sock)
+            )
+        except (http.client.HTTPException, OSError, ValueError) as error:
             raise NotificationError(f"the webhook did not answer: {type(error).__name__}") from None
-        if not 200 <= answer.status < 300:
-            raise NotificationError(f"the webhook answered {answer.status}")
+        finally:
+            connection.close()
+        if not 200 <= status < 300:
+            raise NoticeRefusedError(f"the webhook answered {status}")
 
-    def _connect(self) -> urllib3.HTTPConnectionPool:
+    def _connect(self) -> http.client.HTTPConnection:
         """To the very address that was checked: a name could mean another one when it is looked up again."""
         host, is_https = self._url.hostname or "", self._url.scheme == "https"
         if not is_https and not (self._allows_private and self._url.scheme == "http"):
@@ -149,6 +157,8 @@ class WebhookNotifier:
             found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)
         except ValueError:  # of a port beyond 65535, or of a name that IDNA cannot encode
             raise NotificationError("the webhook's address is malformed: correct IMAGEPIPELINE_WEBHOOK_URL") from None
+        except OSError as error:
+            raise NotificationError(f"the webhook's name means no address: {type(error).__name__}") from None
         addresses = [str(entry[4][0]) for entry in found]
         if not self._allows_private:
             # A name that has a private address beside a public one is not trusted with either.
@@ -157,12 +167,36 @@ class WebhookNotifier:
             if port <= LAST_PRIVILEGED_PORT and port != 443:
                 raise NotificationError("the webhook must be at port 443, or at one above 1023")
         address = addresses[0]
-        timeout = urllib3.Timeout(TIMEOUT_SECONDS)
         if is_https:
-            return urllib3.HTTPSConnectionPool(
-                address, port, timeout=timeout, server_hostname=host, assert_hostname=host
-            )
-        return urllib3.HTTPConnectionPool(address, port, timeout=timeout)
+            return _NamedConnection(host, address, port)
+        return http.client.HTTPConnection(address, port, timeout=TIMEOUT_SECONDS)
+
+
+class _NamedConnection(http.client.HTTPSConnection):
+    """A connection to an address whose certificate must be that of a name."""
+
+    def __init__(self, name: str, address: str, port: int) -> None:
+        self._tls = ssl.create_default_context()
+        super().__init__(address, port, timeout=TIMEOUT_SECONDS, context=self._tls)
+        self._name = name
+
+    def connect(self) -> None:
+        plain = socket.create_connection((self.host, self.port), TIMEOUT_SECONDS)
+        self.sock = self._tls.wrap_socket(plain, server_hostname=self._name, do_handshake_on_connect=False)
+        self.sock.do_handshake()  # only now, so that a deadline finds the socket
+
+
+def _ask(connection: http.client.HTTPConnection, path: str, body: bytes, headers: Mapping[str, str]) -> int:
+    """The status of the answer. Its body is not read, however long or packed it is; redirects are not followed."""
+    connection.request("POST", path, body, headers)
+    return connection.getresponse().status
+
+
+def _cut_off(connection: socket.socket | None) -> None:
+    """Ends a conversation that another thread is in."""
+    if connection is not None:
+        with contextlib.suppress(OSError):
+            connection.shutdown(socket.SHUT_RDWR)
 
 
 def is_public(address: str) -> bool:
@@ -190,39 +224,42 @@ class MailNotifier:
         self._recipients = recipients
 
     def send(self, failures: Sequence[Mapping[str, Any]]) -> None:
-        """Tries once, for at most 10 s."""
+        """Tries once, for at most 10 s between two signs of life, and 15 s in all."""
         is_digest = len(failures) > 1
         subject = f"{len(failures)} images failed" if is_digest else f"Image {failures[0]['image_id']} failed"
-        text = "\n".join(_describe(failure) for failure in failures)
+        text = "\n".join(make_printable(_describe(failure)) for failure in failures)
         self._mail(subject, text, build_message(failures)["eventId"])
 
     def send_pause(self, pause: Pause) -> None:
         """As `send`."""
         until = f"until {pause.until.isoformat(timespec='minutes')}" if pause.until else "until you resume"
-        text = f"Nothing has failed; images wait {until}.\n{pause.message}"
+        text = f"Nothing has failed; images wait {until}.\n{make_printable(pause.message)}"
         self._mail(f"Image processing is paused: {pause.reason}", text, build_pause_message(pause)["eventId"])
 
     def _mail(self, subject: str, text: str, event_id: str) -> None:
         message = email.message.EmailMessage()
-        message["Subject"] = subject
+        message["Subject"] = make_printable(subject)
         message["From"], message["To"] = self._sender, ", ".join(self._recipients)
-        message["Message-ID"] = f"<{hashlib.sha256(event_id.encode()).hexdigest()[:32]}@imagepipeline>"
-        message.set_content(text)
+        message["Message-ID"] = f"<{hashlib.sha256(event_id.encode(errors='replace')).hexdigest()[:32]}@imagepipeline>"
+        message.set_content("\n".join(map(make_printable, text.split("\n"))))
+        server = (smtplib.SMTP_SSL if self._url.scheme == "smtps" else smtplib.SMTP)(timeout=SMTP_TIMEOUT_SECONDS)
         try:
-            self._deliver(message)
-        except (smtplib.SMTPException, OSError) as error:
+            call_within(MAIL_SECONDS, lambda: self._deliver(server, message), lambda: _cut_off(server.sock))
+        except (smtplib.SMTPDataError, smtplib.SMTPRecipientsRefused) as error:
+            raise NoticeRefusedError(f"the mail server refused it: {type(error).__name__}") from None
+        except (smtplib.SMTPException, OSError, ValueError) as error:
             raise NotificationError(f"the mail server did not take it: {type(error).__name__}") from None
 
-    def _deliver(self, message: email.message.EmailMessage) -> None:
-        is_encrypted = self._url.scheme == "smtps"
-        client = smtplib.SMTP_SSL if is_encrypted else smtplib.SMTP
-        port = self._url.port or (465 if is_encrypted else 25)
-        with client(self._url.hostname or "", port, timeout=SMTP_TIMEOUT_SECONDS) as server:
+    def _deliver(self, server: smtplib.SMTP, message: email.message.EmailMessage) -> None:
+        host, is_encrypted = self._url.hostname or "", self._url.scheme == "smtps"
+        with contextlib.closing(server):
+            server.connect(host, self._url.port or (465 if is_encrypted else 25))
             if not is_encrypted and server.has_extn("starttls"):
                 server.starttls()
             if self._url.username:
                 server.login(unquote(self._url.username), unquote(self._url.password or ""))
             server.send_message(message)
+            server.quit()
 
 
 def _describe(failure: Mapping[str, Any]) -> str:

@@ -8,9 +8,7 @@ import functools
 import json
 import re
 import ssl
-import threading
 from collections.abc import Callable, Iterator, Mapping
-from concurrent.futures import Future, wait
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Protocol, TypeVar
@@ -19,6 +17,7 @@ import httpx2
 import openai
 from openai.types import CreateEmbeddingResponse
 
+from imagepipeline.deadlines import call_within
 from imagepipeline.errors import (
     BadAnswerError,
     ForbiddenError,
@@ -61,7 +60,7 @@ POLICY_STATUSES = frozenset({400, 403, 422, 451})
 POLICY_TEXT = re.compile(
     r"flagged|moderat(ed|ion)|nsfw|unsafe|inappropriate|prohibited[_ ]content|responsible ?ai|not allowed by our"
     r"|content.{0,3}(polic|filter|manage|violat|restrict)|(polic|guideline|terms|rules).{0,30}violat"
-    r"|(violat|against)\w*.{0,30}(polic|guideline|terms|rules)|usage (polic|guideline)"
+    r"|(violat|against)\w{0,10}.{0,30}(polic|guideline|terms|rules)|usage (polic|guideline)"
     r"|safety.{0,3}(polic|system|filter|check|reason|violat)|(due to|reason).{0,5}safety",
     re.IGNORECASE,
 )
@@ -136,26 +135,16 @@ class ProviderClient:
     def _ask(self, request: Callable[[openai.OpenAI], A]) -> A:
         """The answer to a request, if it comes in time.
 
-        In a thread, since a client's timeouts begin anew with every byte: one that comes now and then, of a header or
-        of the TLS handshake, would hold the caller for as long as the provider likes. A thread that is late is left
-        behind with its client; it dies with the process of the run at the latest. To close its connection from here
-        could close a file that has been given the same number by then.
+        One that is late is left behind with its client. To close its connection from here could close a file that has
+        been given the same number by then.
         """
-        answer: Future[A] = Future()
         client = self._client
-
-        def work() -> None:
-            try:
-                answer.set_result(request(client))
-            except BaseException as error:
-                answer.set_exception(error)
-
-        threading.Thread(target=work, name="provider call", daemon=True).start()
-        wait([answer], CALL_SECONDS)
-        if not answer.done():
+        try:
+            raw = call_within(CALL_SECONDS, lambda: request(client))
+        except TimeoutError:
             self._client = self._open()
-            raise ProviderTimedOutError(f"{self._name} did not answer in full within {CALL_SECONDS:g} s")
-        raw = answer.result()
+            message = f"{self._name} did not answer in full within {CALL_SECONDS:g} s"
+            raise ProviderTimedOutError(message) from None
         if complaint := _find_complaint(raw):
             raise _classify(self._name, complaint)
         return raw
@@ -199,7 +188,11 @@ class _BoundedStream(httpx2.SyncByteStream):
 
 
 def _bound(response: httpx2.Response) -> None:
-    """Before the body of an answer is read: has its bytes counted, also where it is packed, though we do not ask so."""
+    """Before the body of an answer is read: has its bytes counted, also where it is packed, though we do not ask so.
+
+    It is UTF-8, as JSON is, whatever its header says: of the encodings it could name, some take quadratic time.
+    """
+    response.encoding = "utf-8"
     response.stream = _BoundedStream(response)
 
 

@@ -10,7 +10,7 @@ from PIL import Image
 
 from imagepipeline.errors import BadAnswerError, FormatRefusedError, RefusedError
 from imagepipeline.models import ImageMetadata, PixelFacts, Recipe, VisionAnswer
-from imagepipeline.services.answers import read_answer
+from imagepipeline.services.answers import AnyWords, clean, read_answer
 from imagepipeline.services.local.imagenet_groups import GROUPS, members
 
 DEFAULT_PROMPT = (
@@ -89,7 +89,7 @@ def build_prompt(prompt: str, options: VisionOptions) -> str:
     return prompt
 
 
-LOCAL_RECIPE = Recipe("local", "efficientnet-lite0", "facts-1")
+LOCAL_RECIPE = Recipe("local", "efficientnet-lite0", "facts-2")
 
 
 class OpenAIVision:
@@ -205,13 +205,14 @@ def _compose(facts: PixelFacts, label: str | None, group: str | None, certainty:
     if any(taken):
         sentence += ". Taken " + " ".join(part for part in taken if part)
     tags = [tag for tag in (label, group, orientation, *color_names) if tag]
-    return ImageMetadata(
-        description=sentence + ".",
-        tags=list(dict.fromkeys(tags)),
-        category=group or label or "picture",
-        dominant_colors=[value for _, value, _ in facts.colors],
-        mood=mood,
-    )
+    answer = {
+        "description": sentence + ".",
+        "tags": tags,
+        "category": group or label or "picture",
+        "dominantColors": [value for _, value, _ in facts.colors],
+        "mood": mood,
+    }
+    return ImageMetadata.model_validate(clean(answer, AnyWords()))
 
 
 def _orientation(facts: PixelFacts) -> str:

@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from datetime import datetime, timedelta
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import sqlalchemy as sa
 
@@ -19,7 +19,19 @@ from imagepipeline.errors import (
     StackError,
     StaleClaimError,
 )
-from imagepipeline.models import ASSETS, Claim, ImageMetadata, OriginalFacts, Recipe, Status, Upload, Variant, now_utc
+from imagepipeline.models import (
+    ASSETS,
+    Claim,
+    ImageMetadata,
+    OriginalFacts,
+    Recipe,
+    Status,
+    Upload,
+    Variant,
+    check_image_id,
+    find_named_image,
+    now_utc,
+)
 from imagepipeline.stores.database import Database
 from imagepipeline.stores.tables import (
     UtcDateTime,
@@ -30,7 +42,9 @@ from imagepipeline.stores.tables import (
     images,
     notifications,
 )
+from imagepipeline.text import make_printable
 
+K = TypeVar("K")
 ERROR_CHARACTERS = 300
 ENDED = (Status.COMPLETED, Status.FAILED)
 POISON_RECOVERIES, POISON_WINDOW = 3, timedelta(hours=72)
@@ -164,6 +178,58 @@ class Catalogue:
                     self._note_push(connection, upload)
         return begun
 
+    def find_owners(self, uploads: Mapping[K, Upload]) -> dict[K, str]:
+        """Of uploads that name another image's original, by their keys, that image's ID.
+
+        An original belongs to the image that named it first; a file `original/<image_id>.*` belongs to that image as
+        soon as that is known. Of uploads of the same path, the first counts.
+        """
+        named = {key: upload for key, upload in uploads.items() if upload.path is not None}
+        if not named:
+            return {}
+        paths = {str(upload.path) for upload in named.values()}
+        names = {name for name in map(find_named_image, paths) if name}
+        pushed = {upload.image_id for upload in uploads.values()}
+        with self._database.transaction() as connection:
+            known = set(connection.execute(sa.select(images.c.id).where(images.c.id.in_(names))).scalars()) | pushed
+            columns = (images.c.id, images.c.requested_path, images.c.path)
+            of_paths = sa.or_(images.c.requested_path.in_(paths), images.c.path.in_(paths))
+            rows = connection.execute(sa.select(*columns).where(of_paths)).all()
+        holders: dict[str, list[str]] = {}
+        for row in rows:
+            for path in {row.requested_path, row.path} & paths:
+                holders.setdefault(path, []).append(row.id)
+        owners = {}
+        for key, upload in named.items():
+            path, name = str(upload.path), find_named_image(str(upload.path))
+            held = holders.setdefault(path, [])
+            if upload.image_id in (name, *held):
+                continue
+            if held:
+                owners[key] = held[0]
+            elif name in known and name != upload.image_id:
+                owners[key] = str(name)
+            else:
+                held.append(upload.image_id)
+        return owners
+
+    def check_path(self, claim: Claim, path: str) -> None:
+        """Returns if the claimed image may read the original at that path; asked before each first look.
+
+        Raises:
+            PathTakenError: it is another image's, as by `find_owners`.
+        """
+        if path == claim.last_path:
+            return
+        name = find_named_image(path)
+        is_other = sa.and_(images.c.id != claim.image_id, sa.or_(images.c.path == path, images.c.id == (name or "")))
+        with self._database.transaction() as connection:
+            owner = connection.execute(sa.select(images.c.id).where(is_other).limit(1)).scalar()
+        if owner is not None:
+            raise PathTakenError(
+                f"{path} is the original of {owner}, not of {claim.image_id}: give it a file of its own"
+            )
+
     def list_pending(
         self, limit: int, except_for: Iterable[tuple[str, int]] = (), is_rotating: bool = False
     ) -> list[Pending]:
@@ -247,7 +313,9 @@ class Catalogue:
 
         Raises:
             ImageBusyError: another run is working on it.
+            InvalidUploadError: it is no image ID: a person may have made any text a partition.
         """
+        check_image_id(image_id)
         now = self._clock()
         with self._database.transaction() as connection:
             known = connection.execute(
@@ -280,7 +348,7 @@ class Catalogue:
         """Writes down that an attempt at an asset failed, and how long the next one waits."""
         detail = f"{asset}, attempt {attempt}, next in {wait_seconds:g} s: {error}"
         with self._database.transaction() as connection:
-            self._update(connection, claim, error=error[:ERROR_CHARACTERS])
+            self._update(connection, claim, error=_cut(error))
             self._record(connection, claim.image_id, "attempt_failed", detail)
 
     def save_original(self, claim: Claim, facts: OriginalFacts) -> None:
@@ -417,12 +485,12 @@ class Catalogue:
         with self._database.transaction() as connection:
             return int(connection.execute(query).scalar_one())
 
-    def cancel(self, pending: Pending) -> bool:
-        """Ends a pending image whose run a person cancelled; False if it was claimed meanwhile."""
-        claim = self.claim(pending.image_id, pending.generation, "cancelled")
+    def fail_pending(self, pending: Pending, reason: str, error: str) -> bool:
+        """Ends a pending image as `failed`; False if it was claimed meanwhile."""
+        claim = self.claim(pending.image_id, pending.generation, reason)
         if claim is None:
             return False
-        self.fail(claim, "cancelled", "its run was cancelled before it began")
+        self.fail(claim, reason, error)
         return True
 
     def prioritize(self, image_id: str, priority: int) -> bool:
@@ -563,7 +631,7 @@ class Catalogue:
             images.c.fence,
             images.c.run_id,
             sa.literal(event),
-            sa.literal(detail[:ERROR_CHARACTERS] if detail else None, sa.String),
+            sa.literal(_cut(detail) if detail else None, sa.String),
         ).where(images.c.id == image_id)
         names = ["at", "image_id", "generation", "fence", "run_id", "event", "detail"]
         connection.execute(sa.insert(image_history).from_select(names, values))
@@ -639,7 +707,7 @@ class Catalogue:
 
         Of a generation that is followed by another one at once, nobody is told.
         """
-        self._update(connection, claim, status=Status.FAILED, reason=reason, error=error[:ERROR_CHARACTERS])
+        self._update(connection, claim, status=Status.FAILED, reason=reason, error=_cut(error))
         self._record(connection, claim.image_id, "failed", f"{reason}: {error}")
         if self._begin_if_pushed(connection, claim.image_id):
             return Status.PENDING
@@ -698,6 +766,11 @@ class Catalogue:
             return False
         self._record(connection, image_id, "accepted", "it was pushed again while a run worked on it")
         return True
+
+
+def _cut(text: str) -> str:
+    """A text of whoever's, as it is kept: on one line, and no longer than its column."""
+    return make_printable(text[:ERROR_CHARACTERS])
 
 
 def _accepted_at(image_id: str) -> sa.ScalarSelect[Any]:

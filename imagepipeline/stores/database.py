@@ -1,6 +1,7 @@
 """Database: one SQL database, SQLite or Postgres, and transactions in it. What is stored there is others' business."""
 
 import functools
+import json
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -10,6 +11,7 @@ from sqlalchemy.dialects import postgresql, sqlite
 
 from imagepipeline.errors import CatalogueDownError
 
+MAX_JSON_CHARACTERS = 1_000_000  # the metadata of an image may have 20,000
 POSTGRES_OPTIONS: dict[str, Any] = {
     "pool_pre_ping": True,
     "pool_size": 1,  # a run's heartbeat and its work seldom meet
@@ -44,12 +46,21 @@ class Database:
             raise CatalogueDownError(f"the catalogue does not answer ({type(error.orig).__name__})") from None
 
 
+def read_json(text: str) -> Any:
+    """The object in a column of JSON, or None: what cannot be one, or is too long, costs its row nothing else."""
+    try:
+        value = json.loads(text) if len(text) <= MAX_JSON_CHARACTERS else None
+    except (ValueError, TypeError, RecursionError):
+        return None
+    return value if isinstance(value, dict) else None
+
+
 def _create_engine(url: str) -> sa.Engine:
     parsed = sa.make_url(url)
     if parsed.drivername in ("postgres", "postgresql"):
         parsed = parsed.set(drivername="postgresql+psycopg2")
     if not parsed.drivername.startswith("sqlite"):
-        return sa.create_engine(parsed, hide_parameters=True, **POSTGRES_OPTIONS)
+        return sa.create_engine(parsed, hide_parameters=True, json_deserializer=read_json, **POSTGRES_OPTIONS)
     engine = create_sqlite_engine(parsed, hide_parameters=True)
     sa.event.listen(engine, "connect", _prepare_sqlite)
     sa.event.listen(engine, "begin", _begin_immediate)
@@ -71,7 +82,7 @@ _compiled: sa.util.LRUCache[Any, Any] = sa.util.LRUCache(1000)
 
 @functools.cache
 def _get_sqlite_dialect() -> sa.Dialect:
-    engine = sa.create_engine("sqlite://")
+    engine = sa.create_engine("sqlite://", json_deserializer=read_json)
     engine.connect().close()  # it asks the library for its version
     engine.dispose()
     return engine.dialect

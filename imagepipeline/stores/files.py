@@ -128,7 +128,10 @@ class FileStore:
         try:
             with self._open_folder(["original"]) as folder:
                 for name in sorted(os.listdir(folder)):
-                    state = os.stat(name, dir_fd=folder, follow_symlinks=False)
+                    try:
+                        state = os.stat(name, dir_fd=folder, follow_symlinks=False)
+                    except FileNotFoundError:  # it has gone since
+                        continue
                     is_settled = stat.S_ISREG(state.st_mode) and state.st_mtime < before
                     if is_settled and "." in name and IMAGE_ID_PATTERN.fullmatch(Path(name).stem):
                         found[Path(name).stem] = f"original/{name}"
@@ -139,8 +142,13 @@ class FileStore:
     def list_leftovers(self) -> list[str]:
         """The paths of what killed processes left half written: temporary files of more than an hour ago."""
         before = time.time() - LEFTOVER_SECONDS
-        found = [path for path in self.root.rglob(".*.tmp") if path.lstat().st_mtime < before]
-        return [path.relative_to(self.root).as_posix() for path in found]
+        found = []
+        for path in self.root.rglob(".*.tmp"):
+            with contextlib.suppress(FileNotFoundError):  # it has gone since
+                state = path.lstat()
+                if stat.S_ISREG(state.st_mode) and state.st_mtime < before:
+                    found.append(path.relative_to(self.root).as_posix())
+        return found
 
     @contextlib.contextmanager
     def _open_folder(self, parts: Iterable[str], is_created: bool = False) -> Iterator[int]:

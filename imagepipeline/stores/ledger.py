@@ -10,6 +10,7 @@ import sqlalchemy as sa
 from imagepipeline.models import PaidCall, Pause, now_utc
 from imagepipeline.stores.database import Database
 from imagepipeline.stores.tables import pauses, provider_calls
+from imagepipeline.text import make_printable
 
 MESSAGE_CHARACTERS = 300
 GROUPS = ("model", "stage", "day")
@@ -133,7 +134,7 @@ class Ledger:
             pauses.c.reason == reason, pauses.c.stage.is_not_distinct_from(stage), pauses.c.ended_at.is_(None)
         )
         with self._database.transaction() as connection:
-            values = {"message": message[:MESSAGE_CHARACTERS], "until": until}
+            values = {"message": make_printable(message[:MESSAGE_CHARACTERS]), "until": until}
             if connection.execute(sa.update(pauses).where(open_ones).values(values)).rowcount == 0:
                 connection.execute(sa.insert(pauses).values(reason=reason, stage=stage, since=now, **values))
 

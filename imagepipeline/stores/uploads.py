@@ -12,9 +12,10 @@ import time
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
-from typing import Any
+from typing import Annotated, Any
 
 import redis
+from pydantic import BaseModel, Field
 
 from imagepipeline.errors import InvalidUploadError, RedisClusterError, StackError
 from imagepipeline.models import Upload
@@ -27,6 +28,17 @@ READ_TOGETHER = 25  # entries in one answer; each may be as long as the server l
 MAX_READ_BYTES = 4_000_000  # at which no more are read; twice what 500 well-formed entries may have
 # What a server that belongs to a cluster answers to commands that name keys of several slots.
 CLUSTER_ERRORS = (redis.exceptions.AskError, redis.exceptions.ClusterCrossSlotError, redis.exceptions.ClusterError)
+
+
+class DeadLetter(BaseModel):
+    """What `dead` holds of an entry."""
+
+    id: str
+    entry: str
+    raw: str | None
+    reason: str
+    copies: int
+    at: Annotated[float, Field(ge=0, le=32_503_680_000)]  # to the year 3000
 
 
 class UploadQueue:
@@ -119,16 +131,7 @@ class UploadQueue:
         There it is JSON: `id`, `entry` (escaped, at most 200 characters), `raw` (base64, if the entry has at
         most 1 kB), `reason`, `copies`, `at` (Unix seconds). The newest `MAX_DEAD` are kept; see `count_dropped`.
         """
-        letter = json.dumps(
-            {
-                "id": "dead-" + hashlib.sha256(entry).hexdigest()[:12],
-                "entry": ascii(entry)[2:-1][:SHOWN_CHARACTERS],
-                "raw": base64.b64encode(entry).decode() if len(entry) <= RETRYABLE_BYTES else None,
-                "reason": reason,
-                "copies": copies,
-                "at": round(time.time(), 3),
-            }
-        )
+        letter = json.dumps(_build_letter(entry, copies, reason, round(time.time(), 3)))
         with _translated_errors(), self.redis.pipeline(transaction=True) as pipe:
             pipe.lpush(self.dead_key, letter)
             pipe.ltrim(self.dead_key, 0, MAX_DEAD - 1)
@@ -145,9 +148,12 @@ class UploadQueue:
             return int(self.redis.get(self._dropped_key) or 0)
 
     def list_dead(self) -> list[dict[str, Any]]:
-        """The dead letters, newest first, as `dead_letter` wrote them."""
+        """The dead letters, newest first, as `dead_letter` wrote them, each with the bytes `stored` in Redis.
+
+        What is no letter, as somebody else put it there, is shown as one.
+        """
         with _translated_errors():
-            return [json.loads(letter) for letter in self.redis.lrange(self.dead_key, 0, -1)]
+            return [_read_letter(stored) for stored in self.redis.lrange(self.dead_key, 0, -1)]
 
     def retry_dead(self, letter: Mapping[str, Any]) -> None:
         """Pushes a dead letter's entry once more and takes it off `dead`.
@@ -176,7 +182,7 @@ class UploadQueue:
 
     def _take_off(self, pipe: Any, letter: Mapping[str, Any]) -> None:
         """Does what `pipe` holds and takes a letter off `dead`; with the last one, those dropped are forgotten."""
-        pipe.lrem(self.dead_key, 0, json.dumps(dict(letter)))
+        pipe.lrem(self.dead_key, 0, letter["stored"])
         pipe.llen(self.dead_key)
         if pipe.execute()[-1] == 0:
             self.redis.delete(self._dropped_key)
@@ -184,6 +190,26 @@ class UploadQueue:
     def _forget(self, pipe: Any, entry: bytes, copies: int) -> None:
         pipe.lrem(self.wait_key, -copies, entry)
         pipe.lrem(self.active_key, copies, entry)
+
+
+def _build_letter(entry: bytes, copies: int, reason: str, at: float) -> dict[str, Any]:
+    return {
+        "id": "dead-" + hashlib.sha256(entry).hexdigest()[:12],
+        "entry": ascii(entry[:SHOWN_CHARACTERS])[2:-1][:SHOWN_CHARACTERS],
+        "raw": base64.b64encode(entry).decode() if len(entry) <= RETRYABLE_BYTES else None,
+        "reason": reason,
+        "copies": copies,
+        "at": at,
+    }
+
+
+def _read_letter(stored: bytes) -> dict[str, Any]:
+    try:
+        letter = DeadLetter.model_validate_json(stored).model_dump()
+        base64.b64decode(letter["raw"] or "", validate=True)
+    except ValueError:
+        letter = _build_letter(stored, 1, "it is no dead letter, and was put there by others", 0)
+    return {**letter, "stored": stored}
 
 
 def _is_shown(entry: bytes) -> bool:

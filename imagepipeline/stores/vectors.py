@@ -20,6 +20,7 @@ from typing import Any
 
 from imagepipeline.errors import ImagePipelineError, ProviderRejectedError, StaleClaimError
 from imagepipeline.models import Claim, Embedding, check_image_id
+from imagepipeline.text import make_printable
 
 # Without it, five writers of the same new ID leave five rows. In the schema, so that no table exists without it.
 PRIMARY_KEY = {"lance-schema:unenforced-primary-key": "true"}
@@ -238,7 +239,7 @@ class BatchingIndex(EmbeddingIndex):
             try:
                 self._database.open_table(name).optimize(cleanup_older_than=READERS_PATIENCE)
             except Exception as error:  # it is none of the images' business, and will be tried again
-                log.warning("the index could not be put together: %s", error)
+                log.warning("the index could not be put together: %s", make_printable(str(error)))
 
 
 @contextlib.contextmanager

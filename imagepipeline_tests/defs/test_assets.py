@@ -413,12 +413,12 @@ def test_a_child_that_dies_between_two_assets_is_replaced(run, cat, catalogue, f
 
     class Killer(LocalVision):
         def describe(self, preview, facts):
-            loads.append(originals.load(Claim(cat, 1, 1, None)))
+            loads.append(originals.load(Claim(cat, 1, 1, None), catalogue))
             loads[0].session.close()
             return ANSWER
 
     assert run(cat, vision=Killer(), originals=originals).success
-    assert originals.load(Claim(cat, 1, 1, None)).session is not loads[0].session
+    assert originals.load(Claim(cat, 1, 1, None), catalogue).session is not loads[0].session
     originals.close()
 
 

@@ -44,7 +44,7 @@ def test_assets_say_what_they_are():
 @pytest.mark.parametrize(
     ("environment", "metadata", "embedding"),
     [
-        ({}, "local:efficientnet-lite0:facts-1", "local:all-MiniLM-L6-v2-int8"),
+        ({}, "local:efficientnet-lite0:facts-2", "local:all-MiniLM-L6-v2-int8"),
         ({"OPENAI_API_KEY": "k", "IMAGEPIPELINE_VISION_MODEL": "gpt-5"}, "openai:gpt-5:prompt-", "local:"),
         ({"OPENROUTER_API_KEY": "k", "IMAGEPIPELINE_EMBEDDING_MODEL": "x/y"}, "local:", "openrouter:x/y"),
     ],

@@ -4,7 +4,7 @@ import dagster as dg
 import pytest
 
 from imagepipeline.defs.notifications import DIGEST_ABOVE, notification_sensor
-from imagepipeline.errors import NotificationError
+from imagepipeline.errors import NoticeRefusedError, NotificationError
 
 
 class ScriptedNotifier:
@@ -12,8 +12,11 @@ class ScriptedNotifier:
         self.channel = channel
         self.sent = []
         self.is_down = False
+        self.refused = ()
 
     def send(self, failures):
+        if any(row["image_id"] in self.refused for row in failures):
+            raise NoticeRefusedError("the webhook answered 400")
         if self.is_down:
             raise NotificationError("the webhook did not answer")
         self.sent.append([row["image_id"] for row in failures])
@@ -94,3 +97,37 @@ def test_a_pause_is_told_once_on_every_channel(tick, ledger):
     for _ in range(2):
         tick(webhook, mail)
     assert (webhook.sent, mail.sent) == (["quota"], ["quota"])
+
+
+def test_a_notice_that_is_refused_costs_no_other_and_is_tried_again(tick, fail, ledger):
+    webhook = ScriptedNotifier()
+    webhook.refused = ("a",)
+    ledger.pause("quota", "no credit", 600)
+    for name in ("a", "b", "c"):
+        fail(name)
+    assert "answered 400" in tick(webhook)
+    assert webhook.sent == ["quota", ["b"], ["c"]]
+    webhook.refused = ()
+    tick(webhook)
+    assert webhook.sent == ["quota", ["b"], ["c"], ["a"]]
+
+
+def test_a_pause_that_cannot_be_told_keeps_no_failure_from_being_told(tick, fail, ledger):
+    webhook = ScriptedNotifier()
+
+    def refuse(pause):
+        raise NoticeRefusedError("the webhook answered 400")
+
+    webhook.send_pause = refuse
+    ledger.pause("quota", "no credit", 600)
+    fail("a")
+    assert "answered 400" in tick(webhook)
+    assert webhook.sent == [["a"]]
+
+
+def test_a_channel_that_breaks_down_costs_the_other_nothing(tick, fail):
+    webhook, mail = ScriptedNotifier("webhook"), ScriptedNotifier("mail")
+    webhook.send = lambda failures: 1 / 0
+    fail("a")
+    assert "webhook: ZeroDivisionError came up." in tick(webhook, mail)
+    assert mail.sent == [["a"]]

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import replace
+from typing import cast
 
 from imagepipeline.imaging import operations
 from imagepipeline.imaging.decoding import Decoded, Rules
@@ -15,6 +16,12 @@ from imagepipeline.models import Variant, VariantSpec
 warm_up = operations.warm_up
 told: list[str] = []
 
+
+def nest(depth: int) -> object:
+    """Lists in lists."""
+    return [nest(depth - 1)] if depth else []
+
+
 ABOUT_THE_IMAGE: dict[str, Callable[[Prepared], Prepared]] = {
     "format": lambda prepared: replace(prepared, format="EXE"),
     "flaw": lambda prepared: replace(prepared, flaw="x" * 5000),
@@ -27,6 +34,7 @@ ABOUT_THE_IMAGE: dict[str, Callable[[Prepared], Prepared]] = {
     "name": lambda prepared: replace(prepared, facts=replace(prepared.facts, colors=(("](x)", "#000000", 1.0),))),
     "share": lambda prepared: replace(prepared, facts=replace(prepared.facts, colors=(("red", "#ff0000", 7.0),))),
     "figure": lambda prepared: replace(prepared, facts=replace(prepared.facts, brightness=1e9)),
+    "nesting": lambda prepared: replace(prepared, flaw=cast(str, nest(480))),
     "another size": lambda prepared: replace(prepared, facts=replace(prepared.facts, width=100)),
 }
 ABOUT_VARIANTS: dict[str, Callable[[list[Variant]], list[Variant]]] = {

@@ -28,7 +28,7 @@ from imagepipeline.imaging.confinement import (
 from imagepipeline.imaging.decoding import Rules, decode
 from imagepipeline.imaging.sandbox import MAX_ANSWER_BYTES, Sandbox, Zygote
 from imagepipeline.imaging.variants import Renderer
-from imagepipeline.models import Claim, build_variant_specs
+from imagepipeline.models import build_variant_specs
 from imagepipeline.wire import HEADER, MAX_JSON_BYTES
 from imagepipeline_tests.conftest import PHOTOS
 from imagepipeline_tests.imaging import lying_operations, sandbox_operations
@@ -148,7 +148,7 @@ def test_what_children_are_forked_from_has_imported_imaging_alone():
     result = subprocess.run([sys.executable, "-I", "-c", code], env={}, capture_output=True, text=True, check=True)
     ours, foreign = result.stdout.splitlines()
     assert sorted(ast.literal_eval(ours)) == [
-        f"imagepipeline.{name}" for name in ("errors", "imaging", "models", "wire")
+        f"imagepipeline.{name}" for name in ("errors", "imaging", "models", "text", "wire")
     ]
     assert foreign == "set()"
 
@@ -244,7 +244,7 @@ def liar():
 
 
 @pytest.fixture
-def process(liar, files, monkeypatch):
+def process(liar, files, catalogue, monkeypatch):
     """Does with an original whose decoder tells a lie what the assets do."""
     monkeypatch.setattr("imagepipeline.defs.originals.decode", lying_operations.decode)
 
@@ -253,7 +253,7 @@ def process(liar, files, monkeypatch):
         files.put_original("cat", content, "jpg")
         renderer = Renderer(build_variant_specs())
         with closing(Originals(files, Sandbox(zygote=liar), Rules())) as originals:
-            original = originals.load(Claim("cat", 1, 1, None))
+            original = originals.load(catalogue.claim_anew("cat", "run"), catalogue)
             made, _ = renderer.render(original.session, (original.facts.width, original.facts.height))
             return renderer, made
 

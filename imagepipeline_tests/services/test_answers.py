@@ -1,14 +1,18 @@
 """What a model wrote becomes plain text and normal words."""
 
 import contextlib
+import io
 import json
 import time
 
 import pytest
+from PIL import Image
 
 from imagepipeline.errors import BadAnswerError
+from imagepipeline.models import ImageMetadata, PixelFacts
+from imagepipeline.services import answers
 from imagepipeline.services.answers import MAX_ANSWER_CHARACTERS, choose_tags, read_answer, to_plain, to_word
-from imagepipeline.services.vision import VisionOptions
+from imagepipeline.services.vision import LocalVision, VisionOptions
 
 
 @pytest.mark.parametrize(
@@ -74,3 +78,32 @@ def test_no_answer_takes_long_to_read(field, evil):
     with contextlib.suppress(BadAnswerError):
         read_answer(json.dumps(answer, ensure_ascii=False), VisionOptions())
     assert time.process_time() - started < 0.5
+
+
+HOSTILE = "<script>[x](http://evil)\x1b[31m\u202e `rm` www.evil.example"
+
+
+def test_what_a_camera_is_called_is_cleaned_as_a_models_answer():
+    buffer = io.BytesIO()
+    Image.new("RGB", (40, 30), "red").save(buffer, "JPEG")
+    facts = PixelFacts(40, 30, (("red", "#ff0000", 1.0),), 40, 0, 50, 50, camera=HOSTILE, taken_on="data:x")
+    metadata = LocalVision().describe(buffer.getvalue(), facts).metadata
+    shown = metadata.model_dump_json()
+    assert "Taken with" in metadata.description
+    assert not any(part in shown for part in ("<", "](", "evil", "`", "data:", "u001b", "\u202e"))
+
+
+def test_what_the_resident_answers_is_cleaned_once_more():
+    metadata = ImageMetadata(
+        description=f"A boat {HOSTILE}",
+        tags=["Boats", HOSTILE],
+        category=HOSTILE,
+        dominant_colors=["#AABBCC"],
+        mood=HOSTILE,
+    )
+    cleaned = answers.clean_metadata(metadata)
+    assert cleaned.description.startswith("A boat")
+    assert cleaned.tags[0] == "boat"
+    assert not any(part in cleaned.model_dump_json() for part in ("<", "](", "evil", "`", "u001b", "\u202e"))
+    with pytest.raises(BadAnswerError):
+        answers.clean_metadata(metadata.model_copy(update={"description": "<b>"}))

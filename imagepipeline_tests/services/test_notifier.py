@@ -1,16 +1,28 @@
 """Webhooks against a real HTTP server, mails against a real SMTP server, and addresses that must not be reached."""
 
+import contextlib
+import email
+import email.policy
 import hashlib
 import hmac
 import json
 import socket
-from datetime import UTC, datetime
+import ssl
+import threading
+import time
+from datetime import UTC, datetime, timedelta
 
 import pytest
 from aiosmtpd.controller import Controller
+from cryptography import x509
+from cryptography.hazmat.primitives import hashes, serialization
+from cryptography.hazmat.primitives.asymmetric import ec
+from pytest_httpserver import HTTPServer
 from werkzeug import Response
 
-from imagepipeline.errors import NotificationError
+from imagepipeline.errors import NoticeRefusedError, NotificationError
+from imagepipeline.models import Pause
+from imagepipeline.services import notifier
 from imagepipeline.services.notifier import MailNotifier, WebhookNotifier, is_public
 
 
@@ -249,3 +261,159 @@ def test_the_signed_body_is_json(httpserver, webhook):
     webhook.send([failure() | {"error": 'quote " and ünïcode \n'}])
     request, _ = received(httpserver)
     assert json.loads(request.get_data())["error"] == 'quote " and ünïcode \n'
+
+
+@pytest.mark.parametrize("status", [307, 308])
+def test_nothing_is_sent_on_to_where_a_webhook_redirects(httpserver, webhook, status):
+    httpserver.expect_request("/hook").respond_with_response(Response("", status, {"Location": "/elsewhere"}))
+    httpserver.expect_request("/elsewhere").respond_with_data("")
+    with pytest.raises(NoticeRefusedError, match=str(status)):
+        webhook.send([failure()])
+    assert [request.path for request, _ in httpserver.log] == ["/hook"]
+
+
+@pytest.fixture
+def trickling():
+    """A server that begins as told and then sends a part now and then, for ever; gives its port, and what it sent."""
+    ended = threading.Event()
+    sent = []
+
+    def start(beginning, part):
+        listener = socket.create_server(("127.0.0.1", 0))
+
+        def serve():
+            connection, _ = listener.accept()
+            with listener, connection, contextlib.suppress(OSError):
+                if part not in MAIL_PARTS:  # a mail server speaks first
+                    connection.recv(65536)
+                connection.sendall(beginning)
+                while not ended.wait(0.02):
+                    connection.sendall(part)
+                    sent.append(part)
+
+        threading.Thread(target=serve, daemon=True).start()
+        return listener.getsockname()[1]
+
+    yield start, sent
+    ended.set()
+
+
+MAIL_PARTS = [b"220-still here\r\n", b"2"]
+
+
+@pytest.mark.parametrize(
+    ("beginning", "part"), [(b"", b"H"), (b"HTTP/1.1 200 OK\r\n", b"a"), (b"HTTP/1.1 100 C\r\n\r\n", b"H")]
+)
+def test_a_webhook_that_trickles_its_head_is_given_up(trickling, monkeypatch, beginning, part):
+    monkeypatch.setattr(notifier, "WEBHOOK_SECONDS", 0.5)
+    start, _ = trickling
+    threads = threading.active_count()
+    with pytest.raises(NotificationError, match="TimeoutError"):
+        WebhookNotifier(f"http://127.0.0.1:{start(beginning, part)}/", "s", allows_private=True).send([failure()])
+    wait_for(lambda: threading.active_count() <= threads + 1)  # none but the server's is left behind
+
+
+def test_of_a_webhooks_answer_only_the_status_is_read(trickling):
+    start, sent = trickling
+    head = b"HTTP/1.1 200 OK\r\nContent-Encoding: gzip\r\nContent-Length: 99999999999\r\n\r\n"
+    WebhookNotifier(f"http://127.0.0.1:{start(head, b'x' * 65536)}/", "s", allows_private=True).send([failure()])
+    assert len(sent) < 50
+
+
+@pytest.mark.parametrize("part", MAIL_PARTS)
+def test_a_mail_server_that_trickles_is_given_up(trickling, monkeypatch, part):
+    monkeypatch.setattr(notifier, "MAIL_SECONDS", 0.5)
+    start, _ = trickling
+    url = f"smtp://127.0.0.1:{start(b'', part)}"
+    threads = threading.active_count()
+    with pytest.raises(NotificationError, match="TimeoutError"):
+        MailNotifier(url, "us@example.org", ["a@example.org"]).send([failure()])
+    wait_for(lambda: threading.active_count() <= threads)
+
+
+def wait_for(is_so, seconds=5):
+    deadline = time.monotonic() + seconds
+    while not is_so():
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+
+
+EVIL = "a\r\nBcc: all@example.org\x1b[31m\u202e\u2028\x9b\x7f\ud83d"
+
+
+def test_no_header_or_line_can_be_forged_in_a_mail(mailbox):
+    mails = MailNotifier(f"smtp://127.0.0.1:{mailbox.port}", "us@example.org", ["a@example.org"])
+    mails.send([failure() | {"image_id": EVIL, "error": EVIL}])
+    mails.send([failure(1), failure(2) | {"image_id": EVIL, "error": EVIL, "reason": EVIL}])
+    mails.send_pause(Pause(1, EVIL, EVIL, datetime(2026, 1, 2, tzinfo=UTC), None, False))
+    assert len(mailbox.mails) == 3
+    for mail in mailbox.mails:
+        message = email.message_from_bytes(mail.content, policy=email.policy.default)
+        assert mail.rcpt_tos == ["a@example.org"]
+        assert message["Bcc"] is None
+        assert str(message["Subject"]).isprintable()
+        lines = message.get_content().replace("\r\n", "\n").rstrip("\n").split("\n")
+        assert all(line.isprintable() for line in lines)
+        assert not any(line.startswith("Bcc") for line in lines)
+
+
+def test_a_webhook_gets_the_exact_text_and_no_control_character(httpserver, webhook):
+    httpserver.expect_request("/hook").respond_with_data("")
+    webhook.send([failure() | {"error": EVIL}])
+    [(request, _)] = httpserver.log
+    assert request.get_data().decode("ascii").isprintable()
+    assert json.loads(request.get_data())["error"] == EVIL
+
+
+def test_a_refused_mail_says_that_it_is_this_one(mailbox, monkeypatch):
+    monkeypatch.setattr(Mailbox, "handle_DATA", refuse)
+    with pytest.raises(NoticeRefusedError, match="SMTPDataError"):
+        MailNotifier(f"smtp://127.0.0.1:{mailbox.port}", "us@example.org", ["a@example.org"]).send([failure()])
+
+
+async def refuse(self, server, session, envelope):
+    return "554 no"
+
+
+def make_certificate(folder, name):
+    """The files of a certificate that vouches for itself under a name, and of its key."""
+    key = ec.generate_private_key(ec.SECP256R1())
+    subject = x509.Name([x509.NameAttribute(x509.NameOID.COMMON_NAME, name)])
+    now = datetime.now(UTC)
+    certificate = (
+        x509.CertificateBuilder(subject, subject, key.public_key(), x509.random_serial_number())
+        .not_valid_before(now - timedelta(hours=1))
+        .not_valid_after(now + timedelta(hours=1))
+        .add_extension(x509.SubjectAlternativeName([x509.DNSName(name)]), critical=False)
+        .add_extension(x509.BasicConstraints(ca=True, path_length=None), critical=True)
+        .sign(key, hashes.SHA256())
+    )
+    (folder / "certificate").write_bytes(certificate.public_bytes(serialization.Encoding.PEM))
+    pem = (serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8, serialization.NoEncryption())
+    (folder / "key").write_bytes(key.private_bytes(*pem))
+    return folder / "certificate", folder / "key"
+
+
+@pytest.mark.parametrize(("name", "is_taken"), [("localhost", True), ("elsewhere.example", False)])
+def test_over_https_the_certificate_must_be_that_of_the_name(monkeypatch, tmp_path, name, is_taken):
+    certificate, key = make_certificate(tmp_path, name)
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    context.load_cert_chain(certificate, key)
+    monkeypatch.setenv("SSL_CERT_FILE", str(certificate))
+    with HTTPServer(ssl_context=context) as server:
+        server.expect_request("/hook").respond_with_data("")
+        webhook = WebhookNotifier(f"https://localhost:{server.port}/hook", "s", allows_private=True)
+        if is_taken:
+            webhook.send([failure()])
+        else:
+            with pytest.raises(NotificationError, match="SSLCertVerificationError"):
+                webhook.send([failure()])
+        assert len(server.log) == is_taken
+
+
+def test_a_webhook_that_does_not_finish_its_tls_handshake_is_given_up(trickling, monkeypatch):
+    monkeypatch.setattr(notifier, "WEBHOOK_SECONDS", 0.5)
+    start, _ = trickling
+    port = start(b"\x16\x03\x03\x40\x00", b"\x00")  # a record of 16 kB, byte by byte
+    with pytest.raises(NotificationError, match="TimeoutError"):
+        WebhookNotifier(f"https://127.0.0.1:{port}/", "s", allows_private=True).send([failure()])

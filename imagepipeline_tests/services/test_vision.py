@@ -453,3 +453,13 @@ def test_the_local_model_says_what_is_there_and_nothing_it_is_unsure_of(photo, c
     assert color in metadata.tags
     assert mood in metadata.mood
     assert ("looks like" in metadata.description) == (category != "picture")
+
+
+@pytest.mark.parametrize("charset", ["punycode", "utf-7", "unicode_escape", "idna", "utf-16"])
+def test_an_answer_is_read_as_utf_8_whatever_its_header_says(httpserver, vision, charset):
+    """Some of Python's encodings take quadratic time: punycode would take hours for four million bytes."""
+    kind = f"application/json; charset={charset}"
+    body = json.dumps({"error": {"message": "flagged", "code": "content_filter"}}).encode() + b" " * 2_000_000
+    httpserver.expect_request("/v1/chat/completions").respond_with_response(Response(body, 400, content_type=kind))
+    with pytest.raises(RefusedError):
+        vision.describe(b"x", FACTS)

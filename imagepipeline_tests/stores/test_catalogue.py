@@ -23,6 +23,7 @@ from imagepipeline.errors import (
 from imagepipeline.models import ImageMetadata, OriginalFacts, Recipe, Status, Upload, Variant, VariantSpec
 from imagepipeline.stores.catalogue import Catalogue, State
 from imagepipeline.stores.database import create_sqlite_engine
+from imagepipeline.stores.ledger import Ledger
 from imagepipeline.stores.migrations import VERSION_TABLE
 from imagepipeline.stores.tables import schema
 
@@ -100,7 +101,7 @@ def test_tables_of_the_version_before_are_taken_over_and_it_can_be_gone_back_to(
     make_tables_of_0_1_0(catalogue_url)
     catalogue = Catalogue(catalogue_url)
     catalogue.migrate()
-    assert read_versions(catalogue_url) == {"alembic_version": ["0003"], VERSION_TABLE: ["0004"]}
+    assert read_versions(catalogue_url) == {"alembic_version": ["0003"], VERSION_TABLE: ["0005"]}
     assert [catalogue.get(image_id)["requested_path"] for image_id in ("a_b", "axb")] == [None, "original/a_b.png"]
     catalogue.migrate()
     catalogue.check()
@@ -112,7 +113,7 @@ def test_the_version_table_of_another_program_is_left_alone(catalogue_url):
         connection.exec_driver_sql("INSERT INTO alembic_version VALUES ('0003')")
     Catalogue(catalogue_url).migrate()
     Catalogue(catalogue_url).check()
-    assert read_versions(catalogue_url) == {"alembic_version": ["0003"], VERSION_TABLE: ["0004"]}
+    assert read_versions(catalogue_url) == {"alembic_version": ["0003"], VERSION_TABLE: ["0005"]}
 
 
 def test_tables_that_a_newer_version_has_added_to_are_used_as_they_are(catalogue, catalogue_url):
@@ -367,3 +368,53 @@ def test_a_database_that_restarts_is_used_again(postgres_url, postgres_catalogue
         ended = "SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE datname = :name"
         assert admin.execute(sa.text(ended), {"name": name}).all()
     assert catalogue.count()["pending"] == 1
+
+
+IMPOSSIBLE = ["{", "[" * 100_000, "1" * 10_000, "[1]", "7", '"text"', '{"a": ' * 50_000]
+
+
+@pytest.mark.parametrize("text", IMPOSSIBLE, ids=range(len(IMPOSSIBLE)))
+def test_impossible_json_costs_its_row_the_metadata_and_no_other_row_anything(sqlite_catalogue_url, text):
+    catalogue = Catalogue(sqlite_catalogue_url)
+    catalogue.migrate()
+    for image_id in ("bad", "good"):
+        catalogue.fail(catalogue.claim_anew(image_id, "run"), "corrupt", "cut off")
+    with sa.create_engine(sqlite_catalogue_url).begin() as connection:
+        connection.execute(sa.text("UPDATE images SET metadata = :text WHERE id = 'bad'"), {"text": text})
+    assert catalogue.get("bad")["metadata"] is None
+    assert {row["id"] for row in catalogue.list_ended(Status.FAILED)} == {"bad", "good"}
+    assert {row["id"] for row in catalogue.iterate_failed()} == {"bad", "good"}
+
+
+@pytest.mark.parametrize("text", ["\x1b[31m\n\u202e\x7f", "half \ud83d", "nothing \x00"])
+def test_any_text_can_be_written_down_and_is_printable(catalogue_url, text):
+    catalogue = Catalogue(catalogue_url)
+    catalogue.migrate()
+    claim = catalogue.claim_anew("a", "run")
+    catalogue.record_failure(claim, "metadata", 1, 1, text)
+    catalogue.fail(claim, "unexpected", text * 300)
+    row = catalogue.get("a")
+    assert row["error"].isprintable()
+    assert len(row["error"]) == 300
+    assert all((event["detail"] or "").isprintable() for event in row["history"])
+    assert catalogue.list_unsent("mail")[0]["error"].isprintable()
+    ledger = Ledger(catalogue_url)
+    ledger.pause("auth", text, 60)
+    assert ledger.list_pauses()[0].message.isprintable()
+    ledger.close()
+    catalogue.close()
+
+
+def test_an_original_belongs_to_the_image_that_named_it_first(catalogue_url):
+    catalogue = Catalogue(catalogue_url)
+    catalogue.migrate()
+    catalogue.accept([Upload("a", "original/2026/x.jpg"), Upload("b"), Upload("c", "original/b.png")])
+    uploads = [Upload("a", "original/2026/x.jpg"), Upload("d", "original/2026/x.jpg"), Upload("d", "original/b.gif"),
+               Upload("b", "original/b.png"), Upload("d", "original/2026/y.jpg"), Upload("e", "original/2026/y.jpg"),
+               Upload("e"), Upload("f", "original/f.jpg")]  # fmt: skip
+    assert catalogue.find_owners(dict(enumerate(uploads))) == {1: "a", 2: "b", 5: "d"}
+    claim = catalogue.claim("c", 1, "run")
+    with pytest.raises(PathTakenError, match=r"original/b\.png is the original of b, not of c"):
+        catalogue.check_path(claim, "original/b.png")
+    catalogue.check_path(claim, "original/c.png")
+    catalogue.close()

@@ -181,3 +181,45 @@ def test_nothing_is_written_or_listed_through_a_link(files, tmp_path, folder):
     if folder == "original":
         with pytest.raises(MissingOriginalError, match="cannot be read"):
             files.list_originals_of("a")
+
+
+def test_a_file_that_goes_while_they_are_listed_costs_no_other(files, monkeypatch):
+    for name in ("a", "b", "c"):
+        files.put_original(name, b"x", "jpg")
+        os.utime(files.root / "original" / f"{name}.jpg", (0, 0))
+    look = os.stat
+
+    def look_late(name, **options):
+        if name == "b.jpg":
+            (files.root / "original" / "b.jpg").unlink()
+        return look(name, **options)
+
+    monkeypatch.setattr(os, "stat", look_late)
+    assert list(files.list_originals()) == ["a", "c"]
+
+
+def test_only_files_are_leftovers(files):
+    files.write("variants/a.webp", b"x")
+    for name in (".x.tmp", ".y.tmp"):
+        path = files.root / "variants" / name
+        path.mkdir() if name == ".x.tmp" else path.touch()
+        os.utime(path, (0, 0))
+    assert files.list_leftovers() == ["variants/.y.tmp"]
+
+
+def test_nothing_is_written_to_where_an_object_store_redirects(httpserver, monkeypatch):
+    for name, value in {"ACCESS_KEY_ID": "k", "SECRET_ACCESS_KEY": "s", "REGION": "us-east-1"}.items():
+        monkeypatch.setenv(f"AWS_{name}", value)
+    monkeypatch.setenv("AWS_ENDPOINT_URL", f"http://127.0.0.1:{httpserver.port}")
+    elsewhere = f"http://localhost:{httpserver.port}/elsewhere"
+    httpserver.expect_request("/images/x/a.webp").respond_with_data("", 307, {"Location": elsewhere})
+    httpserver.expect_request("/elsewhere").respond_with_data("")
+    store = ObjectStore("s3://images/x")
+    with pytest.raises(StorageDownError):
+        store.write("a.webp", b"a picture")
+    with contextlib.suppress(StorageDownError):
+        store.read("a.webp")
+    for request, _ in httpserver.log:
+        if request.path == "/elsewhere":
+            assert request.get_data() == b""
+            assert "Authorization" not in request.headers

@@ -200,3 +200,24 @@ def test_a_key_of_another_type_is_a_clear_error_and_is_left_alone(queue):
     with pytest.raises(StackError, match="WRONGTYPE"):
         queue.read(1)
     assert queue.redis.get(queue.wait_key) == b"oops"
+
+
+STRANGE_LETTERS = [
+    *(b"\xff\x00", b"{", b"[]", b"7", b"null", b"[" * 100_000, b'{"id": 1}', b"1" * 10_000),
+    b'{"id": "dead-1", "entry": "x", "raw": "?", "reason": "", "copies": 1, "at": 1}',
+    b'{"id": "dead-1", "entry": "x", "raw": null, "reason": "", "copies": 1, "at": 1e300}',
+]
+
+
+@pytest.mark.parametrize("stored", STRANGE_LETTERS)
+def test_what_is_no_dead_letter_costs_the_others_nothing_and_can_be_let_go(queue, stored):
+    queue.redis.lpush(queue.wait_key, b"{")
+    queue.dead_letter(b"{", 1, "the reason")
+    queue.redis.lpush(queue.dead_key, stored)
+    strange, honest = queue.list_dead()
+    assert (strange["reason"], honest["reason"]) == ("it is no dead letter, and was put there by others", "the reason")
+    assert strange["entry"].isprintable()
+    queue.discard_dead(strange)
+    queue.retry_dead(honest)
+    assert queue.count() == {"waiting": 1, "dead": 0}
+    assert list(queue.read(1)) == [b"{"]

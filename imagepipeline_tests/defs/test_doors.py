@@ -1,0 +1,278 @@
+"""IDs and paths from anywhere: the queue, partitions made by hand, rows of earlier versions."""
+
+import io
+import json
+
+import dagster as dg
+import pytest
+import sqlalchemy as sa
+from PIL import Image
+
+from imagepipeline.defs.failures import GENERATION_TAG
+from imagepipeline.defs.notifications import tell
+from imagepipeline.defs.reconciler import StandstillWatch, reconcile
+from imagepipeline.defs.sensors import find_unfinished, take_in, upload_sensor
+from imagepipeline.errors import MissingOriginalError
+from imagepipeline.models import Upload
+from imagepipeline.services.vision import LocalVision
+from imagepipeline.storage import open_storage
+from imagepipeline.stores.files import FileStore
+
+
+def draw(color):
+    buffer = io.BytesIO()
+    Image.new("RGB", (40, 30), color).save(buffer, "JPEG")
+    return buffer.getvalue()
+
+
+CAT, BOAT = draw("orange"), draw("navy")
+
+
+@pytest.fixture
+def tick(instance, catalogue, queue, ledger, paid_calls):
+    def tick():
+        resources = {"queue": queue, "catalogue": catalogue, "ledger": ledger, "paid_calls": paid_calls}
+        return upload_sensor(dg.build_sensor_context(instance=instance, resources=resources))
+
+    return tick
+
+
+class CountingVision(LocalVision):
+    def __init__(self):
+        self.calls = 0
+
+    def describe(self, preview, facts):
+        self.calls += 1
+        return super().describe(preview, facts)
+
+
+def say(result):
+    """What the failed steps of a run say."""
+    return [event.step_failure_data.error.to_string() for event in result.get_step_failure_events()]
+
+
+@pytest.mark.parametrize("key", ["../../etc/passwd", "a b", "a\nb", "\x1b[31ma", "é", "a" * 65, "'; DROP TABLE images"])
+@pytest.mark.parametrize("generation", [None, 1])
+def test_a_partition_made_by_hand_passes_the_check_of_the_queue(run, catalogue, key, generation):
+    result = run(key, generation)
+    assert not result.success
+    [said, *_] = say(result)
+    assert "is not an image ID: 1 to 64 letters, digits" in said
+    assert "\x1b" not in said
+    assert catalogue.get(key) is None
+    assert sum(catalogue.count().values()) == 0
+
+
+def test_a_generation_that_is_no_number_is_a_clear_error_and_costs_no_tick(run, instance, tick, queue, catalogue):
+    result = run("cat", "ten")
+    assert "the run's tag imagepipeline/generation is no number" in say(result)[0]
+    for tags in ({GENERATION_TAG: "ten", "dagster/partition": "a"}, {GENERATION_TAG: "1"}):
+        dg_run = dg.DagsterRun(job_name="process_upload", tags=tags, status=dg.DagsterRunStatus.STARTED)
+        instance.add_run(dg_run)
+    assert find_unfinished(instance) == set()
+    queue.enqueue("good")
+    assert [request.run_key for request in tick().run_requests] == ["good:1"]
+
+
+def test_a_row_whose_id_is_invalid_ends_and_costs_no_other(tick, catalogue, sqlite_catalogue_url, instance):
+    catalogue.accept([Upload(f"victim{number}") for number in range(20)])
+    evil = "evil\n\x1b[31mSubject: x"
+    with sa.create_engine(sqlite_catalogue_url).begin() as connection:
+        for number in range(16):  # more than there is room for runs
+            connection.execute(
+                sa.text("UPDATE images SET id = :evil, priority = 9 WHERE id = :id"),
+                {"evil": f"{evil}{number}", "id": f"victim{number}"},
+            )
+    assert tick().skip_message  # there was room for fifteen, and none of them may run
+    keys = [request.run_key for request in tick().run_requests]
+    assert sorted(keys) == [f"victim{number}:1" for number in range(16, 20)]
+    assert catalogue.get(f"{evil}0")["reason"] == "invalid_id"
+    told = []
+
+    class Notifier:
+        channel = "mail"
+
+        def send(self, failures):
+            told.extend(failures)
+
+    tell(catalogue, Notifier())
+    assert len(told) == 16
+    assert reconcile(catalogue, instance, StandstillWatch()) == []
+
+
+def test_a_row_that_cannot_be_looked_at_costs_no_other(catalogue, instance, start_run, monkeypatch):
+    for image_id in ("bad", "good"):
+        catalogue.accept([Upload(image_id)])
+        catalogue.claim(image_id, 1, start_run(image_id, status=dg.DagsterRunStatus.FAILURE).run_id)
+    recover = catalogue.recover
+    monkeypatch.setattr(
+        catalogue, "recover", lambda row, cause: recover(row, cause) if row.image_id != "bad" else 1 / 0
+    )
+    lines = reconcile(catalogue, instance, StandstillWatch())
+    assert any(line.startswith("'bad' could not be looked at: ZeroDivisionError") for line in lines)
+    assert catalogue.get("good")["status"] == "pending"
+
+
+THEFTS = ["original/victim.jpg", "original/victim.png", "original/victim.x.jpg", "original/2026/theirs.jpg"]
+
+
+def known_victims(catalogue):
+    """Images as they are today: one by its ID alone, one by a path in a folder."""
+    catalogue.accept([Upload("victim"), Upload("other", "original/2026/theirs.jpg")])
+
+
+@pytest.mark.parametrize("path", THEFTS)
+def test_an_entry_cannot_name_another_images_original(queue, catalogue, path):
+    known_victims(catalogue)
+    queue.enqueue("thief", path)
+    queue.enqueue("neighbour", "original/2026/mine.jpg")
+    take_in(queue, catalogue)
+    assert catalogue.get("thief") is None
+    [letter] = queue.list_dead()
+    assert f"'{path}' is the original of {'other' if '2026' in path else 'victim'}, not of thief" in letter["reason"]
+    assert catalogue.get("neighbour")["requested_path"] == "original/2026/mine.jpg"
+
+
+@pytest.mark.parametrize("path", THEFTS)
+@pytest.mark.parametrize("is_first", [True, False])
+def test_nor_in_the_same_tick(queue, catalogue, path, is_first):
+    pushes = [("victim", None), ("other", "original/2026/theirs.jpg")]
+    pushes.insert(0 if is_first and "2026" not in path else 2, ("thief", path))
+    for push in pushes:
+        queue.enqueue(*push)
+    take_in(queue, catalogue)
+    assert catalogue.get("thief") is None
+    assert len(queue.list_dead()) == 1
+
+
+@pytest.mark.parametrize(
+    "path",
+    ["original/./victim.jpg", "original//victim.jpg", "original/x/../victim.jpg", "./original/victim.jpg",
+     "/original/victim.jpg", "original\\victim.jpg", "original/victim.jpg/", "original/victim.jpg\n",
+     "original/victim\u200b.jpg", "Original/victim.jpg", "original/victim.jpg\x00.png", "file:///original/victim.jpg"],
+)  # fmt: skip
+def test_a_path_has_one_way_to_be_written(queue, catalogue, path):
+    known_victims(catalogue)
+    queue.redis.lpush(queue.wait_key, json.dumps({"imageId": "thief", "path": path}))
+    take_in(queue, catalogue)
+    assert catalogue.get("thief") is None
+    assert len(queue.list_dead()) == 1
+
+
+@pytest.mark.parametrize(
+    "path", ["original/%76ictim.jpg", "original/VICTIM.jpg", "original/link.jpg", "original/vıctim.jpg"]
+)
+def test_what_only_looks_like_anothers_original_leads_nowhere(storage, path):
+    storage.put_original("victim", CAT, "jpg")
+    if isinstance(storage, FileStore):
+        (storage.root / "original" / "link.jpg").symlink_to("victim.jpg")
+    assert Upload("thief", path).path == path
+    with pytest.raises(MissingOriginalError):
+        storage.read(path)
+
+
+@pytest.mark.parametrize("path", ["original/victim.jpg", "original/2026/theirs.jpg"])
+def test_a_thief_that_was_first_is_told_when_its_run_begins(run, catalogue, files, path):
+    """The owner is known, or has read its file, only after the thief was taken in."""
+    files.write(path, CAT)
+    catalogue.accept([Upload("thief", path)])
+    if "2026" in path:  # by a version that did not ask
+        claim = catalogue.claim_anew("victim", "its run")
+        with catalogue._database.transaction() as connection:
+            catalogue._update(connection, claim, path=path)
+    catalogue.accept([Upload("victim")])
+    vision = CountingVision()
+    assert not run("thief", 1, vision=vision).success
+    row = catalogue.get("thief")
+    assert (row["status"], row["reason"], vision.calls, row["path"]) == ("failed", "path_taken", 0, None)
+    assert f"{path} is the original of victim, not of thief" in row["error"]
+
+
+def test_the_name_of_a_file_that_another_image_was_given_is_no_way_to_it(run, catalogue, files):
+    files.write("original/IMG_1.jpg", CAT)
+    catalogue.accept([Upload("abc", "original/IMG_1.jpg")])
+    assert run("abc", 1).success
+    catalogue.accept([Upload("IMG_1")])
+    vision = CountingVision()
+    assert not run("IMG_1", 1, vision=vision).success
+    assert (catalogue.get("IMG_1")["reason"], vision.calls) == ("path_taken", 0)
+    catalogue.accept([Upload("abc", "original/IMG_1.jpg")])  # its owner goes on
+    assert run("abc", 2).success
+
+
+def test_what_users_do_today_goes_on(run, queue, catalogue, files):
+    files.write("original/2026/photo.jpg", CAT)
+    files.write("original/IMG_7.jpg", BOAT)
+    files.put_original("bare", CAT, "jpg")
+    files.put_original("own", BOAT, "jpg")
+    pushes = [
+        ("a", "original/2026/photo.jpg"),
+        ("b", "original/IMG_7.jpg"),
+        ("bare", None),
+        ("own", "original/own.jpg"),
+    ]
+    for generation in (1, 2):
+        for push in pushes:
+            queue.enqueue(*push)
+            queue.enqueue(*push)  # a client that repeats itself
+        take_in(queue, catalogue)
+        assert queue.list_dead() == []
+        if generation == 1:
+            assert all(run(image_id, 1).success for image_id in ("a", "b"))
+
+
+def test_whose_a_path_is_is_asked_of_an_index(catalogue, sqlite_catalogue_url):
+    with sa.create_engine(sqlite_catalogue_url).connect() as connection:
+        plan = connection.exec_driver_sql(
+            "EXPLAIN QUERY PLAN SELECT id FROM images WHERE requested_path IN ('a', 'b') OR path IN ('a', 'b')"
+        ).all()
+    assert all("SCAN" not in str(row) for row in plan)
+
+
+def test_a_bucket_is_asked_for_the_very_name(bucket_url):
+    storage = open_storage(bucket_url)
+    storage.put_original("victim", CAT, "jpg")
+    assert storage.list_originals_of("victim") == ["original/victim.jpg"]
+    assert storage.list_originals_of("VICTIM") == []
+
+
+def test_what_nobody_classified_is_written_down_printable(run, catalogue, files, instance):
+    files.put_original("cat", CAT, "jpg")
+    catalogue.accept([Upload("cat")])
+    evil = "\x1b[31m\u202e\x9b\u2028\ud83d"
+
+    class Vision(LocalVision):
+        def describe(self, preview, facts):
+            raise KeyError(evil) from RuntimeError(evil)
+
+    result = run("cat", 1, vision=Vision())
+    assert not result.success
+    row = catalogue.get("cat")
+    assert row["error"].startswith("KeyError")
+    assert row["error"].isprintable()
+    written = "".join(str(entry.to_json()) for entry in instance.all_logs(result.run_id))
+    assert not any(mark in written for mark in ("u001b", "u202e", "\x1b", "\u202e", "\x9b"))
+
+
+def test_of_a_stored_variant_no_more_is_read_than_was_written(run, catalogue, files, monkeypatch):
+    files.put_original("cat", CAT, "jpg")
+    catalogue.accept([Upload("cat")])
+    sizes = []
+    read = files.read
+    monkeypatch.setattr(files, "read", lambda path, most=None: sizes.append((path, most)) or read(path, most))
+    assert run("cat", 1).success
+    assert all(most is not None for _, most in sizes)
+    assert len([path for path, _ in sizes if path.startswith("variants/")]) >= 6
+
+
+@pytest.mark.parametrize("path", [None, "original/victim.jpg"])
+def test_a_thief_that_was_first_keeps_no_owner_from_its_own_file(run, queue, catalogue, files, path):
+    files.put_original("victim", CAT, "jpg")
+    queue.enqueue("thief", "original/victim.jpg")
+    take_in(queue, catalogue)
+    queue.enqueue("victim", path)
+    take_in(queue, catalogue)
+    assert queue.list_dead() == []
+    assert not run("thief", 1).success
+    assert run("victim", 1).success
+    assert [catalogue.get(image_id)["reason"] for image_id in ("thief", "victim")] == ["path_taken", None]
