@@ -20,6 +20,7 @@ from imagepipeline.providers import (
 from imagepipeline.runtime.homes import secure_home
 from imagepipeline.settings import Settings
 from imagepipeline.storage import open_storage
+from imagepipeline.stores.broker import TaskQueue
 from imagepipeline.stores.catalogue import Catalogue
 from imagepipeline.stores.ledger import Ledger
 from imagepipeline.stores.uploads import UploadQueue
@@ -75,9 +76,11 @@ def build_resources(settings: Settings) -> dict[str, dg.ResourceDefinition]:
         is_truncated_accepted=settings.accept_truncated,
     )
     specs = build_variant_specs(settings.webp_quality, settings.avif_quality)
-    queue, prefix, database = settings.redis_url, settings.queue_prefix, settings.database_url
+    queue, broker, prefix = settings.redis_url, settings.broker_url, settings.queue_prefix
+    database = settings.database_url
     return {
         "queue": resources.opened(lambda: UploadQueue(queue, prefix), "The Redis lists uploads arrive on."),
+        "tasks": resources.opened(lambda: TaskQueue(broker, prefix), "The runs that wait for a worker."),
         "catalogue": resources.opened(lambda: Catalogue(database), "The SQL record of all images."),
         "ledger": resources.opened(lambda: Ledger(database), "What paid calls cost, and the pauses."),
         "paid_calls": resources.entered(

@@ -1,6 +1,7 @@
 """An attempt at one asset of one image: the claim it needs, and what its failure means to Dagster and the catalogue."""
 
 import re
+import socket
 import threading
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -20,6 +21,7 @@ from imagepipeline.models import ASSETS, Claim, check_image_id
 from imagepipeline.stores.catalogue import Catalogue
 from imagepipeline.text import clean_error
 
+MACHINE_TAG = "imagepipeline/machine"  # the host name of the worker that executes a run
 GENERATION_TAG = "imagepipeline/generation"
 GENERATION = re.compile(r"[0-9]{1,9}")
 MAX_ATTEMPTS = 3
@@ -44,7 +46,8 @@ def attempt(context: dg.AssetExecutionContext, catalogue: Catalogue) -> Iterator
     number = context.retry_number + 1
     try:
         catalogue.record_attempt(claim, number)
-        _start_heartbeat(catalogue, claim)
+        if _start_heartbeat(catalogue, claim):
+            context.instance.add_run_tags(context.run_id, {MACHINE_TAG: socket.gethostname()})
         yield claim
         if _is_last_asset(context):
             context.log.info(f"{claim.image_id} is {catalogue.finish(claim)}.")
@@ -97,16 +100,18 @@ def read_generation(tags: Mapping[str, str]) -> int | None:
 _beating: dict[tuple[str, int], threading.Event] = {}
 
 
-def _start_heartbeat(catalogue: Catalogue, claim: Claim) -> None:
+def _start_heartbeat(catalogue: Catalogue, claim: Claim) -> bool:
     """Keeps the row's beat rising as long as this process holds the claim, also while it waits between attempts.
 
-    By its standing still the reconciler tells a run whose process died unseen.
+    By its standing still the reconciler tells a run whose process died unseen. Gives whether it was not beating yet.
     """
     key = (claim.image_id, claim.fence)
-    if key not in _beating:
-        _beating[key] = threading.Event()
-        arguments = (catalogue, claim, _beating[key])
-        threading.Thread(target=_beat, args=arguments, name="heartbeat", daemon=True).start()
+    if key in _beating:
+        return False
+    _beating[key] = threading.Event()
+    arguments = (catalogue, claim, _beating[key])
+    threading.Thread(target=_beat, args=arguments, name="heartbeat", daemon=True).start()
+    return True
 
 
 def _stop_heartbeat(claim: Claim) -> None:

@@ -13,6 +13,7 @@ import dagster as dg
 from imagepipeline.defs.failures import GENERATION_TAG
 from imagepipeline.defs.jobs import process_upload
 from imagepipeline.errors import PostponedError, StaleClaimError
+from imagepipeline.stores.broker import TaskQueue
 from imagepipeline.stores.catalogue import Catalogue, Pending, Processing
 from imagepipeline.text import make_printable
 
@@ -23,6 +24,7 @@ MAX_PENDING_CHECKED = 50
 RENEWAL_WAITS_SECONDS = (1, 5, 30, 120)  # for a run that ends before it begins, again and again
 CANCELLED = "its run was cancelled before it began"
 JOB_NAMES = (process_upload.name, "__ASSET_JOB")  # the latter is Dagster's name for runs started by hand
+TASK_ID_TAG = "dagster-celery/task_id"
 HOLDING_A_SLOT = [dg.DagsterRunStatus.STARTING, dg.DagsterRunStatus.STARTED, dg.DagsterRunStatus.CANCELING]
 
 
@@ -50,14 +52,16 @@ watch = StandstillWatch()
 
 
 @dg.sensor(minimum_interval_seconds=INTERVAL_SECONDS, default_status=dg.DefaultSensorStatus.RUNNING)
-def reconciler(context: dg.SensorEvaluationContext, catalogue: dg.ResourceParam[Catalogue]) -> dg.SkipReason:
+def reconciler(
+    context: dg.SensorEvaluationContext, catalogue: dg.ResourceParam[Catalogue], tasks: dg.ResourceParam[TaskQueue]
+) -> dg.SkipReason:
     """Repairs what a crash left behind, every 15 s, and says in the tick's log what it repaired.
 
     An image whose run is gone waits for another one; at the third time it fails as `poison`. A run that holds no
     image is ended, so that its slot is free.
     """
     try:
-        lines = reconcile(catalogue, context.instance, watch)
+        lines = reconcile(catalogue, context.instance, tasks, watch)
     except PostponedError as error:
         return dg.SkipReason(str(error))
     for line in lines:
@@ -65,7 +69,9 @@ def reconciler(context: dg.SensorEvaluationContext, catalogue: dg.ResourceParam[
     return dg.SkipReason(f"{len(lines)} repaired." if lines else "Nothing to repair.")
 
 
-def reconcile(catalogue: Catalogue, instance: dg.DagsterInstance, watch: StandstillWatch) -> list[str]:
+def reconcile(
+    catalogue: Catalogue, instance: dg.DagsterInstance, tasks: TaskQueue, watch: StandstillWatch
+) -> list[str]:
     """One look at everything; gives a line per repair."""
     processing = catalogue.list_processing()
     watched: set[Hashable] = set()
@@ -75,16 +81,24 @@ def reconcile(catalogue: Catalogue, instance: dg.DagsterInstance, watch: Standst
         lines += _look_at(row.image_id, partial(_recover_if_lost, catalogue, instance, watch, row))
     for pending in catalogue.list_pending(MAX_PENDING_CHECKED):
         lines += _look_at(pending.image_id, partial(_renew_if_run_ended, catalogue, instance, pending))
-    owners = {row.run_id for row in processing}
-    for record in instance.get_run_records(dg.RunsFilter(statuses=HOLDING_A_SLOT)):
-        run = record.dagster_run
-        if run.job_name in JOB_NAMES and "dagster/partition" in run.tags and run.run_id not in owners:
-            watched.add(run.run_id)
-            if watch.measure_seconds(run.run_id, "holds no image") >= UNCLAIMED_SECONDS:
-                end_run(instance, run, "it holds no image")
-                lines.append(f"Run {run.run_id} was ended: it held a slot and no image.")
+    idle = _list_idle_runs(instance, owners={row.run_id for row in processing})
+    waiting = tasks.list_waiting() if any(TASK_ID_TAG in run.tags for run in idle) else set()
+    for run in idle:
+        watched.add(run.run_id)
+        if run.tags.get(TASK_ID_TAG) in waiting:  # for a worker that has a slot, or for any worker
+            watch.measure_seconds(run.run_id, "waits for a worker")
+        elif watch.measure_seconds(run.run_id, "holds no image") >= UNCLAIMED_SECONDS:
+            end_run(instance, run, "it holds no image")
+            lines.append(f"Run {run.run_id} was ended: it held a slot and no image.")
     watch.forget_all_but(watched)
     return lines
+
+
+def _list_idle_runs(instance: dg.DagsterInstance, owners: set[str]) -> list[dg.DagsterRun]:
+    """The runs of images that hold a slot and no image."""
+    records = instance.get_run_records(dg.RunsFilter(statuses=HOLDING_A_SLOT))
+    runs = [record.dagster_run for record in records if record.dagster_run.run_id not in owners]
+    return [run for run in runs if run.job_name in JOB_NAMES and "dagster/partition" in run.tags]
 
 
 def _look_at(image_id: str, work: Callable[[], list[str]]) -> list[str]:

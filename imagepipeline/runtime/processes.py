@@ -25,6 +25,7 @@ class Child(Protocol):
     """A child process, as `subprocess.Popen` shows it."""
 
     pid: int
+
     @property
     def returncode(self) -> int | None:
         """Its exit code, or None while it runs, as `poll` found last."""

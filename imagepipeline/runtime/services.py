@@ -134,7 +134,7 @@ def is_healthy(settings: Settings, name: str) -> bool:
     if name == "webserver":
         return answers_http(build_webserver_url(settings) + "/server_info")
     if name == "worker":
-        return answers_ping(settings)
+        return settings.worker_name in list_workers(settings, settings.worker_name)
     prepare(settings)
     command = [sys.executable, "-m", "dagster._daemon", "liveness-check"]
     return subprocess.run(command, env=build_environment(settings), capture_output=True, check=False).returncode == 0
@@ -176,8 +176,12 @@ def answers_grpc(path: Path) -> bool:
     return bool(answer.status == health_pb2.HealthCheckResponse.SERVING)
 
 
-def answers_ping(settings: Settings) -> bool:
-    """Whether the worker of this home answers Celery's ping."""
+def list_workers(settings: Settings, name: str | None = None) -> list[str]:
+    """The names of the workers that answer Celery's ping, on all machines; with `name`, of that one alone.
+
+    Raises:
+        StackError: Redis does not answer.
+    """
     from celery import Celery
 
     url = broker.build_url(settings.broker_url)
@@ -185,9 +189,11 @@ def answers_ping(settings: Settings) -> bool:
     with app.connection_for_write() as connection:
         try:
             connection.ensure_connection(max_retries=1)
-            return bool(app.control.ping([settings.worker_name], timeout=PING_SECONDS, connection=connection, limit=1))
-        except connection.connection_errors + connection.channel_errors:
-            return False
+            asked = {"destination": [name], "limit": 1} if name else {}
+            answers = app.control.ping(timeout=PING_SECONDS, connection=connection, **asked)
+        except connection.connection_errors + connection.channel_errors as error:
+            raise StackError(f"the workers' Redis does not answer ({type(error).__name__})") from None
+    return sorted(worker for answer in answers for worker in answer)
 
 
 def answers_http(url: str) -> bool:

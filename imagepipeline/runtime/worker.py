@@ -70,7 +70,7 @@ def acquire_lock(settings: Settings) -> int:
 def build_app(settings: Settings) -> Celery:
     """The Celery app, with dagster-celery's own task and our housekeeping."""
     url = broker.build_url(settings.broker_url)
-    app = make_app({"broker": url, "backend": url, "config_source": broker.build_config(settings.queue_prefix)})
+    app = make_app({"broker": url, "backend": url, "config_source": broker.build_config(settings.queue_prefix)})  # type: ignore[no-untyped-call]
     create_execute_job_task(app)
     keeper = Housekeeper(settings)
 

@@ -9,6 +9,8 @@ from urllib.parse import urlsplit
 
 import redis
 
+from imagepipeline.errors import PostponedError
+
 QUEUE = "dagster"  # dagster-celery's only queue
 CONNECT_SECONDS = 5
 # How long a task may be on its way from Redis to a worker's child before another worker takes it. It is acknowledged
@@ -69,8 +71,15 @@ class TaskQueue:
         self._key = f"{prefix}:runs:{QUEUE}"
 
     def list_waiting(self) -> set[str]:
-        """The IDs of the tasks; as many as runs may be under way, at most."""
-        messages: list[bytes] = self._redis.lrange(self._key, 0, -1)  # type: ignore[assignment]
+        """The IDs of the tasks; as many as runs may be under way, at most.
+
+        Raises:
+            PostponedError: Redis does not answer.
+        """
+        try:
+            messages: list[bytes] = self._redis.lrange(self._key, 0, -1)  # type: ignore[assignment]
+        except redis.RedisError as error:
+            raise PostponedError(f"the workers' Redis does not answer ({type(error).__name__})") from None
         return {json.loads(message)["headers"]["id"] for message in messages}
 
     def close(self) -> None:

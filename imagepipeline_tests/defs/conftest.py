@@ -17,6 +17,7 @@ from imagepipeline.models import build_variant_specs
 from imagepipeline.paid_calls import PaidCalls
 from imagepipeline.services.embedder import LocalEmbedder
 from imagepipeline.services.vision import LocalVision
+from imagepipeline.stores.broker import TaskQueue
 from imagepipeline.stores.ledger import Ledger
 from imagepipeline.stores.limiter import CallLimiter
 from imagepipeline_tests.conftest import PHOTOS
@@ -28,6 +29,13 @@ ASSETS = [metadata, variants, embedding]
 def instance():
     with dg.DagsterInstance.ephemeral() as instance:
         yield instance
+
+
+@pytest.fixture
+def tasks(redis_url):
+    """The queue of the workers, on a real server."""
+    with closing(TaskQueue(redis_url, "test")) as tasks:
+        yield tasks
 
 
 @pytest.fixture

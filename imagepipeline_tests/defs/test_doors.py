@@ -74,7 +74,7 @@ def test_a_generation_that_is_no_number_is_a_clear_error_and_costs_no_tick(run, 
     assert [request.run_key for request in tick().run_requests] == ["good:1"]
 
 
-def test_a_row_whose_id_is_invalid_ends_and_costs_no_other(tick, catalogue, sqlite_catalogue_url, instance):
+def test_a_row_whose_id_is_invalid_ends_and_costs_no_other(tick, catalogue, sqlite_catalogue_url, instance, tasks):
     catalogue.accept([Upload(f"victim{number}") for number in range(20)])
     evil = "evil\n\x1b[31mSubject: x"
     with sa.create_engine(sqlite_catalogue_url).begin() as connection:
@@ -97,10 +97,10 @@ def test_a_row_whose_id_is_invalid_ends_and_costs_no_other(tick, catalogue, sqli
 
     tell(catalogue, Notifier())
     assert len(told) == 16
-    assert reconcile(catalogue, instance, StandstillWatch()) == []
+    assert reconcile(catalogue, instance, tasks, StandstillWatch()) == []
 
 
-def test_a_row_that_cannot_be_looked_at_costs_no_other(catalogue, instance, start_run, monkeypatch):
+def test_a_row_that_cannot_be_looked_at_costs_no_other(catalogue, instance, tasks, start_run, monkeypatch):
     for image_id in ("bad", "good"):
         catalogue.accept([Upload(image_id)])
         catalogue.claim(image_id, 1, start_run(image_id, status=dg.DagsterRunStatus.FAILURE).run_id)
@@ -108,7 +108,7 @@ def test_a_row_that_cannot_be_looked_at_costs_no_other(catalogue, instance, star
     monkeypatch.setattr(
         catalogue, "recover", lambda row, cause: recover(row, cause) if row.image_id != "bad" else 1 / 0
     )
-    lines = reconcile(catalogue, instance, StandstillWatch())
+    lines = reconcile(catalogue, instance, tasks, StandstillWatch())
     assert any(line.startswith("'bad' could not be looked at: ZeroDivisionError") for line in lines)
     assert catalogue.get("good")["status"] == "pending"
 

@@ -27,12 +27,12 @@ def clock():
 
 
 @pytest.fixture
-def look(catalogue, instance, clock):
+def look(catalogue, instance, tasks, clock):
     watch = StandstillWatch(clock)
 
     def look(after_seconds=0):
         clock.now += after_seconds
-        return reconcile(catalogue, instance, watch)
+        return reconcile(catalogue, instance, tasks, watch)
 
     return look
 

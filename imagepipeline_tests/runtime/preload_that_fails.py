@@ -1,3 +1,0 @@
-"""A preload that cannot be imported."""
-
-raise ImportError("no such thing")
