@@ -153,15 +153,16 @@ def name_process(pid: int) -> str:
     except OSError:
         return "other"
     words = {
-        "forkserver": "runs",
-        "code-server": "code server",
-        "daemon": "daemon",
-        "webserver": "webserver",
-        "runtime.daemon": "daemon",
-        "dagster_webserver": "webserver",
-        "spawn_main": "resident",
-        "code_server": "code server",
+        "zygote": "decoders",
+        "imagepipeline.resident": "resident",
         "valkey": "redis",
+        "run\n": "runs",
+        "worker\n": "worker",
+        "code-server\n": "code server",
+        "daemon\n": "daemon",
+        "webserver\n": "webserver",
+        "forkserver": "shared",
+        "imagepipeline\n": "supervisor",
     }
     return next((name for word, name in words.items() if word in line), "other")
 

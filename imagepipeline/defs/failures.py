@@ -47,7 +47,7 @@ def attempt(context: dg.AssetExecutionContext, catalogue: Catalogue) -> Iterator
     try:
         catalogue.record_attempt(claim, number)
         if _start_heartbeat(catalogue, claim):
-            context.instance.add_run_tags(context.run_id, {MACHINE_TAG: socket.gethostname()})
+            context.instance.add_run_tags(context.run.run_id, {MACHINE_TAG: socket.gethostname()})
         yield claim
         if _is_last_asset(context):
             context.log.info(f"{claim.image_id} is {catalogue.finish(claim)}.")
