@@ -24,12 +24,18 @@ from celery.worker import state
 from dagster_celery.make_app import make_app
 from dagster_celery.tasks import create_execute_job_task
 
+from imagepipeline import definitions
+from imagepipeline.imaging.sandbox import DECODERS
 from imagepipeline.runtime import services
 from imagepipeline.runtime.processes import rename
 from imagepipeline.settings import Settings
 from imagepipeline.stores import broker
 
-PRELOAD = "imagepipeline.runtime.preload"
+# What runs import late; the children share it. What LanceDB and onnxruntime import starts threads: never here.
+PRELOADED = (
+    *("imagepipeline.services.openai_client", "openai.resources.chat", "openai.resources.embeddings"),
+    *("httpcore2", "upath"),
+)
 RESIDENT_COMMAND = [sys.executable, "-m", "imagepipeline.resident"]
 LOOK_SECONDS = 0.5
 # A process that is stopped while it writes holds the lock of SQLite, for which all others wait 30 s before they fail.
@@ -49,7 +55,7 @@ def main() -> None:
     settings = Settings.load()
     lock = acquire_lock(settings)
     settings.publish_resident_socket()
-    importlib.import_module(PRELOAD)  # before the fork: the children share it
+    preload()
     slots = settings.worker_slots or settings.max_runs
     build_app(settings).worker_main(
         [
@@ -59,6 +65,16 @@ def main() -> None:
         ]
     )
     os.close(lock)
+
+
+def preload() -> None:
+    """Imports and makes what runs need, so that the children share it."""
+    for module in PRELOADED:
+        importlib.import_module(module)
+    made = definitions.defs()
+    made.get_repository_def().load_all_definitions()
+    vars(definitions)["defs"] = made  # where Dagster looks for them
+    DECODERS.prepare()
 
 
 def acquire_lock(settings: Settings) -> int:

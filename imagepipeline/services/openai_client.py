@@ -15,7 +15,6 @@ from typing import Any, Protocol, TypeVar
 
 import httpx2
 import openai
-from openai.types import CreateEmbeddingResponse
 
 from imagepipeline.deadlines import call_within
 from imagepipeline.errors import (
@@ -200,24 +199,6 @@ def _bound(response: httpx2.Response) -> None:
 def load_certificates() -> ssl.SSLContext:
     """The authorities we trust, read once a process: that takes 20 ms."""
     return httpx2.create_ssl_context()
-
-
-def rehearse() -> None:
-    """Reads the certificates, and has the client make what it makes when it is first used; nobody is asked."""
-    load_certificates()
-    usage = {"prompt_tokens": 1, "completion_tokens": 1, "total_tokens": 2}
-    choice = {"index": 0, "finish_reason": "stop", "message": {"role": "assistant", "content": "{}"}}
-    answer = {"id": "", "object": "list", "created": 0, "model": "", "choices": [choice], "data": [], "usage": usage}
-    transport = httpx2.MockTransport(lambda _: httpx2.Response(200, json=answer))
-    with httpx2.Client(transport=transport) as http_client:
-        client = openai.OpenAI(api_key="none", base_url="http://localhost", http_client=http_client)
-        picture: Any = {"type": "image_url", "image_url": {"url": "data:"}}
-        messages: Any = [{"role": "user", "content": [{"type": "text", "text": "?"}, picture]}]
-        client.chat.completions.with_raw_response.create(
-            model="none", messages=messages, max_completion_tokens=1
-        ).parse()
-        raw = client.embeddings.with_raw_response.create(model="none", input="?", encoding_format="float")
-        CreateEmbeddingResponse.model_validate_json(raw.content)
 
 
 def read_usage(usage: Any) -> CallUsage | None:

@@ -70,7 +70,7 @@ def _create_engine(url: str) -> sa.Engine:
 def create_sqlite_engine(url: str | sa.URL, **options: Any) -> sa.Engine:
     """An engine that shares its compiled statements with all others made here.
 
-    What the preload has compiled for a database of its own need not be compiled again in a run.
+    What one run has compiled need not be compiled again in the next one of the same process.
     """
     engine = sa.create_engine(url, execution_options={"compiled_cache": _compiled}, **options)
     engine.dialect = _get_sqlite_dialect()  # the cache's keys name it
