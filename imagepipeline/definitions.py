@@ -75,6 +75,7 @@ def build_resources(settings: Settings) -> dict[str, dg.ResourceDefinition]:
         is_animation_kept=settings.animation == "keep",
         is_truncated_accepted=settings.accept_truncated,
     )
+    preview_px = settings.vision_long_side_px if settings.has_remote_vision else None
     specs = build_variant_specs(settings.webp_quality, settings.avif_quality)
     queue, broker, prefix = settings.redis_url, settings.broker_url, settings.queue_prefix
     database = settings.database_url
@@ -91,7 +92,7 @@ def build_resources(settings: Settings) -> dict[str, dg.ResourceDefinition]:
         ),
         "files": resources.made(lambda: files, "Originals and variants."),
         "originals": resources.opened(
-            lambda: Originals(files, sandbox, rules, settings.vision_long_side_px),
+            lambda: Originals(files, sandbox, rules, preview_px),
             "The originals, each decoded once a run, and the rules for what they may be.",
         ),
         "renderer": resources.made(

@@ -16,6 +16,8 @@ from pydantic import BaseModel, ConfigDict, Field, StringConstraints
 from imagepipeline.errors import InvalidUploadError
 
 IMAGE_ID_PATTERN = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]{0,63}")
+THUMBNAIL_PX = 160  # long side of the picture in the UI
+CLASSIFIER_PX = 224  # width and height of what the offline vision model is shown, as raw RGB
 PRIORITY_LIMIT = 1000
 MAX_ENTRY_BYTES = 4096
 # A path names files in a database (512 characters) and on disks, which allow 255 bytes for each name (POSIX NAME_MAX).

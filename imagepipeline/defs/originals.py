@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 from imagepipeline.errors import InvalidUploadError, MissingOriginalError, UnsafePathError
 from imagepipeline.imaging.decoding import Decoded, Rules, decode
-from imagepipeline.imaging.preparation import THUMBNAIL_PX, Prepared, prepare
+from imagepipeline.imaging.preparation import Prepared, prepare
 from imagepipeline.imaging.sandbox import Sandbox, Session, Usage
 from imagepipeline.imaging.verification import ImpossibleAnswerError, verify_prepared
 from imagepipeline.models import Claim, OriginalFacts, check_original_path
@@ -26,10 +26,12 @@ class Original:
 class Originals:
     """Reads originals from the file store and decodes them in a sandbox, by the rules.
 
+    `preview_px` is the long side of the JPEG for the vision model; None prepares the offline one's square instead.
+
     Holds the last one, so that all assets of a run see the same bytes, also when the file is replaced meanwhile.
     """
 
-    def __init__(self, files: Storage, sandbox: Sandbox, rules: Rules, preview_px: int = 1024) -> None:
+    def __init__(self, files: Storage, sandbox: Sandbox, rules: Rules, preview_px: int | None = None) -> None:
         self._preview_px = preview_px
         self._files = files
         self._sandbox = sandbox
@@ -80,7 +82,7 @@ class Originals:
         session = self._sandbox.open(decode, content, self._rules)
         try:
             prepared, _ = session.call(prepare, self._preview_px)
-            verify_prepared(prepared, self._rules, max(self._preview_px, THUMBNAIL_PX))
+            verify_prepared(prepared, self._rules, self._preview_px)
         except ImpossibleAnswerError as error:
             session.distrust(str(error))
         except BaseException:

@@ -17,7 +17,7 @@ from imagepipeline.imaging.verification import (
     verify_own_inspections,
     verify_variants,
 )
-from imagepipeline.models import Recipe, Variant, VariantSpec
+from imagepipeline.models import CLASSIFIER_PX, Recipe, Variant, VariantSpec
 
 # The measured frontier of quality, bytes and CPU time: docs/decisions/0003-encoder-settings.md.
 ENCODER_OPTIONS: dict[str, dict[str, object]] = {
@@ -29,6 +29,7 @@ ENCODER_OPTIONS: dict[str, dict[str, object]] = {
         "advanced": {"disable-trellis-quant": "1"},
     },
 }
+CROP_SHARE = 0.875  # of the shorter side: the published EfficientNet-Lite0 evaluation
 PLACEHOLDER_PX = 16
 
 
@@ -133,6 +134,17 @@ def render_preview(image: Image.Image, long_side_px: int = 1024) -> bytes:
     buffer = io.BytesIO()
     preview.convert("RGB").save(buffer, "JPEG", quality=85)
     return buffer.getvalue()
+
+
+def render_square(image: Image.Image) -> bytes:
+    """Raw RGB [224, 224, 3] of the central square for the offline vision model, which need not decode anything."""
+    side = int(CROP_SHARE * min(image.size))
+    left, top = (image.width - side) // 2, (image.height - side) // 2
+    box = (left, top, left + side, top + side)
+    if image.mode == "RGBA":
+        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+    size = (CLASSIFIER_PX, CLASSIFIER_PX)
+    return image.convert("RGB").resize(size, Image.Resampling.BICUBIC, box=box).tobytes()
 
 
 def shrink(image: Image.Image, long_side_px: int) -> Image.Image:

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 from imagepipeline.imaging.formats import FORMATS
 from imagepipeline.imaging.headers import measure_jpeg, measure_variant
-from imagepipeline.models import PixelFacts, Variant, VariantSpec
+from imagepipeline.models import CLASSIFIER_PX, THUMBNAIL_PX, PixelFacts, Variant, VariantSpec
 
 if TYPE_CHECKING:  # variants verify themselves, and preparation needs variants
     from imagepipeline.imaging.decoding import Rules
@@ -26,8 +26,8 @@ class ImpossibleAnswerError(Exception):
     """What was said cannot be true; the message says what."""
 
 
-def verify_prepared(prepared: "Prepared", rules: "Rules", preview_px: int) -> None:
-    """Checks what was read off an original.
+def verify_prepared(prepared: "Prepared", rules: "Rules", preview_px: int | None) -> None:
+    """Checks what was read off an original; `preview_px` as it was asked for, None for the square.
 
     Raises:
         ImpossibleAnswerError: it cannot be true.
@@ -37,13 +37,11 @@ def verify_prepared(prepared: "Prepared", rules: "Rules", preview_px: int) -> No
     is_placeholder = len(prepared.placeholder) <= MAX_PLACEHOLDER_CHARACTERS
     _require(is_placeholder and PLACEHOLDER.fullmatch(prepared.placeholder) is not None, "its placeholder")
     _verify_facts(prepared.facts, rules)
-    for name, content in (("preview", prepared.preview), ("thumbnail", prepared.thumbnail)):
-        try:
-            size = measure_jpeg(content)
-        except ValueError as error:
-            raise ImpossibleAnswerError(f"the {name}: {error}") from None
-        is_small = len(content) <= MAX_PREVIEW_BYTES and max(size) <= preview_px
-        _require(is_small and min(size) >= 1, f"the size of the {name}")
+    _verify_jpeg("thumbnail", prepared.thumbnail, THUMBNAIL_PX)
+    if preview_px is None:
+        _require(len(prepared.preview) == 3 * CLASSIFIER_PX**2, "the size of the preview")
+    else:
+        _verify_jpeg("preview", prepared.preview, preview_px)
 
 
 def verify_variants(variants: Sequence[Variant], specs: Sequence[VariantSpec], size: tuple[int, int]) -> None:
@@ -91,6 +89,15 @@ def verify_inspections(inspections: Sequence["Inspection"], count: int) -> None:
         _require(len(texts) <= 20 and all(len(text) <= MAX_TEXT_CHARACTERS for text in texts), "an inspection's texts")
         _require(min(inspection.width, inspection.height) >= 0, "an inspection's size")
         _require(-1.001 <= inspection.similarity <= 1.001, "an inspection's similarity")
+
+
+def _verify_jpeg(name: str, content: bytes, most_px: int) -> None:
+    try:
+        size = measure_jpeg(content)
+    except ValueError as error:
+        raise ImpossibleAnswerError(f"the {name}: {error}") from None
+    is_small = len(content) <= MAX_PREVIEW_BYTES and max(size) <= most_px
+    _require(is_small and min(size) >= 1, f"the size of the {name}")
 
 
 def _verify_facts(facts: PixelFacts, rules: "Rules") -> None:

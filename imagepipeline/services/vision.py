@@ -2,11 +2,8 @@
 
 import base64
 import hashlib
-import io
 from dataclasses import dataclass
 from typing import Any, Protocol
-
-from PIL import Image
 
 from imagepipeline.errors import BadAnswerError, FormatRefusedError, RefusedError
 from imagepipeline.models import ImageMetadata, PixelFacts, Recipe, VisionAnswer
@@ -49,7 +46,9 @@ class VisionModel(Protocol):
         """What makes the answers."""
 
     def describe(self, preview: bytes, facts: PixelFacts) -> VisionAnswer:
-        """Describes an image, given as a small JPEG and the facts read off its pixels.
+        """Describes an image, given as a small copy and the facts read off its pixels.
+
+        The copy is a JPEG for a remote model, and raw RGB [224, 224, 3] for the offline one, which decodes nothing.
 
         Raises:
             RetryableError: another attempt may succeed.
@@ -182,7 +181,7 @@ class LocalVision:
         # Here, because numpy and the weights are not needed where a remote model is used.
         from imagepipeline.services.local import efficientnet
 
-        probabilities = efficientnet.classify(Image.open(io.BytesIO(preview), formats=["JPEG"]))
+        probabilities = efficientnet.classify(preview)
         best = int(probabilities.argmax())
         label = efficientnet.load_labels()[best] if probabilities[best] >= MIN_LABEL_PROBABILITY else None
         shares = {group: float(probabilities[members(group)].sum()) for group in GROUPS}

@@ -14,8 +14,10 @@ from PIL import ExifTags, Image, ImageDraw
 from werkzeug import Response
 
 from imagepipeline.defs.assets import metadata
-from imagepipeline.imaging.decoding import decode
+from imagepipeline.defs.originals import Originals
+from imagepipeline.imaging.decoding import Rules, decode
 from imagepipeline.imaging.preparation import prepare
+from imagepipeline.imaging.sandbox import Sandbox
 from imagepipeline.models import ImageMetadata, Upload
 from imagepipeline.services.vision import OpenAIVision, VisionOptions
 from imagepipeline_tests.services.test_vision import METADATA, completion
@@ -143,9 +145,10 @@ def test_an_obeyed_picture_changes_nothing_but_its_metadata(way, obedient, run, 
     for number, (demand, answer) in enumerate(zip(DEMANDS, ANSWERS, strict=True)):
         image_id, content = f"{way.__name__.replace('_', '-')}-{number}", way(demand)
         files.put_original(image_id, content, "png")
-        obedient.demanded[hashlib.sha256(prepare(decode(content)).preview).hexdigest()] = answer
+        obedient.demanded[hashlib.sha256(prepare(decode(content), 1024).preview).hexdigest()] = answer
         catalogue.accept([Upload(image_id)])
-        run(image_id, generation=1, assets=[metadata], vision=obedient)
+        originals = Originals(files, Sandbox(), Rules(), 1024)
+        run(image_id, generation=1, assets=[metadata], vision=obedient, originals=originals)
         row = catalogue.get(image_id)
         # Described, and waiting for its other assets.
         assert (row["id"], row["status"], row["generation"], row["path"]) == (

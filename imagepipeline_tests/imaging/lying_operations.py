@@ -62,7 +62,7 @@ def decode(content: bytes, rules: Rules) -> Decoded:
     return decode_honestly(content, rules)
 
 
-def prepare(decoded: Decoded, preview_px: int) -> Prepared:
+def prepare(decoded: Decoded, preview_px: int | None) -> Prepared:
     return ABOUT_THE_IMAGE.get(told[0], lambda prepared: prepared)(prepare_honestly(decoded, preview_px))
 
 

@@ -1,15 +1,13 @@
 """What a model wrote becomes plain text and normal words."""
 
 import contextlib
-import io
 import json
 import time
 
 import pytest
-from PIL import Image
 
 from imagepipeline.errors import BadAnswerError
-from imagepipeline.models import ImageMetadata, PixelFacts
+from imagepipeline.models import CLASSIFIER_PX, ImageMetadata, PixelFacts
 from imagepipeline.services import answers
 from imagepipeline.services.answers import MAX_ANSWER_CHARACTERS, choose_tags, read_answer, to_plain, to_word
 from imagepipeline.services.vision import LocalVision, VisionOptions
@@ -84,10 +82,8 @@ HOSTILE = "<script>[x](http://evil)\x1b[31m\u202e `rm` www.evil.example"
 
 
 def test_what_a_camera_is_called_is_cleaned_as_a_models_answer():
-    buffer = io.BytesIO()
-    Image.new("RGB", (40, 30), "red").save(buffer, "JPEG")
     facts = PixelFacts(40, 30, (("red", "#ff0000", 1.0),), 40, 0, 50, 50, camera=HOSTILE, taken_on="data:x")
-    metadata = LocalVision().describe(buffer.getvalue(), facts).metadata
+    metadata = LocalVision().describe(bytes(3 * CLASSIFIER_PX**2), facts).metadata
     shown = metadata.model_dump_json()
     assert "Taken with" in metadata.description
     assert not any(part in shown for part in ("<", "](", "evil", "`", "data:", "u001b", "\u202e"))

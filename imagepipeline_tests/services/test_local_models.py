@@ -8,6 +8,7 @@ import pytest
 from PIL import Image
 
 from imagepipeline.errors import SettingsError
+from imagepipeline.imaging.variants import render_square
 from imagepipeline.services.embedder import LocalEmbedder
 from imagepipeline.services.local import efficientnet, verified
 from imagepipeline.services.local.imagenet_groups import GROUPS, members
@@ -21,7 +22,7 @@ def test_the_labels_are_in_the_order_of_the_classes():
 
 
 def test_a_cup_of_coffee_is_an_espresso():
-    probabilities = efficientnet.classify(Image.open(PHOTOS / "coffee.jpg"))
+    probabilities = efficientnet.classify(render_square(Image.open(PHOTOS / "coffee.jpg")))
     assert probabilities.shape == (1000,)
     assert probabilities.sum() == pytest.approx(1, abs=1e-4)
     assert efficientnet.load_labels()[probabilities.argmax()] == "espresso"

@@ -27,7 +27,7 @@ from imagepipeline.errors import (
 )
 from imagepipeline.imaging.decoding import decode
 from imagepipeline.imaging.palette import measure
-from imagepipeline.imaging.variants import render_preview
+from imagepipeline.imaging.variants import render_square
 from imagepipeline.models import CallUsage, PixelFacts
 from imagepipeline.services.vision import LocalVision, OpenAIVision, VisionOptions, openai_recipe
 from imagepipeline.settings import Settings
@@ -434,7 +434,7 @@ def test_the_prompt_is_part_of_the_recipe():
 
 def describe(photo):
     decoded = decode((PHOTOS / photo).read_bytes())
-    return LocalVision().describe(render_preview(decoded.image), measure(decoded, decoded.image)).metadata
+    return LocalVision().describe(render_square(decoded.image), measure(decoded, decoded.image)).metadata
 
 
 @pytest.mark.parametrize(

