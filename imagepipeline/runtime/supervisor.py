@@ -99,6 +99,9 @@ class Stack:
     def _start_all(self) -> None:
         settings = self._settings
         services.prepare(settings)
+        environments = {name: services.build_environment(settings, name) for name in services.NAMES}
+        # What else is started from here, such as the forkserver that all services come from, needs no secret.
+        adopt_environment({name: value for name, value in environments["daemon"].items() if not is_secret(name)})
         if "://" not in settings.storage:
             FileStore(Path(settings.storage)).make_root()
         if not settings.has_own_redis:
@@ -108,9 +111,6 @@ class Stack:
             self._start(
                 "redis", lambda: valkey.start_server(settings.home / "valkey", server_socket, self._log("redis"))
             )
-        environments = {name: services.build_environment(settings, name) for name in services.NAMES}
-        # The forkserver, which all services come from, needs none of the secrets.
-        adopt_environment({name: value for name, value in environments["daemon"].items() if not is_secret(name)})
         self._migrate(environments["worker"])
 
         def start(name: str, settings: Settings) -> None:
@@ -126,6 +126,7 @@ class Stack:
         self.webserver_url = services.build_webserver_url(settings)
         start("webserver", settings)
         self._until(lambda: services.answers_http(self.webserver_url + "/server_info"), "webserver")
+        self._until(lambda: services.answers_socket(Path(settings.resident_address)), "worker")
         _write_state(self._lock, self.webserver_url, settings.webserver_port)
 
     def _launch(self, name: str, command: list[str], environment: dict[str, str]) -> processes.Child:

@@ -1,0 +1,109 @@
+"""Which process of a running stack holds which secret, by its environment and by all of its memory."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from imagepipeline_tests.end_to_end.processes import find_port
+
+COMMAND = Path(sys.executable).parent / "imagepipeline"
+SECRETS = {
+    "OPENAI_API_KEY": "canary-of-the-provider",
+    "OPENROUTER_API_KEY": "canary-of-the-embedder",
+    "AWS_SECRET_ACCESS_KEY": "canary-of-the-bucket",
+    "IMAGEPIPELINE_WEBHOOK_SECRET": "canary-of-the-webhook",
+    "SOME_OTHER_TOKEN": "canary-of-another-project",
+}
+PROVIDERS, BUCKET, WEBHOOK = (
+    {"OPENAI_API_KEY", "OPENROUTER_API_KEY"},
+    {"AWS_SECRET_ACCESS_KEY"},
+    {"IMAGEPIPELINE_WEBHOOK_SECRET"},
+)
+ALLOWED = {
+    "worker": PROVIDERS | BUCKET,
+    "run": PROVIDERS | BUCKET,
+    "resident": BUCKET,
+    "code-server": WEBHOOK,
+    "daemon": set(),
+    "webserver": set(),
+    "forkserver": set(),
+    "zygote": set(),
+    "valkey": set(),
+}
+
+
+def read_memory(pid):
+    """All that a process could write to, and its environment as the kernel shows it."""
+    chunks = [Path(f"/proc/{pid}/environ").read_bytes()]
+    with open(f"/proc/{pid}/maps") as maps, open(f"/proc/{pid}/mem", "rb", buffering=0) as memory:
+        for line in maps:
+            area, rights, *_, name = [*line.split(maxsplit=5), ""][:6] if len(line.split()) > 5 else [*line.split(), ""]
+            if not rights.startswith("rw") or name.startswith("[v"):
+                continue
+            start, end = (int(number, 16) for number in area.split("-"))
+            memory.seek(start)
+            try:
+                chunks.append(memory.read(end - start))
+            except OSError:  # unmapped since
+                continue
+    return b"".join(chunks)
+
+
+def name_process(path):
+    line = (path / "cmdline").read_bytes().decode()
+    comm = (path / "comm").read_text().strip()
+    words = ("zygote", "imagepipeline.resident", "valkey")
+    word = next((word for word in words if word in line), None)
+    return word.removeprefix("imagepipeline.") if word else "forkserver" if comm.startswith("python") else comm
+
+
+def list_tree(root):
+    """The processes below one."""
+    parents = {}
+    for path in Path("/proc").glob("[0-9]*"):
+        try:
+            parents[int(path.name)] = int((path / "stat").read_text().rpartition(")")[2].split()[1])
+        except OSError:
+            continue
+    found, todo = [], [root]
+    while todo:
+        parent = todo.pop()
+        children = [pid for pid, known in parents.items() if known == parent]
+        found += children
+        todo += children
+    return found
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="there is no /proc")
+def test_each_process_holds_the_secrets_it_needs_and_no_others(tmp_path):
+    environment = {
+        **os.environ,
+        **SECRETS,
+        "IMAGEPIPELINE_HOME": str(tmp_path / "home"),
+        "IMAGEPIPELINE_WEBSERVER_PORT": str(find_port()),
+        "IMAGEPIPELINE_WEBHOOK_URL": "https://example.com/hook",
+        "OPENAI_BASE_URL": "http://127.0.0.1:9/v1",
+        "OPENROUTER_BASE_URL": "http://127.0.0.1:9/v1",
+    }
+    with subprocess.Popen([COMMAND, "up", "--json"], env=environment, stdout=subprocess.PIPE) as stack:
+        try:
+            assert stack.stdout.readline()
+            told = set()
+            for pid in list_tree(stack.pid):
+                path = Path(f"/proc/{pid}")
+                name = name_process(path)
+                memory = read_memory(pid)
+                held = {secret for secret, value in SECRETS.items() if value.encode() in memory}
+                if "resource_tracker" in (path / "cmdline").read_text():
+                    assert not held
+                    continue
+                assert held <= ALLOWED[name], (name, held - ALLOWED[name])
+                assert held or not ALLOWED[name], f"{name} lacks what it needs, or was not looked at"
+                told.add(name)
+            assert told == set(ALLOWED)
+        finally:
+            stack.terminate()
+            stack.wait(60)
