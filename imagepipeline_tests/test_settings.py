@@ -5,7 +5,7 @@ import os
 import pytest
 
 from imagepipeline.errors import SettingsError
-from imagepipeline.settings import Settings
+from imagepipeline.settings import Settings, is_secret
 
 
 def test_nothing_needs_to_be_set(tmp_path, monkeypatch):
@@ -243,3 +243,35 @@ def test_a_webhook_without_a_whole_address_is_refused_at_start_and_not_shown(url
     with pytest.raises(SettingsError, match="IMAGEPIPELINE_WEBHOOK_URL: must be an address such as") as caught:
         Settings.load(environment)
     assert "canary" not in str(caught.value)
+
+
+@pytest.mark.parametrize("name", ["OPENAI", "OPENROUTER"])
+def test_a_key_is_not_sent_unencrypted_unless_a_setting_says_so(name):
+    plain = {f"{name}_API_KEY": "canary", f"{name}_BASE_URL": "http://models.example/v1"}
+    with pytest.raises(SettingsError, match=f"{name}_BASE_URL starts with http://.*ALLOW_PLAIN_HTTP") as caught:
+        Settings.load(plain)
+    assert "canary" not in str(caught.value)
+    Settings.load(plain | {"IMAGEPIPELINE_ALLOW_PLAIN_HTTP": "1"})
+    Settings.load({f"{name}_BASE_URL": "http://models.example/v1"})  # a server that needs no key
+    for host in ("localhost", "127.0.0.1", "127.1.2.3", "[::1]"):
+        Settings.load(plain | {f"{name}_BASE_URL": f"http://{host}:8000/v1"})
+
+
+def test_who_has_no_key_can_be_told_that_the_models_are_remote():
+    assert not Settings.load({}).has_remote_vision
+    told = Settings.load({"IMAGEPIPELINE_VISION": "remote", "IMAGEPIPELINE_EMBEDDING": "remote"})
+    assert told.has_remote_vision
+    assert told.has_remote_embedder
+    local = {"IMAGEPIPELINE_VISION": "local", "IMAGEPIPELINE_EMBEDDING": "local"}
+    kept = Settings.load(local | {"OPENAI_API_KEY": "k", "OPENROUTER_API_KEY": "k"})
+    assert not kept.has_remote_vision
+    assert not kept.has_remote_embedder
+
+
+@pytest.mark.parametrize(
+    ("name", "is_one"),
+    [("OPENAI_API_KEY", True), ("OPENAI_API_KEY_FILE", True), ("DATABASE_URL", True), ("GITHUB_TOKEN", True)]
+    + [("PGPASSWORD", True), ("CELERY_BROKER_URL", True), ("PATH", False), ("IMAGEPIPELINE_HOME", False)],
+)
+def test_a_secret_is_known_by_its_name(name, is_one):
+    assert is_secret(name) == is_one
