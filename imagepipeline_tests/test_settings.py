@@ -270,8 +270,11 @@ def test_who_has_no_key_can_be_told_that_the_models_are_remote():
 
 @pytest.mark.parametrize(
     ("name", "is_one"),
-    [("OPENAI_API_KEY", True), ("OPENAI_API_KEY_FILE", True), ("DATABASE_URL", True), ("GITHUB_TOKEN", True)]
-    + [("PGPASSWORD", True), ("CELERY_BROKER_URL", True), ("PATH", False), ("IMAGEPIPELINE_HOME", False)],
+    [
+        *((name, True) for name in ("OPENAI_API_KEY", "OPENAI_API_KEY_FILE", "DATABASE_URL", "GITHUB_TOKEN")),
+        *((name, True) for name in ("PGPASSWORD", "CELERY_BROKER_URL")),
+        *((name, False) for name in ("PATH", "IMAGEPIPELINE_HOME", "DAGSTER_HOME", "OPENAI_BASE_URL")),
+    ],
 )
 def test_a_secret_is_known_by_its_name(name, is_one):
     assert is_secret(name) == is_one
