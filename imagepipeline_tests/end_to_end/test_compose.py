@@ -86,7 +86,7 @@ def push(stack, bucket, name, photo):
 def wait_for(stack, **counts):
     deadline = time.monotonic() + 150
     while True:
-        status = json.loads(stack.call("code-server", ["imagepipeline", "status", "--json"]))
+        status = json.loads(stack.call("worker", ["imagepipeline", "status", "--json"]))
         if {name: status[name] for name in counts} == counts:
             return
         assert time.monotonic() < deadline, (status, stack.read_log("code-server")[-3000:])
@@ -116,7 +116,7 @@ def test_photos_go_through_and_a_dead_server_with_its_runs_costs_time_only(stack
     keys = {entry["Key"] for entry in bucket.list_objects_v2(Bucket="images", Prefix="composed/variants")["Contents"]}
     assert len(keys) == 30
     assert "composed/variants/first-cat-lg.avif" in keys
-    found = json.loads(stack.call("code-server", ["imagepipeline", "search", "a cup of coffee", "--json"]))
+    found = json.loads(stack.call("worker", ["imagepipeline", "search", "a cup of coffee", "--json"]))
     assert found[0]["image_id"] == "first-coffee"
 
     for photo in photos:
@@ -155,7 +155,7 @@ def test_each_redis_user_can_do_its_work_and_no_more(stack):
             refused()
     with pytest.raises(redis.AuthenticationError):
         redis.Redis(port=stack.ports["redis"]).ping()
-    stack.call("code-server", ["imagepipeline", "limit", "100/minute"])
+    stack.call("worker", ["imagepipeline", "limit", "100/minute"])
 
 
 def test_a_foreign_page_can_change_nothing_through_the_proxy(stack):
@@ -251,7 +251,7 @@ def test_a_backup_brings_everything_back_as_the_operations_page_says(stack, buck
         return [entry["Key"] for page in pages for entry in page.get("Contents", [])]
 
     def count():
-        return json.loads(stack.call("code-server", ["imagepipeline", "status", "--json"]))
+        return json.loads(stack.call("worker", ["imagepipeline", "status", "--json"]))
 
     push(stack, bucket, "kept", PHOTOS / "cat.jpg")
     wait_for(stack, waiting=0, pending=0, processing=0)
@@ -265,7 +265,7 @@ def test_a_backup_brings_everything_back_as_the_operations_page_says(stack, buck
     for generation in (2, 3):
         push(stack, bucket, "kept", PHOTOS / "coffee.jpg")
         wait_for(stack, waiting=0, pending=0, processing=0)
-        kept = json.loads(stack.call("code-server", ["imagepipeline", "status", "kept", "--json"]))
+        kept = json.loads(stack.call("worker", ["imagepipeline", "status", "kept", "--json"]))
         assert kept["generation"] == generation
     stack.stop_service("daemon")
     objects = {key: bucket.get_object(Bucket="images", Key=key)["Body"].read() for key in list_keys()}
@@ -291,10 +291,10 @@ def test_a_backup_brings_everything_back_as_the_operations_page_says(stack, buck
         stack.start_service(name)
 
     assert count() == before
-    assert json.loads(stack.call("code-server", ["imagepipeline", "search", "a cat", "--json"]))
-    stack.call("code-server", ["imagepipeline", "doctor"])
+    assert json.loads(stack.call("worker", ["imagepipeline", "search", "a cat", "--json"]))
+    stack.call("worker", ["imagepipeline", "doctor"])
     push(stack, bucket, "kept", PHOTOS / "cat.jpg")
     push(stack, bucket, "new", PHOTOS / "rocket.jpg")
     wait_for(stack, completed=before["completed"] + 1, failed=0, waiting=0, pending=0, processing=0)
-    kept = json.loads(stack.call("code-server", ["imagepipeline", "status", "kept", "--json"]))
+    kept = json.loads(stack.call("worker", ["imagepipeline", "status", "kept", "--json"]))
     assert [event["event"] for event in kept["history"]].count("recovered") == 0
