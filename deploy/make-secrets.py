@@ -23,13 +23,15 @@ user admin on #{admin} allkeys allchannels +@all
 user uploader on #{uploader} resetkeys ~image-processing:wait resetchannels -@all +lpush +rpush +llen {connection}
 user dagster on #{dagster} resetkeys ~image-processing:runs:* resetchannels &image-processing:runs:* -@all {dispatch} \
 {connection}
-user pipeline on #{pipeline} resetkeys ~image-processing:* resetchannels &image-processing:runs:* -@all \
-+blmove +lpush +rpush +lrange +lrem +llen +ltrim +incrby +multi +exec +get +set +del +zadd +pexpire +zcard +zrange \
-+zremrangebyscore +evalsha +script|load +time {dispatch} {work} {connection}
+user pipeline on #{pipeline} resetkeys ~image-processing:* resetchannels &image-processing:runs:* -@all +blmove \
++rpush +lrange +lrem +ltrim +incrby +set +del +zadd +pexpire +zcard +zrange +zremrangebyscore +evalsha +script|load \
++time {dispatch} {work} {connection}
 """
-# What Celery does where runs are handed over, and beside that in a worker.
-DISPATCH = "+@all"
-WORK = "&image-processing:runs:/0.celery.pidbox"
+# What Celery does where runs are handed over and cancelled, and where they are executed. Workers listen to one pattern
+# of channels, which Redis compares as it is written.
+DISPATCH = "+lpush +llen +sadd +smembers +multi +exec +publish +get"
+WORK = """&image-processing:runs:/0.celery.pidbox +psubscribe +punsubscribe +subscribe +unsubscribe +brpop +rpop +hget +hset \
++hdel +zrem +srem +watch +unwatch +setex +script|exists +zrangebyscore +exists"""
 CONNECTION = "+auth +hello +ping +info +select +client|setinfo +client|setname"
 
 
@@ -68,6 +70,9 @@ def main() -> None:
     make("redis_users.acl", rights.rstrip())
     for name in ("openai_api_key", "openrouter_api_key", "aws_access_key_id", "aws_secret_access_key"):
         make(name, "")  # empty: not used
+    for name, variable in (("openai", "IMAGEPIPELINE_VISION"), ("openrouter", "IMAGEPIPELINE_EMBEDDING")):
+        if (folder / f"{name}_api_key").read_text().strip():
+            print(f"{name}_api_key holds a key, which is used only with {variable}=remote in .env")
 
 
 if __name__ == "__main__":
