@@ -30,8 +30,8 @@ user pipeline on #{pipeline} resetkeys ~image-processing:* resetchannels &image-
 # What Celery does where runs are handed over and cancelled, and where they are executed. Workers listen to one pattern
 # of channels, which Redis compares as it is written.
 DISPATCH = "+lpush +llen +sadd +smembers +multi +exec +publish +get"
-WORK = """&image-processing:runs:/0.celery.pidbox +psubscribe +punsubscribe +subscribe +unsubscribe +brpop +rpop +hget +hset \
-+hdel +zrem +srem +watch +unwatch +setex +script|exists +zrangebyscore +exists"""
+WORK = """&image-processing:runs:/0.celery.pidbox +psubscribe +punsubscribe +subscribe +unsubscribe +brpop +rpop \
++hget +hset +hdel +zrem +srem +watch +unwatch +setex +script|exists +zrangebyscore +exists"""
 CONNECTION = "+auth +hello +ping +info +select +client|setinfo +client|setname"
 
 

@@ -204,25 +204,26 @@ def test_no_service_lacks_a_right_in_redis(stack):
 
 
 def test_keys_are_in_the_environment_of_workers_and_nowhere_else(stack, s3_server):
-    api_keys = [key.encode() for key in API_KEYS.values()]
-    bucket_key, lists = s3_server["AWS_SECRET_ACCESS_KEY"].encode(), stack.read_secret("redis_pipeline_url").encode()
     environments = {}
     for name in ("code-server", "worker", "daemon", "webserver"):
         for pid in (stack.running[name].pid, *find_descendants(stack.running[name].pid)):
             command = Path(f"/proc/{pid}/cmdline").read_bytes()
-            owner = next((part for part in ("zygote", "resident") if f"imagepipeline.{part}".encode() in command), name)
-            owner = "zygote" if b"imagepipeline.imaging.zygote" in command else owner
+            owner = next((module for module in (b".zygote", b".resident") if module in command), name.encode()).decode()
             environments.setdefault(owner, []).append(Path(f"/proc/{pid}/environ").read_bytes())
     assert len(environments["worker"]) > 1
-    assert environments.keys() == {"code-server", "worker", "resident", "zygote", "daemon", "webserver"}
+    assert environments.keys() == {"code-server", "worker", ".resident", ".zygote", "daemon", "webserver"}
 
     def find_holders(secret):
-        return {name for name, held in environments.items() if any(secret in environment for environment in held)}
+        return {name for name, held in environments.items() if any(secret.encode() in each for each in held)}
 
-    assert [find_holders(key) for key in api_keys] == [{"worker"}, {"worker"}]
-    assert find_holders(bucket_key) == {"worker", "resident"}
-    assert find_holders(lists) == {"worker", "code-server"}
-    assert find_holders(stack.read_secret("catalogue_database_password").encode()) == {"worker", "code-server"}
+    assert [find_holders(key) for key in API_KEYS.values()] == [{"worker"}, {"worker"}]
+    assert find_holders(s3_server["AWS_SECRET_ACCESS_KEY"]) == {"worker", ".resident"}
+    for secret in ("redis_pipeline_password", "catalogue_database_password"):
+        assert find_holders(stack.read_secret(secret)) == {"worker", "code-server"}, secret
+    assert find_holders(stack.read_secret("redis_dagster_password")) == {"daemon", "webserver"}
+    assert find_holders(stack.read_secret("dagster_database_password")) == {
+        *("worker", "code-server", "daemon", "webserver")
+    }
 
 
 def test_each_redis_user_can_do_its_work_and_no_more(stack):
@@ -393,7 +394,8 @@ def test_a_backup_brings_everything_back_as_the_operations_page_says(stack, buck
     assert json.loads(stack.call("worker", ["imagepipeline", "search", "a cat", "--json"]))
     command = ["imagepipeline", "doctor", "--json"]
     asked = subprocess.run(command, env=stack.build_environment("worker"), capture_output=True, text=True, check=False)
-    unwell = {finding["name"] for finding in json.loads(asked.stdout) if not finding["is_well"]}
+    findings = [json.loads(line) for line in asked.stdout.splitlines()]
+    unwell = {finding["name"] for finding in findings if not finding["is_well"]}
     assert unwell <= {"code server"}, asked.stdout  # which a worker cannot reach
     push(stack, bucket, "kept", PHOTOS / "cat.jpg")
     push(stack, bucket, "new", PHOTOS / "rocket.jpg")
