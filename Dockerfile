@@ -13,7 +13,7 @@ RUN /opt/imagepipeline/bin/pip install --no-cache-dir --no-deps .
 FROM ${PYTHON}
 RUN useradd --uid 10001 --create-home imagepipeline \
     && install --directory --owner=10001 --group=10001 --mode=0700 \
-        /var/lib/imagepipeline /var/lib/imagepipeline/sockets
+        /var/lib/imagepipeline /run/imagepipeline /run/imagepipeline/sockets
 COPY --from=build /opt/imagepipeline /opt/imagepipeline
 ENV PATH=/opt/imagepipeline/bin:$PATH PYTHONUNBUFFERED=1 IMAGEPIPELINE_HOME=/var/lib/imagepipeline
 USER 10001:10001

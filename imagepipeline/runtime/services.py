@@ -5,6 +5,7 @@ starts, so that there is nothing to mount and nothing to keep in step.
 """
 
 import json
+import secrets
 import socket
 import subprocess
 import sys
@@ -28,7 +29,9 @@ from imagepipeline.stores.uploads import UploadQueue
 NAMES = ("code-server", "worker", "daemon", "webserver")
 # Celery reads them itself, so that those of another project in our environment would win over any other setting.
 CELERY_URLS = ("CELERY_BROKER_URL", "CELERY_RESULT_BACKEND")
-# The secrets a service needs; whatever else looks like one is kept from it. The worker alone makes paid calls.
+# What Dagster's instance is opened with, in each service.
+INSTANCE_SECRETS = {"DAGSTER_DATABASE_URL", "IMAGEPIPELINE_BROKER_URL", *CELERY_URLS}
+# The other secrets a service needs; what else looks like one is kept from it. The worker alone makes paid calls.
 SECRETS_OF = {
     "code-server": {"DATABASE_URL", "REDIS_URL", *NOTIFIERS},
     "worker": SECRETS - NOTIFIERS,
@@ -85,8 +88,8 @@ def prepare(settings: Settings) -> None:
     home = _dagster_home(settings)
     with told_of(settings.home):
         home.mkdir(exist_ok=True, mode=0o700)
-        (home / "dagster.yaml").write_text(yaml.safe_dump(_build_dagster_yaml(settings), sort_keys=False))
-        (home / "workspace.yaml").write_text(yaml.safe_dump(_build_workspace_yaml(settings)))
+        _write(home / "dagster.yaml", yaml.safe_dump(_build_dagster_yaml(settings), sort_keys=False))
+        _write(home / "workspace.yaml", yaml.safe_dump(_build_workspace_yaml(settings)))
 
 
 def build_environment(settings: Settings, name: str | None = None) -> dict[str, str]:
@@ -106,7 +109,7 @@ def build_environment(settings: Settings, name: str | None = None) -> dict[str, 
         environment["DAGSTER_DATABASE_URL"] = settings.dagster_database_url.get_secret_value()
     if name is None:
         return environment
-    kept = {"IMAGEPIPELINE_BROKER_URL", *CELERY_URLS, "DAGSTER_DATABASE_URL"} | SECRETS_OF[name]
+    kept = SECRETS_OF[name] | (INSTANCE_SECRETS if name in NAMES else set())
     return {variable: value for variable, value in environment.items() if variable in kept or not is_secret(variable)}
 
 
@@ -211,6 +214,13 @@ def build_webserver_url(settings: Settings) -> str:
     host = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(settings.webserver_host, settings.webserver_host)  # noqa: S104
     port = settings.webserver_port or DEFAULT_WEBSERVER_PORT
     return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
+
+
+def _write(path: Path, text: str) -> None:
+    """Writes a file that another service of this home may be reading."""
+    part = path.with_name(f".{path.name}-{secrets.token_hex(4)}")
+    part.write_text(text)
+    part.replace(path)
 
 
 def _dagster_home(settings: Settings) -> Path:

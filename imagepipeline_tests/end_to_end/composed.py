@@ -21,7 +21,7 @@ from imagepipeline.runtime import valkey
 from imagepipeline_tests.end_to_end.processes import find_port
 
 ROOT = Path(__file__).parents[2]
-STARTED = ("redis", "code-server", "daemon", "webserver", "proxy")
+STARTED = ("redis", "code-server", "worker", "daemon", "webserver", "proxy")
 
 
 class Composed:
@@ -112,7 +112,8 @@ class Composed:
         if "env_file" in self.services[name]:
             declared |= self._settings
         (home := self.folder / name).mkdir(exist_ok=True)
-        if "volumes" in self.services[name] and not (home / "sockets").exists():
+        shares_sockets = any(volume.startswith("sockets:") for volume in self.services[name].get("volumes", []))
+        if shares_sockets and not (home / "sockets").exists():
             (self.folder / "sockets").mkdir(exist_ok=True, mode=0o700)
             (home / "sockets").symlink_to(self.folder / "sockets")
         renamed = dict(zip(declared, self._rename(name, list(declared.values())), strict=True))
@@ -141,11 +142,13 @@ class Composed:
             words = [str(here) if word == script else word for word in words]
         renamed = []
         for word in words:
-            word = re.sub(r"\$\{(\w+):-(.*?)\}", lambda found: self._settings.get(found[1], found[2]), word)
+            while "${" in word:  # the innermost first
+                word = re.sub(r"\$\{(\w+):-([^${}]*)\}", lambda found: self._settings.get(found[1], found[2]), word)
             word = word.replace("/run/secrets/redis_users", "/run/secrets/redis_users.acl")
             for there, here in {
                 "/run/secrets": self.folder / "secrets",
-                "/var/lib/imagepipeline": self.folder / name,
+                "/run/imagepipeline": self.folder / name,
+                "/var/lib/imagepipeline": self.folder / "volume",
                 "/etc/caddy/Caddyfile": ROOT / "deploy" / "Caddyfile",
                 "$$": "$",
             }.items():

@@ -24,6 +24,12 @@ def find_children(parent: int, word: bytes) -> list[int]:
     return sorted(found)
 
 
+def find_descendants(parent: int) -> list[int]:
+    """The processes a process has started, and those that these have started."""
+    children = find_children(parent, b"")
+    return children + [pid for child in children for pid in find_descendants(child)]
+
+
 def find_process(home: Path, word: bytes) -> int:
     """A process of that home with the word in its name or command line."""
     for path in Path("/proc").glob("[0-9]*"):

@@ -21,13 +21,16 @@ import redis
 import sqlalchemy as sa
 import yaml
 
+from imagepipeline.runtime.services import SECRETS_OF
+from imagepipeline.settings import is_secret
 from imagepipeline_tests.conftest import PHOTOS
 from imagepipeline_tests.end_to_end.composed import ROOT, Composed
-from imagepipeline_tests.end_to_end.processes import find_workers
+from imagepipeline_tests.end_to_end.processes import find_descendants
 
 SERVICES = yaml.safe_load((ROOT / "docker-compose.yml").read_text())["services"]
 # One stack for all of them, in this order.
 pytestmark = pytest.mark.xdist_group("compose")
+API_KEYS = {"OPENAI_API_KEY": "sk-composed-openai", "OPENROUTER_API_KEY": "sk-composed-openrouter"}  # there, not used
 ATTACK = (
     'mutation { addDynamicPartition(partitionsDefName: "uploads", partitionKey: "KEY", repositorySelector: '
     '{repositoryName: "__repository__", repositoryLocationName: "imagepipeline"}) { __typename } }'
@@ -51,13 +54,47 @@ def test_no_service_is_more_open_than_it_must_be():
         for key in service.get("environment", {}):  # secrets come from files
             assert not re.search("PASSWORD|KEY|SECRET|_URL", key) or key.endswith("_FILE"), key
     assert SERVICES["daemon"]["deploy"]["replicas"] == 1
+    assert not {"container_name", "hostname", "ports"} & SERVICES["worker"].keys()  # there may be several
+    assert not any(volume.startswith("sockets:") for volume in SERVICES["worker"]["volumes"])
+
+
+def test_each_service_is_given_the_secrets_it_needs_and_no_more():
+    variables = {name: set(service.get("environment", {})) for name, service in SERVICES.items()}
+    for name in ("code-server", "worker", "daemon", "webserver"):
+        given = {variable.removesuffix("_FILE") for variable in variables[name] if is_secret(variable)}
+        assert given <= SECRETS_OF[name] | {"DAGSTER_DATABASE_URL", "IMAGEPIPELINE_BROKER_URL"}, name
+        assert len(given) == len(SERVICES[name]["secrets"]), name
+    assert not {"OPENAI_API_KEY_FILE", "OPENROUTER_API_KEY_FILE"} & variables["migrate"]
+
+
+def test_secrets_of_an_earlier_version_are_brought_up_to_date(tmp_path):
+    def make():
+        command = [sys.executable, ROOT / "deploy" / "make-secrets.py", tmp_path]
+        return subprocess.run(command, check=True, capture_output=True, text=True).stdout
+
+    make()
+    kept = {path.name: path.read_text() for path in tmp_path.iterdir()}
+    for name in ("redis_dagster_url", "redis_dagster_password"):
+        (tmp_path / name).unlink()
+    users = kept["redis_users.acl"].splitlines(keepends=True)
+    (tmp_path / "redis_users.acl").write_text("".join(user for user in users if "user dagster" not in user))
+    (tmp_path / "openai_api_key").write_text("sk-earlier\n")
+    said = make()
+    assert "redis_users.acl, which redis reads when it starts" in said
+    assert "openai_api_key holds a key, which is used only with IMAGEPIPELINE_VISION=remote in .env" in said
+    assert "openrouter" not in said
+    assert "sk-earlier" not in said
+    now = {path.name: path.read_text() for path in tmp_path.iterdir()}
+    changed = {name for name in kept if now[name] != kept[name]}
+    assert changed == {"redis_dagster_url", "redis_dagster_password", "redis_users.acl", "openai_api_key"}
+    assert "user dagster" in now["redis_users.acl"]
 
 
 @pytest.fixture(scope="module")
 def stack(postgres_url, s3_server):
     with tempfile.TemporaryDirectory(prefix="ip", dir="/tmp") as folder:
         settings = {"IMAGEPIPELINE_STORAGE_ROOT": "s3://images/composed", **s3_server}
-        keys = {name: settings.pop(name) for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY")}
+        keys = {name: settings.pop(name) for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY")} | API_KEYS
         stack = Composed(Path(folder), postgres_url, settings)
         for name, key in keys.items():
             secret = stack.folder / "secrets" / name.lower()
@@ -86,11 +123,19 @@ def push(stack, bucket, name, photo):
 def wait_for(stack, **counts):
     deadline = time.monotonic() + 150
     while True:
-        status = json.loads(stack.call("code-server", ["imagepipeline", "status", "--json"]))
+        status = json.loads(stack.call("worker", ["imagepipeline", "status", "--json"]))
         if {name: status[name] for name in counts} == counts:
             return
-        assert time.monotonic() < deadline, (status, stack.read_log("code-server")[-3000:])
+        assert time.monotonic() < deadline, (status, stack.read_log("worker")[-3000:])
         time.sleep(0.3)
+
+
+def list_runs(stack, status):
+    """The runs of a status, as the UI asks for them."""
+    query = f"{{ runsOrError(filter: {{statuses: [{status}]}}) {{ ... on Runs {{ results {{ runId }} }} }} }}"
+    user = ("admin", stack.read_secret("ui_password"))
+    answer = json.loads(ask(stack.site + "/graphql", query, user, Origin=stack.site)[1])
+    return [run["runId"] for run in answer["data"]["runsOrError"]["results"]]
 
 
 def ask(url, query=None, user=None, **headers):
@@ -108,7 +153,7 @@ def ask(url, query=None, user=None, **headers):
         return error.code, error.read().decode()
 
 
-def test_photos_go_through_and_a_dead_server_with_its_runs_costs_time_only(stack, bucket, postgres_url):
+def test_photos_go_through_and_a_dead_worker_and_code_server_cost_time_only(stack, bucket, postgres_url):
     photos = sorted(PHOTOS.glob("*.jpg"))
     for photo in photos:
         push(stack, bucket, f"first-{photo.stem}", photo)
@@ -116,17 +161,18 @@ def test_photos_go_through_and_a_dead_server_with_its_runs_costs_time_only(stack
     keys = {entry["Key"] for entry in bucket.list_objects_v2(Bucket="images", Prefix="composed/variants")["Contents"]}
     assert len(keys) == 30
     assert "composed/variants/first-cat-lg.avif" in keys
-    found = json.loads(stack.call("code-server", ["imagepipeline", "search", "a cup of coffee", "--json"]))
+    found = json.loads(stack.call("worker", ["imagepipeline", "search", "a cup of coffee", "--json"]))
     assert found[0]["image_id"] == "first-coffee"
 
     for photo in photos:
         push(stack, bucket, f"second-{photo.stem}", photo)
-    server = stack.running["code-server"]
-    while len(find_workers(server.pid)) < 2:
+    while list_runs(stack, "STARTED") == []:
         time.sleep(0.02)
-    os.killpg(server.pid, signal.SIGKILL)
-    server.wait()
-    stack.start_service("code-server")
+    for name in ("worker", "code-server"):
+        os.killpg(stack.running[name].pid, signal.SIGKILL)
+        stack.running[name].wait()
+    for name in ("code-server", "worker"):
+        stack.start_service(name)
     wait_for(stack, completed=10, failed=0, processing=0, pending=0)
 
     with sa.create_engine(postgres_url).connect() as connection:
@@ -137,15 +183,69 @@ def test_photos_go_through_and_a_dead_server_with_its_runs_costs_time_only(stack
     assert all(count <= limits[user] / 2 for user, _, count in used), used
 
 
-def test_each_redis_user_can_do_its_work_and_no_more(stack):
+def test_a_run_cancelled_in_the_ui_is_cancelled(stack):
     uploader = redis.Redis.from_url(stack.read_secret("redis_uploader_url"))
-    pipeline = redis.Redis.from_url(stack.read_secret("redis_pipeline_url"))
+    uploader.lpush("image-processing:wait", "awaited")  # it has no original, for which its run waits some seconds
+    while not (runs := list_runs(stack, "STARTED")):
+        time.sleep(0.02)
+    cancel = f'mutation {{ terminateRun(runId: "{runs[0]}") {{ __typename }} }}'
+    user = ("admin", stack.read_secret("ui_password"))
+    assert "TerminateRunSuccess" in ask(stack.site + "/graphql", cancel, user, Origin=stack.site)[1]
+    wait_for(stack, completed=10, failed=1, processing=0, pending=0)
+    assert list_runs(stack, "CANCELED") == runs
+    awaited = json.loads(stack.call("worker", ["imagepipeline", "status", "awaited", "--json"]))
+    assert awaited["reason"] == "cancelled"
+    stack.call("worker", ["imagepipeline", "failed", "discard", "awaited"])
+
+
+def test_no_service_lacks_a_right_in_redis(stack):
+    admin = redis.Redis(port=stack.ports["redis"], username="admin", password=stack.read_secret("redis_admin_password"))
+    assert [(entry["username"], entry["object"]) for entry in admin.acl_log()] == []
+
+
+def test_keys_are_in_the_environment_of_workers_and_nowhere_else(stack, s3_server):
+    environments = {}
+    for name in ("code-server", "worker", "daemon", "webserver"):
+        for pid in (stack.running[name].pid, *find_descendants(stack.running[name].pid)):
+            command = Path(f"/proc/{pid}/cmdline").read_bytes()
+            owner = next((module for module in (b".zygote", b".resident") if module in command), name.encode()).decode()
+            environments.setdefault(owner, []).append(Path(f"/proc/{pid}/environ").read_bytes())
+    assert len(environments["worker"]) > 1
+    assert environments.keys() == {"code-server", "worker", ".resident", ".zygote", "daemon", "webserver"}
+
+    def find_holders(secret):
+        return {name for name, held in environments.items() if any(secret.encode() in each for each in held)}
+
+    assert [find_holders(key) for key in API_KEYS.values()] == [{"worker"}, {"worker"}]
+    assert find_holders(s3_server["AWS_SECRET_ACCESS_KEY"]) == {"worker", ".resident"}
+    for secret in ("redis_pipeline_password", "catalogue_database_password"):
+        assert find_holders(stack.read_secret(secret)) == {"worker", "code-server"}, secret
+    assert find_holders(stack.read_secret("redis_dagster_password")) == {"daemon", "webserver"}
+    assert find_holders(stack.read_secret("dagster_database_password")) == {
+        *("worker", "code-server", "daemon", "webserver")
+    }
+
+
+def test_each_redis_user_can_do_its_work_and_no_more(stack):
+    uploader, pipeline, dagster = (
+        redis.Redis.from_url(stack.read_secret(f"redis_{name}_url")) for name in ("uploader", "pipeline", "dagster")
+    )
     assert uploader.llen("image-processing:wait") == 0
     for refused in (
         lambda: uploader.lrange("image-processing:wait", 0, -1),
         lambda: uploader.lpush("image-processing:dead", "x"),
         lambda: uploader.get("image-processing:limit"),
+        lambda: uploader.lpush("image-processing:runs:dagster", "x"),
+        lambda: uploader.publish("image-processing:runs:/0.celery.pidbox", "x"),
+        lambda: dagster.lpush("image-processing:wait", "x"),
+        lambda: dagster.get("image-processing:limit"),
+        lambda: dagster.publish("other", "x"),
+        lambda: dagster.set("image-processing:runs:x", "x"),
+        lambda: dagster.delete("image-processing:runs:dagster"),
+        lambda: dagster.eval("return 1", 0),
+        lambda: dagster.keys(),
         lambda: pipeline.set("other", "x"),
+        lambda: pipeline.publish("other", "x"),
         lambda: pipeline.flushall(),
         lambda: pipeline.config_set("maxmemory-policy", "allkeys-lru"),
         lambda: pipeline.eval("return 1", 0),
@@ -155,7 +255,7 @@ def test_each_redis_user_can_do_its_work_and_no_more(stack):
             refused()
     with pytest.raises(redis.AuthenticationError):
         redis.Redis(port=stack.ports["redis"]).ping()
-    stack.call("code-server", ["imagepipeline", "limit", "100/minute"])
+    stack.call("worker", ["imagepipeline", "limit", "100/minute"])
 
 
 def test_a_foreign_page_can_change_nothing_through_the_proxy(stack):
@@ -251,7 +351,7 @@ def test_a_backup_brings_everything_back_as_the_operations_page_says(stack, buck
         return [entry["Key"] for page in pages for entry in page.get("Contents", [])]
 
     def count():
-        return json.loads(stack.call("code-server", ["imagepipeline", "status", "--json"]))
+        return json.loads(stack.call("worker", ["imagepipeline", "status", "--json"]))
 
     push(stack, bucket, "kept", PHOTOS / "cat.jpg")
     wait_for(stack, waiting=0, pending=0, processing=0)
@@ -265,12 +365,12 @@ def test_a_backup_brings_everything_back_as_the_operations_page_says(stack, buck
     for generation in (2, 3):
         push(stack, bucket, "kept", PHOTOS / "coffee.jpg")
         wait_for(stack, waiting=0, pending=0, processing=0)
-        kept = json.loads(stack.call("code-server", ["imagepipeline", "status", "kept", "--json"]))
+        kept = json.loads(stack.call("worker", ["imagepipeline", "status", "kept", "--json"]))
         assert kept["generation"] == generation
     stack.stop_service("daemon")
     objects = {key: bucket.get_object(Bucket="images", Key=key)["Body"].read() for key in list_keys()}
 
-    for name in ("webserver", "code-server"):
+    for name in ("webserver", "worker", "code-server"):
         stack.stop_service(name)
     psql = ["psql", "--username=postgres", "--set=ON_ERROR_STOP=1"]
     for name in ("catalogue", "dagster"):
@@ -287,14 +387,18 @@ def test_a_backup_brings_everything_back_as_the_operations_page_says(stack, buck
         bucket.put_object(Bucket="images", Key=key, Body=body)
     stack.call("postgres", [*psql, "--dbname=catalogue", "--command", "UPDATE images SET fence = fence + 1000000"])
     stack.call("migrate", SERVICES["migrate"]["command"])
-    for name in ("code-server", "daemon", "webserver"):
+    for name in ("code-server", "worker", "daemon", "webserver"):
         stack.start_service(name)
 
     assert count() == before
-    assert json.loads(stack.call("code-server", ["imagepipeline", "search", "a cat", "--json"]))
-    stack.call("code-server", ["imagepipeline", "doctor"])
+    assert json.loads(stack.call("worker", ["imagepipeline", "search", "a cat", "--json"]))
+    command = ["imagepipeline", "doctor", "--json"]
+    asked = subprocess.run(command, env=stack.build_environment("worker"), capture_output=True, text=True, check=False)
+    findings = [json.loads(line) for line in asked.stdout.splitlines()]
+    unwell = {finding["name"] for finding in findings if not finding["is_well"]}
+    assert unwell <= {"code server"}, asked.stdout  # which a worker cannot reach
     push(stack, bucket, "kept", PHOTOS / "cat.jpg")
     push(stack, bucket, "new", PHOTOS / "rocket.jpg")
     wait_for(stack, completed=before["completed"] + 1, failed=0, waiting=0, pending=0, processing=0)
-    kept = json.loads(stack.call("code-server", ["imagepipeline", "status", "kept", "--json"]))
+    kept = json.loads(stack.call("worker", ["imagepipeline", "status", "kept", "--json"]))
     assert [event["event"] for event in kept["history"]].count("recovered") == 0
