@@ -116,8 +116,9 @@ def test_an_open_home_is_closed_whichever_way_one_comes_in(open_home, redis_url,
 )
 def test_what_a_module_or_a_tool_of_dagster_makes_by_itself_is_private(tmp_path, command):
     home = tmp_path / "home"
-    environment = services.prepare(load(home))
-    result = run(home, *command, DAGSTER_HOME=environment["DAGSTER_HOME"])
+    settings = load(home)
+    services.prepare(settings)
+    result = run(home, *command, DAGSTER_HOME=services.build_environment(settings)["DAGSTER_HOME"])
     made = {path.name for path in home.rglob("*.db")}
     assert "runs.db" in made, result.stderr
     assert [name for name in list_open(home) if Path(name).name in made or "catalogue" in name] == []
