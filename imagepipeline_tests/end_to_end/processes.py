@@ -24,6 +24,12 @@ def find_children(parent: int, word: bytes) -> list[int]:
     return sorted(found)
 
 
+def list_descendants(parent: int) -> list[int]:
+    """All processes below one."""
+    children = find_children(parent, b"")
+    return [*children, *(below for child in children for below in list_descendants(child))]
+
+
 def find_process(home: Path, word: bytes) -> int:
     """A process of that home with the word in its name or command line."""
     for path in Path("/proc").glob("[0-9]*"):
