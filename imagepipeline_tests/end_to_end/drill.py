@@ -28,7 +28,7 @@ from imagepipeline.runtime.processes import read_tail
 from imagepipeline.settings import Settings
 from imagepipeline.stores.catalogue import Catalogue
 from imagepipeline_tests.conftest import redis_server
-from imagepipeline_tests.end_to_end.processes import find_children, find_port, find_process
+from imagepipeline_tests.end_to_end.processes import find_children, find_port
 
 COMMAND = Path(sys.executable).parent / "imagepipeline"
 PATIENCE_SECONDS = 240
@@ -113,7 +113,7 @@ class Drill:
         self.home = home
         self.provider = provider
         self.settings = Settings.load()
-        self.log = open(home.parent / "up.log", "ab")
+        self.log = (home.parent / "up.log").open("ab")
         self.cancelled = 0
         self._processes: dict[str, subprocess.Popen[bytes]] = {}
         self._pushed = 0
@@ -188,16 +188,14 @@ class Drill:
         return self.find("worker")
 
     def find(self, name: str) -> int:
-        """The process of a service, by the name that `ps` shows."""
+        """The process of a service: the leader of its session, whose output goes to its log."""
+        log = str(self.home / "logs" / f"{name}.log")
         for path in Path("/proc").glob("[0-9]*"):
             try:
-                if (path / "comm").read_text().strip() != name[:15] or os.getsid(int(path.name)) != int(path.name):
-                    continue
-                logs = {os.readlink(path / "fd" / "1")}
+                if os.getsid(int(path.name)) == int(path.name) and os.readlink(path / "fd" / "1") == log:
+                    return int(path.name)
             except OSError:
                 continue
-            if str(self.home / "logs" / f"{name}.log") in logs:
-                return int(path.name)
         raise AssertionError(f"no {name} runs in {self.home}")
 
     def children(self) -> list[int]:
@@ -210,10 +208,6 @@ class Drill:
         messages = " ".join(event.get("message", "") for run in asked for event in run["eventConnection"]["events"])
         named = {int(pid) for pid in re.findall(r"Started process for run \(pid: (\d+)\)", messages)}
         return sorted(named.intersection(self.children()))
-
-    def find_redis(self) -> int:
-        """Our Redis-compatible server."""
-        return find_process(self.home, b"valkey-server")
 
     def tell(self, number: int, *pids: int) -> None:
         """Sends a signal."""

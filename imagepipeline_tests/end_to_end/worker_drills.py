@@ -30,6 +30,7 @@ NO_WORKER_SECONDS = 300
 def cancelled_in_the_queue(stack: Drill) -> float:
     """Cancels a run that Dagster has not handed over."""
     stack.push(12)
+    stack.wait_until_working(3)
     return _cancel(stack, "QUEUED")
 
 
@@ -104,7 +105,7 @@ def killed_redis(stack: Drill) -> float:
     """Kills our Valkey, which the supervisor starts again."""
     stack.push(8)
     stack.wait_until_working()
-    stack.tell(signal.SIGKILL, stack.find_redis())
+    stack.tell(signal.SIGKILL, stack.find("redis"))
     return stack.measure_completion(time.monotonic())
 
 
@@ -112,7 +113,7 @@ def restarted_redis(stack: Drill) -> float:
     """Stops our Valkey as an administrator would; it is started again."""
     stack.push(8)
     stack.wait_until_working()
-    stack.tell(signal.SIGTERM, stack.find_redis())
+    stack.tell(signal.SIGTERM, stack.find("redis"))
     return stack.measure_completion(time.monotonic())
 
 
@@ -120,7 +121,7 @@ def frozen_redis(stack: Drill) -> float:
     """Stops our Valkey for 20 s, so that it accepts connections and answers nothing."""
     stack.push(8)
     stack.wait_until_working()
-    redis = stack.find_redis()
+    redis = stack.find("redis")
     stack.tell(signal.SIGSTOP, redis)
     time.sleep(FULL_SECONDS)
     stack.tell(signal.SIGCONT, redis)
