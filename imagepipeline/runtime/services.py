@@ -134,7 +134,10 @@ def is_healthy(settings: Settings, name: str) -> bool:
     if name == "webserver":
         return answers_http(build_webserver_url(settings) + "/server_info")
     if name == "worker":
-        return settings.worker_name in list_workers(settings, settings.worker_name)
+        try:
+            return settings.worker_name in list_workers(settings, settings.worker_name)
+        except StackError:
+            return False
     prepare(settings)
     command = [sys.executable, "-m", "dagster._daemon", "liveness-check"]
     return subprocess.run(command, env=build_environment(settings), capture_output=True, check=False).returncode == 0

@@ -28,7 +28,7 @@ from imagepipeline.runtime.processes import read_tail
 from imagepipeline.settings import Settings
 from imagepipeline.stores.catalogue import Catalogue
 from imagepipeline_tests.conftest import redis_server
-from imagepipeline_tests.end_to_end.processes import find_children, find_port
+from imagepipeline_tests.end_to_end.processes import find_children, find_port, find_service
 
 COMMAND = Path(sys.executable).parent / "imagepipeline"
 PATIENCE_SECONDS = 240
@@ -188,15 +188,8 @@ class Drill:
         return self.find("worker")
 
     def find(self, name: str) -> int:
-        """The process of a service: the leader of its session, whose output goes to its log."""
-        log = str(self.home / "logs" / f"{name}.log")
-        for path in Path("/proc").glob("[0-9]*"):
-            try:
-                if os.getsid(int(path.name)) == int(path.name) and os.readlink(path / "fd" / "1") == log:
-                    return int(path.name)
-            except OSError:
-                continue
-        raise AssertionError(f"no {name} runs in {self.home}")
+        """The process of a service."""
+        return find_service(self.home, name)
 
     def children(self) -> list[int]:
         """The worker's children that execute runs, or wait for one."""

@@ -1,13 +1,20 @@
 """Which process is which, in a stack that runs."""
 
+import os
 import socket
 from pathlib import Path
 
 
-def find_workers(server: int) -> list[int]:
-    """The processes of the runs that were forked for a code server, oldest first."""
-    forkserver = find_children(server, b"forkserver")[0]
-    return find_children(forkserver, b"forkserver")
+def find_service(home: Path, name: str) -> int:
+    """The process of a service of `imagepipeline up`: the leader of its session, whose output goes to its log."""
+    log = str(home / "logs" / f"{name}.log")
+    for path in Path("/proc").glob("[0-9]*"):
+        try:
+            if os.getsid(int(path.name)) == int(path.name) and os.readlink(path / "fd" / "1") == log:
+                return int(path.name)
+        except OSError:
+            continue
+    raise AssertionError(f"no {name} runs in {home}")
 
 
 def find_children(parent: int, word: bytes) -> list[int]:
