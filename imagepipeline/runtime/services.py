@@ -186,6 +186,7 @@ def list_workers(settings: Settings, name: str | None = None) -> list[str]:
         StackError: Redis does not answer.
     """
     from celery import Celery
+    from kombu.exceptions import OperationalError
 
     url = broker.build_url(settings.broker_url)
     app = Celery(broker=url, config_source=broker.build_config(settings.queue_prefix))
@@ -194,7 +195,7 @@ def list_workers(settings: Settings, name: str | None = None) -> list[str]:
             connection.ensure_connection(max_retries=1)
             asked = {"destination": [name], "limit": 1} if name else {}
             answers = app.control.ping(timeout=PING_SECONDS, connection=connection, **asked)
-        except connection.connection_errors + connection.channel_errors as error:
+        except (OperationalError, *connection.connection_errors, *connection.channel_errors) as error:
             raise StackError(f"the workers' Redis does not answer ({type(error).__name__})") from None
     return sorted(worker for answer in answers for worker in answer)
 
