@@ -8,7 +8,6 @@ import signal
 import socket
 import struct
 import subprocess
-import sys
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -19,8 +18,11 @@ import pytest
 from imagepipeline.errors import ResidentDownError, StaleClaimError
 from imagepipeline.models import Claim, Embedding
 from imagepipeline.resident import ResidentEmbedder, ResidentIndex, serve
+from imagepipeline.runtime import services
 from imagepipeline.runtime.services import answers_socket
+from imagepipeline.runtime.worker import RESIDENT_COMMAND
 from imagepipeline.services.embedder import LocalEmbedder
+from imagepipeline.settings import Settings
 from imagepipeline.stores.vectors import BatchingIndex, EmbeddingIndex
 from imagepipeline.wire import HEADER
 
@@ -105,30 +107,22 @@ def test_what_is_no_question_is_not_answered_and_runs_nothing(resident, tmp_path
 
 
 def test_it_ends_with_the_process_that_started_it(tmp_path):
-    address = tmp_path / "resident.sock"
-    code = (
-        "import multiprocessing, time\n"
-        "from imagepipeline.resident import serve\n"
-        "if __name__ == '__main__':\n"
-        f"    arguments = ({str(address)!r}, {str(tmp_path / 'index')!r})\n"
-        "    multiprocessing.get_context('spawn').Process(target=serve, args=arguments).start()\n"
-        "    time.sleep(600)\n"
-    )
-    script = tmp_path / "parent.py"
-    script.write_text(code)
-    parent = subprocess.Popen([sys.executable, script])
-    while not address.exists():
-        assert parent.poll() is None
-        time.sleep(0.02)
-    parent.kill()
-
-    def ask_for_ten_seconds():
-        deadline = time.monotonic() + 10
-        while time.monotonic() < deadline:
-            ResidentIndex(str(address)).get("a", "local:m")
-
+    settings = Settings.load({"IMAGEPIPELINE_HOME": str(tmp_path)})
+    services.prepare(settings)
+    environment = os.environ | {"IMAGEPIPELINE_HOME": str(tmp_path)}
+    process = subprocess.Popen(RESIDENT_COMMAND, stdin=subprocess.PIPE, env=environment)
+    try:
+        while not answers_socket(Path(settings.resident_address)):
+            assert process.poll() is None
+            time.sleep(0.02)
+        assert ResidentIndex(settings.resident_address).get("a", "local:m") is None
+        process.stdin.close()  # as the kernel does for whoever dies
+        assert process.wait(10) == 0
+    finally:
+        process.kill()
+        process.wait()
     with pytest.raises(ResidentDownError):
-        ask_for_ten_seconds()
+        ResidentIndex(settings.resident_address).get("a", "local:m")
 
 
 def test_upserts_that_wait_share_a_commit_and_each_learns_its_own_fate(tmp_path):

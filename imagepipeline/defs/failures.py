@@ -28,6 +28,7 @@ MAX_ATTEMPTS = 3
 # For errors nobody classified. Dagster waits (2^n - 1) x delay: 1 s, then 3 s.
 RETRY_POLICY = dg.RetryPolicy(max_retries=MAX_ATTEMPTS - 1, delay=1, backoff=dg.Backoff.EXPONENTIAL)
 BEAT_SECONDS = 10
+CANCELLED = (dg.DagsterRunStatus.CANCELING, dg.DagsterRunStatus.CANCELED)  # the latter at once, by force
 
 
 @contextmanager
@@ -175,6 +176,6 @@ def _handed_back(catalogue: Catalogue, claim: Claim, cause: str, wait_seconds: f
 def _interrupted(context: dg.AssetExecutionContext, catalogue: Catalogue, claim: Claim) -> dg.Failure:
     """A person who cancels means it; any other stop gives the image back to the queue."""
     run = context.instance.get_run_by_id(context.run.run_id)
-    if run is not None and run.status == dg.DagsterRunStatus.CANCELING:
+    if run is not None and run.status in CANCELLED:
         return _failed(context, catalogue, claim, "cancelled", f"run {context.run.run_id} was cancelled")
     return _handed_back(catalogue, claim, "the run was stopped", 0)

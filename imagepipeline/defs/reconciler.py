@@ -19,7 +19,7 @@ from imagepipeline.text import make_printable
 
 INTERVAL_SECONDS = 15
 STALL_SECONDS = 45  # more than four beats of a living run
-UNCLAIMED_SECONDS = 60  # a run takes 1 s to start, and 9 s when five do at once on two cores
+UNCLAIMED_SECONDS = 45  # a run takes 1 s to start, and 9 s when five do at once on two cores
 MAX_PENDING_CHECKED = 50
 RENEWAL_WAITS_SECONDS = (1, 5, 30, 120)  # for a run that ends before it begins, again and again
 CANCELLED = "its run was cancelled before it began"

@@ -2,6 +2,7 @@
 
 import contextlib
 import ctypes
+import fcntl
 import logging
 import multiprocessing
 import os
@@ -143,9 +144,7 @@ def _become(name: str, arguments: Sequence[str], log: Path, environment: Mapping
     """In a new child: runs a module as a new Python would."""
     os.setsid()
     _prepare_child()
-    parent = multiprocessing.parent_process()
-    if parent is not None and not parent.is_alive():  # it died before we asked to be told
-        return
+    _end_with_parent()
     signal.signal(signal.SIGINT, signal.default_int_handler)  # as in a new Python
     with _open_log(log) as output, open(os.devnull, "rb") as nothing:
         for descriptor, file in enumerate((nothing, output, output)):
@@ -157,6 +156,22 @@ def _become(name: str, arguments: Sequence[str], log: Path, environment: Mapping
         runpy.run_module(arguments[0], run_name="__main__", alter_sys=True)
     finally:
         logging.shutdown()
+
+
+def _end_with_parent() -> None:
+    """Has the kernel send this process SIGTERM when whoever asked for it dies.
+
+    A forkserver, whose child it may be, does not die with them: its children keep it alive.
+    """
+    parent = multiprocessing.parent_process()
+    if parent is None or sys.platform != "linux":
+        return
+    # A pipe whose other end only they hold: a signal says that it was closed (fcntl(2), F_SETSIG).
+    fcntl.fcntl(parent.sentinel, fcntl.F_SETSIG, signal.SIGTERM)
+    fcntl.fcntl(parent.sentinel, fcntl.F_SETOWN, os.getpid())
+    fcntl.fcntl(parent.sentinel, fcntl.F_SETFL, fcntl.fcntl(parent.sentinel, fcntl.F_GETFL) | os.O_ASYNC)
+    if not parent.is_alive():  # they died before we asked to be told
+        sys.exit()
 
 
 def _prepare_child() -> None:

@@ -137,7 +137,10 @@ def is_healthy(settings: Settings, name: str) -> bool:
     if name == "webserver":
         return answers_http(build_webserver_url(settings) + "/server_info")
     if name == "worker":
-        return settings.worker_name in list_workers(settings, settings.worker_name)
+        try:
+            return settings.worker_name in list_workers(settings, settings.worker_name)
+        except StackError:
+            return False
     prepare(settings)
     command = [sys.executable, "-m", "dagster._daemon", "liveness-check"]
     return subprocess.run(command, env=build_environment(settings), capture_output=True, check=False).returncode == 0
@@ -186,6 +189,7 @@ def list_workers(settings: Settings, name: str | None = None) -> list[str]:
         StackError: Redis does not answer.
     """
     from celery import Celery
+    from kombu.exceptions import OperationalError
 
     url = broker.build_url(settings.broker_url)
     app = Celery(broker=url, config_source=broker.build_config(settings.queue_prefix))
@@ -194,7 +198,7 @@ def list_workers(settings: Settings, name: str | None = None) -> list[str]:
             connection.ensure_connection(max_retries=1)
             asked = {"destination": [name], "limit": 1} if name else {}
             answers = app.control.ping(timeout=PING_SECONDS, connection=connection, **asked)
-        except connection.connection_errors + connection.channel_errors as error:
+        except (OperationalError, *connection.connection_errors, *connection.channel_errors) as error:
             raise StackError(f"the workers' Redis does not answer ({type(error).__name__})") from None
     return sorted(worker for answer in answers for worker in answer)
 

@@ -49,6 +49,7 @@ def build_config(prefix: str) -> dict[str, Any]:
         "worker_hijack_root_logger": False,
         "worker_redirect_stdouts": False,
         "worker_send_task_events": False,
+        "broker_channel_error_retry": True,  # such as of a Redis that is full
     }
 
 

@@ -144,9 +144,8 @@ def test_a_run_that_holds_a_slot_and_no_image_is_ended(look, catalogue, start_ru
 
 def test_a_tick_says_what_it_did(catalogue, instance, tasks, start_run):
     def tick():
-        return reconciler(
-            dg.build_sensor_context(instance=instance, resources={"catalogue": catalogue, "tasks": tasks})
-        ).skip_message
+        resources = {"catalogue": catalogue, "tasks": tasks}
+        return reconciler(dg.build_sensor_context(instance=instance, resources=resources)).skip_message
 
     assert tick() == "Nothing to repair."
     lose(catalogue, "a", start_run("a", status=dg.DagsterRunStatus.FAILURE))

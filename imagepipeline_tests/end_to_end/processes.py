@@ -1,13 +1,20 @@
 """Which process is which, in a stack that runs."""
 
+import os
 import socket
 from pathlib import Path
 
 
-def find_workers(server: int) -> list[int]:
-    """The processes of the runs that were forked for a code server, oldest first."""
-    forkserver = find_children(server, b"forkserver")[0]
-    return find_children(forkserver, b"forkserver")
+def find_service(home: Path, name: str) -> int:
+    """The process of a service of `imagepipeline up`: the leader of its session, whose output goes to its log."""
+    log = str(home / "logs" / f"{name}.log")
+    for path in Path("/proc").glob("[0-9]*"):
+        try:
+            if os.getsid(int(path.name)) == int(path.name) and os.readlink(path / "fd" / "1") == log:
+                return int(path.name)
+        except OSError:
+            continue
+    raise AssertionError(f"no {name} runs in {home}")
 
 
 def find_children(parent: int, word: bytes) -> list[int]:
@@ -24,10 +31,10 @@ def find_children(parent: int, word: bytes) -> list[int]:
     return sorted(found)
 
 
-def find_descendants(parent: int) -> list[int]:
-    """The processes a process has started, and those that these have started."""
+def list_descendants(parent: int) -> list[int]:
+    """All processes below one."""
     children = find_children(parent, b"")
-    return children + [pid for child in children for pid in find_descendants(child)]
+    return [*children, *(below for child in children for below in list_descendants(child))]
 
 
 def find_process(home: Path, word: bytes) -> int:

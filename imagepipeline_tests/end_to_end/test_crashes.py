@@ -27,7 +27,7 @@ from imagepipeline.stores.catalogue import Catalogue
 from imagepipeline.stores.files import FileStore
 from imagepipeline.stores.vectors import EmbeddingIndex
 from imagepipeline_tests.conftest import PHOTOS
-from imagepipeline_tests.end_to_end.processes import find_port, find_process, find_workers
+from imagepipeline_tests.end_to_end.processes import find_children, find_port, find_service
 
 ROOT = Path(__file__).parent.parent.parent
 EFFECTS = {
@@ -158,7 +158,8 @@ def test_a_frozen_run_that_wakes_after_its_succession_changes_nothing(world, eff
 
 
 def test_dead_and_frozen_workers_and_a_dead_code_server_cost_time_only(tmp_path, monkeypatch, database_urls):
-    monkeypatch.setenv("IMAGEPIPELINE_HOME", str(tmp_path / "home"))
+    home = tmp_path / "home"
+    monkeypatch.setenv("IMAGEPIPELINE_HOME", str(home))
     catalogue_url, dagster_url = database_urls
     monkeypatch.setenv("IMAGEPIPELINE_WEBSERVER_PORT", str(find_port()))  # other tests have stacks at the same time
     monkeypatch.setenv("DATABASE_URL", catalogue_url)
@@ -173,9 +174,6 @@ def test_dead_and_frozen_workers_and_a_dead_code_server_cost_time_only(tmp_path,
             time.sleep(0.02)
         return time.monotonic() - began
 
-    def find_server() -> int:
-        return os.getpgid(find_process(tmp_path, b"code-server"))
-
     def push_and_wait_for_work() -> None:
         subprocess.run([command, "push", *map(str, PHOTOS.glob("*.jpg"))], check=True, stdout=subprocess.DEVNULL)
         wait_until(lambda counts: counts["processing"] >= 2)
@@ -184,7 +182,7 @@ def test_dead_and_frozen_workers_and_a_dead_code_server_cost_time_only(tmp_path,
         try:
             assert stack.stdout.readline()
             push_and_wait_for_work()
-            frozen, killed = find_workers(find_server())[:2]
+            frozen, killed = find_children(find_service(home, "worker"), b"run\n")[:2]
             os.kill(frozen, signal.SIGSTOP)
             os.kill(killed, signal.SIGKILL)
             seconds = wait_until(lambda counts: counts["completed"] == 5)
@@ -194,9 +192,10 @@ def test_dead_and_frozen_workers_and_a_dead_code_server_cost_time_only(tmp_path,
 
             push_and_wait_for_work()
             lost = catalogue.count()["processing"]
-            os.killpg(find_server(), signal.SIGKILL)  # and with it all runs
+            os.kill(find_service(home, "worker"), signal.SIGKILL)  # and with it all runs
+            os.kill(find_service(home, "code-server"), signal.SIGKILL)
             seconds = wait_until(lambda counts: counts["completed"] == 5)
-            print(f"{lost} runs killed with their server: all five images completed {seconds:.0f} s later")
+            print(f"{lost} runs killed with worker and code server: all five images completed {seconds:.0f} s later")
             assert catalogue.count()["failed"] == 0
         finally:
             stack.send_signal(signal.SIGTERM)

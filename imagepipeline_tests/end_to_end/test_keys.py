@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from imagepipeline_tests.end_to_end.processes import find_port
+from imagepipeline_tests.end_to_end.processes import find_port, list_descendants
 
 COMMAND = Path(sys.executable).parent / "imagepipeline"
 SECRETS = {
@@ -60,23 +60,6 @@ def name_process(path):
     return word.removeprefix("imagepipeline.") if word else "forkserver" if comm.startswith("python") else comm
 
 
-def list_tree(root):
-    """The processes below one."""
-    parents = {}
-    for path in Path("/proc").glob("[0-9]*"):
-        try:
-            parents[int(path.name)] = int((path / "stat").read_text().rpartition(")")[2].split()[1])
-        except OSError:
-            continue
-    found, todo = [], [root]
-    while todo:
-        parent = todo.pop()
-        children = [pid for pid, known in parents.items() if known == parent]
-        found += children
-        todo += children
-    return found
-
-
 @pytest.mark.skipif(sys.platform != "linux", reason="there is no /proc")
 def test_each_process_holds_the_secrets_it_needs_and_no_others(tmp_path):
     environment = {
@@ -92,7 +75,7 @@ def test_each_process_holds_the_secrets_it_needs_and_no_others(tmp_path):
         try:
             assert stack.stdout.readline()
             told = set()
-            for pid in list_tree(stack.pid):
+            for pid in list_descendants(stack.pid):
                 path = Path(f"/proc/{pid}")
                 name = name_process(path)
                 memory = read_memory(pid)

@@ -18,7 +18,7 @@ from PIL import Image
 from imagepipeline.runtime.services import answers_http
 from imagepipeline.stores.vectors import EmbeddingIndex
 from imagepipeline_tests.conftest import PHOTOS
-from imagepipeline_tests.end_to_end.processes import find_port, find_process
+from imagepipeline_tests.end_to_end.processes import find_port, find_process, find_service
 
 COMMAND = Path(sys.executable).parent / "imagepipeline"
 PATIENCE_SECONDS = 180
@@ -137,10 +137,10 @@ def test_from_a_plain_push_to_a_search_and_a_clean_stop(home):
             found = json.loads(run("search", "a cup of coffee", "--json").stdout)
             assert found[0]["image_id"] == "cup"
 
-            resident = find_process(home, b"spawn_main")
+            resident = find_process(home, b"imagepipeline.resident")
             os.kill(resident, signal.SIGKILL)  # it is started again, and nobody notices
             pushed = run("push", str(PHOTOS / "rocket.jpg"), "--id", "rocket", "--wait", "--json")
-            assert find_process(home, b"spawn_main") != resident
+            assert find_process(home, b"imagepipeline.resident") != resident
             assert json.loads(pushed.stdout)["images"][0]["status"] == "completed"
             again = run("push", str(originals / "broken.jpg"), "--id", "broken", "--wait", check=False)
             assert again.returncode == 1
@@ -178,9 +178,9 @@ def test_a_stopped_stack_finishes_what_runs_and_goes_on_later_with_what_waits(ho
 
     stack = start()
     try:
-        webserver = find_process(home, b"webserver")
+        webserver = find_service(home, "webserver")
         os.kill(webserver, signal.SIGKILL)  # that it is started again is told to nobody
-        wait_until(lambda: is_up() and find_process(home, b"webserver") != webserver)
+        wait_until(lambda: is_up() and find_service(home, "webserver") != webserver)
         assert stack.poll() is None
         run("push", *(str(photo) for photo in PHOTOS.glob("*.jpg")))
         for number in range(4):

@@ -90,7 +90,8 @@ def run_trial(redis_url: str, databases: Databases, point: str, signal_number: i
         home = Path(folder)
         prefix = home.name
         os.environ.update(urls, IMAGEPIPELINE_HOME=str(home), REDIS_URL=redis_url, IMAGEPIPELINE_QUEUE_PREFIX=prefix)
-        os.environ.update(services.prepare(settings := Settings.load()))
+        services.prepare(settings := Settings.load())
+        os.environ.update(services.build_environment(settings))
         catalogue = Catalogue(settings.database_url)
         catalogue.migrate()
         queue = UploadQueue(redis_url, prefix)

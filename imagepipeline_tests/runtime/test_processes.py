@@ -1,4 +1,4 @@
-"""Children that are forked instead of started anew."""
+"""Services: modules in processes of their own, and their logs."""
 
 import os
 import subprocess
@@ -6,44 +6,73 @@ import sys
 import time
 from pathlib import Path
 
+import pytest
+
 from imagepipeline.runtime import processes
 
-PARENT = """
-import os, signal, sys, time
-from pathlib import Path
-from imagepipeline.runtime.processes import Forked
+ROOT = Path(__file__).parents[2]
 
-folder = Path(sys.argv[1])
-(folder / "child.py").write_text(
-    "import os, sys, time\\n"
-    "print(__name__, sys.argv[1:], open('/proc/self/comm').read().strip(), os.getsid(0) == os.getpid(), flush=True)\\n"
-    "if len(sys.argv) > 1: sys.exit(int(sys.argv[1]) if sys.argv[1].isdigit() else sys.argv[1])\\n"
-    "time.sleep(600)\\n"
-)
-sys.path.insert(0, str(folder))
-signal.signal(signal.SIGTERM, signal.SIG_IGN)  # the child must not inherit that
-lock = os.open(folder / "lock", os.O_CREAT | os.O_RDWR)
-done = Forked("one", ["child", "7"], folder / "one.log", lambda: os.close(lock))
-assert done.wait(30) == done.returncode == done.poll() == 7, done.returncode
-told = Forked("one", ["child", "why"], folder / "one.log", lambda: os.close(lock))
-assert told.wait(30) == 1, told.returncode
-lasting = Forked("two", ["child"], folder / "two.log", lambda: os.close(lock))
-while not (folder / "two.log").exists() or not (folder / "two.log").read_text():
-    time.sleep(0.01)
-assert lasting.poll() is None
-assert not Path(f"/proc/{lasting.pid}/fd/{lock}").exists()
-lasting.terminate()
-assert lasting.wait(30) == -signal.SIGTERM
-left = Forked("three", ["child"], folder / "three.log", lambda: None)
-print(left.pid, flush=True)
-os.kill(os.getpid(), signal.SIGKILL)
+PARENT = """
+import multiprocessing, os, signal, subprocess, sys, time
+from pathlib import Path
+from imagepipeline.runtime.processes import Service
+
+if __name__ == "__main__":
+    folder = Path(sys.argv[1])
+    context = multiprocessing.get_context(sys.argv[2])
+    environment = {"PATH": os.environ["PATH"], "PYTHONPATH": os.environ["PYTHONPATH"], "PASSWORD": "canary"}
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)  # the child must not inherit that
+    lock = os.open(folder / "lock", os.O_CREAT | os.O_RDWR)
+    os.set_inheritable(lock, True)
+
+    def start(name, *arguments):
+        return Service(context, name, ["child", *arguments], folder / f"{name}.log", environment)
+
+    done = start("one", "7")
+    assert done.wait(30) == done.returncode == done.poll() == 7, done.returncode
+    told = start("one", "why")
+    assert told.wait(30) == 1, told.returncode
+    lasting = start("two")
+    while "True" not in ((folder / "two.log").read_text() if (folder / "two.log").exists() else ""):
+        time.sleep(0.01)
+    assert lasting.poll() is None
+    try:
+        lasting.wait(0.01)
+    except subprocess.TimeoutExpired:
+        pass
+    else:
+        raise AssertionError("it still runs")
+    assert b"canary" not in Path(f"/proc/{lasting.pid}/environ").read_bytes()
+    assert b"canary" not in Path(f"/proc/{lasting.pid}/cmdline").read_bytes()
+    assert folder / "lock" not in {path.readlink() for path in Path(f"/proc/{lasting.pid}/fd").iterdir()}
+    lasting.terminate()
+    assert lasting.wait(30) == -signal.SIGTERM
+    left = start("three")
+    while not (folder / "three.log").exists() or not (folder / "three.log").read_text():
+        time.sleep(0.01)
+    print(left.pid, flush=True)
+    os.kill(os.getpid(), signal.SIGKILL)
+"""
+CHILD = """
+import os, sys, time
+print(__name__, sys.argv[1:], open('/proc/self/comm').read().strip(), os.getsid(0) == os.getpid(), end=' ')
+print(os.environ.get("HOME"), os.environ["PASSWORD"], sys.stdin.read() == "", flush=True)
+if len(sys.argv) > 1: sys.exit(int(sys.argv[1]) if sys.argv[1].isdigit() else sys.argv[1])
+time.sleep(600)
 """
 
 
-def test_a_forked_module_runs_as_if_started_by_python_m_and_ends_with_its_parent(tmp_path):
-    parent = subprocess.run([sys.executable, "-c", PARENT, tmp_path], capture_output=True, text=True, check=False)
+@pytest.mark.skipif(not Path("/proc/self/environ").exists(), reason="processes are looked at in /proc")
+@pytest.mark.parametrize("method", ["forkserver", "spawn"])
+def test_a_service_runs_as_if_started_by_python_m_and_ends_with_its_parent(tmp_path, method):
+    (tmp_path / "child.py").write_text(CHILD)
+    (tmp_path / "parent.py").write_text(PARENT)
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join((str(tmp_path), str(ROOT))), "HOME": "/nowhere"}
+    command = [sys.executable, tmp_path / "parent.py", tmp_path, method]
+    parent = subprocess.run(command, capture_output=True, text=True, check=False, env=environment)
     assert parent.returncode == -9, parent.stderr
-    assert (tmp_path / "one.log").read_text() == "__main__ ['7'] one True\n__main__ ['why'] one True\nwhy\n"
+    seen = "one True None canary True"
+    assert (tmp_path / "one.log").read_text() == f"__main__ ['7'] {seen}\n__main__ ['why'] {seen}\nwhy\n"
     orphan = Path(f"/proc/{int(parent.stdout)}/status")
     deadline = time.monotonic() + 10
     while orphan.exists() and "State:\tZ" not in orphan.read_text():

@@ -57,22 +57,27 @@ def test_a_second_dagster_on_the_same_catalogue_ends_at_once_with_a_sentence(cat
     assert "another Dagster instance" in call("first", "migrate")[1]
 
 
-def test_a_database_that_is_not_there_is_named_without_its_address(tmp_path):
-    gone = "postgresql://u:canary@127.0.0.1:1/d"
-    for urls in ({"DATABASE_URL": gone}, {"DAGSTER_DATABASE_URL": gone}):
-        with pytest.raises(StackError, match="tables could not be made") as caught:
-            services.migrate(Settings.load({"IMAGEPIPELINE_HOME": str(tmp_path), **urls}))
-        assert "canary" not in str(caught.value)
+@pytest.mark.parametrize("database", ["DATABASE_URL", "DAGSTER_DATABASE_URL"])
+def test_a_database_that_is_not_there_is_named_without_its_address(tmp_path, monkeypatch, database):
+    monkeypatch.setenv("IMAGEPIPELINE_HOME", str(tmp_path))
+    monkeypatch.setenv(database, "postgresql://u:canary@127.0.0.1:1/d")
+    with pytest.raises(StackError, match="tables could not be made") as caught:
+        services.migrate(Settings.load())
+    assert "canary" not in str(caught.value)
 
 
 def test_a_service_finds_dagsters_files_as_the_settings_want_them(tmp_path):
     settings = {"IMAGEPIPELINE_HOME": str(tmp_path), "IMAGEPIPELINE_MAX_RUNS": "7"}
-    environment = services.prepare(Settings.load(settings | {"DAGSTER_DATABASE_URL": "postgres://u:canary@h/d"}))
+    on_postgres = Settings.load(settings | {"DAGSTER_DATABASE_URL": "postgres://u:canary@h/d"})
+    services.prepare(on_postgres)
     written = (tmp_path / "dagster" / "dagster.yaml").read_text()
     config = yaml.safe_load(written)
     assert config["concurrency"]["runs"]["max_concurrent_runs"] == 7
     assert config["storage"]["custom"]["config"] == {"postgres_url": {"env": "DAGSTER_DATABASE_URL"}}
-    assert environment["DAGSTER_DATABASE_URL"] == "postgresql+psycopg2://u:canary@h/d"
+    assert (
+        services.build_environment(on_postgres, "daemon")["DAGSTER_DATABASE_URL"]
+        == "postgresql+psycopg2://u:canary@h/d"
+    )
     assert "canary" not in written
     services.prepare(Settings.load(settings))
     with dg.DagsterInstance.from_config(str(tmp_path / "dagster")) as instance:

@@ -1,0 +1,81 @@
+"""What a stack keeps while it processes many small images: connections to Postgres, and keys in Redis.
+
+    python -m imagepipeline_tests.end_to_end.bounds                # 300 images, about 8 minutes
+
+Prints the most connections the children of the worker had, in the first and the second half, and every key that is
+left in Redis at the end, with its time to live.
+"""
+
+import argparse
+import signal
+import time
+from contextlib import closing
+
+import sqlalchemy as sa
+
+from imagepipeline_tests.end_to_end.drill import Drill, drill
+from imagepipeline_tests.end_to_end.worker_drills import databases
+
+SLOTS = 3
+MAX_CONNECTIONS_PER_SLOT = 3
+MAX_TTL_SECONDS = 3600
+
+
+def count_connections(stack: Drill, server: sa.Connection) -> int:
+    """How many connections to Postgres the worker's children have."""
+    query = "SELECT client_port, application_name FROM pg_stat_activity WHERE datname LIKE 'test_%%'"
+    return len(server.exec_driver_sql(query).all())
+
+
+def list_keys(stack: Drill) -> dict[str, int]:
+    """The keys of the tasks in Redis, each with its time to live in seconds, or -1 where it stays."""
+    with closing(stack.redis()) as client:
+        return {key: client.ttl(key) for key in client.scan_iter(f"{stack.settings.queue_prefix}:runs:*")}
+
+
+def measure(stack: Drill, images: int) -> tuple[list[int], dict[str, int], dict[str, int]]:
+    """Processes so many images; gives connections over time, and the keys before and after a killed worker."""
+    server = sa.create_engine(stack.settings.dagster_database_url.get_secret_value(), isolation_level="AUTOCOMMIT")
+    counts = []
+    stack.push(images)
+    with server.connect() as connection:
+        while stack.count("completed", "failed") < images:
+            counts.append(count_connections(stack, connection))
+            time.sleep(0.2)
+    stack.check()
+    before = list_keys(stack)
+    stack.push(6)
+    stack.wait_until_working()
+    stack.tell(signal.SIGKILL, stack.worker)
+    stack.measure_completion(time.monotonic())
+    stack.check()
+    return counts, before, list_keys(stack)
+
+
+def check(counts: list[int], before: dict[str, int], after: dict[str, int]) -> None:
+    """Flat connections, and nothing that stays in Redis but the names of the queues."""
+    half = len(counts) // 2
+    assert max(counts[half:]) <= max(counts[:half]) + MAX_CONNECTIONS_PER_SLOT, counts
+    for keys in (before, after):
+        lasting = {key for key, ttl_seconds in keys.items() if not 0 <= ttl_seconds <= MAX_TTL_SECONDS}
+        assert all("_kombu.binding" in key for key in lasting), keys
+    assert {key for key in after if "_kombu.binding" in key} <= {key for key in before if "_kombu.binding" in key}
+
+
+def main() -> None:
+    """Measures, prints and checks."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--images", type=int, default=250)  # an image's number is its color, of which there are 256
+    options = parser.parse_args()
+    slots = {"IMAGEPIPELINE_WORKER_SLOTS": str(SLOTS), "IMAGEPIPELINE_MAX_RUNS": str(SLOTS)}
+    with databases(True) as urls, drill(call_seconds=0.05, **slots, **urls) as stack:
+        counts, before, after = measure(stack, options.images)
+    half = len(counts) // 2
+    print(f"connections of the whole stack: at most {max(counts[:half])} in the first half, {max(counts[half:])} later")
+    for name, keys in (("after the burst", before), ("after a killed worker", after)):
+        print(name, *(f"  {key} {ttl_seconds}" for key, ttl_seconds in sorted(keys.items())), sep="\n")
+    check(counts, before, after)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,203 @@
+"""Workers: what stood still is killed, a home has one, and Dagster and Celery are still built as we use them."""
+
+import inspect
+import os
+import signal
+import sqlite3
+import subprocess
+import sys
+import threading
+import time
+from contextlib import closing
+
+import billiard
+import dagster as dg
+import dagster_celery.config
+import pytest
+from celery import states
+from dagster._core.launcher import CheckRunHealthResult, WorkerStatus
+from dagster._core.storage.sqlite import SQLITE_BUSY_TIMEOUT_SECONDS
+from dagster_celery.launcher import CeleryRunLauncher
+from dagster_celery.tags import DAGSTER_CELERY_TASK_ID_TAG
+
+from imagepipeline.defs.reconciler import TASK_ID_TAG
+from imagepipeline.runtime import daemon, services, webserver, worker
+from imagepipeline.runtime.launcher import RunLauncher
+from imagepipeline.settings import Settings
+from imagepipeline.stores import broker
+from imagepipeline.stores.broker import TaskQueue
+
+TASK = "execute_job"
+
+
+@pytest.fixture
+def settings(tmp_path, redis_url, monkeypatch):
+    """Those of a home whose runs go through a real Redis."""
+    monkeypatch.setenv("IMAGEPIPELINE_HOME", str(tmp_path))
+    monkeypatch.setenv("REDIS_URL", redis_url)
+    settings = Settings.load()
+    services.prepare(settings)
+    for name, value in services.build_environment(settings).items():
+        monkeypatch.setenv(name, value)
+    return settings
+
+
+@pytest.fixture
+def instance(settings):
+    """The Dagster instance of that home."""
+    with dg.DagsterInstance.from_config(str(settings.home / "dagster")) as instance:
+        yield instance
+
+
+def stop_while_writing(path: str) -> None:
+    connection = sqlite3.connect(path, isolation_level=None)
+    connection.execute("BEGIN IMMEDIATE")
+    os.kill(os.getpid(), signal.SIGSTOP)
+
+
+def test_a_child_that_is_stopped_while_it_writes_is_killed_before_the_others_lose_patience(
+    settings, tmp_path, monkeypatch
+):
+    now = [0.0]
+    monkeypatch.setattr(worker.time, "monotonic", lambda: now[0])
+    monkeypatch.setattr(worker, "RESIDENT_COMMAND", [sys.executable, "-c", "import sys; sys.stdin.read()"])
+    process = billiard.get_context("spawn").Process(target=stop_while_writing, args=(str(tmp_path / "db"),))
+    process.start()
+    keeper = worker.Housekeeper(settings)
+    try:
+        while not worker.is_stopped(process.pid):
+            time.sleep(0.05)
+        keeper.look()
+        with closing(sqlite3.connect(tmp_path / "db", timeout=0, isolation_level=None)) as connection:
+            with pytest.raises(sqlite3.OperationalError, match="locked"):
+                connection.execute("BEGIN IMMEDIATE")
+            now[0] = worker.STOPPED_SECONDS - 1
+            keeper.look()
+            assert process.is_alive()  # it may be let go on
+            now[0] = worker.STOPPED_SECONDS
+            keeper.look()
+            process.join(10)
+            assert process.exitcode == -signal.SIGKILL
+            connection.execute("BEGIN IMMEDIATE")
+        assert worker.STOPPED_SECONDS < SQLITE_BUSY_TIMEOUT_SECONDS
+    finally:
+        keeper._resident.kill()
+        keeper._resident.wait()
+        keeper._resident.stdin.close()
+
+
+def test_a_home_has_one_worker(settings):
+    lock = worker.acquire_lock(settings)
+    with pytest.raises(SystemExit, match=r"another worker uses .*IMAGEPIPELINE_HOME of its own"):
+        worker.acquire_lock(settings)
+    os.close(lock)
+    os.close(worker.acquire_lock(settings))
+
+
+def test_a_worker_preloads_no_thread(settings):
+    code = (
+        "import threading, imagepipeline.runtime.preload\n"
+        "from pathlib import Path\n"
+        "assert threading.active_count() == len(list(Path('/proc/self/task').iterdir())) == 1"
+    )
+    environment = services.build_environment(settings, "worker")
+    subprocess.run([sys.executable, "-c", code], check=True, timeout=60, env=environment)
+
+
+def launch(instance, redis_url):
+    """Hands a run to whichever worker comes; gives the run as Dagster has it then."""
+    run = instance.create_run_for_job(dg.GraphDefinition("g").to_job())
+    launcher = instance.run_launcher
+    task = launcher.celery.tasks.get(TASK) or dagster_celery.tasks.create_execute_job_task(launcher.celery)
+    launcher._launch_celery_task_run(run, task.si(execute_job_args_packed={}), TASK)
+    return instance.get_run_by_id(run.run_id)
+
+
+def test_a_run_that_waits_for_a_worker_is_on_the_list_and_counts_as_alive(settings, instance, redis_url):
+    assert isinstance(instance.run_launcher, RunLauncher)
+    run = launch(instance, redis_url)
+    with closing(TaskQueue(redis_url, settings.queue_prefix)) as tasks:
+        assert tasks.list_waiting() == {run.tags[TASK_ID_TAG]}
+        tasks._redis.delete(f"{settings.queue_prefix}:runs:{broker.QUEUE}")
+        assert tasks.list_waiting() == set()
+    healthy = CheckRunHealthResult(WorkerStatus.RUNNING)
+    assert instance.run_launcher.check_run_worker_health(run) == healthy
+    assert instance.run_launcher.check_run_worker_health(run.with_status(dg.DagsterRunStatus.STARTED)) == healthy
+    untagged = instance.create_run_for_job(dg.GraphDefinition("h").to_job())
+    assert instance.run_launcher.check_run_worker_health(untagged) == healthy
+    assert not instance.run_launcher.supports_resume_run
+
+
+def test_a_run_whose_process_died_by_its_workers_word_counts_as_failed(settings, instance, redis_url):
+    run = launch(instance, redis_url)
+    backend = instance.run_launcher.celery.backend
+    backend.store_result(run.tags[TASK_ID_TAG], RuntimeError("signal 9"), states.FAILURE)
+    health = instance.run_launcher.check_run_worker_health(run)
+    assert health.status == WorkerStatus.FAILED
+    key = backend.get_key_for_task(run.tags[TASK_ID_TAG])
+    assert 0 < backend.client.ttl(key) <= broker.KEEP_FAILURES_SECONDS
+
+
+def test_a_cancelled_run_is_told_to_dagster_before_it_is_told_to_its_worker(settings, instance, redis_url):
+    run = launch(instance, redis_url)
+    assert instance.run_launcher.terminate(run.run_id)
+    assert instance.get_run_by_id(run.run_id).status == dg.DagsterRunStatus.CANCELING
+    instance.report_run_canceled(run)
+    assert not instance.run_launcher.terminate(run.run_id)  # it has ended
+
+
+def test_dagster_celery_is_built_as_the_launcher_and_the_worker_use_it(settings):
+    assert dagster_celery.config.TASK_EXECUTE_JOB_NAME == TASK
+    assert DAGSTER_CELERY_TASK_ID_TAG == TASK_ID_TAG
+    assert "celery" in CeleryRunLauncher.__annotations__
+    assert issubclass(RunLauncher, CeleryRunLauncher)
+    app = worker.build_app(settings)
+    assert TASK in app.tasks
+    assert app.conf.task_queues[0].name == broker.QUEUE
+    assert app.conf.worker_disable_prefetch
+    assert app.conf.broker_channel_error_retry  # else a full Redis would end the worker
+
+
+def test_dagsters_daemon_and_webserver_are_built_as_ours_use_them():
+    assert daemon.sensor.MIN_INTERVAL_LOOP_TIME == daemon.SHIPPED_TICK_SECONDS
+    assert daemon.controller.QueuedRunCoordinatorDaemon is daemon.QueuedRunCoordinatorDaemon
+    assert "QueuedRunCoordinatorDaemon(" in inspect.getsource(daemon.controller)
+    assert "MIN_INTERVAL_LOOP_TIME" in inspect.getsource(daemon.sensor.execute_sensor_iteration_loop)
+    make = webserver.app.create_app_from_workspace_process_context
+    assert webserver.cli.create_app_from_workspace_process_context is make
+    assert "create_app_from_workspace_process_context(" in inspect.getsource(webserver.cli)
+
+
+@pytest.mark.parametrize(
+    ("redis_url", "celery_url"),
+    [
+        ("unix:///a/b.sock?db=2", "redis+socket:///a/b.sock?virtual_host=2"),
+        ("unix:///a/b.sock", "redis+socket:///a/b.sock?virtual_host=0"),
+        ("rediss://h/0", "rediss://h/0?ssl_cert_reqs=required"),
+        ("redis://h:1/3", "redis://h:1/3"),
+    ],
+)
+def test_celery_is_given_the_same_redis_in_its_own_spelling(redis_url, celery_url):
+    assert broker.build_url(redis_url) == celery_url
+
+
+def test_threads_and_processes_share_dagsters_sqlite_without_losing_an_event(settings, instance):
+    code = (
+        "import sys, dagster as dg\n"
+        "with dg.DagsterInstance.from_config(sys.argv[1]) as instance:\n"
+        "    for number in range(20):\n"
+        "        event = dg.AssetMaterialization('a', partition=f'{sys.argv[2]}-{number}')\n"
+        "        instance.report_runless_asset_event(event)\n"
+    )
+    folder = str(settings.home / "dagster")
+    first = subprocess.run([sys.executable, "-c", code, folder, "0"], check=False)
+    writers = [subprocess.Popen([sys.executable, "-c", code, folder, str(number)]) for number in (1, 2, 3)]
+    assert [first.returncode, *(writer.wait() for writer in writers)] == [0, 0, 0, 0]
+    assert len(instance.get_materialized_partitions(dg.AssetKey("a"))) == 80
+    seen, arrived = [], threading.Event()
+    run = instance.create_run_for_job(dg.GraphDefinition("g").to_job())
+    instance.watch_event_logs(run.run_id, None, lambda event, _: (seen.append(event), arrived.set()))
+    time.sleep(0.1)
+    instance.report_engine_event("hello", run)
+    assert arrived.wait(10)
+    assert "hello" in seen[0].message
