@@ -28,6 +28,7 @@ STOP_SECONDS = 15
 DRAIN_SECONDS = 180  # for the runs that are under way; the longest takes three provider calls with their waits
 RESTARTS_PER_MINUTE = 5
 LOG_CHECK_SECONDS = 5
+STATE_BYTES = 512
 
 
 class Stack:
@@ -257,8 +258,9 @@ def _acquire_lock(settings: Settings) -> tuple[int, int | None]:
 
 def _write_state(lock: int, webserver_url: str | None, webserver_port: int | None) -> None:
     state = {"pid": os.getpid(), "webserver_url": webserver_url, "webserver_port": webserver_port}
-    os.ftruncate(lock, 0)
-    os.pwrite(lock, json.dumps(state).encode(), 0)
+    # All are of one length, so that whoever reads meanwhile finds one of them whole.
+    os.pwrite(lock, json.dumps(state).encode().ljust(STATE_BYTES), 0)
+    os.ftruncate(lock, STATE_BYTES)
 
 
 def _read_last_port(settings: Settings) -> int | None:
