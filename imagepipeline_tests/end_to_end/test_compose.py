@@ -20,9 +20,11 @@ import pytest
 import redis
 import sqlalchemy as sa
 import yaml
+from celery import Celery
 
 from imagepipeline.runtime.services import SECRETS_OF
 from imagepipeline.settings import is_secret
+from imagepipeline.stores import broker
 from imagepipeline_tests.conftest import PHOTOS
 from imagepipeline_tests.end_to_end.composed import ROOT, Composed
 from imagepipeline_tests.end_to_end.processes import find_descendants
@@ -195,6 +197,21 @@ def test_a_run_cancelled_in_the_ui_is_cancelled(stack):
     assert list_runs(stack, "CANCELED") == runs
     awaited = json.loads(stack.call("worker", ["imagepipeline", "status", "awaited", "--json"]))
     assert awaited["reason"] == "cancelled"
+
+
+def test_a_run_that_a_dead_worker_had_taken_goes_back_on_the_list_with_a_workers_rights(stack):
+    config = broker.build_config("image-processing")
+    with Celery(broker=stack.read_secret("redis_pipeline_url"), config_source=config).connection() as connection:
+        queue = connection.SimpleQueue("taken")
+        queue.put({"run": 1})
+        taken = queue.get()
+        assert queue.qsize() == 0
+        queue.channel.qos.restore_by_tag(taken.delivery_tag)
+        again = queue.get()
+        assert again.payload == taken.payload
+        again.ack()
+        queue.queue.delete()
+        queue.close()
 
 
 def test_no_service_lacks_a_right_in_redis(stack):
