@@ -193,7 +193,7 @@ def test_a_run_cancelled_in_the_ui_is_cancelled(stack):
     cancel = f'mutation {{ terminateRun(runId: "{runs[0]}") {{ __typename }} }}'
     user = ("admin", stack.read_secret("ui_password"))
     assert "TerminateRunSuccess" in ask(stack.site + "/graphql", cancel, user, Origin=stack.site)[1]
-    wait_for(stack, completed=10, failed=1, processing=0, pending=0)
+    wait_for(stack, failed=1, processing=0, pending=0)
     assert list_runs(stack, "CANCELED") == runs
     awaited = json.loads(stack.call("worker", ["imagepipeline", "status", "awaited", "--json"]))
     assert awaited["reason"] == "cancelled"
@@ -204,10 +204,11 @@ def test_a_run_that_a_dead_worker_had_taken_goes_back_on_the_list_with_a_workers
     with Celery(broker=stack.read_secret("redis_pipeline_url"), config_source=config).connection() as connection:
         queue = connection.SimpleQueue("taken")
         queue.put({"run": 1})
-        taken = queue.get()
-        assert queue.qsize() == 0
+        taken = queue.get(timeout=10)
+        with pytest.raises(queue.Empty):
+            queue.get(block=False)
         queue.channel.qos.restore_by_tag(taken.delivery_tag)
-        again = queue.get()
+        again = queue.get(timeout=10)
         assert again.payload == taken.payload
         again.ack()
         queue.queue.delete()
