@@ -4,14 +4,14 @@ lancedb and pyarrow are imported where they are used: together they take two sec
 """
 
 import contextlib
-import fcntl
 import functools
 import logging
 import math
 import queue
 import re
+import tempfile
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass
 from datetime import timedelta
@@ -20,6 +20,7 @@ from typing import Any
 
 from imagepipeline.errors import ImagePipelineError, ProviderRejectedError, StaleClaimError
 from imagepipeline.models import Claim, Embedding, check_image_id
+from imagepipeline.stores.objects import open_bucket
 from imagepipeline.text import make_printable
 
 # Without it, five writers of the same new ID leave five rows. In the schema, so that no table exists without it.
@@ -186,8 +187,8 @@ class EmbeddingIndex:
         table = self._open(name)
         if table is not None:
             return table
-        with _alone(self._uri):
-            return self._database.create_table(name, schema=schema, exist_ok=True)
+        _create_table(self._uri, name, schema)
+        return self._database.open_table(name)
 
 
 class BatchingIndex(EmbeddingIndex):
@@ -242,16 +243,24 @@ class BatchingIndex(EmbeddingIndex):
                 log.warning("the index could not be put together: %s", make_printable(str(error)))
 
 
-@contextlib.contextmanager
-def _alone(uri: str) -> Iterator[None]:
-    """Keeps other processes of this machine out while a table is created: LanceDB itself lets the later one win."""
-    if "://" in uri:
-        yield
-        return
-    Path(uri).mkdir(parents=True, exist_ok=True)
-    with open(Path(uri, ".creating"), "w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        yield
+def _create_table(uri: str, name: str, schema: Any) -> None:
+    """Makes an empty table, or leaves the one alone that another process has made meanwhile.
+
+    Of two processes that create a table, LanceDB lets the later one overwrite what the earlier one has written. So it
+    is created in a folder of ours, and copied: the file that says what its first version holds comes last, and is put
+    only where there is none. https://github.com/lance-format/lance/issues/4451
+    """
+    import lancedb
+    import obstore
+    from obstore.exceptions import AlreadyExistsError
+
+    place = open_bucket(uri) if "://" in uri else obstore.store.LocalStore(uri, mkdir=True)
+    with tempfile.TemporaryDirectory() as folder:
+        lancedb.connect(folder).create_table(name, schema=schema)
+        [manifest] = Path(folder).glob(f"{name}.lance/_versions/*.manifest")
+        for path in [*Path(folder).glob(f"{name}.lance/_transactions/*"), manifest]:
+            with contextlib.suppress(AlreadyExistsError):
+                obstore.put(place, str(path.relative_to(folder)), path.read_bytes(), mode="create", use_multipart=False)
 
 
 def _table_name(embedding: Embedding) -> str:
