@@ -45,7 +45,7 @@ def build_embedder(settings: Settings) -> Embedder:
 
 
 def build_index(settings: Settings) -> EmbeddingIndex | ResidentIndex:
-    """The index of embeddings; through the resident, where there is one, which is then its only writer."""
+    """The index of embeddings; through the resident, where there is one, which writes for all runs of its machine."""
     return (
         ResidentIndex(str(settings.resident_socket)) if settings.resident_socket else EmbeddingIndex(settings.index_uri)
     )

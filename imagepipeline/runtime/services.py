@@ -96,6 +96,8 @@ def build_environment(settings: Settings, name: str | None = None) -> dict[str, 
         IMAGEPIPELINE_CODE_SOCKET=str(settings.code_address),
         DAGSTER_DAEMON_HEARTBEAT_TOLERANCE=str(HEARTBEAT_TOLERANCE_SECONDS),
         OPENBLAS_NUM_THREADS="1",  # five runs share the machine
+        # That two machines compact the index at once, and one of them in vain, is no news.
+        LANCEDB_LOG="warn,lance::dataset::optimize=error",
         # Those without the keys cannot tell by themselves.
         IMAGEPIPELINE_VISION="remote" if settings.has_remote_vision else "local",
         IMAGEPIPELINE_EMBEDDING="remote" if settings.has_remote_embedder else "local",
