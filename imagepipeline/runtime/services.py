@@ -10,6 +10,7 @@ import subprocess
 import sys
 import urllib.error
 import urllib.request
+from collections.abc import Mapping
 from contextlib import closing
 from importlib.resources import files
 from pathlib import Path
@@ -38,7 +39,7 @@ SECRETS_OF = {
 }
 DEFAULT_WEBSERVER_PORT = 3000
 GRPC_SECONDS = 5
-PING_SECONDS = 3
+ANSWER_SECONDS = 3
 HEARTBEAT_TOLERANCE_SECONDS = 120
 MIGRATION_COMMAND = [sys.executable, "-m", "imagepipeline.runtime.migration"]
 
@@ -184,18 +185,31 @@ def list_workers(settings: Settings, name: str | None = None) -> list[str]:
     Raises:
         StackError: Redis does not answer.
     """
+    return sorted(ask_workers(settings, "ping", name=name))
+
+
+def ask_workers(
+    settings: Settings, command: str, arguments: Mapping[str, Any] | None = None, name: str | None = None
+) -> dict[str, Any]:
+    """What each worker, or the one of that name, answers within 3 s to a command of Celery's remote control.
+
+    Raises:
+        StackError: Redis does not answer.
+    """
     from celery import Celery
 
     url = broker.build_url(settings.broker_url)
     app = Celery(broker=url, config_source=broker.build_config(settings.queue_prefix))
+    asked = {"destination": [name], "limit": 1} if name else {}
     with app.connection_for_write() as connection:
         try:
             connection.ensure_connection(max_retries=1)
-            asked = {"destination": [name], "limit": 1} if name else {}
-            answers = app.control.ping(timeout=PING_SECONDS, connection=connection, **asked)
+            answers = app.control.broadcast(
+                command, dict(arguments or {}), connection, reply=True, timeout=ANSWER_SECONDS, **asked
+            )
         except connection.connection_errors + connection.channel_errors as error:
             raise StackError(f"the workers' Redis does not answer ({type(error).__name__})") from None
-    return sorted(worker for answer in answers for worker in answer)
+    return {worker: said for answer in answers for worker, said in answer.items()}
 
 
 def answers_http(url: str) -> bool:
