@@ -205,7 +205,7 @@ def ask_workers(
         try:
             connection.ensure_connection(max_retries=1)
             answers = app.control.broadcast(
-                command, dict(arguments or {}), connection, reply=True, timeout=ANSWER_SECONDS, **asked
+                command, dict(arguments or {}), connection=connection, reply=True, timeout=ANSWER_SECONDS, **asked
             )
         except connection.connection_errors + connection.channel_errors as error:
             raise StackError(f"the workers' Redis does not answer ({type(error).__name__})") from None

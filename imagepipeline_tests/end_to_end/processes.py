@@ -24,6 +24,14 @@ def find_children(parent: int, word: bytes) -> list[int]:
     return sorted(found)
 
 
+def list_tree(root: int) -> list[int]:
+    """A process and all that it and they have started, parents first."""
+    tree = [root]
+    for pid in tree:
+        tree += find_children(pid, b"")
+    return tree
+
+
 def find_process(home: Path, word: bytes) -> int:
     """A process of that home with the word in its name or command line."""
     for path in Path("/proc").glob("[0-9]*"):
