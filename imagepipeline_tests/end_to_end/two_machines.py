@@ -260,6 +260,7 @@ class Pair:
         self, folder: Path, root: str, postgres_url: str, redis_socket: Path, urls: tuple[str, str], provider: Provider
     ) -> None:
         self.provider = provider
+        self.image_ids: list[str] = []
         self.catalogue = Catalogue(urls[0])
         self.queue = UploadQueue(f"unix://{redis_socket}?db=0")
         self.files = open_storage(root)
@@ -313,6 +314,7 @@ class Pair:
             Image.frombytes("RGB", (4, 4), pixels).resize((320, 240)).save(buffer, "JPEG")
             self.files.put_original(image_id, buffer.getvalue(), "jpg")
             self.queue.enqueue(image_id)
+        self.image_ids += image_ids
         return image_ids
 
     def count(self) -> dict[str, int]:
@@ -329,27 +331,36 @@ class Pair:
             time.sleep(0.1)
         return time.monotonic() - began
 
-    def wait_for_completion(self, count: int, seconds: float) -> float:
-        """Returns, when so many images are completed, how long that took."""
-        return self.wait_until(lambda: self.count()["completed"] == count, seconds)
+    def wait_until_completed(self, seconds: float) -> float:
+        """Returns, when all images that were pushed are completed, how long that took."""
+        return self.wait_until(lambda: self.count()["completed"] == len(self.image_ids), seconds)
 
-    def list_hosts_of_runs(self) -> list[str]:
-        """The machine that each run names."""
+    def stand_still(self, seconds: float) -> None:
+        """Lets a fault last."""
+        time.sleep(seconds)
+
+    def list_runs(self) -> list[dg.DagsterRun]:
+        """All runs, newest first."""
         with dg.DagsterInstance.from_config(str(self._write_dagster_yaml())) as instance:
-            return [run.tags[MACHINE_TAG] for run in instance.get_runs() if MACHINE_TAG in run.tags]
+            return list(instance.get_runs())
 
-    def check(self, image_ids: list[str]) -> None:
+    def list_unfinished_on(self, host: str) -> list[dg.DagsterRun]:
+        """The runs that a machine executes."""
+        return [run for run in self.list_runs() if run.tags.get(MACHINE_TAG) == host and not run.is_finished]
+
+    def check(self) -> None:
         """Each image was completed once, and has one row in the index, of the fence that the catalogue has."""
-        for image_id in image_ids:
+        for image_id in self.image_ids:
             row = self.catalogue.get(image_id)
             assert row is not None
             assert [event["event"] for event in row["history"]].count("completed") == 1, row["history"]
             indexed = self.index.get(image_id, row["made_by"]["embedding"]["version"])
             assert indexed is not None
             assert indexed["fence"] == row["fence"]
+            assert len(row["variants"]) == 6
             for variant in row["variants"]:
                 assert len(self.files.read(variant["path"])) == variant["size"]
-        assert self.index.count_rows() == len(image_ids)
+        assert self.index.count_rows() == len(self.image_ids)
 
     def cut_off(self) -> None:
         """Cuts the second machine off from Redis and Postgres."""
