@@ -213,7 +213,8 @@ class Machine:
 
     def start(self, name: str) -> None:
         """Starts a service."""
-        named = [*NAMESPACE, "sh", "-c", 'hostname "$0" && exec "$@"', self.host]
+        # It ends with us, whatever ends us.
+        named = [*NAMESPACE, "sh", "-c", 'hostname "$0" && exec setpriv --pdeathsig KILL "$@"', self.host]
         self.home.mkdir(exist_ok=True, mode=0o700)
         with open(self.home / f"{name}.log", "ab") as log:
             self._running[name] = subprocess.Popen(
