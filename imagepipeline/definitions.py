@@ -6,15 +6,14 @@ from imagepipeline.defs import assets, jobs, notifications, reconciler, resource
 from imagepipeline.defs.originals import Originals
 from imagepipeline.imaging.decoding import Rules
 from imagepipeline.imaging.sandbox import Sandbox
-from imagepipeline.imaging.variants import Renderer, build_recipe
-from imagepipeline.models import Recipe, build_variant_specs
+from imagepipeline.imaging.variants import Renderer
+from imagepipeline.models import build_variant_specs
 from imagepipeline.providers import (
     build_embedder,
-    build_embedding_recipe,
     build_index,
     build_notifiers,
+    build_recipes,
     build_vision,
-    build_vision_recipe,
     open_paid_calls,
 )
 from imagepipeline.runtime.homes import secure_home
@@ -44,19 +43,6 @@ def defs() -> dg.Definitions:
         resources=build_resources(settings),
         executor=dg.in_process_executor,
     )
-
-
-def build_recipes(settings: Settings) -> dict[str, Recipe]:
-    """What will make each asset under these settings; a change of it marks the asset's results as outdated."""
-    return {
-        "metadata": build_vision_recipe(settings),
-        "variants": build_recipe(
-            build_variant_specs(settings.webp_quality, settings.avif_quality),
-            settings.animation == "keep",
-            settings.keep_copyright,
-        ),
-        "embedding": build_embedding_recipe(settings),
-    }
 
 
 def build_resources(settings: Settings) -> dict[str, dg.ResourceDefinition]:

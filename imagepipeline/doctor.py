@@ -57,6 +57,7 @@ def examine(settings: Settings) -> Iterator[Finding]:
         "prices": _examine_prices,
         "sandbox": _examine_sandbox,
         "code server": _examine_code_server,
+        "workers": _examine_workers,
         "daemon": lambda _: _examine_daemon(ask_dagster()),
         "sensors": lambda _: _examine_sensors(ask_dagster()),
         "webserver": _examine_webserver,
@@ -77,6 +78,7 @@ START = "start the stack with `imagepipeline up`"
 ADVICE = {
     "home": "set IMAGEPIPELINE_HOME to a folder of this user",
     "code server": f"{START}; its log says why it ended",
+    "workers": f"{START}, or one worker with `imagepipeline service worker`; its log says why it ended",
     "daemon": f"{START}; its log says why it ended",
     "sensors": START,
     "webserver": f"{START}; its log says why it ended",
@@ -114,6 +116,33 @@ def _examine_code_server(settings: Settings) -> Finding:
     if not services.answers_grpc(settings.code_address):
         return Finding("code server", False, "it does not answer", ADVICE["code server"])
     return Finding("code server", True, "it answers")
+
+
+def _examine_workers(settings: Settings) -> Finding:
+    from imagepipeline import machines
+    from imagepipeline.runtime import services
+
+    names = services.list_workers(settings)
+    if not names:
+        return Finding("workers", False, "none answers, so that no run begins", ADVICE["workers"])
+    with machines.leave_mark(settings) as mark:
+        answers = services.ask_workers(settings, machines.COMMAND, {"mark": mark})
+    differences = [f"{name} does not say what it works with" for name in names if name not in answers]
+    differences += machines.find_differences(settings, answers)
+    if differences:
+        advice = "give all machines the same settings and versions: docs/operations.md says what they must share"
+        return Finding("workers", False, "; ".join(differences), advice)
+    found = sorted(
+        (machine.host, machine.slots) for answer in answers.values() if (machine := machines.read_answer(answer))
+    )
+    sentence = ", ".join(f"{host} ({slots} {'slot' if slots == 1 else 'slots'})" for host, slots in found)
+    slots = sum(slots for _, slots in found)
+    if settings.max_runs > slots:
+        advice = "start more workers, or set IMAGEPIPELINE_MAX_RUNS to what they can do"
+        return Finding(
+            "workers", False, f"of {settings.max_runs} runs at a time, only {slots} find a slot: {sentence}", advice
+        )
+    return Finding("workers", True, f"they answer, and share what they must: {sentence}")
 
 
 def _examine_daemon(said: Mapping[str, Mapping[str, str]]) -> Finding:

@@ -1,9 +1,9 @@
-"""Models, index, paid calls and notifiers as the settings say, for the pipeline and for commands."""
+"""Models, recipes, index, paid calls and notifiers as the settings say, for the pipeline and for commands."""
 
 from collections.abc import Callable, Iterator
 from contextlib import closing, contextmanager
 
-from imagepipeline.models import Embedding, Recipe
+from imagepipeline.models import Embedding, Recipe, build_variant_specs
 from imagepipeline.paid_calls import PaidCalls, explain_unpriced, find_price
 from imagepipeline.resident import ResidentEmbedder, ResidentIndex, ResidentVision
 from imagepipeline.services import embedder, vision
@@ -45,7 +45,7 @@ def build_embedder(settings: Settings) -> Embedder:
 
 
 def build_index(settings: Settings) -> EmbeddingIndex | ResidentIndex:
-    """The index of embeddings; through the resident, where there is one, which is then its only writer."""
+    """The index of embeddings; through the resident, where there is one, which writes for all runs of its machine."""
     return (
         ResidentIndex(str(settings.resident_socket)) if settings.resident_socket else EmbeddingIndex(settings.index_uri)
     )
@@ -92,6 +92,21 @@ def build_embedding_recipe(settings: Settings) -> Recipe:
     if not settings.has_remote_embedder:
         return embedder.LOCAL_RECIPE
     return embedder.openrouter_recipe(settings.embedding_model)
+
+
+def build_recipes(settings: Settings) -> dict[str, Recipe]:
+    """What will make each asset under these settings; a change of it marks the asset's results as outdated."""
+    from imagepipeline.imaging.variants import build_recipe  # here: it imports Pillow
+
+    return {
+        "metadata": build_vision_recipe(settings),
+        "variants": build_recipe(
+            build_variant_specs(settings.webp_quality, settings.avif_quality),
+            settings.animation == "keep",
+            settings.keep_copyright,
+        ),
+        "embedding": build_embedding_recipe(settings),
+    }
 
 
 def explain_unpriced_models(settings: Settings) -> str | None:

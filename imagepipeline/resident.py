@@ -1,8 +1,8 @@
 """The resident: one process that keeps what costs seconds to import or load, for all runs.
 
-It is the one writer of the index, and holds the offline models. Runs reach it on a Unix socket whose folder only its
-owner may enter; what passes there is JSON of known types (`wire`). Without it (under `dagster dev`, in tests) a run
-loads all this itself.
+It writes the index for all runs of its machine, and holds the offline models. Runs reach it on a Unix socket whose
+folder only its owner may enter; what passes there is JSON of known types (`wire`). Without it (under `dagster dev`, in
+tests) a run loads all this itself.
 """
 
 import contextlib

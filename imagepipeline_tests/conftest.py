@@ -144,8 +144,8 @@ def files(tmp_path: Path) -> FileStore:
     return FileStore(tmp_path / "storage")
 
 
-@pytest.fixture(scope="session")
-def s3_server() -> Iterator[dict[str, str]]:
+@contextmanager
+def s3_bucket() -> Iterator[dict[str, str]]:
     """The environment with which a bucket `images` is reached, on a server that speaks S3."""
     import boto3
     from moto.server import ThreadedMotoServer
@@ -157,6 +157,12 @@ def s3_server() -> Iterator[dict[str, str]]:
     boto3.client("s3", endpoint_url=url, region_name="us-east-1", **keys).create_bucket(Bucket="images")
     yield {name.upper(): key for name, key in keys.items()} | {"AWS_ENDPOINT_URL": url, "AWS_REGION": "us-east-1"}
     server.stop()
+
+
+@pytest.fixture(scope="session")
+def s3_server() -> Iterator[dict[str, str]]:
+    with s3_bucket() as environment:
+        yield environment
 
 
 @pytest.fixture

@@ -29,7 +29,7 @@ def environment(tmp_path, redis_url, queue):
     return environment
 
 
-STACK = {"code server", "daemon", "sensors", "webserver"}  # examined where it runs, end to end
+STACK = {"code server", "workers", "daemon", "sensors", "webserver"}  # examined where it runs, end to end
 
 
 def examine_all(environment):

@@ -11,6 +11,7 @@ import subprocess
 import sys
 import urllib.error
 import urllib.request
+from collections.abc import Mapping
 from contextlib import closing
 from importlib.resources import files
 from pathlib import Path
@@ -41,7 +42,7 @@ SECRETS_OF = {
 }
 DEFAULT_WEBSERVER_PORT = 3000
 GRPC_SECONDS = 5
-PING_SECONDS = 3
+ANSWER_SECONDS = 3
 HEARTBEAT_TOLERANCE_SECONDS = 120
 MIGRATION_COMMAND = [sys.executable, "-m", "imagepipeline.runtime.migration"]
 
@@ -99,6 +100,8 @@ def build_environment(settings: Settings, name: str | None = None) -> dict[str, 
         IMAGEPIPELINE_CODE_SOCKET=str(settings.code_address),
         DAGSTER_DAEMON_HEARTBEAT_TOLERANCE=str(HEARTBEAT_TOLERANCE_SECONDS),
         OPENBLAS_NUM_THREADS="1",  # five runs share the machine
+        # That two machines compact the index at once, and one of them in vain, is no news.
+        LANCEDB_LOG="warn,lance::dataset::optimize=error",
         # Those without the keys cannot tell by themselves.
         IMAGEPIPELINE_VISION="remote" if settings.has_remote_vision else "local",
         IMAGEPIPELINE_EMBEDDING="remote" if settings.has_remote_embedder else "local",
@@ -188,19 +191,32 @@ def list_workers(settings: Settings, name: str | None = None) -> list[str]:
     Raises:
         StackError: Redis does not answer.
     """
+    return sorted(ask_workers(settings, "ping", name=name))
+
+
+def ask_workers(
+    settings: Settings, command: str, arguments: Mapping[str, Any] | None = None, name: str | None = None
+) -> dict[str, Any]:
+    """What each worker, or the one of that name, answers within 3 s to a command of Celery's remote control.
+
+    Raises:
+        StackError: Redis does not answer.
+    """
     from celery import Celery
     from kombu.exceptions import OperationalError
 
     url = broker.build_url(settings.broker_url)
     app = Celery(broker=url, config_source=broker.build_config(settings.queue_prefix))
+    asked = {"destination": [name], "limit": 1} if name else {}
     with app.connection_for_write() as connection:
         try:
             connection.ensure_connection(max_retries=1)
-            asked = {"destination": [name], "limit": 1} if name else {}
-            answers = app.control.ping(timeout=PING_SECONDS, connection=connection, **asked)
+            answers = app.control.broadcast(
+                command, dict(arguments or {}), connection=connection, reply=True, timeout=ANSWER_SECONDS, **asked
+            )
         except (OperationalError, *connection.connection_errors, *connection.channel_errors) as error:
             raise StackError(f"the workers' Redis does not answer ({type(error).__name__})") from None
-    return sorted(worker for answer in answers for worker in answer)
+    return {worker: said for answer in answers for worker, said in answer.items()}
 
 
 def answers_http(url: str) -> bool:

@@ -15,16 +15,18 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import billiard
 from celery import Celery, bootsteps, signals
 from celery.worker import state
+from celery.worker.control import inspect_command
 from dagster_celery.make_app import make_app
 from dagster_celery.tasks import create_execute_job_task
 
-from imagepipeline import definitions
+from imagepipeline import definitions, machines
 from imagepipeline.imaging.sandbox import DECODERS
 from imagepipeline.runtime import services
 from imagepipeline.runtime.processes import rename
@@ -104,6 +106,10 @@ def build_app(settings: Settings) -> Celery:
             worker.timer.call_repeatedly(LOOK_SECONDS, keeper.look, (worker.pool,))
 
     app.steps["worker"].add(Housekeeping)
+
+    @inspect_command(name=machines.COMMAND, args=[("mark", str)])  # type: ignore[untyped-decorator]
+    def describe_machine(_: Any, mark: str) -> dict[str, Any]:
+        return asdict(machines.describe(settings, mark))
 
     @signals.worker_before_create_process.connect(weak=False)  # type: ignore[untyped-decorator]
     def share_memory(**_: Any) -> None:

@@ -141,6 +141,12 @@ class Catalogue:
                 "`imagepipeline migrate --take-over`"
             )
 
+    def find_owner(self) -> str | None:
+        """The ID of the Dagster instance the catalogue is tied to, which tells one catalogue from another."""
+        with self._database.transaction() as connection:
+            owner: str | None = connection.execute(sa.select(catalogue_owner.c.dagster_instance_id)).scalar()
+        return owner
+
     def check(self) -> None:
         """Returns if the database answers and has our tables.
 

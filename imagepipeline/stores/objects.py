@@ -100,15 +100,20 @@ class ObjectStore:
 
     @functools.cached_property
     def _bucket(self) -> "Bucket":
-        from obstore.store import from_url
+        return open_bucket(self._url)
 
-        timeout = timedelta(seconds=TIMEOUT_SECONDS)
-        return from_url(
-            self._url,
-            # Plain HTTP is spoken only where the operator names such an address, with AWS_ENDPOINT_URL.
-            client_options={"timeout": timeout, "allow_http": True},
-            retry_config={"max_retries": RETRIES, "retry_timeout": timeout},
-        )
+
+def open_bucket(url: str) -> "Bucket":
+    """What obstore calls a store, below `url`; nothing is asked of it yet."""
+    from obstore.store import from_url
+
+    timeout = timedelta(seconds=TIMEOUT_SECONDS)
+    return from_url(
+        url,
+        # Plain HTTP is spoken only where the operator names such an address, with AWS_ENDPOINT_URL.
+        client_options={"timeout": timeout, "allow_http": True},
+        retry_config={"max_retries": RETRIES, "retry_timeout": timeout},
+    )
 
 
 @contextlib.contextmanager

@@ -4,14 +4,14 @@ lancedb and pyarrow are imported where they are used: together they take two sec
 """
 
 import contextlib
-import fcntl
 import functools
 import logging
 import math
 import queue
 import re
+import tempfile
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass
 from datetime import timedelta
@@ -20,6 +20,7 @@ from typing import Any
 
 from imagepipeline.errors import ImagePipelineError, ProviderRejectedError, StaleClaimError
 from imagepipeline.models import Claim, Embedding, check_image_id
+from imagepipeline.stores.objects import open_bucket
 from imagepipeline.text import make_printable
 
 # Without it, five writers of the same new ID leave five rows. In the schema, so that no table exists without it.
@@ -43,8 +44,8 @@ class Neighbour:
 class EmbeddingIndex:
     """The LanceDB at `uri`, a folder or a URL; a table is created by the first upsert into it.
 
-    Any number of processes may write. In a bucket the first upsert must be over before another process begins, or
-    LanceDB may create the table twice and lose a row: the resident, the one writer there, sees to that.
+    Any number of processes may write, on any number of machines, also the first rows of all: an image has one row, that
+    of its highest fence. Commits that conflict are tried again by LanceDB.
     """
 
     def __init__(self, uri: str) -> None:
@@ -148,6 +149,7 @@ class EmbeddingIndex:
         )
         if result.num_inserted_rows + result.num_updated_rows == len(rows):
             return {claim.image_id: claim.fence for claim, _ in writes}
+        table.checkout_latest()  # another process may have written the rows that refused ours
         known = ", ".join(f"'{check_image_id(claim.image_id)}'" for claim, _ in writes)
         query = table.search().where(f"image_id IN ({known})").select(["image_id", "fence"]).limit(len(rows))
         return {row["image_id"]: row["fence"] for row in query.to_list()}
@@ -170,31 +172,19 @@ class EmbeddingIndex:
             return None
 
     def _open_or_create(self, embedding: Embedding) -> Any:
-        import pyarrow as pa
-
-        schema = pa.schema(
-            [
-                pa.field("image_id", pa.string(), nullable=False, metadata=PRIMARY_KEY),
-                pa.field("generation", pa.int64()),
-                pa.field("fence", pa.int64()),
-                pa.field("model", pa.string()),
-                pa.field("text", pa.string()),
-                pa.field("vector", pa.list_(pa.float32(), len(embedding.vector))),
-            ]
-        )
         name = _table_name(embedding)
         table = self._open(name)
-        if table is not None:
-            return table
-        with _alone(self._uri):
-            return self._database.create_table(name, schema=schema, exist_ok=True)
+        if table is None:
+            create_table(self._uri, name, build_schema(len(embedding.vector)))
+            table = self._database.open_table(name)
+        return table
 
 
 class BatchingIndex(EmbeddingIndex):
     """An index whose concurrent upserts share commits: what arrives while one is written is written with the next.
 
     A commit costs the same for one row as for hundred, and each is a version and a file more to read; these are put
-    together now and then. One process at a time should hold such an index; others may read.
+    together now and then. Each machine has one process that holds such an index; they write side by side.
     """
 
     def __init__(self, uri: str) -> None:
@@ -239,19 +229,45 @@ class BatchingIndex(EmbeddingIndex):
             try:
                 self._database.open_table(name).optimize(cleanup_older_than=READERS_PATIENCE)
             except Exception as error:  # it is none of the images' business, and will be tried again
-                log.warning("the index could not be put together: %s", make_printable(str(error)))
+                is_conflict = "commit conflict" in str(error)  # another process has written meanwhile
+                level = logging.DEBUG if is_conflict else logging.WARNING
+                log.log(level, "the index could not be put together: %s", make_printable(str(error)))
 
 
-@contextlib.contextmanager
-def _alone(uri: str) -> Iterator[None]:
-    """Keeps other processes of this machine out while a table is created: LanceDB itself lets the later one win."""
-    if "://" in uri:
-        yield
-        return
-    Path(uri).mkdir(parents=True, exist_ok=True)
-    with open(Path(uri, ".creating"), "w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        yield
+def build_schema(dimensions: int) -> Any:
+    """The columns of a table, for Arrow."""
+    import pyarrow as pa
+
+    return pa.schema(
+        [
+            pa.field("image_id", pa.string(), nullable=False, metadata=PRIMARY_KEY),
+            pa.field("generation", pa.int64()),
+            pa.field("fence", pa.int64()),
+            pa.field("model", pa.string()),
+            pa.field("text", pa.string()),
+            pa.field("vector", pa.list_(pa.float32(), dimensions)),
+        ]
+    )
+
+
+def create_table(uri: str, name: str, schema: Any) -> None:
+    """Makes an empty table, or leaves the one alone that another process has made meanwhile.
+
+    Of two processes that create a table, LanceDB lets the later one overwrite what the earlier one has written. So it
+    is created in a folder of ours, and copied: the file that says what its first version holds comes last, and is put
+    only where there is none. https://github.com/lance-format/lance/issues/4451
+    """
+    import lancedb
+    import obstore
+    from obstore.exceptions import AlreadyExistsError
+
+    place = open_bucket(uri) if "://" in uri else obstore.store.LocalStore(uri, mkdir=True)
+    with tempfile.TemporaryDirectory() as folder:
+        lancedb.connect(folder).create_table(name, schema=schema)
+        [manifest] = Path(folder).glob(f"{name}.lance/_versions/*.manifest")
+        for path in [*Path(folder).glob(f"{name}.lance/_transactions/*"), manifest]:
+            with contextlib.suppress(AlreadyExistsError):
+                obstore.put(place, str(path.relative_to(folder)), path.read_bytes(), mode="create", use_multipart=False)
 
 
 def _table_name(embedding: Embedding) -> str:

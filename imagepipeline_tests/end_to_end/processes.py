@@ -37,6 +37,14 @@ def list_descendants(parent: int) -> list[int]:
     return [*children, *(below for child in children for below in list_descendants(child))]
 
 
+def list_tree(root: int) -> list[int]:
+    """A process and all that it and they have started, parents first."""
+    tree = [root]
+    for pid in tree:
+        tree += find_children(pid, b"")
+    return tree
+
+
 def find_process(home: Path, word: bytes) -> int:
     """A process of that home with the word in its name or command line."""
     for path in Path("/proc").glob("[0-9]*"):

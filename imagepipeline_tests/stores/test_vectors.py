@@ -1,12 +1,17 @@
 """One row per image, the latest claim wins, and the nearest come first."""
 
+import contextlib
+import logging
 import multiprocessing
+import threading
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
 from imagepipeline.errors import InvalidUploadError, ProviderRejectedError, StaleClaimError
 from imagepipeline.models import Claim, Embedding
-from imagepipeline.stores.vectors import EmbeddingIndex
+from imagepipeline.stores import vectors
+from imagepipeline.stores.vectors import BatchingIndex, EmbeddingIndex
 
 
 def claim(image_id, fence=1):
@@ -67,23 +72,56 @@ def test_an_id_that_is_none_never_reaches_a_query(index):
         index.get("a' OR 1=1 --", "local:m")
 
 
-def write_ten(uri, fence):
-    index = EmbeddingIndex(uri)
-    for number in range(10):
-        try:
-            index.upsert(claim(f"i{number}", fence), embedding(float(fence), 1.0))
-        except StaleClaimError:
-            continue
+WRITERS, IMAGES = 3, 12
 
 
-def test_writers_of_the_same_new_images_leave_one_row_each_of_the_highest_fence(tmp_path):
+def write(uri, number, begin, log_path):
+    """What a machine's resident does: images of its own, and one in turn that all write under fences of their own."""
+    logging.basicConfig(filename=log_path, level=logging.WARNING)
+    index = BatchingIndex(uri)
+    begin.wait()
+    for image in range(IMAGES):
+        index.upsert(claim(f"own-{number}-{image}"), embedding(1.0, float(image)))
+        with contextlib.suppress(StaleClaimError):
+            index.upsert(claim(f"shared-{image}", fence=number + 1), embedding(1.0, float(number)))
+
+
+@pytest.fixture(params=["folder", "bucket"])
+def uri(request, tmp_path):
+    return str(tmp_path / "index") if request.param == "folder" else request.getfixturevalue("bucket_url")
+
+
+def test_machines_that_begin_and_compact_an_index_together_lose_no_row_and_leave_one_an_image(uri, tmp_path):
     context = multiprocessing.get_context("spawn")
-    writers = [context.Process(target=write_ten, args=(str(tmp_path), fence)) for fence in (1, 2, 3)]
+    begin = context.Barrier(WRITERS)
+    arguments = [(uri, number, begin, tmp_path / f"{number}.log") for number in range(WRITERS)]
+    writers = [context.Process(target=write, args=one) for one in arguments]
     for writer in writers:
         writer.start()
     for writer in writers:
         writer.join()
-    assert [writer.exitcode for writer in writers] == [0, 0, 0]
-    index = EmbeddingIndex(str(tmp_path))
-    assert len(index.nearest(embedding(1.0, 1.0), 100)) == 10
-    assert {index.get(f"i{number}", "local:m")["fence"] for number in range(10)} == {3}
+    assert [writer.exitcode for writer in writers] == [0] * WRITERS
+    index = EmbeddingIndex(uri)
+    [name] = index._table_names()
+    table = index._database.open_table(name)
+    rows = table.search().select(["image_id", "fence"]).limit(1000).to_list()
+    own = {(f"own-{number}-{image}", 1) for number in range(WRITERS) for image in range(IMAGES)}
+    shared = {(f"shared-{image}", WRITERS) for image in range(IMAGES)}  # the highest fence, whoever came last
+    assert sorted((row["image_id"], row["fence"]) for row in rows) == sorted(own | shared)
+    assert table.stats()["fragment_stats"]["num_fragments"] < WRITERS * IMAGES
+    assert [path.read_text() for *_, path in arguments] == [""] * WRITERS  # a compaction in vain is no news
+
+
+def test_a_table_that_many_create_at_once_is_created_once(uri):
+    """Also if each has seen that there is none."""
+    index = EmbeddingIndex(uri)
+    with ThreadPoolExecutor(8) as creators:
+        begin = threading.Barrier(8)
+
+        def create(number):
+            begin.wait()
+            vectors.create_table(uri, "embeddings_local-m_2", vectors.build_schema(2))
+            index.upsert(claim(f"i{number}"), embedding(1.0, float(number)))
+
+        list(creators.map(create, range(8)))
+    assert index.count_rows() == 8

@@ -1,0 +1,62 @@
+"""Two machines share one queue, and what is bounded is bounded over both; one that is lost costs time only."""
+
+import json
+from collections import Counter
+
+import pytest
+
+from imagepipeline.defs.failures import MACHINE_TAG
+from imagepipeline_tests.conftest import IS_CI
+from imagepipeline_tests.end_to_end.machine_faults import COMPLETE_SECONDS, lose
+from imagepipeline_tests.end_to_end.two_machines import MAX_RUNS, may_name_hosts, open_pair
+
+LIMIT = 6
+
+
+@pytest.fixture
+def pair_in(postgres_url):
+    """Opens two machines with files and index at some place."""
+    if not may_name_hosts():
+        assert not IS_CI
+        pytest.skip("no process may have a host name of its own here")
+    return lambda root: open_pair(postgres_url, root)
+
+
+def read_findings(machine, code=0):
+    lines = machine.run("doctor", "--json", code=code).splitlines()
+    return {finding["name"]: finding for finding in map(json.loads, lines)}
+
+
+def test_two_machines_share_the_work_its_bounds_and_its_results(pair_in, bucket_url):
+    with pair_in(bucket_url) as pair:
+        pair.provider.hold()
+        pair.push("first", 12)
+        pair.wait_until(lambda: pair.provider.at_once == MAX_RUNS, COMPLETE_SECONDS)  # more than one machine has slots
+        assert pair.count()["pending"] == 12 - MAX_RUNS
+        pair.provider.release()
+        pair.wait_until_completed(COMPLETE_SECONDS)
+        assert pair.provider.peak == MAX_RUNS
+        assert list(pair.provider.calls.values()) == [1] * 12
+        hosts = Counter(run.tags[MACHINE_TAG] for run in pair.list_runs())
+        assert set(hosts) == {"alpha", "beta"}
+        assert hosts.total() == 12
+        pair.check()
+
+        assert "alpha (3 slots), beta (3 slots)" in read_findings(pair.alpha)["workers"]["sentence"]
+
+        calls = pair.provider.calls.total()
+        pair.alpha.run("limit", f"metadata={LIMIT}/hour")
+        pair.push("limited", LIMIT + 4)
+        pair.wait_until(lambda: "rate_limit" in pair.alpha.run("status", "--json"), COMPLETE_SECONDS)
+        pair.wait_until(lambda: pair.count()["completed"] == 12 + LIMIT, COMPLETE_SECONDS)
+        assert pair.provider.calls.total() - calls == LIMIT
+
+
+def test_a_machine_that_is_killed_costs_time_only_and_is_missed(pair_in, tmp_path):
+    """The other ways to lose one take longer: `machine_faults` has them."""
+    with pair_in(str(tmp_path / "shared")) as pair:
+        print(f"killed: all completed {lose(pair, 'killed'):.0f} s later")
+        pair.beta.kill()
+        pair.wait_for_workers({"alpha"})
+        found = read_findings(pair.alpha, code=1)["workers"]
+        assert "of 4 runs at a time, only 3 find a slot" in found["sentence"]

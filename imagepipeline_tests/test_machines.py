@@ -1,0 +1,96 @@
+"""What two machines must share is compared, proven where it can be, and said without a secret."""
+
+from contextlib import closing
+from dataclasses import asdict
+
+import pytest
+
+from imagepipeline.machines import describe, find_differences, leave_mark, read_answer
+from imagepipeline.settings import Settings
+from imagepipeline.stores.catalogue import Catalogue
+from imagepipeline_tests.conftest import redis_server
+
+
+@pytest.fixture
+def here(tmp_path, redis_url, queue):
+    """The environment of a home that shares its catalogue, storage, index and Redis."""
+    environment = {
+        "IMAGEPIPELINE_HOME": str(tmp_path / "here"),
+        "REDIS_URL": redis_url,
+        "DATABASE_URL": f"sqlite:///{tmp_path / 'catalogue.sqlite'}",
+        "IMAGEPIPELINE_STORAGE_ROOT": str(tmp_path / "storage"),
+        "IMAGEPIPELINE_INDEX_ROOT": str(tmp_path / "index"),
+    }
+    with closing(Catalogue(environment["DATABASE_URL"])) as catalogue:
+        catalogue.migrate()
+        catalogue.bind("one Dagster")
+    return environment
+
+
+def compare(here, there):
+    with leave_mark(Settings.load(here)) as mark:
+        return find_differences(Settings.load(here), {"w": asdict(describe(Settings.load(there), mark))})
+
+
+def test_homes_of_their_own_on_shared_stores_differ_in_nothing_and_leave_nothing(here, tmp_path, queue):
+    assert compare(here, here | {"IMAGEPIPELINE_HOME": str(tmp_path / "there")}) == []
+    assert list(tmp_path.rglob(".doctor-*")) == []
+
+
+def test_each_thing_that_is_not_shared_is_a_sentence(here, tmp_path):
+    with closing(Catalogue(f"sqlite:///{tmp_path / 'other.sqlite'}")) as catalogue:
+        catalogue.migrate()
+        catalogue.bind("another Dagster")
+    with redis_server() as other_redis:
+        for change, words in (
+            ({"DATABASE_URL": f"sqlite:///{tmp_path / 'other.sqlite'}"}, "another catalogue"),
+            ({"DATABASE_URL": "postgresql://u:canary@127.0.0.1:1/d"}, "does not reach its catalogue"),
+            (
+                {"IMAGEPIPELINE_STORAGE_ROOT": str(tmp_path / "other")},
+                f"its storage in {tmp_path / 'other'}, this home",
+            ),
+            ({"IMAGEPIPELINE_INDEX_ROOT": str(tmp_path / "other")}, f"its index in {tmp_path / 'other'}, this home"),
+            ({"REDIS_URL": other_redis}, "another Redis"),
+            ({"IMAGEPIPELINE_WEBP_QUALITY": "70"}, "makes variants with"),
+            ({"OPENAI_API_KEY": "sk-canary"}, "makes metadata with openai:gpt-4o-mini"),
+        ):
+            [line] = compare(here, here | change)
+            assert line.startswith("the worker on ")
+            assert words in line
+            assert "canary" not in line
+
+
+def test_a_folder_of_the_same_name_that_is_another_one_is_found_out(here, tmp_path):
+    """As that of another host is."""
+    settings = Settings.load(here)
+    with leave_mark(settings) as mark:
+        (tmp_path / "storage").rename(tmp_path / "of another host")
+        answer = asdict(describe(settings, mark))
+        (tmp_path / "of another host").rename(tmp_path / "storage")
+    [line] = find_differences(settings, {"w": answer})
+    assert "does not find the files of this home" in line
+    assert "must be a folder that all machines share, or a bucket" in line
+
+
+def test_two_buckets_are_told_apart_and_no_password_is_shown(here, bucket_url):
+    there = here | {"IMAGEPIPELINE_STORAGE_ROOT": bucket_url + "/there"}
+    assert compare(there, there) == []
+    [line] = compare(here | {"IMAGEPIPELINE_STORAGE_ROOT": bucket_url + "/here"}, there)
+    assert f"its storage in {bucket_url}/there, this home in {bucket_url}/here" in line
+    shown = describe(
+        Settings.load(here | {"IMAGEPIPELINE_STORAGE_ROOT": "s3://u:canary@images/x?key=canary"}), "0" * 32
+    )
+    assert "canary" not in repr(shown)
+
+
+def test_an_answer_that_says_nothing_is_of_another_version(here):
+    for answer in ({"error": "No such control command"}, None, [], {"host": 1}):
+        assert read_answer(answer) is None
+        [line] = find_differences(Settings.load(here), {"w@host": answer})
+        assert "'w@host' is of another version" in line
+
+
+@pytest.mark.parametrize("mark", ["../../etc/passwd", "", "A" * 32, "0" * 33])
+def test_what_is_no_mark_is_not_looked_for(here, mark):
+    with pytest.raises(ValueError, match="no mark"):
+        describe(Settings.load(here), mark)
