@@ -22,7 +22,7 @@ MAX_TTL_SECONDS = 3600
 
 
 def count_connections(server: sa.Connection) -> int:
-    """How many connections to Postgres the whole stack has; they come by a socket, which does not tell whose they are."""
+    """How many connections to Postgres the whole stack has; of a socket's, nobody tells whose they are."""
     query = "SELECT count(*) FROM pg_stat_activity WHERE datname LIKE 'test_%%'"
     return int(server.exec_driver_sql(query).scalar_one())
 
