@@ -40,6 +40,7 @@ CANCEL = """mutation { terminateRun(runId: "%s", terminatePolicy: %s) { __typena
     ... on TerminateRunFailure { message } ... on PythonError { message } } }"""
 STARTED = """{ runsOrError(filter: { statuses: [STARTED] }) { ... on Runs { results {
     eventConnection(limit: 20) { events { ... on EngineEvent { message } } } } } } }"""
+ENDED = ("SUCCESS", "FAILURE", "CANCELED")
 LOGS = ("worker", "daemon", "code-server")
 # What may end a run without a result: its worker's word that it died, the reconciler, the run itself, whoever
 # cancelled it, and the daemon that could not hand it over.
@@ -269,6 +270,7 @@ class Drill:
 
     def check(self) -> None:
         """Nothing is lost, done twice or paid twice, and no run that waited or worked was failed."""
+        self.wait_for(lambda: all(run["status"] in ENDED for run in self.runs()))  # a run ends after its image
         counts = self.catalogue.count()
         assert counts["completed"] == self._pushed - self.cancelled
         calls = Counter((asset, number) for asset, number, _ in self.provider.calls)
@@ -287,7 +289,6 @@ class Drill:
                     late = [at for what, whom, at in self.provider.calls if (what, whom) == (asset, number)]
                     assert not made or max(late) <= made[0], (row["id"], asset, events)
         for run in self.runs():
-            assert run["status"] in ("SUCCESS", "FAILURE", "CANCELED"), run
             assert run["status"] == "SUCCESS" or LEGAL_ENDS.search(run["end"]), run
 
 
