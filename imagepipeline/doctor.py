@@ -113,6 +113,10 @@ def _examine_home(settings: Settings) -> Finding:
 def _examine_code_server(settings: Settings) -> Finding:
     from imagepipeline.runtime import services
 
+    if settings.dagster_database_url and not settings.code_address.exists():
+        return Finding(
+            "code server", True, "it runs elsewhere, if it does: ask it there, with `service code-server --check`"
+        )
     if not services.answers_grpc(settings.code_address):
         return Finding("code server", False, "it does not answer", ADVICE["code server"])
     return Finding("code server", True, "it answers")

@@ -3,12 +3,17 @@
 `dagster.yaml` names this class; the daemon launches with it, the webserver cancels with it.
 """
 
+import warnings
+
 from celery import states
+from celery.exceptions import DuplicateTaskNameWarning
 from celery.result import AsyncResult
 from dagster import DagsterRun
 from dagster._core.launcher import CheckRunHealthResult, WorkerStatus
 from dagster_celery.launcher import CeleryRunLauncher
 from dagster_celery.tags import DAGSTER_CELERY_TASK_ID_TAG as TASK_ID_TAG
+
+warnings.simplefilter("ignore", DuplicateTaskNameWarning)  # dagster-celery registers its task once more at each launch
 
 
 class RunLauncher(CeleryRunLauncher):

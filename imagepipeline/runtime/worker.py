@@ -7,6 +7,7 @@ index and the offline models, and one zygote, from which the decoders are forked
 """
 
 import fcntl
+import functools
 import gc
 import importlib
 import math
@@ -23,8 +24,12 @@ import billiard
 from celery import Celery, bootsteps, signals
 from celery.worker import state
 from celery.worker.control import inspect_command
+from dagster import DagsterInstance
+from dagster._cli.api import _execute_run_command_body  # what `dagster api execute_run` calls
+from dagster._grpc.types import ExecuteRunArgs
+from dagster._serdes import unpack_value
+from dagster_celery.config import TASK_EXECUTE_JOB_NAME
 from dagster_celery.make_app import make_app
-from dagster_celery.tasks import create_execute_job_task
 
 from imagepipeline import definitions, machines
 from imagepipeline.imaging.sandbox import DECODERS
@@ -90,10 +95,10 @@ def acquire_lock(settings: Settings) -> int:
 
 
 def build_app(settings: Settings) -> Celery:
-    """The Celery app, with dagster-celery's own task and our housekeeping."""
+    """The Celery app, with the task that dagster-celery's launcher asks for and our housekeeping."""
     url = broker.build_url(settings.broker_url)
     app = make_app({"broker": url, "backend": url, "config_source": broker.build_config(settings.queue_prefix)})  # type: ignore[no-untyped-call]
-    create_execute_job_task(app)
+    app.task(execute_run, name=TASK_EXECUTE_JOB_NAME)
     keeper = Housekeeper(settings)
 
     class Housekeeping(bootsteps.StartStopStep):  # type: ignore[misc]
@@ -120,6 +125,21 @@ def build_app(settings: Settings) -> Celery:
         rename("run")
 
     return app
+
+
+def execute_run(execute_job_args_packed: Any) -> None:
+    """Executes a run as dagster-celery's own task does, but with one Dagster instance for all runs of this child.
+
+    An instance of its own for each run would leave three more connections to Postgres open, and take 80 ms to make.
+    """
+    run_id = unpack_value(execute_job_args_packed, as_type=ExecuteRunArgs).run_id
+    _execute_run_command_body(run_id, open_instance(), write_stream_fn=lambda _: None, set_exit_code_on_failure=False)
+
+
+@functools.cache
+def open_instance() -> DagsterInstance:
+    """The Dagster instance of this process, open as long as it lives."""
+    return DagsterInstance.get()
 
 
 class Housekeeper:

@@ -96,8 +96,10 @@ def test_a_home_has_one_worker(settings):
 
 def test_a_worker_preloads_no_thread(settings):
     code = (
-        "import threading, imagepipeline.runtime.preload\n"
+        "import threading\n"
         "from pathlib import Path\n"
+        "from imagepipeline.runtime.worker import preload\n"
+        "preload()\n"
         "assert threading.active_count() == len(list(Path('/proc/self/task').iterdir())) == 1"
     )
     environment = services.build_environment(settings, "worker")
