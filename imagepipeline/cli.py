@@ -701,9 +701,10 @@ def service(settings: Settings, name: str, check: bool, as_json: bool) -> None:
     from imagepipeline.runtime import services
 
     if not check:
-        if name == "code-server":
-            services.check_redis(settings)
         services.prepare(settings)
+        if name in ("code-server", "worker"):
+            services.check_redis(settings)
+            services.check_catalogue(settings)
         command = services.build_command(settings, name)
         os.execve(command[0], command, services.build_environment(settings, name))  # noqa: S606  (our own command)
     if not services.is_healthy(settings, name):

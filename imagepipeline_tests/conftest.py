@@ -25,7 +25,7 @@ PHOTOS = Path(__file__).parent.parent / "imagepipeline" / "demo_photos"
 
 @pytest.fixture(autouse=True)
 def no_settings_from_outside(monkeypatch: pytest.MonkeyPatch) -> None:
-    os.umask(0o022)  # a test before may have loaded the settings, which makes this process' files private
+    os.umask(0o077)  # as each way into the package does, so that no test depends on one before it
     for name in list(os.environ):
         if name.startswith(("AWS_", "IMAGEPIPELINE_", "REDIS_", "OPENAI_", "OPENROUTER_", "DATABASE_", "DAGSTER_")):
             monkeypatch.delenv(name)

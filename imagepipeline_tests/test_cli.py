@@ -505,7 +505,7 @@ def test_the_doctor_says_what_is_not_well_and_exits_with_1(invoke, catalogue, mo
     code, out, _ = invoke("doctor", "--json")
     findings = [json.loads(line) for line in out.splitlines()]
     ill = [finding["name"] for finding in findings if not finding["is_well"]]
-    assert (code, ill) == (1, ["code server", "daemon", "sensors", "webserver", "vision model"])
+    assert (code, ill) == (1, ["code server", "workers", "daemon", "sensors", "webserver", "vision model"])
 
 
 EVIL = "\x1b]0;title\x07\x1b[2J\x9b31m\u202egpj\u2066\u200b\u2028\x7f\rforged [red]x[/red] :smile: \\"

@@ -3,17 +3,19 @@
 `dagster.yaml` names this class; the daemon launches with it, the webserver cancels with it.
 """
 
-import warnings
+import functools
 
+import dagster_celery.launcher
 from celery import states
-from celery.exceptions import DuplicateTaskNameWarning
 from celery.result import AsyncResult
 from dagster import DagsterRun
 from dagster._core.launcher import CheckRunHealthResult, WorkerStatus
 from dagster_celery.launcher import CeleryRunLauncher
 from dagster_celery.tags import DAGSTER_CELERY_TASK_ID_TAG as TASK_ID_TAG
+from dagster_celery.tasks import create_execute_job_task
 
-warnings.simplefilter("ignore", DuplicateTaskNameWarning)  # dagster-celery registers its task once more at each launch
+# As shipped, each launch registers the task once more, with a warning and a little memory that is never given back.
+vars(dagster_celery.launcher)["create_execute_job_task"] = functools.cache(create_execute_job_task)
 
 
 class RunLauncher(CeleryRunLauncher):

@@ -1,6 +1,6 @@
 """The tables of catalogue and Dagster, created or brought up to date, and the catalogue tied to that Dagster instance.
 
-    python -m imagepipeline.runtime.migration [--take-over]
+    python -m imagepipeline.runtime.migration [--take-over | --check]
 
 A process of its own, because whoever asks for it should not have to import Dagster.
 """
@@ -18,7 +18,7 @@ from imagepipeline.errors import PostponedError, StackError
 from imagepipeline.settings import Settings
 from imagepipeline.stores.catalogue import Catalogue
 
-TAKE_OVER = "--take-over"
+TAKE_OVER, CHECK = "--take-over", "--check"
 INSTANCE_ID_KEY = "imagepipeline/instance_id"
 
 
@@ -29,6 +29,9 @@ def main() -> None:
         SystemExit: the catalogue belongs to another Dagster instance, or does not answer.
     """
     settings = Settings.load()
+    if CHECK in sys.argv:
+        bind_catalogue(settings)
+        return
     try:
         with closing(Catalogue(settings.database_url)) as catalogue:
             catalogue.migrate()

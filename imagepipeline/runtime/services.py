@@ -68,7 +68,7 @@ def build_command(settings: Settings, name: str) -> list[str]:
     port = str(settings.webserver_port or DEFAULT_WEBSERVER_PORT)
     modules = {
         "code-server": [
-            *("imagepipeline.runtime.code_server", "--socket", _quote_for_grpc(settings.code_address)),
+            *("dagster", "api", "grpc", "--socket", _quote_for_grpc(settings.code_address)),
             *("-m", "imagepipeline.definitions"),
         ],
         "worker": ["imagepipeline.runtime.worker"],
@@ -125,12 +125,25 @@ def migrate(settings: Settings, is_taken_over: bool = False) -> None:
         StackError: the home cannot be written to, or a database does not answer, or refuses; the message is the last
             line that was printed.
     """
-    command = MIGRATION_COMMAND + ["--take-over"] * is_taken_over
+    _run_migration(settings, ["--take-over"] * is_taken_over, "the tables could not be made")
+
+
+def check_catalogue(settings: Settings) -> None:
+    """Refuses a catalogue that belongs to another Dagster instance, or does not answer.
+
+    Raises:
+        StackError: with the sentence that says so.
+    """
+    _run_migration(settings, ["--check"], "the catalogue cannot be used")
+
+
+def _run_migration(settings: Settings, options: list[str], failure: str) -> None:
     prepare(settings)
-    result = subprocess.run(command, env=build_environment(settings), capture_output=True, text=True, check=False)
+    command, environment = [*MIGRATION_COMMAND, *options], build_environment(settings)
+    result = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
     if result.returncode != 0:
         last_line = (result.stderr.strip().splitlines() or ["no message"])[-1]
-        raise StackError(f"the tables could not be made: {last_line:.500}")
+        raise StackError(f"{failure}: {last_line:.500}")
 
 
 def is_healthy(settings: Settings, name: str) -> bool:
@@ -206,11 +219,11 @@ def ask_workers(
     from kombu.exceptions import OperationalError
 
     url = broker.build_url(settings.broker_url)
-    app = Celery(broker=url, config_source=broker.build_config(settings.queue_prefix))
+    app = Celery(broker=url, config_source=broker.build_config(settings.queue_prefix, ANSWER_SECONDS))
     asked = {"destination": [name], "limit": 1} if name else {}
     with app.connection_for_write() as connection:
         try:
-            connection.ensure_connection(max_retries=1)
+            connection.ensure_connection(max_retries=1, interval_start=0, interval_step=0.1)
             answers = app.control.broadcast(
                 command, dict(arguments or {}), connection=connection, reply=True, timeout=ANSWER_SECONDS, **asked
             )

@@ -13,6 +13,7 @@ from imagepipeline.errors import PostponedError
 
 QUEUE = "dagster"  # dagster-celery's only queue
 CONNECT_SECONDS = 5
+ANSWER_SECONDS = 30  # of Redis; the longest wait for a task is 1 s
 # How long a task may be on its way from Redis to a worker's child before another worker takes it. It is acknowledged
 # when the child begins, so this bounds milliseconds, not a run.
 HANDOVER_SECONDS = 60
@@ -20,12 +21,17 @@ RESTORE_INTERVAL_SECONDS = 10
 KEEP_FAILURES_SECONDS = 3600
 
 
-def build_config(prefix: str) -> dict[str, Any]:
+def build_config(prefix: str, answer_seconds: float = ANSWER_SECONDS) -> dict[str, Any]:
     """Celery's settings for those who hand over runs and those who execute them, as plain values.
 
-    All keys and channels in Redis begin with `{prefix}:runs:`. A result is kept only of a task whose process died.
+    Redis must answer within `answer_seconds`. All keys and channels in Redis begin with `{prefix}:runs:`. A result is
+    kept only of a task whose process died.
     """
-    place = {"global_keyprefix": f"{prefix}:runs:", "socket_connect_timeout": CONNECT_SECONDS}
+    place = {
+        "global_keyprefix": f"{prefix}:runs:",
+        "socket_connect_timeout": CONNECT_SECONDS,
+        "socket_timeout": answer_seconds,
+    }
     return {
         "broker_transport_options": {
             **place,
@@ -68,7 +74,9 @@ class TaskQueue:
     """The tasks, one a run, that no worker has taken yet."""
 
     def __init__(self, redis_url: str, prefix: str) -> None:
-        self._redis = redis.Redis.from_url(redis_url, socket_connect_timeout=CONNECT_SECONDS)
+        self._redis = redis.Redis.from_url(
+            redis_url, socket_connect_timeout=CONNECT_SECONDS, socket_timeout=ANSWER_SECONDS
+        )
         self._key = f"{prefix}:runs:{QUEUE}"
 
     def list_waiting(self) -> set[str]:

@@ -24,12 +24,18 @@ NOBODY = 65534
 # Imports all that it will need, because the package may lie where nobody may read, and then becomes that user.
 BECOME_NOBODY = f"os.setgroups([]); os.setgid({NOBODY}); os.setuid({NOBODY});"
 AS_NOBODY = (
-    "import os, sys, sqlite3.dbapi2, platformdirs; from imagepipeline import cli, display, doctor, providers, storage;"
+    "import os, sys, sqlite3.dbapi2, platformdirs;"
+    "import multiprocessing.forkserver; from imagepipeline import cli, display, doctor, providers, storage;"
     "from imagepipeline.runtime import supervisor; from imagepipeline.stores import ledger, migrations, uploads;"
     f"{BECOME_NOBODY}"
     "sys.argv = ['imagepipeline', *sys.argv[1:]]; cli.main()"
 )
 only_root = pytest.mark.skipif(not IS_ROOT, reason="only root can become somebody else")
+
+
+@pytest.fixture(autouse=True)
+def no_private_files_yet(no_settings_from_outside):
+    os.umask(0o022)
 
 
 def load(home, **changes):

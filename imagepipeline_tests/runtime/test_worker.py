@@ -67,15 +67,15 @@ def test_a_child_that_is_stopped_while_it_writes_is_killed_before_the_others_los
     try:
         while not worker.is_stopped(process.pid):
             time.sleep(0.05)
-        keeper.look()
+        keeper.look(pool=None)
         with closing(sqlite3.connect(tmp_path / "db", timeout=0, isolation_level=None)) as connection:
             with pytest.raises(sqlite3.OperationalError, match="locked"):
                 connection.execute("BEGIN IMMEDIATE")
             now[0] = worker.STOPPED_SECONDS - 1
-            keeper.look()
+            keeper.look(pool=None)
             assert process.is_alive()  # it may be let go on
             now[0] = worker.STOPPED_SECONDS
-            keeper.look()
+            keeper.look(pool=None)
             process.join(10)
             assert process.exitcode == -signal.SIGKILL
             connection.execute("BEGIN IMMEDIATE")
