@@ -26,8 +26,8 @@ from imagepipeline.errors import (
     StackError,
     list_reasons,
 )
+from imagepipeline.homes import secure_home
 from imagepipeline.models import PRIORITY_LIMIT, Status, Upload, check_original_path
-from imagepipeline.runtime.homes import secure_home
 from imagepipeline.settings import Settings
 from imagepipeline.text import make_printable, to_json
 

@@ -4,6 +4,7 @@ import dagster as dg
 
 from imagepipeline.defs import assets, jobs, notifications, reconciler, resources, sensors
 from imagepipeline.defs.originals import Originals
+from imagepipeline.homes import secure_home
 from imagepipeline.imaging.decoding import Rules
 from imagepipeline.imaging.sandbox import Sandbox
 from imagepipeline.imaging.variants import Renderer
@@ -16,7 +17,6 @@ from imagepipeline.providers import (
     build_vision,
     open_paid_calls,
 )
-from imagepipeline.runtime.homes import secure_home
 from imagepipeline.settings import Settings
 from imagepipeline.storage import open_storage
 from imagepipeline.stores.broker import TaskQueue

@@ -20,8 +20,8 @@ from imagepipeline.errors import (
     RedisClusterError,
     StackError,
 )
+from imagepipeline.homes import find_faults
 from imagepipeline.models import PixelFacts
-from imagepipeline.runtime.homes import find_faults
 from imagepipeline.settings import Settings
 
 MAX_CLOCK_SKEW_SECONDS = 2

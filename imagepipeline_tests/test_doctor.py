@@ -8,8 +8,8 @@ import pytest
 
 from imagepipeline.doctor import examine
 from imagepipeline.errors import RedisClusterError
+from imagepipeline.homes import secure_home
 from imagepipeline.runtime import services
-from imagepipeline.runtime.homes import secure_home
 from imagepipeline.settings import Settings
 from imagepipeline.stores import uploads
 from imagepipeline.stores.catalogue import Catalogue

@@ -21,8 +21,8 @@ from urllib.parse import quote
 import yaml
 
 from imagepipeline.errors import RedisClusterError, StackError
-from imagepipeline.runtime.homes import make_home as make_home
-from imagepipeline.runtime.homes import make_socket_folder, told_of
+from imagepipeline.homes import make_home as make_home
+from imagepipeline.homes import make_socket_folder, told_of
 from imagepipeline.settings import BUCKET_SECRETS, NOTIFIERS, SECRETS, Settings, is_secret
 from imagepipeline.stores import broker
 from imagepipeline.stores.uploads import UploadQueue

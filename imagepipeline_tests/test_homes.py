@@ -12,8 +12,8 @@ from pathlib import Path
 import pytest
 
 from imagepipeline.errors import StackError
+from imagepipeline.homes import find_faults, make_home, secure_home
 from imagepipeline.runtime import services
-from imagepipeline.runtime.homes import find_faults, make_home, secure_home
 from imagepipeline.settings import Settings
 from imagepipeline.stores.catalogue import Catalogue
 from imagepipeline.stores.files import FileStore
