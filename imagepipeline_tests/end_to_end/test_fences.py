@@ -92,7 +92,7 @@ def test_a_list_full_of_the_longest_entries_drains_within_the_containers_memory(
 def test_an_administrator_has_a_user_that_no_service_is_given(admin, uploader, pipeline_queue):
     assert admin.acl_whoami() == "admin"
     assert admin.info("memory")["maxmemory_policy"] == "noeviction"
-    assert set(admin.acl_users()) == {"admin", "default", "pipeline", "uploader"}
+    assert set(admin.acl_users()) == {"admin", "dagster", "default", "pipeline", "uploader"}
     assert "off" in admin.acl_getuser("default")["flags"]
     for client in (uploader, pipeline_queue.redis):
         for refused in (client.acl_list, client.config_get, client.client_list, client.flushall, client.shutdown):
