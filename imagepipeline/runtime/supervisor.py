@@ -10,6 +10,7 @@ import shutil
 import signal
 import socket
 import sys
+import tempfile
 import time
 from collections import deque
 from collections.abc import Callable
@@ -29,6 +30,8 @@ DRAIN_SECONDS = 180  # for the runs that are under way; the longest takes three 
 RESTARTS_PER_MINUTE = 5
 LOG_CHECK_SECONDS = 5
 STATE_BYTES = 512
+# A socket's path has 107 bytes at most (unix(7)), of which multiprocessing adds /pymp-XXXXXXXX/listener-XXXXXXXX.
+MAX_TEMPORARY_FOLDER_BYTES = 107 - 32
 
 
 class Stack:
@@ -100,6 +103,7 @@ class Stack:
     def _start_all(self) -> None:
         settings = self._settings
         services.prepare(settings)
+        _keep_socket_names_short(settings)
         environments = {name: services.build_environment(settings, name) for name in services.NAMES}
         # What else is started from here, such as the forkserver that all services come from, needs no secret.
         adopt_environment({name: value for name, value in environments["daemon"].items() if not is_secret(name)})
@@ -215,6 +219,12 @@ class Stack:
 
     def _log(self, name: str) -> Path:
         return self._settings.home / "logs" / f"{name}.log"
+
+
+def _keep_socket_names_short(settings: Settings) -> None:
+    """Has multiprocessing put the forkserver's socket beside ours where TMPDIR is too long for one."""
+    if len(os.fsencode(tempfile.gettempdir())) > MAX_TEMPORARY_FOLDER_BYTES:
+        tempfile.tempdir = str(settings.socket_folder)
 
 
 def find_running(settings: Settings) -> dict[str, Any] | None:
