@@ -1,16 +1,20 @@
 """What the machines of one pipeline must share, and whether they do.
 
+    python -m imagepipeline.machines MARK      # prints what this machine works with, as JSON
+
 A worker is asked for it over Celery's remote control. What it answers holds no secret, and proves what it can: that it
 finds a mark where the one who asks has left one.
 """
 
 import contextlib
+import json
 import re
 import socket
+import sys
 import uuid
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import closing
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from importlib.metadata import version
 from typing import Any
 from urllib.parse import urlsplit
@@ -168,3 +172,12 @@ def _without_password(uri: str) -> str:
         return uri
     parts = urlsplit(uri)
     return parts._replace(netloc=parts.netloc.rpartition("@")[2], query="").geturl()
+
+
+def main() -> None:
+    """Prints this machine, for the worker that was asked."""
+    print(json.dumps(asdict(describe(Settings.load(), sys.argv[1]))))
+
+
+if __name__ == "__main__":
+    main()

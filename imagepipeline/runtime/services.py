@@ -42,7 +42,7 @@ SECRETS_OF = {
 }
 DEFAULT_WEBSERVER_PORT = 3000
 GRPC_SECONDS = 5
-ANSWER_SECONDS = 3
+ANSWER_SECONDS, WORK_SECONDS = 3, 15
 HEARTBEAT_TOLERANCE_SECONDS = 120
 MIGRATION_COMMAND = [sys.executable, "-m", "imagepipeline.runtime.migration"]
 
@@ -208,9 +208,15 @@ def list_workers(settings: Settings, name: str | None = None) -> list[str]:
 
 
 def ask_workers(
-    settings: Settings, command: str, arguments: Mapping[str, Any] | None = None, name: str | None = None
+    settings: Settings,
+    command: str,
+    arguments: Mapping[str, Any] | None = None,
+    name: str | None = None,
+    count: int = 0,
 ) -> dict[str, Any]:
-    """What each worker, or the one of that name, answers within 3 s to a command of Celery's remote control.
+    """What each worker, or the one of that name, answers to a command of Celery's remote control.
+
+    It waits for 3 s, or with `count` until so many have answered, for 15 s at most.
 
     Raises:
         StackError: Redis does not answer.
@@ -219,13 +225,14 @@ def ask_workers(
     from kombu.exceptions import OperationalError
 
     url = broker.build_url(settings.broker_url)
-    app = Celery(broker=url, config_source=broker.build_config(settings.queue_prefix, ANSWER_SECONDS))
-    asked = {"destination": [name], "limit": 1} if name else {}
+    app = Celery(broker=url, config_source=broker.build_config(settings.queue_prefix, WORK_SECONDS))
+    asked: dict[str, Any] = {"destination": [name], "limit": 1} if name else {"limit": count} if count else {}
+    timeout_seconds = WORK_SECONDS if count else ANSWER_SECONDS
     with app.connection_for_write() as connection:
         try:
             connection.ensure_connection(max_retries=1, interval_start=0, interval_step=0.1)
             answers = app.control.broadcast(
-                command, dict(arguments or {}), connection=connection, reply=True, timeout=ANSWER_SECONDS, **asked
+                command, dict(arguments or {}), connection=connection, reply=True, timeout=timeout_seconds, **asked
             )
         except (OperationalError, *connection.connection_errors, *connection.channel_errors) as error:
             raise StackError(f"the workers' Redis does not answer ({type(error).__name__})") from None

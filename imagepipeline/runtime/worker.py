@@ -10,13 +10,13 @@ import fcntl
 import functools
 import gc
 import importlib
+import json
 import math
 import os
 import signal
 import subprocess
 import sys
 import time
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -51,6 +51,7 @@ STOPPED_SECONDS = 15
 RUNS_PER_CHILD = 20
 # A child that has worked keeps some 70 MB, a fresh one shares nearly all it has with the worker.
 IDLE_SECONDS = 10
+DESCRIBE_SECONDS = 10
 
 
 def main() -> None:
@@ -113,8 +114,10 @@ def build_app(settings: Settings) -> Celery:
     app.steps["worker"].add(Housekeeping)
 
     @inspect_command(name=machines.COMMAND, args=[("mark", str)])  # type: ignore[untyped-decorator]
-    def describe_machine(_: Any, mark: str) -> dict[str, Any]:
-        return asdict(machines.describe(settings, mark))
+    def describe_machine(_: Any, mark: str) -> Any:
+        # By a process of its own: what object stores and databases leave here, such as threads, children would inherit.
+        command = [sys.executable, "-m", machines.__name__, mark]
+        return json.loads(subprocess.run(command, capture_output=True, check=True, timeout=DESCRIBE_SECONDS).stdout)
 
     @signals.worker_before_create_process.connect(weak=False)  # type: ignore[untyped-decorator]
     def share_memory(**_: Any) -> None:
