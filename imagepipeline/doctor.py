@@ -130,7 +130,7 @@ def _examine_workers(settings: Settings) -> Finding:
     if not names:
         return Finding("workers", False, "none answers, so that no run begins", ADVICE["workers"])
     with machines.leave_mark(settings) as mark:
-        answers = services.ask_workers(settings, machines.COMMAND, {"mark": mark}, count=len(names))
+        answers = services.ask_workers(settings, machines.COMMAND, {"mark": mark}, names, services.WORK_SECONDS)
     differences = [f"{name} does not say what it works with" for name in names if name not in answers]
     differences += machines.find_differences(settings, answers)
     if differences:

@@ -7,6 +7,7 @@ files at a storage root that somebody chose are as open as they made that folder
 """
 
 import contextlib
+import fcntl
 import logging
 import os
 import stat
@@ -42,6 +43,17 @@ def make_home(settings: Settings) -> None:
         secure_home(settings)
         with tempfile.TemporaryFile(dir=settings.home):  # also where root meets a file system that is read-only
             pass
+
+
+def hold_lock(path: Path) -> int | None:
+    """A descriptor that holds a lock as long as it is open, in this process or in a child; None if another has it."""
+    lock = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        os.close(lock)
+        return None
+    return lock
 
 
 def make_socket_folder(settings: Settings) -> None:

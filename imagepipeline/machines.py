@@ -53,7 +53,7 @@ def describe(settings: Settings, mark: str) -> Machine:
     return Machine(
         host=socket.gethostname(),
         version=version("imagepipeline"),
-        slots=settings.worker_slots or settings.max_runs,
+        slots=settings.slots,
         catalogue=_read_owner(settings),
         storage=_without_password(settings.storage),
         index=_without_password(settings.index_uri),

@@ -444,6 +444,11 @@ class Settings(BaseModel):
         return self.explicit_broker_url.get_secret_value() if self.explicit_broker_url else self.redis_url
 
     @property
+    def slots(self) -> int:
+        """How many uploads the worker of this home processes at a time."""
+        return self.worker_slots or self.max_runs
+
+    @property
     def worker_name(self) -> str:
         """What Celery calls the worker of this home on this machine."""
         digest = hashlib.sha256(str(self.home).encode()).hexdigest()[:6]

@@ -9,6 +9,7 @@ from collections.abc import Callable, Hashable
 from functools import partial
 
 import dagster as dg
+from dagster_celery.tags import DAGSTER_CELERY_TASK_ID_TAG as TASK_ID_TAG
 
 from imagepipeline.defs.failures import GENERATION_TAG
 from imagepipeline.defs.jobs import process_upload
@@ -24,7 +25,6 @@ MAX_PENDING_CHECKED = 50
 RENEWAL_WAITS_SECONDS = (1, 5, 30, 120)  # for a run that ends before it begins, again and again
 CANCELLED = "its run was cancelled before it began"
 JOB_NAMES = (process_upload.name, "__ASSET_JOB")  # the latter is Dagster's name for runs started by hand
-TASK_ID_TAG = "dagster-celery/task_id"
 HOLDING_A_SLOT = [dg.DagsterRunStatus.STARTING, dg.DagsterRunStatus.STARTED, dg.DagsterRunStatus.CANCELING]
 
 

@@ -36,7 +36,7 @@ def main() -> None:
         with closing(Catalogue(settings.database_url)) as catalogue:
             catalogue.migrate()
     except sa.exc.DBAPIError as error:
-        sys.exit(f"the catalogue's tables could not be made ({type(error.orig).__name__})")
+        sys.exit(f"the catalogue does not answer, or refuses ({type(error.orig).__name__})")
     except (StackError, PostponedError) as error:
         sys.exit(str(error))
     url = settings.dagster_database_url

@@ -11,7 +11,7 @@ import subprocess
 import sys
 import urllib.error
 import urllib.request
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import closing
 from importlib.resources import files
 from pathlib import Path
@@ -21,8 +21,7 @@ from urllib.parse import quote
 import yaml
 
 from imagepipeline.errors import RedisClusterError, StackError
-from imagepipeline.homes import make_home as make_home
-from imagepipeline.homes import make_socket_folder, told_of
+from imagepipeline.homes import make_home, make_socket_folder, told_of
 from imagepipeline.settings import BUCKET_SECRETS, NOTIFIERS, SECRETS, Settings, is_secret
 from imagepipeline.stores import broker
 from imagepipeline.stores.uploads import UploadQueue
@@ -154,7 +153,7 @@ def is_healthy(settings: Settings, name: str) -> bool:
         return answers_http(build_webserver_url(settings) + "/server_info")
     if name == "worker":
         try:
-            return settings.worker_name in list_workers(settings, settings.worker_name)
+            return bool(ask_workers(settings, "ping", names=[settings.worker_name]))
         except StackError:
             return False
     prepare(settings)
@@ -186,7 +185,7 @@ def answers_socket(path: Path) -> bool:
 
 def answers_grpc(path: Path) -> bool:
     """Whether Dagster's server there says that it serves; unlike `answers_socket`, it notices one that hangs."""
-    import grpc  # type: ignore[import-untyped]  # it starts threads, which whoever forks must not have
+    import grpc  # type: ignore[import-untyped]  # here, as most commands need none of it
     from grpc_health.v1 import health_pb2, health_pb2_grpc  # type: ignore[import-untyped]
 
     with grpc.insecure_channel(f"unix:{_quote_for_grpc(path)}") as channel:
@@ -198,25 +197,25 @@ def answers_grpc(path: Path) -> bool:
     return bool(answer.status == health_pb2.HealthCheckResponse.SERVING)
 
 
-def list_workers(settings: Settings, name: str | None = None) -> list[str]:
-    """The names of the workers that answer Celery's ping, on all machines; with `name`, of that one alone.
+def list_workers(settings: Settings) -> list[str]:
+    """The names of the workers that answer Celery's ping, on all machines.
 
     Raises:
         StackError: Redis does not answer.
     """
-    return sorted(ask_workers(settings, "ping", name=name))
+    return sorted(ask_workers(settings, "ping"))
 
 
 def ask_workers(
     settings: Settings,
     command: str,
     arguments: Mapping[str, Any] | None = None,
-    name: str | None = None,
-    count: int = 0,
+    names: Sequence[str] = (),
+    patience_seconds: float = ANSWER_SECONDS,
 ) -> dict[str, Any]:
-    """What each worker, or the one of that name, answers to a command of Celery's remote control.
+    """What workers answer to a command of Celery's remote control: all, or those of these names.
 
-    It waits for 3 s, or with `count` until so many have answered, for 15 s at most.
+    It waits until all that were named have answered, and no longer than its patience.
 
     Raises:
         StackError: Redis does not answer.
@@ -226,13 +225,12 @@ def ask_workers(
 
     url = broker.build_url(settings.broker_url)
     app = Celery(broker=url, config_source=broker.build_config(settings.queue_prefix, WORK_SECONDS))
-    asked: dict[str, Any] = {"destination": [name], "limit": 1} if name else {"limit": count} if count else {}
-    timeout_seconds = WORK_SECONDS if count else ANSWER_SECONDS
+    asked: dict[str, Any] = {"destination": names, "limit": len(names)} if names else {}
     with app.connection_for_write() as connection:
         try:
             connection.ensure_connection(max_retries=1, interval_start=0, interval_step=0.1)
             answers = app.control.broadcast(
-                command, dict(arguments or {}), connection=connection, reply=True, timeout=timeout_seconds, **asked
+                command, dict(arguments or {}), connection=connection, reply=True, timeout=patience_seconds, **asked
             )
         except (OperationalError, *connection.connection_errors, *connection.channel_errors) as error:
             raise StackError(f"the workers' Redis does not answer ({type(error).__name__})") from None

@@ -1,4 +1,4 @@
-"""The local stack: our Redis, Dagster's code server, daemon and webserver, started, watched and drained as one."""
+"""The local stack: our Redis, a worker, Dagster's code server, daemon and webserver, watched and drained as one."""
 
 import contextlib
 import fcntl
@@ -20,6 +20,7 @@ from types import FrameType, TracebackType
 from typing import Any, Self
 
 from imagepipeline.errors import StackError
+from imagepipeline.homes import hold_lock, make_home
 from imagepipeline.runtime import processes, services, valkey
 from imagepipeline.settings import Settings, adopt_environment, is_secret
 from imagepipeline.stores.files import FileStore
@@ -60,7 +61,7 @@ class Stack:
         self._logs_checked_at = 0.0
 
     def __enter__(self) -> Self:
-        """Starts everything and returns when the UI answers.
+        """Starts everything and returns when the UI and the worker answer.
 
         Raises:
             StackError: another stack uses this home, or a process did not start; nothing is left running.
@@ -252,15 +253,12 @@ def _acquire_lock(settings: Settings) -> tuple[int, int | None]:
 
     Also gives the port of the UI when the home was last used.
     """
-    services.make_home(settings)
-    lock = os.open(_lock_path(settings), os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
-    try:
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        os.close(lock)
+    make_home(settings)
+    lock = hold_lock(_lock_path(settings))
+    if lock is None:
         raise StackError(
             f"a stack already uses {settings.home}: stop it with `imagepipeline down`, or set IMAGEPIPELINE_HOME"
-        ) from None
+        )
     port = _read_last_port(settings)
     _write_state(lock, None, port)
     return lock, port

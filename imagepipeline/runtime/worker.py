@@ -6,7 +6,6 @@ As many as wanted, on as many machines as wanted, each with a home of its own. A
 index and the offline models, and one zygote, from which the decoders are forked.
 """
 
-import fcntl
 import functools
 import gc
 import importlib
@@ -32,6 +31,7 @@ from dagster_celery.config import TASK_EXECUTE_JOB_NAME
 from dagster_celery.make_app import make_app
 
 from imagepipeline import definitions, machines
+from imagepipeline.homes import hold_lock
 from imagepipeline.imaging.sandbox import DECODERS
 from imagepipeline.runtime import services
 from imagepipeline.runtime.processes import rename
@@ -61,18 +61,16 @@ def main() -> None:
         SystemExit: another worker uses this home.
     """
     settings = Settings.load()
-    lock = acquire_lock(settings)
+    acquire_lock(settings)
     settings.publish_resident_socket()
     preload()
-    slots = settings.worker_slots or settings.max_runs
     build_app(settings).worker_main(
         [
-            *("--quiet", "worker", "--pool=prefork", f"--concurrency={slots}", f"--hostname={settings.worker_name}"),
-            *(f"--max-tasks-per-child={RUNS_PER_CHILD}", "--loglevel=WARNING", f"--queues={broker.QUEUE}"),
+            *("--quiet", "worker", "--pool=prefork", f"--hostname={settings.worker_name}", f"--queues={broker.QUEUE}"),
+            *(f"--concurrency={settings.slots}", f"--max-tasks-per-child={RUNS_PER_CHILD}", "--loglevel=WARNING"),
             *("--without-gossip", "--without-mingle", "--without-heartbeat", "-O", "fair"),
         ]
     )
-    os.close(lock)
 
 
 def preload() -> None:
@@ -86,11 +84,9 @@ def preload() -> None:
 
 
 def acquire_lock(settings: Settings) -> int:
-    """A descriptor that holds the home for one worker as long as this process lives."""
-    lock = os.open(settings.home / "worker.lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
-    try:
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
+    """A descriptor that is never closed: it holds the home for one worker as long as this process lives."""
+    lock = hold_lock(settings.home / "worker.lock")
+    if lock is None:
         sys.exit(f"another worker uses {settings.home}: give this one an IMAGEPIPELINE_HOME of its own")
     return lock
 

@@ -44,9 +44,8 @@ images = sa.Table(
     sa.Column("priority", sa.Integer, nullable=False),
     sa.Column("attempts", sa.Integer, nullable=False),  # the most any asset has needed in this generation
     sa.Column("run_id", sa.String(64)),  # the Dagster run that holds the claim, or held it last
-    sa.Column(
-        "requested_path", sa.String(512), index=True
-    ),  # what the upload named; empty: the one file original/<id>.*
+    # What the upload named; empty: the one file original/<id>.*
+    sa.Column("requested_path", sa.String(512), index=True),
     sa.Column("path", sa.String(512), index=True),  # where the original was when it was last read
     # Times the ID was pushed, and how many of them were before the last claim: that run sees what they announced.
     sa.Column("pushes", sa.Integer, nullable=False, server_default="0"),

@@ -189,7 +189,7 @@ class BatchingIndex(EmbeddingIndex):
 
     def __init__(self, uri: str) -> None:
         super().__init__(uri)
-        self._commits = 0  # since the table was put together
+        self._commits = 0  # since the last compaction
         self._waiting: queue.SimpleQueue[tuple[Write, Future[None]]] = queue.SimpleQueue()
         self._writing = threading.Lock()
 
@@ -231,7 +231,7 @@ class BatchingIndex(EmbeddingIndex):
             except Exception as error:  # it is none of the images' business, and will be tried again
                 is_conflict = "commit conflict" in str(error)  # another process has written meanwhile
                 level = logging.DEBUG if is_conflict else logging.WARNING
-                log.log(level, "the index could not be put together: %s", make_printable(str(error)))
+                log.log(level, "index compaction failed: %s", make_printable(str(error)))
 
 
 def build_schema(dimensions: int) -> Any:

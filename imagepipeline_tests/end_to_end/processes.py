@@ -31,12 +31,6 @@ def find_children(parent: int, word: bytes) -> list[int]:
     return sorted(found)
 
 
-def list_descendants(parent: int) -> list[int]:
-    """All processes below one."""
-    children = find_children(parent, b"")
-    return [*children, *(below for child in children for below in list_descendants(child))]
-
-
 def list_tree(root: int) -> list[int]:
     """A process and all that it and they have started, parents first."""
     tree = [root]

@@ -27,7 +27,7 @@ from imagepipeline.settings import is_secret
 from imagepipeline.stores import broker
 from imagepipeline_tests.conftest import PHOTOS
 from imagepipeline_tests.end_to_end.composed import ROOT, Composed
-from imagepipeline_tests.end_to_end.processes import list_descendants
+from imagepipeline_tests.end_to_end.processes import list_tree
 
 SERVICES = yaml.safe_load((ROOT / "docker-compose.yml").read_text())["services"]
 # One stack for all of them, in this order.
@@ -223,7 +223,7 @@ def test_no_service_lacks_a_right_in_redis(stack):
 def test_keys_are_in_the_environment_of_workers_and_nowhere_else(stack, s3_server):
     environments = {}
     for name in ("code-server", "worker", "daemon", "webserver"):
-        for pid in (stack.running[name].pid, *list_descendants(stack.running[name].pid)):
+        for pid in list_tree(stack.running[name].pid):
             command = Path(f"/proc/{pid}/cmdline").read_bytes()
             owner = next((module for module in (b".zygote", b".resident") if module in command), name.encode()).decode()
             environments.setdefault(owner, []).append(Path(f"/proc/{pid}/environ").read_bytes())

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from imagepipeline_tests.end_to_end.processes import find_port, list_descendants
+from imagepipeline_tests.end_to_end.processes import find_port, list_tree
 
 COMMAND = Path(sys.executable).parent / "imagepipeline"
 SECRETS = {
@@ -75,7 +75,7 @@ def test_each_process_holds_the_secrets_it_needs_and_no_others(tmp_path):
         try:
             assert stack.stdout.readline()
             told = set()
-            for pid in list_descendants(stack.pid):
+            for pid in list_tree(stack.pid)[1:]:
                 path = Path(f"/proc/{pid}")
                 name = name_process(path)
                 memory = read_memory(pid)

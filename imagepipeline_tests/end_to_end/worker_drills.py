@@ -19,7 +19,7 @@ from pathlib import Path
 
 from imagepipeline_tests.conftest import dagster_database, postgres_database, postgres_server
 from imagepipeline_tests.end_to_end.drill import Drill, drill
-from imagepipeline_tests.end_to_end.processes import list_descendants
+from imagepipeline_tests.end_to_end.processes import list_tree
 
 LIMIT_SECONDS = 90
 FROZEN_SECONDS = 100
@@ -29,9 +29,7 @@ NO_WORKER_SECONDS = 300
 
 def cancelled_in_the_queue(stack: Drill) -> float:
     """Cancels a run that Dagster has not handed over."""
-    stack.push(12)
-    stack.wait_until_working(3)
-    return _cancel(stack, "QUEUED")
+    return _cancel_of(12, stack, "QUEUED")
 
 
 def cancelled_while_it_waits_for_a_worker(stack: Drill) -> float:
@@ -56,16 +54,19 @@ def cancelled_while_it_starts(stack: Drill) -> float:
 
 def cancelled_while_it_works(stack: Drill) -> float:
     """Cancels a run that waits for its provider."""
-    stack.push(3)
-    stack.wait_until_working(3)
-    return _cancel(stack, "STARTED")
+    return _cancel_of(3, stack, "STARTED")
 
 
 def cancelled_by_force(stack: Drill) -> float:
     """Cancels a run that works, and has it marked as cancelled at once."""
-    stack.push(3)
+    return _cancel_of(3, stack, "STARTED", is_forced=True)
+
+
+def _cancel_of(images: int, stack: Drill, status: str, is_forced: bool = False) -> float:
+    """Cancels one of so many new runs, once three of them work."""
+    stack.push(images)
     stack.wait_until_working(3)
-    return _cancel(stack, "STARTED", is_forced=True)
+    return _cancel(stack, status, is_forced)
 
 
 def _cancel(stack: Drill, status: str, is_forced: bool = False) -> float:
@@ -143,7 +144,7 @@ def frozen_worker(stack: Drill) -> float:
     """Stops the worker and all its processes for 100 s; then they go on as if nothing had been."""
     stack.push(6)
     stack.wait_until_working(3)
-    frozen = [stack.worker, *list_descendants(stack.worker)]
+    frozen = list_tree(stack.worker)
     stack.tell(signal.SIGSTOP, *frozen)
     time.sleep(FROZEN_SECONDS)
     for pid in frozen:
