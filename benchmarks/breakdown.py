@@ -33,7 +33,10 @@ def measure(folder: Path) -> dict[str, Any]:
             image_id = stack.push([photo])[0]
             stack.wait([image_id])
         times = read_times(stack, image_id)
-    return {"machine": machine, "seconds": {name: round(times[end] - times[start], 3) for name, start, end in STAGES}}
+    return {
+        "machine": machine,
+        "seconds": {name: round(times[end] - times[start], 3) for name, start, end in STAGES},
+    }
 
 
 def read_times(stack: Stack, image_id: str) -> dict[str, float]:
@@ -43,7 +46,10 @@ def read_times(stack: Stack, image_id: str) -> dict[str, float]:
     from imagepipeline.stores.catalogue import Catalogue
 
     history = Catalogue(stack.settings.database_url).get(image_id)["history"]
-    times = {"pushed": int(image_id.rpartition("-")[2]) / 1e9, "accepted": history[0]["at"].timestamp()}
+    times = {
+        "pushed": int(image_id.rpartition("-")[2]) / 1e9,
+        "accepted": history[0]["at"].timestamp(),
+    }
     with dg.DagsterInstance.from_config(str(stack.settings.home / "dagster")) as instance:
         run = instance.get_runs(dg.RunsFilter(tags={"dagster/partition": image_id}))[0]
         for entry in instance.all_logs(run.run_id):
@@ -69,7 +75,9 @@ def draw(seconds: dict[str, float], picture: Path) -> None:
     axes.set_yticks(range(len(seconds)), list(seconds), fontsize=8)
     axes.invert_yaxis()
     axes.set_xlim(0, start * 1.12)
-    axes.set_xlabel(f"seconds since the push; the provider takes {CHAT_SECONDS:g} s and {EMBED_SECONDS:g} s of them")
+    axes.set_xlabel(
+        f"seconds since the push; the provider takes {CHAT_SECONDS:g} s and {EMBED_SECONDS:g} s of them"
+    )
     axes.spines[["top", "right"]].set_visible(False)
     figure.savefig(picture, dpi=110)
 

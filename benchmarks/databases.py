@@ -21,7 +21,10 @@ def measure_burst(settings: dict[str, str], photos: list[Path]) -> dict[str, Any
         before = stack.measure_cpu_seconds()
         wall_seconds = max(stack.wait(stack.push(photos)).values())
         after = stack.measure_cpu_seconds()
-    cpu = {name: round((seconds - before.get(name, 0)) / len(photos), 3) for name, seconds in sorted(after.items())}
+    cpu = {
+        name: round((seconds - before.get(name, 0)) / len(photos), 3)
+        for name, seconds in sorted(after.items())
+    }
     return {"images_per_minute": 60 * len(photos) / wall_seconds, "cpu_seconds_by_process": cpu}
 
 
@@ -39,7 +42,12 @@ def measure(folder: Path, count: int, rounds: int) -> dict[str, Any]:
     shutil.rmtree(photos)
     speeds = [[burst["images_per_minute"] for burst in bursts] for bursts in (postgres, sqlite)]
     ratios = [ours / other for ours, other in zip(*speeds, strict=True)]
-    return {"machine": machine, "sqlite": sqlite, "postgres": postgres, "ratio": statistics.median(ratios)}
+    return {
+        "machine": machine,
+        "sqlite": sqlite,
+        "postgres": postgres,
+        "ratio": statistics.median(ratios),
+    }
 
 
 if __name__ == "__main__":

@@ -35,7 +35,9 @@ def measure(folder: Path) -> dict[str, Any]:
         idle = stack.measure_memory_bytes()
         by_process: dict[str, int] = {}
         for pid in list_tree(stack.pid):
-            by_process[name_process(pid)] = by_process.get(name_process(pid), 0) + read_pss_bytes(pid)
+            by_process[name_process(pid)] = by_process.get(name_process(pid), 0) + read_pss_bytes(
+                pid
+            )
         pushed = stack.push([sorted(photos.iterdir())[0]])
         peak, deadline = 0, time.monotonic() + 4
         while time.monotonic() < deadline:
@@ -55,8 +57,19 @@ def measure_dagster_dev() -> int:
     """`dagster dev` of the same definitions, once its UI answers and it has settled."""
     with tempfile.TemporaryDirectory() as home:
         environment = {**os.environ, "DAGSTER_HOME": home, "IMAGEPIPELINE_HOME": home}
-        command = [sys.executable, "-m", "dagster", "dev", "-m", "imagepipeline.definitions", "-p", "3777"]
-        process = subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        command = [
+            sys.executable,
+            "-m",
+            "dagster",
+            "dev",
+            "-m",
+            "imagepipeline.definitions",
+            "-p",
+            "3777",
+        ]
+        process = subprocess.Popen(
+            command, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+        )
         try:
             wait_for("http://127.0.0.1:3777/server_info", 120)
             time.sleep(20)

@@ -28,8 +28,16 @@ FRONTIER = {
         "speed 8": {"speed": 8, "subsampling": "4:4:4"},
         "speed 9": {"speed": 9, "subsampling": "4:4:4"},
         "speed 9, 4:2:0": {"speed": 9, "subsampling": "4:2:0"},
-        "speed 9, no trellis": {"speed": 9, "subsampling": "4:4:4", "advanced": {"disable-trellis-quant": "1"}},
-        "speed 9, even quantiser": {"speed": 9, "subsampling": "4:4:4", "advanced": {"deltaq-mode": "0"}},
+        "speed 9, no trellis": {
+            "speed": 9,
+            "subsampling": "4:4:4",
+            "advanced": {"disable-trellis-quant": "1"},
+        },
+        "speed 9, even quantiser": {
+            "speed": 9,
+            "subsampling": "4:4:4",
+            "advanced": {"deltaq-mode": "0"},
+        },
         "speed 9, tune psnr": {"speed": 9, "subsampling": "4:4:4", "advanced": {"tune": "psnr"}},
     },
     "webp": {f"method {method}": {"method": method} for method in (1, 2, 3, 4)},
@@ -38,7 +46,9 @@ FRONTIER = {
 
 def prepare(folder: Path, count: int, target: Path) -> list[Path]:
     """PNGs of photos that need no turning, scaled by libvips, which is what sharp stands on."""
-    photos = [path for path in sorted(folder.glob("*.jpg")) if Image.open(path).getexif().get(274, 1) == 1]
+    photos = [
+        path for path in sorted(folder.glob("*.jpg")) if Image.open(path).getexif().get(274, 1) == 1
+    ]
     made = []
     for photo in photos[:: max(1, len(photos) // count)][:count]:
         full = pyvips.Image.new_from_file(str(photo))
@@ -53,22 +63,34 @@ def encode_with_sharp(pngs: list[Path], effort: int) -> dict[str, dict[str, Any]
     """By format: the mean score, all bytes and CPU seconds."""
     with tempfile.TemporaryDirectory() as out:
         command = ["node", "encode.mjs", out, str(effort), *map(str, pngs)]
-        done = subprocess.run(command, cwd=FOLDER / "peer", capture_output=True, text=True, check=True)
+        done = subprocess.run(
+            command, cwd=FOLDER / "peer", capture_output=True, text=True, check=True
+        )
         seconds = json.loads(done.stdout)
         return {
-            name: summarize(pngs, [Path(out, f"{png.stem}.{name}").read_bytes() for png in pngs], seconds[name])
+            name: summarize(
+                pngs, [Path(out, f"{png.stem}.{name}").read_bytes() for png in pngs], seconds[name]
+            )
             for name in ("avif", "webp")
         }
 
 
-def encode_with_pillow(pngs: list[Path], name: str, quality: int, options: dict[str, Any]) -> dict[str, Any]:
+def encode_with_pillow(
+    pngs: list[Path], name: str, quality: int, options: dict[str, Any]
+) -> dict[str, Any]:
     """The mean score, all bytes and CPU seconds."""
     contents, seconds = [], 0.0
     for png in pngs:
         image = Image.open(png).convert("RGB")
         image.load()
         buffer, started = io.BytesIO(), time.process_time()
-        image.save(buffer, name, quality=quality, **({"max_threads": 1} if name == "avif" else {}), **options)
+        image.save(
+            buffer,
+            name,
+            quality=quality,
+            **({"max_threads": 1} if name == "avif" else {}),
+            **options,
+        )
         seconds += time.process_time() - started
         contents.append(buffer.getvalue())
     return summarize(pngs, contents, seconds)
@@ -81,7 +103,11 @@ def summarize(pngs: list[Path], contents: list[bytes], seconds: float) -> dict[s
         for png, content in zip(pngs, contents, strict=True):
             pyvips.Image.new_from_buffer(content, "").write_to_file(decoded.name, compression=0)
             scores.append(ssimulacra2.compute_ssimulacra2(str(png), decoded.name))
-    return {"score": statistics.mean(scores), "bytes": sum(map(len, contents)), "cpu_seconds": seconds}
+    return {
+        "score": statistics.mean(scores),
+        "bytes": sum(map(len, contents)),
+        "cpu_seconds": seconds,
+    }
 
 
 def match(pngs: list[Path], name: str, options: dict[str, Any], score: float) -> dict[str, Any]:
@@ -101,7 +127,9 @@ def measure(folder: Path, count: int, has_frontier: bool) -> dict[str, Any]:
         pngs = prepare(folder, count, Path(folder_of_pngs))
         tuned, as_written = encode_with_sharp(pngs, 0), encode_with_sharp(pngs, 4)
         for name in ("avif", "webp"):
-            options = {key: value for key, value in ENCODER_OPTIONS[name].items() if key != "max_threads"}
+            options = {
+                key: value for key, value in ENCODER_OPTIONS[name].items() if key != "max_threads"
+            }
             rows = {
                 "sharp, effort 0": tuned[name],
                 "sharp, effort 4": as_written[name],

@@ -56,8 +56,12 @@ class Stack:
         with closing(Catalogue(self.settings.database_url)) as catalogue:
             while len(ended) < len(image_ids):
                 if time.monotonic() - started > seconds:
-                    raise RuntimeError(f"{len(image_ids) - len(ended)} images did not end within {seconds} s")
-                states = catalogue.get_states([image_id for image_id in image_ids if image_id not in ended])
+                    raise RuntimeError(
+                        f"{len(image_ids) - len(ended)} images did not end within {seconds} s"
+                    )
+                states = catalogue.get_states(
+                    [image_id for image_id in image_ids if image_id not in ended]
+                )
                 for image_id, state in states.items():
                     if state.status == "failed":
                         raise RuntimeError(f"{image_id} failed")
@@ -100,10 +104,14 @@ def run_stack(environment: Mapping[str, str]) -> Iterator[Stack]:
 
 
 @contextmanager
-def run_provider(chat_seconds: float, embed_seconds: float, port: int = 8098) -> Iterator[dict[str, str]]:
+def run_provider(
+    chat_seconds: float, embed_seconds: float, port: int = 8098
+) -> Iterator[dict[str, str]]:
     """The stand-in for the providers; gives the settings that lead to it."""
     arguments = ["--port", port, "--chat-latency", chat_seconds, "--embed-latency", embed_seconds]
-    process = subprocess.Popen([sys.executable, FOLDER / "fake_ai.py", *map(str, arguments)], stderr=subprocess.DEVNULL)
+    process = subprocess.Popen(
+        [sys.executable, FOLDER / "fake_ai.py", *map(str, arguments)], stderr=subprocess.DEVNULL
+    )
     url = f"http://127.0.0.1:{port}"
     try:
         wait_for(url + "/stats")
@@ -112,17 +120,32 @@ def run_provider(chat_seconds: float, embed_seconds: float, port: int = 8098) ->
         process.kill()
 
 
-def run_peer(photos: Path, count: int, effort: int, provider_url: str, out: Path | None = None) -> dict[str, float]:
+def run_peer(
+    photos: Path, count: int, effort: int, provider_url: str, out: Path | None = None
+) -> dict[str, float]:
     """One burst through the reference worker (BullMQ, sharp); gives the figures it prints."""
     with tempfile.TemporaryDirectory() as folder:
         binary, port = valkey.find_binary(), 6398
-        redis = subprocess.Popen([binary, "--port", str(port), "--save", ""], cwd=folder, stdout=subprocess.DEVNULL)
+        redis = subprocess.Popen(
+            [binary, "--port", str(port), "--save", ""], cwd=folder, stdout=subprocess.DEVNULL
+        )
         try:
             time.sleep(1)
-            arguments = ["--photos", photos, "--n", count, "--effort", effort, "--out", out or Path(folder, "out")]
+            arguments = [
+                "--photos",
+                photos,
+                "--n",
+                count,
+                "--effort",
+                effort,
+                "--out",
+                out or Path(folder, "out"),
+            ]
             environment = {**os.environ, "REDIS_PORT": str(port), "AI_URL": provider_url}
             worker = ["node", "worker.mjs", *map(str, arguments)]
-            done = subprocess.run(worker, cwd=FOLDER / "peer", env=environment, capture_output=True, text=True)
+            done = subprocess.run(
+                worker, cwd=FOLDER / "peer", env=environment, capture_output=True, text=True
+            )
             figures: dict[str, float] = json.loads(done.stdout.splitlines()[-1])
             return figures
         finally:
@@ -149,7 +172,10 @@ def list_tree(root: int) -> dict[int, list[str]]:
 def name_process(pid: int) -> str:
     """What a process of the stack is, by its command line."""
     try:
-        line = Path(f"/proc/{pid}/comm").read_text() + Path(f"/proc/{pid}/cmdline").read_bytes().decode()
+        line = (
+            Path(f"/proc/{pid}/comm").read_text()
+            + Path(f"/proc/{pid}/cmdline").read_bytes().decode()
+        )
     except OSError:
         return "other"
     words = {
@@ -178,12 +204,13 @@ def read_pss_bytes(pid: int) -> int:
 
 def describe_machine() -> str:
     """What the figures were measured on and with."""
-    packages = ", ".join(f"{name} {version(name)}" for name in ("dagster", "pillow", "pillow-avif-plugin", "lancedb"))
+    packages = ", ".join(
+        f"{name} {version(name)}" for name in ("dagster", "pillow", "pillow-avif-plugin", "lancedb")
+    )
     sharp = json.loads((FOLDER / "peer" / "package.json").read_text())["dependencies"]["sharp"]
     load = os.getloadavg()[0]
-    return (
-        f"{os.cpu_count()} cores, load {load:.1f} before; Python {platform.python_version()}, {packages}, sharp {sharp}"
-    )
+    python = platform.python_version()
+    return f"{os.cpu_count()} cores, load {load:.1f} before; Python {python}, {packages}, sharp {sharp}"
 
 
 def wait_for(url: str, seconds: float = 60) -> None:

@@ -36,7 +36,9 @@ def measure_burst(stack: Stack, photos: list[Path]) -> dict[str, Any]:
         "cpu_seconds": sum(cpu.values()),
         "codec_cpu_seconds": codec,
         "other_cpu_seconds": sum(cpu.values()) - codec,
-        "cpu_seconds_by_process": {name: round(seconds, 3) for name, seconds in sorted(cpu.items())},
+        "cpu_seconds_by_process": {
+            name: round(seconds, 3) for name, seconds in sorted(cpu.items())
+        },
     }
 
 
@@ -48,8 +50,12 @@ def read_codec_seconds(stack: Stack, count: int) -> float:
         rows = connection.execute(query, (3 * count,)).fetchall()
     seconds = 0.0
     for (event,) in rows:
-        entries = json.loads(event)["dagster_event"]["event_specific_data"]["materialization"]["metadata_entries"]
-        seconds += sum(entry["entry_data"]["value"] for entry in entries if entry["label"] == "cpu_seconds")
+        entries = json.loads(event)["dagster_event"]["event_specific_data"]["materialization"][
+            "metadata_entries"
+        ]
+        seconds += sum(
+            entry["entry_data"]["value"] for entry in entries if entry["label"] == "cpu_seconds"
+        )
     return seconds / count
 
 
@@ -82,7 +88,8 @@ def measure(folder: Path, count: int, rounds: int, has_peer_as_written: bool) ->
         "peer_tuned": peer,
         "peer_as_written": as_written,
         "ratio_to_tuned": statistics.median(
-            burst["images_per_minute"] / other["images_per_minute"] for burst, other in zip(ours, peer, strict=True)
+            burst["images_per_minute"] / other["images_per_minute"]
+            for burst, other in zip(ours, peer, strict=True)
         ),
         "ratio_to_as_written": speed / as_written["images_per_minute"] if as_written else None,
     }
@@ -95,4 +102,9 @@ if __name__ == "__main__":
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--as-written", action="store_true")
     arguments = parser.parse_args()
-    print(json.dumps(measure(arguments.photos, arguments.count, arguments.rounds, arguments.as_written), indent=2))
+    print(
+        json.dumps(
+            measure(arguments.photos, arguments.count, arguments.rounds, arguments.as_written),
+            indent=2,
+        )
+    )

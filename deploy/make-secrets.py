@@ -56,21 +56,39 @@ def main() -> None:
     draw("ui_password")
     for database in ("catalogue", "dagster"):
         password = draw(f"{database}_database_password")
-        make(f"{database}_database_url", f"postgresql://{database}:{password}@postgres:5432/{database}")
+        make(
+            f"{database}_database_url",
+            f"postgresql://{database}:{password}@postgres:5432/{database}",
+        )
     digests = {}
     for user in ("uploader", "dagster", "pipeline"):
         password = draw(f"redis_{user}_password")
         digests[user] = hashlib.sha256(password.encode()).hexdigest()
         make(f"redis_{user}_url", f"redis://{user}:{password}@redis:6379/0")
     digests["admin"] = hashlib.sha256(draw("redis_admin_password").encode()).hexdigest()
-    acl, rights = folder / "redis_users.acl", ACL.format(**digests, connection=CONNECTION, dispatch=DISPATCH, work=WORK)
-    if acl.exists() and acl.read_text() != rights:  # they change with versions of ours, and with rotated passwords
+    acl, rights = (
+        folder / "redis_users.acl",
+        ACL.format(**digests, connection=CONNECTION, dispatch=DISPATCH, work=WORK),
+    )
+    if (
+        acl.exists() and acl.read_text() != rights
+    ):  # they change with versions of ours, and with rotated passwords
         acl.write_text(rights)
-        print(f"changed {acl}, which redis reads when it starts: docker compose up --detach --force-recreate redis")
+        print(
+            f"changed {acl}, which redis reads when it starts: docker compose up --detach --force-recreate redis"
+        )
     make("redis_users.acl", rights.rstrip())
-    for name in ("openai_api_key", "openrouter_api_key", "aws_access_key_id", "aws_secret_access_key"):
+    for name in (
+        "openai_api_key",
+        "openrouter_api_key",
+        "aws_access_key_id",
+        "aws_secret_access_key",
+    ):
         make(name, "")  # empty: not used
-    for name, variable in (("openai", "IMAGEPIPELINE_VISION"), ("openrouter", "IMAGEPIPELINE_EMBEDDING")):
+    for name, variable in (
+        ("openai", "IMAGEPIPELINE_VISION"),
+        ("openrouter", "IMAGEPIPELINE_EMBEDDING"),
+    ):
         if (folder / f"{name}_api_key").read_text().strip():
             print(f"{name}_api_key holds a key, which is used only with {variable}=remote in .env")
 

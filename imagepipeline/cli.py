@@ -100,7 +100,9 @@ def open_standard_streams() -> None:
         except OSError:
             os.open(os.devnull, os.O_RDWR)  # takes the lowest number, which is this one
         if getattr(sys, name) is None:
-            setattr(sys, name, os.fdopen(descriptor, "r" if name == "stdin" else "w", closefd=False))
+            setattr(
+                sys, name, os.fdopen(descriptor, "r" if name == "stdin" else "w", closefd=False)
+            )
 
 
 def silence_streams() -> None:
@@ -140,7 +142,12 @@ def with_settings(command: Callable[..., Any]) -> Callable[..., Any]:
 
 @cli.command(epilog=EPILOG)
 @click.argument("photos", nargs=-1, type=photo_type)
-@click.option("--exit", "exits", is_flag=True, help="Stop the stack after the table instead of waiting for Ctrl-C.")
+@click.option(
+    "--exit",
+    "exits",
+    is_flag=True,
+    help="Stop the stack after the table instead of waiting for Ctrl-C.",
+)
 @json_option
 @with_settings
 def demo(settings: Settings, photos: Sequence[Path], exits: bool, as_json: bool) -> None:
@@ -169,7 +176,9 @@ def demo(settings: Settings, photos: Sequence[Path], exits: bool, as_json: bool)
 
 
 @cli.command(epilog=EPILOG)
-@click.option("--dev", is_flag=True, help="Restart the code server whenever the package's code changes.")
+@click.option(
+    "--dev", is_flag=True, help="Restart the code server whenever the package's code changes."
+)
 @json_option
 @with_settings
 def up(settings: Settings, dev: bool, as_json: bool) -> None:
@@ -202,15 +211,25 @@ def down(settings: Settings, as_json: bool) -> None:
 
 @cli.command(epilog=EPILOG)
 @click.argument("photos", nargs=-1, required=True, type=photo_type)
-@click.option("--id", "image_id", help="The image's ID; by default the file name and a hash of its content.")
 @click.option(
-    "--priority", type=click.IntRange(-PRIORITY_LIMIT, PRIORITY_LIMIT), default=0, help="Higher is run sooner."
+    "--id", "image_id", help="The image's ID; by default the file name and a hash of its content."
+)
+@click.option(
+    "--priority",
+    type=click.IntRange(-PRIORITY_LIMIT, PRIORITY_LIMIT),
+    default=0,
+    help="Higher is run sooner.",
 )
 @click.option("--wait", "waits", is_flag=True, help="Show progress until every image has ended.")
 @json_option
 @with_settings
 def push(
-    settings: Settings, photos: Sequence[Path], image_id: str | None, priority: int, waits: bool, as_json: bool
+    settings: Settings,
+    photos: Sequence[Path],
+    image_id: str | None,
+    priority: int,
+    waits: bool,
+    as_json: bool,
 ) -> None:
     """Store PHOTOS as originals and enqueue their IDs.
 
@@ -290,10 +309,14 @@ def list_finished(settings: Settings, is_all: bool, as_json: bool) -> None:
         (Status.COMPLETED, settings.list_completed_hours),
         (Status.FAILED, settings.list_failed_hours),
     ):
-        rows += catalogue.list_ended(state, None if is_all else now - timedelta(hours=hours), MAX_LISTED)
+        rows += catalogue.list_ended(
+            state, None if is_all else now - timedelta(hours=hours), MAX_LISTED
+        )
         if len(rows) >= MAX_LISTED:
             say(f"Note: at most the newest {MAX_LISTED} of each status are listed", err=True)
-    display.show_rows(rows, ("id", "status", "generation", "attempts", "reason", "error", "updated_at"), as_json)
+    display.show_rows(
+        rows, ("id", "status", "generation", "attempts", "reason", "error", "updated_at"), as_json
+    )
 
 
 @cli.command(epilog=EPILOG)
@@ -312,7 +335,9 @@ def prioritize(settings: Settings, image_id: str, priority: int, as_json: bool) 
         state = catalogue.get_states([image_id]).get(image_id)
         if state is None:
             raise ImagePipelineError(f"no image {image_id!r:.80} is in the catalogue")
-        raise ImagePipelineError(f"{image_id!r:.80} is {state.status}, not pending, so there is nothing to put forward")
+        raise ImagePipelineError(
+            f"{image_id!r:.80} is {state.status}, not pending, so there is nothing to put forward"
+        )
     row = {"image_id": image_id, "priority": priority}
     say(to_json(row) if as_json else f"{image_id} now has priority {priority}")
 
@@ -347,9 +372,15 @@ def sweep(settings: Settings, dry_run: bool, as_json: bool) -> None:
             except OSError as error:
                 say(f"Note: {leftover} cannot be deleted: {error.strerror}", err=True)
                 leftovers.remove(leftover)
-    done = {"enqueued": sorted(unknown), "deleted": [files.locate(path) for path in leftovers], "dry_run": dry_run}
+    done = {
+        "enqueued": sorted(unknown),
+        "deleted": [files.locate(path) for path in leftovers],
+        "dry_run": dry_run,
+    }
     would = "would be " if dry_run else ""
-    text = f"{len(unknown)} originals {would}enqueued, {len(leftovers)} temporary files {would}deleted"
+    text = (
+        f"{len(unknown)} originals {would}enqueued, {len(leftovers)} temporary files {would}deleted"
+    )
     say(*([to_json(done)] if as_json else [*sorted(unknown), text]))
 
 
@@ -364,8 +395,12 @@ reason_option = click.option(
     metavar="REASON",
     help="Only failures of this reason, such as provider_unavailable.",
 )
-dry_run_option = click.option("--dry-run", is_flag=True, help="Say what would be done, and do nothing.")
-all_option = click.option("--all", "is_all", is_flag=True, help="All failures, or all of the given reason.")
+dry_run_option = click.option(
+    "--dry-run", is_flag=True, help="Say what would be done, and do nothing."
+)
+all_option = click.option(
+    "--all", "is_all", is_flag=True, help="All failures, or all of the given reason."
+)
 
 
 @failed.command("list", epilog=EPILOG)
@@ -406,13 +441,20 @@ def show(settings: Settings, failure_id: str, as_json: bool) -> None:
 @json_option
 @with_settings
 def retry(
-    settings: Settings, failure_ids: tuple[str, ...], reason: str | None, is_all: bool, dry_run: bool, as_json: bool
+    settings: Settings,
+    failure_ids: tuple[str, ...],
+    reason: str | None,
+    is_all: bool,
+    dry_run: bool,
+    as_json: bool,
 ) -> None:
     """Try failed images again, at most five times a day each.
 
     What is wrong with a file itself stays wrong: those are left alone, and named. Push a better file.
     """
-    act_on_failures(settings, choose_failures(settings, failure_ids, reason, is_all), "retry", dry_run, as_json)
+    act_on_failures(
+        settings, choose_failures(settings, failure_ids, reason, is_all), "retry", dry_run, as_json
+    )
 
 
 @failed.command(epilog=EPILOG)
@@ -423,15 +465,33 @@ def retry(
 @json_option
 @with_settings
 def discard(
-    settings: Settings, failure_ids: tuple[str, ...], reason: str | None, is_all: bool, dry_run: bool, as_json: bool
+    settings: Settings,
+    failure_ids: tuple[str, ...],
+    reason: str | None,
+    is_all: bool,
+    dry_run: bool,
+    as_json: bool,
 ) -> None:
     """Take failures off the list. An image keeps its row and its history; a dead letter is gone."""
-    act_on_failures(settings, choose_failures(settings, failure_ids, reason, is_all), "discard", dry_run, as_json)
+    act_on_failures(
+        settings,
+        choose_failures(settings, failure_ids, reason, is_all),
+        "discard",
+        dry_run,
+        as_json,
+    )
 
 
 @cli.command(epilog=EPILOG)
 @click.argument("text", type=to_text)
-@click.option("-k", "count", type=click.IntRange(1, 1000), default=5, show_default=True, help="How many images.")
+@click.option(
+    "-k",
+    "count",
+    type=click.IntRange(1, 1000),
+    default=5,
+    show_default=True,
+    help="How many images.",
+)
 @json_option
 @with_settings
 def search(settings: Settings, text: str, count: int, as_json: bool) -> None:
@@ -443,13 +503,19 @@ def search(settings: Settings, text: str, count: int, as_json: bool) -> None:
     if not text.strip():
         raise click.UsageError("TEXT is empty: say what to look for")
     catalogue = open_catalogue(settings)
-    neighbours = EmbeddingIndex(settings.index_uri).nearest(embed_query(settings, text, display.report), count)
+    neighbours = EmbeddingIndex(settings.index_uri).nearest(
+        embed_query(settings, text, display.report), count
+    )
     display.show_neighbours(catalogue, neighbours, as_json)
 
 
 @cli.command(epilog=EPILOG)
-@click.option("--by", type=click.Choice(["model", "stage", "day"]), default="model", show_default=True)
-@click.option("--since", type=click.DateTime(["%Y-%m-%d"]), help="Only calls of this day (UTC) and later.")
+@click.option(
+    "--by", type=click.Choice(["model", "stage", "day"]), default="model", show_default=True
+)
+@click.option(
+    "--since", type=click.DateTime(["%Y-%m-%d"]), help="Only calls of this day (UTC) and later."
+)
 @json_option
 @with_settings
 def costs(settings: Settings, by: str, since: datetime | None, as_json: bool) -> None:
@@ -462,8 +528,13 @@ def costs(settings: Settings, by: str, since: datetime | None, as_json: bool) ->
 
     open_catalogue(settings)
     rows = Ledger(settings.database_url).summarize(by, since.replace(tzinfo=UTC) if since else None)
-    rows = [row | {"cost_usd": round(row["cost_usd"], 6) if as_json else f"{row['cost_usd']:.6f}"} for row in rows]
-    display.show_rows(rows, (by, "calls", "answered", "tokens_in", "tokens_out", "cost_usd", "unpriced"), as_json)
+    rows = [
+        row | {"cost_usd": round(row["cost_usd"], 6) if as_json else f"{row['cost_usd']:.6f}"}
+        for row in rows
+    ]
+    display.show_rows(
+        rows, (by, "calls", "answered", "tokens_in", "tokens_out", "cost_usd", "unpriced"), as_json
+    )
 
 
 @cli.command(epilog=EPILOG)
@@ -505,7 +576,10 @@ def resume(settings: Settings, dry_run: bool, as_json: bool) -> None:
     pauses = [{"reason": pause.reason, "message": pause.message} for pause in ledger.list_pauses()]
     if not dry_run:
         ledger.resume()
-    lines = [f"{'would resume' if dry_run else 'resumed'} ({pause['reason']}): {pause['message']}" for pause in pauses]
+    lines = [
+        f"{'would resume' if dry_run else 'resumed'} ({pause['reason']}): {pause['message']}"
+        for pause in pauses
+    ]
     done = {"pauses": pauses, "dry_run": dry_run}
     say(*([to_json(done)] if as_json else lines or ["nothing is paused"]))
 
@@ -567,7 +641,9 @@ def find_failures(settings: Settings, reason: str | None) -> Iterator[Failure]:
     return _iterate_failures(open_catalogue(settings), open_queue(settings), reason)
 
 
-def _iterate_failures(catalogue: "Catalogue", queue: "UploadQueue", reason: str | None) -> Iterator[Failure]:
+def _iterate_failures(
+    catalogue: "Catalogue", queue: "UploadQueue", reason: str | None
+) -> Iterator[Failure]:
     if reason != UNREADABLE:
         for image in catalogue.iterate_failed(reason):
             yield _of_image(catalogue, image)
@@ -596,7 +672,9 @@ def find_failure(settings: Settings, failure_id: str) -> Failure:
         for letter in queue.list_dead():
             if letter["id"] == failure_id:
                 return _of_letter(queue, letter)
-    raise ImagePipelineError(f"{failure_id!r:.80} is not among the failures: see `imagepipeline failed list`")
+    raise ImagePipelineError(
+        f"{failure_id!r:.80} is not among the failures: see `imagepipeline failed list`"
+    )
 
 
 def _of_image(catalogue: "Catalogue", image: dict[str, Any]) -> Failure:
@@ -605,14 +683,20 @@ def _of_image(catalogue: "Catalogue", image: dict[str, Any]) -> Failure:
 
     def retry() -> None:
         # Built only now: a row of an earlier version that no upload could have made costs no other.
-        catalogue.accept([Upload(image["id"], image["requested_path"], image["priority"])], "retried")
+        catalogue.accept(
+            [Upload(image["id"], image["requested_path"], image["priority"])], "retried"
+        )
 
     return Failure(row, retry, partial(catalogue.discard, image["id"]))
 
 
 def _of_letter(queue: "UploadQueue", letter: Mapping[str, Any]) -> Failure:
     at = datetime.fromtimestamp(letter["at"], UTC)
-    row = {"id": letter["id"], "reason": UNREADABLE, "error": f"{letter['reason']}: {letter['entry']}"}
+    row = {
+        "id": letter["id"],
+        "reason": UNREADABLE,
+        "error": f"{letter['reason']}: {letter['entry']}",
+    }
     row |= {"attempts": letter["copies"], "retries": 0, "updated_at": at}
     return Failure(row, partial(queue.retry_dead, letter), partial(queue.discard_dead, letter))
 
@@ -630,7 +714,9 @@ def choose_failures(
     return find_failures(settings, reason)
 
 
-def act_on_failures(settings: Settings, failures: Iterable[Failure], action: str, dry_run: bool, as_json: bool) -> None:
+def act_on_failures(
+    settings: Settings, failures: Iterable[Failure], action: str, dry_run: bool, as_json: bool
+) -> None:
     """Retries or discards failures one by one, and says of each what was done; one that cannot costs no other."""
     is_any_left = False
     if as_json:
@@ -639,7 +725,10 @@ def act_on_failures(settings: Settings, failures: Iterable[Failure], action: str
         outcome = _act(failure, action, dry_run)
         is_any_left = is_any_left or outcome.startswith("left alone")
         if as_json:
-            say((", " if number else "") + to_json({"id": failure.row["id"], "outcome": outcome}), nl=False)
+            say(
+                (", " if number else "") + to_json({"id": failure.row["id"], "outcome": outcome}),
+                nl=False,
+            )
         else:
             say(f"{failure.row['id']}  {outcome}")
     if as_json:
@@ -665,7 +754,12 @@ def _act(failure: Failure, action: str, dry_run: bool) -> str:
 
 
 @cli.command(epilog=EPILOG)
-@click.option("--take-over", "is_taken_over", is_flag=True, help="Make a catalogue of another Dagster instance ours.")
+@click.option(
+    "--take-over",
+    "is_taken_over",
+    is_flag=True,
+    help="Make a catalogue of another Dagster instance ours.",
+)
 @click.option("--dry-run", is_flag=True, help="Say what would be done, and do nothing.")
 @json_option
 @with_settings
@@ -690,7 +784,11 @@ def migrate(settings: Settings, is_taken_over: bool, dry_run: bool, as_json: boo
 
 @cli.command(epilog=EPILOG)
 @click.argument("name", type=click.Choice(["code-server", "worker", "daemon", "webserver"]))
-@click.option("--check", is_flag=True, help="Exit with 0 if the service is healthy, with 4 if not, and start nothing.")
+@click.option(
+    "--check",
+    is_flag=True,
+    help="Exit with 0 if the service is healthy, with 4 if not, and start nothing.",
+)
 @json_option
 @with_settings
 def service(settings: Settings, name: str, check: bool, as_json: bool) -> None:
@@ -722,7 +820,9 @@ def push_and_follow(
     before = catalogue.get_states(list(images))
     enqueue(settings, images, priority)
     # A run sees what was pushed before it began: wait for the end of one that began after one more push.
-    awaited = {image_id: before[image_id].pushes + 1 if image_id in before else 1 for image_id in images}
+    awaited = {
+        image_id: before[image_id].pushes + 1 if image_id in before else 1 for image_id in images
+    }
     display.follow(catalogue, awaited, pause)
     return display.collect_results(catalogue, list(images))
 

@@ -8,7 +8,9 @@ from typing import TypeVar
 T = TypeVar("T")
 
 
-def call_within(seconds: float, work: Callable[[], T], give_up: Callable[[], object] = lambda: None) -> T:
+def call_within(
+    seconds: float, work: Callable[[], T], give_up: Callable[[], object] = lambda: None
+) -> T:
     """What `work` gives or raises, if it ends in time. It runs in a thread of its own.
 
     A thread that is late is left behind, and dies with its process at the latest; `give_up` may have it end sooner.

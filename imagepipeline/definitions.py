@@ -34,7 +34,9 @@ def defs() -> dg.Definitions:
     return dg.Definitions(
         assets=[
             asset.map_asset_specs(
-                lambda spec: spec.replace_attributes(code_version=recipes[spec.key.to_user_string()].version)
+                lambda spec: spec.replace_attributes(
+                    code_version=recipes[spec.key.to_user_string()].version
+                )
             )
             for asset in (assets.metadata, assets.variants, assets.embedding)
         ],
@@ -49,7 +51,9 @@ def build_resources(settings: Settings) -> dict[str, dg.ResourceDefinition]:
     """What assets and sensors are given; each connects when it is first used."""
     files = open_storage(settings.storage)
     sandbox = Sandbox(
-        settings.max_memory_bytes, settings.max_cpu_seconds, is_confinement_required=settings.require_confinement
+        settings.max_memory_bytes,
+        settings.max_cpu_seconds,
+        is_confinement_required=settings.require_confinement,
     )
     rules = Rules(
         max_bytes=settings.max_bytes,
@@ -66,15 +70,23 @@ def build_resources(settings: Settings) -> dict[str, dg.ResourceDefinition]:
     queue, broker, prefix = settings.redis_url, settings.broker_url, settings.queue_prefix
     database = settings.database_url
     return {
-        "queue": resources.opened(lambda: UploadQueue(queue, prefix), "The Redis lists uploads arrive on."),
-        "tasks": resources.opened(lambda: TaskQueue(broker, prefix), "The runs that wait for a worker."),
+        "queue": resources.opened(
+            lambda: UploadQueue(queue, prefix), "The Redis lists uploads arrive on."
+        ),
+        "tasks": resources.opened(
+            lambda: TaskQueue(broker, prefix), "The runs that wait for a worker."
+        ),
         "catalogue": resources.opened(lambda: Catalogue(database), "The SQL record of all images."),
-        "ledger": resources.opened(lambda: Ledger(database), "What paid calls cost, and the pauses."),
+        "ledger": resources.opened(
+            lambda: Ledger(database), "What paid calls cost, and the pauses."
+        ),
         "paid_calls": resources.entered(
-            lambda: open_paid_calls(settings), "Who makes the paid calls: within rate limit and budget, written down."
+            lambda: open_paid_calls(settings),
+            "Who makes the paid calls: within rate limit and budget, written down.",
         ),
         "notifiers": resources.made(
-            lambda: build_notifiers(settings), "How the administrators are told: by webhook, by mail, both, or not."
+            lambda: build_notifiers(settings),
+            "How the administrators are told: by webhook, by mail, both, or not.",
         ),
         "files": resources.made(lambda: files, "Originals and variants."),
         "originals": resources.opened(
@@ -82,9 +94,14 @@ def build_resources(settings: Settings) -> dict[str, dg.ResourceDefinition]:
             "The originals, each decoded once a run, and the rules for what they may be.",
         ),
         "renderer": resources.made(
-            lambda: Renderer(specs, settings.animation == "keep", settings.keep_copyright), "How variants are made."
+            lambda: Renderer(specs, settings.animation == "keep", settings.keep_copyright),
+            "How variants are made.",
         ),
         "index": resources.made(lambda: build_index(settings), "The embeddings, in LanceDB."),
-        "vision": resources.made(lambda: build_vision(settings), "The model that describes the images."),
-        "embedder": resources.made(lambda: build_embedder(settings), "The model that embeds the texts."),
+        "vision": resources.made(
+            lambda: build_vision(settings), "The model that describes the images."
+        ),
+        "embedder": resources.made(
+            lambda: build_embedder(settings), "The model that embeds the texts."
+        ),
     }

@@ -24,7 +24,12 @@ from imagepipeline.stores.vectors import EmbeddingIndex, Neighbour
 from imagepipeline.text import make_printable, to_json
 
 POLL_SECONDS = 0.3
-STYLES = {Status.COMPLETED: "green", Status.FAILED: "red", Status.PROCESSING: "yellow", Status.PENDING: "dim"}
+STYLES = {
+    Status.COMPLETED: "green",
+    Status.FAILED: "red",
+    Status.PROCESSING: "yellow",
+    Status.PENDING: "dim",
+}
 out = Console()
 
 
@@ -76,10 +81,17 @@ def report(line: str) -> None:
     err.print(Text(make_printable(line), style="dim"))
 
 
-def follow(catalogue: Catalogue, awaited: Mapping[str, int], pause: Callable[[float], None]) -> None:
+def follow(
+    catalogue: Catalogue, awaited: Mapping[str, int], pause: Callable[[float], None]
+) -> None:
     """Shows progress until each image has ended in a run that began after so many pushes."""
     waiting = dict(awaited)
-    columns = [TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn()]
+    columns = [
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+    ]
     with Progress(*columns, console=err) as progress:
         bar = progress.add_task("waiting", total=len(awaited))
         while waiting:
@@ -88,10 +100,16 @@ def follow(catalogue: Catalogue, awaited: Mapping[str, int], pause: Callable[[fl
                 if state.status.has_ended and state.pushes_seen >= waiting[image_id]:
                     del waiting[image_id]
                     style = STYLES[state.status]
-                    progress.console.print(Text.assemble((f"{state.status:<10}", style), " ", make_printable(image_id)))
-            current = Counter(state.status for image_id, state in states.items() if image_id in waiting)
+                    progress.console.print(
+                        Text.assemble((f"{state.status:<10}", style), " ", make_printable(image_id))
+                    )
+            current = Counter(
+                state.status for image_id, state in states.items() if image_id in waiting
+            )
             counts = ", ".join(f"{count} {status}" for status, count in sorted(current.items()))
-            progress.update(bar, completed=len(awaited) - len(waiting), description=counts or "waiting")
+            progress.update(
+                bar, completed=len(awaited) - len(waiting), description=counts or "waiting"
+            )
             if waiting:
                 pause(POLL_SECONDS)
 
@@ -121,7 +139,11 @@ def add_nearest(rows: Sequence[dict[str, Any]], settings: Settings, version: str
     index = EmbeddingIndex(settings.index_uri)
     for row in rows:
         neighbour = index.nearest_other(row["image_id"], version)
-        row["nearest"] = {"image_id": neighbour.image_id, "score": round(neighbour.score, 4)} if neighbour else None
+        row["nearest"] = (
+            {"image_id": neighbour.image_id, "score": round(neighbour.score, 4)}
+            if neighbour
+            else None
+        )
 
 
 def show_results(rows: Sequence[Mapping[str, Any]], seconds: float, as_json: bool) -> None:
@@ -148,7 +170,9 @@ def show_results(rows: Sequence[Mapping[str, Any]], seconds: float, as_json: boo
         ]
         if has_nearest:
             nearest = row["nearest"]
-            cells.append(_to_text(f"{nearest['image_id']} ({nearest['score']:.2f})" if nearest else None))
+            cells.append(
+                _to_text(f"{nearest['image_id']} ({nearest['score']:.2f})" if nearest else None)
+            )
         table.add_row(*cells)
     out.print(table)
     completed = sum(row["status"] == Status.COMPLETED for row in rows)
@@ -170,7 +194,9 @@ def show_addresses(settings: Settings, webserver_url: str, as_json: bool) -> Non
         enduring_out.out(to_json(addresses), highlight=False)
         return
     for name, address in addresses.items():
-        enduring_out.print(Text(make_printable(f"{name.replace('_', ' '):<14} {address}")), soft_wrap=True)
+        enduring_out.print(
+            Text(make_printable(f"{name.replace('_', ' '):<14} {address}")), soft_wrap=True
+        )
     enduring_out.print("Ctrl-C stops it, after the uploads under way.", style="dim")
 
 
@@ -220,9 +246,15 @@ def show_findings(findings: Iterable[Finding], as_json: bool) -> bool:
             print(to_json(asdict(finding)), flush=True)
             continue
         mark = ("✓", "green") if finding.is_well else ("✗", "red")
-        out.print(Text.assemble(mark, make_printable(f" {finding.name:<16} {finding.sentence}")), soft_wrap=True)
+        out.print(
+            Text.assemble(mark, make_printable(f" {finding.name:<16} {finding.sentence}")),
+            soft_wrap=True,
+        )
         if finding.advice:
-            out.print(Text(make_printable(f"  {'':<16} → {finding.advice}"), style="yellow"), soft_wrap=True)
+            out.print(
+                Text(make_printable(f"  {'':<16} → {finding.advice}"), style="yellow"),
+                soft_wrap=True,
+            )
     return is_ill
 
 
@@ -232,7 +264,13 @@ def show_neighbours(catalogue: Catalogue, neighbours: Sequence[Neighbour], as_js
     for neighbour in neighbours:
         described = (catalogue.get(neighbour.image_id) or {}).get("metadata") or {}
         description = described.get("description", neighbour.text)
-        rows.append({"image_id": neighbour.image_id, "score": round(neighbour.score, 4), "description": description})
+        rows.append(
+            {
+                "image_id": neighbour.image_id,
+                "score": round(neighbour.score, 4),
+                "description": description,
+            }
+        )
     if as_json:
         print(to_json(rows))
         return

@@ -45,7 +45,9 @@ class Finding:
 
 def examine(settings: Settings) -> Iterator[Finding]:
     """Looks at each thing in turn; the providers are asked one tiny question each, which they may charge for."""
-    ask_dagster = functools.cache(lambda: _ask_dagster(settings))  # it takes a process that imports Dagster
+    ask_dagster = functools.cache(
+        lambda: _ask_dagster(settings)
+    )  # it takes a process that imports Dagster
     checks: dict[str, Callable[[Settings], Finding]] = {
         "home": _examine_home,
         "redis": _examine_redis,
@@ -69,9 +71,15 @@ def examine(settings: Settings) -> Iterator[Finding]:
         try:
             yield check(settings)
         except Exception as error:  # a doctor who faints helps nobody; values of settings may be in foreign messages
-            sentence = str(error) if isinstance(error, ImagePipelineError) else f"{type(error).__name__} came up"
+            sentence = (
+                str(error)
+                if isinstance(error, ImagePipelineError)
+                else f"{type(error).__name__} came up"
+            )
             is_elsewhere = isinstance(error, PostponedError) and not isinstance(error, PausedError)
-            yield Finding(name, False, sentence, "mend that first" if is_elsewhere else ADVICE[name])
+            yield Finding(
+                name, False, sentence, "mend that first" if is_elsewhere else ADVICE[name]
+            )
 
 
 START = "start the stack with `imagepipeline up`"
@@ -99,15 +107,23 @@ ADVICE = {
 def _examine_home(settings: Settings) -> Finding:
     home = settings.home
     if not home.is_dir():
-        return Finding("home", False, f"there is no folder {home}", "start the stack with `imagepipeline up`")
+        return Finding(
+            "home", False, f"there is no folder {home}", "start the stack with `imagepipeline up`"
+        )
     for fault in find_faults(settings):
         return Finding("home", False, fault.sentence, fault.cure)
     with tempfile.TemporaryFile(dir=home):
         pass
     free_bytes = shutil.disk_usage(home).free
     if free_bytes < MIN_FREE_BYTES:
-        return Finding("home", False, f"only {free_bytes / 1e9:.1f} GB are free below {home}", "make room")
-    return Finding("home", True, f"{home} can be written, by its owner only; {free_bytes / 1e9:.0f} GB are free")
+        return Finding(
+            "home", False, f"only {free_bytes / 1e9:.1f} GB are free below {home}", "make room"
+        )
+    return Finding(
+        "home",
+        True,
+        f"{home} can be written, by its owner only; {free_bytes / 1e9:.0f} GB are free",
+    )
 
 
 def _examine_code_server(settings: Settings) -> Finding:
@@ -115,7 +131,9 @@ def _examine_code_server(settings: Settings) -> Finding:
 
     if settings.dagster_database_url and not settings.code_address.exists():
         return Finding(
-            "code server", True, "it runs elsewhere, if it does: ask it there, with `service code-server --check`"
+            "code server",
+            True,
+            "it runs elsewhere, if it does: ask it there, with `service code-server --check`",
         )
     if not services.answers_grpc(settings.code_address):
         return Finding("code server", False, "it does not answer", ADVICE["code server"])
@@ -130,21 +148,32 @@ def _examine_workers(settings: Settings) -> Finding:
     if not names:
         return Finding("workers", False, "none answers, so that no run begins", ADVICE["workers"])
     with machines.leave_mark(settings) as mark:
-        answers = services.ask_workers(settings, machines.COMMAND, {"mark": mark}, names, services.WORK_SECONDS)
-    differences = [f"{name} does not say what it works with" for name in names if name not in answers]
+        answers = services.ask_workers(
+            settings, machines.COMMAND, {"mark": mark}, names, services.WORK_SECONDS
+        )
+    differences = [
+        f"{name} does not say what it works with" for name in names if name not in answers
+    ]
     differences += machines.find_differences(settings, answers)
     if differences:
         advice = "give all machines the same settings and versions: docs/operations.md says what they must share"
         return Finding("workers", False, "; ".join(differences), advice)
     found = sorted(
-        (machine.host, machine.slots) for answer in answers.values() if (machine := machines.read_answer(answer))
+        (machine.host, machine.slots)
+        for answer in answers.values()
+        if (machine := machines.read_answer(answer))
     )
-    sentence = ", ".join(f"{host} ({slots} {'slot' if slots == 1 else 'slots'})" for host, slots in found)
+    sentence = ", ".join(
+        f"{host} ({slots} {'slot' if slots == 1 else 'slots'})" for host, slots in found
+    )
     slots = sum(slots for _, slots in found)
     if settings.max_runs > slots:
         advice = "start more workers, or set IMAGEPIPELINE_MAX_RUNS to what they can do"
         return Finding(
-            "workers", False, f"of {settings.max_runs} runs at a time, only {slots} find a slot: {sentence}", advice
+            "workers",
+            False,
+            f"of {settings.max_runs} runs at a time, only {slots} find a slot: {sentence}",
+            advice,
         )
     return Finding("workers", True, f"they answer, and share what they must: {sentence}")
 
@@ -157,7 +186,12 @@ def _examine_daemon(said: Mapping[str, Mapping[str, str]]) -> Finding:
 
 def _examine_sensors(said: Mapping[str, Mapping[str, str]]) -> Finding:
     if problems := _list_problems(said["sensors"]):
-        return Finding("sensors", False, "; ".join(problems), "without them nothing is taken in, recovered or told")
+        return Finding(
+            "sensors",
+            False,
+            "; ".join(problems),
+            "without them nothing is taken in, recovered or told",
+        )
     return Finding("sensors", True, "all run, and none fails")
 
 
@@ -180,7 +214,9 @@ def _examine_webserver(settings: Settings) -> Finding:
     url = (state or {}).get("webserver_url")
     if url is None and settings.dagster_database_url:
         return Finding(
-            "webserver", True, "it runs elsewhere, if it does: ask it there, with `service webserver --check`"
+            "webserver",
+            True,
+            "it runs elsewhere, if it does: ask it there, with `service webserver --check`",
         )
     if url is None or not services.answers_http(f"{url}/server_info"):
         return Finding("webserver", False, "it does not answer", ADVICE["webserver"])
@@ -197,19 +233,28 @@ def _examine_redis(settings: Settings) -> Finding:
             queue.count()
             dropped = queue.count_dropped()
     except RedisClusterError as error:
-        return Finding("redis", False, str(error), "let REDIS_URL name a server that belongs to no cluster")
+        return Finding(
+            "redis", False, str(error), "let REDIS_URL name a server that belongs to no cluster"
+        )
     if dropped:
         return Finding(
-            "redis", False, f"{dropped} unreadable entries were dropped, as more came than are kept", FLOOD_ADVICE
+            "redis",
+            False,
+            f"{dropped} unreadable entries were dropped, as more came than are kept",
+            FLOOD_ADVICE,
         )
     client = redis.Redis.from_url(settings.redis_url, socket_connect_timeout=2, socket_timeout=5)
     try:
         client.ping()
         memory = client.info("memory")
     except redis.ResponseError:  # managed servers and ACL users may not ask
-        return Finding("redis", True, "it answers; whether it may evict keys or is full it does not say")
+        return Finding(
+            "redis", True, "it answers; whether it may evict keys or is full it does not say"
+        )
     except redis.RedisError as error:
-        return Finding("redis", False, f"it does not answer ({type(error).__name__})", ADVICE["redis"])
+        return Finding(
+            "redis", False, f"it does not answer ({type(error).__name__})", ADVICE["redis"]
+        )
     policy, limit_bytes = memory.get("maxmemory_policy", "noeviction"), memory.get("maxmemory", 0)
     if policy != "noeviction":
         return Finding("redis", False, f"it evicts keys ({policy})", EVICTION_ADVICE)
@@ -226,7 +271,11 @@ def _examine_database(settings: Settings) -> Finding:
     catalogue = Catalogue(settings.database_url)
     catalogue.check()
     counts = catalogue.count()
-    return Finding("database", True, f"it answers; {sum(counts.values())} images, {counts['failed']} of them failed")
+    return Finding(
+        "database",
+        True,
+        f"it answers; {sum(counts.values())} images, {counts['failed']} of them failed",
+    )
 
 
 def _examine_storage(settings: Settings) -> Finding:
@@ -241,18 +290,27 @@ def _examine_storage(settings: Settings) -> Finding:
     files.delete(name)
     free_bytes = files.free_bytes
     if not is_same:
-        return Finding("storage", False, "what was written was read back differently", ADVICE["storage"])
+        return Finding(
+            "storage", False, "what was written was read back differently", ADVICE["storage"]
+        )
     if free_bytes is None:
         return Finding("storage", True, "the bucket can be written and read")
     if free_bytes < MIN_FREE_BYTES:
         return Finding(
-            "storage", False, f"only {free_bytes / 1e9:.1f} GB are free", "make room; paused images wait for it"
+            "storage",
+            False,
+            f"only {free_bytes / 1e9:.1f} GB are free",
+            "make room; paused images wait for it",
         )
-    return Finding("storage", True, f"it can be written and read; {free_bytes / 1e9:.0f} GB are free")
+    return Finding(
+        "storage", True, f"it can be written and read; {free_bytes / 1e9:.0f} GB are free"
+    )
 
 
 def _has_index(settings: Settings) -> bool:
-    return "://" in settings.index_uri or Path(settings.index_uri).exists()  # to open it would make it
+    return (
+        "://" in settings.index_uri or Path(settings.index_uri).exists()
+    )  # to open it would make it
 
 
 def _examine_index(settings: Settings) -> Finding:
@@ -260,7 +318,11 @@ def _examine_index(settings: Settings) -> Finding:
 
     if not _has_index(settings):
         return Finding("index", True, "there is none yet; the first upload makes it")
-    return Finding("index", True, f"it can be read; {EmbeddingIndex(settings.index_uri).count_rows()} embeddings")
+    return Finding(
+        "index",
+        True,
+        f"it can be read; {EmbeddingIndex(settings.index_uri).count_rows()} embeddings",
+    )
 
 
 def _examine_clock(settings: Settings) -> Finding:
@@ -270,11 +332,18 @@ def _examine_clock(settings: Settings) -> Finding:
     try:
         seconds, microseconds = client.time()
     except redis.RedisError as error:
-        return Finding("clock", False, f"Redis cannot be asked the time ({type(error).__name__})", ADVICE["clock"])
+        return Finding(
+            "clock",
+            False,
+            f"Redis cannot be asked the time ({type(error).__name__})",
+            ADVICE["clock"],
+        )
     skew_seconds = abs(time.time() - seconds - microseconds / 1e6)
     if skew_seconds > MAX_CLOCK_SKEW_SECONDS:
         advice = "synchronise both by NTP: rate limits and waits are counted by these clocks"
-        return Finding("clock", False, f"this machine and Redis disagree by {skew_seconds:.1f} s", advice)
+        return Finding(
+            "clock", False, f"this machine and Redis disagree by {skew_seconds:.1f} s", advice
+        )
     return Finding("clock", True, "this machine and Redis agree")
 
 
@@ -282,10 +351,18 @@ def _examine_limits(settings: Settings) -> Finding:
     open_files, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
     address_space, _ = resource.getrlimit(resource.RLIMIT_AS)
     if open_files < MIN_OPEN_FILES:
-        return Finding("limits", False, f"only {open_files} files may be open", f"`ulimit -n {MIN_OPEN_FILES}` or more")
+        return Finding(
+            "limits",
+            False,
+            f"only {open_files} files may be open",
+            f"`ulimit -n {MIN_OPEN_FILES}` or more",
+        )
     if address_space != resource.RLIM_INFINITY and address_space < 4 * settings.max_memory_bytes:
         return Finding(
-            "limits", False, f"the address space is limited to {address_space / 1e9:.1f} GB", "`ulimit -v unlimited`"
+            "limits",
+            False,
+            f"the address space is limited to {address_space / 1e9:.1f} GB",
+            "`ulimit -v unlimited`",
         )
     return Finding("limits", True, f"{open_files} files may be open, memory is not limited")
 
@@ -311,7 +388,11 @@ def _examine_sandbox(settings: Settings) -> Finding:
         confinement = zygote.prepare()
     sentence = f"of a process that decodes, {confinement.describe()}"
     if not confinement.has_seccomp:
-        consequence = "images wait" if settings.require_confinement else "a decoder that is broken into gets all"
+        consequence = (
+            "images wait"
+            if settings.require_confinement
+            else "a decoder that is broken into gets all"
+        )
         return Finding(
             "sandbox",
             False,
@@ -357,15 +438,25 @@ def _examine_embedder(settings: Settings) -> Finding:
 
     embedder = providers.build_embedder(settings)
     with providers.open_paid_calls(settings) as paid_calls:
-        embedding, receipt = paid_calls.make(None, "doctor", embedder.recipe, lambda: embedder.embed("a cat"))
+        embedding, receipt = paid_calls.make(
+            None, "doctor", embedder.recipe, lambda: embedder.embed("a cat")
+        )
     dimensions = len(embedding.vector)
-    known = EmbeddingIndex(settings.index_uri).list_dimensions(embedding.version) if _has_index(settings) else []
+    known = (
+        EmbeddingIndex(settings.index_uri).list_dimensions(embedding.version)
+        if _has_index(settings)
+        else []
+    )
     if known and dimensions not in known:
         advice = "the model behind the name has changed: use another name, and materialize `embedding` of all images"
         sentence = f"it gives {dimensions} dimensions, the index holds {known[0]}"
         return Finding("embedding model", False, sentence, advice)
     if not settings.has_remote_embedder:
-        return Finding("embedding model", True, f"the local one is used, {dimensions} dimensions: no key, no cost")
+        return Finding(
+            "embedding model",
+            True,
+            f"the local one is used, {dimensions} dimensions: no key, no cost",
+        )
     sentence = f"{settings.embedding_model} answers in {receipt.seconds:.1f} s, with {dimensions} dimensions"
     return Finding("embedding model", True, sentence)
 
@@ -378,5 +469,10 @@ def _examine_pauses(settings: Settings) -> Finding:
     pauses = Ledger(settings.database_url).list_pauses()
     if pauses:
         advice = "mend the cause, then `imagepipeline resume`"
-        return Finding("pauses", False, f"paid work is paused ({pauses[0].reason}): {pauses[0].message}", advice)
+        return Finding(
+            "pauses",
+            False,
+            f"paid work is paused ({pauses[0].reason}): {pauses[0].message}",
+            advice,
+        )
     return Finding("pauses", True, "nothing is paused")

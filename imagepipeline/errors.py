@@ -141,7 +141,9 @@ class ForbiddenError(PausedError):
 class RateLimitError(PostponedError):
     """The rate limit of paid calls is used up for longer than a run waits."""
 
-    wait_seconds = 0  # no run begins before there is a permit again, so that a raised limit counts at once
+    wait_seconds = (
+        0  # no run begins before there is a permit again, so that a raised limit counts at once
+    )
 
 
 class StorageDownError(PostponedError):

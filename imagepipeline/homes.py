@@ -41,7 +41,9 @@ def make_home(settings: Settings) -> None:
     with told_of(settings.home):
         settings.home.mkdir(parents=True, exist_ok=True, mode=0o700)
         secure_home(settings)
-        with tempfile.TemporaryFile(dir=settings.home):  # also where root meets a file system that is read-only
+        with tempfile.TemporaryFile(
+            dir=settings.home
+        ):  # also where root meets a file system that is read-only
             pass
 
 
@@ -110,13 +112,22 @@ def _examine_home(settings: Settings) -> Iterator[Fault]:
             foreign.append(settings.storage)
         sentence = f"{home} is open to other users ({stat.filemode(mode)[1:]})"
         if mode & stat.S_ISVTX:
-            yield Fault(home, f"{sentence} and meant to be", "set IMAGEPIPELINE_HOME to a folder of this user's own")
+            yield Fault(
+                home,
+                f"{sentence} and meant to be",
+                "set IMAGEPIPELINE_HOME to a folder of this user's own",
+            )
             return
         if foreign:
             cure = f"move that out of the home, or close the home yourself (`chmod go= {home}`)"
             yield Fault(home, f"{sentence}, and they may need {foreign[0]}", cure)
             return
-        yield Fault(home, sentence, f"`chmod go= {home}`; `imagepipeline up` does it, too", can_be_mended=True)
+        yield Fault(
+            home,
+            sentence,
+            f"`chmod go= {home}`; `imagepipeline up` does it, too",
+            can_be_mended=True,
+        )
     for name in sorted(entries.keys() & OURS):
         path, found = home / name, entries[name].stat(follow_symlinks=False)
         if stat.S_ISLNK(found.st_mode):  # the owner's, such as to another disk
@@ -125,23 +136,38 @@ def _examine_home(settings: Settings) -> Iterator[Fault]:
             cure = "remove it, or give it to the user who runs this (`chown -R`)"
             yield Fault(path, f"{path} belongs to user {found.st_uid}, not to {os.geteuid()}", cure)
         elif found.st_mode & OTHERS and found.st_uid == os.geteuid():
-            yield Fault(path, f"{path} is open to other users", f"`chmod -R go= {path}`", can_be_mended=True)
+            yield Fault(
+                path, f"{path} is open to other users", f"`chmod -R go= {path}`", can_be_mended=True
+            )
 
 
 def _examine_socket_folder(settings: Settings) -> Iterator[Fault]:
     folder = settings.socket_folder
-    if folder.parent != settings.home and folder.is_symlink():  # in /tmp anybody may make one, which we never do
-        yield Fault(folder, f"{folder} is a link", "remove it, or set IMAGEPIPELINE_HOME to a shorter path")
+    if (
+        folder.parent != settings.home and folder.is_symlink()
+    ):  # in /tmp anybody may make one, which we never do
+        yield Fault(
+            folder, f"{folder} is a link", "remove it, or set IMAGEPIPELINE_HOME to a shorter path"
+        )
         return
     if folder.exists():
-        if fault := _find_owner_fault(folder, "remove it, or set IMAGEPIPELINE_HOME to another folder"):
+        if fault := _find_owner_fault(
+            folder, "remove it, or set IMAGEPIPELINE_HOME to another folder"
+        ):
             yield fault
             return
         if folder.stat().st_mode & OTHERS:
-            yield Fault(folder, f"{folder} is open to other users", f"`chmod go= {folder}`", can_be_mended=True)
+            yield Fault(
+                folder,
+                f"{folder} is open to other users",
+                f"`chmod go= {folder}`",
+                can_be_mended=True,
+            )
     chosen = settings.code_address.parent
     if chosen != folder and chosen.exists():  # somebody's choice, so we do not close it
-        cure = "set IMAGEPIPELINE_CODE_SOCKET to a path in a folder that only this user may write to"
+        cure = (
+            "set IMAGEPIPELINE_CODE_SOCKET to a path in a folder that only this user may write to"
+        )
         if fault := _find_owner_fault(chosen, cure):
             yield fault
         elif chosen.stat().st_mode & OTHERS_WRITE:
@@ -163,7 +189,9 @@ def _find_owner_fault(folder: Path, cure: str) -> Fault | None:
 
 def _close(path: Path, is_deep: bool) -> None:
     """Takes from others all they may do with a file or folder, and with `is_deep` with all that is in it."""
-    os.chmod(path, stat.S_IMODE(path.stat().st_mode) & ~OTHERS)  # first, so that nobody changes what is walked through
+    os.chmod(
+        path, stat.S_IMODE(path.stat().st_mode) & ~OTHERS
+    )  # first, so that nobody changes what is walked through
     if path.stat().st_mode & OTHERS:
         raise StackError(
             f"{path} cannot be closed to other users, as its file system keeps no modes: "
@@ -174,7 +202,11 @@ def _close(path: Path, is_deep: bool) -> None:
             with contextlib.suppress(FileNotFoundError):  # the stack may be at work
                 below = os.path.join(folder, name)
                 found = os.lstat(below)
-                if found.st_uid == os.geteuid() and found.st_mode & OTHERS and not stat.S_ISLNK(found.st_mode):
+                if (
+                    found.st_uid == os.geteuid()
+                    and found.st_mode & OTHERS
+                    and not stat.S_ISLNK(found.st_mode)
+                ):
                     os.chmod(below, stat.S_IMODE(found.st_mode) & ~OTHERS)
 
 

@@ -57,9 +57,13 @@ def describe(settings: Settings, mark: str) -> Machine:
         catalogue=_read_owner(settings),
         storage=_without_password(settings.storage),
         index=_without_password(settings.index_uri),
-        recipes={asset: recipe.version for asset, recipe in providers.build_recipes(settings).items()},
+        recipes={
+            asset: recipe.version for asset, recipe in providers.build_recipes(settings).items()
+        },
         found={
-            "storage": _is_there(lambda: open_storage(settings.storage).read(_name_file("variants/", mark))),
+            "storage": _is_there(
+                lambda: open_storage(settings.storage).read(_name_file("variants/", mark))
+            ),
             "index": _is_there(lambda: open_storage(settings.index_uri).read(_name_file("", mark))),
             "Redis": _is_there(lambda: _read_key(settings, mark)),
         },
@@ -93,7 +97,9 @@ def find_differences(settings: Settings, answers: Mapping[str, Any]) -> list[str
         if theirs is None:
             lines.append(f"{worker!r:.100} is of another version: it cannot say what it works with")
         else:
-            lines += [f"the worker on {theirs.host} {difference}" for difference in _compare(ours, theirs)]
+            lines += [
+                f"the worker on {theirs.host} {difference}" for difference in _compare(ours, theirs)
+            ]
     return lines
 
 
@@ -125,12 +131,21 @@ def _compare(ours: Machine, theirs: Machine) -> Iterator[str]:
 
 
 def _say_place(name: str, theirs: str, ours: str) -> str:
-    advice = "" if "://" in theirs else ", which must be a folder that all machines share, or a bucket"
-    return f"its {name} in {theirs}{advice}" if theirs == ours else f"its {name} in {theirs}, this home in {ours}"
+    advice = (
+        "" if "://" in theirs else ", which must be a folder that all machines share, or a bucket"
+    )
+    return (
+        f"its {name} in {theirs}{advice}"
+        if theirs == ours
+        else f"its {name} in {theirs}, this home in {ours}"
+    )
 
 
 def _read_owner(settings: Settings) -> str | None:
-    with contextlib.suppress(ImagePipelineError), closing(Catalogue(settings.database_url)) as catalogue:
+    with (
+        contextlib.suppress(ImagePipelineError),
+        closing(Catalogue(settings.database_url)) as catalogue,
+    ):
         catalogue.check()
         return catalogue.find_owner()
     return None

@@ -58,8 +58,17 @@ def check_original_path(value: object) -> str:
     Raises:
         InvalidUploadError: if not, or if it or a variant's path would be too long for a disk or the catalogue.
     """
-    path = PurePosixPath(value) if isinstance(value, str) and value.isprintable() and "\\" not in value else None
-    is_below = path is not None and path.parts[:1] == ("original",) and len(path.parts) > 1 and ".." not in path.parts
+    path = (
+        PurePosixPath(value)
+        if isinstance(value, str) and value.isprintable() and "\\" not in value
+        else None
+    )
+    is_below = (
+        path is not None
+        and path.parts[:1] == ("original",)
+        and len(path.parts) > 1
+        and ".." not in path.parts
+    )
     if path is None or not (is_below and path.suffix and str(path) == value):
         raise InvalidUploadError(
             f"{value!r:.80} is not the path of an original: it must look like original/NAME.EXT, below the storage root"
@@ -126,7 +135,9 @@ class Upload:
             InvalidUploadError: if it is neither; the message says why.
         """
         if len(entry) > MAX_ENTRY_BYTES:
-            raise InvalidUploadError(f"the entry has {len(entry):,} bytes; at most {MAX_ENTRY_BYTES:,} are read")
+            raise InvalidUploadError(
+                f"the entry has {len(entry):,} bytes; at most {MAX_ENTRY_BYTES:,} are read"
+            )
         try:
             text = entry.decode("utf-8-sig").strip()
         except UnicodeDecodeError:
@@ -140,7 +151,9 @@ class Upload:
         given: dict[str, Any] = {"imageId": value} if isinstance(value, str) else value
         fields = {name: content for name, content in given.items() if content is not None}
         ignored = tuple(sorted(given.keys() - {"imageId", "path", "priority"}))
-        return cls(_read_id(fields.get("imageId")), fields.get("path"), fields.get("priority", 0), ignored)
+        return cls(
+            _read_id(fields.get("imageId")), fields.get("path"), fields.get("priority", 0), ignored
+        )
 
     def to_entry(self) -> str:
         """The entry `from_entry` reads back: the bare ID where that says it all, else JSON."""

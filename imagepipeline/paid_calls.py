@@ -74,7 +74,11 @@ class PaidCalls:
         recipes: Mapping[str, Recipe] | None = None,
     ) -> None:
         self._all_recipes = recipes or {}
-        self._recipes = {stage: recipe for stage, recipe in self._all_recipes.items() if recipe.provider != "local"}
+        self._recipes = {
+            stage: recipe
+            for stage, recipe in self._all_recipes.items()
+            if recipe.provider != "local"
+        }
         self._ledger = ledger
         self._limiter = limiter
         self._prices = prices
@@ -111,7 +115,9 @@ class PaidCalls:
         except ForbiddenError as error:
             if claim and self._ledger.is_answered_for_others(claim.image_id, stage, error.reason):
                 answer = str(error).partition(":")[0]
-                raise RefusedError(f"{answer} for this picture, and answers for others: it is refused") from None
+                raise RefusedError(
+                    f"{answer} for this picture, and answers for others: it is refused"
+                ) from None
             if claim:  # a search's text may be what is forbidden, which is nobody else's trouble
                 self._pause(error, claim, stage)
             raise
@@ -132,13 +138,21 @@ class PaidCalls:
 
     def _is_down(self, claim: Claim, stage: str) -> bool:
         """Whether it is the provider's trouble, and not the image's, that a call got no answer."""
-        if any(pause.reason == "provider_down" and pause.stage == stage for pause in self._ledger.list_pauses()):
+        if any(
+            pause.reason == "provider_down" and pause.stage == stage
+            for pause in self._ledger.list_pauses()
+        ):
             return True
         unanswered = self._ledger.count_unanswered(stage)
         return len(unanswered) >= DOWN_IMAGES and unanswered.get(claim.image_id, 0) >= DOWN_CALLS
 
     def _ask(
-        self, claim: Claim | None, stage: str, recipe: Recipe, call: Callable[[], A], waited_seconds: float
+        self,
+        claim: Claim | None,
+        stage: str,
+        recipe: Recipe,
+        call: Callable[[], A],
+        waited_seconds: float,
     ) -> tuple[A, Receipt]:
         """Makes a call and writes it down, whatever comes of it."""
         started = time.monotonic()
@@ -148,10 +162,17 @@ class PaidCalls:
             usage = answer.usage
         except ImagePipelineError as error:
             reason = getattr(error, "reason", "unexpected")
-            outcome, usage = getattr(error, "outcome", None) or reason, getattr(error, "usage", None)
+            outcome, usage = (
+                getattr(error, "outcome", None) or reason,
+                getattr(error, "usage", None),
+            )
             raise
         finally:
-            receipt = Receipt(waited_seconds, round(time.monotonic() - started, 3), self._price(recipe.model, usage))
+            receipt = Receipt(
+                waited_seconds,
+                round(time.monotonic() - started, 3),
+                self._price(recipe.model, usage),
+            )
             self._ledger.record(
                 PaidCall(
                     image_id=claim.image_id if claim else None,
@@ -183,7 +204,10 @@ class PaidCalls:
         now = self._clock()
         midnight = now.replace(hour=0, minute=0, second=0, microsecond=0)
         month = midnight.replace(day=1)
-        ends = {"daily": midnight + timedelta(days=1), "monthly": (month + timedelta(days=32)).replace(day=1)}
+        ends = {
+            "daily": midnight + timedelta(days=1),
+            "monthly": (month + timedelta(days=32)).replace(day=1),
+        }
         for name, since in (("monthly", month), ("daily", midnight)):
             budget_usd = self._budgets[name]
             if budget_usd is not None and (spent := self._ledger.sum_cost_usd(since)) >= budget_usd:
@@ -204,7 +228,10 @@ class PaidCalls:
         return round(time.monotonic() - started, 3)
 
     def _explain_wait(self, wait_seconds: float) -> str:
-        opens_at, limits = self._clock() + timedelta(seconds=wait_seconds), self._limiter.get_limits()
+        opens_at, limits = (
+            self._clock() + timedelta(seconds=wait_seconds),
+            self._limiter.get_limits(),
+        )
         return f"the rate limit of paid calls ({limits}) is used up: it goes on at {opens_at:%F %T} UTC"
 
     def count_affordable(self) -> tuple[int | None, str]:
@@ -234,7 +261,9 @@ class PaidCalls:
         pauses, is_changed = self._ledger.list_pauses(), False
         for reason, due in reasons.items():
             known = next((pause for pause in pauses if pause.reason == reason), None)
-            if due and (known is None or known.is_over or known.message != due[0][:MESSAGE_CHARACTERS]):
+            if due and (
+                known is None or known.is_over or known.message != due[0][:MESSAGE_CHARACTERS]
+            ):
                 self._ledger.pause(reason, *due)
                 is_changed = True
             elif known and not due:
@@ -254,13 +283,22 @@ class PaidCalls:
         unpriced, silent = [], []
         for recipe in recipes:
             price = find_price(recipe.model, self._prices)
-            says_usage, cost_usd = self._ledger.find_last_usage(recipe.provider, recipe.model) or (True, None)
+            says_usage, cost_usd = self._ledger.find_last_usage(recipe.provider, recipe.model) or (
+                True,
+                None,
+            )
             # A cost of nothing may mean that somebody else is charged: of a free model a person must say so.
             if price is None and not cost_usd:
                 unpriced.append(recipe.model)
             elif price != FREE and not says_usage and not cost_usd:
                 silent.append(recipe.model)
-        return explain_unpriced(unpriced) if unpriced else explain_silent(silent[0]) if silent else None
+        return (
+            explain_unpriced(unpriced)
+            if unpriced
+            else explain_silent(silent[0])
+            if silent
+            else None
+        )
 
     def _price(self, model: str, usage: CallUsage | None) -> float | None:
         price = find_price(model, self._prices)

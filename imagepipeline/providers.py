@@ -9,7 +9,13 @@ from imagepipeline.resident import ResidentEmbedder, ResidentIndex, ResidentVisi
 from imagepipeline.services import embedder, vision
 from imagepipeline.services.embedder import Embedder, LocalEmbedder, OpenRouterEmbedder
 from imagepipeline.services.notifier import MailNotifier, Notifier, WebhookNotifier
-from imagepipeline.services.vision import DEFAULT_PROMPT, LocalVision, OpenAIVision, VisionModel, VisionOptions
+from imagepipeline.services.vision import (
+    DEFAULT_PROMPT,
+    LocalVision,
+    OpenAIVision,
+    VisionModel,
+    VisionOptions,
+)
 from imagepipeline.settings import NO_KEY, Settings
 from imagepipeline.stores.ledger import Ledger
 from imagepipeline.stores.limiter import CallLimiter
@@ -19,10 +25,16 @@ from imagepipeline.stores.vectors import EmbeddingIndex
 def build_vision(settings: Settings) -> VisionModel:
     """The vision model; an offline one is in the resident, where there is one."""
     if not settings.has_remote_vision:
-        return ResidentVision(str(settings.resident_socket)) if settings.resident_socket else LocalVision()
+        return (
+            ResidentVision(str(settings.resident_socket))
+            if settings.resident_socket
+            else LocalVision()
+        )
     key = settings.openai_api_key.get_secret_value() if settings.openai_api_key else NO_KEY
     prompt = settings.vision_prompt or DEFAULT_PROMPT
-    return OpenAIVision(key, settings.openai_base_url, settings.vision_model, prompt, build_vision_options(settings))
+    return OpenAIVision(
+        key, settings.openai_base_url, settings.vision_model, prompt, build_vision_options(settings)
+    )
 
 
 def build_vision_options(settings: Settings) -> VisionOptions:
@@ -39,7 +51,11 @@ def build_vision_options(settings: Settings) -> VisionOptions:
 def build_embedder(settings: Settings) -> Embedder:
     """The embedder, of images and queries alike; an offline one is in the resident, where there is one."""
     if not settings.has_remote_embedder:
-        return ResidentEmbedder(str(settings.resident_socket)) if settings.resident_socket else LocalEmbedder()
+        return (
+            ResidentEmbedder(str(settings.resident_socket))
+            if settings.resident_socket
+            else LocalEmbedder()
+        )
     key = settings.openrouter_api_key.get_secret_value() if settings.openrouter_api_key else NO_KEY
     return OpenRouterEmbedder(key, settings.openrouter_base_url, settings.embedding_model)
 
@@ -47,7 +63,9 @@ def build_embedder(settings: Settings) -> Embedder:
 def build_index(settings: Settings) -> EmbeddingIndex | ResidentIndex:
     """The index of embeddings; through the resident, where there is one, which writes for all runs of its machine."""
     return (
-        ResidentIndex(str(settings.resident_socket)) if settings.resident_socket else EmbeddingIndex(settings.index_uri)
+        ResidentIndex(str(settings.resident_socket))
+        if settings.resident_socket
+        else EmbeddingIndex(settings.index_uri)
     )
 
 
@@ -55,18 +73,25 @@ def build_notifiers(settings: Settings) -> list[Notifier]:
     """The ways in which administrators are told; they connect when there is something to tell."""
     notifiers: list[Notifier] = []
     if settings.webhook_url and settings.webhook_secret:
-        url, secret = settings.webhook_url.get_secret_value(), settings.webhook_secret.get_secret_value()
+        url, secret = (
+            settings.webhook_url.get_secret_value(),
+            settings.webhook_secret.get_secret_value(),
+        )
         notifiers.append(WebhookNotifier(url, secret, settings.webhook_allow_private))
     if settings.smtp_url:
         recipients = [address.strip() for address in settings.mail_to.split(",")]
-        notifiers.append(MailNotifier(settings.smtp_url.get_secret_value(), settings.mail_from, recipients))
+        notifiers.append(
+            MailNotifier(settings.smtp_url.get_secret_value(), settings.mail_from, recipients)
+        )
     return notifiers
 
 
 @contextmanager
 def open_limiter(settings: Settings) -> Iterator[CallLimiter]:
     """The rate limit; it connects when first used."""
-    with closing(CallLimiter(settings.redis_url, settings.queue_prefix, settings.rate_limit)) as limiter:
+    with closing(
+        CallLimiter(settings.redis_url, settings.queue_prefix, settings.rate_limit)
+    ) as limiter:
         yield limiter
 
 
@@ -75,7 +100,10 @@ def open_paid_calls(settings: Settings) -> Iterator[PaidCalls]:
     """The maker of paid calls, with the pipeline's own limits and budgets."""
     with closing(Ledger(settings.database_url)) as ledger, open_limiter(settings) as limiter:
         budgets = (settings.daily_budget_usd, settings.monthly_budget_usd)
-        recipes = {"metadata": build_vision_recipe(settings), "embedding": build_embedding_recipe(settings)}
+        recipes = {
+            "metadata": build_vision_recipe(settings),
+            "embedding": build_embedding_recipe(settings),
+        }
         yield PaidCalls(ledger, limiter, list_prices(settings), *budgets, recipes=recipes)
 
 

@@ -50,7 +50,9 @@ def serve(address: str, index_uri: str) -> None:
         "embed": embedder.embed,
     }
     Path(address).unlink(missing_ok=True)  # of one that was killed
-    threading.Thread(target=index.count_rows, daemon=True).start()  # so that the first upload finds LanceDB imported
+    threading.Thread(
+        target=index.count_rows, daemon=True
+    ).start()  # so that the first upload finds LanceDB imported
     with socket.socket(socket.AF_UNIX) as listener:
         listener.bind(address)
         listener.listen(BACKLOG)
@@ -99,7 +101,9 @@ class ResidentIndex(Resident):
 
     def get(self, image_id: str, version: str) -> dict[str, Any] | None:
         """As `EmbeddingIndex.get`."""
-        row: dict[str, Any] | None = self.call("get", result_kind(EmbeddingIndex.get), image_id, version)
+        row: dict[str, Any] | None = self.call(
+            "get", result_kind(EmbeddingIndex.get), image_id, version
+        )
         return row
 
 
@@ -148,7 +152,9 @@ def _answer(connection: socket.socket, functions: dict[str, Callable[..., Any]])
 def main() -> None:
     """Serves until the worker that started it, and holds the other end of its standard input, ends."""
     settings = Settings.load()
-    threading.Thread(target=serve, args=(settings.resident_address, settings.index_uri), daemon=True).start()
+    threading.Thread(
+        target=serve, args=(settings.resident_address, settings.index_uri), daemon=True
+    ).start()
     sys.stdin.read()
 
 

@@ -15,7 +15,15 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 from urllib.parse import parse_qsl, quote, urlsplit
 
-from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, SecretStr, ValidationError
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    SecretStr,
+    ValidationError,
+)
 
 from imagepipeline.errors import SettingsError
 
@@ -27,7 +35,9 @@ MAX_SOCKET_FOLDER_BYTES = 70
 LOOPBACK = ("localhost", "127.0.0.1", "::1")
 # What Kubernetes (and Docker's links) set for each service beside us; one called redis brings REDIS_PORT=tcp://….
 # https://kubernetes.io/docs/concepts/services-networking/service/#environment-variables
-LINK_NAME = re.compile(r"_SERVICE_HOST$|_SERVICE_PORT(_[A-Z0-9_]+)?$|_PORT_\d+_(TCP|UDP|SCTP)(_(ADDR|PORT|PROTO))?$")
+LINK_NAME = re.compile(
+    r"_SERVICE_HOST$|_SERVICE_PORT(_[A-Z0-9_]+)?$|_PORT_\d+_(TCP|UDP|SCTP)(_(ADDR|PORT|PROTO))?$"
+)
 LINK_ADDRESS = re.compile(r"(tcp|udp|sctp)://[^/]+:\d+")
 # Of whom: us, and Dagster's commands, which would read DAGSTER_GRPC_PORT as a number.
 LINKED = ("IMAGEPIPELINE_", "REDIS_", "DAGSTER_")
@@ -52,7 +62,9 @@ def _check_database_url(value: SecretStr) -> SecretStr:
     path, mark, query = url.removeprefix("sqlite:///").partition("?")
     if not path or path.startswith((":memory:", "file:")):
         raise ValueError("must name a file: sqlite:////folder/catalogue.sqlite")
-    return SecretStr(f"sqlite:///{Path(path).absolute()}{mark}{query}")  # the same file for whoever works elsewhere
+    return SecretStr(
+        f"sqlite:///{Path(path).absolute()}{mark}{query}"
+    )  # the same file for whoever works elsewhere
 
 
 def _check_parameters(url: str) -> None:
@@ -61,7 +73,9 @@ def _check_parameters(url: str) -> None:
     is_known = SQLITE_PARAMETERS.__contains__ if url.startswith("sqlite") else _is_known_to_postgres
     unknown = [name for name in names if not is_known(name)]
     if unknown:
-        raise ValueError(f"has a parameter the driver does not know, {unknown[0]!r:.40}: leave it out")
+        raise ValueError(
+            f"has a parameter the driver does not know, {unknown[0]!r:.40}: leave it out"
+        )
 
 
 def _is_known_to_postgres(name: str) -> bool:
@@ -76,7 +90,9 @@ def _is_known_to_postgres(name: str) -> bool:
 
 
 def _check_home(value: Path) -> Path:
-    if re.search(r"[?\x00-\x1f]", str(value)):  # in the URL of a SQLite file, parameters begin at a question mark
+    if re.search(
+        r"[?\x00-\x1f]", str(value)
+    ):  # in the URL of a SQLite file, parameters begin at a question mark
         raise ValueError("must have no question mark or control character in its name")
     return value
 
@@ -104,7 +120,10 @@ def _check_http_url(value: str) -> str:
 
 def _check_webhook_url(value: SecretStr) -> SecretStr:
     try:
-        is_whole = bool(urlsplit(value.get_secret_value()).hostname) and urlsplit(value.get_secret_value()).port != 0
+        is_whole = (
+            bool(urlsplit(value.get_secret_value()).hostname)
+            and urlsplit(value.get_secret_value()).port != 0
+        )
     except ValueError:  # of brackets, or of the port
         is_whole = False
     if not is_whole:
@@ -114,12 +133,18 @@ def _check_webhook_url(value: SecretStr) -> SecretStr:
 
 def _check_rate_limit(value: str) -> str:
     if value != "off" and not re.fullmatch(rf"({RATE})(,{RATE})*", value):
-        raise ValueError("must look like 10/minute, or metadata=10/minute,embedding=100/minute, or off")
+        raise ValueError(
+            "must look like 10/minute, or metadata=10/minute,embedding=100/minute, or off"
+        )
     return value
 
 
 def _split_words(value: Any) -> Any:
-    return tuple(word.strip() for word in value.split(",") if word.strip()) if isinstance(value, str) else value
+    return (
+        tuple(word.strip() for word in value.split(",") if word.strip())
+        if isinstance(value, str)
+        else value
+    )
 
 
 def _parse_json(value: Any) -> Any:
@@ -141,7 +166,9 @@ class Settings(BaseModel):
     model_config = ConfigDict(frozen=True, extra="ignore")
 
     home: Annotated[Path, AfterValidator(_check_home)] = Field(
-        Path(".imagepipeline"), alias="IMAGEPIPELINE_HOME", description="the folder with all state of the local stack"
+        Path(".imagepipeline"),
+        alias="IMAGEPIPELINE_HOME",
+        description="the folder with all state of the local stack",
     )
     storage_root: Annotated[str, AfterValidator(_check_storage_root)] | None = Field(
         None,
@@ -151,13 +178,21 @@ class Settings(BaseModel):
     explicit_redis_url: Annotated[SecretStr, AfterValidator(_check_redis_url)] | None = Field(
         None, alias="REDIS_URL", description="a Redis or Valkey to use instead of our own"
     )
-    redis_host: str | None = Field(None, alias="REDIS_HOST", description="instead of `REDIS_URL`: the host")
-    redis_port: Port | None = Field(None, alias="REDIS_PORT", description="instead of `REDIS_URL`: the port")
+    redis_host: str | None = Field(
+        None, alias="REDIS_HOST", description="instead of `REDIS_URL`: the host"
+    )
+    redis_port: Port | None = Field(
+        None, alias="REDIS_PORT", description="instead of `REDIS_URL`: the port"
+    )
     queue_prefix: Annotated[str, Field(pattern=r"^[A-Za-z0-9:_-]{1,64}$")] = Field(
-        "image-processing", alias="IMAGEPIPELINE_QUEUE_PREFIX", description="first part of the Redis keys"
+        "image-processing",
+        alias="IMAGEPIPELINE_QUEUE_PREFIX",
+        description="first part of the Redis keys",
     )
     explicit_database_url: Annotated[SecretStr, AfterValidator(_check_database_url)] | None = Field(
-        None, alias="DATABASE_URL", description="a Postgres for the catalogue, instead of SQLite under the home"
+        None,
+        alias="DATABASE_URL",
+        description="a Postgres for the catalogue, instead of SQLite under the home",
     )
     dagster_database_url: Annotated[SecretStr, AfterValidator(_check_postgres_url)] | None = Field(
         None,
@@ -165,7 +200,9 @@ class Settings(BaseModel):
         description="a Postgres for Dagster, instead of SQLite under the home; another database than the catalogue's",
     )
     max_runs: Annotated[int, Field(ge=1, le=100)] = Field(
-        5, alias="IMAGEPIPELINE_MAX_RUNS", description="how many uploads are worked on at a time (5)"
+        5,
+        alias="IMAGEPIPELINE_MAX_RUNS",
+        description="how many uploads are worked on at a time (5)",
     )
     worker_slots: Annotated[int, Field(ge=1, le=100)] | None = Field(
         None,
@@ -188,7 +225,9 @@ class Settings(BaseModel):
         description="who describes images: `local`, `remote`, or `auto`: remote if there is a key or an address",
     )
     embedding: Provider = Field(
-        "auto", alias="IMAGEPIPELINE_EMBEDDING", description="who embeds texts: `local`, `remote` or `auto`"
+        "auto",
+        alias="IMAGEPIPELINE_EMBEDDING",
+        description="who embeds texts: `local`, `remote` or `auto`",
     )
     allow_plain_http: bool = Field(
         False,
@@ -196,9 +235,13 @@ class Settings(BaseModel):
         description="lets keys be sent to a provider over http, which anybody on the way can read",
     )
     openai_api_key: SecretStr | None = Field(
-        None, alias="OPENAI_API_KEY", description="if set, a vision model describes the images instead of the local one"
+        None,
+        alias="OPENAI_API_KEY",
+        description="if set, a vision model describes the images instead of the local one",
     )
-    openai_base_url: HttpUrl = Field(OPENAI_URL, alias="OPENAI_BASE_URL", description="any OpenAI-compatible address")
+    openai_base_url: HttpUrl = Field(
+        OPENAI_URL, alias="OPENAI_BASE_URL", description="any OpenAI-compatible address"
+    )
     vision_model: Annotated[str, Field(min_length=1, max_length=128)] = Field(
         "gpt-4o-mini", alias="IMAGEPIPELINE_VISION_MODEL", description="the vision model"
     )
@@ -211,7 +254,9 @@ class Settings(BaseModel):
         description="how large a copy of the image the vision model gets",
     )
     vision_detail: Literal["auto", "low", "high"] = Field(
-        "auto", alias="IMAGEPIPELINE_VISION_DETAIL", description="OpenAI's `detail`: `low` costs fewer tokens"
+        "auto",
+        alias="IMAGEPIPELINE_VISION_DETAIL",
+        description="OpenAI's `detail`: `low` costs fewer tokens",
     )
     answer_format: Literal["auto", "json_schema", "json_object", "text"] = Field(
         "auto",
@@ -219,10 +264,14 @@ class Settings(BaseModel):
         description="how the vision model is asked for JSON; `auto` tries one after the other",
     )
     vision_tags: Words = Field(
-        (), alias="IMAGEPIPELINE_TAGS", description="the only tags there may be, parted by commas; any by default"
+        (),
+        alias="IMAGEPIPELINE_TAGS",
+        description="the only tags there may be, parted by commas; any by default",
     )
     vision_categories: Words = Field(
-        (), alias="IMAGEPIPELINE_CATEGORIES", description="the only categories; what fits none becomes `other`"
+        (),
+        alias="IMAGEPIPELINE_CATEGORIES",
+        description="the only categories; what fits none becomes `other`",
     )
     rate_limit: Annotated[str, AfterValidator(_check_rate_limit)] = Field(
         "10/minute",
@@ -235,21 +284,31 @@ class Settings(BaseModel):
         description='US dollars per million tokens in and out, where none is reported: `{"model": [0.15, 0.6]}`',
     )
     daily_budget_usd: Price | None = Field(
-        None, alias="IMAGEPIPELINE_DAILY_BUDGET_USD", description="over it, paid work waits for midnight UTC"
+        None,
+        alias="IMAGEPIPELINE_DAILY_BUDGET_USD",
+        description="over it, paid work waits for midnight UTC",
     )
     monthly_budget_usd: Price | None = Field(
-        None, alias="IMAGEPIPELINE_MONTHLY_BUDGET_USD", description="over it, paid work waits for the next month"
+        None,
+        alias="IMAGEPIPELINE_MONTHLY_BUDGET_USD",
+        description="over it, paid work waits for the next month",
     )
     openrouter_api_key: SecretStr | None = Field(
-        None, alias="OPENROUTER_API_KEY", description="if set, a remote model embeds the texts instead of the local one"
+        None,
+        alias="OPENROUTER_API_KEY",
+        description="if set, a remote model embeds the texts instead of the local one",
     )
     openrouter_base_url: HttpUrl = Field(
         OPENROUTER_URL, alias="OPENROUTER_BASE_URL", description="any OpenAI-compatible address"
     )
     embedding_model: Annotated[str, Field(min_length=1, max_length=128)] = Field(
-        "openai/text-embedding-3-small", alias="IMAGEPIPELINE_EMBEDDING_MODEL", description="the embedding model"
+        "openai/text-embedding-3-small",
+        alias="IMAGEPIPELINE_EMBEDDING_MODEL",
+        description="the embedding model",
     )
-    webp_quality: Quality = Field(80, alias="IMAGEPIPELINE_WEBP_QUALITY", description="quality of the WebP variants")
+    webp_quality: Quality = Field(
+        80, alias="IMAGEPIPELINE_WEBP_QUALITY", description="quality of the WebP variants"
+    )
     avif_quality: Quality = Field(
         80,
         alias="IMAGEPIPELINE_AVIF_QUALITY",
@@ -267,7 +326,9 @@ class Settings(BaseModel):
         "instead of failing them",
     )
     keep_copyright: bool = Field(
-        False, alias="IMAGEPIPELINE_KEEP_COPYRIGHT", description="keeps artist and copyright in the variants"
+        False,
+        alias="IMAGEPIPELINE_KEEP_COPYRIGHT",
+        description="keeps artist and copyright in the variants",
     )
     max_bytes: Positive = Field(
         25_000_000, alias="IMAGEPIPELINE_MAX_BYTES", description="limit on an original: its bytes"
@@ -284,10 +345,14 @@ class Settings(BaseModel):
         description="limit on a variant: width and height; WebP allows no more",
     )
     max_frames: Positive = Field(
-        60, alias="IMAGEPIPELINE_MAX_FRAMES", description="limit on an original: its frames, where all are kept"
+        60,
+        alias="IMAGEPIPELINE_MAX_FRAMES",
+        description="limit on an original: its frames, where all are kept",
     )
     max_icc_bytes: Positive = Field(
-        1_000_000, alias="IMAGEPIPELINE_MAX_ICC_BYTES", description="limit on an original: its colour profile"
+        1_000_000,
+        alias="IMAGEPIPELINE_MAX_ICC_BYTES",
+        description="limit on an original: its colour profile",
     )
     max_text_bytes: Positive = Field(
         1_000_000,
@@ -300,7 +365,9 @@ class Settings(BaseModel):
         description="limit on decoding or encoding one image: memory",
     )
     max_cpu_seconds: Positive = Field(
-        20, alias="IMAGEPIPELINE_MAX_CPU_SECONDS", description="limit on decoding or encoding one image: CPU time"
+        20,
+        alias="IMAGEPIPELINE_MAX_CPU_SECONDS",
+        description="limit on decoding or encoding one image: CPU time",
     )
     require_confinement: bool = Field(
         False,
@@ -318,10 +385,14 @@ class Settings(BaseModel):
         description="the address the Dagster UI listens on; it has no login, so never one that others reach",
     )
     webhook_url: Annotated[SecretStr, AfterValidator(_check_webhook_url)] | None = Field(
-        None, alias="IMAGEPIPELINE_WEBHOOK_URL", description="told of final failures by a POST of JSON; https"
+        None,
+        alias="IMAGEPIPELINE_WEBHOOK_URL",
+        description="told of final failures by a POST of JSON; https",
     )
     webhook_secret: Annotated[SecretStr, Field(min_length=16)] | None = Field(
-        None, alias="IMAGEPIPELINE_WEBHOOK_SECRET", description="signs what the webhook is sent; 16 characters or more"
+        None,
+        alias="IMAGEPIPELINE_WEBHOOK_SECRET",
+        description="signs what the webhook is sent; 16 characters or more",
     )
     webhook_allow_private: bool = Field(
         False,
@@ -329,20 +400,32 @@ class Settings(BaseModel):
         description="lets the webhook be at a private address or on plain http",
     )
     smtp_url: SecretStr | None = Field(
-        None, alias="IMAGEPIPELINE_SMTP_URL", description="mails final failures: `smtps://user:password@host:465`"
+        None,
+        alias="IMAGEPIPELINE_SMTP_URL",
+        description="mails final failures: `smtps://user:password@host:465`",
     )
     mail_from: str = Field(
-        "imagepipeline@localhost", alias="IMAGEPIPELINE_MAIL_FROM", description="the sender of those mails"
+        "imagepipeline@localhost",
+        alias="IMAGEPIPELINE_MAIL_FROM",
+        description="the sender of those mails",
     )
-    mail_to: str = Field("", alias="IMAGEPIPELINE_MAIL_TO", description="who gets those mails, parted by commas")
+    mail_to: str = Field(
+        "", alias="IMAGEPIPELINE_MAIL_TO", description="who gets those mails, parted by commas"
+    )
     list_completed_hours: Annotated[float, Field(gt=0)] = Field(
-        1, alias="IMAGEPIPELINE_LIST_COMPLETED_HOURS", description="how long `list` shows completed images"
+        1,
+        alias="IMAGEPIPELINE_LIST_COMPLETED_HOURS",
+        description="how long `list` shows completed images",
     )
     list_failed_hours: Annotated[float, Field(gt=0)] = Field(
-        24, alias="IMAGEPIPELINE_LIST_FAILED_HOURS", description="how long `list` shows failed images"
+        24,
+        alias="IMAGEPIPELINE_LIST_FAILED_HOURS",
+        description="how long `list` shows failed images",
     )
     code_socket: Path | None = Field(
-        None, alias="IMAGEPIPELINE_CODE_SOCKET", description="the code server's socket, which Dagster looks for there"
+        None,
+        alias="IMAGEPIPELINE_CODE_SOCKET",
+        description="the code server's socket, which Dagster looks for there",
     )
     resident_socket: Path | None = Field(
         None,
@@ -361,28 +444,49 @@ class Settings(BaseModel):
         secrets = _read_secrets(environment)
         links = {name for name, value in environment.items() if _is_service_link(name, value)}
         if environment is os.environ:  # Dagster, the cloud's libraries and our children look there
-            os.umask(0o077)  # each way in comes by here: what it makes, and what libraries make for it, is its owner's
+            os.umask(
+                0o077
+            )  # each way in comes by here: what it makes, and what libraries make for it, is its owner's
             os.environ.update(secrets | _build_no_proxy(environment))
             for name in {f"{name}_FILE" for name in SECRETS} | links:
                 os.environ.pop(name, None)
         environment = {name: value for name, value in environment.items() if name not in links}
         for name in environment:
-            if name.startswith("IMAGEPIPELINE_") and name not in known and name.removesuffix("_FILE") not in SECRETS:
+            if (
+                name.startswith("IMAGEPIPELINE_")
+                and name not in known
+                and name.removesuffix("_FILE") not in SECRETS
+            ):
                 similar = difflib.get_close_matches(name, known, n=1)
-                raise SettingsError(f"{name} is no setting" + (f": did you mean {similar[0]}?" if similar else ""))
+                raise SettingsError(
+                    f"{name} is no setting" + (f": did you mean {similar[0]}?" if similar else "")
+                )
         try:
-            settings = cls.model_validate({name: value for name, value in {**environment, **secrets}.items() if value})
+            settings = cls.model_validate(
+                {name: value for name, value in {**environment, **secrets}.items() if value}
+            )
         except ValidationError as error:
-            problems = [f"{problem['loc'][0]}: {_explain(problem)}" for problem in error.errors(include_input=False)]
+            problems = [
+                f"{problem['loc'][0]}: {_explain(problem)}"
+                for problem in error.errors(include_input=False)
+            ]
             raise SettingsError("; ".join(problems)) from None
         if settings.explicit_redis_url and (settings.redis_host or settings.redis_port):
-            raise SettingsError("REDIS_URL and REDIS_HOST/REDIS_PORT exclude each other: unset one of them")
+            raise SettingsError(
+                "REDIS_URL and REDIS_HOST/REDIS_PORT exclude each other: unset one of them"
+            )
         if settings.webhook_url and not settings.webhook_secret:
-            raise SettingsError("IMAGEPIPELINE_WEBHOOK_SECRET is missing: what the webhook is sent must be signed")
+            raise SettingsError(
+                "IMAGEPIPELINE_WEBHOOK_SECRET is missing: what the webhook is sent must be signed"
+            )
         if settings.smtp_url and not settings.mail_to:
-            raise SettingsError("IMAGEPIPELINE_MAIL_TO is missing: IMAGEPIPELINE_SMTP_URL has nobody to write to")
+            raise SettingsError(
+                "IMAGEPIPELINE_MAIL_TO is missing: IMAGEPIPELINE_SMTP_URL has nobody to write to"
+            )
         if _is_same_database(settings.dagster_database_url, settings.explicit_database_url):
-            raise SettingsError("DAGSTER_DATABASE_URL and DATABASE_URL must be two databases: each has its migrations")
+            raise SettingsError(
+                "DAGSTER_DATABASE_URL and DATABASE_URL must be two databases: each has its migrations"
+            )
         settings._check_keys()
         home = settings.home.expanduser().absolute()
         try:
@@ -441,7 +545,11 @@ class Settings(BaseModel):
     @property
     def broker_url(self) -> str:
         """The Redis through which runs reach the workers; may hold a password."""
-        return self.explicit_broker_url.get_secret_value() if self.explicit_broker_url else self.redis_url
+        return (
+            self.explicit_broker_url.get_secret_value()
+            if self.explicit_broker_url
+            else self.redis_url
+        )
 
     @property
     def slots(self) -> int:
@@ -500,9 +608,15 @@ BUCKET_SECRETS = {
     *("AZURE_STORAGE_ACCOUNT_KEY", "GOOGLE_SERVICE_ACCOUNT_KEY", "GOOGLE_APPLICATION_CREDENTIALS"),
 }
 NOTIFIERS = {"IMAGEPIPELINE_WEBHOOK_URL", "IMAGEPIPELINE_WEBHOOK_SECRET", "IMAGEPIPELINE_SMTP_URL"}
-SECRET_NAME = re.compile(r"KEY|TOKEN|SECRET|PASSWORD|PASSWD|CREDENTIAL|PGPASS|^CELERY_", re.IGNORECASE)
+SECRET_NAME = re.compile(
+    r"KEY|TOKEN|SECRET|PASSWORD|PASSWD|CREDENTIAL|PGPASS|^CELERY_", re.IGNORECASE
+)
 SECRETS = {
-    *(str(field.alias) for field in Settings.model_fields.values() if "SecretStr" in str(field.annotation)),
+    *(
+        str(field.alias)
+        for field in Settings.model_fields.values()
+        if "SecretStr" in str(field.annotation)
+    ),
     *BUCKET_SECRETS,
 }
 
@@ -568,14 +682,20 @@ def _read_secrets(environment: Mapping[str, str]) -> dict[str, str]:
         try:
             secret = Path(path).read_text().strip()
         except (OSError, ValueError) as error:
-            raise SettingsError(f"{name}_FILE names {path}, which cannot be read ({type(error).__name__})") from None
+            raise SettingsError(
+                f"{name}_FILE names {path}, which cannot be read ({type(error).__name__})"
+            ) from None
         if secret:
             secrets[name] = secret
-        elif name.endswith("_URL"):  # without it a database of our own would take the place of theirs
+        elif name.endswith(
+            "_URL"
+        ):  # without it a database of our own would take the place of theirs
             raise SettingsError(f"{name}_FILE names {path}, which is empty")
     return secrets
 
 
 def _explain(problem: Any) -> str:
     message: str = problem["msg"]
-    return message.removeprefix("Value error, ")[0].lower() + message.removeprefix("Value error, ")[1:]
+    return (
+        message.removeprefix("Value error, ")[0].lower() + message.removeprefix("Value error, ")[1:]
+    )

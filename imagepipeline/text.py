@@ -10,7 +10,9 @@ from typing import Any
 
 def make_printable(text: str) -> str:
     """The text on one line, with a space for each character that is not printable."""
-    return text if text.isprintable() else "".join(one if one.isprintable() else " " for one in text)
+    return (
+        text if text.isprintable() else "".join(one if one.isprintable() else " " for one in text)
+    )
 
 
 def clean(value: Any) -> Any:
@@ -32,7 +34,9 @@ def clean_error(error: BaseException) -> None:
         one = rest.pop()
         if one is not None and id(one) not in seen:
             seen.add(id(one))
-            one.args = tuple(make_printable(part) if isinstance(part, str) else part for part in one.args)
+            one.args = tuple(
+                make_printable(part) if isinstance(part, str) else part for part in one.args
+            )
             rest += [one.__cause__, one.__context__]
 
 

@@ -110,7 +110,9 @@ def read_message(stream: Stream, max_bytes: int) -> Any:
     """
     json_length, content_length = HEADER.unpack(_read(stream, HEADER.size))
     if json_length > MAX_JSON_BYTES or content_length > max_bytes:
-        raise MalformedMessageError(f"a message of {json_length + content_length:,} bytes is too long")
+        raise MalformedMessageError(
+            f"a message of {json_length + content_length:,} bytes is too long"
+        )
     text, contents = bytes(_read(stream, json_length)), memoryview(_read(stream, content_length))
     taken = 0
 
@@ -127,7 +129,9 @@ def read_message(stream: Stream, max_bytes: int) -> Any:
     try:
         value = json.loads(text, object_hook=unpack)
     except (ValueError, RecursionError) as error:
-        raise MalformedMessageError(f"what arrived is no message ({type(error).__name__})") from None
+        raise MalformedMessageError(
+            f"what arrived is no message ({type(error).__name__})"
+        ) from None
     if taken != content_length:
         raise MalformedMessageError("a message has bytes that it does not refer to")
     return value
@@ -144,7 +148,9 @@ def validate(kind: Any, value: Any) -> Any:
     except ValidationError as error:
         problem = error.errors(include_input=False, include_url=False)[0]
         place = make_printable(".".join(map(str, problem["loc"][1:])))[:100]
-        raise MalformedMessageError(f"{place or 'it'} is not as it must be ({problem['type']})") from None
+        raise MalformedMessageError(
+            f"{place or 'it'} is not as it must be ({problem['type']})"
+        ) from None
 
 
 def validate_arguments(function: Callable[..., Any], values: Any, given: int = 0) -> list[Any]:
@@ -173,7 +179,10 @@ def result_kind(function: Callable[..., Any]) -> Any:
 
 def describe_error(error: BaseException) -> dict[str, str]:
     """An error as a message: the name of its class, and what it says."""
-    return {"error": type(error).__name__, "message": make_printable(str(error))[:MAX_MESSAGE_CHARACTERS]}
+    return {
+        "error": type(error).__name__,
+        "message": make_printable(str(error))[:MAX_MESSAGE_CHARACTERS],
+    }
 
 
 def restore_error(described: Any, kinds: Iterable[type[Exception]]) -> Exception:
@@ -204,7 +213,9 @@ def _read(stream: Stream, length: int) -> bytearray:
 
 @functools.cache
 def _adapt(kind: Any) -> TypeAdapter[tuple[Any]]:
-    return TypeAdapter(tuple[kind], config=CONFIG)  # pydantic takes no configuration for a dataclass by itself
+    return TypeAdapter(
+        tuple[kind], config=CONFIG
+    )  # pydantic takes no configuration for a dataclass by itself
 
 
 @functools.cache

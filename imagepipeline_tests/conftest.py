@@ -27,7 +27,9 @@ PHOTOS = Path(__file__).parent.parent / "imagepipeline" / "demo_photos"
 def no_settings_from_outside(monkeypatch: pytest.MonkeyPatch) -> None:
     os.umask(0o077)  # as each way into the package does, so that no test depends on one before it
     for name in list(os.environ):
-        if name.startswith(("AWS_", "IMAGEPIPELINE_", "REDIS_", "OPENAI_", "OPENROUTER_", "DATABASE_", "DAGSTER_")):
+        if name.startswith(
+            ("AWS_", "IMAGEPIPELINE_", "REDIS_", "OPENAI_", "OPENROUTER_", "DATABASE_", "DAGSTER_")
+        ):
             monkeypatch.delenv(name)
 
 
@@ -36,7 +38,9 @@ def redis_server(*options: str) -> Iterator[str]:
     """A real server with its data in a folder of its own, and more options than ours has; gives its URL."""
     with tempfile.TemporaryDirectory(prefix="ip", dir="/tmp") as folder:
         socket = Path(folder, "valkey.sock")
-        process = valkey.start_server(Path(folder, "data"), socket, Path(folder, "valkey.log"), options)
+        process = valkey.start_server(
+            Path(folder, "data"), socket, Path(folder, "valkey.log"), options
+        )
         yield f"unix://{socket}?db=0"
         processes.stop(process, patience_seconds=10)
 
@@ -154,8 +158,13 @@ def s3_bucket() -> Iterator[dict[str, str]]:
     server.start()
     url = "http://{}:{}".format(*server.get_host_and_port())
     keys = {"aws_access_key_id": "uploader", "aws_secret_access_key": "not-a-secret"}
-    boto3.client("s3", endpoint_url=url, region_name="us-east-1", **keys).create_bucket(Bucket="images")
-    yield {name.upper(): key for name, key in keys.items()} | {"AWS_ENDPOINT_URL": url, "AWS_REGION": "us-east-1"}
+    boto3.client("s3", endpoint_url=url, region_name="us-east-1", **keys).create_bucket(
+        Bucket="images"
+    )
+    yield {name.upper(): key for name, key in keys.items()} | {
+        "AWS_ENDPOINT_URL": url,
+        "AWS_REGION": "us-east-1",
+    }
     server.stop()
 
 
@@ -177,7 +186,9 @@ def bucket_url(s3_server: dict[str, str], monkeypatch: pytest.MonkeyPatch) -> st
 def storage(request: pytest.FixtureRequest, tmp_path: Path) -> Storage:
     """An empty store, once in a folder and once in a bucket."""
     is_folder = request.param == "folder"
-    return open_storage(str(tmp_path / "storage") if is_folder else request.getfixturevalue("bucket_url"))
+    return open_storage(
+        str(tmp_path / "storage") if is_folder else request.getfixturevalue("bucket_url")
+    )
 
 
 @pytest.fixture

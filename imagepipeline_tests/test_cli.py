@@ -52,17 +52,25 @@ def catalogue(invoke, tmp_path):
 
 def complete(catalogue, image_id, description, home):
     claim = catalogue.claim_anew(image_id, "run")
-    metadata = ImageMetadata(description=description, tags=["t"], category="c", dominant_colors=[], mood="calm")
-    catalogue.save_original(claim, OriginalFacts(f"original/{image_id}.jpg", 9, "0" * 64, 4, 3, "data:", "#000000"))
+    metadata = ImageMetadata(
+        description=description, tags=["t"], category="c", dominant_colors=[], mood="calm"
+    )
+    catalogue.save_original(
+        claim, OriginalFacts(f"original/{image_id}.jpg", 9, "0" * 64, 4, 3, "data:", "#000000")
+    )
     catalogue.save_metadata(claim, metadata, Recipe("local", "m"), "0" * 64)
-    EmbeddingIndex(str(home / "lancedb")).upsert(claim, LocalEmbedder().embed(metadata.embedding_text))
+    EmbeddingIndex(str(home / "lancedb")).upsert(
+        claim, LocalEmbedder().embed(metadata.embedding_text)
+    )
     for asset in ("metadata", "variants", "embedding"):
         catalogue.record_result(claim, asset, Recipe("local", "m"), "0" * 64)
     catalogue.finish(claim)
 
 
 def test_every_command_explains_itself():
-    groups = [[name] for name in cli.cli.commands if name != "failed"] + [["failed", n] for n in cli.failed.commands]
+    groups = [[name] for name in cli.cli.commands if name != "failed"] + [
+        ["failed", n] for n in cli.failed.commands
+    ]
     for words in groups:
         result = CliRunner().invoke(cli.cli, [*words, "--help"])
         assert result.exit_code == 0
@@ -72,8 +80,20 @@ def test_every_command_explains_itself():
 
 def test_the_command_line_starts_without_what_it_does_not_need():
     script = "import sys, imagepipeline.cli; print([m for m in sys.argv[1:] if m in sys.modules])"
-    heavy = ["dagster", "lancedb", "pyarrow", "sqlalchemy", "openai", "numpy", "PIL", "redis", "rich.progress"]
-    shown = subprocess.run([sys.executable, "-c", script, *heavy], capture_output=True, text=True, check=True).stdout
+    heavy = [
+        "dagster",
+        "lancedb",
+        "pyarrow",
+        "sqlalchemy",
+        "openai",
+        "numpy",
+        "PIL",
+        "redis",
+        "rich.progress",
+    ]
+    shown = subprocess.run(
+        [sys.executable, "-c", script, *heavy], capture_output=True, text=True, check=True
+    ).stdout
     assert shown.strip() == "[]"
 
 
@@ -85,7 +105,11 @@ def test_push_stores_the_original_and_enqueues_its_id(invoke, tmp_path, queue):
     stored = tmp_path / "home" / "storage" / "original" / "cat-07c5a883.jpg"
     assert stored.read_bytes() == (PHOTOS / "cat.jpg").read_bytes()
     [entry] = queue.read(9)
-    assert json.loads(entry) == {"imageId": "cat-07c5a883", "path": "original/cat-07c5a883.jpg", "priority": 3}
+    assert json.loads(entry) == {
+        "imageId": "cat-07c5a883",
+        "path": "original/cat-07c5a883.jpg",
+        "priority": 3,
+    }
 
 
 def test_push_takes_the_id_it_is_given(invoke, queue):
@@ -94,7 +118,9 @@ def test_push_takes_the_id_it_is_given(invoke, queue):
     assert json.loads(entry)["imageId"] == "tom"
 
 
-def test_push_with_another_extension_takes_the_place_of_the_old_original(invoke, tmp_path, catalogue, queue):
+def test_push_with_another_extension_takes_the_place_of_the_old_original(
+    invoke, tmp_path, catalogue, queue
+):
     originals = tmp_path / "home" / "storage" / "original"
     invoke("push", str(PHOTOS / "cat.jpg"), "--id", "tom")
     complete(catalogue, "tom", "a cat", tmp_path / "home")
@@ -104,7 +130,9 @@ def test_push_with_another_extension_takes_the_place_of_the_old_original(invoke,
     assert [path.name for path in originals.iterdir()] == ["tom.png"]
 
 
-def test_push_keeps_an_original_that_a_run_may_be_reading_and_says_so(invoke, tmp_path, catalogue, queue):
+def test_push_keeps_an_original_that_a_run_may_be_reading_and_says_so(
+    invoke, tmp_path, catalogue, queue
+):
     originals = tmp_path / "home" / "storage" / "original"
     invoke("push", str(PHOTOS / "cat.jpg"), "--id", "tom")
     catalogue.accept([Upload("tom")])
@@ -117,14 +145,18 @@ def test_push_keeps_an_original_that_a_run_may_be_reading_and_says_so(invoke, tm
     assert Upload.from_entry(list(queue.read(9))[-1]).path == "original/tom.png"
 
 
-def test_push_wait_waits_for_the_run_that_has_its_bytes(invoke, catalogue, queue, tmp_path, monkeypatch):
+def test_push_wait_waits_for_the_run_that_has_its_bytes(
+    invoke, catalogue, queue, tmp_path, monkeypatch
+):
     """The test plays sensor and runs: one that began before the push ends first, then the one that sees it."""
     catalogue.accept([Upload("tom")])
     steps = iter(["push is taken in", "the first run ends", "the second begins", "it ends"])
     state = {"claim": catalogue.claim("tom", 1, "run1"), "ended": []}
 
     def finish(claim):
-        catalogue.save_original(claim, OriginalFacts("original/tom.jpg", 9, "0" * 64, 4, 3, "data:", "#000000"))
+        catalogue.save_original(
+            claim, OriginalFacts("original/tom.jpg", 9, "0" * 64, 4, 3, "data:", "#000000")
+        )
         for asset in ("metadata", "variants", "embedding"):
             catalogue.record_result(claim, asset, Recipe("local", "m"), "0" * 64)
         state["ended"].append(claim.generation)
@@ -161,13 +193,19 @@ def test_push_wait_waits_for_the_run_that_has_its_bytes(invoke, catalogue, queue
         (["failed", "retry", "a", "--all"], 2, "not both"),
         (["failed", "show", "nobody"], 1, "nobody"),
         (["failed", "show", "dead-0123"], 1, "dead-0123"),
-        (["push", str(PHOTOS / "cat.jpg"), str(PHOTOS / "coffee.jpg"), "--id", "x"], 2, "one image"),
+        (
+            ["push", str(PHOTOS / "cat.jpg"), str(PHOTOS / "coffee.jpg"), "--id", "x"],
+            2,
+            "one image",
+        ),
         (["push", str(PHOTOS / "cat.jpg"), "--priority", "5000"], 2, "5000"),
         (["status", "nobody"], 1, "nobody"),
         (["search", "  "], 2, "empty"),
     ],
 )
-def test_wrong_use_is_one_clear_line_and_an_exit_code(invoke, catalogue, queue, arguments, code, message):
+def test_wrong_use_is_one_clear_line_and_an_exit_code(
+    invoke, catalogue, queue, arguments, code, message
+):
     got, out, err = invoke(*arguments)
     assert got == code
     assert message in err
@@ -201,13 +239,20 @@ READERS = [
         ["costs"],
         ["search", "x"],
     ),
-    *(["failed", "list"], ["failed", "show", "a"], ["failed", "retry", "--all"], ["failed", "discard", "a"]),
+    *(
+        ["failed", "list"],
+        ["failed", "show", "a"],
+        ["failed", "retry", "--all"],
+        ["failed", "discard", "a"],
+    ),
     ["push", str(PHOTOS / "cat.jpg"), "--wait"],
 ]
 
 
 @pytest.mark.parametrize("arguments", READERS)
-def test_a_command_in_the_wrong_folder_names_it_and_leaves_nothing_there(invoke, tmp_path, arguments):
+def test_a_command_in_the_wrong_folder_names_it_and_leaves_nothing_there(
+    invoke, tmp_path, arguments
+):
     for extra in ([], ["--json"]):
         code, out, err = invoke(*arguments, *extra)
         assert (code, out) == (4, "")
@@ -216,7 +261,9 @@ def test_a_command_in_the_wrong_folder_names_it_and_leaves_nothing_there(invoke,
     assert list((tmp_path / "home").iterdir()) == []
 
 
-def test_a_push_that_redis_does_not_take_leaves_no_original(invoke, catalogue, monkeypatch, tmp_path):
+def test_a_push_that_redis_does_not_take_leaves_no_original(
+    invoke, catalogue, monkeypatch, tmp_path
+):
     monkeypatch.setenv("REDIS_URL", "redis://127.0.0.1:9")
     for extra in ([], ["--wait"]):
         assert invoke("push", str(PHOTOS / "cat.jpg"), *extra)[0] == 4
@@ -237,9 +284,16 @@ PROGRAM = Path(sys.executable).parent / "imagepipeline"
 def test_a_reader_that_has_gone_ends_a_command_without_a_word(invoke, catalogue):
     for number in range(50):
         fail(catalogue, f"image-{number}")
-    for arguments in (["failed", "list"], ["list", "--json"], ["status", "--watch"], ["status", "--watch", "--json"]):
+    for arguments in (
+        ["failed", "list"],
+        ["list", "--json"],
+        ["status", "--watch"],
+        ["status", "--watch", "--json"],
+    ):
         command = [PROGRAM, *arguments]
-        with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+        with subprocess.Popen(
+            command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+        ) as process:
             process.stdout.close()
             assert process.stderr.read() == ""
             assert process.wait(30) == 1
@@ -247,7 +301,10 @@ def test_a_reader_that_has_gone_ends_a_command_without_a_word(invoke, catalogue)
 
 def test_a_command_with_its_streams_closed_works(invoke, catalogue, queue):
     script = 'exec <&- >&- 2>&-; "$0" push "$1" --id closed'
-    assert subprocess.run(["sh", "-c", script, PROGRAM, PHOTOS / "cat.jpg"], check=False).returncode == 0
+    assert (
+        subprocess.run(["sh", "-c", script, PROGRAM, PHOTOS / "cat.jpg"], check=False).returncode
+        == 0
+    )
     assert queue.count()["waiting"] == 1
 
 
@@ -256,7 +313,9 @@ def test_what_cannot_be_printed_is_one_line(invoke, catalogue):
         pytest.skip("only Linux has a disk that is always full")
     with open("/dev/full", "w") as full:
         for arguments in (["status"], ["status", "--json"], ["limit"]):
-            result = subprocess.run([PROGRAM, *arguments], stdout=full, stderr=subprocess.PIPE, text=True, check=False)
+            result = subprocess.run(
+                [PROGRAM, *arguments], stdout=full, stderr=subprocess.PIPE, text=True, check=False
+            )
             assert result.returncode == 4
             assert result.stderr == "Error: No space left on device\n"
 
@@ -270,11 +329,20 @@ def test_status_counts_every_state(invoke, catalogue, queue):
     catalogue.claim_anew("b", "run")
     code, out, _ = invoke("status", "--json")
     assert code == 0
-    assert json.loads(out) == {"waiting": 1, "pending": 0, "processing": 1, "completed": 0, "failed": 0, "dead": 0}
+    assert json.loads(out) == {
+        "waiting": 1,
+        "pending": 0,
+        "processing": 1,
+        "completed": 0,
+        "failed": 0,
+        "dead": 0,
+    }
     assert "processing" in invoke("status")[1]
 
 
-def test_status_says_how_many_unreadable_entries_were_dropped(invoke, catalogue, queue, monkeypatch):
+def test_status_says_how_many_unreadable_entries_were_dropped(
+    invoke, catalogue, queue, monkeypatch
+):
     monkeypatch.setattr(uploads, "MAX_DEAD", 2)
     for number in range(5):
         queue.dead_letter(b"?%d" % number, 1, "why")
@@ -293,7 +361,15 @@ def test_status_without_redis_still_counts_the_catalogue(invoke, catalogue, monk
 def test_status_of_one_image_tells_all(invoke, catalogue, tmp_path):
     complete(catalogue, "a", "A [bold]cat[/bold]", tmp_path / "home")
     row = json.loads(invoke("status", "a", "--json")[1])
-    assert {"status", "generation", "attempts", "metadata", "variants", "error", "updated_at"} <= row.keys()
+    assert {
+        "status",
+        "generation",
+        "attempts",
+        "metadata",
+        "variants",
+        "error",
+        "updated_at",
+    } <= row.keys()
     assert row["status"] == "completed"
     assert row["updated_at"].endswith("+00:00")
     assert "[bold]" in invoke("status", "a")[1]  # shown, not obeyed
@@ -322,24 +398,36 @@ def outcomes(answer):
     return {row["id"]: row["outcome"] for row in json.loads(answer[1])}
 
 
-def test_failures_are_listed_with_unreadable_entries_and_filtered_by_reason(invoke, catalogue, queue):
+def test_failures_are_listed_with_unreadable_entries_and_filtered_by_reason(
+    invoke, catalogue, queue
+):
     fail(catalogue, "a")
     fail(catalogue, "b", "corrupt")
     queue.redis.lpush(queue.wait_key, b"../x\x00")
     queue.dead_letter(*queue.read(1).popitem(), "no ID")
     rows = json.loads(invoke("failed", "list", "--json")[1])
-    assert [(row["id"], row["reason"]) for row in rows[:2]] == [("b", "corrupt"), ("a", "provider_unavailable")]
+    assert [(row["id"], row["reason"]) for row in rows[:2]] == [
+        ("b", "corrupt"),
+        ("a", "provider_unavailable"),
+    ]
     assert rows[2]["reason"] == "unreadable"
     assert rows[2]["error"] == r"no ID: ../x\x00"
-    assert [row["id"] for row in json.loads(invoke("failed", "list", "--reason", "corrupt", "--json")[1])] == ["b"]
+    assert [
+        row["id"]
+        for row in json.loads(invoke("failed", "list", "--reason", "corrupt", "--json")[1])
+    ] == ["b"]
     assert "corrupt" in invoke("failed", "list")[1]
-    assert json.loads(invoke("failed", "show", "a", "--json")[1])["history"][-1]["event"] == "failed"
+    assert (
+        json.loads(invoke("failed", "show", "a", "--json")[1])["history"][-1]["event"] == "failed"
+    )
 
 
 def test_a_retry_begins_a_new_generation_and_a_dry_run_nothing(invoke, catalogue):
     fail(catalogue, "a")
     fail(catalogue, "b", "limits")
-    assert outcomes(invoke("failed", "retry", "--reason", "limits", "--dry-run", "--json")) == {"b": "would retry"}
+    assert outcomes(invoke("failed", "retry", "--reason", "limits", "--dry-run", "--json")) == {
+        "b": "would retry"
+    }
     assert catalogue.count()["failed"] == 2
     assert outcomes(invoke("failed", "retry", "--reason", "limits", "--json")) == {"b": "retried"}
     assert (catalogue.get("b")["status"], catalogue.get("b")["generation"]) == ("pending", 2)
@@ -352,7 +440,9 @@ def test_what_no_other_try_can_help_is_left_alone_and_named(invoke, catalogue):
         assert reason in catalogue.get(reason)["reason"]
         answer = invoke("failed", "retry", reason, "--json")
         [outcome] = outcomes(answer).values()
-        assert (answer[0], outcome == "retried") == (0 if can_be_retried else 1, can_be_retried), outcome
+        assert (answer[0], outcome == "retried") == (0 if can_be_retried else 1, can_be_retried), (
+            outcome
+        )
         assert can_be_retried or f"left alone: {reason}" in outcome
     assert {reason for reason, can_be_retried in list_reasons().items() if not can_be_retried} == {
         *("corrupt", "empty", "invalid_id", "path_taken", "truncated", "unsupported"),
@@ -363,7 +453,9 @@ def test_all_means_all_however_many_there_are(invoke, catalogue):
     ids = [f"i{number:04}" for number in range(1500)]
     catalogue.accept([Upload(image_id) for image_id in ids])
     with catalogue._database.transaction() as connection:  # many of them at the very same moment
-        connection.exec_driver_sql("UPDATE images SET status = 'failed', reason = 'provider_unavailable'")
+        connection.exec_driver_sql(
+            "UPDATE images SET status = 'failed', reason = 'provider_unavailable'"
+        )
     rows = list(catalogue.iterate_failed(page_rows=7))
     assert sorted(row["id"] for row in rows) == ids
     code, out, err = invoke("failed", "list", "--json")
@@ -415,11 +507,16 @@ def test_an_unknown_failure_is_named(invoke, catalogue):
     assert (code, "nobody" in err) == (1, True)
 
 
-def test_finished_images_are_listed_for_a_while_and_kept_for_ever(invoke, catalogue, tmp_path, monkeypatch):
+def test_finished_images_are_listed_for_a_while_and_kept_for_ever(
+    invoke, catalogue, tmp_path, monkeypatch
+):
     complete(catalogue, "done", "A cat", tmp_path / "home")
     fail(catalogue, "lost")
     listed = json.loads(invoke("list", "--json")[1])
-    assert [(row["id"], row["status"]) for row in listed] == [("done", "completed"), ("lost", "failed")]
+    assert [(row["id"], row["status"]) for row in listed] == [
+        ("done", "completed"),
+        ("lost", "failed"),
+    ]
     monkeypatch.setenv("IMAGEPIPELINE_LIST_COMPLETED_HOURS", "1e-9")
     assert [row["id"] for row in json.loads(invoke("list", "--json")[1])] == ["lost"]
     assert len(json.loads(invoke("list", "--all", "--json")[1])) == 2
@@ -438,7 +535,13 @@ def test_a_sweep_finds_what_the_list_has_lost_and_cleans_up(invoke, catalogue, q
     (storage / "original" / "deep").mkdir(parents=True)
     (storage / "variants").mkdir()
     old = time.time() - 7200
-    for name in ("original/lost.jpg", "original/known.jpg", "original/taken.png", "original/b d.jpg", "original/x"):
+    for name in (
+        "original/lost.jpg",
+        "original/known.jpg",
+        "original/taken.png",
+        "original/b d.jpg",
+        "original/x",
+    ):
         (storage / name).write_bytes(b"x")
         os.utime(storage / name, (old, old))
     (storage / "original" / "new.jpg").write_bytes(b"x")  # still being written, for all we know
@@ -451,7 +554,9 @@ def test_a_sweep_finds_what_the_list_has_lost_and_cleans_up(invoke, catalogue, q
     assert json.loads(invoke("sweep", "--dry-run", "--json")[1]) == expected | {"dry_run": True}
     assert queue.count()["waiting"] == 0
     assert json.loads(invoke("sweep", "--json")[1]) == expected | {"dry_run": False}
-    assert [Upload.from_entry(entry) for entry in queue.read(9)] == [Upload("lost", "original/lost.jpg")]
+    assert [Upload.from_entry(entry) for entry in queue.read(9)] == [
+        Upload("lost", "original/lost.jpg")
+    ]
     assert sorted(path.name for path in (storage / "variants").iterdir()) == [".b.webp.0.tmp"]
 
 
@@ -462,7 +567,9 @@ def ledger(catalogue, tmp_path):
 
 
 def test_costs_are_shown_by_model_stage_and_day(invoke, ledger):
-    ledger.record(PaidCall("a", 1, "metadata", "openai", "m", "answered", 800, 60, 0.0123456789, 1.0, 0.0))
+    ledger.record(
+        PaidCall("a", 1, "metadata", "openai", "m", "answered", 800, 60, 0.0123456789, 1.0, 0.0)
+    )
     [row] = json.loads(invoke("costs", "--json")[1])
     assert row == {
         "model": "m",
@@ -479,7 +586,9 @@ def test_costs_are_shown_by_model_stage_and_day(invoke, ledger):
 
 def test_the_rate_limit_is_shown_changed_and_put_back(invoke):
     assert invoke("limit") == (0, "10/minute\n", "")
-    assert json.loads(invoke("limit", "metadata=20/minute", "--json")[1]) == {"rate_limit": "metadata=20/minute"}
+    assert json.loads(invoke("limit", "metadata=20/minute", "--json")[1]) == {
+        "rate_limit": "metadata=20/minute"
+    }
     assert invoke("limit")[1] == "metadata=20/minute\n"
     code, _, err = invoke("limit", "fast")
     assert (code, "10/minute" in err) == (2, True)
@@ -488,14 +597,18 @@ def test_the_rate_limit_is_shown_changed_and_put_back(invoke):
 
 def test_a_pause_shows_in_the_status_and_ends_by_resume(invoke, ledger):
     ledger.pause("auth", "the vision model answered 401", None)
-    assert json.loads(invoke("status", "--json")[1])["paused"] == "auth: the vision model answered 401"
+    assert (
+        json.loads(invoke("status", "--json")[1])["paused"] == "auth: the vision model answered 401"
+    )
     assert "would resume (auth)" in invoke("resume", "--dry-run")[1]
     assert "resumed (auth)" in invoke("resume")[1]
     assert "paused" not in json.loads(invoke("status", "--json")[1])
     assert invoke("resume")[1] == "nothing is paused\n"
 
 
-def test_the_doctor_says_what_is_not_well_and_exits_with_1(invoke, catalogue, monkeypatch, tmp_path):
+def test_the_doctor_says_what_is_not_well_and_exits_with_1(
+    invoke, catalogue, monkeypatch, tmp_path
+):
     (tmp_path / "home" / "storage").mkdir()
     code, out, _ = invoke("doctor")
     assert code == 1, out  # no stack runs
@@ -505,10 +618,15 @@ def test_the_doctor_says_what_is_not_well_and_exits_with_1(invoke, catalogue, mo
     code, out, _ = invoke("doctor", "--json")
     findings = [json.loads(line) for line in out.splitlines()]
     ill = [finding["name"] for finding in findings if not finding["is_well"]]
-    assert (code, ill) == (1, ["code server", "workers", "daemon", "sensors", "webserver", "vision model"])
+    assert (code, ill) == (
+        1,
+        ["code server", "workers", "daemon", "sensors", "webserver", "vision model"],
+    )
 
 
-EVIL = "\x1b]0;title\x07\x1b[2J\x9b31m\u202egpj\u2066\u200b\u2028\x7f\rforged [red]x[/red] :smile: \\"
+EVIL = (
+    "\x1b]0;title\x07\x1b[2J\x9b31m\u202egpj\u2066\u200b\u2028\x7f\rforged [red]x[/red] :smile: \\"
+)
 
 
 @pytest.fixture
@@ -518,10 +636,15 @@ def hostile(catalogue, queue, tmp_path):
         fail(catalogue, image_id, "unexpected")
     with catalogue._database.transaction() as connection:
         connection.exec_driver_sql(
-            "UPDATE images SET error = ?, requested_path = ?, priority = 5000 WHERE id = 'bad'", (EVIL, EVIL)
+            "UPDATE images SET error = ?, requested_path = ?, priority = 5000 WHERE id = 'bad'",
+            (EVIL, EVIL),
         )
-        connection.exec_driver_sql("UPDATE images SET metadata = '{', flaw = ? WHERE id = 'json'", (EVIL,))
-        connection.exec_driver_sql("UPDATE image_history SET detail = ? WHERE image_id = 'bad'", (EVIL,))
+        connection.exec_driver_sql(
+            "UPDATE images SET metadata = '{', flaw = ? WHERE id = 'json'", (EVIL,)
+        )
+        connection.exec_driver_sql(
+            "UPDATE image_history SET detail = ? WHERE image_id = 'bad'", (EVIL,)
+        )
     Ledger(f"sqlite:///{tmp_path / 'home' / 'catalogue.sqlite'}").pause("auth", "x", 60)
     with catalogue._database.transaction() as connection:
         connection.exec_driver_sql("UPDATE pauses SET message = ?", (EVIL,))
@@ -569,13 +692,17 @@ def test_nothing_that_is_printed_acts_upon_the_terminal_or_keeps_the_rest_from_b
         assert "[red]x[/red]" in "".join(out.split()).replace("│", "")
 
 
-def test_a_row_no_upload_could_have_made_is_left_alone_and_the_others_are_tried_again(invoke, hostile):
+def test_a_row_no_upload_could_have_made_is_left_alone_and_the_others_are_tried_again(
+    invoke, hostile
+):
     outcome = outcomes(invoke("failed", "retry", "--reason", "unexpected", "--json"))
     assert outcome.pop("bad").startswith("left alone: ")
     assert outcome == {"good": "retried", "json": "retried"}
 
 
-def test_a_sweep_leaves_alone_what_has_no_name_an_upload_could_have(invoke, catalogue, queue, tmp_path):
+def test_a_sweep_leaves_alone_what_has_no_name_an_upload_could_have(
+    invoke, catalogue, queue, tmp_path
+):
     folder = tmp_path / "home" / "storage" / "original"
     folder.mkdir(parents=True)
     for name in (b"good.jpg", b"odd.\xff", b"colored.\x1b[31m", b"\xff.jpg"):
@@ -596,4 +723,6 @@ def test_a_photo_whose_name_is_no_text_is_pushed(invoke, catalogue, queue, tmp_p
     code, out, err = invoke("push", os.fsdecode(path))
     assert (code, err) == (0, "")
     assert out.isascii()
-    assert json.loads(invoke("push", os.fsdecode(path), "--json")[1])[0]["photo"] == os.fsdecode(path)
+    assert json.loads(invoke("push", os.fsdecode(path), "--json")[1])[0]["photo"] == os.fsdecode(
+        path
+    )

@@ -23,7 +23,9 @@ TOOLS = Path(sys.executable).parent
     ids=" ".join,
 )
 def test_the_code_keeps_its_rules(command):
-    result = subprocess.run([TOOLS / command[0], *command[1:]], cwd=ROOT, capture_output=True, text=True, check=False)
+    result = subprocess.run(
+        [TOOLS / command[0], *command[1:]], cwd=ROOT, capture_output=True, text=True, check=False
+    )
     assert result.returncode == 0, result.stdout + result.stderr
 
 

@@ -29,7 +29,13 @@ def environment(tmp_path, redis_url, queue):
     return environment
 
 
-STACK = {"code server", "workers", "daemon", "sensors", "webserver"}  # examined where it runs, end to end
+STACK = {
+    "code server",
+    "workers",
+    "daemon",
+    "sensors",
+    "webserver",
+}  # examined where it runs, end to end
 
 
 def examine_all(environment):
@@ -37,7 +43,9 @@ def examine_all(environment):
 
 
 def findings(environment):
-    return {name: finding for name, finding in examine_all(environment).items() if name not in STACK}
+    return {
+        name: finding for name, finding in examine_all(environment).items() if name not in STACK
+    }
 
 
 def ill(environment):
@@ -85,7 +93,9 @@ def test_remote_models_are_asked_one_tiny_question_each(environment, httpserver)
 
 
 def test_a_bad_key_is_named_with_what_to_do_and_not_shown(environment, httpserver):
-    httpserver.expect_request("/v1/chat/completions").respond_with_json(coded("invalid_api_key"), 401)
+    httpserver.expect_request("/v1/chat/completions").respond_with_json(
+        coded("invalid_api_key"), 401
+    )
     httpserver.expect_request("/v1/embeddings").respond_with_json(answer_of([1.0, 2.0]))
     found = ill(remote(environment, httpserver))
     assert "401 (invalid_api_key)" in found["vision model"].sentence
@@ -100,7 +110,11 @@ def test_a_provider_that_knows_no_schema_is_named_with_the_setting(environment, 
 
         kind = request.get_json().get("response_format", {}).get("type")
         if kind == "json_schema":
-            return Response(json.dumps(coded("x", param="response_format")), 400, content_type="application/json")
+            return Response(
+                json.dumps(coded("x", param="response_format")),
+                400,
+                content_type="application/json",
+            )
         return Response(json.dumps(completion(METADATA)), content_type="application/json")
 
     httpserver.expect_request("/v1/chat/completions").respond_with_handler(answer)
@@ -115,7 +129,10 @@ def test_a_provider_that_knows_no_schema_is_named_with_the_setting(environment, 
     [
         ({"REDIS_URL": "redis://:canary@127.0.0.1:9/0"}, {"redis", "clock"}),
         ({"DATABASE_URL": "postgresql://u:canary@127.0.0.1:9/d"}, {"database", "pauses"}),
-        ({"OPENAI_BASE_URL": "http://127.0.0.1:9/v1", "IMAGEPIPELINE_RATE_LIMIT": "off"}, {"vision model"}),
+        (
+            {"OPENAI_BASE_URL": "http://127.0.0.1:9/v1", "IMAGEPIPELINE_RATE_LIMIT": "off"},
+            {"vision model"},
+        ),
     ],
 )
 def test_what_does_not_answer_is_named_and_the_rest_examined(environment, broken, names):
@@ -160,7 +177,9 @@ def test_a_redis_that_is_nearly_full_is_named_before_it_refuses(environment, que
     assert "maxmemory" in found["redis"].advice
 
 
-def test_unreadable_entries_that_were_dropped_are_named_until_the_rest_is_discarded(environment, queue, monkeypatch):
+def test_unreadable_entries_that_were_dropped_are_named_until_the_rest_is_discarded(
+    environment, queue, monkeypatch
+):
     monkeypatch.setattr(uploads, "MAX_DEAD", 2)
     for number in range(5):
         queue.dead_letter(b"?%d" % number, 1, "why")
@@ -229,4 +248,6 @@ def test_a_redis_that_is_a_cluster_is_refused_everywhere_with_the_cure(environme
                     act()
             with pytest.raises(RedisClusterError):
                 services.check_redis(Settings.load(clustered))
-    services.check_redis(Settings.load(environment | {"REDIS_URL": "redis://127.0.0.1:9"}))  # may come yet
+    services.check_redis(
+        Settings.load(environment | {"REDIS_URL": "redis://127.0.0.1:9"})
+    )  # may come yet

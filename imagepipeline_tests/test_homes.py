@@ -66,7 +66,11 @@ def call_as_nobody(home, *arguments, **environment):
 def list_open(home):
     """What others may use, of a home and all that is in it."""
     paths = [home, *home.rglob("*")]
-    return {str(path.relative_to(home)): oct(path.lstat().st_mode) for path in paths if path.lstat().st_mode & 0o077}
+    return {
+        str(path.relative_to(home)): oct(path.lstat().st_mode)
+        for path in paths
+        if path.lstat().st_mode & 0o077
+    }
 
 
 def mode_of(path):
@@ -77,9 +81,23 @@ def mode_of(path):
 def open_home(tmp_path):
     """As `mkdir` and an earlier version made it."""
     home = tmp_path / "home"
-    for folder in ("", "dagster/storage", "logs", "lancedb/a.lance", "valkey", "sockets", "storage/original"):
+    for folder in (
+        "",
+        "dagster/storage",
+        "logs",
+        "lancedb/a.lance",
+        "valkey",
+        "sockets",
+        "storage/original",
+    ):
         (home / folder).mkdir(exist_ok=True, parents=True)
-    for file in ("dagster/dagster.yaml", "dagster/storage/runs.db", "logs/redis.log", "valkey/dump.rdb", "stack.lock"):
+    for file in (
+        "dagster/dagster.yaml",
+        "dagster/storage/runs.db",
+        "logs/redis.log",
+        "valkey/dump.rdb",
+        "stack.lock",
+    ):
         (home / file).write_text("")
     (home / "stack.lock").write_text("{}")
     (home / "dagster" / "storage" / "runs.db").unlink()
@@ -95,7 +113,10 @@ WAYS = {
     "push": ["-m", "imagepipeline.cli", "push", str(PHOTOS / "cat.jpg")],
     "migrate": ["-m", "imagepipeline.cli", "migrate"],
     "service": ["-m", "imagepipeline.cli", "service", "webserver", "--check"],
-    "definitions": ["-c", "from imagepipeline.definitions import defs; defs().resolve_all_job_defs()"],
+    "definitions": [
+        "-c",
+        "from imagepipeline.definitions import defs; defs().resolve_all_job_defs()",
+    ],
 }
 
 
@@ -103,7 +124,10 @@ WAYS = {
 def test_an_open_home_is_closed_whichever_way_one_comes_in(open_home, redis_url, way):
     result = run(open_home, *WAYS[way], REDIS_URL=redis_url)
     assert "Traceback" not in result.stderr, result.stderr
-    assert f"{open_home} is open to other users (rwxr-xr-x); it has been closed to them" in result.stderr
+    assert (
+        f"{open_home} is open to other users (rwxr-xr-x); it has been closed to them"
+        in result.stderr
+    )
     found = list_open(open_home)
     assert {name for name in found if not name.startswith("storage")} == set()
     again = run(open_home, *WAYS[way], REDIS_URL=redis_url)
@@ -127,7 +151,9 @@ def test_what_a_module_or_a_tool_of_dagster_makes_by_itself_is_private(tmp_path,
     result = run(home, *command, DAGSTER_HOME=services.build_environment(settings)["DAGSTER_HOME"])
     made = {path.name for path in home.rglob("*.db")}
     assert "runs.db" in made, result.stderr
-    assert [name for name in list_open(home) if Path(name).name in made or "catalogue" in name] == []
+    assert [
+        name for name in list_open(home) if Path(name).name in made or "catalogue" in name
+    ] == []
     assert (mode_of(home), mode_of(home / "dagster")) == (0o700, 0o700)
 
 
@@ -139,7 +165,15 @@ def test_all_that_a_running_stack_makes_is_private():
         assert result.returncode == 0, result.stderr
         assert '"completed"' in result.stdout
         names = {path.name for path in home.iterdir()}
-        assert {"catalogue.sqlite", "dagster", "lancedb", "logs", "stack.lock", "storage", "valkey"} <= names
+        assert {
+            "catalogue.sqlite",
+            "dagster",
+            "lancedb",
+            "logs",
+            "stack.lock",
+            "storage",
+            "valkey",
+        } <= names
         assert list_open(home) == {}
 
 
@@ -149,7 +183,10 @@ def test_a_folder_that_holds_other_things_is_not_closed(tmp_path):
     (home / "index.html").write_text("served")
     result = call(home, "migrate")
     assert result.returncode == 4
-    assert f"{home} is open to other users (rwxr-xr-x), and they may need {home / 'index.html'}" in result.stderr
+    assert (
+        f"{home} is open to other users (rwxr-xr-x), and they may need {home / 'index.html'}"
+        in result.stderr
+    )
     assert "chmod go=" in result.stderr
     assert mode_of(home) == 0o755
     assert [path.name for path in home.iterdir()] == ["index.html"]
@@ -211,10 +248,19 @@ def test_a_home_of_somebody_else_is_one_sentence_and_nothing_is_made(tmp_path_fa
     folder = tmp_path_factory.mktemp("theirs")
     (folder / "home").mkdir()
     share(folder / "home")
-    for arguments in (["up"], ["service", "webserver"], ["migrate"], ["status"], ["push", str(PHOTOS / "cat.jpg")]):
+    for arguments in (
+        ["up"],
+        ["service", "webserver"],
+        ["migrate"],
+        ["status"],
+        ["push", str(PHOTOS / "cat.jpg")],
+    ):
         result = call_as_nobody(folder / "home", *arguments)
         assert result.returncode == 4, result.stderr
-        assert f"{folder / 'home'} belongs to user 0, not to {NOBODY}: set IMAGEPIPELINE_HOME" in result.stderr
+        assert (
+            f"{folder / 'home'} belongs to user 0, not to {NOBODY}: set IMAGEPIPELINE_HOME"
+            in result.stderr
+        )
         assert "Traceback" not in result.stderr
     for arguments in (["up"], ["service", "webserver"], ["migrate"]):
         result = call_as_nobody(folder / "new", *arguments)
@@ -226,7 +272,9 @@ def test_a_home_of_somebody_else_is_one_sentence_and_nothing_is_made(tmp_path_fa
 
 
 @only_root
-@pytest.mark.parametrize("arguments", [["up"], ["status"], ["migrate"], ["push", str(PHOTOS / "cat.jpg")]])
+@pytest.mark.parametrize(
+    "arguments", [["up"], ["status"], ["migrate"], ["push", str(PHOTOS / "cat.jpg")]]
+)
 def test_root_uses_no_home_of_somebody_else_either(tmp_path, arguments):
     home = tmp_path / "home"
     home.mkdir(mode=0o700)
@@ -316,14 +364,21 @@ def test_what_is_pushed_does_not_go_to_a_server_that_somebody_else_has_put_there
                     server.accept()
 
 
-@pytest.mark.parametrize(("mode", "is_refused"), [(0o1777, True), (0o770, True), (0o755, False), (0o700, False)])
+@pytest.mark.parametrize(
+    ("mode", "is_refused"), [(0o1777, True), (0o770, True), (0o755, False), (0o700, False)]
+)
 def test_a_code_socket_in_a_folder_where_others_may_put_theirs_is_refused_and_the_folder_left(
     tmp_path, mode, is_refused
 ):
     (tmp_path / "shared").mkdir()
     (tmp_path / "shared").chmod(mode)
-    settings = load(tmp_path / "home", IMAGEPIPELINE_CODE_SOCKET=str(tmp_path / "shared" / "code.sock"))
-    assert any("IMAGEPIPELINE_CODE_SOCKET" in fault.cure for fault in find_faults(settings)) is is_refused
+    settings = load(
+        tmp_path / "home", IMAGEPIPELINE_CODE_SOCKET=str(tmp_path / "shared" / "code.sock")
+    )
+    assert (
+        any("IMAGEPIPELINE_CODE_SOCKET" in fault.cure for fault in find_faults(settings))
+        is is_refused
+    )
     if is_refused:
         with pytest.raises(StackError, match="other users may write to"):
             services.prepare(settings)
@@ -333,7 +388,8 @@ def test_a_code_socket_in_a_folder_where_others_may_put_theirs_is_refused_and_th
 
 
 @pytest.mark.parametrize(
-    ("folder", "file"), [(0o755, 0o644), (0o750, 0o640), (0o711, 0o644), (0o700, 0o600), (0o2775, 0o644)]
+    ("folder", "file"),
+    [(0o755, 0o644), (0o750, 0o640), (0o711, 0o644), (0o700, 0o600), (0o2775, 0o644)],
 )
 def test_files_are_as_open_as_the_storage_root_that_somebody_made(tmp_path, folder, file):
     root = tmp_path / "storage"
@@ -381,4 +437,6 @@ def test_a_web_server_may_serve_what_a_pushed_photo_became(tmp_path_factory, red
     )  # fmt: skip
     assert result.returncode == 0, result.stderr
     read = ["-c", f"import os, sys; {BECOME_NOBODY} open(sys.argv[1]).close()"]
-    assert run(folder / "home", *read, str(folder / "public" / "original" / "cat.jpg")).returncode == 0
+    assert (
+        run(folder / "home", *read, str(folder / "public" / "original" / "cat.jpg")).returncode == 0
+    )

@@ -29,10 +29,14 @@ def here(tmp_path, redis_url, queue):
 
 def compare(here, there):
     with leave_mark(Settings.load(here)) as mark:
-        return find_differences(Settings.load(here), {"w": asdict(describe(Settings.load(there), mark))})
+        return find_differences(
+            Settings.load(here), {"w": asdict(describe(Settings.load(there), mark))}
+        )
 
 
-def test_homes_of_their_own_on_shared_stores_differ_in_nothing_and_leave_nothing(here, tmp_path, queue):
+def test_homes_of_their_own_on_shared_stores_differ_in_nothing_and_leave_nothing(
+    here, tmp_path, queue
+):
     assert compare(here, here | {"IMAGEPIPELINE_HOME": str(tmp_path / "there")}) == []
     assert list(tmp_path.rglob(".doctor-*")) == []
 
@@ -44,12 +48,18 @@ def test_each_thing_that_is_not_shared_is_a_sentence(here, tmp_path):
     with redis_server() as other_redis:
         for change, words in (
             ({"DATABASE_URL": f"sqlite:///{tmp_path / 'other.sqlite'}"}, "another catalogue"),
-            ({"DATABASE_URL": "postgresql://u:canary@127.0.0.1:1/d"}, "does not reach its catalogue"),
+            (
+                {"DATABASE_URL": "postgresql://u:canary@127.0.0.1:1/d"},
+                "does not reach its catalogue",
+            ),
             (
                 {"IMAGEPIPELINE_STORAGE_ROOT": str(tmp_path / "other")},
                 f"its storage in {tmp_path / 'other'}, this home",
             ),
-            ({"IMAGEPIPELINE_INDEX_ROOT": str(tmp_path / "other")}, f"its index in {tmp_path / 'other'}, this home"),
+            (
+                {"IMAGEPIPELINE_INDEX_ROOT": str(tmp_path / "other")},
+                f"its index in {tmp_path / 'other'}, this home",
+            ),
             ({"REDIS_URL": other_redis}, "another Redis"),
             ({"IMAGEPIPELINE_WEBP_QUALITY": "70"}, "makes variants with"),
             ({"OPENAI_API_KEY": "sk-canary"}, "makes metadata with openai:gpt-4o-mini"),
@@ -78,7 +88,8 @@ def test_two_buckets_are_told_apart_and_no_password_is_shown(here, bucket_url):
     [line] = compare(here | {"IMAGEPIPELINE_STORAGE_ROOT": bucket_url + "/here"}, there)
     assert f"its storage in {bucket_url}/there, this home in {bucket_url}/here" in line
     shown = describe(
-        Settings.load(here | {"IMAGEPIPELINE_STORAGE_ROOT": "s3://u:canary@images/x?key=canary"}), "0" * 32
+        Settings.load(here | {"IMAGEPIPELINE_STORAGE_ROOT": "s3://u:canary@images/x?key=canary"}),
+        "0" * 32,
     )
     assert "canary" not in repr(shown)
 

@@ -103,7 +103,13 @@ def test_a_path_as_long_as_can_be_is_taken(name):
 
 
 @pytest.mark.parametrize(
-    "upload", [Upload("a"), Upload("a", priority=3), Upload("a", "original/b.png"), Upload("a", "original/b.png", -2)]
+    "upload",
+    [
+        Upload("a"),
+        Upload("a", priority=3),
+        Upload("a", "original/b.png"),
+        Upload("a", "original/b.png", -2),
+    ],
 )
 def test_an_upload_survives_the_list(upload):
     assert Upload.from_entry(upload.to_entry().encode()) == upload
@@ -124,7 +130,10 @@ def test_metadata_accepts_the_names_the_web_product_reads():
         "mood": "calm",
     }
     metadata = ImageMetadata.model_validate(answer)
-    assert metadata.model_dump(by_alias=True) == answer | {"description": "A cat", "dominantColors": ["#aabbcc"]}
+    assert metadata.model_dump(by_alias=True) == answer | {
+        "description": "A cat",
+        "dominantColors": ["#aabbcc"],
+    }
     assert metadata.embedding_text == "A cat cat animal calm"
 
 
@@ -142,7 +151,13 @@ def test_metadata_accepts_the_names_the_web_product_reads():
     ],
 )
 def test_metadata_refuses_what_does_not_fit(change):
-    answer = {"description": "A cat", "tags": ["cat"], "category": "animal", "dominantColors": [], "mood": "calm"}
+    answer = {
+        "description": "A cat",
+        "tags": ["cat"],
+        "category": "animal",
+        "dominantColors": [],
+        "mood": "calm",
+    }
     with pytest.raises(ValidationError):
         ImageMetadata.model_validate(answer | change)
 

@@ -116,7 +116,8 @@ def test_a_failed_call_is_written_down_with_what_it_is_charged(make, ledger):
 
 def test_without_a_permit_the_image_waits_and_nothing_is_asked(make, ledger):
     with pytest.raises(
-        PostponedError, match=r"rate limit .* \(10/minute\) is used up: it goes on at 2026-11-23 23:00:00"
+        PostponedError,
+        match=r"rate limit .* \(10/minute\) is used up: it goes on at 2026-11-23 23:00:00",
     ):
         make(fail(AssertionError("asked")), limiter=Permits(False, False))
     assert ledger.summarize("model") == []
@@ -139,7 +140,9 @@ def test_a_bad_key_pauses_everything_until_one_answer_comes(make, ledger, clock)
 
 def test_a_daily_budget_pauses_until_midnight_and_goes_on_by_itself(make, ledger, clock):
     make(lambda: Answer(CallUsage(1_000_000)), daily_budget_usd=1.0)
-    with pytest.raises(PausedError, match=r"daily budget of 1 USD is used up \(1.00 USD\): .* 2026-11-24 00:00"):
+    with pytest.raises(
+        PausedError, match=r"daily budget of 1 USD is used up \(1.00 USD\): .* 2026-11-24 00:00"
+    ):
         make(fail(AssertionError("asked")), daily_budget_usd=1.0)
     [pause] = ledger.list_pauses()
     assert (pause.reason, pause.until) == ("budget", datetime(2026, 11, 24, tzinfo=UTC))
@@ -174,18 +177,28 @@ def test_an_answer_ends_no_pause_that_lasts_and_none_of_another_stage(make, ledg
 
     clock.now += timedelta(seconds=601)
     make(answer_while_another_run_meets_the_budget)
-    assert [(pause.reason, pause.is_over) for pause in ledger.list_pauses()] == [("budget", False), ("auth", True)]
+    assert [(pause.reason, pause.is_over) for pause in ledger.list_pauses()] == [
+        ("budget", False),
+        ("auth", True),
+    ]
 
 
-@pytest.mark.parametrize("model", ["priced-model-2024-07-18", "priced-model-20240718", "priced-model@2024-07-18"])
+@pytest.mark.parametrize(
+    "model", ["priced-model-2024-07-18", "priced-model-20240718", "priced-model@2024-07-18"]
+)
 def test_a_version_of_a_model_costs_what_the_model_does(make, model):
-    _, receipt = make(lambda: Answer(CallUsage(1_000_000)), Recipe("openai", model), daily_budget_usd=5.0)
+    _, receipt = make(
+        lambda: Answer(CallUsage(1_000_000)), Recipe("openai", model), daily_budget_usd=5.0
+    )
     assert receipt.cost_usd == 1.0
 
 
 @pytest.mark.parametrize("budget", ["daily_budget_usd", "monthly_budget_usd"])
 def test_with_a_budget_a_call_of_unknown_price_is_not_made(make, ledger, budget):
-    with pytest.raises(PostponedError, match=r'price of other is not known: set IMAGEPIPELINE_PRICES to \{"other": \['):
+    with pytest.raises(
+        PostponedError,
+        match=r'price of other is not known: set IMAGEPIPELINE_PRICES to \{"other": \[',
+    ):
         make(fail(AssertionError("asked")), Recipe("openai", "other"), **{budget: 5.0})
     assert ledger.summarize("model") == []
     make(lambda: Answer(CallUsage(5)), Recipe("openai", "other"))  # without a budget it is
@@ -203,7 +216,9 @@ def update(ledger, clock):
 
     def update(prices=None, budget_usd=5.0, vision=NEW, embedder=LOCAL):
         recipes = {"metadata": vision, "embedding": embedder}
-        PaidCalls(ledger, Permits(), prices or {}, budget_usd, clock=clock, recipes=recipes).update_pauses()
+        PaidCalls(
+            ledger, Permits(), prices or {}, budget_usd, clock=clock, recipes=recipes
+        ).update_pauses()
         return [pause.reason for pause in ledger.list_pauses()]
 
     return update
@@ -252,7 +267,9 @@ def test_a_pause_ends_when_its_model_is_not_asked_any_more(update, ledger, clock
 def test_a_price_that_was_taken_away_is_not_known_any_more(make):
     other = Recipe("openai", "other")
     make(lambda: Answer(CallUsage(5, 5, 0.01)), other)
-    make(lambda: Answer(CallUsage(5, 5)), other, daily_budget_usd=5.0)  # it has stopped reporting costs
+    make(
+        lambda: Answer(CallUsage(5, 5)), other, daily_budget_usd=5.0
+    )  # it has stopped reporting costs
     with pytest.raises(PostponedError, match="price of other is not known"):
         make(fail(AssertionError("asked")), other, daily_budget_usd=5.0)
 
@@ -312,7 +329,9 @@ def test_a_picture_that_is_forbidden_when_others_are_answered_is_refused(make, l
     assert ledger.list_pauses() == []
 
 
-def test_a_key_that_is_bad_today_refuses_no_picture_that_met_another_bad_key_a_month_ago(make, ledger, clock):
+def test_a_key_that_is_bad_today_refuses_no_picture_that_met_another_bad_key_a_month_ago(
+    make, ledger, clock
+):
     with pytest.raises(ForbiddenError):
         make(fail(ForbiddenError("auth", "answered 403", 60)))
     clock.now += timedelta(seconds=61)
@@ -330,7 +349,9 @@ def test_a_provider_that_is_down_for_several_images_pauses_and_fails_none(make, 
             make(fail(down), image_id=image_id)
     with pytest.raises(PausedError, match="for several images in a row"):
         make(fail(down), image_id="a")  # its third attempt
-    assert [(pause.reason, pause.stage) for pause in ledger.list_pauses()] == [("provider_down", "metadata")]
+    assert [(pause.reason, pause.stage) for pause in ledger.list_pauses()] == [
+        ("provider_down", "metadata")
+    ]
     clock.now += timedelta(seconds=31)
     with pytest.raises(PausedError):  # the probe, at its first attempt
         make(fail(down), image_id="d")

@@ -52,7 +52,12 @@ def resident(tmp_path):
 def test_what_runs_write_through_it_is_in_the_index(resident, tmp_path):
     index = ResidentIndex(resident[0])
     with ThreadPoolExecutor(8) as runs:
-        list(runs.map(lambda number: index.upsert(claim(f"i{number}"), embedding(1.0, float(number))), range(24)))
+        list(
+            runs.map(
+                lambda number: index.upsert(claim(f"i{number}"), embedding(1.0, float(number))),
+                range(24),
+            )
+        )
     assert EmbeddingIndex(str(tmp_path / "index")).count_rows() == 24
     assert index.get("i7", "local:m")["vector"] == [1.0, 7.0]
 
@@ -98,7 +103,12 @@ def test_what_is_no_question_is_not_answered_and_runs_nothing(resident, tmp_path
             connection.shutdown(socket.SHUT_WR)
             with contextlib.suppress(ConnectionResetError):  # what it did not read, it lets fall
                 assert connection.recv(1) == b""
-    for name, arguments in (("nothing", ()), ("get", ()), ("get", ("a", "b", "c")), ("upsert", ("a", "b"))):
+    for name, arguments in (
+        ("nothing", ()),
+        ("get", ()),
+        ("get", ("a", "b", "c")),
+        ("upsert", ("a", "b")),
+    ):
         with pytest.raises(ResidentDownError):
             ResidentIndex(address).call(name, None, *arguments)
     assert not (tmp_path / "attacked").exists()
@@ -141,7 +151,10 @@ def test_upserts_that_wait_share_a_commit_and_each_learns_its_own_fate(tmp_path)
         first = runs.submit(index.upsert, claim("first"), embedding(1.0, 1.0))
         while not batches:
             time.sleep(0.01)
-        good = [runs.submit(index.upsert, claim(f"i{number}"), embedding(1.0, float(number))) for number in range(4)]
+        good = [
+            runs.submit(index.upsert, claim(f"i{number}"), embedding(1.0, float(number)))
+            for number in range(4)
+        ]
         late = runs.submit(index.upsert, claim("taken", fence=8), embedding(1.0, 2.0))
         twice = runs.submit(index.upsert, claim("i0", fence=2), embedding(1.0, 3.0))
         while index._waiting.qsize() < 6:

@@ -64,7 +64,11 @@ def test_redis_may_be_named_by_host_and_port():
 
 def test_secrets_are_not_printed():
     settings = Settings.load(
-        {"REDIS_URL": "redis://:canary@h", "DATABASE_URL": "postgresql://u:canary@h/d", "OPENAI_API_KEY": "canary"}
+        {
+            "REDIS_URL": "redis://:canary@h",
+            "DATABASE_URL": "postgresql://u:canary@h/d",
+            "OPENAI_API_KEY": "canary",
+        }
     )
     assert "canary" not in repr(settings)
     assert settings.redis_url == "redis://:canary@h"
@@ -72,7 +76,9 @@ def test_secrets_are_not_printed():
 
 def test_a_socket_fits_its_limit_wherever_the_home_is(tmp_path):
     deep = tmp_path / ("x" * 200)
-    first, second = (Settings.load({"IMAGEPIPELINE_HOME": str(deep / name)}).socket_folder for name in "ab")
+    first, second = (
+        Settings.load({"IMAGEPIPELINE_HOME": str(deep / name)}).socket_folder for name in "ab"
+    )
     assert len(str(first / "valkey.sock")) < 100
     assert first != second
 
@@ -91,7 +97,9 @@ def test_a_secret_may_stand_in_a_file(secret_file):
     assert settings.database_url == "postgresql://u:canary@h/d"
 
 
-def test_a_secret_of_a_file_is_found_by_those_who_look_into_the_environment(secret_file, monkeypatch):
+def test_a_secret_of_a_file_is_found_by_those_who_look_into_the_environment(
+    secret_file, monkeypatch
+):
     monkeypatch.setenv("AWS_SECRET_ACCESS_KEY_FILE", secret_file("canary\n"))
     monkeypatch.delenv("AWS_SECRET_ACCESS_KEY", raising=False)
     for _ in range(2):  # also for a child that loads them again
@@ -110,7 +118,9 @@ def test_an_empty_file_means_no_key_but_never_another_database(secret_file):
 def test_a_secret_is_given_once_and_only_from_files_that_can_be_read(secret_file):
     with pytest.raises(SettingsError, match="REDIS_URL and REDIS_URL_FILE exclude each other"):
         Settings.load({"REDIS_URL": "redis://h", "REDIS_URL_FILE": secret_file("redis://h")})
-    with pytest.raises(SettingsError, match="OPENAI_API_KEY_FILE names /nowhere, which cannot be read"):
+    with pytest.raises(
+        SettingsError, match="OPENAI_API_KEY_FILE names /nowhere, which cannot be read"
+    ):
         Settings.load({"OPENAI_API_KEY_FILE": "/nowhere"})
     with pytest.raises(SettingsError, match="IMAGEPIPELINE_HOME_FILE is no setting"):
         Settings.load({"IMAGEPIPELINE_HOME_FILE": "/nowhere"})
@@ -129,8 +139,13 @@ def test_dagster_and_the_catalogue_do_not_share_a_database():
 
 def test_the_storage_root_is_a_folder_or_a_url_and_takes_the_index_along(tmp_path):
     bucket = Settings.load({"IMAGEPIPELINE_STORAGE_ROOT": "s3://bucket/prefix/"})
-    assert (bucket.storage, bucket.index_uri) == ("s3://bucket/prefix", "s3://bucket/prefix/lancedb")
-    folder = Settings.load({"IMAGEPIPELINE_STORAGE_ROOT": f"file://{tmp_path}", "IMAGEPIPELINE_HOME": "/h"})
+    assert (bucket.storage, bucket.index_uri) == (
+        "s3://bucket/prefix",
+        "s3://bucket/prefix/lancedb",
+    )
+    folder = Settings.load(
+        {"IMAGEPIPELINE_STORAGE_ROOT": f"file://{tmp_path}", "IMAGEPIPELINE_HOME": "/h"}
+    )
     assert (folder.storage, folder.index_uri) == (str(tmp_path), "/h/lancedb")
 
 
@@ -155,7 +170,9 @@ def test_what_kubernetes_tells_of_services_is_no_setting():
 
 
 def test_nobody_we_start_takes_a_service_for_a_setting(monkeypatch):
-    for name, value in (LINKS | {"DAGSTER_GRPC_PORT": "tcp://10.0.0.4:1", "OTHER_PORT": "tcp://h:1"}).items():
+    for name, value in (
+        LINKS | {"DAGSTER_GRPC_PORT": "tcp://10.0.0.4:1", "OTHER_PORT": "tcp://h:1"}
+    ).items():
         monkeypatch.setenv(name, value)
     left = Settings.load().build_environment()
     assert not left.keys() & (LINKS.keys() | {"DAGSTER_GRPC_PORT"})
@@ -182,7 +199,11 @@ def test_no_proxy_stands_between_us_and_this_machine(monkeypatch):
     monkeypatch.setenv("NO_PROXY", "intranet, 127.0.0.1")
     monkeypatch.setenv("no_proxy", ".example")
     Settings.load()
-    assert os.environ["NO_PROXY"] == os.environ["no_proxy"] == "intranet,127.0.0.1,.example,localhost,::1"
+    assert (
+        os.environ["NO_PROXY"]
+        == os.environ["no_proxy"]
+        == "intranet,127.0.0.1,.example,localhost,::1"
+    )
     monkeypatch.setenv("no_proxy", "*")
     Settings.load()
     assert os.environ["NO_PROXY"] == "*"
@@ -196,10 +217,14 @@ def test_a_home_may_have_any_name_but_one_with_a_question_mark():
             Settings.load({"IMAGEPIPELINE_HOME": name})
 
 
-def test_a_default_home_in_a_folder_with_a_question_mark_is_refused_by_its_name(tmp_path, monkeypatch):
+def test_a_default_home_in_a_folder_with_a_question_mark_is_refused_by_its_name(
+    tmp_path, monkeypatch
+):
     (tmp_path / "what?").mkdir()
     monkeypatch.chdir(tmp_path / "what?")
-    with pytest.raises(SettingsError, match=r"IMAGEPIPELINE_HOME, which is .*what\?.*question mark"):
+    with pytest.raises(
+        SettingsError, match=r"IMAGEPIPELINE_HOME, which is .*what\?.*question mark"
+    ):
         Settings.load({})
 
 
@@ -210,8 +235,14 @@ def test_the_length_of_a_socket_counts_bytes():
 
 def test_a_relative_sqlite_file_is_the_same_for_all_processes(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    assert Settings.load({"DATABASE_URL": "sqlite:///a/b.db"}).database_url == f"sqlite:///{tmp_path}/a/b.db"
-    assert Settings.load({"DATABASE_URL": "sqlite:////a/b.db?timeout=9"}).database_url == "sqlite:////a/b.db?timeout=9"
+    assert (
+        Settings.load({"DATABASE_URL": "sqlite:///a/b.db"}).database_url
+        == f"sqlite:///{tmp_path}/a/b.db"
+    )
+    assert (
+        Settings.load({"DATABASE_URL": "sqlite:////a/b.db?timeout=9"}).database_url
+        == "sqlite:////a/b.db?timeout=9"
+    )
 
 
 @pytest.mark.parametrize("url", ["sqlite:///", "sqlite:///:memory:", "sqlite:///file:x"])
@@ -236,11 +267,14 @@ def test_parameters_the_driver_knows_are_kept():
 
 
 @pytest.mark.parametrize(
-    "url", ["https://[canary/", "https://canary:70000/", "https://canary:x/", "canary", "https:///c"]
+    "url",
+    ["https://[canary/", "https://canary:70000/", "https://canary:x/", "canary", "https:///c"],
 )
 def test_a_webhook_without_a_whole_address_is_refused_at_start_and_not_shown(url):
     environment = {"IMAGEPIPELINE_WEBHOOK_URL": url, "IMAGEPIPELINE_WEBHOOK_SECRET": "x" * 16}
-    with pytest.raises(SettingsError, match="IMAGEPIPELINE_WEBHOOK_URL: must be an address such as") as caught:
+    with pytest.raises(
+        SettingsError, match="IMAGEPIPELINE_WEBHOOK_URL: must be an address such as"
+    ) as caught:
         Settings.load(environment)
     assert "canary" not in str(caught.value)
 
@@ -248,7 +282,9 @@ def test_a_webhook_without_a_whole_address_is_refused_at_start_and_not_shown(url
 @pytest.mark.parametrize("name", ["OPENAI", "OPENROUTER"])
 def test_a_key_is_not_sent_unencrypted_unless_a_setting_says_so(name):
     plain = {f"{name}_API_KEY": "canary", f"{name}_BASE_URL": "http://models.example/v1"}
-    with pytest.raises(SettingsError, match=f"{name}_BASE_URL starts with http://.*ALLOW_PLAIN_HTTP") as caught:
+    with pytest.raises(
+        SettingsError, match=f"{name}_BASE_URL starts with http://.*ALLOW_PLAIN_HTTP"
+    ) as caught:
         Settings.load(plain)
     assert "canary" not in str(caught.value)
     Settings.load(plain | {"IMAGEPIPELINE_ALLOW_PLAIN_HTTP": "1"})
@@ -271,9 +307,15 @@ def test_who_has_no_key_can_be_told_that_the_models_are_remote():
 @pytest.mark.parametrize(
     ("name", "is_one"),
     [
-        *((name, True) for name in ("OPENAI_API_KEY", "OPENAI_API_KEY_FILE", "DATABASE_URL", "GITHUB_TOKEN")),
+        *(
+            (name, True)
+            for name in ("OPENAI_API_KEY", "OPENAI_API_KEY_FILE", "DATABASE_URL", "GITHUB_TOKEN")
+        ),
         *((name, True) for name in ("PGPASSWORD", "CELERY_BROKER_URL")),
-        *((name, False) for name in ("PATH", "IMAGEPIPELINE_HOME", "DAGSTER_HOME", "OPENAI_BASE_URL")),
+        *(
+            (name, False)
+            for name in ("PATH", "IMAGEPIPELINE_HOME", "DAGSTER_HOME", "OPENAI_BASE_URL")
+        ),
     ],
 )
 def test_a_secret_is_known_by_its_name(name, is_one):

@@ -17,18 +17,33 @@ def test_the_bill_of_materials_names_all_we_install(tmp_path):
     subprocess.run([sys.executable, *command], cwd=ROOT, check=True, capture_output=True)
     named = {(part["name"], part["version"]) for part in json.loads(bill.read_text())["components"]}
     pins = re.findall(
-        r"^([a-z0-9.-]+)(?:\[[a-z,]+\])?==([^ \\]+)", (ROOT / "requirements.txt").read_text(), re.MULTILINE
+        r"^([a-z0-9.-]+)(?:\[[a-z,]+\])?==([^ \\]+)",
+        (ROOT / "requirements.txt").read_text(),
+        re.MULTILINE,
     )
     assert len(pins) > 90
     assert named == set(pins)
 
 
 def test_no_dependency_has_a_known_vulnerability():
-    command = ["-m", "pip_audit", "-r", "requirements.txt", "--require-hashes", "--disable-pip", "--format", "json"]
-    result = subprocess.run([sys.executable, *command], cwd=ROOT, capture_output=True, text=True, check=False)
+    command = [
+        "-m",
+        "pip_audit",
+        "-r",
+        "requirements.txt",
+        "--require-hashes",
+        "--disable-pip",
+        "--format",
+        "json",
+    ]
+    result = subprocess.run(
+        [sys.executable, *command], cwd=ROOT, capture_output=True, text=True, check=False
+    )
     if not result.stdout:
         pytest.skip(f"the network does not allow it: {result.stderr.strip()[-200:]}")
-    audited = [part for part in json.loads(result.stdout)["dependencies"] if "skip_reason" not in part]
+    audited = [
+        part for part in json.loads(result.stdout)["dependencies"] if "skip_reason" not in part
+    ]
     if not audited:
         pytest.skip("the package index that is reached here knows no vulnerabilities")
     assert [(part["name"], flaw["id"]) for part in audited for flaw in part["vulns"]] == []

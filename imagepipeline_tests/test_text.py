@@ -8,7 +8,12 @@ import time
 import pytest
 
 from imagepipeline import cli, display
-from imagepipeline.errors import BadAnswerError, ImagePipelineError, MissingOriginalError, StackError
+from imagepipeline.errors import (
+    BadAnswerError,
+    ImagePipelineError,
+    MissingOriginalError,
+    StackError,
+)
 from imagepipeline.models import Upload
 from imagepipeline.paid_calls import DATE
 from imagepipeline.services import answers, openai_client
@@ -48,7 +53,10 @@ def test_words_of_all_scripts_are_left_as_they_are():
 
 
 def test_the_end_of_a_log_keeps_its_lines_and_nothing_else():
-    assert str(StackError("it did not start:\n\x1b[31mred\nlast")) == "it did not start:\n [31mred\nlast"
+    assert (
+        str(StackError("it did not start:\n\x1b[31mred\nlast"))
+        == "it did not start:\n [31mred\nlast"
+    )
 
 
 def test_an_error_is_cleaned_with_all_that_led_to_it():
@@ -105,9 +113,10 @@ def test_an_expression_takes_linear_time(name):
     for attack in ATTACKS:
         texts = [(attack * length)[:length] for length in (SHORT, LONG)]
         # Eight times the text: squared would be 64 times the time. What is too short to be measured is short.
-        assert seconds(lambda texts=texts: look(texts[1])) < 24 * seconds(lambda texts=texts: look(texts[0])) + 0.005, (
-            attack
-        )
+        assert (
+            seconds(lambda texts=texts: look(texts[1]))
+            < 24 * seconds(lambda texts=texts: look(texts[0])) + 0.005
+        ), attack
 
 
 class Vocabulary:
@@ -122,10 +131,18 @@ def test_a_vocabulary_is_put_into_normal_form_once_an_answer(monkeypatch):
     assert len(seen) == 400
 
 
-@pytest.mark.parametrize("attack", ["<!---->" * 15_000, "](" * 50_000, "[" * 100_000, "1" * 100_000, "\u0301" * 9_000])
+@pytest.mark.parametrize(
+    "attack", ["<!---->" * 15_000, "](" * 50_000, "[" * 100_000, "1" * 100_000, "\u0301" * 9_000]
+)
 def test_an_answer_that_is_one_attack_is_looked_at_in_bounded_time(attack):
     attack = attack[: answers.MAX_ANSWER_CHARACTERS - 200]
-    answer = {"description": "d", "tags": [attack], "category": "c", "dominantColors": [attack], "mood": "m"}
+    answer = {
+        "description": "d",
+        "tags": [attack],
+        "category": "c",
+        "dominantColors": [attack],
+        "mood": "m",
+    }
     text = json.dumps(answer, ensure_ascii=False)
     for written in (text, text.replace('["' + attack, attack), "{" + attack + "}"):
         try:

@@ -44,7 +44,9 @@ def send_and_read(value, pair):
     return read_message(stream, 10_000_000)
 
 
-METADATA = ImageMetadata(description="A cat.", tags=["cat"], category="animal", dominant_colors=[], mood="calm")
+METADATA = ImageMetadata(
+    description="A cat.", tags=["cat"], category="animal", dominant_colors=[], mood="calm"
+)
 
 
 @pytest.mark.parametrize(
@@ -61,7 +63,9 @@ def test_what_is_sent_arrives(pair, kind, value):
     assert validate(kind, send_and_read(value, pair)) == value
 
 
-@pytest.mark.parametrize("value", [object(), {1, 2}, float("nan"), float("inf"), np.float32(1), "x" * 2_000_000])
+@pytest.mark.parametrize(
+    "value", [object(), {1, 2}, float("nan"), float("inf"), np.float32(1), "x" * 2_000_000]
+)
 def test_what_is_no_plain_value_or_too_long_is_not_sent(pair, value):
     with pytest.raises((TypeError, ValueError)):
         write_message(pair[0], [value])

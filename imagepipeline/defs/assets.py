@@ -64,7 +64,10 @@ def metadata(
             return
         original = originals.load(claim, catalogue)
         catalogue.save_original(claim, original.facts)
-        answer, receipt = known_answer(context, catalogue, claim, vision.recipe, original), Receipt()
+        answer, receipt = (
+            known_answer(context, catalogue, claim, vision.recipe, original),
+            Receipt(),
+        )
         is_reused = answer is not None
         renderer.begin(original.session)  # the variants are made while the model is waited for
         if answer is None:
@@ -77,7 +80,9 @@ def metadata(
                 context.log.info,
             )
             answer = replace(answer, metadata=_with_visible_colors(answer.metadata, prepared.facts))
-        catalogue.save_metadata(claim, answer.metadata, vision.recipe, original.facts.original_sha256)
+        catalogue.save_metadata(
+            claim, answer.metadata, vision.recipe, original.facts.original_sha256
+        )
         yield dg.MaterializeResult(
             data_version=_data_version(answer.metadata.embedding_text),
             metadata={
@@ -133,7 +138,9 @@ def variants(
             return
         original = originals.load(claim, catalogue)
         catalogue.save_original(claim, original.facts)
-        made, usage = renderer.render(original.session, (original.facts.width, original.facts.height))
+        made, usage = renderer.render(
+            original.session, (original.facts.width, original.facts.height)
+        )
         rendered = [(variant.spec.path_for(original.facts.path), variant) for variant in made]
         # Rows first: they refuse a path that is another image's before its file is overwritten.
         catalogue.save_variants(claim, rendered)
@@ -198,8 +205,13 @@ def embedding(
             return
         row = catalogue.get(claim.image_id)
         if row is None or row["metadata"] is None:
-            raise MissingMetadataError(f"{claim.image_id} has no metadata yet: materialize `metadata` first")
-        text, version = ImageMetadata.model_validate(row["metadata"]).embedding_text, embedder.recipe.version
+            raise MissingMetadataError(
+                f"{claim.image_id} has no metadata yet: materialize `metadata` first"
+            )
+        text, version = (
+            ImageMetadata.model_validate(row["metadata"]).embedding_text,
+            embedder.recipe.version,
+        )
         known = index.get(claim.image_id, version) if "embedding" in row["made_by"] else None
         if known and known["text"] == text:  # the same text and model give the same vector
             result, receipt = Embedding(text, tuple(known["vector"]), version), Receipt()
@@ -208,7 +220,9 @@ def embedding(
                 claim, "embedding", embedder.recipe, lambda: embedder.embed(text), context.log.info
             )
         index.upsert(claim, result)
-        catalogue.record_result(claim, "embedding", embedder.recipe, hashlib.sha256(result.text.encode()).hexdigest())
+        catalogue.record_result(
+            claim, "embedding", embedder.recipe, hashlib.sha256(result.text.encode()).hexdigest()
+        )
         yield dg.MaterializeResult(
             data_version=_data_version(result.text + result.version),
             metadata=_describe_embedding(result)
@@ -223,7 +237,11 @@ def embedding(
 
 
 def known_answer(
-    context: dg.AssetExecutionContext, catalogue: Catalogue, claim: Claim, recipe: Recipe, original: Original
+    context: dg.AssetExecutionContext,
+    catalogue: Catalogue,
+    claim: Claim,
+    recipe: Recipe,
+    original: Original,
 ) -> VisionAnswer | None:
     """What this model, asked this way, has said of these very bytes: the queue does not pay for it twice.
 
@@ -233,15 +251,24 @@ def known_answer(
         return None
     row = catalogue.get(claim.image_id) or {}
     made = row.get("made_by", {}).get("metadata", {})
-    is_same = (made.get("version"), made.get("input_sha256")) == (recipe.version, original.facts.original_sha256)
+    is_same = (made.get("version"), made.get("input_sha256")) == (
+        recipe.version,
+        original.facts.original_sha256,
+    )
     try:
-        return VisionAnswer(ImageMetadata.model_validate(row["metadata"])) if is_same and row["metadata"] else None
+        return (
+            VisionAnswer(ImageMetadata.model_validate(row["metadata"]))
+            if is_same and row["metadata"]
+            else None
+        )
     except ValueError:  # of whoever's writing: the model is asked again
         return None
 
 
 def _with_visible_colors(metadata: ImageMetadata, facts: PixelFacts) -> ImageMetadata:
-    return metadata.model_copy(update={"dominant_colors": choose_visible(metadata.dominant_colors, facts)})
+    return metadata.model_copy(
+        update={"dominant_colors": choose_visible(metadata.dominant_colors, facts)}
+    )
 
 
 def _picture(original: Original) -> dg.MetadataValue:
@@ -281,7 +308,10 @@ def _describe_answer(answer: VisionAnswer) -> dict[str, dg.MetadataValue | str |
 
 
 def _describe_embedding(result: Embedding) -> dict[str, str | int]:
-    described: dict[str, str | int] = {"embedding_dim": len(result.vector), "text_characters": len(result.text)}
+    described: dict[str, str | int] = {
+        "embedding_dim": len(result.vector),
+        "text_characters": len(result.text),
+    }
     return described | _describe_tokens(result.usage)
 
 

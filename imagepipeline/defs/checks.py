@@ -29,7 +29,9 @@ ERROR, WARN = dg.AssetCheckSeverity.ERROR, dg.AssetCheckSeverity.WARN
 SEVERITIES = {"complete": ERROR, "clean": ERROR, "small": WARN, "similar": WARN}
 
 with warnings.catch_warnings():
-    warnings.simplefilter("ignore", dg.PreviewWarning)  # partitioned checks; Dagster's version is pinned
+    warnings.simplefilter(
+        "ignore", dg.PreviewWarning
+    )  # partitioned checks; Dagster's version is pinned
     SPECS = [
         dg.AssetCheckSpec(name, asset="variants", description=description, partitions_def=uploads)
         for name, description in CHECKS.items()
@@ -73,7 +75,11 @@ def find_problems(
     ]
     problems = {
         "complete": [*_find_incomplete(found, original, len(renderer.specs))],
-        "clean": [f"{one['path']}: {', '.join(one['found'].attachments)}" for one in found if one["found"].attachments],
+        "clean": [
+            f"{one['path']}: {', '.join(one['found'].attachments)}"
+            for one in found
+            if one["found"].attachments
+        ],
         "small": [*_find_large(found, original)],
         "similar": [*_find_unlike(found)],
     }
@@ -87,7 +93,9 @@ def find_problems(
 
 
 def _spec_of(variant: Mapping[str, Any], specs: Sequence[VariantSpec]) -> VariantSpec | None:
-    return next((spec for spec in specs if variant["path"].endswith(f"-{spec.suffix}.{spec.format}")), None)
+    return next(
+        (spec for spec in specs if variant["path"].endswith(f"-{spec.suffix}.{spec.format}")), None
+    )
 
 
 def _read(files: Storage, variant: Mapping[str, Any]) -> bytes:
@@ -98,7 +106,9 @@ def _read(files: Storage, variant: Mapping[str, Any]) -> bytes:
         return b""
 
 
-def _find_incomplete(found: Sequence[Mapping[str, Any]], original: Original, spec_count: int) -> Iterator[str]:
+def _find_incomplete(
+    found: Sequence[Mapping[str, Any]], original: Original, spec_count: int
+) -> Iterator[str]:
     if len(found) != spec_count:
         yield f"there are {len(found)} variants instead of {spec_count}"
     for variant in found:
@@ -114,13 +124,21 @@ def _find_incomplete(found: Sequence[Mapping[str, Any]], original: Original, spe
 
 
 def _find_large(found: Iterable[Mapping[str, Any]], original: Original) -> Iterator[str]:
-    webp = {variant["spec"].width_px: variant for variant in found if variant["spec"] and variant["format"] == "webp"}
+    webp = {
+        variant["spec"].width_px: variant
+        for variant in found
+        if variant["spec"] and variant["format"] == "webp"
+    }
     for variant in found:
         size, spec = variant["size"], variant["spec"]
         if size > original.facts.original_bytes:
             yield f"{variant['path']} has {size:,} bytes, the original {original.facts.original_bytes:,}"
         twin = webp.get(spec.width_px) if spec and spec.format == "avif" else None
-        if twin and spec.quality <= twin["spec"].quality - AVIF_QUALITY_MARGIN and size > twin["size"]:
+        if (
+            twin
+            and spec.quality <= twin["spec"].quality - AVIF_QUALITY_MARGIN
+            and size > twin["size"]
+        ):
             yield f"{variant['path']} has {size:,} bytes, {twin['path']} {twin['size']:,}"
 
 

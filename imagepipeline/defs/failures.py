@@ -28,7 +28,10 @@ MAX_ATTEMPTS = 3
 # For errors nobody classified. Dagster waits (2^n - 1) x delay: 1 s, then 3 s.
 RETRY_POLICY = dg.RetryPolicy(max_retries=MAX_ATTEMPTS - 1, delay=1, backoff=dg.Backoff.EXPONENTIAL)
 BEAT_SECONDS = 10
-CANCELLED = (dg.DagsterRunStatus.CANCELING, dg.DagsterRunStatus.CANCELED)  # the latter at once, by force
+CANCELLED = (
+    dg.DagsterRunStatus.CANCELING,
+    dg.DagsterRunStatus.CANCELED,
+)  # the latter at once, by force
 
 
 @contextmanager
@@ -41,7 +44,9 @@ def attempt(context: dg.AssetExecutionContext, catalogue: Catalogue) -> Iterator
     """
     claim = _claim(context, catalogue)
     if claim is None:
-        context.log.info(f"{context.partition_key} is not this run's to process any more: nothing was done.")
+        context.log.info(
+            f"{context.partition_key} is not this run's to process any more: nothing was done."
+        )
         yield None
         return
     number = context.retry_number + 1
@@ -58,10 +63,16 @@ def attempt(context: dg.AssetExecutionContext, catalogue: Catalogue) -> Iterator
     except RetryableError as error:
         if number < MAX_ATTEMPTS:
             wait_seconds = max(error.retry_after_seconds or 0, 2**context.retry_number)
-            context.log.warning(f"Attempt {number} of {MAX_ATTEMPTS} failed, next in {wait_seconds:g} s: {error}")
+            context.log.warning(
+                f"Attempt {number} of {MAX_ATTEMPTS} failed, next in {wait_seconds:g} s: {error}"
+            )
             _note_failure(context, catalogue, claim, wait_seconds, str(error))
-            raise dg.RetryRequested(max_retries=MAX_ATTEMPTS - 1, seconds_to_wait=wait_seconds) from error
-        raise _failed(context, catalogue, claim, error.reason, f"{error} (after {number} attempts)") from error
+            raise dg.RetryRequested(
+                max_retries=MAX_ATTEMPTS - 1, seconds_to_wait=wait_seconds
+            ) from error
+        raise _failed(
+            context, catalogue, claim, error.reason, f"{error} (after {number} attempts)"
+        ) from error
     except PermanentError as error:
         raise _failed(context, catalogue, claim, error.reason, str(error)) from error
     except PostponedError as error:
@@ -85,7 +96,9 @@ def _claim(context: dg.AssetExecutionContext, catalogue: Catalogue) -> Claim | N
         if GENERATION_TAG in context.run.tags and not is_re_execution:
             generation = read_generation(context.run.tags)
             if generation is None:
-                raise InvalidUploadError(f"the run's tag {GENERATION_TAG} is no number: start it without that tag")
+                raise InvalidUploadError(
+                    f"the run's tag {GENERATION_TAG} is no number: start it without that tag"
+                )
             return catalogue.claim(image_id, generation, context.run.run_id)
         return catalogue.claim_anew(image_id, context.run.run_id)
     except (ImageBusyError, InvalidUploadError) as error:
@@ -135,18 +148,31 @@ def _is_last_asset(context: dg.AssetExecutionContext) -> bool:
     """Whether no later asset of this image belongs to the run: runs started by hand may select any of them."""
     steps = context.run.step_keys_to_execute
     selection = context.run.asset_selection
-    names = set(steps) if steps else {key.to_user_string() for key in selection} if selection else set(ASSETS)
+    names = (
+        set(steps)
+        if steps
+        else {key.to_user_string() for key in selection}
+        if selection
+        else set(ASSETS)
+    )
     this = context.asset_key.to_user_string()
     return not names.intersection(ASSETS[ASSETS.index(this) + 1 :])
 
 
 def _note_failure(
-    context: dg.AssetExecutionContext, catalogue: Catalogue, claim: Claim, wait_seconds: float, error: str
+    context: dg.AssetExecutionContext,
+    catalogue: Catalogue,
+    claim: Claim,
+    wait_seconds: float,
+    error: str,
 ) -> None:
     asset = context.asset_key.to_user_string()
     try:
         catalogue.record_failure(claim, asset, context.retry_number + 1, wait_seconds, error)
-    except (StaleClaimError, PostponedError) as problem:  # the next attempt will meet it, and decide
+    except (
+        StaleClaimError,
+        PostponedError,
+    ) as problem:  # the next attempt will meet it, and decide
         context.log.warning(str(problem))
 
 
@@ -157,7 +183,9 @@ def _failed(
         catalogue.fail(claim, reason, error)
     except (StaleClaimError, PostponedError) as problem:
         return dg.Failure(f"{problem}. It failed anyway: {error}", allow_retries=False)
-    context.log.error(f"{claim.image_id} failed ({reason}) at attempt {context.retry_number + 1}: {error}")
+    context.log.error(
+        f"{claim.image_id} failed ({reason}) at attempt {context.retry_number + 1}: {error}"
+    )
     return dg.Failure(
         f"{claim.image_id} failed ({reason}): {error}",
         metadata={"image_id": claim.image_id, "reason": reason},
@@ -173,9 +201,13 @@ def _handed_back(catalogue: Catalogue, claim: Claim, cause: str, wait_seconds: f
     return dg.Failure(f"{cause}; {claim.image_id} waits for another run.", allow_retries=False)
 
 
-def _interrupted(context: dg.AssetExecutionContext, catalogue: Catalogue, claim: Claim) -> dg.Failure:
+def _interrupted(
+    context: dg.AssetExecutionContext, catalogue: Catalogue, claim: Claim
+) -> dg.Failure:
     """A person who cancels means it; any other stop gives the image back to the queue."""
     run = context.instance.get_run_by_id(context.run.run_id)
     if run is not None and run.status in CANCELLED:
-        return _failed(context, catalogue, claim, "cancelled", f"run {context.run.run_id} was cancelled")
+        return _failed(
+            context, catalogue, claim, "cancelled", f"run {context.run.run_id} was cancelled"
+        )
     return _handed_back(catalogue, claim, "the run was stopped", 0)

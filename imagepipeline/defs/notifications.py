@@ -47,7 +47,8 @@ def tell_of_pauses(ledger: Ledger, notifier: Notifier) -> int:
     """Tells of each pause once; gives the number told. As `tell`."""
     untold = ledger.list_untold(notifier.channel)
     notices = [
-        (partial(notifier.send_pause, one), partial(ledger.mark_told, notifier.channel, [one])) for one in untold
+        (partial(notifier.send_pause, one), partial(ledger.mark_told, notifier.channel, [one]))
+        for one in untold
     ]
     _send_each(notices)
     return len(untold)
@@ -64,7 +65,8 @@ def tell(catalogue: Catalogue, notifier: Notifier) -> int:
     unsent = catalogue.list_unsent(notifier.channel)
     messages = [unsent] if len(unsent) > DIGEST_ABOVE else [[failure] for failure in unsent]
     notices = [
-        (partial(notifier.send, some), partial(catalogue.mark_sent, notifier.channel, some)) for some in messages
+        (partial(notifier.send, some), partial(catalogue.mark_sent, notifier.channel, some))
+        for some in messages
     ]
     _send_each(notices)
     return len(unsent)

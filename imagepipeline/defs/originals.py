@@ -31,7 +31,9 @@ class Originals:
     Holds the last one, so that all assets of a run see the same bytes, also when the file is replaced meanwhile.
     """
 
-    def __init__(self, files: Storage, sandbox: Sandbox, rules: Rules, preview_px: int | None = None) -> None:
+    def __init__(
+        self, files: Storage, sandbox: Sandbox, rules: Rules, preview_px: int | None = None
+    ) -> None:
         self._preview_px = preview_px
         self._files = files
         self._sandbox = sandbox

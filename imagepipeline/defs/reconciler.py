@@ -24,8 +24,15 @@ UNCLAIMED_SECONDS = 45  # a run takes 1 s to start, and 9 s when five do at once
 MAX_PENDING_CHECKED = 50
 RENEWAL_WAITS_SECONDS = (1, 5, 30, 120)  # for a run that ends before it begins, again and again
 CANCELLED = "its run was cancelled before it began"
-JOB_NAMES = (process_upload.name, "__ASSET_JOB")  # the latter is Dagster's name for runs started by hand
-HOLDING_A_SLOT = [dg.DagsterRunStatus.STARTING, dg.DagsterRunStatus.STARTED, dg.DagsterRunStatus.CANCELING]
+JOB_NAMES = (
+    process_upload.name,
+    "__ASSET_JOB",
+)  # the latter is Dagster's name for runs started by hand
+HOLDING_A_SLOT = [
+    dg.DagsterRunStatus.STARTING,
+    dg.DagsterRunStatus.STARTED,
+    dg.DagsterRunStatus.CANCELING,
+]
 
 
 class StandstillWatch:
@@ -53,7 +60,9 @@ watch = StandstillWatch()
 
 @dg.sensor(minimum_interval_seconds=INTERVAL_SECONDS, default_status=dg.DefaultSensorStatus.RUNNING)
 def reconciler(
-    context: dg.SensorEvaluationContext, catalogue: dg.ResourceParam[Catalogue], tasks: dg.ResourceParam[TaskQueue]
+    context: dg.SensorEvaluationContext,
+    catalogue: dg.ResourceParam[Catalogue],
+    tasks: dg.ResourceParam[TaskQueue],
 ) -> dg.SkipReason:
     """Repairs what a crash left behind, every 15 s, and says in the tick's log what it repaired.
 
@@ -80,7 +89,9 @@ def reconcile(
         watched.add((row.image_id, row.fence))
         lines += _look_at(row.image_id, partial(_recover_if_lost, catalogue, instance, watch, row))
     for pending in catalogue.list_pending(MAX_PENDING_CHECKED):
-        lines += _look_at(pending.image_id, partial(_renew_if_run_ended, catalogue, instance, pending))
+        lines += _look_at(
+            pending.image_id, partial(_renew_if_run_ended, catalogue, instance, pending)
+        )
     idle = _list_idle_runs(instance, owners={row.run_id for row in processing})
     waiting = tasks.list_waiting() if any(TASK_ID_TAG in run.tags for run in idle) else set()
     for run in idle:
@@ -108,7 +119,9 @@ def _look_at(image_id: str, work: Callable[[], list[str]]) -> list[str]:
     except PostponedError:  # it is about all of them
         raise
     except Exception as error:
-        return [f"{image_id!r:.80} could not be looked at: {make_printable(f'{type(error).__name__}: {error}')[:200]}"]
+        return [
+            f"{image_id!r:.80} could not be looked at: {make_printable(f'{type(error).__name__}: {error}')[:200]}"
+        ]
 
 
 def _recover_if_lost(
@@ -137,17 +150,26 @@ def _recover_if_lost(
     return [f"{row.image_id} was recovered and is {status}: {cause} (run {row.run_id})."]
 
 
-def _renew_if_run_ended(catalogue: Catalogue, instance: dg.DagsterInstance, pending: Pending) -> list[str]:
+def _renew_if_run_ended(
+    catalogue: Catalogue, instance: dg.DagsterInstance, pending: Pending
+) -> list[str]:
     """A pending image whose run key is used up: its run ended before it claimed the image."""
     tags = {"dagster/partition": pending.image_id, GENERATION_TAG: str(pending.generation)}
     runs = [run for run in instance.get_runs(dg.RunsFilter(tags=tags)) if run.parent_run_id is None]
     if not runs or not all(run.is_finished for run in runs):
         return []
     if runs[0].status == dg.DagsterRunStatus.CANCELED:
-        is_changed, what = catalogue.fail_pending(pending, "cancelled", CANCELLED), f"failed: {CANCELLED}"
+        is_changed, what = (
+            catalogue.fail_pending(pending, "cancelled", CANCELLED),
+            f"failed: {CANCELLED}",
+        )
     else:
-        wait_seconds = RENEWAL_WAITS_SECONDS[min(catalogue.count_renewals(pending), len(RENEWAL_WAITS_SECONDS) - 1)]
-        is_changed = catalogue.renew(pending, f"run {runs[0].run_id} ended before it began", wait_seconds)
+        wait_seconds = RENEWAL_WAITS_SECONDS[
+            min(catalogue.count_renewals(pending), len(RENEWAL_WAITS_SECONDS) - 1)
+        ]
+        is_changed = catalogue.renew(
+            pending, f"run {runs[0].run_id} ended before it began", wait_seconds
+        )
         what = f"asked for again in {wait_seconds} s: its run ended before it began"
     return [f"{pending.image_id} is {what} (run {runs[0].run_id})."] if is_changed else []
 

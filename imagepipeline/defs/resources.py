@@ -23,7 +23,9 @@ def opened(open_it: Callable[[], Closable], description: str) -> dg.ResourceDefi
     return entered(lambda: closing(open_it()), description)
 
 
-def entered(enter: Callable[[], AbstractContextManager[object]], description: str) -> dg.ResourceDefinition:
+def entered(
+    enter: Callable[[], AbstractContextManager[object]], description: str
+) -> dg.ResourceDefinition:
     """What a context manager gives, entered when a run or tick begins and left when that ends."""
 
     def make(_: dg.InitResourceContext) -> Iterator[object]:

@@ -79,9 +79,15 @@ def upload_sensor(
     for line in end_invalid(catalogue, pending):
         context.log.error(line)
     pending = [image for image in pending if is_image_id(image.image_id)]
-    chosen = pending[: count_room(pauses, limit if affordable is None else min(limit, affordable), len(unfinished))]
+    chosen = pending[
+        : count_room(
+            pauses, limit if affordable is None else min(limit, affordable), len(unfinished)
+        )
+    ]
     if not chosen:
-        paused = f"Paused ({pauses[0].reason}): {pauses[0].message}." if pauses and pending else None
+        paused = (
+            f"Paused ({pauses[0].reason}): {pauses[0].message}." if pauses and pending else None
+        )
         if pending and problem_of_rates and not paused:
             paused = f"Paused: {problem_of_rates}."
         return dg.SkipReason(paused or problem or explain_idleness(len(pending), len(unfinished)))
@@ -111,7 +117,11 @@ def reopen_failures(catalogue: Catalogue, ledger: Ledger, pauses: Sequence[Pause
     for pause in pauses:
         if pause.reason == "provider_down":
             count = catalogue.reopen("provider_unavailable", ledger.find_streak_start(pause.stage))
-            lines += [f"{count} images that had failed as provider_unavailable wait again."] if count else []
+            lines += (
+                [f"{count} images that had failed as provider_unavailable wait again."]
+                if count
+                else []
+            )
     return lines
 
 
@@ -144,17 +154,26 @@ def take_in(queue: UploadQueue, catalogue: Catalogue) -> list[str]:
             unreadable[entry] = str(error)
     for entry, owner in catalogue.find_owners(uploads).items():
         upload = uploads.pop(entry)
-        unreadable[entry] = f"{upload.path!r:.100} is the original of {owner}, not of {upload.image_id}"
+        unreadable[entry] = (
+            f"{upload.path!r:.100} is the original of {owner}, not of {upload.image_id}"
+        )
     begun = catalogue.accept(uploads.values())
     queue.acknowledge({entry: entries[entry] for entry in uploads})
     for upload in uploads.values():
         if upload.image_id in begun:
             lines.append(f"{upload.image_id} was taken in.")
         else:
-            lines.append(f"{upload.image_id} was pushed again before it ended: a run that begins now will look at it.")
+            lines.append(
+                f"{upload.image_id} was pushed again before it ended: a run that begins now will look at it."
+            )
         if upload.ignored:
-            lines.append(f"{upload.image_id}: unknown fields were ignored: {', '.join(upload.ignored)!r:.200}")
-    for entry, reason in unreadable.items():  # last, as a full Redis may have no room for them before
+            lines.append(
+                f"{upload.image_id}: unknown fields were ignored: {', '.join(upload.ignored)!r:.200}"
+            )
+    for (
+        entry,
+        reason,
+    ) in unreadable.items():  # last, as a full Redis may have no room for them before
         queue.dead_letter(entry, entries[entry], reason)
         lines.append(f"An entry went to the dead list: {reason}")
     return lines
@@ -162,11 +181,18 @@ def take_in(queue: UploadQueue, catalogue: Catalogue) -> list[str]:
 
 def find_unfinished(instance: dg.DagsterInstance) -> set[tuple[str, int]]:
     """The (image ID, generation) of every run of the job that is queued or running."""
-    records = instance.get_run_records(dg.RunsFilter(job_name=process_upload.name, statuses=UNFINISHED))
+    records = instance.get_run_records(
+        dg.RunsFilter(job_name=process_upload.name, statuses=UNFINISHED)
+    )
     named = [
-        (run.tags.get("dagster/partition"), read_generation(run.tags)) for run in (one.dagster_run for one in records)
+        (run.tags.get("dagster/partition"), read_generation(run.tags))
+        for run in (one.dagster_run for one in records)
     ]
-    return {(image_id, generation) for image_id, generation in named if image_id and generation is not None}
+    return {
+        (image_id, generation)
+        for image_id, generation in named
+        if image_id and generation is not None
+    }
 
 
 def build_run_request(image: Pending) -> dg.RunRequest:

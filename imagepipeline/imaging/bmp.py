@@ -32,7 +32,14 @@ class Bmp:
     def is_plausible(self) -> bool:
         """Whether its header could be one: a known compression and number of bits."""
         is_wrapper = self.compression in (JPEG, PNG)
-        is_known = is_wrapper or self.compression in (RGB, RLE8, RLE4, BITFIELDS, ALPHA_BITFIELDS, *CMYK)
+        is_known = is_wrapper or self.compression in (
+            RGB,
+            RLE8,
+            RLE4,
+            BITFIELDS,
+            ALPHA_BITFIELDS,
+            *CMYK,
+        )
         return is_known and (is_wrapper or self.bits in (1, 2, 4, 8, 16, 24, 32))
 
     def find_refusal(self, header_bytes: int) -> str | None:
@@ -65,7 +72,9 @@ def read_bmp(content: bytes) -> tuple[Bmp, int] | None:
     if compression in (BITFIELDS, ALPHA_BITFIELDS) and header_bytes >= 40:
         has_alpha = header_bytes >= 56 or compression == ALPHA_BITFIELDS
         masks = (read(54), read(58), read(62), read(66) if has_alpha else 0)
-    return Bmp(max(width, 0), abs(height), height < 0, bits, compression, read(10), masks), header_bytes
+    return Bmp(
+        max(width, 0), abs(height), height < 0, bits, compression, read(10), masks
+    ), header_bytes
 
 
 def read_fields(content: bytes, bmp: Bmp) -> Image.Image | None:
@@ -85,11 +94,15 @@ def read_fields(content: bytes, bmp: Bmp) -> Image.Image | None:
         shift = (mask & -mask).bit_length() - 1
         largest = mask >> shift
         values = (pixels & mask) >> shift
-        channels.append(((values.astype(np.uint64) * 255 + largest // 2) // largest).astype(np.uint8))
+        channels.append(
+            ((values.astype(np.uint64) * 255 + largest // 2) // largest).astype(np.uint8)
+        )
     return Image.fromarray(np.stack(channels, axis=-1))
 
 
-def read_runs(content: bytes, bmp: Bmp, header_bytes: int) -> tuple[Image.Image, NDArray[np.bool_], bool]:
+def read_runs(
+    content: bytes, bmp: Bmp, header_bytes: int
+) -> tuple[Image.Image, NDArray[np.bool_], bool]:
     """RGB of a BMP of run lengths, which pixels its runs leave free, and whether they come to an end.
 
     What is free is black, and runs that are longer than their row are cut, as in Chromium.
@@ -107,11 +120,18 @@ def read_runs(content: bytes, bmp: Bmp, header_bytes: int) -> tuple[Image.Image,
             has_end = True
             break
         if count == 0 and value == 2:
-            x, y = x + content[position], y + content[position + 1] if position + 2 <= len(content) else height
+            x, y = (
+                x + content[position],
+                y + content[position + 1] if position + 2 <= len(content) else height,
+            )
             position += 2
             continue
         if count:
-            run = bytes([value]) * count if is_wide else (bytes([value >> 4, value & 15]) * (count // 2 + 1))[:count]
+            run = (
+                bytes([value]) * count
+                if is_wide
+                else (bytes([value >> 4, value & 15]) * (count // 2 + 1))[:count]
+            )
         else:
             size = value if is_wide else (value + 1) // 2
             run = content[position : position + size]
@@ -124,9 +144,13 @@ def read_runs(content: bytes, bmp: Bmp, header_bytes: int) -> tuple[Image.Image,
         drawn[at : at + len(run)] = b"\1" * len(run)
         x += len(run)
     has_end = has_end or y >= height
-    table = np.frombuffer(content, np.uint8, min(1024, len(content) - 14 - header_bytes), 14 + header_bytes)
+    table = np.frombuffer(
+        content, np.uint8, min(1024, len(content) - 14 - header_bytes), 14 + header_bytes
+    )
     palette = np.zeros((256, 3), np.uint8)
-    colors = table[: len(table) // 4 * 4].reshape(-1, 4)[: max(0, bmp.start - 14 - header_bytes) // 4, 2::-1]
+    colors = table[: len(table) // 4 * 4].reshape(-1, 4)[
+        : max(0, bmp.start - 14 - header_bytes) // 4, 2::-1
+    ]
     palette[: len(colors)] = colors
     direction = 1 if bmp.is_top_down else -1
     rows = np.frombuffer(bytes(pixels), np.uint8).reshape(height, width)[::direction]
@@ -140,5 +164,8 @@ def read_profile(content: bytes, header_bytes: int) -> bytes | None:
     """The ICC profile embedded in a BMP of version 5."""
     if header_bytes != 124 or content[70:74] != b"DEBM":  # "MBED", least significant byte first
         return None
-    offset, size = int.from_bytes(content[126:130], "little"), int.from_bytes(content[130:134], "little")
+    offset, size = (
+        int.from_bytes(content[126:130], "little"),
+        int.from_bytes(content[130:134], "little"),
+    )
     return content[14 + offset : 14 + offset + size] or None

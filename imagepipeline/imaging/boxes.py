@@ -4,7 +4,11 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 
 MAX_BOXES = 10_000  # a grid of a phone has some hundreds
-DERIVED = (b"grid", b"iovl", b"iden")  # item types without pixels of their own, ISO/IEC 23008-12, 6.6.2
+DERIVED = (
+    b"grid",
+    b"iovl",
+    b"iden",
+)  # item types without pixels of their own, ISO/IEC 23008-12, 6.6.2
 MAX_DERIVATIONS = 4
 
 
@@ -64,7 +68,9 @@ def _read_primary_item(content: bytes) -> Item:
             break
     coded = boxes.find_coded(boxes.primary)
     properties = boxes.find_properties(boxes.primary)
-    if not any(kind == b"colr" for kind, _ in properties):  # of a grid it may stand at its tiles alone
+    if not any(
+        kind == b"colr" for kind, _ in properties
+    ):  # of a grid it may stand at its tiles alone
         properties += [one for one in boxes.find_properties(coded[0]) if one[0] == b"colr"]
     extents = (extent for item in coded for extent in boxes.extents.get(item, ()))
     return Item(boxes.types.get(coded[0], b""), tuple(properties), tuple(extents))
@@ -107,7 +113,9 @@ class _Meta:
             for name, start, stop in walk(box, 0, len(box)):
                 if name == b"ipco":
                     inner = box[start:stop]
-                    self.properties = [(what, inner[a:b]) for what, a, b in walk(inner, 0, len(inner))]
+                    self.properties = [
+                        (what, inner[a:b]) for what, a, b in walk(inner, 0, len(inner))
+                    ]
                 elif name == b"ipma":
                     self._take_associations(_Reader(box[start:stop]))
 
@@ -137,7 +145,9 @@ class _Meta:
     def _take_locations(self, reader: "_Reader") -> None:
         version = reader.number(4) >> 24
         sizes = reader.number(2)
-        offset_size, length_size, base_size, index_size = (sizes >> shift & 15 for shift in (12, 8, 4, 0))
+        offset_size, length_size, base_size, index_size = (
+            sizes >> shift & 15 for shift in (12, 8, 4, 0)
+        )
         for _ in range(reader.number(4 if version == 2 else 2)):
             item = reader.number(4 if version == 2 else 2)
             method = reader.number(2) & 15 if version else 0
@@ -202,11 +212,17 @@ def _set_durations(content: bytearray, start: int, end: int, play_count: int) ->
         if kind == b"trak":
             inner = {name: (one, other) for name, one, other in walk(content, first, last)}
             lists = {name: one for name, one, _ in walk(content, *inner.get(b"edts", (0, 0)))}
-            round_start = lists.get(b"elst", 0) + 8  # behind version, flags and the number of entries
+            round_start = (
+                lists.get(b"elst", 0) + 8
+            )  # behind version, flags and the number of entries
             duration = play_count * int.from_bytes(content[round_start : round_start + 8], "big")
-            at = inner[b"tkhd"][0] + 28  # behind version, flags, two dates, the track's ID and 4 bytes
+            at = (
+                inner[b"tkhd"][0] + 28
+            )  # behind version, flags, two dates, the track's ID and 4 bytes
             content[at : at + 8] = duration.to_bytes(8, "big")
             longest = max(longest, duration)
     for kind, first, _ in boxes:
         if kind == b"mvhd":
-            content[first + 24 : first + 32] = longest.to_bytes(8, "big")  # behind version, flags, dates, time scale
+            content[first + 24 : first + 32] = longest.to_bytes(
+                8, "big"
+            )  # behind version, flags, dates, time scale

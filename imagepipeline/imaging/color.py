@@ -16,9 +16,20 @@ from PIL import Image, ImageCms
 
 Floats = NDArray[np.floating]
 SRGB = ImageCms.createProfile("sRGB")
-SRGB_PRIMARIES = (0.640, 0.330, 0.300, 0.600, 0.150, 0.060, 0.3127, 0.3290)  # x and y of red, green, blue, white
+SRGB_PRIMARIES = (
+    0.640,
+    0.330,
+    0.300,
+    0.600,
+    0.150,
+    0.060,
+    0.3127,
+    0.3290,
+)  # x and y of red, green, blue, white
 D50 = np.array([0.9642, 1.0, 0.8249])  # of the profile connection space, ICC.1:2022, 7.2.16
-BRADFORD = np.array([[0.8951, 0.2664, -0.1614], [-0.7502, 1.7135, 0.0367], [0.0389, -0.0685, 1.0296]])
+BRADFORD = np.array(
+    [[0.8951, 0.2664, -0.1614], [-0.7502, 1.7135, 0.0367], [0.0389, -0.0685, 1.0296]]
+)
 CURVE_ENTRIES = 4096
 # ITU-T H.273, table 2. 1, BT.709, and 2, unspecified, are sRGB's.
 PRIMARIES: dict[int, tuple[float, ...]] = {
@@ -36,7 +47,9 @@ PRIMARIES: dict[int, tuple[float, ...]] = {
 BT2020 = 9
 SRGB_CURVE, PQ, HLG = 13, 16, 18  # transfer characteristics, ITU-T H.273, table 3
 REFERENCE_WHITE_NITS = 203  # of HDR pictures, ITU-R BT.2408
-DEFAULT_PEAK_NITS = 1000  # what HDR pictures are graded for, and HLG is defined at, if they do not say
+DEFAULT_PEAK_NITS = (
+    1000  # what HDR pictures are graded for, and HLG is defined at, if they do not say
+)
 KNEE = 0.65  # how sharply the curve of tone mapping bends at reference white
 SRGB_GAMMA = 45_455  # how sRGB is written as gAMA
 MAX_S15 = 32_000  # what an ICC profile can hold
@@ -86,7 +99,9 @@ def read_png_space(chunks: Mapping[bytes, bytes], profile: bytes | None) -> Colo
     if b"sRGB" in chunks or not gamma:
         return ColorSpace()
     if len(chromaticities) == 32:
-        white_x, white_y, *colors = (value / 100_000 for value in struct.unpack(">8I", chromaticities))
+        white_x, white_y, *colors = (
+            value / 100_000 for value in struct.unpack(">8I", chromaticities)
+        )
         return ColorSpace(gamma=100_000 / gamma, chromaticities=(*colors, white_x, white_y))
     return ColorSpace() if gamma == SRGB_GAMMA else ColorSpace(gamma=100_000 / gamma)
 
@@ -108,7 +123,9 @@ def _number(content: bytes) -> int:
 
 def _is_known(primaries: int, transfer: int) -> bool:
     """Whether both code points are ones we can convert from."""
-    return (primaries in (1, 2) or primaries in PRIMARIES) and (transfer in (2, PQ, HLG) or transfer in TO_LINEAR)
+    return (primaries in (1, 2) or primaries in PRIMARIES) and (
+        transfer in (2, PQ, HLG) or transfer in TO_LINEAR
+    )
 
 
 # ---- matrices and curves
@@ -131,9 +148,13 @@ def _power(exponent: float) -> Callable[[Floats], Floats]:
     return lambda value: np.asarray(value**exponent)
 
 
-def _with_toe(exponent: float, slope: float, offset: float, end: float) -> Callable[[Floats], Floats]:
+def _with_toe(
+    exponent: float, slope: float, offset: float, end: float
+) -> Callable[[Floats], Floats]:
     """A curve that is linear up to `end` and a shifted power above."""
-    return lambda value: np.where(value < end, value / slope, ((value + offset) / (1 + offset)) ** exponent)
+    return lambda value: np.where(
+        value < end, value / slope, ((value + offset) / (1 + offset)) ** exponent
+    )
 
 
 VIDEO_CURVES = (1, 6, 11, 14, 15)  # BT.709 and its like
@@ -172,7 +193,9 @@ def _build_profile(space: ColorSpace) -> bytes | None:
     if not np.isfinite(columns).all() or abs(columns).max() > MAX_S15:
         return None
     entries = np.clip(curve(np.linspace(0, 1, CURVE_ENTRIES)), 0, 1) * 65_535
-    shared = b"curv" + struct.pack(">II", 0, CURVE_ENTRIES) + entries.round().astype(">u2").tobytes()
+    shared = (
+        b"curv" + struct.pack(">II", 0, CURVE_ENTRIES) + entries.round().astype(">u2").tobytes()
+    )
     tags = {
         b"wtpt": _xyz(D50),
         b"rXYZ": _xyz(columns[:, 0]),
@@ -187,7 +210,9 @@ def _build_profile(space: ColorSpace) -> bytes | None:
     for name in (b"rTRC", b"gTRC", b"bTRC"):
         table += name + struct.pack(">II", start + len(data), len(shared))
     size = start + len(data) + len(shared)
-    header = struct.pack(">I4xI4s4s4s12x4s28x", size, 0x02400000, b"mntr", b"RGB ", b"XYZ ", b"acsp") + _s15(*D50)
+    header = struct.pack(
+        ">I4xI4s4s4s12x4s28x", size, 0x02400000, b"mntr", b"RGB ", b"XYZ ", b"acsp"
+    ) + _s15(*D50)
     return header.ljust(128, b"\0") + table + data + shared
 
 
@@ -203,7 +228,10 @@ def _convert_profile(image: Image.Image, profile: bytes) -> Image.Image:
     try:
         source = ImageCms.ImageCmsProfile(io.BytesIO(profile))
         converted = ImageCms.profileToProfile(image, source, SRGB, outputMode="RGB")
-    except (ImageCms.PyCMSError, OSError):  # a broken or unfitting profile: take the numbers as sRGB, as browsers do
+    except (
+        ImageCms.PyCMSError,
+        OSError,
+    ):  # a broken or unfitting profile: take the numbers as sRGB, as browsers do
         return image
     return converted if converted is not None else image
 
@@ -232,7 +260,9 @@ def _map_tones(image: Image.Image, primaries: int, transfer: int, peak_nits: flo
     return Image.fromarray(shown)
 
 
-def tone_map(stored: NDArray[np.uint8], primaries: int, transfer: int, peak_nits: float) -> NDArray[np.uint8]:
+def tone_map(
+    stored: NDArray[np.uint8], primaries: int, transfer: int, peak_nits: float
+) -> NDArray[np.uint8]:
     """SRGB bytes [n, 3] of PQ or HLG bytes [n, 3].
 
     By the brightest of the three channels, in BT.2020: what is as bright as paper (203 nits, ITU-R BT.2408) or less
@@ -240,7 +270,11 @@ def tone_map(stored: NDArray[np.uint8], primaries: int, transfer: int, peak_nits
     room that leaves, up to the picture's peak. It is the curve with which Chromium shows such pictures.
     """
     steps = np.linspace(0, 1, 256)
-    to_wide = (_from_xyz(PRIMARIES[BT2020]) @ _to_xyz(PRIMARIES.get(primaries, SRGB_PRIMARIES))).astype(np.float32).T
+    to_wide = (
+        (_from_xyz(PRIMARIES[BT2020]) @ _to_xyz(PRIMARIES.get(primaries, SRGB_PRIMARIES)))
+        .astype(np.float32)
+        .T
+    )
     to_shown = (_from_xyz(SRGB_PRIMARIES) @ _to_xyz(PRIMARIES[BT2020])).astype(np.float32).T
     if transfer == PQ:
         linear = (_pq_to_nits(steps) / REFERENCE_WHITE_NITS).astype(np.float32)[stored] @ to_wide
@@ -248,7 +282,12 @@ def tone_map(stored: NDArray[np.uint8], primaries: int, transfer: int, peak_nits
         peak_nits = DEFAULT_PEAK_NITS
         scene = _hlg_to_scene(steps).astype(np.float32)[stored] @ to_wide
         luminance = np.maximum(scene @ np.array([0.2627, 0.6780, 0.0593], dtype=np.float32), 1e-9)
-        linear = scene * (luminance ** np.float32(0.2) * np.float32(DEFAULT_PEAK_NITS / REFERENCE_WHITE_NITS))[:, None]
+        linear = (
+            scene
+            * (luminance ** np.float32(0.2) * np.float32(DEFAULT_PEAK_NITS / REFERENCE_WHITE_NITS))[
+                :, None
+            ]
+        )
     brightest = np.maximum(linear.max(axis=1), 1e-9)
     linear *= (_bend(brightest, max(peak_nits / REFERENCE_WHITE_NITS, 1.0)) / brightest)[:, None]
     shown = np.clip(linear @ to_shown, 0, 1)
@@ -259,22 +298,29 @@ def _bend(value: Floats, peak: float) -> Floats:
     """A straight line to reference white, then a quadratic Bézier curve to (peak, 1) that goes on in its direction."""
     if peak <= 1:
         return np.minimum(value, 1.0)
-    white = 1 - 0.5 * min(1.0, float(np.log(peak) / np.log(DEFAULT_PEAK_NITS / REFERENCE_WHITE_NITS)))
+    white = 1 - 0.5 * min(
+        1.0, float(np.log(peak) / np.log(DEFAULT_PEAK_NITS / REFERENCE_WHITE_NITS))
+    )
     middle, height = (1 - KNEE) + KNEE / white, (1 - KNEE) * white + KNEE
     # value = (1-t)² + 2 t (1-t) middle + t² peak, solved for t
     a, b, c = 1 - 2 * middle + peak, 2 * (middle - 1), 1 - np.clip(value, 1, peak)
     t = (np.sqrt(np.maximum(b * b - 4 * a * c, 0)) - b) / (2 * a) if abs(a) > 1e-9 else -c / b
-    return np.where(value <= 1, value * white, (1 - t) ** 2 * white + 2 * t * (1 - t) * height + t**2)
+    return np.where(
+        value <= 1, value * white, (1 - t) ** 2 * white + 2 * t * (1 - t) * height + t**2
+    )
 
 
 def _pq_to_nits(stored: Floats) -> Floats:
     """ITU-R BT.2100, table 4."""
     root = stored ** (1 / 78.84375)
     return np.asarray(
-        10_000 * (np.maximum(root - 0.8359375, 0) / (18.8515625 - 18.6875 * root)) ** (1 / 0.1593017578125)
+        10_000
+        * (np.maximum(root - 0.8359375, 0) / (18.8515625 - 18.6875 * root)) ** (1 / 0.1593017578125)
     )
 
 
 def _hlg_to_scene(stored: Floats) -> Floats:
     """ITU-R BT.2100, table 5, the inverse of its OETF."""
-    return np.where(stored <= 0.5, stored**2 / 3, (np.exp((stored - 0.55991073) / 0.17883277) + 0.28466892) / 12)
+    return np.where(
+        stored <= 0.5, stored**2 / 3, (np.exp((stored - 0.55991073) / 0.17883277) + 0.28466892) / 12
+    )

@@ -17,7 +17,11 @@ from pathlib import Path
 
 PR_SET_PDEATHSIG, PR_SET_SECCOMP, PR_SET_NO_NEW_PRIVS = 1, 22, 38  # linux/prctl.h
 SECCOMP_MODE_FILTER = 2
-KILL_PROCESS, REFUSE, ALLOW = 0x80000000, 0x00050000, 0x7FFF0000  # linux/seccomp.h; REFUSE holds the error's number
+KILL_PROCESS, REFUSE, ALLOW = (
+    0x80000000,
+    0x00050000,
+    0x7FFF0000,
+)  # linux/seccomp.h; REFUSE holds the error's number
 LANDLOCK_CREATE_RULESET, LANDLOCK_RESTRICT_SELF = 444, 446  # the same on all architectures
 LANDLOCK_VERSION = 1  # a flag that asks for it
 # AUDIT_ARCH_X86_64 and AUDIT_ARCH_AARCH64 of linux/audit.h, by what `platform` calls them.
@@ -72,8 +76,14 @@ class Confinement:
 
     def describe(self) -> str:
         """What holds a decoder, in words."""
-        calls = "its system calls are filtered" if self.has_seccomp else "its system calls are not filtered"
-        files = "Landlock closes the file system" if self.landlock_version else "there is no Landlock"
+        calls = (
+            "its system calls are filtered"
+            if self.has_seccomp
+            else "its system calls are not filtered"
+        )
+        files = (
+            "Landlock closes the file system" if self.landlock_version else "there is no Landlock"
+        )
         return f"{calls}, {files}"
 
 
@@ -84,7 +94,9 @@ def confine(memory_bytes: int, cpu_seconds: int) -> Confinement:
     """
     _limit(memory_bytes, cpu_seconds)
     is_linux = sys.platform == "linux"
-    has_no_privileges = is_linux and _control(PR_SET_NO_NEW_PRIVS, 1)  # without that the kernel allows no filter
+    has_no_privileges = is_linux and _control(
+        PR_SET_NO_NEW_PRIVS, 1
+    )  # without that the kernel allows no filter
     landlock_version = _close_file_system() if has_no_privileges else 0
     resource.setrlimit(resource.RLIMIT_NOFILE, (0, 0))  # what is open stays open
     return Confinement(has_no_privileges and _filter_calls(), landlock_version)
@@ -141,7 +153,11 @@ class _Program(ctypes.Structure):
 
 
 class _Ruleset(ctypes.Structure):
-    _fields_ = (("files", ctypes.c_uint64), ("network", ctypes.c_uint64), ("scopes", ctypes.c_uint64))
+    _fields_ = (
+        ("files", ctypes.c_uint64),
+        ("network", ctypes.c_uint64),
+        ("scopes", ctypes.c_uint64),
+    )
 
 
 def _control(option: int, *values: int) -> bool:

@@ -75,9 +75,13 @@ def decode(content: bytes, rules: Rules = DEFAULT_RULES) -> Decoded:
         UnreadableImageError: damaged.
     """
     if not content:
-        raise EmptyOriginalError("the original is empty (0 bytes): the upload was cut off or never written")
+        raise EmptyOriginalError(
+            "the original is empty (0 bytes): the upload was cut off or never written"
+        )
     if len(content) > rules.max_bytes:
-        raise TooLargeError(f"the original has more than {rules.max_bytes:,} bytes (IMAGEPIPELINE_MAX_BYTES)")
+        raise TooLargeError(
+            f"the original has more than {rules.max_bytes:,} bytes (IMAGEPIPELINE_MAX_BYTES)"
+        )
     format_ = identify(content)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # what decoders say of odd tags
@@ -101,11 +105,16 @@ def _finish(source: Source, format_: str, rules: Rules) -> Decoded:
     orientation, texts = _read_exif(source.exif)
     turn = TURNS.get(orientation) if source.is_turned_by_exif else None
     is_on_its_side = turn in (TURNS[5], TURNS[6], TURNS[7], TURNS[8])
-    width, height = (source.height, source.width) if is_on_its_side else (source.width, source.height)
+    width, height = (
+        (source.height, source.width) if is_on_its_side else (source.width, source.height)
+    )
     check_variants(width, height, rules)
     frames, durations_ms, flaw = [], [], None
     for picture in source.load(is_on_its_side):
-        scale = min(1.0, rules.max_width_px / (picture.image.height if is_on_its_side else picture.image.width))
+        scale = min(
+            1.0,
+            rules.max_width_px / (picture.image.height if is_on_its_side else picture.image.width),
+        )
         upright = _to_rgb(_scale(picture, scale), source)
         frames.append(_without_attachments(upright if turn is None else upright.transpose(turn)))
         durations_ms.append(picture.duration_ms)
@@ -134,7 +143,9 @@ def _read_exif(exif: Image.Exif) -> tuple[int, dict[str, str | None]]:
             "artist": clean(exif.get(ExifTags.Base.Artist), 200),
             "copyright": clean(exif.get(ExifTags.Base.Copyright), 200),
         }
-        taken = clean(details.get(ExifTags.Base.DateTimeOriginal) or exif.get(ExifTags.Base.DateTime), 40)
+        taken = clean(
+            details.get(ExifTags.Base.DateTimeOriginal) or exif.get(ExifTags.Base.DateTime), 40
+        )
         orientation = exif.get(ExifTags.Base.Orientation, 1)
     except Exception:  # EXIF is decoration: however broken it is, the picture is not
         return 1, {}

@@ -14,10 +14,16 @@ from PIL import Image, ImageFile
 from imagepipeline.errors import TruncatedImageError, UnreadableImageError
 
 # Two grounds to draw on, by mode: a pixel that shows the first on the first and the second on the second was not drawn.
-GROUNDS: dict[str, tuple[float, float]] = {"1": (0, 255), "I;16": (42_405, 23_130), "F": (-1.2345e30, 5.4321e30)}
+GROUNDS: dict[str, tuple[float, float]] = {
+    "1": (0, 255),
+    "I;16": (42_405, 23_130),
+    "F": (-1.2345e30, 5.4321e30),
+}
 BYTE_GROUNDS = (165, 90)
 GREY = 128  # where nothing could be read
-ABOUT_TAGS = re.compile(r"warning|Field|Directory|Tag\b", re.IGNORECASE)  # what libtiff says of anything but pixels
+ABOUT_TAGS = re.compile(
+    r"warning|Field|Directory|Tag\b", re.IGNORECASE
+)  # what libtiff says of anything but pixels
 EDGE_PX = 8  # what is looked at first: the right end of each row, which a decoder draws last
 
 
@@ -31,7 +37,11 @@ class Drawn:
 
 
 def draw(
-    open_image: Callable[[], ImageFile.ImageFile], format_: str, is_cut: bool, is_interlaced: bool, is_part_kept: bool
+    open_image: Callable[[], ImageFile.ImageFile],
+    format_: str,
+    is_cut: bool,
+    is_interlaced: bool,
+    is_part_kept: bool,
 ) -> Drawn:
     """Has Pillow decode an image in full.
 
@@ -50,7 +60,9 @@ def draw(
         if complaints and not is_part_kept:
             raise UnreadableImageError(f"the {format_} data is damaged: {complaints[0]}")
         if not _may_be_missing(image):
-            return Drawn(image, flaw=f"some of the picture is wrong: {complaints[0]}" if complaints else None)
+            return Drawn(
+                image, flaw=f"some of the picture is wrong: {complaints[0]}" if complaints else None
+            )
     except UnreadableImageError:
         raise
     except Exception as one:  # decoders raise whatever they stumble over
@@ -99,13 +111,19 @@ def percent(share: float) -> str:
 
 def _explain(format_: str, is_cut: bool, flaw: str) -> Exception:
     if is_cut:
-        return TruncatedImageError(f"{flaw}; the end of the {format_} file is missing: upload it again")
+        return TruncatedImageError(
+            f"{flaw}; the end of the {format_} file is missing: upload it again"
+        )
     return UnreadableImageError(f"the {format_} data is damaged: {flaw}")
 
 
 def clean(value: object, max_characters: int) -> str | None:
     """The printable characters of a text; None if it is none or has none."""
-    text = "".join(c for c in value if c.isprintable()).strip()[:max_characters] if isinstance(value, str) else ""
+    text = (
+        "".join(c for c in value if c.isprintable()).strip()[:max_characters]
+        if isinstance(value, str)
+        else ""
+    )
     return text or None
 
 

@@ -40,7 +40,10 @@ ARCHIVE_ADVICE = "an archive: unpack it and upload the pictures one by one"
 
 # What people upload by mistake: a pattern at the start of the file, what it is and what to do. The first counts.
 REFUSED: tuple[tuple[bytes, str], ...] = (
-    (rb"\xef?\xbb?\xbf?\s*(<\?xml[^>]*>|<!--.*?-->|<!DOCTYPE svg[^>]*>|\s)*<svg\b", "an SVG drawing: export it as PNG"),
+    (
+        rb"\xef?\xbb?\xbf?\s*(<\?xml[^>]*>|<!--.*?-->|<!DOCTYPE svg[^>]*>|\s)*<svg\b",
+        "an SVG drawing: export it as PNG",
+    ),
     (
         rb"\xef?\xbb?\xbf?\s*(<!--.*?-->|\s)*<(!doctype html|html|head|body|script)\b",
         "a web page, not the picture on it",
@@ -52,9 +55,15 @@ REFUSED: tuple[tuple[bytes, str], ...] = (
     (rb"....ftypcrx |II\*\x00....CR|IIU\x00|IIR[OS]|MMOR|FUJIFILMCCD-RAW|FOVb", RAW_ADVICE),
     (rb"\xff\x0a|\x00\x00\x00\x0cJXL ", "a JPEG XL picture: export it as JPEG or PNG"),
     (rb"\x00\x00\x00\x0cjP|\xff\x4f\xff\x51", "a JPEG 2000 picture: export it as JPEG or PNG"),
-    (rb"....ftyp|....(moov|mdat|wide)|\x1a\x45\xdf\xa3|RIFF....AVI |FLV\x01|\x00\x00\x01[\xb3\xba]", VIDEO_ADVICE),
+    (
+        rb"....ftyp|....(moov|mdat|wide)|\x1a\x45\xdf\xa3|RIFF....AVI |FLV\x01|\x00\x00\x01[\xb3\xba]",
+        VIDEO_ADVICE,
+    ),
     (rb"OggS|ID3|RIFF....WAVE|fLaC", "a sound or a video: upload a picture"),
-    (rb"PK\x03\x04|PK\x05\x06|Rar!|7z\xbc\xaf|\x1f\x8b|BZh|\xfd7zXZ|\x28\xb5\x2f\xfd|.{257}ustar", ARCHIVE_ADVICE),
+    (
+        rb"PK\x03\x04|PK\x05\x06|Rar!|7z\xbc\xaf|\x1f\x8b|BZh|\xfd7zXZ|\x28\xb5\x2f\xfd|.{257}ustar",
+        ARCHIVE_ADVICE,
+    ),
     (rb"\x00\x00[\x01\x02]\x00", "a Windows icon or cursor: export it as PNG"),
     (rb"\x7fELF|MZ|#!", "a program"),
 )
@@ -73,12 +82,16 @@ def identify(content: bytes) -> str:
     coding = _coding(content)
     if coding:
         name = REFUSED_CODINGS.get(coding, f"of pixels coded as {coding.decode('latin-1')!r}")
-        raise UnsupportedFormatError(f"the original is a HEIF file {name}: export it as JPEG (accepted: {accepted})")
+        raise UnsupportedFormatError(
+            f"the original is a HEIF file {name}: export it as JPEG (accepted: {accepted})"
+        )
     head = content[:1024]
     for pattern, kind in REFUSED:
         if re.match(pattern, head, re.IGNORECASE | re.DOTALL):
             raise UnsupportedFormatError(f"the original is {kind} (accepted: {accepted})")
-    raise UnsupportedFormatError(f"the original is no picture of a known format (accepted: {accepted})")
+    raise UnsupportedFormatError(
+        f"the original is no picture of a known format (accepted: {accepted})"
+    )
 
 
 def measure_webp(content: bytes) -> tuple[int, int]:
@@ -93,7 +106,9 @@ def measure_webp(content: bytes) -> tuple[int, int]:
         bits = int.from_bytes(header[1:5], "little")
         return (bits & 0x3FFF) + 1, (bits >> 14 & 0x3FFF) + 1
     if kind == b"VP8 ":
-        return int.from_bytes(header[6:8], "little") & 0x3FFF, int.from_bytes(header[8:10], "little") & 0x3FFF
+        return int.from_bytes(header[6:8], "little") & 0x3FFF, int.from_bytes(
+            header[8:10], "little"
+        ) & 0x3FFF
     return 0, 0
 
 

@@ -63,14 +63,17 @@ def _walk(content: bytes, gif: Gif) -> Iterator[GifFrame]:
                 clear_index = blocks[3] if blocks[0] & 1 else None
                 disposal = blocks[0] >> 2 & 7
                 duration_ms = int.from_bytes(blocks[1:3], "little") * 10
-            elif label == 0xFF and blocks.startswith(LOOPS) and len(blocks) >= 14 and blocks[11] == 1:
+            elif (
+                label == 0xFF and blocks.startswith(LOOPS) and len(blocks) >= 14 and blocks[11] == 1
+            ):
                 gif.loop = int.from_bytes(blocks[12:14], "little")
             position = after
         elif kind == 0x2C:  # a frame
             if position + 10 > len(content):
                 return
             left, top, width, height = (
-                int.from_bytes(content[at : at + 2], "little") for at in range(position + 1, position + 9, 2)
+                int.from_bytes(content[at : at + 2], "little")
+                for at in range(position + 1, position + 9, 2)
             )
             packed = content[position + 9]
             position += 10
@@ -86,7 +89,12 @@ def _walk(content: bytes, gif: Gif) -> Iterator[GifFrame]:
             colors = max(1, (len(own) // 3 - 1).bit_length())
             start = b"GIF89a" + width.to_bytes(2, "little") + height.to_bytes(2, "little")
             start += bytes([0x80 | colors - 1, 0, 0]) + own.ljust(3 << colors, b"\0")
-            start += b",\0\0\0\0" + width.to_bytes(2, "little") + height.to_bytes(2, "little") + bytes([packed & 0x40])
+            start += (
+                b",\0\0\0\0"
+                + width.to_bytes(2, "little")
+                + height.to_bytes(2, "little")
+                + bytes([packed & 0x40])
+            )
             yield GifFrame(
                 start + data + (b"" if is_cut else b";"),
                 left,

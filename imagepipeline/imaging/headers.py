@@ -4,7 +4,11 @@ import struct
 from collections.abc import Iterator
 
 TURNING_BOXES = {b"irot", b"imir", b"clap"}  # with them an AVIF shows another size than it declares
-CONTAINERS = {b"meta": 4, b"iprp": 0, b"ipco": 0}  # boxes on the way to the sizes, and what precedes their content
+CONTAINERS = {
+    b"meta": 4,
+    b"iprp": 0,
+    b"ipco": 0,
+}  # boxes on the way to the sizes, and what precedes their content
 
 
 def measure_variant(content: bytes, format_: str) -> tuple[int, int]:
@@ -43,7 +47,9 @@ def _measure_webp(content: bytes) -> tuple[int, int]:
     if (riff, webp) != (b"RIFF", b"WEBP") or length + 8 != len(content):
         raise ValueError("it is no WebP, or not all of one")
     if kind == b"VP8X":
-        return 1 + int.from_bytes(content[24:27], "little"), 1 + int.from_bytes(content[27:30], "little")
+        return 1 + int.from_bytes(content[24:27], "little"), 1 + int.from_bytes(
+            content[27:30], "little"
+        )
     if kind == b"VP8L" and content[20] == 0x2F:
         (bits,) = struct.unpack_from("<I", content, 21)
         return 1 + (bits & 0x3FFF), 1 + (bits >> 14 & 0x3FFF)
@@ -60,7 +66,9 @@ def _measure_avif(content: bytes) -> tuple[int, int]:
     boxes = list(_list_boxes(content, 0, len(content)))
     if any(kind in TURNING_BOXES for kind, _ in boxes):
         raise ValueError("an AVIF is turned or cut after its decoding")
-    sizes = {struct.unpack_from(">II", content, start + 4) for kind, start in boxes if kind == b"ispe"}
+    sizes = {
+        struct.unpack_from(">II", content, start + 4) for kind, start in boxes if kind == b"ispe"
+    }
     if len(sizes) != 1:
         raise ValueError(f"an AVIF declares {len(sizes)} sizes")
     ((width, height),) = sizes

@@ -38,7 +38,9 @@ def inspect(original: Decoded, contents: Sequence[bytes]) -> list[Inspection]:
     return [_inspect(content, luma, references) for content in contents]
 
 
-def _inspect(content: bytes, original: Image.Image, references: dict[tuple[int, int], Image.Image]) -> Inspection:
+def _inspect(
+    content: bytes, original: Image.Image, references: dict[tuple[int, int], Image.Image]
+) -> Inspection:
     try:
         format_ = identify(content)
         image = Image.open(io.BytesIO(content), formats=[format_])
@@ -51,7 +53,13 @@ def _inspect(content: bytes, original: Image.Image, references: dict[tuple[int, 
     if size not in references:
         references[size] = original.resize(size, Image.Resampling.LANCZOS, reducing_gap=1.0)
     luma = _to_luma(image).resize(size, Image.Resampling.LANCZOS, reducing_gap=1.0)
-    return Inspection(None, format_.lower(), *image.size, _list_attachments(image), compare(references[size], luma))
+    return Inspection(
+        None,
+        format_.lower(),
+        *image.size,
+        _list_attachments(image),
+        compare(references[size], luma),
+    )
 
 
 def _list_attachments(image: Image.Image) -> tuple[str, ...]:
@@ -89,4 +97,8 @@ def _blocks(image: Image.Image) -> NDArray[np.float32]:
     luma = np.asarray(image, dtype=np.float32)
     luma = np.pad(luma, [(0, -length % BLOCK_PX) for length in luma.shape], mode="edge")
     rows, columns = (length // BLOCK_PX for length in luma.shape)
-    return luma.reshape(rows, BLOCK_PX, columns, BLOCK_PX).swapaxes(1, 2).reshape(rows * columns, BLOCK_PX**2)
+    return (
+        luma.reshape(rows, BLOCK_PX, columns, BLOCK_PX)
+        .swapaxes(1, 2)
+        .reshape(rows * columns, BLOCK_PX**2)
+    )

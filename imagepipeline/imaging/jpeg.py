@@ -71,7 +71,9 @@ def read_jpeg(content: bytes) -> Jpeg | None:
     frame: tuple[int, int, int, int] | None = None
     exif, profiles = b"", {}
     scan_count, position, has_end = 0, 2, False
-    unsent: dict[int, int] = {}  # by component: which of its 64 coefficients were not sent in full, as bits
+    unsent: dict[
+        int, int
+    ] = {}  # by component: which of its 64 coefficients were not sent in full, as bits
     while True:
         position = content.find(b"\xff", position)  # past what does not belong there
         while 0 <= position < len(content) and content[position] == 0xFF:
@@ -92,7 +94,9 @@ def read_jpeg(content: bytes) -> Jpeg | None:
         if position + length > len(content):
             break
         if marker in REFUSED_FRAMES and frame is None:
-            raise UnsupportedFormatError(f"the original is {REFUSED_FRAMES[marker]}: {EXPORT_ADVICE}")
+            raise UnsupportedFormatError(
+                f"the original is {REFUSED_FRAMES[marker]}: {EXPORT_ADVICE}"
+            )
         if marker in FRAMES or marker in REFUSED_FRAMES:
             if frame:
                 raise UnreadableImageError(f"{DAMAGED}: it describes its picture twice")
@@ -153,7 +157,9 @@ def _note_scan(header: bytes, is_progressive: bool, unsent: dict[int, int]) -> N
     sent = ((1 << last + 1) - 1) >> first << first if is_progressive else ALL
     for component in header[1 : 1 + 2 * count : 2]:
         before = unsent.get(component, ALL)
-        unsent[component] = before & ~sent if not is_progressive or bits & 15 == 0 else before | sent & ALL
+        unsent[component] = (
+            before & ~sent if not is_progressive or bits & 15 == 0 else before | sent & ALL
+        )
 
 
 def _tells_colors(marker: int, segment: bytes) -> bool:
@@ -167,11 +173,17 @@ def _read_frame(marker: int, segment: bytes) -> tuple[int, int, int, int]:
         raise UnreadableImageError(f"{DAMAGED}: the description of its picture is too short")
     height, width = int.from_bytes(segment[1:3], "big"), int.from_bytes(segment[3:5], "big")
     if segment[0] != 8:
-        raise UnsupportedFormatError(f"the original is a JPEG of {segment[0]} bits a sample: {EXPORT_ADVICE} of 8 bits")
+        raise UnsupportedFormatError(
+            f"the original is a JPEG of {segment[0]} bits a sample: {EXPORT_ADVICE} of 8 bits"
+        )
     if segment[5] not in (1, 3, 4):
-        raise UnsupportedFormatError(f"the original is a JPEG of {segment[5]} components: {EXPORT_ADVICE}")
+        raise UnsupportedFormatError(
+            f"the original is a JPEG of {segment[5]} components: {EXPORT_ADVICE}"
+        )
     if height == 0:
-        raise UnsupportedFormatError(f"the original is a JPEG that states no height where it should: {EXPORT_ADVICE}")
+        raise UnsupportedFormatError(
+            f"the original is a JPEG that states no height where it should: {EXPORT_ADVICE}"
+        )
     if width == 0:
         raise UnreadableImageError(f"{DAMAGED}: its picture is 0 px wide")
     return marker, height, width, segment[5]

@@ -39,7 +39,9 @@ def check_size(width: int, height: int, rules: Rules, frame_count: int = 1) -> N
 def check_frames(width: int, height: int, frame_count: int, rules: Rules) -> None:
     """Raises LimitError if an animation has too many frames, or too many pixels in them."""
     if frame_count > rules.max_frames:
-        raise LimitError(f"the original has more than {rules.max_frames} frames (IMAGEPIPELINE_MAX_FRAMES)")
+        raise LimitError(
+            f"the original has more than {rules.max_frames} frames (IMAGEPIPELINE_MAX_FRAMES)"
+        )
     check_size(width, height, rules, frame_count)
 
 

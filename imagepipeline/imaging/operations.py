@@ -14,8 +14,22 @@ from imagepipeline.imaging.variants import render, render_and_inspect
 from imagepipeline.models import build_variant_specs
 
 MAKERS: tuple[Callable[..., Any], ...] = (decode,)  # of what a child holds
-CALLS: tuple[Callable[..., Any], ...] = (prepare, render, render_and_inspect, inspect)  # on it, as first argument
-WARMED_FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "AVIF", "TIFF", "BMP", "MPO")  # MPO is a JPEG with a further picture
+CALLS: tuple[Callable[..., Any], ...] = (
+    prepare,
+    render,
+    render_and_inspect,
+    inspect,
+)  # on it, as first argument
+WARMED_FORMATS = (
+    "JPEG",
+    "PNG",
+    "WEBP",
+    "GIF",
+    "AVIF",
+    "TIFF",
+    "BMP",
+    "MPO",
+)  # MPO is a JPEG with a further picture
 
 
 def warm_up() -> None:
@@ -31,7 +45,11 @@ def warm_up() -> None:
         decoded = decode(buffer.getvalue())
         prepare(decoded)
         render_and_inspect(decoded, build_variant_specs(), has_rights=True)
-        for damaged in (buffer.getvalue()[:-40], buffer.getvalue()[:20], b"GIF89a" + buffer.getvalue()):
+        for damaged in (
+            buffer.getvalue()[:-40],
+            buffer.getvalue()[:20],
+            b"GIF89a" + buffer.getvalue(),
+        ):
             try:
                 decode(damaged)
             except PermanentError:

@@ -53,7 +53,9 @@ def measure(decoded: Decoded, image: Image.Image) -> PixelFacts:
     sample = image.copy()
     sample.thumbnail((SAMPLE_PX, SAMPLE_PX), Image.Resampling.BOX)
     if sample.mode == "RGBA":
-        sample = Image.alpha_composite(Image.new("RGBA", sample.size, "white"), sample).convert("RGB")
+        sample = Image.alpha_composite(Image.new("RGBA", sample.size, "white"), sample).convert(
+            "RGB"
+        )
     lab = to_lab(np.asarray(sample).reshape(-1, 3))
     palette = sample.quantize(PALETTE_COLORS, Image.Quantize.MEDIANCUT).getpalette() or []
     return PixelFacts(
@@ -64,7 +66,11 @@ def measure(decoded: Decoded, image: Image.Image) -> PixelFacts:
         contrast=float(lab[:, 0].std()),
         saturation=float(np.hypot(lab[:, 1], lab[:, 2]).mean()),
         warmth=float(lab[:, 2].mean()),
-        palette=tuple(dict.fromkeys("#" + bytes(palette[at : at + 3]).hex() for at in range(0, len(palette), 3))),
+        palette=tuple(
+            dict.fromkeys(
+                "#" + bytes(palette[at : at + 3]).hex() for at in range(0, len(palette), 3)
+            )
+        ),
         camera=decoded.camera,
         taken_on=decoded.taken_on,
     )
@@ -74,7 +80,9 @@ def choose_visible(colors: Iterable[str], facts: PixelFacts) -> list[str]:
     """Of some `#rrggbb`, those that are near enough to a colour of the image; its own dominant ones if none is."""
     seen = to_lab(_to_rgb(facts.palette))
     visible = [
-        color for color in colors if np.linalg.norm(seen - to_lab(_to_rgb([color])), axis=1).min() <= MAX_COLOR_DISTANCE
+        color
+        for color in colors
+        if np.linalg.norm(seen - to_lab(_to_rgb([color])), axis=1).min() <= MAX_COLOR_DISTANCE
     ]
     return visible or [value for _, value, _ in facts.colors]
 
@@ -87,7 +95,9 @@ def to_lab(rgb: NDArray[np.uint8]) -> NDArray[np.float64]:
     """SRGB bytes [n, 3] as CIE L*a*b* (D65) [n, 3]: IEC 61966-2-1 for the transfer curve and matrix, CIE 15 for Lab."""
     value = rgb.astype(np.float64) / 255
     linear = np.where(value <= 0.04045, value / 12.92, ((value + 0.055) / 1.055) ** 2.4)
-    xyz = linear @ np.array([[0.4124, 0.2126, 0.0193], [0.3576, 0.7152, 0.1192], [0.1805, 0.0722, 0.9505]])
+    xyz = linear @ np.array(
+        [[0.4124, 0.2126, 0.0193], [0.3576, 0.7152, 0.1192], [0.1805, 0.0722, 0.9505]]
+    )
     ratio = xyz / np.array([0.9505, 1.0, 1.089])
     curve = np.where(ratio > (6 / 29) ** 3, np.cbrt(ratio), ratio / (3 * (6 / 29) ** 2) + 4 / 29)
     x, y, z = curve[:, 0], curve[:, 1], curve[:, 2]
@@ -105,8 +115,12 @@ def _dominant_colors(sample: Image.Image) -> tuple[tuple[str, str, float], ...]:
         share = float(count / counts.sum())
         shares[name] = shares.get(name, 0.0) + share
         sums[name] = sums.get(name, np.zeros(3)) + rgb * share
-    largest = sorted((name for name in shares if shares[name] >= 0.05), key=lambda name: -shares[name])[:4]
-    return tuple((name, _hex(sums[name] / shares[name]), round(shares[name], 3)) for name in largest)
+    largest = sorted(
+        (name for name in shares if shares[name] >= 0.05), key=lambda name: -shares[name]
+    )[:4]
+    return tuple(
+        (name, _hex(sums[name] / shares[name]), round(shares[name], 3)) for name in largest
+    )
 
 
 def _names(palette: NDArray[np.uint8]) -> list[str]:

@@ -9,8 +9,24 @@ SIGNATURE = b"\x89PNG\r\n\x1a\n"
 GREY, RGB, PALETTE = 0, 2, 3  # colour types
 ANIMATION = (b"acTL", b"fcTL", b"fdAT")
 # What counts only before the pixels (W3C PNG, 5.6).
-BEFORE_PIXELS = (b"PLTE", b"tRNS", b"cICP", b"iCCP", b"sRGB", b"gAMA", b"cHRM", b"sBIT", b"bKGD", b"cLLI", b"mDCV")
-TEXTS = (b"tEXt", b"zTXt", b"iTXt")  # bounded where they come first; behind the pixels they are not unpacked at all
+BEFORE_PIXELS = (
+    b"PLTE",
+    b"tRNS",
+    b"cICP",
+    b"iCCP",
+    b"sRGB",
+    b"gAMA",
+    b"cHRM",
+    b"sBIT",
+    b"bKGD",
+    b"cLLI",
+    b"mDCV",
+)
+TEXTS = (
+    b"tEXt",
+    b"zTXt",
+    b"iTXt",
+)  # bounded where they come first; behind the pixels they are not unpacked at all
 # Ancillary chunks that change pixels, or that are bounded as Pillow unpacks them. Others, it stumbles over if they are
 # malformed.
 FOR_DECODER = (b"tRNS", *TEXTS, *ANIMATION)
@@ -50,9 +66,14 @@ def read_png(content: bytes) -> Png | None:
     after: list[tuple[bytes, bytes]] = []
     position, is_cut = len(SIGNATURE), True
     while position + 8 <= len(content):
-        length, kind = int.from_bytes(content[position : position + 4], "big"), content[position + 4 : position + 8]
+        length, kind = (
+            int.from_bytes(content[position : position + 4], "big"),
+            content[position + 4 : position + 8],
+        )
         if not kind.isalpha():
-            raise UnreadableImageError("the PNG data is damaged: what should be one of its chunks is none")
+            raise UnreadableImageError(
+                "the PNG data is damaged: what should be one of its chunks is none"
+            )
         body = content[position + 8 : position + 8 + length]
         checksum = content[position + 8 + length : position + 12 + length]
         position += 12 + length
@@ -67,7 +88,9 @@ def read_png(content: bytes) -> Png | None:
         is_critical = not kind[0] & 0x20
         if int.from_bytes(checksum, "big") != zlib.crc32(body, zlib.crc32(kind)):
             if is_critical:
-                raise UnreadableImageError(f"the PNG data is damaged: the checksum of {kind.decode()} is wrong")
+                raise UnreadableImageError(
+                    f"the PNG data is damaged: the checksum of {kind.decode()} is wrong"
+                )
             continue  # decoration, as browsers take it
         if kind == b"IEND":
             is_cut = False
@@ -104,7 +127,12 @@ def _join(chunks: list[tuple[bytes, bytes]]) -> bytes:
 
 
 def _chunk(kind: bytes, body: bytes) -> bytes:
-    return len(body).to_bytes(4, "big") + kind + body + zlib.crc32(body, zlib.crc32(kind)).to_bytes(4, "big")
+    return (
+        len(body).to_bytes(4, "big")
+        + kind
+        + body
+        + zlib.crc32(body, zlib.crc32(kind)).to_bytes(4, "big")
+    )
 
 
 def unpack_profile(chunk: bytes, max_bytes: int) -> bytes | None:

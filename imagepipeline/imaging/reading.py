@@ -25,7 +25,12 @@ from PIL import (
     WebPImagePlugin,  # noqa: F401
 )
 
-from imagepipeline.errors import LimitError, TruncatedImageError, UnreadableImageError, UnsupportedFormatError
+from imagepipeline.errors import (
+    LimitError,
+    TruncatedImageError,
+    UnreadableImageError,
+    UnsupportedFormatError,
+)
 from imagepipeline.imaging import bmp, gif, jpeg, png, tiff
 from imagepipeline.imaging.boxes import Item, find_end, read_primary_item
 from imagepipeline.imaging.color import ColorSpace, read_nclx, read_png_space
@@ -34,12 +39,25 @@ from imagepipeline.imaging.formats import RAW_ADVICE, measure_webp
 from imagepipeline.imaging.limits import Rules, check_frames, check_profile, check_size
 
 pillow_avif.AvifImagePlugin.DEFAULT_MAX_THREADS = 1  # five runs share the machine
-pi_heif.register_heif_opener(thumbnails=False, depth_images=False, aux_images=False, decode_threads=1)
+pi_heif.register_heif_opener(
+    thumbnails=False, depth_images=False, aux_images=False, decode_threads=1
+)
 
 EXPORT_ADVICE = "export it as PNG"
 # The brands by which the decoders know their files; `formats` knows more.
 PILLOW_AVIF_BRANDS = (b"avif", b"avis")
-PILLOW_HEIF_BRANDS = (b"heic", b"heix", b"heim", b"heis", b"hevc", b"hevx", b"hevm", b"hevs", b"mif1", b"msf1")
+PILLOW_HEIF_BRANDS = (
+    b"heic",
+    b"heix",
+    b"heim",
+    b"heis",
+    b"hevc",
+    b"hevx",
+    b"hevm",
+    b"hevs",
+    b"mif1",
+    b"msf1",
+)
 # A JPEG is decoded at an eighth to all of its size. Even at an eighth its coded data is read in full, so that it may be
 # no larger than this many times what is decoded.
 MAX_JPEG_REDUCTION = 5
@@ -87,7 +105,9 @@ class Source:
 
 
 def _miss_start(format_: str) -> TruncatedImageError:
-    return TruncatedImageError(f"no row could be read; the end of the {format_} file is missing: upload it again")
+    return TruncatedImageError(
+        f"no row could be read; the end of the {format_} file is missing: upload it again"
+    )
 
 
 def _miss_end(format_: str, arrived: int, declared: int) -> TruncatedImageError:
@@ -106,13 +126,17 @@ def explain(format_: str, error: Exception) -> Exception:
         return MemoryError(text)
     if "not implemented" in text.lower() or "unsupported" in text.lower():
         kind = f"of a kind of {format_} that cannot be read here"
-        return UnsupportedFormatError(f"the original is {kind} ({text[:120]}): export it as JPEG or PNG")
+        return UnsupportedFormatError(
+            f"the original is {kind} ({text[:120]}): export it as JPEG or PNG"
+        )
     return UnreadableImageError(f"the {format_} data is damaged: {text[:120]}")
 
 
 def _parse_exif(content: bytes) -> Image.Exif:
     exif = Image.Exif()
-    with contextlib.suppress(Exception):  # EXIF is decoration: however broken it is, the picture is not
+    with contextlib.suppress(
+        Exception
+    ):  # EXIF is decoration: however broken it is, the picture is not
         exif.load(content)
     return exif
 
@@ -146,7 +170,9 @@ def read_jpeg(content: bytes, rules: Rules) -> Source:
     if width * height > MAX_JPEG_REDUCTION * rules.max_pixels:
         limit = f"{MAX_JPEG_REDUCTION * rules.max_pixels / 1e6:g} megapixels"
         setting = f"{MAX_JPEG_REDUCTION} x IMAGEPIPELINE_MAX_PIXELS"
-        raise LimitError(f"the original is {width} x {height} px, the limit for a JPEG is {limit} ({setting})")
+        raise LimitError(
+            f"the original is {width} x {height} px, the limit for a JPEG is {limit} ({setting})"
+        )
 
     def load(is_on_its_side: bool) -> Iterator[Picture]:
         size = _choose_size(width, height, is_on_its_side, rules)
@@ -164,7 +190,9 @@ def _choose_size(width: int, height: int, is_on_its_side: bool, rules: Rules) ->
     across = height if is_on_its_side else width
     eighths = next((part for part in (1, 2, 4) if across * part // 8 >= 2 * rules.max_width_px), 8)
     size = _scale_by_eighths(width, height, eighths)
-    while size[0] * size[1] > rules.max_pixels and across * (eighths - 1) / 8 >= min(across, rules.max_width_px):
+    while size[0] * size[1] > rules.max_pixels and across * (eighths - 1) / 8 >= min(
+        across, rules.max_width_px
+    ):
         eighths -= 1
         size = _scale_by_eighths(width, height, eighths)
     if size[0] * size[1] > rules.max_pixels:
@@ -183,25 +211,39 @@ def _decode_jpeg(found: jpeg.Jpeg, size: tuple[int, int], rules: Rules) -> Pictu
     """By simplejpeg, which passes on what the decoder warns of; Pillow does not."""
     if found.is_cut and not found.is_covered:
         return _salvage_jpeg(found, size, rules)
-    mode, layout = {1: ("L", "GRAY"), 3: ("RGB", "RGBX"), 4: ("CMYK", "CMYK")}[found.component_count]
+    mode, layout = {1: ("L", "GRAY"), 3: ("RGB", "RGBX"), 4: ("CMYK", "CMYK")}[
+        found.component_count
+    ]
     try:
-        pixels = simplejpeg.decode_jpeg(found.content, layout, min_width=size[0], min_height=size[1])
+        pixels = simplejpeg.decode_jpeg(
+            found.content, layout, min_width=size[0], min_height=size[1]
+        )
     except ValueError as error:
         return _explain_jpeg(found, size, str(error), rules)
     return Picture(_from_pixels(pixels, mode))
 
 
-def _from_pixels(pixels: "np.ndarray[tuple[int, ...], np.dtype[np.uint8]]", mode: str) -> Image.Image:
+def _from_pixels(
+    pixels: "np.ndarray[tuple[int, ...], np.dtype[np.uint8]]", mode: str
+) -> Image.Image:
     height, width = pixels.shape[:2]
     if mode == "CMYK":  # Adobe writes it turned over, and so does everybody
         pixels = 255 - pixels
-    return Image.frombuffer(mode, (width, height), pixels, "raw", "RGBX" if mode == "RGB" else mode, 0, 1)
+    return Image.frombuffer(
+        mode, (width, height), pixels, "raw", "RGBX" if mode == "RGB" else mode, 0, 1
+    )
 
 
 def _explain_jpeg(found: jpeg.Jpeg, size: tuple[int, int], error: str, rules: Rules) -> Picture:
     """The picture if the decoder's complaint is none of the picture, or if parts are wanted; raises otherwise."""
     if "subsampling" in error:  # a kind that only Pillow decodes
-        drawn = draw(lambda: _draft(found.content, size), "JPEG", found.is_cut, False, rules.is_truncated_accepted)
+        drawn = draw(
+            lambda: _draft(found.content, size),
+            "JPEG",
+            found.is_cut,
+            False,
+            rules.is_truncated_accepted,
+        )
         return _to_picture(drawn)
     if "memory" in error.lower():
         raise MemoryError(error)
@@ -219,7 +261,9 @@ def _explain_jpeg(found: jpeg.Jpeg, size: tuple[int, int], error: str, rules: Ru
 
 
 def _explain_flaw(error: str) -> str:
-    return next((words for text, words in JPEG_FLAWS.items() if text in error), "its decoder gave up")
+    return next(
+        (words for text, words in JPEG_FLAWS.items() if text in error), "its decoder gave up"
+    )
 
 
 def _draft(content: bytes, size: tuple[int, int]) -> ImageFile.ImageFile:
@@ -247,7 +291,9 @@ def _salvage_jpeg(found: jpeg.Jpeg, size: tuple[int, int], rules: Rules) -> Pict
         return Picture(_to_picture(Drawn(_load_leniently(found.content, size))).image, flaw=flaw)
 
     def open_image() -> ImageFile.ImageFile:
-        image = _open(found.content[:-2].rstrip(b"\0"), "JPEG")  # without an end, so that what is missing is not drawn
+        image = _open(
+            found.content[:-2].rstrip(b"\0"), "JPEG"
+        )  # without an end, so that what is missing is not drawn
         image.draft(None, size)
         image.load_read = image.fp.read  # type: ignore[attr-defined, union-attr]
         return image
@@ -270,9 +316,13 @@ def read_png(content: bytes, rules: Rules) -> Source:
         header = _open(whole, "PNG")
     except UnidentifiedImageError:
         if b"IDAT" in whole:
-            raise UnreadableImageError("the PNG data is damaged: its header cannot be read") from None
+            raise UnreadableImageError(
+                "the PNG data is damaged: its header cannot be read"
+            ) from None
         raise (
-            _miss_start("PNG") if found.is_cut else UnreadableImageError("the PNG data is damaged: it has no pixels")
+            _miss_start("PNG")
+            if found.is_cut
+            else UnreadableImageError("the PNG data is damaged: it has no pixels")
         ) from None
     except ValueError as error:
         if "MAX_TEXT" in str(error):
@@ -281,8 +331,12 @@ def read_png(content: bytes, rules: Rules) -> Source:
                 "(IMAGEPIPELINE_MAX_TEXT_BYTES)"
             ) from None
         raise
-    profile = check_profile(png.unpack_profile(found.chunks.get(b"iCCP", b""), rules.max_icc_bytes), rules)
-    first = 1 if is_animation and header.info.get("default_image") else 0  # which is for those that show one picture
+    profile = check_profile(
+        png.unpack_profile(found.chunks.get(b"iCCP", b""), rules.max_icc_bytes), rules
+    )
+    first = (
+        1 if is_animation and header.info.get("default_image") else 0
+    )  # which is for those that show one picture
     frame_count = getattr(header, "n_frames", 1) - first if is_animation else 1
     if is_animation:
         check_frames(found.width, found.height, frame_count, rules)
@@ -302,7 +356,12 @@ def read_png(content: bytes, rules: Rules) -> Source:
     space = read_png_space(found.chunks, profile)
     plays = int(header.info.get("loop") or 0)
     return Source(
-        found.width, found.height, load, space, _parse_exif(found.chunks.get(b"eXIf", b"")), count_plays=lambda: plays
+        found.width,
+        found.height,
+        load,
+        space,
+        _parse_exif(found.chunks.get(b"eXIf", b"")),
+        count_plays=lambda: plays,
     )
 
 
@@ -317,14 +376,20 @@ def _draw_png(found: png.Png, rules: Rules) -> Picture:
     drawn = draw(open_image, *options)
     lower = None
     if found.bits == 16 and found.color_type == png.RGB and b"tRNS" in found.chunks:
-        lower = draw(lambda: open_image("RGB;16L"), *options).image  # the lower bytes: as if they were the upper ones
+        lower = draw(
+            lambda: open_image("RGB;16L"), *options
+        ).image  # the lower bytes: as if they were the upper ones
     image = _to_bytes(_with_clear_color(drawn.image, found, lower))
     return _to_picture(Drawn(image, drawn.missing, drawn.flaw))
 
 
 def _to_bytes(image: Image.Image) -> Image.Image:
     """Grey of 16 bits by its upper eight."""
-    return Image.fromarray((np.asarray(image) >> 8).astype(np.uint8)) if image.mode.startswith("I") else image
+    return (
+        Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
+        if image.mode.startswith("I")
+        else image
+    )
 
 
 def _with_clear_color(image: Image.Image, found: png.Png, lower: Image.Image | None) -> Image.Image:
@@ -364,8 +429,13 @@ def read_gif(content: bytes, rules: Rules) -> Source:
     if found is None or first is None:
         raise _miss_start("GIF")
     canvas = found[0]
-    width, height = max(canvas.width, first.left + first.width), max(canvas.height, first.top + first.height)
-    if (canvas.width, canvas.height) != (0, 0) and (first.left >= canvas.width or first.top >= canvas.height):
+    width, height = (
+        max(canvas.width, first.left + first.width),
+        max(canvas.height, first.top + first.height),
+    )
+    if (canvas.width, canvas.height) != (0, 0) and (
+        first.left >= canvas.width or first.top >= canvas.height
+    ):
         width, height = canvas.width, canvas.height
     if not width or not height:
         raise UnreadableImageError(f"the GIF data is damaged: its picture is {width} x {height} px")
@@ -392,7 +462,10 @@ def read_gif(content: bytes, rules: Rules) -> Source:
 
     # What is written is how often it is shown again; browsers, libvips and gif2webp agree on that.
     return Source(
-        width, height, load, count_plays=lambda: 1 if canvas.loop is None else canvas.loop and canvas.loop + 1
+        width,
+        height,
+        load,
+        count_plays=lambda: 1 if canvas.loop is None else canvas.loop and canvas.loop + 1,
     )
 
 
@@ -402,10 +475,16 @@ def _draw_gif(frame: gif.GifFrame, shown: Image.Image, rules: Rules) -> str | No
         return None
     check_size(frame.width, frame.height, rules)
     is_part_kept = rules.is_truncated_accepted
-    drawn = draw(lambda: _open(frame.content, "GIF"), "GIF", frame.is_cut, frame.is_interlaced, is_part_kept)
+    drawn = draw(
+        lambda: _open(frame.content, "GIF"), "GIF", frame.is_cut, frame.is_interlaced, is_part_kept
+    )
     image = drawn.image.convert("RGBA")
     if frame.clear_index is not None:
-        image.putalpha(Image.fromarray(np.where(np.asarray(drawn.image) == frame.clear_index, 0, 255).astype(np.uint8)))
+        image.putalpha(
+            Image.fromarray(
+                np.where(np.asarray(drawn.image) == frame.clear_index, 0, 255).astype(np.uint8)
+            )
+        )
     if drawn.missing is not None:
         image = fill(image, drawn.missing)
     shown.paste(image, (frame.left, frame.top), image.getchannel("A"))
@@ -452,7 +531,9 @@ def _load_frames(image: ImageFile.ImageFile, frame_count: int) -> Iterator[Pictu
         if index:
             image.seek(index)
         image.load()
-        yield _to_picture(Drawn(image.copy() if frame_count > 1 else image), int(image.info.get("duration") or 0))
+        yield _to_picture(
+            Drawn(image.copy() if frame_count > 1 else image), int(image.info.get("duration") or 0)
+        )
 
 
 # ---- AVIF and HEIF
@@ -511,7 +592,13 @@ def read_heif(content: bytes, rules: Rules) -> Source:
             raise
         yield _to_picture(Drawn(header))
 
-    return Source(*header.size, load, space, _parse_exif(header.info.get("exif") or b""), is_turned_by_exif=False)
+    return Source(
+        *header.size,
+        load,
+        space,
+        _parse_exif(header.info.get("exif") or b""),
+        is_turned_by_exif=False,
+    )
 
 
 def _explain_heif(content: bytes, error: Exception) -> Exception:
@@ -529,12 +616,16 @@ def _check_boxes(content: bytes, format_: str) -> tuple[Item, bool]:
     What is coded is checked for runs of zeros: no encoder writes them, and decoders draw something for them.
     """
     item = read_primary_item(content)
-    is_cut = find_end(content) > len(content) or any(offset + size > len(content) for offset, size in item.extents)
+    is_cut = find_end(content) > len(content) or any(
+        offset + size > len(content) for offset, size in item.extents
+    )
     zeros = ZEROS.get(item.coding)
     if zeros and not is_cut:
         for offset, size in item.extents:
             if zeros in content[offset : offset + size]:
-                raise UnreadableImageError(f"the {format_} data is damaged: a part of its pixels was replaced by zeros")
+                raise UnreadableImageError(
+                    f"the {format_} data is damaged: a part of its pixels was replaced by zeros"
+                )
     return item, is_cut
 
 
@@ -547,8 +638,14 @@ def _read_space(item: Item, profile: bytes | None, rules: Rules) -> ColorSpace:
     profile = check_profile(profile, rules)
     if profile:
         return ColorSpace(profile)
-    nclx = next((box for kind, box in item.properties if kind == b"colr" and box.startswith(b"nclx")), None)
-    return read_nclx(nclx, item.find(b"clli"), item.find(b"mdcv")) if nclx and len(nclx) >= 10 else ColorSpace()
+    nclx = next(
+        (box for kind, box in item.properties if kind == b"colr" and box.startswith(b"nclx")), None
+    )
+    return (
+        read_nclx(nclx, item.find(b"clli"), item.find(b"mdcv"))
+        if nclx and len(nclx) >= 10
+        else ColorSpace()
+    )
 
 
 def _read_crop(item: Item, width: int, height: int) -> tuple[int, int, int, int] | None:
@@ -556,7 +653,10 @@ def _read_crop(item: Item, width: int, height: int) -> tuple[int, int, int, int]
     box = item.find(b"clap")
     if box is None or len(box) < 32:
         return None
-    numbers = [int.from_bytes(box[at : at + 4], "big", signed=at >= 16 and at % 8 == 0) for at in range(0, 32, 4)]
+    numbers = [
+        int.from_bytes(box[at : at + 4], "big", signed=at >= 16 and at % 8 == 0)
+        for at in range(0, 32, 4)
+    ]
     if not all(numbers[1::2]):
         return None
     wide, high, right, down = (numbers[at] / numbers[at + 1] for at in range(0, 8, 2))
@@ -586,20 +686,30 @@ def read_tiff(content: bytes, rules: Rules) -> Source:
     except UnidentifiedImageError:
         if _is_known(page) or not page.is_plausible:
             raise UnreadableImageError("the TIFF data is damaged: its tags make no sense") from None
-        raise UnsupportedFormatError(f"the original is {page.describe()}: {EXPORT_ADVICE}") from None
+        raise UnsupportedFormatError(
+            f"the original is {page.describe()}: {EXPORT_ADVICE}"
+        ) from None
     if not isinstance(header, TiffImagePlugin.TiffImageFile):
         raise UnreadableImageError("the TIFF data is damaged: its header cannot be read")
     check_size(*header.size, rules)
     profile = check_profile(header.info.get("icc_profile"), rules)
 
     def load(_: bool) -> Iterator[Picture]:
-        if page.first(tiff.COMPRESSION, tiff.RAW) == tiff.JPEG and not is_cut and not rules.is_truncated_accepted:
+        if (
+            page.first(tiff.COMPRESSION, tiff.RAW) == tiff.JPEG
+            and not is_cut
+            and not rules.is_truncated_accepted
+        ):
             _check_jpeg_pieces(content, page)
         try:
-            drawn = draw(lambda: _open(content, "TIFF"), "TIFF", is_cut, False, rules.is_truncated_accepted)
+            drawn = draw(
+                lambda: _open(content, "TIFF"), "TIFF", is_cut, False, rules.is_truncated_accepted
+            )
         except UnreadableImageError as error:
             if "raw mode" in str(error.__cause__) or "not configured" in str(error.__cause__):
-                raise UnsupportedFormatError(f"the original is {page.describe()}: {EXPORT_ADVICE}") from error
+                raise UnsupportedFormatError(
+                    f"the original is {page.describe()}: {EXPORT_ADVICE}"
+                ) from error
             raise
         image = drawn.image
         if image.mode.startswith(("I", "F")):
@@ -609,13 +719,18 @@ def read_tiff(content: bytes, rules: Rules) -> Source:
         yield _to_picture(Drawn(image, drawn.missing, drawn.flaw))
 
     exif = header.getexif()
-    return Source(*header.size, load, ColorSpace(profile), exif, is_turned_by_exif=False)  # Pillow turns it itself
+    return Source(
+        *header.size, load, ColorSpace(profile), exif, is_turned_by_exif=False
+    )  # Pillow turns it itself
 
 
 def _is_known(page: tiff.Tiff) -> bool:
     """Whether Pillow reads pixels of that kind, so that it must be something else that it stumbles over."""
     bits, extra = page.tags.get(tiff.BITS) or (1,), page.tags.get(tiff.EXTRA_SAMPLES, ())
-    photometric, kind = page.first(tiff.PHOTOMETRIC, tiff.BLACK_IS_ZERO), page.first(tiff.SAMPLE_FORMAT, tiff.UNSIGNED)
+    photometric, kind = (
+        page.first(tiff.PHOTOMETRIC, tiff.BLACK_IS_ZERO),
+        page.first(tiff.SAMPLE_FORMAT, tiff.UNSIGNED),
+    )
     order = b"II" if page.order == "little" else b"MM"
     return any(
         key[:2] == (order, photometric) and key[2][0] == kind and key[4:] == (bits, extra)
@@ -635,7 +750,9 @@ def _check_jpeg_pieces(content: bytes, page: tiff.Tiff) -> None:
         except ValueError as error:
             if "Corrupt JPEG data" in str(error):
                 flaw = _explain_flaw(str(error))
-                raise UnreadableImageError(f"the TIFF data is damaged: in a JPEG in it, {flaw}") from error
+                raise UnreadableImageError(
+                    f"the TIFF data is damaged: in a JPEG in it, {flaw}"
+                ) from error
 
 
 def _unmultiply(image: Image.Image) -> Image.Image:
@@ -643,7 +760,9 @@ def _unmultiply(image: Image.Image) -> Image.Image:
     pixels = np.asarray(image).astype(np.uint16)
     alpha = np.maximum(pixels[:, :, 1], 1)
     grey = np.minimum((pixels[:, :, 0] * 255 + alpha // 2) // alpha, 255).astype(np.uint8)
-    return Image.merge("LA", (Image.fromarray(grey), Image.fromarray(pixels[:, :, 1].astype(np.uint8))))
+    return Image.merge(
+        "LA", (Image.fromarray(grey), Image.fromarray(pixels[:, :, 1].astype(np.uint8)))
+    )
 
 
 def _to_eight_bits(image: Image.Image, page: tiff.Tiff) -> Image.Image:
@@ -654,7 +773,11 @@ def _to_eight_bits(image: Image.Image, page: tiff.Tiff) -> Image.Image:
         bits = page.first(tiff.BITS, 16)
         grey = (values >> (bits - 8)).astype(np.uint8)
     else:
-        if image.mode == "I" and page.first(tiff.BITS, 32) == 32 and page.first(tiff.SAMPLE_FORMAT, 1) == tiff.UNSIGNED:
+        if (
+            image.mode == "I"
+            and page.first(tiff.BITS, 32) == 32
+            and page.first(tiff.SAMPLE_FORMAT, 1) == tiff.UNSIGNED
+        ):
             values = values.view(np.uint32)
         light = np.nan_to_num(values.astype(np.float32), copy=False, posinf=0, neginf=0)
         light -= light.min()
@@ -678,7 +801,9 @@ def read_bmp(content: bytes, rules: Rules) -> Source:
     if refusal:
         raise UnsupportedFormatError(f"the original is {refusal}: {EXPORT_ADVICE}")
     if not header.width or not header.height:
-        raise UnreadableImageError(f"the BMP data is damaged: its picture is {header.width} x {header.height} px")
+        raise UnreadableImageError(
+            f"the BMP data is damaged: its picture is {header.width} x {header.height} px"
+        )
     check_size(header.width, header.height, rules)
     end = header.start + header.row_bytes * header.height
     profile = check_profile(bmp.read_profile(content, header_bytes), rules)
@@ -690,7 +815,13 @@ def read_bmp(content: bytes, rules: Rules) -> Source:
         if header.compression in (bmp.RLE4, bmp.RLE8):
             yield _read_runs(content, header, header_bytes, rules)
             return
-        drawn = draw(lambda: _open(content, "BMP"), "BMP", end > len(content), False, rules.is_truncated_accepted)
+        drawn = draw(
+            lambda: _open(content, "BMP"),
+            "BMP",
+            end > len(content),
+            False,
+            rules.is_truncated_accepted,
+        )
         yield _to_picture(drawn)
 
     return Source(header.width, header.height, load, ColorSpace(profile))
@@ -701,7 +832,9 @@ def _read_fields(content: bytes, header: bmp.Bmp, rules: Rules) -> Picture:
     size = header.start + header.row_bytes * header.height
     image = bmp.read_fields(content.ljust(size, b"\0"), header)
     if image is None:
-        raise UnsupportedFormatError(f"the original is a BMP with bit fields that make no sense: {EXPORT_ADVICE}")
+        raise UnsupportedFormatError(
+            f"the original is a BMP with bit fields that make no sense: {EXPORT_ADVICE}"
+        )
     if rows >= header.height:
         return Picture(image)
     flaw = f"{percent(rows / header.height)} of the rows could be read"

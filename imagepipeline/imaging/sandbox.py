@@ -127,7 +127,9 @@ class Zygote:
             session.close()
             life.close()
             self.close()
-        raise SandboxLostError("the process that decodes and encodes images could not be forked: is memory short?")
+        raise SandboxLostError(
+            "the process that decodes and encodes images could not be forked: is memory short?"
+        )
 
     def close(self) -> None:
         """Lets go of it; if this process started it, it is ended, and so are its children."""
@@ -163,7 +165,9 @@ class Zygote:
             self._process.kill()
             self._process.wait()
             reason = answer.decode(errors="replace") or "it ended without a word"
-            raise SandboxLostError(f"the process that decodes images could not be started: {reason}")
+            raise SandboxLostError(
+                f"the process that decodes images could not be started: {reason}"
+            )
         self._control, self._confinement = ours, Confinement(*READY.unpack(answer))
         if not self._confinement.has_seccomp:
             log.warning(
@@ -218,19 +222,25 @@ class Session(Generic[T]):
 
     def __init__(self, sandbox: Sandbox) -> None:
         self._sandbox = sandbox
-        self._connection, self._life, self.process_id = sandbox.zygote.fork(sandbox.memory_bytes, sandbox.cpu_seconds)
+        self._connection, self._life, self.process_id = sandbox.zygote.fork(
+            sandbox.memory_bytes, sandbox.cpu_seconds
+        )
         self._stream = TimedStream(self._connection, sandbox.wall_seconds)
         self._begun: tuple[Any, ...] | None = None
         self._is_open = True
 
-    def begin(self, function: Callable[Concatenate[T, P], Any], *args: P.args, **kwargs: P.kwargs) -> None:
+    def begin(
+        self, function: Callable[Concatenate[T, P], Any], *args: P.args, **kwargs: P.kwargs
+    ) -> None:
         """Has the child work on a call that will be made later; what goes wrong is told then."""
         if self._begun is None:
             with contextlib.suppress(OSError, SandboxLostError):
                 self._send(function, args)
                 self._begun = (function, args)
 
-    def call(self, function: Callable[Concatenate[T, P], R], *args: P.args, **kwargs: P.kwargs) -> tuple[R, Usage]:
+    def call(
+        self, function: Callable[Concatenate[T, P], R], *args: P.args, **kwargs: P.kwargs
+    ) -> tuple[R, Usage]:
         """What the function gives of the held value, and what it took.
 
         The function is one of the zygote's operations; its annotations say what crosses the border. Arguments are
@@ -245,7 +255,9 @@ class Session(Generic[T]):
         """
         return self.ask(function, args, result_kind(function))
 
-    def ask(self, function: Callable[..., Any], args: tuple[Any, ...], kind: Any) -> tuple[Any, Usage]:
+    def ask(
+        self, function: Callable[..., Any], args: tuple[Any, ...], kind: Any
+    ) -> tuple[Any, Usage]:
         """As `call`, for an answer of that type."""
         begun, self._begun = self._begun, None
         if begun is not None and begun != (function, args):
@@ -272,7 +284,9 @@ class Session(Generic[T]):
             UnreadableImageError: always; it says what was wrong.
         """
         self.close()
-        raise UnreadableImageError(f"decoding the image gave an answer that cannot be true, so it is refused: {what}")
+        raise UnreadableImageError(
+            f"decoding the image gave an answer that cannot be true, so it is refused: {what}"
+        )
 
     def close(self) -> None:
         """Ends the child; safe to call twice."""
@@ -305,7 +319,10 @@ class Session(Generic[T]):
             self._give_up()
         except (EOFError, OSError):
             self._explain_end()
-        except (MalformedMessageError, RecursionError) as problem:  # the latter of JSON that is nested very deep
+        except (
+            MalformedMessageError,
+            RecursionError,
+        ) as problem:  # the latter of JSON that is nested very deep
             self.distrust(str(problem))
         if isinstance(error, MemoryError):
             raise LimitError(
@@ -316,7 +333,9 @@ class Session(Generic[T]):
 
     def _give_up(self) -> NoReturn:
         self.close()
-        raise SandboxLostError(f"decoding or encoding took longer than {self._sandbox.wall_seconds:g} s")
+        raise SandboxLostError(
+            f"decoding or encoding took longer than {self._sandbox.wall_seconds:g} s"
+        )
 
     def _explain_end(self) -> NoReturn:
         """The zygote knows how a child ended."""
@@ -328,13 +347,23 @@ class Session(Generic[T]):
             answer = self._life.recv(STATUS.size)
         self.close()
         if len(answer) != STATUS.size:
-            raise SandboxLostError("the process that decodes and encodes the image is gone, and nobody saw its end")
+            raise SandboxLostError(
+                "the process that decodes and encodes the image is gone, and nobody saw its end"
+            )
         (status,) = STATUS.unpack(answer)
         number = os.WTERMSIG(status) if os.WIFSIGNALED(status) else 0
         if number == signal.SIGXCPU:
             limit = f"{self._sandbox.cpu_seconds} s of CPU time (IMAGEPIPELINE_MAX_CPU_SECONDS)"
             raise LimitError(f"decoding or encoding took more than {limit}")
         if not number and os.waitstatus_to_exitcode(status) == FAILED_TO_CONFINE:
-            raise SandboxLostError("the kernel refused to confine the process that decodes the image")
-        name = signal.Signals(number).name if number else f"exit code {os.waitstatus_to_exitcode(status)}"
-        raise SandboxLostError(f"the process that decodes and encodes the image died ({name}): is the file damaged?")
+            raise SandboxLostError(
+                "the kernel refused to confine the process that decodes the image"
+            )
+        name = (
+            signal.Signals(number).name
+            if number
+            else f"exit code {os.waitstatus_to_exitcode(status)}"
+        )
+        raise SandboxLostError(
+            f"the process that decodes and encodes the image died ({name}): is the file damaged?"
+        )

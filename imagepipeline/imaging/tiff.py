@@ -7,7 +7,20 @@ from typing import Literal
 NEW_SUBFILE_TYPE, BITS, COMPRESSION, PHOTOMETRIC, SAMPLES = 254, 258, 259, 262, 277
 PLANES, EXTRA_SAMPLES, SAMPLE_FORMAT, STRIPS, TILES = 284, 338, 339, (273, 279), (324, 325)
 WIDTH, HEIGHT, DNG_VERSION = 256, 257, 50706
-VALUE_BYTES = {3: 2, 4: 4, 5: 8, 8: 2, 9: 4, 10: 8, 11: 4, 12: 8, 13: 4, 16: 8, 17: 8, 18: 8}  # by type; 1 for others
+VALUE_BYTES = {
+    3: 2,
+    4: 4,
+    5: 8,
+    8: 2,
+    9: 4,
+    10: 8,
+    11: 4,
+    12: 8,
+    13: 4,
+    16: 8,
+    17: 8,
+    18: 8,
+}  # by type; 1 for others
 MAX_VALUES = 200_000  # of one tag that are read
 RAW, JPEG = 1, 7
 JPEG_TABLES, SUBSAMPLING = 347, 530
@@ -93,13 +106,20 @@ class Tiff:
             return "a BigTIFF in big-endian byte order"
         bits = self.tags.get(BITS) or (1,)
         extra = self.tags.get(EXTRA_SAMPLES, ())
-        compression, photometric = self.first(COMPRESSION, RAW), self.first(PHOTOMETRIC, BLACK_IS_ZERO)
+        compression, photometric = (
+            self.first(COMPRESSION, RAW),
+            self.first(PHOTOMETRIC, BLACK_IS_ZERO),
+        )
         sample_format = self.first(SAMPLE_FORMAT, UNSIGNED)
         if compression in COMPRESSIONS:
             return f"a TIFF compressed as {COMPRESSIONS[compression]}"
         if sample_format == SIGNED and max(bits) <= 8:
             return self.describe()
-        if photometric == YCBCR and compression == RAW and (self.tags.get(SUBSAMPLING) or (2, 2)) != (1, 1):
+        if (
+            photometric == YCBCR
+            and compression == RAW
+            and (self.tags.get(SUBSAMPLING) or (2, 2)) != (1, 1)
+        ):
             return f"{self.describe()}, whose colours have fewer samples than its brightness"
         if self.first(PLANES, 1) == 2 and self.first(SAMPLES, 1) > 1:
             # Uncompressed planes are read as if they held 8 bits and no alpha; grey ones with alpha never rightly.
@@ -113,13 +133,19 @@ class Tiff:
         """Whether there may be such a picture; its tags are damaged otherwise."""
         bits, count = self.tags.get(BITS) or (1,), self.first(SAMPLES, 1)
         is_counted = len(bits) in (1, count) and 1 <= count <= MAX_SAMPLES
-        return is_counted and set(bits) <= POSSIBLE_BITS and self.first(PHOTOMETRIC, BLACK_IS_ZERO) in PHOTOMETRICS
+        return (
+            is_counted
+            and set(bits) <= POSSIBLE_BITS
+            and self.first(PHOTOMETRIC, BLACK_IS_ZERO) in PHOTOMETRICS
+        )
 
     def describe(self) -> str:
         """The kind of its pixels in words."""
         bits, count = self.tags.get(BITS) or (1,), self.first(SAMPLES, 1)
         depth = str(bits[0]) if len(set(bits)) == 1 else "/".join(map(str, bits[:8]))
-        kind = {SIGNED: " signed", FLOAT: " floating-point"}.get(self.first(SAMPLE_FORMAT, UNSIGNED), "")
+        kind = {SIGNED: " signed", FLOAT: " floating-point"}.get(
+            self.first(SAMPLE_FORMAT, UNSIGNED), ""
+        )
         photometric = self.first(PHOTOMETRIC, BLACK_IS_ZERO)
         color = PHOTOMETRICS.get(photometric, "TIFF")
         article = "an" if color[0] in "RI" else "a"
@@ -152,11 +178,15 @@ def read_tiff(content: bytes) -> Tiff | None:
         if tag in (*KEPT, *STRIPS, *TILES):
             if position + size * count > len(content):
                 return None
-            tags[tag] = tuple(read(position + index * size, size) for index in range(min(count, MAX_VALUES)))
+            tags[tag] = tuple(
+                read(position + index * size, size) for index in range(min(count, MAX_VALUES))
+            )
     pieces = tuple(
         piece
         for offsets, counts in (STRIPS, TILES)
         for piece in zip(tags.get(offsets, ()), tags.get(counts, ()), strict=False)
     )
     end = max(end, *(offset + count for offset, count in pieces), 0)
-    return Tiff(order, is_big, end, {tag: values for tag, values in tags.items() if tag in KEPT}, pieces)
+    return Tiff(
+        order, is_big, end, {tag: values for tag, values in tags.items() if tag in KEPT}, pieces
+    )

@@ -42,7 +42,9 @@ class Renderer:
         has_rights: whether artist and copyright are kept.
     """
 
-    def __init__(self, specs: Sequence[VariantSpec], is_animated: bool = False, has_rights: bool = False) -> None:
+    def __init__(
+        self, specs: Sequence[VariantSpec], is_animated: bool = False, has_rights: bool = False
+    ) -> None:
         self.specs = specs
         self.recipe = build_recipe(specs, is_animated, has_rights)
         self._has_rights = has_rights
@@ -52,14 +54,18 @@ class Renderer:
         """Has the sandbox render what `render` will be asked for, while the run does something else."""
         session.begin(render_and_inspect, self.specs, self._has_rights)
 
-    def render(self, session: Session[Decoded], size: tuple[int, int]) -> tuple[list[Variant], Usage]:
+    def render(
+        self, session: Session[Decoded], size: tuple[int, int]
+    ) -> tuple[list[Variant], Usage]:
         """The variants of an original of that size in pixels, and what they took.
 
         Raises:
             UnreadableImageError: what came is not what was asked for.
             ImagePipelineError: what `Session.call` and `render` raise.
         """
-        (variants, inspections), usage = session.call(render_and_inspect, self.specs, self._has_rights)
+        (variants, inspections), usage = session.call(
+            render_and_inspect, self.specs, self._has_rights
+        )
         try:
             verify_variants(variants, self.specs, size)
             verify_own_inspections(inspections, variants)
@@ -84,14 +90,18 @@ class Renderer:
         return [self._inspections[content] for content in contents]
 
 
-def build_recipe(specs: Iterable[VariantSpec], is_animated: bool = False, has_rights: bool = False) -> Recipe:
+def build_recipe(
+    specs: Iterable[VariantSpec], is_animated: bool = False, has_rights: bool = False
+) -> Recipe:
     """What makes the variants: Pillow, the specs, and what is kept beside the first frame's pixels."""
     settings = [f"{spec.width_px}-{spec.format}-{spec.quality}" for spec in specs]
     settings += ["animated"] * is_animated + ["rights"] * has_rights
     return Recipe("local", "pillow", ",".join(settings))
 
 
-def render(decoded: Decoded, specs: Iterable[VariantSpec], has_rights: bool = False) -> list[Variant]:
+def render(
+    decoded: Decoded, specs: Iterable[VariantSpec], has_rights: bool = False
+) -> list[Variant]:
     """One variant per spec, in the order of `specs`: never enlarged, at least 1 px high, all frames of the image.
 
     Without metadata, but for artist and copyright when it `has_rights`.
@@ -107,7 +117,9 @@ def render(decoded: Decoded, specs: Iterable[VariantSpec], has_rights: bool = Fa
     # as each step has more than enough pixels for the next.
     for width_px in sorted({spec.width_px for spec in specs}, reverse=True):
         frames = by_width[width_px] = [_scale_to_width(frame, width_px) for frame in frames]
-    made: dict[tuple[int, str, int], bytes] = {}  # a small original has several variants of one size
+    made: dict[
+        tuple[int, str, int], bytes
+    ] = {}  # a small original has several variants of one size
     variants = []
     for spec in specs:
         frames = by_width[spec.width_px]
@@ -190,7 +202,9 @@ def _encode(frames: Sequence[Image.Image], spec: VariantSpec, options: dict[str,
     if len(frames) > 1:
         options = options | {"append_images": list(frames[1:])}
     try:
-        frames[0].save(buffer, spec.format, quality=spec.quality, **ENCODER_OPTIONS[spec.format], **options)
+        frames[0].save(
+            buffer, spec.format, quality=spec.quality, **ENCODER_OPTIONS[spec.format], **options
+        )
     except (OSError, RuntimeError, ValueError) as error:
         size = f"{len(frames)} x {frames[0].width} x {frames[0].height} px"
         limit = f"the memory allowed (IMAGEPIPELINE_MAX_MEMORY_BYTES): {error}"

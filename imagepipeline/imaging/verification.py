@@ -35,7 +35,10 @@ def verify_prepared(prepared: "Prepared", rules: "Rules", preview_px: int | None
     _require(prepared.format in FORMATS, "its format")
     _require(len(prepared.flaw or "") <= MAX_TEXT_CHARACTERS, "its flaw")
     is_placeholder = len(prepared.placeholder) <= MAX_PLACEHOLDER_CHARACTERS
-    _require(is_placeholder and PLACEHOLDER.fullmatch(prepared.placeholder) is not None, "its placeholder")
+    _require(
+        is_placeholder and PLACEHOLDER.fullmatch(prepared.placeholder) is not None,
+        "its placeholder",
+    )
     _verify_facts(prepared.facts, rules)
     _verify_jpeg("thumbnail", prepared.thumbnail, THUMBNAIL_PX)
     if preview_px is None:
@@ -44,7 +47,9 @@ def verify_prepared(prepared: "Prepared", rules: "Rules", preview_px: int | None
         _verify_jpeg("preview", prepared.preview, preview_px)
 
 
-def verify_variants(variants: Sequence[Variant], specs: Sequence[VariantSpec], size: tuple[int, int]) -> None:
+def verify_variants(
+    variants: Sequence[Variant], specs: Sequence[VariantSpec], size: tuple[int, int]
+) -> None:
     """Checks that variants are those asked for, of an original of that size; what they say by their own bytes.
 
     Raises:
@@ -58,14 +63,21 @@ def verify_variants(variants: Sequence[Variant], specs: Sequence[VariantSpec], s
             measured = measure_variant(variant.content, variant.spec.format)
         except ValueError as error:
             raise ImpossibleAnswerError(f"{name}: {error}") from None
-        _require(measured == (variant.width, variant.height), f"{name} says {variant.width} x {variant.height} px")
+        _require(
+            measured == (variant.width, variant.height),
+            f"{name} says {variant.width} x {variant.height} px",
+        )
         expected_width = min(variant.spec.width_px, width)
         expected_height = max(1, height * expected_width / width)
-        is_expected = variant.width == expected_width and abs(variant.height - expected_height) <= ROUNDING_PX
+        is_expected = (
+            variant.width == expected_width and abs(variant.height - expected_height) <= ROUNDING_PX
+        )
         _require(is_expected, f"{name} is {variant.width} x {variant.height} px")
 
 
-def verify_own_inspections(inspections: Sequence["Inspection"], variants: Sequence[Variant]) -> None:
+def verify_own_inspections(
+    inspections: Sequence["Inspection"], variants: Sequence[Variant]
+) -> None:
     """Checks what was said of variants just verified: what can be decoded is what their bytes say.
 
     Raises:
@@ -73,7 +85,11 @@ def verify_own_inspections(inspections: Sequence["Inspection"], variants: Sequen
     """
     verify_inspections(inspections, len(variants))
     for found, variant in zip(inspections, variants, strict=True):
-        is_same = (found.format, found.width, found.height) == (variant.spec.format, variant.width, variant.height)
+        is_same = (found.format, found.width, found.height) == (
+            variant.spec.format,
+            variant.width,
+            variant.height,
+        )
         _require(found.fault is not None or is_same, "the inspection of a variant")
 
 
@@ -86,7 +102,10 @@ def verify_inspections(inspections: Sequence["Inspection"], count: int) -> None:
     _require(len(inspections) == count, "the number of inspections")
     for inspection in inspections:
         texts = (inspection.fault or "", inspection.format, *inspection.attachments)
-        _require(len(texts) <= 20 and all(len(text) <= MAX_TEXT_CHARACTERS for text in texts), "an inspection's texts")
+        _require(
+            len(texts) <= 20 and all(len(text) <= MAX_TEXT_CHARACTERS for text in texts),
+            "an inspection's texts",
+        )
         _require(min(inspection.width, inspection.height) >= 0, "an inspection's size")
         _require(-1.001 <= inspection.similarity <= 1.001, "an inspection's similarity")
 
@@ -105,7 +124,9 @@ def _verify_facts(facts: PixelFacts, rules: "Rules") -> None:
     is_allowed = max(width, height) <= rules.max_side_px and width * height <= rules.max_pixels
     _require(min(width, height) >= 1 and is_allowed, "its size")
     _require(1 <= len(facts.colors) <= 64 and len(facts.palette) <= 64, "the number of its colours")
-    _require(all(NAME.fullmatch(name) is not None for name, _, _ in facts.colors), "the name of a colour")
+    _require(
+        all(NAME.fullmatch(name) is not None for name, _, _ in facts.colors), "the name of a colour"
+    )
     values = (*(value for _, value, _ in facts.colors), *facts.palette)
     _require(all(COLOR.fullmatch(value) is not None for value in values), "a colour")
     _require(all(-0.001 <= share <= 1.001 for *_, share in facts.colors), "the share of a colour")
@@ -113,7 +134,10 @@ def _verify_facts(facts: PixelFacts, rules: "Rules") -> None:
     figures = (facts.brightness, facts.contrast, facts.saturation, abs(facts.warmth))
     limits = zip(figures, (101, 101, 140, 115), strict=True)
     _require(all(-0.1 <= figure <= limit for figure, limit in limits), "a figure")
-    _require(max(len(facts.camera or ""), len(facts.taken_on or "")) <= MAX_TEXT_CHARACTERS, "what its camera said")
+    _require(
+        max(len(facts.camera or ""), len(facts.taken_on or "")) <= MAX_TEXT_CHARACTERS,
+        "what its camera said",
+    )
 
 
 def _require(is_true: bool, what: str) -> None:

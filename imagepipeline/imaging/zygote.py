@@ -95,7 +95,9 @@ class Zygote:
         self._control = control
         self._operations = operations
         self._confinement = Confinement(False, 0)
-        self._watched: dict[int, socket.socket] = {}  # by the child's number: whom to tell, and who may go
+        self._watched: dict[
+            int, socket.socket
+        ] = {}  # by the child's number: whom to tell, and who may go
         self._selector = selectors.DefaultSelector()
         self._woken, self._waker = socket.socketpair()
         for one in (self._woken, self._waker):
@@ -108,7 +110,9 @@ class Zygote:
     def serve(self) -> NoReturn:
         """Answers until the last holder of the other end has gone; its children end with it."""
         self._confinement = _probe()
-        self._control.send(READY.pack(self._confinement.has_seccomp, self._confinement.landlock_version))
+        self._control.send(
+            READY.pack(self._confinement.has_seccomp, self._confinement.landlock_version)
+        )
         self._control.setblocking(False)
         while True:
             for key, _ in self._selector.select():
@@ -170,7 +174,9 @@ class Zygote:
         with contextlib.suppress(OSError):  # it has gone
             watched.send(message)
 
-    def _become_child(self, session: int, parent: int, memory_bytes: int, cpu_seconds: int) -> NoReturn:
+    def _become_child(
+        self, session: int, parent: int, memory_bytes: int, cpu_seconds: int
+    ) -> NoReturn:
         try:
             stream = _isolate(session, parent)
             if confine(memory_bytes, cpu_seconds) != self._confinement:
@@ -241,14 +247,22 @@ def _probe() -> Confinement:
         answer = ours.recv(READY.size)
     with contextlib.suppress(ChildProcessError):
         os.waitpid(process, 0)
-    return Confinement(*READY.unpack(answer)) if len(answer) == READY.size else Confinement(False, 0)
+    return (
+        Confinement(*READY.unpack(answer)) if len(answer) == READY.size else Confinement(False, 0)
+    )
 
 
 def _keep_freed_memory() -> None:
     """Has malloc reuse the memory of pictures instead of giving it back: half the time in the kernel, 80 ms a photo."""
-    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)  # glibc only; mallopt(3), malloc.h for the numbers
+    mallopt = getattr(
+        ctypes.CDLL(None), "mallopt", None
+    )  # glibc only; mallopt(3), malloc.h for the numbers
     if mallopt is not None:
-        for option, value in ((M_TRIM_THRESHOLD, 2**31 - 1), (M_TOP_PAD, 2**24), (M_MMAP_THRESHOLD, 2**30)):
+        for option, value in (
+            (M_TRIM_THRESHOLD, 2**31 - 1),
+            (M_TOP_PAD, 2**24),
+            (M_MMAP_THRESHOLD, 2**30),
+        ):
             mallopt(option, value)
 
 

@@ -37,11 +37,17 @@ class PromptQueue(QueuedRunCoordinatorDaemon):
 def main() -> None:
     """Runs until it is stopped."""
     is_known = getattr(sensor, "MIN_INTERVAL_LOOP_TIME", None) == SHIPPED_TICK_SECONDS
-    if is_known and getattr(controller, "QueuedRunCoordinatorDaemon", None) is QueuedRunCoordinatorDaemon:
+    if (
+        is_known
+        and getattr(controller, "QueuedRunCoordinatorDaemon", None) is QueuedRunCoordinatorDaemon
+    ):
         vars(sensor)["MIN_INTERVAL_LOOP_TIME"] = TICK_PAUSE_SECONDS
         vars(controller)["QueuedRunCoordinatorDaemon"] = PromptQueue
     else:
-        print("Uploads start up to 6 s late: this version of Dagster's daemon is not known here.", file=sys.stderr)
+        print(
+            "Uploads start up to 6 s late: this version of Dagster's daemon is not known here.",
+            file=sys.stderr,
+        )
     lock = acquire_lock(Settings.load())
     run_daemon()
     del lock
@@ -57,10 +63,16 @@ def acquire_lock(settings: Settings) -> Any:
     """
     if settings.dagster_database_url is None:  # the supervisor has a lock of its own
         return None
-    engine = sa.create_engine(settings.dagster_database_url.get_secret_value(), isolation_level="AUTOCOMMIT")
+    engine = sa.create_engine(
+        settings.dagster_database_url.get_secret_value(), isolation_level="AUTOCOMMIT"
+    )
     connection = engine.connect()
-    if not connection.exec_driver_sql("SELECT pg_try_advisory_lock(hashtext('imagepipeline daemon'))").scalar_one():
-        sys.exit("Another daemon works for this database, and there must be one only: stop that one first.")
+    if not connection.exec_driver_sql(
+        "SELECT pg_try_advisory_lock(hashtext('imagepipeline daemon'))"
+    ).scalar_one():
+        sys.exit(
+            "Another daemon works for this database, and there must be one only: stop that one first."
+        )
     return connection
 
 

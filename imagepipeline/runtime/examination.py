@@ -17,7 +17,9 @@ SENSORS = ("upload_sensor", "reconciler", "notification_sensor")
 def main() -> None:
     """Looks at the instance of DAGSTER_HOME."""
     with DagsterInstance.get() as instance:
-        print(json.dumps({"daemon": _examine_parts(instance), "sensors": _examine_sensors(instance)}))
+        print(
+            json.dumps({"daemon": _examine_parts(instance), "sensors": _examine_sensors(instance)})
+        )
 
 
 def _examine_parts(instance: DagsterInstance) -> dict[str, str]:
@@ -48,7 +50,9 @@ def _examine_sensors(instance: DagsterInstance) -> dict[str, str]:
         else:
             ticks = instance.get_ticks(state.instigator_origin_id, state.selector_id, limit=2)
             ended = [tick.status.value for tick in ticks if tick.status.value != "STARTED"]
-            problems[name] = "fails: the UI says why, under Automation" if ended[:1] == ["FAILURE"] else ""
+            problems[name] = (
+                "fails: the UI says why, under Automation" if ended[:1] == ["FAILURE"] else ""
+            )
     return problems
 
 

@@ -38,10 +38,14 @@ class RunLauncher(CeleryRunLauncher):
     def check_run_worker_health(self, run: DagsterRun) -> CheckRunHealthResult:
         """Failed if its worker has said that the process died; else it runs, until the reconciler finds otherwise."""
         if TASK_ID_TAG in run.tags and self._find_result(run).state == states.FAILURE:
-            return CheckRunHealthResult(WorkerStatus.FAILED, "The process that executed the run has died.")
+            return CheckRunHealthResult(
+                WorkerStatus.FAILED, "The process that executed the run has died."
+            )
         return CheckRunHealthResult(WorkerStatus.RUNNING)
 
-    def get_run_worker_debug_info(self, run: DagsterRun, include_container_logs: bool | None = True) -> None:
+    def get_run_worker_debug_info(
+        self, run: DagsterRun, include_container_logs: bool | None = True
+    ) -> None:
         """None: what Celery knows of a run that did not start is that it waits."""
 
     def _find_result(self, run: DagsterRun) -> AsyncResult:

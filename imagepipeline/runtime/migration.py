@@ -46,7 +46,9 @@ def main() -> None:
             _upgrade()
             done.touch()
     else:
-        engine = sa.create_engine(url.get_secret_value(), isolation_level="AUTOCOMMIT", hide_parameters=True)
+        engine = sa.create_engine(
+            url.get_secret_value(), isolation_level="AUTOCOMMIT", hide_parameters=True
+        )
         with engine.connect() as connection:
             connection.exec_driver_sql("SELECT pg_advisory_lock(hashtext('imagepipeline migrate'))")
             DagsterPostgresStorage(url.get_secret_value())  # makes the tables where there are none

@@ -18,9 +18,13 @@ class PooledPostgresStorage(DagsterPostgresStorage):
 
     def __init__(self, postgres_url: str, inst_data: ConfigurableClassData | None = None) -> None:
         super().__init__(postgres_url, should_autocreate_tables=False, inst_data=inst_data)
-        self.run_storage.optimize_for_webserver(STATEMENT_TIMEOUT_MS, RECYCLE_SECONDS, MAX_MORE_CONNECTIONS)
+        self.run_storage.optimize_for_webserver(
+            STATEMENT_TIMEOUT_MS, RECYCLE_SECONDS, MAX_MORE_CONNECTIONS
+        )
         for storage in (self.event_log_storage, self.schedule_storage):
-            vars(storage)["_engine"] = vars(self.run_storage)["_engine"]  # private: there is no way to give it one
+            vars(storage)["_engine"] = vars(self.run_storage)[
+                "_engine"
+            ]  # private: there is no way to give it one
 
     @classmethod
     def config_type(cls) -> Any:

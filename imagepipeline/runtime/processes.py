@@ -41,7 +41,9 @@ class Child(Protocol):
         """Sends it SIGTERM."""
 
 
-def start(arguments: Sequence[str], log: Path, environment: Mapping[str, str] | None = None) -> subprocess.Popen[bytes]:
+def start(
+    arguments: Sequence[str], log: Path, environment: Mapping[str, str] | None = None
+) -> subprocess.Popen[bytes]:
     """Starts a process in a session of its own; its output is appended to `log`."""
     with _open_log(log) as output:
         return subprocess.Popen(
@@ -63,7 +65,12 @@ class Service:
     """
 
     def __init__(
-        self, context: BaseContext, name: str, arguments: Sequence[str], log: Path, environment: Mapping[str, str]
+        self,
+        context: BaseContext,
+        name: str,
+        arguments: Sequence[str],
+        log: Path,
+        environment: Mapping[str, str],
     ) -> None:
         # Typed loosely, as a context's Process is known to no stub.
         self._process: Any = context.Process(  # type: ignore[attr-defined]
@@ -169,7 +176,9 @@ def _end_with_parent() -> None:
     # A pipe whose other end only they hold: a signal says that it was closed (fcntl(2), F_SETSIG).
     fcntl.fcntl(parent.sentinel, fcntl.F_SETSIG, signal.SIGTERM)
     fcntl.fcntl(parent.sentinel, fcntl.F_SETOWN, os.getpid())
-    fcntl.fcntl(parent.sentinel, fcntl.F_SETFL, fcntl.fcntl(parent.sentinel, fcntl.F_GETFL) | os.O_ASYNC)
+    fcntl.fcntl(
+        parent.sentinel, fcntl.F_SETFL, fcntl.fcntl(parent.sentinel, fcntl.F_GETFL) | os.O_ASYNC
+    )
     if not parent.is_alive():  # they died before we asked to be told
         sys.exit()
 
@@ -181,5 +190,7 @@ def _prepare_child() -> None:
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
     if signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:  # under nohup it stays ignored
         signal.signal(signal.SIGHUP, signal.SIG_DFL)
-    if sys.platform == "linux":  # elsewhere, `imagepipeline down` ends what a killed supervisor left behind
+    if (
+        sys.platform == "linux"
+    ):  # elsewhere, `imagepipeline down` ends what a killed supervisor left behind
         ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)

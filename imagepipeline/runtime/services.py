@@ -72,7 +72,14 @@ def build_command(settings: Settings, name: str) -> list[str]:
         ],
         "worker": ["imagepipeline.runtime.worker"],
         "daemon": ["imagepipeline.runtime.daemon", "run", "--log-level", "warning", *workspace],
-        "webserver": ["imagepipeline.runtime.webserver", "-h", settings.webserver_host, "-p", port, *workspace],
+        "webserver": [
+            "imagepipeline.runtime.webserver",
+            "-h",
+            settings.webserver_host,
+            "-p",
+            port,
+            *workspace,
+        ],
     }
     return [sys.executable, "-m", *modules[name]]
 
@@ -88,7 +95,9 @@ def prepare(settings: Settings) -> None:
     home = _dagster_home(settings)
     with told_of(settings.home):
         home.mkdir(exist_ok=True, mode=0o700)
-        _write(home / "dagster.yaml", yaml.safe_dump(_build_dagster_yaml(settings), sort_keys=False))
+        _write(
+            home / "dagster.yaml", yaml.safe_dump(_build_dagster_yaml(settings), sort_keys=False)
+        )
         _write(home / "workspace.yaml", yaml.safe_dump(_build_workspace_yaml(settings)))
 
 
@@ -112,7 +121,11 @@ def build_environment(settings: Settings, name: str | None = None) -> dict[str, 
     if name is None:
         return environment
     kept = SECRETS_OF[name] | (INSTANCE_SECRETS if name in NAMES else set())
-    return {variable: value for variable, value in environment.items() if variable in kept or not is_secret(variable)}
+    return {
+        variable: value
+        for variable, value in environment.items()
+        if variable in kept or not is_secret(variable)
+    }
 
 
 def migrate(settings: Settings, is_taken_over: bool = False) -> None:
@@ -158,7 +171,12 @@ def is_healthy(settings: Settings, name: str) -> bool:
             return False
     prepare(settings)
     command = [sys.executable, "-m", "dagster._daemon", "liveness-check"]
-    return subprocess.run(command, env=build_environment(settings), capture_output=True, check=False).returncode == 0
+    return (
+        subprocess.run(
+            command, env=build_environment(settings), capture_output=True, check=False
+        ).returncode
+        == 0
+    )
 
 
 def examine_daemon(settings: Settings) -> dict[str, dict[str, str]]:
@@ -169,7 +187,9 @@ def examine_daemon(settings: Settings) -> dict[str, dict[str, str]]:
     """
     prepare(settings)
     command = [sys.executable, "-m", "imagepipeline.runtime.examination"]
-    result = subprocess.run(command, env=build_environment(settings), capture_output=True, text=True, check=False)
+    result = subprocess.run(
+        command, env=build_environment(settings), capture_output=True, text=True, check=False
+    )
     if result.returncode != 0:
         last_line = (result.stderr.strip().splitlines() or ["no message"])[-1]
         raise StackError(f"Dagster's database cannot be asked: {last_line.partition(':')[0]:.100}")
@@ -230,10 +250,21 @@ def ask_workers(
         try:
             connection.ensure_connection(max_retries=1, interval_start=0, interval_step=0.1)
             answers = app.control.broadcast(
-                command, dict(arguments or {}), connection=connection, reply=True, timeout=patience_seconds, **asked
+                command,
+                dict(arguments or {}),
+                connection=connection,
+                reply=True,
+                timeout=patience_seconds,
+                **asked,
             )
-        except (OperationalError, *connection.connection_errors, *connection.channel_errors) as error:
-            raise StackError(f"the workers' Redis does not answer ({type(error).__name__})") from None
+        except (
+            OperationalError,
+            *connection.connection_errors,
+            *connection.channel_errors,
+        ) as error:
+            raise StackError(
+                f"the workers' Redis does not answer ({type(error).__name__})"
+            ) from None
     return {worker: said for answer in answers for worker, said in answer.items()}
 
 
@@ -249,7 +280,8 @@ def answers_http(url: str) -> bool:
 
 def build_webserver_url(settings: Settings) -> str:
     """Where this machine reaches the webserver."""
-    host = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(settings.webserver_host, settings.webserver_host)  # noqa: S104
+    loopback = {"0.0.0.0": "127.0.0.1", "::": "::1"}  # noqa: S104
+    host = loopback.get(settings.webserver_host, settings.webserver_host)
     port = settings.webserver_port or DEFAULT_WEBSERVER_PORT
     return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
 

@@ -5,7 +5,12 @@ import importlib
 
 for module in (
     *("dagster._cli", "dagster._daemon.cli", "dagster_webserver.app", "dagster_webserver.cli"),
-    *("dagster._grpc.client", "dagster._grpc.server", "dagster_celery.launcher", "dagster_postgres"),
+    *(
+        "dagster._grpc.client",
+        "dagster._grpc.server",
+        "dagster_celery.launcher",
+        "dagster_postgres",
+    ),
     *("fsspec", "grpc_health.v1.health_pb2_grpc", "upath", "uvicorn", "websockets"),
     *("imagepipeline.cli", "imagepipeline.definitions"),
 ):

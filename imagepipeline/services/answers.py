@@ -30,7 +30,19 @@ LINK = re.compile(
 MARKUP = re.compile(r"<[^<>]*>|[<>`{}\[\]|\\]|\*\*|\]\(")
 # Singular words that end like plurals; those in -ss, -us, -is are told by their ending.
 SINGULAR = frozenset(
-    {"christmas", "canvas", "gas", "atlas", "bias", "texas", "lens", "mars", "series", "species", "news"}
+    {
+        "christmas",
+        "canvas",
+        "gas",
+        "atlas",
+        "bias",
+        "texas",
+        "lens",
+        "mars",
+        "series",
+        "species",
+        "news",
+    }
 )
 
 
@@ -69,9 +81,17 @@ def read_answer(text: str, vocabulary: Vocabulary) -> ImageMetadata:
         return ImageMetadata.model_validate(clean(answer, vocabulary))
     except (ValueError, TypeError, AttributeError, KeyError, RecursionError) as error:
         if not isinstance(error, ValidationError):
-            raise BadAnswerError("the vision model's answer is not the JSON object it was asked for") from None
-        places = ", ".join(sorted({str(problem["loc"][0]) if problem["loc"] else "it" for problem in error.errors()}))
-        raise BadAnswerError(f"the vision model's answer does not fit the schema: {places[:80]}") from None
+            raise BadAnswerError(
+                "the vision model's answer is not the JSON object it was asked for"
+            ) from None
+        places = ", ".join(
+            sorted(
+                {str(problem["loc"][0]) if problem["loc"] else "it" for problem in error.errors()}
+            )
+        )
+        raise BadAnswerError(
+            f"the vision model's answer does not fit the schema: {places[:80]}"
+        ) from None
 
 
 def clean(answer: Any, vocabulary: Vocabulary) -> dict[str, Any]:
@@ -83,12 +103,18 @@ def clean(answer: Any, vocabulary: Vocabulary) -> dict[str, Any]:
     if not isinstance(answer, dict):
         raise BadAnswerError("the vision model's answer is not the JSON object it was asked for")
     category = to_word(_read_text(answer, "category"))[:MAX_WORD_CHARACTERS].strip() or "other"
-    colors = [color.lower() for item in _read_list(answer, "dominantColors") for color in COLOR.findall(item)]
+    colors = [
+        color.lower()
+        for item in _read_list(answer, "dominantColors")
+        for color in COLOR.findall(item)
+    ]
     return {
         "description": to_plain(_read_text(answer, "description")),
         "mood": to_plain(_read_text(answer, "mood"))[:MAX_WORD_CHARACTERS].strip() or "unknown",
         "tags": choose_tags(_read_list(answer, "tags"), vocabulary.tags),
-        "category": choose(category, vocabulary.categories) or "other" if vocabulary.categories else category,
+        "category": choose(category, vocabulary.categories) or "other"
+        if vocabulary.categories
+        else category,
         "dominantColors": list(dict.fromkeys(colors))[:MAX_COLORS],
     }
 
@@ -108,7 +134,9 @@ def clean_metadata(metadata: ImageMetadata) -> ImageMetadata:
 def _read_text(answer: dict[str, Any], name: str) -> str:
     value = answer.get(name)
     if not isinstance(value, str):
-        raise BadAnswerError(f"the vision model's answer does not fit the schema: {name} is no text")
+        raise BadAnswerError(
+            f"the vision model's answer does not fit the schema: {name} is no text"
+        )
     return value
 
 
@@ -117,8 +145,12 @@ def _read_list(answer: dict[str, Any], name: str) -> list[str]:
     value = answer.get(name)
     texts = [value] if isinstance(value, str) else value
     if not isinstance(texts, list) or not all(isinstance(text, str) for text in texts):
-        raise BadAnswerError(f"the vision model's answer does not fit the schema: {name} is no list of texts")
-    items = [item for text in texts[:MAX_ITEMS] for item in SEPARATOR.split(text[:MAX_TEXT_CHARACTERS])]
+        raise BadAnswerError(
+            f"the vision model's answer does not fit the schema: {name} is no list of texts"
+        )
+    items = [
+        item for text in texts[:MAX_ITEMS] for item in SEPARATOR.split(text[:MAX_TEXT_CHARACTERS])
+    ]
     return [_without_bullet(item) for item in items[:MAX_ITEMS]]
 
 
@@ -131,7 +163,9 @@ def to_plain(text: str) -> str:
     """The text on one line: no markup, no links, no control or direction characters; what is far too long is cut."""
     text = unicodedata.normalize("NFC", text[:MAX_TEXT_CHARACTERS])
     text = MARKUP.sub(" ", LINK.sub(" ", text))
-    text = "".join(" " if unicodedata.category(character)[0] in "CZ" else character for character in text)
+    text = "".join(
+        " " if unicodedata.category(character)[0] in "CZ" else character for character in text
+    )
     return " ".join(text.split())
 
 
@@ -149,7 +183,9 @@ def choose_tags(tags: Iterable[str], allowed: Sequence[str]) -> list[str]:
     if allowed:
         meant = _by_normal_form(allowed)
         words = [meant.get(word, "") for word in words]
-    return list(dict.fromkeys(word for word in words if 0 < len(word) <= MAX_WORD_CHARACTERS))[:MAX_TAGS]
+    return list(dict.fromkeys(word for word in words if 0 < len(word) <= MAX_WORD_CHARACTERS))[
+        :MAX_TAGS
+    ]
 
 
 def choose(word: str, allowed: Sequence[str]) -> str | None:

@@ -60,7 +60,9 @@ class OpenRouterEmbedder:
             if not length or not math.isfinite(length):
                 raise BadAnswerError("the embedding model sent a vector without a direction")
             usage = read_usage(answer.usage)
-        return Embedding(text, tuple(number / length for number in numbers), self.recipe.version, usage)
+        return Embedding(
+            text, tuple(number / length for number in numbers), self.recipe.version, usage
+        )
 
 
 class LocalEmbedder:

@@ -81,10 +81,19 @@ def build_message(failures: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
         for failure in failures
     ]
     keys = " ".join(f"{image['imageId']}:{image['generation']}" for image in images)
-    event_id = keys if len(images) == 1 else "digest:" + hashlib.sha256(keys.encode(errors="replace")).hexdigest()[:32]
+    event_id = (
+        keys
+        if len(images) == 1
+        else "digest:" + hashlib.sha256(keys.encode(errors="replace")).hexdigest()[:32]
+    )
     if len(images) == 1:
         return {"type": "image-processing-failed", "eventId": event_id, **images[0]}
-    return {"type": "image-processing-failed-digest", "eventId": event_id, "count": len(images), "images": images}
+    return {
+        "type": "image-processing-failed-digest",
+        "eventId": event_id,
+        "count": len(images),
+        "images": images,
+    }
 
 
 def build_pause_message(pause: Pause) -> dict[str, Any]:
@@ -127,7 +136,9 @@ class WebhookNotifier:
     def _post(self, content: Mapping[str, Any]) -> None:
         body = to_json(content).encode()
         timestamp = str(int(time.time()))
-        signature = hmac.new(self._secret, timestamp.encode() + b"." + body, hashlib.sha256).hexdigest()
+        signature = hmac.new(
+            self._secret, timestamp.encode() + b"." + body, hashlib.sha256
+        ).hexdigest()
         headers = {
             "Host": self._url.netloc.rpartition("@")[2],
             "Content-Type": "application/json",
@@ -138,7 +149,9 @@ class WebhookNotifier:
         connection = self._connect()
         try:
             status = call_within(
-                WEBHOOK_SECONDS, lambda: _ask(connection, path, body, headers), lambda: _cut_off(connection.sock)
+                WEBHOOK_SECONDS,
+                lambda: _ask(connection, path, body, headers),
+                lambda: _cut_off(connection.sock),
             )
         except (http.client.HTTPException, OSError, ValueError) as error:
             raise NotificationError(f"the webhook did not answer: {type(error).__name__}") from None
@@ -156,9 +169,13 @@ class WebhookNotifier:
             port = self._url.port or (443 if is_https else 80)
             found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)
         except ValueError:  # of a port beyond 65535, or of a name that IDNA cannot encode
-            raise NotificationError("the webhook's address is malformed: correct IMAGEPIPELINE_WEBHOOK_URL") from None
+            raise NotificationError(
+                "the webhook's address is malformed: correct IMAGEPIPELINE_WEBHOOK_URL"
+            ) from None
         except OSError as error:
-            raise NotificationError(f"the webhook's name means no address: {type(error).__name__}") from None
+            raise NotificationError(
+                f"the webhook's name means no address: {type(error).__name__}"
+            ) from None
         addresses = [str(entry[4][0]) for entry in found]
         if not self._allows_private:
             # A name that has a private address beside a public one is not trusted with either.
@@ -182,11 +199,15 @@ class _NamedConnection(http.client.HTTPSConnection):
 
     def connect(self) -> None:
         plain = socket.create_connection((self.host, self.port), TIMEOUT_SECONDS)
-        self.sock = self._tls.wrap_socket(plain, server_hostname=self._name, do_handshake_on_connect=False)
+        self.sock = self._tls.wrap_socket(
+            plain, server_hostname=self._name, do_handshake_on_connect=False
+        )
         self.sock.do_handshake()  # only now, so that a deadline finds the socket
 
 
-def _ask(connection: http.client.HTTPConnection, path: str, body: bytes, headers: Mapping[str, str]) -> int:
+def _ask(
+    connection: http.client.HTTPConnection, path: str, body: bytes, headers: Mapping[str, str]
+) -> int:
     """The status of the answer. Its body is not read, however long or packed it is; redirects are not followed."""
     connection.request("POST", path, body, headers)
     return connection.getresponse().status
@@ -208,7 +229,9 @@ def is_public(address: str) -> bool:
     if isinstance(ip, ipaddress.IPv6Address):
         if ip in NAT64:
             return is_public(str(ipaddress.IPv4Address(int(ip) & 0xFFFFFFFF)))
-        if ip not in GLOBAL_UNICAST:  # mapped, compatible, translated and site-local addresses among them
+        if (
+            ip not in GLOBAL_UNICAST
+        ):  # mapped, compatible, translated and site-local addresses among them
             return False
     return ip.is_global and not ip.is_multicast and not any(ip in network for network in NOT_PUBLIC)
 
@@ -226,29 +249,51 @@ class MailNotifier:
     def send(self, failures: Sequence[Mapping[str, Any]]) -> None:
         """Tries once, for at most 10 s between two signs of life, and 15 s in all."""
         is_digest = len(failures) > 1
-        subject = f"{len(failures)} images failed" if is_digest else f"Image {failures[0]['image_id']} failed"
+        subject = (
+            f"{len(failures)} images failed"
+            if is_digest
+            else f"Image {failures[0]['image_id']} failed"
+        )
         text = "\n".join(make_printable(_describe(failure)) for failure in failures)
         self._mail(subject, text, build_message(failures)["eventId"])
 
     def send_pause(self, pause: Pause) -> None:
         """As `send`."""
-        until = f"until {pause.until.isoformat(timespec='minutes')}" if pause.until else "until you resume"
+        until = (
+            f"until {pause.until.isoformat(timespec='minutes')}"
+            if pause.until
+            else "until you resume"
+        )
         text = f"Nothing has failed; images wait {until}.\n{make_printable(pause.message)}"
-        self._mail(f"Image processing is paused: {pause.reason}", text, build_pause_message(pause)["eventId"])
+        self._mail(
+            f"Image processing is paused: {pause.reason}",
+            text,
+            build_pause_message(pause)["eventId"],
+        )
 
     def _mail(self, subject: str, text: str, event_id: str) -> None:
         message = email.message.EmailMessage()
         message["Subject"] = make_printable(subject)
         message["From"], message["To"] = self._sender, ", ".join(self._recipients)
-        message["Message-ID"] = f"<{hashlib.sha256(event_id.encode(errors='replace')).hexdigest()[:32]}@imagepipeline>"
+        message["Message-ID"] = (
+            f"<{hashlib.sha256(event_id.encode(errors='replace')).hexdigest()[:32]}@imagepipeline>"
+        )
         message.set_content("\n".join(map(make_printable, text.split("\n"))))
-        server = (smtplib.SMTP_SSL if self._url.scheme == "smtps" else smtplib.SMTP)(timeout=SMTP_TIMEOUT_SECONDS)
+        server = (smtplib.SMTP_SSL if self._url.scheme == "smtps" else smtplib.SMTP)(
+            timeout=SMTP_TIMEOUT_SECONDS
+        )
         try:
-            call_within(MAIL_SECONDS, lambda: self._deliver(server, message), lambda: _cut_off(server.sock))
+            call_within(
+                MAIL_SECONDS, lambda: self._deliver(server, message), lambda: _cut_off(server.sock)
+            )
         except (smtplib.SMTPDataError, smtplib.SMTPRecipientsRefused) as error:
-            raise NoticeRefusedError(f"the mail server refused it: {type(error).__name__}") from None
+            raise NoticeRefusedError(
+                f"the mail server refused it: {type(error).__name__}"
+            ) from None
         except (smtplib.SMTPException, OSError, ValueError) as error:
-            raise NotificationError(f"the mail server did not take it: {type(error).__name__}") from None
+            raise NotificationError(
+                f"the mail server did not take it: {type(error).__name__}"
+            ) from None
 
     def _deliver(self, server: smtplib.SMTP, message: email.message.EmailMessage) -> None:
         host, is_encrypted = self._url.hostname or "", self._url.scheme == "smtps"

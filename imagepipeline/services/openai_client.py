@@ -38,7 +38,9 @@ MAX_TOKENS, MAX_COST_USD = 1e9, 1e3  # of one call, that are believed
 MAX_RETRY_AFTER_SECONDS, MAX_PAUSE_SECONDS = 120, 86_400
 # How long nothing is asked after a bad key or an empty account; then one image tries whether it was mended.
 PROBE_SECONDS = 600
-FORBIDDEN_PROBE_SECONDS = 60  # a 403 may be about the picture, and then it should not keep the others for long
+FORBIDDEN_PROBE_SECONDS = (
+    60  # a 403 may be about the picture, and then it should not keep the others for long
+)
 RETRYABLE_STATUSES = frozenset({408, 409, 429})
 FORBIDDING_STATUSES = frozenset({403, 451})
 QUOTA_CODES = frozenset(
@@ -52,7 +54,12 @@ QUOTA_CODES = frozenset(
     }
 )
 POLICY_CODES = frozenset(
-    {"content_policy_violation", "content_filter", "moderation_blocked", "ResponsibleAIPolicyViolation"}
+    {
+        "content_policy_violation",
+        "content_filter",
+        "moderation_blocked",
+        "ResponsibleAIPolicyViolation",
+    }
 )
 # Where no code says so: how providers write that they object to what they were sent.
 POLICY_STATUSES = frozenset({400, 403, 422, 451})
@@ -69,20 +76,53 @@ CALLER_TEXT = re.compile(
     re.IGNORECASE,
 )
 PICTURE_TEXT = re.compile(r"flagged_input|\"reasons\"\s*:\s*\[")
-POLICY_ENDS = ("content_filter", "safety", "image_safety", "prohibited_content", "refusal", "blocklist")
+POLICY_ENDS = (
+    "content_filter",
+    "safety",
+    "image_safety",
+    "prohibited_content",
+    "refusal",
+    "blocklist",
+)
 MAX_ERROR_CHARACTERS = 4_000  # of an error's body, that are looked at
 IMAGE_CODES = frozenset(
-    {"invalid_image", "invalid_image_format", "image_too_large", "image_parse_error", "invalid_base64"}
+    {
+        "invalid_image",
+        "invalid_image_format",
+        "image_too_large",
+        "image_parse_error",
+        "invalid_base64",
+    }
 )
 # Only these are quoted: whatever else a provider writes may repeat our key.
-KNOWN_CODES = QUOTA_CODES | POLICY_CODES | IMAGE_CODES | {"invalid_api_key", "model_not_found", "rate_limit_exceeded"}
+KNOWN_CODES = (
+    QUOTA_CODES
+    | POLICY_CODES
+    | IMAGE_CODES
+    | {"invalid_api_key", "model_not_found", "rate_limit_exceeded"}
+)
 # Parameters that some providers and models do not know; the vision model then asks in another way.
-OPTIONAL_PARAMETERS = ("response_format", "json_schema", "json_object", "max_completion_tokens", "max_tokens", "detail")
+OPTIONAL_PARAMETERS = (
+    "response_format",
+    "json_schema",
+    "json_object",
+    "max_completion_tokens",
+    "max_tokens",
+    "detail",
+)
 
 
 # What the client lets through when the body is not what it expects.
 UNREADABLE = (
-    *(openai.OpenAIError, httpx2.HTTPError, ValueError, TypeError, IndexError, AttributeError, RecursionError),
+    *(
+        openai.OpenAIError,
+        httpx2.HTTPError,
+        ValueError,
+        TypeError,
+        IndexError,
+        AttributeError,
+        RecursionError,
+    ),
 )
 
 
@@ -118,18 +158,28 @@ class ProviderClient:
             yield self._ask
         except openai.APIStatusError as error:
             text = f"{error.param or ''} {error.message}"
-            raise _classify(self._name, _Complaint(error.status_code, error.code, text, error.response)) from None
+            raise _classify(
+                self._name, _Complaint(error.status_code, error.code, text, error.response)
+            ) from None
         except UnboundedAnswerError as error:
             raise BadAnswerError(f"{self._name} sent {error}") from None
         except openai.APIConnectionError as error:  # includes timeouts
-            cause = error.__cause__  # where there is one, it came up before the client had the status
+            cause = (
+                error.__cause__
+            )  # where there is one, it came up before the client had the status
             if isinstance(cause, UnboundedAnswerError):
                 raise BadAnswerError(f"{self._name} sent {cause}") from None
             if isinstance(cause, httpx2.DecodingError):
-                raise BadAnswerError(f"{self._name} sent an answer that cannot be unpacked") from None
-            raise ProviderUnavailableError(f"{self._name} did not answer: {type(error).__name__}") from None
+                raise BadAnswerError(
+                    f"{self._name} sent an answer that cannot be unpacked"
+                ) from None
+            raise ProviderUnavailableError(
+                f"{self._name} did not answer: {type(error).__name__}"
+            ) from None
         except UNREADABLE as error:
-            raise BadAnswerError(f"{self._name} sent an answer that cannot be read: {type(error).__name__}") from None
+            raise BadAnswerError(
+                f"{self._name} sent an answer that cannot be read: {type(error).__name__}"
+            ) from None
 
     def _ask(self, request: Callable[[openai.OpenAI], A]) -> A:
         """The answer to a request, if it comes in time.
@@ -203,8 +253,14 @@ def load_certificates() -> ssl.SSLContext:
 
 def read_usage(usage: Any) -> CallUsage | None:
     """What an answer says it used, or None if it says nothing that can be; OpenRouter adds the cost in US dollars."""
-    names = (("prompt_tokens", MAX_TOKENS), ("completion_tokens", MAX_TOKENS), ("cost", MAX_COST_USD))
-    tokens_in, tokens_out, cost_usd = (_read_number(getattr(usage, name, None), most) for name, most in names)
+    names = (
+        ("prompt_tokens", MAX_TOKENS),
+        ("completion_tokens", MAX_TOKENS),
+        ("cost", MAX_COST_USD),
+    )
+    tokens_in, tokens_out, cost_usd = (
+        _read_number(getattr(usage, name, None), most) for name, most in names
+    )
     if not tokens_in and not cost_usd:  # no call uses nothing
         return None
     return CallUsage(int(tokens_in or 0), int(tokens_out or 0), cost_usd)
@@ -249,7 +305,9 @@ def _classify(provider: str, complaint: _Complaint) -> ImagePipelineError:
     status, code, headers = complaint.status, str(complaint.code or ""), complaint.response.headers
     summary = f"{provider} answered {status}" + (f" ({code})" if code in KNOWN_CODES else "")
     body = complaint.response.text[:MAX_ERROR_CHARACTERS]
-    speaks_of_content = status in POLICY_STATUSES and bool(POLICY_TEXT.search(body) or PICTURE_TEXT.search(body))
+    speaks_of_content = status in POLICY_STATUSES and bool(
+        POLICY_TEXT.search(body) or PICTURE_TEXT.search(body)
+    )
     speaks_of_caller = CALLER_TEXT.search(body) and not PICTURE_TEXT.search(body)
     if code in POLICY_CODES or (speaks_of_content and not speaks_of_caller):
         return RefusedError(f"{summary}: the image is against its content policy")
@@ -273,7 +331,9 @@ def _classify(provider: str, complaint: _Complaint) -> ImagePipelineError:
     if parameter:
         return FormatRefusedError(f"{summary}: it does not know {parameter}", parameter)
     if 300 <= status < 400:
-        return ProviderRejectedError(f"{summary}, and redirects are not followed: set the address it redirects to")
+        return ProviderRejectedError(
+            f"{summary}, and redirects are not followed: set the address it redirects to"
+        )
     return ProviderRejectedError(f"{summary}: check the model's name and the address")
 
 

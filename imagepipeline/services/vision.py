@@ -22,7 +22,10 @@ ANSWER_SCHEMA = {
         "description": {"type": "string"},
         "tags": {"type": "array", "items": {"type": "string"}},
         "category": {"type": "string"},
-        "dominantColors": {"type": "array", "items": {"type": "string", "pattern": "^#[0-9a-fA-F]{6}$"}},
+        "dominantColors": {
+            "type": "array",
+            "items": {"type": "string", "pattern": "^#[0-9a-fA-F]{6}$"},
+        },
         "mood": {"type": "string"},
     },
     "required": ["description", "tags", "category", "dominantColors", "mood"],
@@ -30,7 +33,8 @@ ANSWER_SCHEMA = {
 }
 FORMATS = ("json_schema", "json_object", "text")
 FORMAT_ADVICE = (
-    "Answer with one JSON object and nothing else; its keys: description, tags, category, dominantColors, mood."
+    "Answer with one JSON object and nothing else; its keys: "
+    "description, tags, category, dominantColors, mood."
 )
 # An honest answer has some 150; models that think before they answer need more. Doubled when one is cut off.
 MAX_ANSWER_TOKENS = 2000
@@ -98,14 +102,18 @@ class OpenAIVision:
     out at the next attempt.
     """
 
-    def __init__(self, api_key: str, base_url: str, model: str, prompt: str, options: VisionOptions) -> None:
+    def __init__(
+        self, api_key: str, base_url: str, model: str, prompt: str, options: VisionOptions
+    ) -> None:
         from imagepipeline.services.openai_client import ProviderClient  # here: 0.6 s of imports
 
         self.recipe = openai_recipe(model, prompt, options)
         self._prompt = build_prompt(prompt, options)
         self._options = options
         self._provider = ProviderClient("the vision model", api_key, base_url)
-        self._formats = list(FORMATS if options.answer_format == "auto" else (options.answer_format,))
+        self._formats = list(
+            FORMATS if options.answer_format == "auto" else (options.answer_format,)
+        )
         self._length_parameter = "max_completion_tokens"
         self._max_tokens = MAX_ANSWER_TOKENS
         self._has_detail = options.detail != "auto"
@@ -119,7 +127,9 @@ class OpenAIVision:
             with self._provider.call() as ask:
                 raw = ask(
                     lambda client: client.chat.completions.with_raw_response.create(
-                        model=self.recipe.model, messages=self._build_messages(preview), **self._build_parameters()
+                        model=self.recipe.model,
+                        messages=self._build_messages(preview),
+                        **self._build_parameters(),
                     )
                 )
                 completion = raw.parse()
@@ -136,12 +146,16 @@ class OpenAIVision:
     def _build_messages(self, preview: bytes) -> list[Any]:
         url = "data:image/jpeg;base64," + base64.b64encode(preview).decode()
         detail = {"detail": self._options.detail} if self._has_detail else {}
-        text = self._prompt if self._formats[0] == "json_schema" else f"{self._prompt} {FORMAT_ADVICE}"
+        text = (
+            self._prompt if self._formats[0] == "json_schema" else f"{self._prompt} {FORMAT_ADVICE}"
+        )
         picture = {"type": "image_url", "image_url": {"url": url, **detail}}
         return [{"role": "user", "content": [{"type": "text", "text": text}, picture]}]
 
     def _build_parameters(self) -> dict[str, Any]:
-        parameters: dict[str, Any] = {self._length_parameter: self._max_tokens} if self._length_parameter else {}
+        parameters: dict[str, Any] = (
+            {self._length_parameter: self._max_tokens} if self._length_parameter else {}
+        )
         if self._formats[0] == "json_schema":
             schema = {"name": "image_metadata", "strict": True, "schema": ANSWER_SCHEMA}
             parameters["response_format"] = {"type": "json_schema", "json_schema": schema}
@@ -183,7 +197,11 @@ class LocalVision:
 
         probabilities = efficientnet.classify(preview)
         best = int(probabilities.argmax())
-        label = efficientnet.load_labels()[best] if probabilities[best] >= MIN_LABEL_PROBABILITY else None
+        label = (
+            efficientnet.load_labels()[best]
+            if probabilities[best] >= MIN_LABEL_PROBABILITY
+            else None
+        )
         shares = {group: float(probabilities[members(group)].sum()) for group in GROUPS}
         likeliest = max(shares, key=shares.__getitem__)
         group = likeliest if shares[likeliest] >= MIN_GROUP_PROBABILITY else None
@@ -191,7 +209,9 @@ class LocalVision:
         return VisionAnswer(_compose(facts, label, group, certainty))
 
 
-def _compose(facts: PixelFacts, label: str | None, group: str | None, certainty: float) -> ImageMetadata:
+def _compose(
+    facts: PixelFacts, label: str | None, group: str | None, certainty: float
+) -> ImageMetadata:
     orientation = _orientation(facts)
     color_names = [name for name, _, _ in facts.colors]
     mood = _mood(facts)
@@ -200,7 +220,10 @@ def _compose(facts: PixelFacts, label: str | None, group: str | None, certainty:
         sentence += f"; looks like: {group or label} ({certainty:.0%} sure)"
     if group and label:
         sentence += f", most of all {label}"
-    taken = [f"with {facts.camera}" if facts.camera else "", f"on {facts.taken_on}" if facts.taken_on else ""]
+    taken = [
+        f"with {facts.camera}" if facts.camera else "",
+        f"on {facts.taken_on}" if facts.taken_on else "",
+    ]
     if any(taken):
         sentence += ". Taken " + " ".join(part for part in taken if part)
     tags = [tag for tag in (label, group, orientation, *color_names) if tag]

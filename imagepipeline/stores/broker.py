@@ -35,7 +35,9 @@ def build_config(prefix: str, answer_seconds: float = ANSWER_SECONDS) -> dict[st
     return {
         "broker_transport_options": {
             **place,
-            "priority_steps": [0],  # Dagster's own queue knows priorities; here they would be ten lists
+            "priority_steps": [
+                0
+            ],  # Dagster's own queue knows priorities; here they would be ten lists
             "visibility_timeout": HANDOVER_SECONDS,
             "unacked_restore_interval": RESTORE_INTERVAL_SECONDS,
             "unacked_restore_throttle": 1,
@@ -88,7 +90,9 @@ class TaskQueue:
         try:
             messages: list[bytes] = self._redis.lrange(self._key, 0, -1)  # type: ignore[assignment]
         except redis.RedisError as error:
-            raise PostponedError(f"the workers' Redis does not answer ({type(error).__name__})") from None
+            raise PostponedError(
+                f"the workers' Redis does not answer ({type(error).__name__})"
+            ) from None
         return {json.loads(message)["headers"]["id"] for message in messages}
 
     def close(self) -> None:

@@ -111,13 +111,17 @@ class Catalogue:
         Raises:
             StackError: a newer version has changed the tables so that this one cannot use them.
         """
-        from imagepipeline.stores import migrations  # here, because Alembic takes as long to import as all the rest
+        from imagepipeline.stores import (
+            migrations,
+        )  # here, because Alembic takes as long to import as all the rest
 
         if self._database.engine.dialect.name == "sqlite" and self._database.engine.url.database:
             Path(self._database.engine.url.database).parent.mkdir(parents=True, exist_ok=True)
         with self._database.engine.begin() as connection:
             if self._database.engine.dialect.name == "postgresql":
-                connection.execute(sa.select(sa.func.pg_advisory_xact_lock(sa.func.hashtext("imagepipeline"))))
+                connection.execute(
+                    sa.select(sa.func.pg_advisory_xact_lock(sa.func.hashtext("imagepipeline")))
+                )
             migrations.upgrade(connection)
 
     def bind(self, dagster_instance_id: str, is_taken_over: bool = False) -> None:
@@ -144,7 +148,9 @@ class Catalogue:
     def find_owner(self) -> str | None:
         """The ID of the Dagster instance the catalogue is tied to, which tells one catalogue from another."""
         with self._database.transaction() as connection:
-            owner: str | None = connection.execute(sa.select(catalogue_owner.c.dagster_instance_id)).scalar()
+            owner: str | None = connection.execute(
+                sa.select(catalogue_owner.c.dagster_instance_id)
+            ).scalar()
         return owner
 
     def check(self) -> None:
@@ -197,7 +203,14 @@ class Catalogue:
         names = {name for name in map(find_named_image, paths) if name}
         pushed = {upload.image_id for upload in uploads.values()}
         with self._database.transaction() as connection:
-            known = set(connection.execute(sa.select(images.c.id).where(images.c.id.in_(names))).scalars()) | pushed
+            known = (
+                set(
+                    connection.execute(
+                        sa.select(images.c.id).where(images.c.id.in_(names))
+                    ).scalars()
+                )
+                | pushed
+            )
             columns = (images.c.id, images.c.requested_path, images.c.path)
             of_paths = sa.or_(images.c.requested_path.in_(paths), images.c.path.in_(paths))
             rows = connection.execute(sa.select(*columns).where(of_paths)).all()
@@ -228,7 +241,10 @@ class Catalogue:
         if path == claim.last_path:
             return
         name = find_named_image(path)
-        is_other = sa.and_(images.c.id != claim.image_id, sa.or_(images.c.path == path, images.c.id == (name or "")))
+        is_other = sa.and_(
+            images.c.id != claim.image_id,
+            sa.or_(images.c.path == path, images.c.id == (name or "")),
+        )
         with self._database.transaction() as connection:
             owner = connection.execute(sa.select(images.c.id).where(is_other).limit(1)).scalar()
         if owner is not None:
@@ -262,10 +278,14 @@ class Catalogue:
         """All images that a run holds."""
         columns = (images.c.id, images.c.generation, images.c.fence, images.c.run_id, images.c.beat)
         with self._database.transaction() as connection:
-            rows = connection.execute(sa.select(*columns).where(images.c.status == Status.PROCESSING))
+            rows = connection.execute(
+                sa.select(*columns).where(images.c.status == Status.PROCESSING)
+            )
             return [Processing(*row) for row in rows]
 
-    def list_ended(self, status: Status, since: datetime | None = None, limit: int = 1000) -> list[dict[str, Any]]:
+    def list_ended(
+        self, status: Status, since: datetime | None = None, limit: int = 1000
+    ) -> list[dict[str, Any]]:
         """The images that ended so, newest first, without failures that were discarded."""
         query = (
             sa.select(images)
@@ -278,7 +298,9 @@ class Catalogue:
         with self._database.transaction() as connection:
             return [{**row} for row in connection.execute(query).mappings()]
 
-    def iterate_failed(self, reason: str | None = None, page_rows: int = 500) -> Iterator[dict[str, Any]]:
+    def iterate_failed(
+        self, reason: str | None = None, page_rows: int = 500
+    ) -> Iterator[dict[str, Any]]:
         """The failures that were not discarded, of one reason or all, newest first; in memory is a page of them.
 
         What becomes of a row meanwhile does not matter: a page begins after the last row of the one before.
@@ -309,7 +331,9 @@ class Catalogue:
             None if the generation is not pending any more, or another run holds it.
         """
         with self._database.transaction() as connection:
-            self._take(connection, run_id, images.c.id == image_id, images.c.generation == generation)
+            self._take(
+                connection, run_id, images.c.id == image_id, images.c.generation == generation
+            )
             return self._claim_of(connection, image_id, run_id)
 
     def claim_anew(self, image_id: str, run_id: str) -> Claim:
@@ -325,18 +349,28 @@ class Catalogue:
         now = self._clock()
         with self._database.transaction() as connection:
             known = connection.execute(
-                sa.select(images.c.status, images.c.run_id).where(images.c.id == image_id).with_for_update()
+                sa.select(images.c.status, images.c.run_id)
+                .where(images.c.id == image_id)
+                .with_for_update()
             ).first()
             if known is None:
-                connection.execute(sa.insert(images).values(id=image_id, priority=0, **_first_generation(now)))
+                connection.execute(
+                    sa.insert(images).values(id=image_id, priority=0, **_first_generation(now))
+                )
             elif known.status in ENDED:
-                connection.execute(sa.update(images).where(images.c.id == image_id).values(_new_generation(now)))
+                connection.execute(
+                    sa.update(images).where(images.c.id == image_id).values(_new_generation(now))
+                )
             elif known.status == Status.PROCESSING and known.run_id != run_id:
-                raise ImageBusyError(f"run {known.run_id} is working on {image_id}: wait until it has ended")
+                raise ImageBusyError(
+                    f"run {known.run_id} is working on {image_id}: wait until it has ended"
+                )
             self._take(connection, run_id, images.c.id == image_id)
             claim = self._claim_of(connection, image_id, run_id)
         if claim is None:
-            raise ImageBusyError(f"{image_id} was claimed by another run at the same moment: try again")
+            raise ImageBusyError(
+                f"{image_id} was claimed by another run at the same moment: try again"
+            )
         return claim
 
     def beat(self, claim: Claim) -> None:
@@ -350,7 +384,9 @@ class Catalogue:
         with self._database.transaction() as connection:
             self._update(connection, claim, attempts=most, beat=images.c.beat + 1)
 
-    def record_failure(self, claim: Claim, asset: str, attempt: int, wait_seconds: float, error: str) -> None:
+    def record_failure(
+        self, claim: Claim, asset: str, attempt: int, wait_seconds: float, error: str
+    ) -> None:
         """Writes down that an attempt at an asset failed, and how long the next one waits."""
         detail = f"{asset}, attempt {attempt}, next in {wait_seconds:g} s: {error}"
         with self._database.transaction() as connection:
@@ -362,7 +398,9 @@ class Catalogue:
         with self._database.transaction() as connection:
             self._update(connection, claim, **asdict(facts))
 
-    def save_metadata(self, claim: Claim, metadata: ImageMetadata, recipe: Recipe, input_sha256: str) -> None:
+    def save_metadata(
+        self, claim: Claim, metadata: ImageMetadata, recipe: Recipe, input_sha256: str
+    ) -> None:
         """Stores what the vision model said, and of which original: at once, so that it is not paid for twice."""
         with self._database.transaction() as connection:
             self._update(connection, claim, metadata=metadata.model_dump(by_alias=True))
@@ -389,7 +427,9 @@ class Catalogue:
         try:
             with self._database.transaction() as connection:
                 self._update(connection, claim)
-                connection.execute(sa.delete(image_variants).where(image_variants.c.image_id == claim.image_id))
+                connection.execute(
+                    sa.delete(image_variants).where(image_variants.c.image_id == claim.image_id)
+                )
                 connection.execute(sa.insert(image_variants), rows)
         except sa.exc.IntegrityError:
             raise PathTakenError(
@@ -424,7 +464,11 @@ class Catalogue:
                 return Status.PENDING
             self._update(connection, claim, status=Status.COMPLETED, error=None)
             self._record(connection, claim.image_id, "completed")
-            return Status.PENDING if self._begin_if_pushed(connection, claim.image_id) else Status.COMPLETED
+            return (
+                Status.PENDING
+                if self._begin_if_pushed(connection, claim.image_id)
+                else Status.COMPLETED
+            )
 
     def fail(self, claim: Claim, reason: str, error: str) -> None:
         """Ends a claim as `failed`, with a word to filter by and a sentence, and puts the notice into the outbox."""
@@ -459,7 +503,10 @@ class Catalogue:
             self._record(connection, lost.image_id, "recovered", cause)
             if earlier + 1 >= POISON_RECOVERIES:
                 return self._fail(
-                    connection, claim, "poison", f"its run was lost {earlier + 1} times, at last because {cause}"
+                    connection,
+                    claim,
+                    "poison",
+                    f"its run was lost {earlier + 1} times, at last because {cause}",
                 )
             self._hand_back(connection, claim, cause, 0)
             return Status.PENDING
@@ -528,7 +575,9 @@ class Catalogue:
     def count_events(self, image_id: str, event: str, since: datetime) -> int:
         """How often something has happened to an image since then."""
         query = sa.select(sa.func.count()).where(
-            image_history.c.image_id == image_id, image_history.c.event == event, image_history.c.at >= since
+            image_history.c.image_id == image_id,
+            image_history.c.event == event,
+            image_history.c.at >= since,
         )
         with self._database.transaction() as connection:
             return int(connection.execute(query).scalar_one())
@@ -550,13 +599,17 @@ class Catalogue:
                 unsent = sa.and_(
                     notifications.c.image_id == image_id,
                     notifications.c.generation
-                    == sa.select(images.c.generation).where(images.c.id == image_id).scalar_subquery(),
+                    == sa.select(images.c.generation)
+                    .where(images.c.id == image_id)
+                    .scalar_subquery(),
                     notifications.c.webhook_sent_at.is_(None),
                     notifications.c.mail_sent_at.is_(None),
                 )
                 connection.execute(sa.delete(notifications).where(unsent))
                 connection.execute(
-                    sa.update(images).where(images.c.id == image_id).values(_new_generation(self._clock()))
+                    sa.update(images)
+                    .where(images.c.id == image_id)
+                    .values(_new_generation(self._clock()))
                 )
                 self._record(connection, image_id, "reopened", f"it had failed as {reason}")
         return len(image_ids)
@@ -566,7 +619,9 @@ class Catalogue:
         sent_at = notifications.c[f"{channel}_sent_at"]
         query = (
             sa.select(notifications)
-            .where(sent_at.is_(None), notifications.c.failed_at >= self._clock() - NOTIFICATION_WINDOW)
+            .where(
+                sent_at.is_(None), notifications.c.failed_at >= self._clock() - NOTIFICATION_WINDOW
+            )
             .order_by(notifications.c.failed_at)
             .limit(limit)
         )
@@ -579,25 +634,36 @@ class Catalogue:
             for row in sent:
                 connection.execute(
                     sa.update(notifications)
-                    .where(notifications.c.image_id == row["image_id"], notifications.c.generation == row["generation"])
+                    .where(
+                        notifications.c.image_id == row["image_id"],
+                        notifications.c.generation == row["generation"],
+                    )
                     .values({f"{channel}_sent_at": self._clock()})
                 )
 
     def get(self, image_id: str) -> dict[str, Any] | None:
         """All that is known of an image, or None: its row, `variants`, `made_by` per asset, and `history`."""
         with self._database.transaction() as connection:
-            row = connection.execute(sa.select(images).where(images.c.id == image_id)).mappings().first()
+            row = (
+                connection.execute(sa.select(images).where(images.c.id == image_id))
+                .mappings()
+                .first()
+            )
             if row is None:
                 return None
             variants = connection.execute(
-                sa.select(image_variants).where(image_variants.c.image_id == image_id).order_by(image_variants.c.id)
+                sa.select(image_variants)
+                .where(image_variants.c.image_id == image_id)
+                .order_by(image_variants.c.id)
             ).mappings()
             results = connection.execute(
                 sa.select(image_results).where(image_results.c.image_id == image_id)
             ).mappings()
             made_by = {result["asset"]: _describe_result(result) for result in results}
             events = connection.execute(
-                sa.select(image_history).where(image_history.c.image_id == image_id).order_by(image_history.c.seq)
+                sa.select(image_history)
+                .where(image_history.c.image_id == image_id)
+                .order_by(image_history.c.seq)
             ).mappings()
             return {
                 **row,
@@ -608,18 +674,36 @@ class Catalogue:
 
     def get_states(self, image_ids: Sequence[str]) -> dict[str, State]:
         """The state of each known image among the given ones."""
-        columns = (images.c.id, images.c.generation, images.c.status, images.c.pushes, images.c.pushes_seen)
+        columns = (
+            images.c.id,
+            images.c.generation,
+            images.c.status,
+            images.c.pushes,
+            images.c.pushes_seen,
+        )
         query = sa.select(*columns).where(images.c.id.in_(image_ids))
         with self._database.transaction() as connection:
             rows = connection.execute(query).all()
-        return {row.id: State(row.generation, Status(row.status), row.pushes, row.pushes_seen) for row in rows}
+        return {
+            row.id: State(row.generation, Status(row.status), row.pushes, row.pushes_seen)
+            for row in rows
+        }
 
     def find_unknown(self, originals: Mapping[str, str]) -> dict[str, str]:
         """Of originals (ID to path), those whose ID has no row and whose path belongs to no other image."""
         with self._database.transaction() as connection:
-            rows = connection.execute(sa.select(images.c.id, images.c.requested_path, images.c.path)).all()
-        ids, paths = {row.id for row in rows}, {path for row in rows for path in (row.requested_path, row.path)}
-        return {image_id: path for image_id, path in originals.items() if image_id not in ids and path not in paths}
+            rows = connection.execute(
+                sa.select(images.c.id, images.c.requested_path, images.c.path)
+            ).all()
+        ids, paths = (
+            {row.id for row in rows},
+            {path for row in rows for path in (row.requested_path, row.path)},
+        )
+        return {
+            image_id: path
+            for image_id, path in originals.items()
+            if image_id not in ids and path not in paths
+        }
 
     def count(self) -> dict[str, int]:
         """The number of images in each status."""
@@ -628,7 +712,9 @@ class Catalogue:
             counts = dict(connection.execute(query).tuples().all())
         return {status.value: counts.get(status, 0) for status in Status}
 
-    def _record(self, connection: sa.Connection, image_id: str, event: str, detail: str | None = None) -> None:
+    def _record(
+        self, connection: sa.Connection, image_id: str, event: str, detail: str | None = None
+    ) -> None:
         """Adds a line to an image's history, with the row as it is now."""
         values = sa.select(
             sa.literal(self._clock(), UtcDateTime),
@@ -642,7 +728,9 @@ class Catalogue:
         names = ["at", "image_id", "generation", "fence", "run_id", "event", "detail"]
         connection.execute(sa.insert(image_history).from_select(names, values))
 
-    def _take(self, connection: sa.Connection, run_id: str, *conditions: sa.ColumnElement[bool]) -> None:
+    def _take(
+        self, connection: sa.Connection, run_id: str, *conditions: sa.ColumnElement[bool]
+    ) -> None:
         """Claims the pending row that meets the conditions, if there is one."""
         statement = (
             sa.update(images)
@@ -663,8 +751,16 @@ class Catalogue:
 
     def _claim_of(self, connection: sa.Connection, image_id: str, run_id: str) -> Claim | None:
         row = connection.execute(
-            sa.select(images.c.id, images.c.generation, images.c.fence, images.c.requested_path, images.c.path).where(
-                images.c.id == image_id, images.c.status == Status.PROCESSING, images.c.run_id == run_id
+            sa.select(
+                images.c.id,
+                images.c.generation,
+                images.c.fence,
+                images.c.requested_path,
+                images.c.path,
+            ).where(
+                images.c.id == image_id,
+                images.c.status == Status.PROCESSING,
+                images.c.run_id == run_id,
             )
         ).first()
         return Claim(*row) if row else None
@@ -680,21 +776,33 @@ class Catalogue:
             "input_sha256": input_sha256,
             "made_at": self._clock(),
         }
-        insert = self._database.insert(image_results).values(image_id=claim.image_id, asset=asset, **values)
-        connection.execute(insert.on_conflict_do_update(index_elements=["image_id", "asset"], set_=values))
+        insert = self._database.insert(image_results).values(
+            image_id=claim.image_id, asset=asset, **values
+        )
+        connection.execute(
+            insert.on_conflict_do_update(index_elements=["image_id", "asset"], set_=values)
+        )
         self._record(connection, claim.image_id, "made", f"{asset} by {recipe.version}")
 
     def _update(self, connection: sa.Connection, claim: Claim, **values: Any) -> None:
         """Changes the claimed row, or raises StaleClaimError if the claim was succeeded."""
         statement = (
             sa.update(images)
-            .where(images.c.id == claim.image_id, images.c.fence == claim.fence, images.c.status == Status.PROCESSING)
+            .where(
+                images.c.id == claim.image_id,
+                images.c.fence == claim.fence,
+                images.c.status == Status.PROCESSING,
+            )
             .values({"updated_at": self._clock(), **values})
         )
         if connection.execute(statement).rowcount == 0:
-            raise StaleClaimError(f"the claim on {claim.image_id} (fence {claim.fence}) was taken over")
+            raise StaleClaimError(
+                f"the claim on {claim.image_id} (fence {claim.fence}) was taken over"
+            )
 
-    def _hand_back(self, connection: sa.Connection, claim: Claim, cause: str, wait_seconds: float) -> None:
+    def _hand_back(
+        self, connection: sa.Connection, claim: Claim, cause: str, wait_seconds: float
+    ) -> None:
         self._update(connection, claim, **self._pending_again(wait_seconds))
         self._record(connection, claim.image_id, "handed_back", cause)
 
@@ -751,7 +859,9 @@ class Catalogue:
 
     def _note_push(self, connection: sa.Connection, upload: Upload) -> None:
         """Counts a push of an image that has not ended; the next run to begin looks where it says."""
-        higher = sa.case((images.c.priority < upload.priority, upload.priority), else_=images.c.priority)
+        higher = sa.case(
+            (images.c.priority < upload.priority, upload.priority), else_=images.c.priority
+        )
         statement = (
             sa.update(images)
             .where(images.c.id == upload.image_id)
@@ -770,7 +880,9 @@ class Catalogue:
         )
         if not connection.execute(statement).rowcount:
             return False
-        self._record(connection, image_id, "accepted", "it was pushed again while a run worked on it")
+        self._record(
+            connection, image_id, "accepted", "it was pushed again while a run worked on it"
+        )
         return True
 
 
@@ -816,5 +928,8 @@ def _describe_result(result: sa.RowMapping) -> dict[str, Any]:
     recipe = Recipe(result["provider"], result["model"], result["settings"])
     return {
         "version": recipe.version,
-        **{name: result[name] for name in ("provider", "model", "settings", "generation", "input_sha256", "made_at")},
+        **{
+            name: result[name]
+            for name in ("provider", "model", "settings", "generation", "input_sha256", "made_at")
+        },
     }

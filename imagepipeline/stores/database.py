@@ -30,7 +30,9 @@ class Database:
     def __init__(self, url: str) -> None:
         self.engine = _create_engine(url)
         # The dialect's own insert, which knows ON CONFLICT.
-        self.insert: Any = postgresql.insert if self.engine.dialect.name == "postgresql" else sqlite.insert
+        self.insert: Any = (
+            postgresql.insert if self.engine.dialect.name == "postgresql" else sqlite.insert
+        )
 
     @contextmanager
     def transaction(self) -> Iterator[sa.Connection]:
@@ -43,7 +45,9 @@ class Database:
             with self.engine.begin() as connection:
                 yield connection
         except (sa.exc.OperationalError, sa.exc.InterfaceError) as error:
-            raise CatalogueDownError(f"the catalogue does not answer ({type(error.orig).__name__})") from None
+            raise CatalogueDownError(
+                f"the catalogue does not answer ({type(error.orig).__name__})"
+            ) from None
 
 
 def read_json(text: str) -> Any:
@@ -60,7 +64,9 @@ def _create_engine(url: str) -> sa.Engine:
     if parsed.drivername in ("postgres", "postgresql"):
         parsed = parsed.set(drivername="postgresql+psycopg2")
     if not parsed.drivername.startswith("sqlite"):
-        return sa.create_engine(parsed, hide_parameters=True, json_deserializer=read_json, **POSTGRES_OPTIONS)
+        return sa.create_engine(
+            parsed, hide_parameters=True, json_deserializer=read_json, **POSTGRES_OPTIONS
+        )
     engine = create_sqlite_engine(parsed, hide_parameters=True)
     sa.event.listen(engine, "connect", _prepare_sqlite)
     sa.event.listen(engine, "begin", _begin_immediate)

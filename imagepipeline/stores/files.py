@@ -43,11 +43,15 @@ class FileStore:
         prefix = f"{check_image_id(image_id)}."
         try:
             with self._open_folder(["original"]) as folder:
-                return sorted(f"original/{name}" for name in os.listdir(folder) if name.startswith(prefix))
+                return sorted(
+                    f"original/{name}" for name in os.listdir(folder) if name.startswith(prefix)
+                )
         except FileNotFoundError:
             return []
         except OSError as error:
-            raise MissingOriginalError(f"the folder original cannot be read: {error.strerror}") from None
+            raise MissingOriginalError(
+                f"the folder original cannot be read: {error.strerror}"
+            ) from None
 
     def read(self, path: str, max_bytes: int | None = None) -> bytes:
         """The content of a file, of which at most `max_bytes + 1` bytes are read.
@@ -59,10 +63,14 @@ class FileStore:
         try:
             with self._open_folder(parents) as folder:
                 # Without O_NONBLOCK, opening a pipe would wait for its writer for ever.
-                descriptor = os.open(name, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK, dir_fd=folder)
+                descriptor = os.open(
+                    name, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK, dir_fd=folder
+                )
         except OSError as error:
             reason = error.strerror or type(error).__name__
-            raise MissingOriginalError(f"{path} cannot be opened below the storage root: {reason}") from None
+            raise MissingOriginalError(
+                f"{path} cannot be opened below the storage root: {reason}"
+            ) from None
         if not stat.S_ISREG(os.fstat(descriptor).st_mode):
             os.close(descriptor)
             raise MissingOriginalError(f"{path} is not a plain file")
@@ -83,15 +91,21 @@ class FileStore:
             UnsafePathError: a folder on the way is a symbolic link, or no folder.
         """
         *parents, name = Path(path).parts
-        beside = f".{uuid.uuid4().hex}.tmp"  # without the name, which may be as long as a name can be
+        beside = (
+            f".{uuid.uuid4().hex}.tmp"  # without the name, which may be as long as a name can be
+        )
         self.make_root()
         try:
             with self._open_folder(parents, is_created=True) as folder:
                 try:
-                    descriptor = os.open(beside, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600, dir_fd=folder)
+                    descriptor = os.open(
+                        beside, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600, dir_fd=folder
+                    )
                     with os.fdopen(descriptor, "wb") as file:
                         entered_by = os.fstat(folder).st_mode & ENTER
-                        _set_mode(descriptor, 0o600 | entered_by << 2)  # who may enter, 1, may read, 4
+                        _set_mode(
+                            descriptor, 0o600 | entered_by << 2
+                        )  # who may enter, 1, may read, 4
                         file.write(content)
                         file.flush()
                         os.fsync(descriptor)
@@ -103,7 +117,9 @@ class FileStore:
             if error.errno in (errno.ENOSPC, errno.EDQUOT):
                 raise DiskFullError(f"no room below the storage root for {path}") from error
             if error.errno in (errno.ELOOP, errno.ENOTDIR):
-                raise UnsafePathError(f"{path} cannot be written: a folder on the way is a link or a file") from error
+                raise UnsafePathError(
+                    f"{path} cannot be written: a folder on the way is a link or a file"
+                ) from error
             raise
 
     def delete(self, path: str) -> None:

@@ -59,7 +59,9 @@ class Ledger:
     def count_unanswered(self, stage: str) -> dict[str, int]:
         """By image, how many calls of a stage got no answer since the last one that did, in the last hour."""
         calls = provider_calls.c
-        last = sa.select(sa.func.coalesce(sa.func.max(calls.seq), 0)).where(self._got_something(stage))
+        last = sa.select(sa.func.coalesce(sa.func.max(calls.seq), 0)).where(
+            self._got_something(stage)
+        )
         query = (
             sa.select(calls.image_id, sa.func.count())
             .where(calls.stage == stage, calls.image_id.is_not(None), calls.outcome.in_(NO_ANSWER))
@@ -77,7 +79,11 @@ class Ledger:
 
     def _got_something(self, stage: str | None) -> sa.ColumnElement[bool]:
         calls = provider_calls.c
-        return sa.and_(calls.stage == stage, calls.outcome.not_in(NO_ANSWER), calls.at >= self._clock() - STREAK)
+        return sa.and_(
+            calls.stage == stage,
+            calls.outcome.not_in(NO_ANSWER),
+            calls.at >= self._clock() - STREAK,
+        )
 
     def is_answered_for_others(self, image_id: str, stage: str, outcome: str) -> bool:
         """Whether calls for other images were answered since this image's call last ended with this outcome.
@@ -95,7 +101,10 @@ class Ledger:
             if earlier is None:
                 return False
             others = sa.select(calls.seq).where(
-                calls.seq > earlier, calls.stage == stage, calls.outcome == "answered", calls.image_id != image_id
+                calls.seq > earlier,
+                calls.stage == stage,
+                calls.outcome == "answered",
+                calls.image_id != image_id,
             )
             return connection.execute(others.limit(1)).first() is not None
 
@@ -112,7 +121,10 @@ class Ledger:
                 sa.func.coalesce(sa.func.sum(calls.tokens_out), 0).label("tokens_out"),
                 sa.func.coalesce(sa.func.sum(calls.cost_usd), 0.0).label("cost_usd"),
                 sa.func.sum(
-                    sa.case((sa.and_(calls.cost_usd.is_(None), calls.tokens_in.is_not(None)), 1), else_=0)
+                    sa.case(
+                        (sa.and_(calls.cost_usd.is_(None), calls.tokens_in.is_not(None)), 1),
+                        else_=0,
+                    )
                 ).label("unpriced"),
             )
             .group_by(group)
@@ -123,7 +135,9 @@ class Ledger:
         with self._database.transaction() as connection:
             return [{**row} for row in connection.execute(query).mappings()]
 
-    def pause(self, reason: str, message: str, wait_seconds: float | None, stage: str | None = None) -> None:
+    def pause(
+        self, reason: str, message: str, wait_seconds: float | None, stage: str | None = None
+    ) -> None:
         """Stops all new work until then, or for None until a person resumes it.
 
         `stage` is whose calls brought it about; a pause of that reason and stage is prolonged, with this message.
@@ -131,17 +145,23 @@ class Ledger:
         now = self._clock()
         until = None if wait_seconds is None else now + timedelta(seconds=wait_seconds)
         open_ones = sa.and_(
-            pauses.c.reason == reason, pauses.c.stage.is_not_distinct_from(stage), pauses.c.ended_at.is_(None)
+            pauses.c.reason == reason,
+            pauses.c.stage.is_not_distinct_from(stage),
+            pauses.c.ended_at.is_(None),
         )
         with self._database.transaction() as connection:
             values = {"message": make_printable(message[:MESSAGE_CHARACTERS]), "until": until}
             if connection.execute(sa.update(pauses).where(open_ones).values(values)).rowcount == 0:
-                connection.execute(sa.insert(pauses).values(reason=reason, stage=stage, since=now, **values))
+                connection.execute(
+                    sa.insert(pauses).values(reason=reason, stage=stage, since=now, **values)
+                )
 
     def end(self, pause: Pause) -> None:
         """Ends one pause, whatever its time."""
         with self._database.transaction() as connection:
-            connection.execute(sa.update(pauses).where(pauses.c.seq == pause.seq).values(ended_at=self._clock()))
+            connection.execute(
+                sa.update(pauses).where(pauses.c.seq == pause.seq).values(ended_at=self._clock())
+            )
 
     def resume(self, *reasons: str) -> int:
         """Ends the pauses of these reasons, or all; gives how many there were."""
@@ -175,7 +195,9 @@ class Ledger:
         with self._database.transaction() as connection:
             for pause in told:
                 values = {f"{channel}_sent_at": self._clock()}
-                connection.execute(sa.update(pauses).where(pauses.c.seq == pause.seq).values(values))
+                connection.execute(
+                    sa.update(pauses).where(pauses.c.seq == pause.seq).values(values)
+                )
 
     def _day(self) -> sa.ColumnElement[str]:
         """The day of a call in UTC, whatever time zone a Postgres session has."""
@@ -185,8 +207,16 @@ class Ledger:
         return sa.func.substr(sa.cast(at, sa.String), 1, 10)
 
     def _find_pauses(self, condition: sa.ColumnElement[bool]) -> list[Pause]:
-        columns = [pauses.c[name] for name in ("seq", "reason", "message", "since", "until", "stage")]
+        columns = [
+            pauses.c[name] for name in ("seq", "reason", "message", "since", "until", "stage")
+        ]
         now = self._clock()
         with self._database.transaction() as connection:
-            rows = connection.execute(sa.select(*columns).where(condition).order_by(pauses.c.seq)).mappings().all()
-        return [Pause(**row, is_over=row["until"] is not None and row["until"] <= now) for row in rows]
+            rows = (
+                connection.execute(sa.select(*columns).where(condition).order_by(pauses.c.seq))
+                .mappings()
+                .all()
+            )
+        return [
+            Pause(**row, is_over=row["until"] is not None and row["until"] <= now) for row in rows
+        ]

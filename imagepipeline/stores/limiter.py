@@ -12,7 +12,9 @@ import redis
 from imagepipeline.errors import PostponedError, SettingsError
 
 UNITS_SECONDS = {"second": 1, "minute": 60, "hour": 3600, "day": 86_400}
-LIMIT = re.compile(r"(?:(?P<stage>metadata|embedding)=)?(?P<count>[1-9]\d{0,6})/(?P<unit>second|minute|hour|day)")
+LIMIT = re.compile(
+    r"(?:(?P<stage>metadata|embedding)=)?(?P<count>[1-9]\d{0,6})/(?P<unit>second|minute|hour|day)"
+)
 
 # A key for each limit, with how many calls and in how many milliseconds; the last argument names the call. Counts it
 # with all limits and gives 0, or with none and gives the milliseconds until there may be room. The clock is the
@@ -91,7 +93,9 @@ class CallLimiter:
 
     def __init__(self, url: str, prefix: str, default: str) -> None:
         self._redis = redis.Redis.from_url(url, socket_connect_timeout=2, socket_timeout=5)
-        self._script = self._redis.register_script(TAKE)  # sent again if a restarted Redis has forgotten it
+        self._script = self._redis.register_script(
+            TAKE
+        )  # sent again if a restarted Redis has forgotten it
         self._key = f"{prefix}:rate-limit"
         self._default = default
         parse_limits(default)
@@ -159,7 +163,9 @@ class CallLimiter:
             PostponedError: Redis does not answer; that is no permit.
         """
         deadline = time.monotonic() + timeout_seconds
-        limits = [limit for limit in parse_limits(self.get_limits()) if limit.stage in (None, stage)]
+        limits = [
+            limit for limit in parse_limits(self.get_limits()) if limit.stage in (None, stage)
+        ]
         # The window is in the key, as a shorter one would forget calls that a longer one must still count.
         keys = [f"{self._key}:{limit.stage or 'all'}:{limit.seconds}" for limit in limits]
         windows = [number for limit in limits for number in (limit.count, limit.seconds * 1000)]

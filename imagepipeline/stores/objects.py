@@ -125,4 +125,6 @@ def _talking(path: str) -> Iterator[None]:
     except FileNotFoundError:
         raise MissingOriginalError(f"{path} is not below the storage root") from None
     except (BaseError, PermissionError) as error:  # their texts hold addresses and answers
-        raise StorageDownError(f"the object store does not serve {path} ({type(error).__name__})") from None
+        raise StorageDownError(
+            f"the object store does not serve {path} ({type(error).__name__})"
+        ) from None

@@ -40,9 +40,13 @@ images = sa.Table(
     sa.Column("id", sa.String(64), primary_key=True),
     sa.Column("status", sa.String(16), nullable=False),
     sa.Column("generation", sa.Integer, nullable=False),  # one life, from push to end; never falls
-    sa.Column("fence", sa.Integer, nullable=False),  # raised by every claim; writes under an older one are refused
+    sa.Column(
+        "fence", sa.Integer, nullable=False
+    ),  # raised by every claim; writes under an older one are refused
     sa.Column("priority", sa.Integer, nullable=False),
-    sa.Column("attempts", sa.Integer, nullable=False),  # the most any asset has needed in this generation
+    sa.Column(
+        "attempts", sa.Integer, nullable=False
+    ),  # the most any asset has needed in this generation
     sa.Column("run_id", sa.String(64)),  # the Dagster run that holds the claim, or held it last
     # What the upload named; empty: the one file original/<id>.*
     sa.Column("requested_path", sa.String(512), index=True),
@@ -54,14 +58,18 @@ images = sa.Table(
     sa.Column("original_sha256", sa.String(64)),
     sa.Column("width", sa.Integer),  # of the original, upright, in pixels
     sa.Column("height", sa.Integer),
-    sa.Column("placeholder", sa.String(2000)),  # a data URI of a tiny WebP, for a page to show first
+    sa.Column(
+        "placeholder", sa.String(2000)
+    ),  # a data URI of a tiny WebP, for a page to show first
     sa.Column("dominant_color", sa.String(7)),  # #rrggbb
     sa.Column("flaw", sa.String(300)),  # what is missing of an original that was made the best of
     sa.Column("metadata", sa.JSON(none_as_null=True)),
     sa.Column("reason", sa.String(32)),
     sa.Column("error", sa.String(300)),
     sa.Column("not_before", UtcDateTime),  # a pending image waits until then
-    sa.Column("beat", sa.Integer, nullable=False),  # raised by a living run; one that stands still is dead
+    sa.Column(
+        "beat", sa.Integer, nullable=False
+    ),  # raised by a living run; one that stands still is dead
     sa.Column("discarded_at", UtcDateTime),  # a failure that a person has seen and let go
     sa.Column("accepted_at", UtcDateTime, nullable=False),
     sa.Column("updated_at", UtcDateTime, nullable=False),

@@ -27,7 +27,11 @@ MAX_DEAD = 1000  # of at most 4 kB each; an uploader that sends nonsense must no
 READ_TOGETHER = 25  # entries in one answer; each may be as long as the server lets it be
 MAX_READ_BYTES = 4_000_000  # at which no more are read; twice what 500 well-formed entries may have
 # What a server that belongs to a cluster answers to commands that name keys of several slots.
-CLUSTER_ERRORS = (redis.exceptions.AskError, redis.exceptions.ClusterCrossSlotError, redis.exceptions.ClusterError)
+CLUSTER_ERRORS = (
+    redis.exceptions.AskError,
+    redis.exceptions.ClusterCrossSlotError,
+    redis.exceptions.ClusterError,
+)
 
 
 class DeadLetter(BaseModel):
@@ -50,7 +54,9 @@ class UploadQueue:
     """
 
     def __init__(self, url: str, prefix: str = DEFAULT_PREFIX) -> None:
-        self.wait_key, self.active_key, self.dead_key = (f"{prefix}:{name}" for name in ("wait", "active", "dead"))
+        self.wait_key, self.active_key, self.dead_key = (
+            f"{prefix}:{name}" for name in ("wait", "active", "dead")
+        )
         self._dropped_key = f"{self.dead_key}:dropped"
         self.redis: Any = redis.Redis.from_url(url, socket_connect_timeout=2, socket_timeout=5)
 
@@ -82,7 +88,9 @@ class UploadQueue:
         """
         waiting: list[bytes] = []
         with _translated_errors():
-            left = [entry for entry in self.redis.lrange(self.active_key, 0, -1) if not _is_shown(entry)]
+            left = [
+                entry for entry in self.redis.lrange(self.active_key, 0, -1) if not _is_shown(entry)
+            ]
             while len(waiting) < limit and sum(map(len, waiting)) < MAX_READ_BYTES:
                 first, last = -min(len(waiting) + READ_TOGETHER, limit), -len(waiting) - 1
                 older = self.redis.lrange(self.wait_key, first, last)
@@ -115,7 +123,10 @@ class UploadQueue:
 
         A full Redis may refuse; then the list stays as it was.
         """
-        shown = [json.dumps({"imageId": image_id, "runId": run_id}) for image_id, run_id in sorted(run_ids.items())]
+        shown = [
+            json.dumps({"imageId": image_id, "runId": run_id})
+            for image_id, run_id in sorted(run_ids.items())
+        ]
         with _translated_errors(), suppress(redis.exceptions.OutOfMemoryError):
             if self.redis.lrange(self.active_key, 0, -1) == [entry.encode() for entry in shown]:
                 return
@@ -162,7 +173,9 @@ class UploadQueue:
             InvalidUploadError: it was too long to be kept whole.
         """
         if letter["raw"] is None:
-            raise InvalidUploadError(f"{letter['id']} was too long to be kept: push the image's ID again instead")
+            raise InvalidUploadError(
+                f"{letter['id']} was too long to be kept: push the image's ID again instead"
+            )
         with _translated_errors(), self.redis.pipeline(transaction=True) as pipe:
             pipe.lpush(self.wait_key, base64.b64decode(letter["raw"]))
             self._take_off(pipe, letter)
@@ -231,7 +244,9 @@ def _translated_errors() -> Iterator[None]:
             "Redis runs as a cluster, which keeps our lists on several servers, while we change them together: "
             "use one server (cluster-enabled no), with replicas if you like"
         ) from None
-    except redis.ResponseError as error:  # such as a key of another type: its text is the server's, without secrets
+    except (
+        redis.ResponseError
+    ) as error:  # such as a key of another type: its text is the server's, without secrets
         raise StackError(f"Redis refuses the command: {error}") from None
     except redis.RedisError as error:
         raise StackError(

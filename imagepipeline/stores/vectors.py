@@ -80,12 +80,17 @@ class EmbeddingIndex:
                     errors[position] = refusal
                 continue
             # One row an image: the last of its highest fence.
-            latest = {writes[p][0].image_id: p for p in sorted(positions, key=lambda p: writes[p][0].fence)}
+            latest = {
+                writes[p][0].image_id: p
+                for p in sorted(positions, key=lambda p: writes[p][0].fence)
+            }
             fences = self._merge([writes[position] for position in latest.values()])
             for position in positions:
                 claim = writes[position][0]
                 if claim.fence < fences[claim.image_id]:
-                    errors[position] = StaleClaimError(f"the index holds a later embedding of {claim.image_id}")
+                    errors[position] = StaleClaimError(
+                        f"the index holds a later embedding of {claim.image_id}"
+                    )
         return errors
 
     def get(self, image_id: str, version: str) -> dict[str, Any] | None:
@@ -93,7 +98,9 @@ class EmbeddingIndex:
         where = f"image_id = '{check_image_id(image_id)}'"
         for name in self._table_names():
             table = self._open(name) if name.startswith(_table_prefix(version)) else None
-            rows: list[dict[str, Any]] = table.search().where(where).limit(1).to_list() if table else []
+            rows: list[dict[str, Any]] = (
+                table.search().where(where).limit(1).to_list() if table else []
+            )
             if rows:
                 return rows[0]
         return None
@@ -101,7 +108,11 @@ class EmbeddingIndex:
     def list_dimensions(self, version: str) -> list[int]:
         """The numbers of dimensions of the vectors of that version; more than one if its model has changed."""
         prefix = _table_prefix(version)
-        return [int(name.removeprefix(prefix)) for name in self._table_names() if name.startswith(prefix)]
+        return [
+            int(name.removeprefix(prefix))
+            for name in self._table_names()
+            if name.startswith(prefix)
+        ]
 
     def count_rows(self) -> int:
         """The number of embeddings, of all versions."""
@@ -151,7 +162,12 @@ class EmbeddingIndex:
             return {claim.image_id: claim.fence for claim, _ in writes}
         table.checkout_latest()  # another process may have written the rows that refused ours
         known = ", ".join(f"'{check_image_id(claim.image_id)}'" for claim, _ in writes)
-        query = table.search().where(f"image_id IN ({known})").select(["image_id", "fence"]).limit(len(rows))
+        query = (
+            table.search()
+            .where(f"image_id IN ({known})")
+            .select(["image_id", "fence"])
+            .limit(len(rows))
+        )
         return {row["image_id"]: row["fence"] for row in query.to_list()}
 
     @functools.cached_property
@@ -159,7 +175,9 @@ class EmbeddingIndex:
         import lancedb
 
         # Plain HTTP is spoken only where the operator names such an address, with AWS_ENDPOINT_URL.
-        return lancedb.connect(self._uri, storage_options={"allow_http": "true"} if "://" in self._uri else None)
+        return lancedb.connect(
+            self._uri, storage_options={"allow_http": "true"} if "://" in self._uri else None
+        )
 
     def _table_names(self) -> list[str]:
         return list(self._database.list_tables(limit=1000).tables)
@@ -228,8 +246,12 @@ class BatchingIndex(EmbeddingIndex):
         for name in self._table_names():
             try:
                 self._database.open_table(name).optimize(cleanup_older_than=READERS_PATIENCE)
-            except Exception as error:  # it is none of the images' business, and will be tried again
-                is_conflict = "commit conflict" in str(error)  # another process has written meanwhile
+            except (
+                Exception
+            ) as error:  # it is none of the images' business, and will be tried again
+                is_conflict = "commit conflict" in str(
+                    error
+                )  # another process has written meanwhile
                 level = logging.DEBUG if is_conflict else logging.WARNING
                 log.log(level, "index compaction failed: %s", make_printable(str(error)))
 
@@ -267,7 +289,13 @@ def create_table(uri: str, name: str, schema: Any) -> None:
         [manifest] = Path(folder).glob(f"{name}.lance/_versions/*.manifest")
         for path in [*Path(folder).glob(f"{name}.lance/_transactions/*"), manifest]:
             with contextlib.suppress(AlreadyExistsError):
-                obstore.put(place, str(path.relative_to(folder)), path.read_bytes(), mode="create", use_multipart=False)
+                obstore.put(
+                    place,
+                    str(path.relative_to(folder)),
+                    path.read_bytes(),
+                    mode="create",
+                    use_multipart=False,
+                )
 
 
 def _table_name(embedding: Embedding) -> str:

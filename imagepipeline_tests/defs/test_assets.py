@@ -23,7 +23,9 @@ from imagepipeline_tests.conftest import PHOTOS
 from imagepipeline_tests.imaging.odd_files import SAMPLES
 
 ANSWER = VisionAnswer(
-    ImageMetadata(description="A cat", tags=["cat"], category="animal", dominant_colors=[], mood="calm"),
+    ImageMetadata(
+        description="A cat", tags=["cat"], category="animal", dominant_colors=[], mood="calm"
+    ),
     CallUsage(800, 60),
 )
 
@@ -45,10 +47,16 @@ class ScriptedVision:
 
 def retry_waits(result):
     events = result.events_for_node("metadata")
-    return [event.step_retry_data.seconds_to_wait for event in events if event.event_type_value == "STEP_UP_FOR_RETRY"]
+    return [
+        event.step_retry_data.seconds_to_wait
+        for event in events
+        if event.event_type_value == "STEP_UP_FOR_RETRY"
+    ]
 
 
-def test_an_upload_becomes_metadata_variants_and_an_embedding(run, cat, catalogue, files, index, instance):
+def test_an_upload_becomes_metadata_variants_and_an_embedding(
+    run, cat, catalogue, files, index, instance
+):
     catalogue.accept([Upload(cat)])
     result = run(cat, generation=1)
     assert result.success
@@ -61,13 +69,19 @@ def test_an_upload_becomes_metadata_variants_and_an_embedding(run, cat, catalogu
         ("metadata", "variants", "embedding"), "local"
     )
     assert sorted(variant["path"] for variant in row["variants"]) == sorted(
-        f"variants/cat-{suffix}.{format_}" for suffix in ("sm", "md", "lg") for format_ in ("webp", "avif")
+        f"variants/cat-{suffix}.{format_}"
+        for suffix in ("sm", "md", "lg")
+        for format_ in ("webp", "avif")
     )
     for variant in row["variants"]:
         content = files.read(variant["path"])
         image = Image.open(io.BytesIO(content))
         assert len(content) == variant["size"]
-        assert (image.format.lower(), *image.size) == (variant["format"], variant["width"], variant["height"])
+        assert (image.format.lower(), *image.size) == (
+            variant["format"],
+            variant["width"],
+            variant["height"],
+        )
     assert index.get(cat, "local:all-MiniLM-L6-v2-int8")["text"].startswith("Landscape picture")
     for asset in ("metadata", "variants", "embedding"):
         assert instance.get_materialized_partitions(dg.AssetKey(asset)) == {cat}
@@ -112,7 +126,9 @@ def test_a_provider_may_ask_for_a_longer_wait(run, cat):
     assert retry_waits(result) == [1.5]
 
 
-@pytest.mark.parametrize("error", [ProviderUnavailableError("busy"), ValueError("nobody thought of this")])
+@pytest.mark.parametrize(
+    "error", [ProviderUnavailableError("busy"), ValueError("nobody thought of this")]
+)
 def test_after_three_attempts_the_image_has_failed(run, cat, catalogue, files, error):
     result = run(cat, vision=ScriptedVision(error, error, error))
     assert not result.success
@@ -132,7 +148,8 @@ def test_a_refusal_is_final_at_once(run, cat, catalogue):
 
 
 @pytest.mark.parametrize(
-    ("content", "reason"), [(b"", "empty"), (b"<html>", "unsupported"), (b"\xff" * 25_000_001, "too_large")]
+    ("content", "reason"),
+    [(b"", "empty"), (b"<html>", "unsupported"), (b"\xff" * 25_000_001, "too_large")],
 )
 def test_a_file_that_is_no_image_fails_without_a_call(run, catalogue, files, content, reason):
     files.put_original("bad", content, "jpg")
@@ -171,7 +188,12 @@ def test_a_run_that_is_succeeded_midway_writes_nothing_more(run, cat, catalogue,
     result = run(cat, generation=1, vision=Thief())
     assert result.success
     row = catalogue.get(cat)
-    assert (row["status"], row["run_id"], row["metadata"], row["variants"]) == ("processing", "successor", None, [])
+    assert (row["status"], row["run_id"], row["metadata"], row["variants"]) == (
+        "processing",
+        "successor",
+        None,
+        [],
+    )
     assert not (files.root / "variants").exists()
 
 
@@ -213,7 +235,10 @@ def test_a_run_by_hand_names_the_run_that_holds_the_image(run, cat, catalogue):
     catalogue.claim_anew(cat, "the-other-run")
     result = run(cat)
     assert not result.success
-    assert "the-other-run" in result.events_for_node("metadata")[-1].step_failure_data.user_failure_data.description
+    assert (
+        "the-other-run"
+        in result.events_for_node("metadata")[-1].step_failure_data.user_failure_data.description
+    )
     assert catalogue.get(cat)["status"] == "processing"
 
 
@@ -262,7 +287,12 @@ def test_attempts_and_waits_are_in_the_history(run, cat, catalogue):
 def test_the_row_has_what_a_page_shows_first(run, cat, catalogue):
     run(cat)
     row = catalogue.get(cat)
-    assert (row["width"], row["height"], row["original_bytes"], row["flaw"]) == (451, 300, 38702, None)
+    assert (row["width"], row["height"], row["original_bytes"], row["flaw"]) == (
+        451,
+        300,
+        38702,
+        None,
+    )
     assert row["placeholder"].startswith("data:image/webp;base64,")
     assert row["dominant_color"].startswith("#")
 
@@ -276,9 +306,9 @@ def test_all_assets_of_a_run_see_the_same_original(run, cat, catalogue, files):
     assert run(cat, vision=Replacer()).success
     row = catalogue.get(cat)
     assert row["original_sha256"] == hashlib.sha256((PHOTOS / "cat.jpg").read_bytes()).hexdigest()
-    assert {made["input_sha256"] for asset, made in row["made_by"].items() if asset != "embedding"} == {
-        row["original_sha256"]
-    }
+    assert {
+        made["input_sha256"] for asset, made in row["made_by"].items() if asset != "embedding"
+    } == {row["original_sha256"]}
 
 
 def test_an_original_that_disappears_is_a_clear_failure(run, cat, catalogue, files):
@@ -304,7 +334,9 @@ def test_an_original_that_comes_after_its_id_is_waited_for(run, catalogue, files
             return super().list_originals_of(image_id)
 
     catalogue.accept([Upload("late")])
-    assert run("late", generation=1, originals=Originals(LateStore(files.root), Sandbox(), Rules())).success
+    assert run(
+        "late", generation=1, originals=Originals(LateStore(files.root), Sandbox(), Rules())
+    ).success
     assert (catalogue.get("late")["status"], catalogue.get("late")["attempts"]) == ("completed", 3)
 
 
@@ -317,7 +349,10 @@ def test_a_bare_id_means_the_one_file_that_is_there_now(run, cat, catalogue, fil
         assert catalogue.get(cat)["path"] == f"original/cat.{extension}"
     assert catalogue.get(cat)["status"] == "completed"
     run(cat)  # by hand, as a backfill does
-    assert (catalogue.get(cat)["status"], catalogue.get(cat)["path"]) == ("completed", "original/cat.png")
+    assert (catalogue.get(cat)["status"], catalogue.get(cat)["path"]) == (
+        "completed",
+        "original/cat.png",
+    )
 
 
 def test_two_originals_of_one_id_fail_with_their_names(run, cat, catalogue, files):
@@ -337,7 +372,10 @@ def test_a_bare_id_of_an_original_elsewhere_means_the_one_it_had(run, catalogue,
     run("a", generation=1)
     catalogue.accept([Upload("a")])
     run("a", generation=2)
-    assert (catalogue.get("a")["status"], catalogue.get("a")["path"]) == ("completed", "original/2026/x.jpg")
+    assert (catalogue.get("a")["status"], catalogue.get("a")["path"]) == (
+        "completed",
+        "original/2026/x.jpg",
+    )
     files.write("original/a.jpg", (PHOTOS / "coffee.jpg").read_bytes())
     catalogue.accept([Upload("a")])
     run("a", generation=3)
@@ -352,7 +390,9 @@ def test_an_extension_on_disk_that_no_upload_may_name_is_refused(run, catalogue,
     assert catalogue.get("a")["error"].isprintable()
 
 
-def test_a_picture_that_is_replaced_and_pushed_while_its_run_works_is_done_again(run, cat, catalogue, files, ledger):
+def test_a_picture_that_is_replaced_and_pushed_while_its_run_works_is_done_again(
+    run, cat, catalogue, files, ledger
+):
     class Uploader(ScriptedVision):
         def describe(self, preview, facts):
             files.put_original(cat, (PHOTOS / "coffee.jpg").read_bytes(), "jpg")
@@ -366,7 +406,9 @@ def test_a_picture_that_is_replaced_and_pushed_while_its_run_works_is_done_again
     assert run(cat, generation=2, vision=ScriptedVision(ANSWER)).success
     row = catalogue.get(cat)
     assert (row["status"], row["generation"]) == ("completed", 2)
-    assert row["original_sha256"] == hashlib.sha256((PHOTOS / "coffee.jpg").read_bytes()).hexdigest()
+    assert (
+        row["original_sha256"] == hashlib.sha256((PHOTOS / "coffee.jpg").read_bytes()).hexdigest()
+    )
 
 
 def test_looking_again_at_the_same_picture_costs_nothing(run, cat, catalogue, ledger):
@@ -386,7 +428,10 @@ def test_looking_again_at_the_same_picture_costs_nothing(run, cat, catalogue, le
     for generation in (1, 2):
         assert run(cat, generation=generation, vision=vision, embedder=Remote()).success
     assert (catalogue.get(cat)["status"], catalogue.get(cat)["generation"]) == ("completed", 2)
-    assert {row["stage"]: row["calls"] for row in ledger.summarize("stage")} == {"embedding": 1, "metadata": 1}
+    assert {row["stage"]: row["calls"] for row in ledger.summarize("stage")} == {
+        "embedding": 1,
+        "metadata": 1,
+    }
 
 
 def test_a_cut_off_original_says_how_much_of_it_arrived(run, catalogue, files):
@@ -422,7 +467,9 @@ def test_a_child_that_dies_between_two_assets_is_replaced(run, cat, catalogue, f
     originals.close()
 
 
-def test_the_queue_does_not_pay_twice_for_the_same_picture_model_and_prompt(run, cat, catalogue, ledger):
+def test_the_queue_does_not_pay_twice_for_the_same_picture_model_and_prompt(
+    run, cat, catalogue, ledger
+):
     vision = ScriptedVision(ANSWER)
     catalogue.accept([Upload(cat)])
     assert run(cat, generation=1, vision=vision).success
@@ -453,9 +500,16 @@ def test_an_unchanged_text_is_not_embedded_again(run, cat, catalogue, ledger):
         def embed(self, text):
             return replace(super().embed(text), version=self.recipe.version)
 
-    for answer in (ANSWER, ANSWER, replace(ANSWER, metadata=ANSWER.metadata.model_copy(update={"mood": "wild"}))):
+    for answer in (
+        ANSWER,
+        ANSWER,
+        replace(ANSWER, metadata=ANSWER.metadata.model_copy(update={"mood": "wild"})),
+    ):
         assert run(cat, vision=ScriptedVision(answer), embedder=Remote()).success
-    assert {row["stage"]: row["calls"] for row in ledger.summarize("stage")} == {"embedding": 2, "metadata": 3}
+    assert {row["stage"]: row["calls"] for row in ledger.summarize("stage")} == {
+        "embedding": 2,
+        "metadata": 3,
+    }
 
 
 def test_a_bad_key_fails_nothing_and_uses_no_attempt(run, cat, catalogue, ledger):
@@ -479,6 +533,9 @@ def test_what_a_call_took_is_told_in_the_ui(run, cat, instance, limiter):
 
 
 def test_colours_that_are_not_in_the_picture_are_dropped(run, cat, catalogue):
-    answer = replace(ANSWER, metadata=ANSWER.metadata.model_copy(update={"dominant_colors": ["#a07850", "#0000ff"]}))
+    answer = replace(
+        ANSWER,
+        metadata=ANSWER.metadata.model_copy(update={"dominant_colors": ["#a07850", "#0000ff"]}),
+    )
     run(cat, vision=ScriptedVision(answer))
     assert catalogue.get(cat)["metadata"]["dominantColors"] == ["#a07850"]

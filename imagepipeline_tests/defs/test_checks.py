@@ -20,7 +20,9 @@ def check(catalogue, files):
 
     def check(image_id, specs=build_variant_specs()):  # noqa: B008
         with closing(Originals(files, Sandbox(), Rules())) as originals:
-            problems, _ = find_problems(Claim(image_id, 1, 1, None), catalogue, files, originals, Renderer(specs))
+            problems, _ = find_problems(
+                Claim(image_id, 1, 1, None), catalogue, files, originals, Renderer(specs)
+            )
         return {name: "; ".join(found) for name, found in problems.items()}
 
     return check

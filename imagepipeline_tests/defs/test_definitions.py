@@ -12,12 +12,18 @@ import imagepipeline.defs
 from imagepipeline.definitions import build_recipes, build_resources, defs
 from imagepipeline.settings import Settings
 
-DEFINITIONS = (dg.AssetsDefinition, dg.SensorDefinition, dg.ScheduleDefinition, dg.AssetChecksDefinition)
+DEFINITIONS = (
+    dg.AssetsDefinition,
+    dg.SensorDefinition,
+    dg.ScheduleDefinition,
+    dg.AssetChecksDefinition,
+)
 
 
 def test_nothing_in_defs_is_left_out():
     modules = [
-        import_module(f"imagepipeline.defs.{info.name}") for info in pkgutil.iter_modules(imagepipeline.defs.__path__)
+        import_module(f"imagepipeline.defs.{info.name}")
+        for info in pkgutil.iter_modules(imagepipeline.defs.__path__)
     ]
     written = {
         id(value): name
@@ -26,7 +32,9 @@ def test_nothing_in_defs_is_left_out():
         if isinstance(value, DEFINITIONS)
     }
     repository = defs().get_repository_def()
-    listed = {key.to_user_string() for key in repository.assets_defs_by_key} | {s.name for s in repository.sensor_defs}
+    listed = {key.to_user_string() for key in repository.assets_defs_by_key} | {
+        s.name for s in repository.sensor_defs
+    }
     assert set(written.values()) == listed
     assert repository.has_job("process_upload")
 
@@ -45,18 +53,32 @@ def test_assets_say_what_they_are():
     ("environment", "metadata", "embedding"),
     [
         ({}, "local:efficientnet-lite0:facts-2", "local:all-MiniLM-L6-v2-int8"),
-        ({"OPENAI_API_KEY": "k", "IMAGEPIPELINE_VISION_MODEL": "gpt-5"}, "openai:gpt-5:prompt-", "local:"),
-        ({"OPENROUTER_API_KEY": "k", "IMAGEPIPELINE_EMBEDDING_MODEL": "x/y"}, "local:", "openrouter:x/y"),
+        (
+            {"OPENAI_API_KEY": "k", "IMAGEPIPELINE_VISION_MODEL": "gpt-5"},
+            "openai:gpt-5:prompt-",
+            "local:",
+        ),
+        (
+            {"OPENROUTER_API_KEY": "k", "IMAGEPIPELINE_EMBEDDING_MODEL": "x/y"},
+            "local:",
+            "openrouter:x/y",
+        ),
     ],
 )
-def test_a_key_switches_to_the_remote_model_and_shows_in_the_code_version(environment, metadata, embedding):
+def test_a_key_switches_to_the_remote_model_and_shows_in_the_code_version(
+    environment, metadata, embedding
+):
     recipes = build_recipes(Settings.load(environment))
     assert recipes["metadata"].version.startswith(metadata)
     assert recipes["embedding"].version.startswith(embedding)
 
 
 def test_the_recipe_of_the_code_version_is_the_one_the_model_reports(monkeypatch):
-    environment = {"OPENAI_API_KEY": "k", "OPENROUTER_API_KEY": "k", "IMAGEPIPELINE_VISION_PROMPT": "What is it?"}
+    environment = {
+        "OPENAI_API_KEY": "k",
+        "OPENROUTER_API_KEY": "k",
+        "IMAGEPIPELINE_VISION_PROMPT": "What is it?",
+    }
     for settings in (Settings.load({}), Settings.load(environment)):
         for name, value in environment.items():
             monkeypatch.setenv(name, value)

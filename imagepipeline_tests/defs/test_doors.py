@@ -31,7 +31,12 @@ CAT, BOAT = draw("orange"), draw("navy")
 @pytest.fixture
 def tick(instance, catalogue, queue, ledger, paid_calls):
     def tick():
-        resources = {"queue": queue, "catalogue": catalogue, "ledger": ledger, "paid_calls": paid_calls}
+        resources = {
+            "queue": queue,
+            "catalogue": catalogue,
+            "ledger": ledger,
+            "paid_calls": paid_calls,
+        }
         return upload_sensor(dg.build_sensor_context(instance=instance, resources=resources))
 
     return tick
@@ -51,7 +56,9 @@ def say(result):
     return [event.step_failure_data.error.to_string() for event in result.get_step_failure_events()]
 
 
-@pytest.mark.parametrize("key", ["../../etc/passwd", "a b", "a\nb", "\x1b[31ma", "é", "a" * 65, "'; DROP TABLE images"])
+@pytest.mark.parametrize(
+    "key", ["../../etc/passwd", "a b", "a\nb", "\x1b[31ma", "é", "a" * 65, "'; DROP TABLE images"]
+)
 @pytest.mark.parametrize("generation", [None, 1])
 def test_a_partition_made_by_hand_passes_the_check_of_the_queue(run, catalogue, key, generation):
     result = run(key, generation)
@@ -63,18 +70,24 @@ def test_a_partition_made_by_hand_passes_the_check_of_the_queue(run, catalogue, 
     assert sum(catalogue.count().values()) == 0
 
 
-def test_a_generation_that_is_no_number_is_a_clear_error_and_costs_no_tick(run, instance, tick, queue, catalogue):
+def test_a_generation_that_is_no_number_is_a_clear_error_and_costs_no_tick(
+    run, instance, tick, queue, catalogue
+):
     result = run("cat", "ten")
     assert "the run's tag imagepipeline/generation is no number" in say(result)[0]
     for tags in ({GENERATION_TAG: "ten", "dagster/partition": "a"}, {GENERATION_TAG: "1"}):
-        dg_run = dg.DagsterRun(job_name="process_upload", tags=tags, status=dg.DagsterRunStatus.STARTED)
+        dg_run = dg.DagsterRun(
+            job_name="process_upload", tags=tags, status=dg.DagsterRunStatus.STARTED
+        )
         instance.add_run(dg_run)
     assert find_unfinished(instance) == set()
     queue.enqueue("good")
     assert [request.run_key for request in tick().run_requests] == ["good:1"]
 
 
-def test_a_row_whose_id_is_invalid_ends_and_costs_no_other(tick, catalogue, sqlite_catalogue_url, instance, tasks):
+def test_a_row_whose_id_is_invalid_ends_and_costs_no_other(
+    tick, catalogue, sqlite_catalogue_url, instance, tasks
+):
     catalogue.accept([Upload(f"victim{number}") for number in range(20)])
     evil = "evil\n\x1b[31mSubject: x"
     with sa.create_engine(sqlite_catalogue_url).begin() as connection:
@@ -100,20 +113,29 @@ def test_a_row_whose_id_is_invalid_ends_and_costs_no_other(tick, catalogue, sqli
     assert reconcile(catalogue, instance, tasks, StandstillWatch()) == []
 
 
-def test_a_row_that_cannot_be_looked_at_costs_no_other(catalogue, instance, tasks, start_run, monkeypatch):
+def test_a_row_that_cannot_be_looked_at_costs_no_other(
+    catalogue, instance, tasks, start_run, monkeypatch
+):
     for image_id in ("bad", "good"):
         catalogue.accept([Upload(image_id)])
         catalogue.claim(image_id, 1, start_run(image_id, status=dg.DagsterRunStatus.FAILURE).run_id)
     recover = catalogue.recover
     monkeypatch.setattr(
-        catalogue, "recover", lambda row, cause: recover(row, cause) if row.image_id != "bad" else 1 / 0
+        catalogue,
+        "recover",
+        lambda row, cause: recover(row, cause) if row.image_id != "bad" else 1 / 0,
     )
     lines = reconcile(catalogue, instance, tasks, StandstillWatch())
     assert any(line.startswith("'bad' could not be looked at: ZeroDivisionError") for line in lines)
     assert catalogue.get("good")["status"] == "pending"
 
 
-THEFTS = ["original/victim.jpg", "original/victim.png", "original/victim.x.jpg", "original/2026/theirs.jpg"]
+THEFTS = [
+    "original/victim.jpg",
+    "original/victim.png",
+    "original/victim.x.jpg",
+    "original/2026/theirs.jpg",
+]
 
 
 def known_victims(catalogue):
@@ -129,7 +151,10 @@ def test_an_entry_cannot_name_another_images_original(queue, catalogue, path):
     take_in(queue, catalogue)
     assert catalogue.get("thief") is None
     [letter] = queue.list_dead()
-    assert f"'{path}' is the original of {'other' if '2026' in path else 'victim'}, not of thief" in letter["reason"]
+    assert (
+        f"'{path}' is the original of {'other' if '2026' in path else 'victim'}, not of thief"
+        in letter["reason"]
+    )
     assert catalogue.get("neighbour")["requested_path"] == "original/2026/mine.jpg"
 
 
@@ -160,7 +185,8 @@ def test_a_path_has_one_way_to_be_written(queue, catalogue, path):
 
 
 @pytest.mark.parametrize(
-    "path", ["original/%76ictim.jpg", "original/VICTIM.jpg", "original/link.jpg", "original/vıctim.jpg"]
+    "path",
+    ["original/%76ictim.jpg", "original/VICTIM.jpg", "original/link.jpg", "original/vıctim.jpg"],
 )
 def test_what_only_looks_like_anothers_original_leads_nowhere(storage, path):
     storage.put_original("victim", CAT, "jpg")
@@ -184,7 +210,12 @@ def test_a_thief_that_was_first_is_told_when_its_run_begins(run, catalogue, file
     vision = CountingVision()
     assert not run("thief", 1, vision=vision).success
     row = catalogue.get("thief")
-    assert (row["status"], row["reason"], vision.calls, row["path"]) == ("failed", "path_taken", 0, None)
+    assert (row["status"], row["reason"], vision.calls, row["path"]) == (
+        "failed",
+        "path_taken",
+        0,
+        None,
+    )
     assert f"{path} is the original of victim, not of thief" in row["error"]
 
 
@@ -259,14 +290,18 @@ def test_of_a_stored_variant_no_more_is_read_than_was_written(run, catalogue, fi
     catalogue.accept([Upload("cat")])
     sizes = []
     read = files.read
-    monkeypatch.setattr(files, "read", lambda path, most=None: sizes.append((path, most)) or read(path, most))
+    monkeypatch.setattr(
+        files, "read", lambda path, most=None: sizes.append((path, most)) or read(path, most)
+    )
     assert run("cat", 1).success
     assert all(most is not None for _, most in sizes)
     assert len([path for path, _ in sizes if path.startswith("variants/")]) >= 6
 
 
 @pytest.mark.parametrize("path", [None, "original/victim.jpg"])
-def test_a_thief_that_was_first_keeps_no_owner_from_its_own_file(run, queue, catalogue, files, path):
+def test_a_thief_that_was_first_keeps_no_owner_from_its_own_file(
+    run, queue, catalogue, files, path
+):
     files.put_original("victim", CAT, "jpg")
     queue.enqueue("thief", "original/victim.jpg")
     take_in(queue, catalogue)
@@ -275,4 +310,7 @@ def test_a_thief_that_was_first_keeps_no_owner_from_its_own_file(run, queue, cat
     assert queue.list_dead() == []
     assert not run("thief", 1).success
     assert run("victim", 1).success
-    assert [catalogue.get(image_id)["reason"] for image_id in ("thief", "victim")] == ["path_taken", None]
+    assert [catalogue.get(image_id)["reason"] for image_id in ("thief", "victim")] == [
+        "path_taken",
+        None,
+    ]

@@ -11,8 +11,12 @@ from imagepipeline_tests.conftest import PHOTOS
 from imagepipeline_tests.imaging import lying_operations
 
 
-@pytest.mark.parametrize(("lie", "status"), [("", "completed"), ("preview", "failed"), ("no picture", "failed")])
-def test_an_image_whose_decoder_lies_fails_and_is_not_tried_again(run, catalogue, files, monkeypatch, lie, status):
+@pytest.mark.parametrize(
+    ("lie", "status"), [("", "completed"), ("preview", "failed"), ("no picture", "failed")]
+)
+def test_an_image_whose_decoder_lies_fails_and_is_not_tried_again(
+    run, catalogue, files, monkeypatch, lie, status
+):
     monkeypatch.setattr("imagepipeline.defs.originals.decode", lying_operations.decode)
     files.put_original("cat", (PHOTOS / "cat.jpg").read_bytes() + b"lie:" + lie.encode(), "jpg")
     with (

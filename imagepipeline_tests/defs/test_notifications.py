@@ -29,7 +29,9 @@ class ScriptedNotifier:
 def tick(catalogue, instance, ledger):
     def tick(*notifiers):
         resources = {"catalogue": catalogue, "ledger": ledger, "notifiers": list(notifiers)}
-        return notification_sensor(dg.build_sensor_context(instance=instance, resources=resources)).skip_message
+        return notification_sensor(
+            dg.build_sensor_context(instance=instance, resources=resources)
+        ).skip_message
 
     return tick
 

@@ -47,12 +47,16 @@ class Provider:
         faults = ["429", "500", "404", "html"] + ["prose", "missing", "refusal"] * is_chat
         fault = self.chance.choice(faults) if self.chance.random() < FAULT_SHARE else None
         if fault in ("429", "500", "404"):
-            return Response(json.dumps({"error": {"message": "no"}}), int(fault), {"Retry-After": "0"})
+            return Response(
+                json.dumps({"error": {"message": "no"}}), int(fault), {"Retry-After": "0"}
+            )
         if fault == "html":
             return Response("<html>", 200)
         answer = answer_of([1.0, 2.0, 3.0])
         if is_chat:
-            content = {"prose": "Sure!", "missing": {"mood": "calm"}, "refusal": None}.get(fault, METADATA)
+            content = {"prose": "Sure!", "missing": {"mood": "calm"}, "refusal": None}.get(
+                fault, METADATA
+            )
             answer = completion(content, refusal="no" if fault == "refusal" else None)
             answer["usage"]["cost"] = 0.002
         usage = answer["usage"]
@@ -62,7 +66,9 @@ class Provider:
         return Response(json.dumps(answer), content_type="application/json")
 
 
-def test_all_images_end_within_bounds_and_the_cost_adds_up(httpserver, run, catalogue, files, ledger, limiter):
+def test_all_images_end_within_bounds_and_the_cost_adds_up(
+    httpserver, run, catalogue, files, ledger, limiter
+):
     provider = Provider()
     httpserver.expect_request("/v1/chat/completions").respond_with_handler(provider)
     httpserver.expect_request("/v1/embeddings").respond_with_handler(provider)
@@ -70,7 +76,9 @@ def test_all_images_end_within_bounds_and_the_cost_adds_up(httpserver, run, cata
     outcomes = Counter()
     for number in range(IMAGE_COUNT):
         image_id = f"image-{number}"
-        files.put_original(image_id, encode(Image.new("RGB", (40, 30), (number % 256, 90, 40)), "PNG"), "png")
+        files.put_original(
+            image_id, encode(Image.new("RGB", (40, 30), (number % 256, 90, 40)), "PNG"), "png"
+        )
         catalogue.accept([Upload(image_id)])
         before = provider.calls.copy()
         run(
@@ -99,11 +107,19 @@ class Days:
     """A pipeline with one slot, whose sensor and runs are real, before a provider that a test tells what to answer."""
 
     def __init__(self, httpserver, run, instance, queue, catalogue, files, limiter, database_url):
-        self.answer = lambda number: None  # to the 1st, 2nd, … request for a description: a status, None for 200
+        self.answer = lambda number: (
+            None
+        )  # to the 1st, 2nd, … request for a description: a status, None for 200
         self.calls = Counter()
         self.ends = Counter()
         self.passed = timedelta(0)
-        self.instance, self.queue, self.catalogue, self.files, self.limiter = instance, queue, catalogue, files, limiter
+        self.instance, self.queue, self.catalogue, self.files, self.limiter = (
+            instance,
+            queue,
+            catalogue,
+            files,
+            limiter,
+        )
         self._run = run
         self.ledger = Ledger(database_url, lambda: now_utc() + self.passed)
         httpserver.expect_request("/v1/chat/completions").respond_with_handler(self._describe)
@@ -114,7 +130,9 @@ class Days:
             "embedder": OpenRouterEmbedder("k", url, "e"),
         }
         recipes = {"metadata": Recipe("openai", "m"), "embedding": Recipe("openrouter", "e")}
-        self.paid_calls = PaidCalls(self.ledger, limiter, {}, clock=lambda: now_utc() + self.passed, recipes=recipes)
+        self.paid_calls = PaidCalls(
+            self.ledger, limiter, {}, clock=lambda: now_utc() + self.passed, recipes=recipes
+        )
 
     def push(self, count):
         for number in range(count):
@@ -133,7 +151,9 @@ class Days:
             return result.skip_message
         for request in result.run_requests:
             generation = int(request.tags[GENERATION_TAG])
-            ended = self._run(request.partition_key, generation, paid_calls=self.paid_calls, **self._models)
+            ended = self._run(
+                request.partition_key, generation, paid_calls=self.paid_calls, **self._models
+            )
             self.ends[ended.success] += 1
         return len(result.run_requests)
 
@@ -141,7 +161,9 @@ class Days:
         self.calls["metadata"] += 1
         status = self.answer(self.calls["metadata"])
         if status:
-            return Response(json.dumps({"error": {"message": "no"}}), status, content_type="application/json")
+            return Response(
+                json.dumps({"error": {"message": "no"}}), status, content_type="application/json"
+            )
         return Response(json.dumps(completion(METADATA)), content_type="application/json")
 
     def _embed(self, request):

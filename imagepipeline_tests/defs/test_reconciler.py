@@ -51,7 +51,12 @@ def test_an_image_whose_run_has_ended_waits_again(look, catalogue, start_run, st
     assert "a was recovered" in line
     row = catalogue.get("a")
     assert (row["status"], row["generation"]) == ("pending", 2)
-    assert [event["event"] for event in row["history"]] == ["accepted", "claimed", "recovered", "handed_back"]
+    assert [event["event"] for event in row["history"]] == [
+        "accepted",
+        "claimed",
+        "recovered",
+        "handed_back",
+    ]
     assert look() == []
 
 
@@ -70,7 +75,9 @@ def test_a_run_that_beats_is_left_alone_however_long_it_takes(look, catalogue, s
         catalogue.beat(claim)
 
 
-def test_a_run_that_stands_still_is_succeeded_and_its_slot_is_freed(look, catalogue, start_run, instance):
+def test_a_run_that_stands_still_is_succeeded_and_its_slot_is_freed(
+    look, catalogue, start_run, instance
+):
     run = start_run("a")
     lose(catalogue, "a", run)
     assert look() == []
@@ -84,7 +91,9 @@ def test_a_run_that_stands_still_is_succeeded_and_its_slot_is_freed(look, catalo
 def test_the_third_loss_is_poison_and_the_administrators_are_told(look, catalogue, start_run):
     catalogue.accept([Upload("a")])
     for generation in (1, 2, 3):
-        catalogue.claim("a", generation, start_run("a", generation, dg.DagsterRunStatus.FAILURE).run_id)
+        catalogue.claim(
+            "a", generation, start_run("a", generation, dg.DagsterRunStatus.FAILURE).run_id
+        )
         look()
     row = catalogue.get("a")
     assert (row["status"], row["reason"]) == ("failed", "poison")
@@ -95,7 +104,9 @@ def test_the_third_loss_is_poison_and_the_administrators_are_told(look, catalogu
 def test_a_new_push_begins_the_count_again(look, catalogue, start_run):
     catalogue.accept([Upload("a")])
     for generation in (1, 2, 3):
-        catalogue.claim("a", generation, start_run("a", generation, dg.DagsterRunStatus.FAILURE).run_id)
+        catalogue.claim(
+            "a", generation, start_run("a", generation, dg.DagsterRunStatus.FAILURE).run_id
+        )
         look()
     lose(catalogue, "a", start_run("a", 4, dg.DagsterRunStatus.FAILURE))
     look()
@@ -145,7 +156,9 @@ def test_a_run_that_holds_a_slot_and_no_image_is_ended(look, catalogue, start_ru
 def test_a_tick_says_what_it_did(catalogue, instance, tasks, start_run):
     def tick():
         resources = {"catalogue": catalogue, "tasks": tasks}
-        return reconciler(dg.build_sensor_context(instance=instance, resources=resources)).skip_message
+        return reconciler(
+            dg.build_sensor_context(instance=instance, resources=resources)
+        ).skip_message
 
     assert tick() == "Nothing to repair."
     lose(catalogue, "a", start_run("a", status=dg.DagsterRunStatus.FAILURE))

@@ -16,7 +16,11 @@ from imagepipeline_tests.conftest import PHOTOS
 from imagepipeline_tests.services.test_embedder import answer_of
 from imagepipeline_tests.services.test_vision import METADATA, completion
 
-VISION_KEY, EMBEDDING_KEY, REDIS_PASSWORD = "canary-of-vision", "canary-of-embedding", "canary-of-redis"
+VISION_KEY, EMBEDDING_KEY, REDIS_PASSWORD = (
+    "canary-of-vision",
+    "canary-of-embedding",
+    "canary-of-redis",
+)
 
 
 @pytest.mark.parametrize("status", [200, 400, 401, 429, 500])
@@ -31,9 +35,18 @@ def test_no_secret_and_no_picture_is_stored_or_shown(
         sent = request.get_data(as_text=True)
         if "image_url" in sent:
             pictures.append(sent.partition("base64,")[2][3000:3060])
-        echo = {"message": request.headers["Authorization"] + sent, "code": request.headers["Authorization"]}
-        good = answer_of([1.0, 2.0]) if request.path.endswith("embeddings") else completion(METADATA)
-        return Response(json.dumps(good if status == 200 else {"error": echo}), status, content_type="application/json")
+        echo = {
+            "message": request.headers["Authorization"] + sent,
+            "code": request.headers["Authorization"],
+        }
+        good = (
+            answer_of([1.0, 2.0]) if request.path.endswith("embeddings") else completion(METADATA)
+        )
+        return Response(
+            json.dumps(good if status == 200 else {"error": echo}),
+            status,
+            content_type="application/json",
+        )
 
     try:
         httpserver.expect_request("/v1/chat/completions").respond_with_handler(repeat)
@@ -51,7 +64,9 @@ def test_no_secret_and_no_picture_is_stored_or_shown(
             monkeypatch.setenv(name, value)
         catalogue = Catalogue(f"sqlite:///{tmp_path / 'home' / 'catalogue.sqlite'}")
         catalogue.migrate()
-        FileStore(tmp_path / "home" / "storage").put_original("cat", (PHOTOS / "cat.jpg").read_bytes(), "jpg")
+        FileStore(tmp_path / "home" / "storage").put_original(
+            "cat", (PHOTOS / "cat.jpg").read_bytes(), "jpg"
+        )
         catalogue.accept([Upload("cat")])
         folder = tmp_path / "dagster"
         folder.mkdir()
@@ -61,7 +76,10 @@ def test_no_secret_and_no_picture_is_stored_or_shown(
                 defs()
                 .resolve_job_def("process_upload")
                 .execute_in_process(
-                    instance=instance, partition_key="cat", tags={GENERATION_TAG: "1"}, raise_on_error=False
+                    instance=instance,
+                    partition_key="cat",
+                    tags={GENERATION_TAG: "1"},
+                    raise_on_error=False,
                 )
             )
             told = [repr(event) for event in instance.all_logs(result.run_id)] + [
@@ -76,7 +94,9 @@ def test_no_secret_and_no_picture_is_stored_or_shown(
     assert row["status"] == {200: "completed", 401: "pending"}.get(status, "failed")
     printed = "".join(capfd.readouterr())
     stored = [
-        path.read_bytes() for path in tmp_path.rglob("*") if path.is_file() and path.suffix not in (".webp", ".avif")
+        path.read_bytes()
+        for path in tmp_path.rglob("*")
+        if path.is_file() and path.suffix not in (".webp", ".avif")
     ]
     for secret in (VISION_KEY, EMBEDDING_KEY, REDIS_PASSWORD, pictures[0]):
         assert not any(secret in text for text in [*told, printed, repr(row)]), secret

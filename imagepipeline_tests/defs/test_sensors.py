@@ -20,7 +20,12 @@ LIMIT = RUNS_PER_SLOT * DEFAULT_SLOTS
 @pytest.fixture
 def tick(instance, catalogue, queue, ledger, paid_calls):
     def tick(queue=queue, paid_calls=paid_calls):
-        resources = {"queue": queue, "catalogue": catalogue, "ledger": ledger, "paid_calls": paid_calls}
+        resources = {
+            "queue": queue,
+            "catalogue": catalogue,
+            "ledger": ledger,
+            "paid_calls": paid_calls,
+        }
         context = dg.build_sensor_context(instance=instance, resources=resources)
         return upload_sensor(context)
 
@@ -182,17 +187,33 @@ def test_two_ticks_at_once_take_in_once(tick, queue, catalogue, monkeypatch):
 
 def test_entries_as_many_clients_write_them_are_understood(queue, catalogue):
     written = {
-        *(b" one ", b"two\n", b"\tthree\r\n", b'"four"', b' {"imageId": "five"}\n', b'{"imageId": 6}', b"7"),
-        *(b'{"imageId": "eight", "path": null, "priority": null}', b"\xef\xbb\xbfnine", b'{"imageId": " ten "}'),
+        *(
+            b" one ",
+            b"two\n",
+            b"\tthree\r\n",
+            b'"four"',
+            b' {"imageId": "five"}\n',
+            b'{"imageId": 6}',
+            b"7",
+        ),
+        *(
+            b'{"imageId": "eight", "path": null, "priority": null}',
+            b"\xef\xbb\xbfnine",
+            b'{"imageId": " ten "}',
+        ),
         b'{"imageId": "eleven", "userId": 5, "path": "original/11.jpg"}',
     }
     for entry in written:
         queue.redis.lpush(queue.wait_key, entry)
     lines = take_in(queue, catalogue)
-    known = catalogue.get_states(["one", "two", "three", "four", "five", "6", "7", "eight", "nine", "ten", "eleven"])
+    known = catalogue.get_states(
+        ["one", "two", "three", "four", "five", "6", "7", "eight", "nine", "ten", "eleven"]
+    )
     assert len(known) == len(written)
     assert queue.count() == {"waiting": 0, "dead": 0}
-    assert [line for line in lines if "userId" in line] == ["eleven: unknown fields were ignored: 'userId'"]
+    assert [line for line in lines if "userId" in line] == [
+        "eleven: unknown fields were ignored: 'userId'"
+    ]
 
 
 def test_a_hundred_copies_are_one_upload(queue, catalogue, tick):
@@ -218,8 +239,36 @@ def test_ten_thousand_pushes_half_of_them_twice_drain_steadily(queue, catalogue,
 
 
 MALFORMED = [
-    *(b"", b" ", b"\x00", b"\n", b"\t", b"a\nb", b"\ra\rb", b"a\x00", b"a b", b".", b"..", b"...", b"../x"),
-    *(b"/etc/passwd", b"a/b", b"a\\b", b"%2e%2e", b"a%00", b"~", b"-a", b"_a", b"a.b", b"a:1", b"a;b", b"a'b", b'a"b'),
+    *(
+        b"",
+        b" ",
+        b"\x00",
+        b"\n",
+        b"\t",
+        b"a\nb",
+        b"\ra\rb",
+        b"a\x00",
+        b"a b",
+        b".",
+        b"..",
+        b"...",
+        b"../x",
+    ),
+    *(
+        b"/etc/passwd",
+        b"a/b",
+        b"a\\b",
+        b"%2e%2e",
+        b"a%00",
+        b"~",
+        b"-a",
+        b"_a",
+        b"a.b",
+        b"a:1",
+        b"a;b",
+        b"a'b",
+        b'a"b',
+    ),
     *(
         b"$(id)",
         b"`id`",
@@ -240,9 +289,28 @@ MALFORMED = [
         "ａｂｃ".encode(),
         "①".encode(),
     ),
-    *(b"x" * 65, b"x" * 2_000_000, b"[]", b'"a', b"{", b"{}", b"{]", b'{"imageId": []}', b'{"imageId": "../x"}'),
-    *(b'{"imageId": "a", "path": "original/' + name + b'.jpg"}' for name in (b"x" * 248, b"y/" * 240)),
-    *(b'{"imageId": true}', b'{"imageId": 1.5}', b'{"imageId": null}', b'{"imageId": {"imageId": "a"}}', b'""'),
+    *(
+        b"x" * 65,
+        b"x" * 2_000_000,
+        b"[]",
+        b'"a',
+        b"{",
+        b"{}",
+        b"{]",
+        b'{"imageId": []}',
+        b'{"imageId": "../x"}',
+    ),
+    *(
+        b'{"imageId": "a", "path": "original/' + name + b'.jpg"}'
+        for name in (b"x" * 248, b"y/" * 240)
+    ),
+    *(
+        b'{"imageId": true}',
+        b'{"imageId": 1.5}',
+        b'{"imageId": null}',
+        b'{"imageId": {"imageId": "a"}}',
+        b'""',
+    ),
     *(b'{"imageId": "a", "path": "../../x.jpg"}', b'{"imageId": "a", "path": "original/../x.jpg"}'),
     *(
         b'{"imageId": "a", "priority": 1e3}',
@@ -261,7 +329,9 @@ def test_sixty_kinds_of_malformed_entries_cost_the_good_ones_nothing(queue, cata
         queue.redis.lpush(queue.wait_key, entry)
         if number % 6 == 0:
             queue.enqueue(f"good{number}")
-    assert sorted(keys(tick())) == sorted(f"good{number}:1" for number in range(0, len(MALFORMED), 6))
+    assert sorted(keys(tick())) == sorted(
+        f"good{number}:1" for number in range(0, len(MALFORMED), 6)
+    )
     assert queue.count() == {"waiting": 0, "dead": len(MALFORMED)}
     for letter in queue.list_dead():
         assert letter["entry"].isascii()
@@ -301,7 +371,9 @@ def build_paid_calls(ledger, limiter):
     return build
 
 
-def test_no_run_begins_that_the_rate_limit_of_a_day_has_no_call_for(tick, catalogue, limiter, build_paid_calls):
+def test_no_run_begins_that_the_rate_limit_of_a_day_has_no_call_for(
+    tick, catalogue, limiter, build_paid_calls
+):
     catalogue.accept([Upload(f"i{number}") for number in range(12)])
     paid_calls = build_paid_calls("10/day")
     assert len(keys(tick(paid_calls=paid_calls))) == 5  # two calls each
@@ -310,7 +382,9 @@ def test_no_run_begins_that_the_rate_limit_of_a_day_has_no_call_for(tick, catalo
     assert len(keys(tick(paid_calls=paid_calls))) == 1
     assert limiter.acquire("embedding", 0)
     message = tick(paid_calls=paid_calls).skip_message
-    assert message.startswith("Paused: the rate limit of paid calls (10/day) is used up: it goes on at 20")
+    assert message.startswith(
+        "Paused: the rate limit of paid calls (10/day) is used up: it goes on at 20"
+    )
     limiter.set_limits("20/day")  # at once
     assert len(keys(tick(paid_calls=paid_calls))) == 5
 
@@ -327,7 +401,9 @@ def test_no_run_begins_that_the_rate_limit_of_a_day_has_no_call_for(tick, catalo
         ("off", 12),
     ],
 )
-def test_as_many_runs_begin_as_have_their_calls_in_time(tick, catalogue, build_paid_calls, limits, count):
+def test_as_many_runs_begin_as_have_their_calls_in_time(
+    tick, catalogue, build_paid_calls, limits, count
+):
     catalogue.accept([Upload(f"i{number}") for number in range(12)])
     assert len(keys(tick(paid_calls=build_paid_calls(limits)))) == count
 
@@ -339,7 +415,9 @@ def test_no_run_begins_while_a_budget_is_set_and_a_price_unknown(tick, catalogue
     assert keys(tick(paid_calls=build_paid_calls("off"))) == ["a:1"]
 
 
-def test_the_image_that_is_tried_after_a_pause_is_not_always_the_same(tick, catalogue, sqlite_catalogue_url, ledger):
+def test_the_image_that_is_tried_after_a_pause_is_not_always_the_same(
+    tick, catalogue, sqlite_catalogue_url, ledger
+):
     catalogue.accept([Upload("a", priority=9), Upload("b"), Upload("c")])
     earlier = Ledger(sqlite_catalogue_url, lambda: now_utc() - timedelta(hours=1))
     earlier.pause("auth", "403", 600)
@@ -361,7 +439,11 @@ def test_the_image_that_is_tried_after_a_pause_is_not_always_the_same(tick, cata
 
 
 def test_what_failed_before_a_provider_was_known_to_be_down_waits_again(tick, catalogue, ledger):
-    for image_id, reason in (("a", "provider_unavailable"), ("b", "corrupt"), ("c", "provider_unavailable")):
+    for image_id, reason in (
+        ("a", "provider_unavailable"),
+        ("b", "corrupt"),
+        ("c", "provider_unavailable"),
+    ):
         catalogue.accept([Upload(image_id)])
         catalogue.fail(catalogue.claim(image_id, 1, "run"), reason, "x")
     catalogue.discard("c")
@@ -369,6 +451,8 @@ def test_what_failed_before_a_provider_was_known_to_be_down_waits_again(tick, ca
     assert catalogue.count()["failed"] == 3
     ledger.pause("provider_down", "503", 30, "metadata")
     tick()
-    states = {image_id: state.status for image_id, state in catalogue.get_states(["a", "b", "c"]).items()}
+    states = {
+        image_id: state.status for image_id, state in catalogue.get_states(["a", "b", "c"]).items()
+    }
     assert states == {"a": "pending", "b": "failed", "c": "failed"}
     assert [row["image_id"] for row in catalogue.list_unsent("webhook")] == ["b", "c"]

@@ -30,12 +30,17 @@ def count_connections(server: sa.Connection) -> int:
 def list_keys(stack: Drill) -> dict[str, int]:
     """The keys of the tasks in Redis, each with its time to live in seconds, or -1 where it stays."""
     with closing(stack.redis()) as client:
-        return {key: client.ttl(key) for key in client.scan_iter(f"{stack.settings.queue_prefix}:runs:*")}
+        return {
+            key: client.ttl(key)
+            for key in client.scan_iter(f"{stack.settings.queue_prefix}:runs:*")
+        }
 
 
 def measure(stack: Drill, images: int) -> tuple[list[int], dict[str, int], dict[str, int]]:
     """Processes so many images; gives connections over time, and the keys before and after a killed worker."""
-    server = sa.create_engine(stack.settings.dagster_database_url.get_secret_value(), isolation_level="AUTOCOMMIT")
+    server = sa.create_engine(
+        stack.settings.dagster_database_url.get_secret_value(), isolation_level="AUTOCOMMIT"
+    )
     counts = []
     with server.connect() as connection:
         counts.append(count_connections(connection))
@@ -58,15 +63,23 @@ def check(counts: list[int], before: dict[str, int], after: dict[str, int]) -> N
     half = len(counts) // 2
     assert max(counts[half:]) <= max(counts[:half]) + MAX_CONNECTIONS_PER_SLOT, counts
     for keys in (before, after):
-        lasting = {key for key, ttl_seconds in keys.items() if not 0 <= ttl_seconds <= MAX_TTL_SECONDS}
+        lasting = {
+            key for key, ttl_seconds in keys.items() if not 0 <= ttl_seconds <= MAX_TTL_SECONDS
+        }
         assert all("_kombu.binding" in key for key in lasting), keys
-    assert {key for key in after if "_kombu.binding" in key} <= {key for key in before if "_kombu.binding" in key}
+    assert {key for key in after if "_kombu.binding" in key} <= {
+        key for key in before if "_kombu.binding" in key
+    }
 
 
 def main() -> None:
     """Measures, prints and checks."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--images", type=int, default=250)  # an image's number is its color, of which there are 256
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--images", type=int, default=250
+    )  # an image's number is its color, of which there are 256
     options = parser.parse_args()
     slots = {"IMAGEPIPELINE_WORKER_SLOTS": str(SLOTS), "IMAGEPIPELINE_MAX_RUNS": str(SLOTS)}
     with databases(True) as urls, drill(call_seconds=0.05, **slots, **urls) as stack:
@@ -76,7 +89,9 @@ def main() -> None:
         f"connections: {counts[0]} at rest, at most {max(counts[:half])} in the first half, {max(counts[half:])} later"
     )
     for name, keys in (("after the burst", before), ("after a killed worker", after)):
-        print(name, *(f"  {key} {ttl_seconds}" for key, ttl_seconds in sorted(keys.items())), sep="\n")
+        print(
+            name, *(f"  {key} {ttl_seconds}" for key, ttl_seconds in sorted(keys.items())), sep="\n"
+        )
     check(counts, before, after)
 
 

@@ -29,7 +29,9 @@ class Composed:
 
     def __init__(self, folder: Path, postgres_url: str, settings: Mapping[str, str]) -> None:
         self.folder = folder
-        self.services: dict[str, Any] = yaml.safe_load((ROOT / "docker-compose.yml").read_text())["services"]
+        self.services: dict[str, Any] = yaml.safe_load((ROOT / "docker-compose.yml").read_text())[
+            "services"
+        ]
         self.ports = {name: find_port() for name in ("redis", "webserver", "proxy", "health")}
         self.site = f"http://127.0.0.1:{self.ports['proxy']}"
         self.running: dict[str, subprocess.Popen[bytes]] = {}
@@ -76,7 +78,9 @@ class Composed:
             with socket.socket() as client:
                 return client.connect_ex(("127.0.0.1", self.ports[name])) == 0
         command = self._rename(name, self.services[name]["healthcheck"]["test"][1:])
-        result = subprocess.run(command, env=self.build_environment(name), capture_output=True, check=False)
+        result = subprocess.run(
+            command, env=self.build_environment(name), capture_output=True, check=False
+        )
         return result.returncode == 0
 
     def stop_service(self, name: str) -> int:
@@ -98,21 +102,35 @@ class Composed:
     def call(self, name: str, command: list[str]) -> str:
         """What a command prints in a service's environment, as by `docker compose exec`."""
         result = subprocess.run(
-            self._rename(name, command), env=self.build_environment(name), capture_output=True, text=True, check=False
+            self._rename(name, command),
+            env=self.build_environment(name),
+            capture_output=True,
+            text=True,
+            check=False,
         )
         assert result.returncode == 0, result.stderr
         return result.stdout
 
     def build_environment(self, name: str) -> dict[str, str]:
         """The environment of a service: what the file says, renamed."""
-        bare = {"PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}", "HOME": str(self.folder)}
+        bare = {
+            "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",
+            "HOME": str(self.folder),
+        }
         if name == "postgres":
-            bare |= {"PGHOST": self._postgres_folder, "PATH": f"{_find_postgres_tools()}:{bare['PATH']}"}
-        declared = {key: str(value) for key, value in self.services[name].get("environment", {}).items()}
+            bare |= {
+                "PGHOST": self._postgres_folder,
+                "PATH": f"{_find_postgres_tools()}:{bare['PATH']}",
+            }
+        declared = {
+            key: str(value) for key, value in self.services[name].get("environment", {}).items()
+        }
         if "env_file" in self.services[name]:
             declared |= self._settings
         (home := self.folder / name).mkdir(exist_ok=True)
-        shares_sockets = any(volume.startswith("sockets:") for volume in self.services[name].get("volumes", []))
+        shares_sockets = any(
+            volume.startswith("sockets:") for volume in self.services[name].get("volumes", [])
+        )
         if shares_sockets and not (home / "sockets").exists():
             (self.folder / "sockets").mkdir(exist_ok=True, mode=0o700)
             (home / "sockets").symlink_to(self.folder / "sockets")
@@ -124,7 +142,11 @@ class Composed:
             "IMAGEPIPELINE_WEBSERVER_PORT": str(self.ports["webserver"]),
             "IMAGEPIPELINE_WEBSERVER_HOST": "127.0.0.1",
         }
-        return bare | renamed | {key: value for key, value in changed.items() if key in renamed or key == "HEALTH"}
+        return (
+            bare
+            | renamed
+            | {key: value for key, value in changed.items() if key in renamed or key == "HEALTH"}
+        )
 
     def read_secret(self, name: str) -> str:
         """One of the secrets that were made."""
@@ -138,12 +160,18 @@ class Composed:
         script = str(ROOT / "deploy" / "postgres-init.sh")
         if script in words:  # it names its secrets itself
             here = self.folder / "postgres-init.sh"
-            here.write_text(Path(script).read_text().replace("/run/secrets", str(self.folder / "secrets")))
+            here.write_text(
+                Path(script).read_text().replace("/run/secrets", str(self.folder / "secrets"))
+            )
             words = [str(here) if word == script else word for word in words]
         renamed = []
         for word in words:
             while "${" in word:  # the innermost first
-                word = re.sub(r"\$\{(\w+):-([^${}]*)\}", lambda found: self._settings.get(found[1], found[2]), word)
+                word = re.sub(
+                    r"\$\{(\w+):-([^${}]*)\}",
+                    lambda found: self._settings.get(found[1], found[2]),
+                    word,
+                )
             word = word.replace("/run/secrets/redis_users", "/run/secrets/redis_users.acl")
             for there, here in {
                 "/run/secrets": self.folder / "secrets",

@@ -89,17 +89,36 @@ class Provider:
         usage = {"prompt_tokens": 1, "completion_tokens": 1, "total_tokens": 2}
         if "input" in asked:
             text = asked["input"] if isinstance(asked["input"], str) else asked["input"][0]
-            self.calls.append(("embedding", int(re.search(r"Image number (\d+)", text)[1]), datetime.now(UTC)))
+            self.calls.append(
+                ("embedding", int(re.search(r"Image number (\d+)", text)[1]), datetime.now(UTC))
+            )
             data = [{"object": "embedding", "index": 0, "embedding": [0.6, 0.8]}]
             return {"object": "list", "model": "m", "data": data, "usage": usage}
         picture = re.search(r"base64,([A-Za-z0-9+/=]+)", json.dumps(asked))[1]
-        red, green, _ = Image.open(io.BytesIO(base64.b64decode(picture))).convert("RGB").resize((1, 1)).getpixel((0, 0))
+        red, green, _ = (
+            Image.open(io.BytesIO(base64.b64decode(picture)))
+            .convert("RGB")
+            .resize((1, 1))
+            .getpixel((0, 0))
+        )
         number = red // LEVELS * LEVELS + green // LEVELS
         self.calls.append(("metadata", number, datetime.now(UTC)))
-        said = {"description": f"Image number {number}.", "tags": ["a"], "category": "c", "dominantColors": []}
+        said = {
+            "description": f"Image number {number}.",
+            "tags": ["a"],
+            "category": "c",
+            "dominantColors": [],
+        }
         message = {"role": "assistant", "content": json.dumps({**said, "mood": "calm"})}
         choices = [{"index": 0, "finish_reason": "stop", "message": message}]
-        return {"id": "1", "object": "chat.completion", "created": 1, "model": "m", "choices": choices, "usage": usage}
+        return {
+            "id": "1",
+            "object": "chat.completion",
+            "created": 1,
+            "model": "m",
+            "choices": choices,
+            "usage": usage,
+        }
 
     def close(self) -> None:
         """Answers nobody any more."""
@@ -121,7 +140,9 @@ class Drill:
 
     def start(self) -> None:
         """Starts the stack and waits until it is up."""
-        self._processes["up"] = subprocess.Popen([COMMAND, "up", "--json"], stdout=subprocess.PIPE, stderr=self.log)
+        self._processes["up"] = subprocess.Popen(
+            [COMMAND, "up", "--json"], stdout=subprocess.PIPE, stderr=self.log
+        )
         self.webserver_url = json.loads(self._processes["up"].stdout.readline())["webserver_url"]
         self.catalogue = Catalogue(self.settings.database_url)
 
@@ -136,7 +157,9 @@ class Drill:
 
     def start_service(self, name: str) -> None:
         """Starts one service by its command."""
-        self._processes[name] = subprocess.Popen([COMMAND, "service", name], stdout=self.log, stderr=self.log)
+        self._processes[name] = subprocess.Popen(
+            [COMMAND, "service", name], stdout=self.log, stderr=self.log
+        )
 
     def stop_service(self, name: str) -> None:
         """Asks a service to end and waits until it has."""
@@ -162,7 +185,10 @@ class Drill:
 
     def show_logs(self) -> None:
         """Prints what the supervisor, the worker and the daemon have written last."""
-        for log in (self.home.parent / "up.log", *(self.home / "logs" / f"{name}.log" for name in LOGS)):
+        for log in (
+            self.home.parent / "up.log",
+            *(self.home / "logs" / f"{name}.log" for name in LOGS),
+        ):
             print(f"--- {log.name}", read_tail(log, 200), sep="\n", flush=True)
 
     def redis(self) -> redis.Redis:
@@ -175,7 +201,11 @@ class Drill:
         folder.mkdir(parents=True, exist_ok=True)
         image_ids = []
         for number in range(self._pushed, self._pushed + count):
-            color = (number // LEVELS % LEVELS * LEVELS + LEVELS // 2, number % LEVELS * LEVELS + LEVELS // 2, 90)
+            color = (
+                number // LEVELS % LEVELS * LEVELS + LEVELS // 2,
+                number % LEVELS * LEVELS + LEVELS // 2,
+                90,
+            )
             Image.new("RGB", (320, 240), color).save(folder / f"image{number}.png")
             image_ids.append(f"image{number}")
         self._pushed += count
@@ -199,8 +229,12 @@ class Drill:
     def busy_children(self) -> list[int]:
         """Those of them that execute a run, as the run's page names them."""
         asked = self.ask(STARTED)["runsOrError"]["results"]
-        messages = " ".join(event.get("message", "") for run in asked for event in run["eventConnection"]["events"])
-        named = {int(pid) for pid in re.findall(r"Started process for run \(pid: (\d+)\)", messages)}
+        messages = " ".join(
+            event.get("message", "") for run in asked for event in run["eventConnection"]["events"]
+        )
+        named = {
+            int(pid) for pid in re.findall(r"Started process for run \(pid: (\d+)\)", messages)
+        }
         return sorted(named.intersection(self.children()))
 
     def tell(self, number: int, *pids: int) -> None:
@@ -215,7 +249,9 @@ class Drill:
             json.dumps({"query": query}).encode(),
             {"Content-Type": "application/json"},
         )
-        with urllib.request.build_opener(urllib.request.ProxyHandler({})).open(request, timeout=60) as answer:
+        with urllib.request.build_opener(urllib.request.ProxyHandler({})).open(
+            request, timeout=60
+        ) as answer:
             return json.load(answer)["data"]
 
     def runs(self) -> list[dict[str, Any]]:
@@ -225,14 +261,29 @@ class Drill:
             tags = {tag["key"]: tag["value"] for tag in run["tags"]}
             ends = [event["message"] for event in run["eventConnection"]["events"] if event]
             image, end = tags.get("dagster/partition"), " ".join(ends)
-            found.append({"id": run["runId"], "status": run["status"], "image": image, "end": end, "tags": tags})
+            found.append(
+                {
+                    "id": run["runId"],
+                    "status": run["status"],
+                    "image": image,
+                    "end": end,
+                    "tags": tags,
+                }
+            )
         return found
 
     def run_of(self, image_id: str, *statuses: str) -> str:
         """The ID of an image's run, once it has one of these statuses."""
 
         def find() -> str | None:
-            return next((r["id"] for r in self.runs() if r["image"] == image_id and r["status"] in statuses), None)
+            return next(
+                (
+                    r["id"]
+                    for r in self.runs()
+                    if r["image"] == image_id and r["status"] in statuses
+                ),
+                None,
+            )
 
         return self.wait_for(find)
 
@@ -252,7 +303,12 @@ class Drill:
 
     def describe(self) -> str:
         """How things stand, for a message."""
-        return json.dumps({"counts": self.catalogue.count(), "runs": [(r["status"], r["end"]) for r in self.runs()]})
+        return json.dumps(
+            {
+                "counts": self.catalogue.count(),
+                "runs": [(r["status"], r["end"]) for r in self.runs()],
+            }
+        )
 
     def count(self, *statuses: str) -> int:
         """How many images have one of these statuses."""
@@ -270,7 +326,9 @@ class Drill:
 
     def check(self) -> None:
         """Nothing is lost, done twice or paid twice, and no run that waited or worked was failed."""
-        self.wait_for(lambda: all(run["status"] in ENDED for run in self.runs()))  # a run ends after its image
+        self.wait_for(
+            lambda: all(run["status"] in ENDED for run in self.runs())
+        )  # a run ends after its image
         counts = self.catalogue.count()
         assert counts["completed"] == self._pushed - self.cancelled
         calls = Counter((asset, number) for asset, number, _ in self.provider.calls)
@@ -284,9 +342,18 @@ class Drill:
                 number = int(row["id"].removeprefix("image"))
                 for asset in ("metadata", "embedding"):
                     # An answer that a dead run had not yet stored is asked for again, and nothing else is.
-                    assert calls[asset, number] <= claims, (row["id"], asset, calls[asset, number], events)
+                    assert calls[asset, number] <= claims, (
+                        row["id"],
+                        asset,
+                        calls[asset, number],
+                        events,
+                    )
                     made = [event["at"] for event in history if is_made(event, asset)]
-                    late = [at for what, whom, at in self.provider.calls if (what, whom) == (asset, number)]
+                    late = [
+                        at
+                        for what, whom, at in self.provider.calls
+                        if (what, whom) == (asset, number)
+                    ]
                     assert not made or max(late) <= made[0], (row["id"], asset, events)
         for run in self.runs():
             assert run["status"] == "SUCCESS" or LEGAL_ENDS.search(run["end"]), run
@@ -298,7 +365,9 @@ def is_made(event: dict[str, Any], asset: str) -> bool:
 
 
 @contextmanager
-def drill(call_seconds: float = 1.0, has_services: bool = False, **environment: str) -> Iterator[Drill]:
+def drill(
+    call_seconds: float = 1.0, has_services: bool = False, **environment: str
+) -> Iterator[Drill]:
     """A stack in a home of its own, with these variables set; services by hand have another one's Redis."""
     with ExitStack() as exits:
         folder = Path(exits.enter_context(tempfile.TemporaryDirectory(prefix="ip", dir="/tmp")))

@@ -117,9 +117,13 @@ def open_root(is_folder: bool) -> Iterator[str]:
 
 def main() -> None:
     """Goes through all faults on one pair of machines."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--folder", action="store_true", help="share a folder instead of a bucket")
-    parser.add_argument("--fault", choices=FAULTS, action="append", help="only this one; may be repeated")
+    parser.add_argument(
+        "--fault", choices=FAULTS, action="append", help="only this one; may be repeated"
+    )
     options = parser.parse_args()
     with ExitStack() as stack:
         root = stack.enter_context(open_root(options.folder))

@@ -66,7 +66,9 @@ def main() -> None:
                 "originals": Originals(files, Sandbox(), Rules()),
                 "renderer": Renderer(build_variant_specs()),
                 "index": EmbeddingIndex(str(folder / "lancedb")),
-                "paid_calls": PaidCalls(Ledger(os.environ["DATABASE_URL"]), CallLimiter("redis://", "x", "off"), {}),
+                "paid_calls": PaidCalls(
+                    Ledger(os.environ["DATABASE_URL"]), CallLimiter("redis://", "x", "off"), {}
+                ),
                 "vision": LocalVision(),
                 "embedder": LocalEmbedder(),
             },

@@ -10,7 +10,10 @@ def find_service(home: Path, name: str) -> int:
     log = str(home / "logs" / f"{name}.log")
     for path in Path("/proc").glob("[0-9]*"):
         try:
-            if os.getsid(int(path.name)) == int(path.name) and os.readlink(path / "fd" / "1") == log:
+            if (
+                os.getsid(int(path.name)) == int(path.name)
+                and os.readlink(path / "fd" / "1") == log
+            ):
                 return int(path.name)
         except OSError:
             continue

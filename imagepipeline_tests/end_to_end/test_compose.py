@@ -32,7 +32,10 @@ from imagepipeline_tests.end_to_end.processes import list_tree
 SERVICES = yaml.safe_load((ROOT / "docker-compose.yml").read_text())["services"]
 # One stack for all of them, in this order.
 pytestmark = pytest.mark.xdist_group("compose")
-API_KEYS = {"OPENAI_API_KEY": "sk-composed-openai", "OPENROUTER_API_KEY": "sk-composed-openrouter"}  # there, not used
+API_KEYS = {
+    "OPENAI_API_KEY": "sk-composed-openai",
+    "OPENROUTER_API_KEY": "sk-composed-openrouter",
+}  # there, not used
 ATTACK = (
     'mutation { addDynamicPartition(partitionsDefName: "uploads", partitionKey: "KEY", repositorySelector: '
     '{repositoryName: "__repository__", repositoryLocationName: "imagepipeline"}) { __typename } }'
@@ -40,7 +43,13 @@ ATTACK = (
 
 
 def test_the_compose_file_is_one():
-    command = ["-m", "check_jsonschema", "--builtin-schema", "vendor.compose-spec", ROOT / "docker-compose.yml"]
+    command = [
+        "-m",
+        "check_jsonschema",
+        "--builtin-schema",
+        "vendor.compose-spec",
+        ROOT / "docker-compose.yml",
+    ]
     subprocess.run([sys.executable, *command], check=True)
 
 
@@ -56,15 +65,21 @@ def test_no_service_is_more_open_than_it_must_be():
         for key in service.get("environment", {}):  # secrets come from files
             assert not re.search("PASSWORD|KEY|SECRET|_URL", key) or key.endswith("_FILE"), key
     assert SERVICES["daemon"]["deploy"]["replicas"] == 1
-    assert not {"container_name", "hostname", "ports"} & SERVICES["worker"].keys()  # there may be several
+    assert (
+        not {"container_name", "hostname", "ports"} & SERVICES["worker"].keys()
+    )  # there may be several
     assert not any(volume.startswith("sockets:") for volume in SERVICES["worker"]["volumes"])
 
 
 def test_each_service_is_given_the_secrets_it_needs_and_no_more():
     variables = {name: set(service.get("environment", {})) for name, service in SERVICES.items()}
     for name in ("code-server", "worker", "daemon", "webserver"):
-        given = {variable.removesuffix("_FILE") for variable in variables[name] if is_secret(variable)}
-        assert given <= SECRETS_OF[name] | {"DAGSTER_DATABASE_URL", "IMAGEPIPELINE_BROKER_URL"}, name
+        given = {
+            variable.removesuffix("_FILE") for variable in variables[name] if is_secret(variable)
+        }
+        assert given <= SECRETS_OF[name] | {"DAGSTER_DATABASE_URL", "IMAGEPIPELINE_BROKER_URL"}, (
+            name
+        )
         assert len(given) == len(SERVICES[name]["secrets"]), name
     assert not {"OPENAI_API_KEY_FILE", "OPENROUTER_API_KEY_FILE"} & variables["migrate"]
 
@@ -79,16 +94,26 @@ def test_secrets_of_an_earlier_version_are_brought_up_to_date(tmp_path):
     for name in ("redis_dagster_url", "redis_dagster_password"):
         (tmp_path / name).unlink()
     users = kept["redis_users.acl"].splitlines(keepends=True)
-    (tmp_path / "redis_users.acl").write_text("".join(user for user in users if "user dagster" not in user))
+    (tmp_path / "redis_users.acl").write_text(
+        "".join(user for user in users if "user dagster" not in user)
+    )
     (tmp_path / "openai_api_key").write_text("sk-earlier\n")
     said = make()
     assert "redis_users.acl, which redis reads when it starts" in said
-    assert "openai_api_key holds a key, which is used only with IMAGEPIPELINE_VISION=remote in .env" in said
+    assert (
+        "openai_api_key holds a key, which is used only with IMAGEPIPELINE_VISION=remote in .env"
+        in said
+    )
     assert "openrouter" not in said
     assert "sk-earlier" not in said
     now = {path.name: path.read_text() for path in tmp_path.iterdir()}
     changed = {name for name in kept if now[name] != kept[name]}
-    assert changed == {"redis_dagster_url", "redis_dagster_password", "redis_users.acl", "openai_api_key"}
+    assert changed == {
+        "redis_dagster_url",
+        "redis_dagster_password",
+        "redis_users.acl",
+        "openai_api_key",
+    }
     assert "user dagster" in now["redis_users.acl"]
 
 
@@ -96,7 +121,9 @@ def test_secrets_of_an_earlier_version_are_brought_up_to_date(tmp_path):
 def stack(postgres_url, s3_server):
     with tempfile.TemporaryDirectory(prefix="ip", dir="/tmp") as folder:
         settings = {"IMAGEPIPELINE_STORAGE_ROOT": "s3://images/composed", **s3_server}
-        keys = {name: settings.pop(name) for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY")} | API_KEYS
+        keys = {
+            name: settings.pop(name) for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY")
+        } | API_KEYS
         stack = Composed(Path(folder), postgres_url, settings)
         for name, key in keys.items():
             secret = stack.folder / "secrets" / name.lower()
@@ -112,14 +139,20 @@ def stack(postgres_url, s3_server):
 
 @pytest.fixture
 def bucket(s3_server):
-    keys = {name: s3_server[name.upper()] for name in ("aws_access_key_id", "aws_secret_access_key")}
-    return boto3.client("s3", endpoint_url=s3_server["AWS_ENDPOINT_URL"], region_name="us-east-1", **keys)
+    keys = {
+        name: s3_server[name.upper()] for name in ("aws_access_key_id", "aws_secret_access_key")
+    }
+    return boto3.client(
+        "s3", endpoint_url=s3_server["AWS_ENDPOINT_URL"], region_name="us-east-1", **keys
+    )
 
 
 def push(stack, bucket, name, photo):
     """What an uploader does: the original into the bucket, the ID onto the list."""
     bucket.put_object(Bucket="images", Key=f"composed/original/{name}.jpg", Body=photo.read_bytes())
-    redis.Redis.from_url(stack.read_secret("redis_uploader_url")).lpush("image-processing:wait", name)
+    redis.Redis.from_url(stack.read_secret("redis_uploader_url")).lpush(
+        "image-processing:wait", name
+    )
 
 
 def wait_for(stack, **counts):
@@ -144,10 +177,16 @@ def ask(url, query=None, user=None, **headers):
     """The status and body of an answer; a query goes as JSON by POST, as the UI's do."""
     if user:
         headers["Authorization"] = "Basic " + b64encode(":".join(user).encode()).decode()
-    body = None if query is None else (query if isinstance(query, bytes) else json.dumps({"query": query}).encode())
+    body = (
+        None
+        if query is None
+        else (query if isinstance(query, bytes) else json.dumps({"query": query}).encode())
+    )
     if isinstance(query, str):
         headers.setdefault("Content-Type", "application/json")
-    request = urllib.request.Request(url, body, {name.replace("_", "-"): value for name, value in headers.items()})
+    request = urllib.request.Request(
+        url, body, {name.replace("_", "-"): value for name, value in headers.items()}
+    )
     try:
         with urllib.request.urlopen(request, timeout=30) as answer:
             return answer.status, answer.read().decode()
@@ -155,15 +194,22 @@ def ask(url, query=None, user=None, **headers):
         return error.code, error.read().decode()
 
 
-def test_photos_go_through_and_a_dead_worker_and_code_server_cost_time_only(stack, bucket, postgres_url):
+def test_photos_go_through_and_a_dead_worker_and_code_server_cost_time_only(
+    stack, bucket, postgres_url
+):
     photos = sorted(PHOTOS.glob("*.jpg"))
     for photo in photos:
         push(stack, bucket, f"first-{photo.stem}", photo)
     wait_for(stack, completed=5)
-    keys = {entry["Key"] for entry in bucket.list_objects_v2(Bucket="images", Prefix="composed/variants")["Contents"]}
+    keys = {
+        entry["Key"]
+        for entry in bucket.list_objects_v2(Bucket="images", Prefix="composed/variants")["Contents"]
+    }
     assert len(keys) == 30
     assert "composed/variants/first-cat-lg.avif" in keys
-    found = json.loads(stack.call("worker", ["imagepipeline", "search", "a cup of coffee", "--json"]))
+    found = json.loads(
+        stack.call("worker", ["imagepipeline", "search", "a cup of coffee", "--json"])
+    )
     assert found[0]["image_id"] == "first-coffee"
 
     for photo in photos:
@@ -180,14 +226,21 @@ def test_photos_go_through_and_a_dead_worker_and_code_server_cost_time_only(stac
     with sa.create_engine(postgres_url).connect() as connection:
         query = "SELECT usename, datname, count(*) FROM pg_stat_activity WHERE usename <> 'postgres' GROUP BY 1, 2"
         used = connection.exec_driver_sql(query).all()
-        limits = dict(connection.exec_driver_sql("SELECT rolname, rolconnlimit FROM pg_roles").all())
-    assert {(user, database) for user, database, _ in used} <= {("catalogue", "catalogue"), ("dagster", "dagster")}
+        limits = dict(
+            connection.exec_driver_sql("SELECT rolname, rolconnlimit FROM pg_roles").all()
+        )
+    assert {(user, database) for user, database, _ in used} <= {
+        ("catalogue", "catalogue"),
+        ("dagster", "dagster"),
+    }
     assert all(count <= limits[user] / 2 for user, _, count in used), used
 
 
 def test_a_run_cancelled_in_the_ui_is_cancelled(stack):
     uploader = redis.Redis.from_url(stack.read_secret("redis_uploader_url"))
-    uploader.lpush("image-processing:wait", "awaited")  # it has no original, for which its run waits some seconds
+    uploader.lpush(
+        "image-processing:wait", "awaited"
+    )  # it has no original, for which its run waits some seconds
     while not (runs := list_runs(stack, "STARTED")):
         time.sleep(0.02)
     cancel = f'mutation {{ terminateRun(runId: "{runs[0]}") {{ __typename }} }}'
@@ -201,7 +254,9 @@ def test_a_run_cancelled_in_the_ui_is_cancelled(stack):
 
 def test_a_run_that_a_dead_worker_had_taken_goes_back_on_the_list_with_a_workers_rights(stack):
     config = broker.build_config("image-processing")
-    with Celery(broker=stack.read_secret("redis_pipeline_url"), config_source=config).connection() as connection:
+    with Celery(
+        broker=stack.read_secret("redis_pipeline_url"), config_source=config
+    ).connection() as connection:
         queue = connection.SimpleQueue("taken")
         queue.put({"run": 1})
         taken = queue.get(timeout=10)
@@ -216,7 +271,11 @@ def test_a_run_that_a_dead_worker_had_taken_goes_back_on_the_list_with_a_workers
 
 
 def test_no_service_lacks_a_right_in_redis(stack):
-    admin = redis.Redis(port=stack.ports["redis"], username="admin", password=stack.read_secret("redis_admin_password"))
+    admin = redis.Redis(
+        port=stack.ports["redis"],
+        username="admin",
+        password=stack.read_secret("redis_admin_password"),
+    )
     assert [(entry["username"], entry["object"]) for entry in admin.acl_log()] == []
 
 
@@ -225,13 +284,27 @@ def test_keys_are_in_the_environment_of_workers_and_nowhere_else(stack, s3_serve
     for name in ("code-server", "worker", "daemon", "webserver"):
         for pid in list_tree(stack.running[name].pid):
             command = Path(f"/proc/{pid}/cmdline").read_bytes()
-            owner = next((module for module in (b".zygote", b".resident") if module in command), name.encode()).decode()
+            owner = next(
+                (module for module in (b".zygote", b".resident") if module in command),
+                name.encode(),
+            ).decode()
             environments.setdefault(owner, []).append(Path(f"/proc/{pid}/environ").read_bytes())
     assert len(environments["worker"]) > 1
-    assert environments.keys() == {"code-server", "worker", ".resident", ".zygote", "daemon", "webserver"}
+    assert environments.keys() == {
+        "code-server",
+        "worker",
+        ".resident",
+        ".zygote",
+        "daemon",
+        "webserver",
+    }
 
     def find_holders(secret):
-        return {name for name, held in environments.items() if any(secret.encode() in each for each in held)}
+        return {
+            name
+            for name, held in environments.items()
+            if any(secret.encode() in each for each in held)
+        }
 
     assert [find_holders(key) for key in API_KEYS.values()] == [{"worker"}, {"worker"}]
     assert find_holders(s3_server["AWS_SECRET_ACCESS_KEY"]) == {"worker", ".resident"}
@@ -245,7 +318,8 @@ def test_keys_are_in_the_environment_of_workers_and_nowhere_else(stack, s3_serve
 
 def test_each_redis_user_can_do_its_work_and_no_more(stack):
     uploader, pipeline, dagster = (
-        redis.Redis.from_url(stack.read_secret(f"redis_{name}_url")) for name in ("uploader", "pipeline", "dagster")
+        redis.Redis.from_url(stack.read_secret(f"redis_{name}_url"))
+        for name in ("uploader", "pipeline", "dagster")
     )
     assert uploader.llen("image-processing:wait") == 0
     for refused in (
@@ -302,22 +376,54 @@ def test_a_foreign_page_can_change_nothing_through_the_proxy(stack):
         ask(site + again, b"", user, Content_Type="text/plain"),
         ask(site + "/graphql", text, user, Content_Type=simple_json),
         ask(site + "/graphql", text, user, Content_Type="application/x-www-form-urlencoded"),
-        ask(site + "/graphql", text, user, Content_Type="application/json", Origin="https://evil.example"),
+        ask(
+            site + "/graphql",
+            text,
+            user,
+            Content_Type="application/json",
+            Origin="https://evil.example",
+        ),
         ask(site + "/graphql", text, user, Content_Type="application/json", Origin="null"),
-        ask(site + "/report_asset_materialization/metadata", b"", user, Origin="https://evil.example"),
+        ask(
+            site + "/report_asset_materialization/metadata",
+            b"",
+            user,
+            Origin="https://evil.example",
+        ),
     ]
-    assert [status for status, _ in refused] == [405, 403, 405, 405, 405, 405, 405, 405, 403, 403, 403]
-    assert ask(site + "/graphql", text, user, Content_Type="application/json", Host="evil.example") == (200, "")
+    assert [status for status, _ in refused] == [
+        405,
+        403,
+        405,
+        405,
+        405,
+        405,
+        405,
+        405,
+        403,
+        403,
+        403,
+    ]
+    assert ask(
+        site + "/graphql", text, user, Content_Type="application/json", Host="evil.example"
+    ) == (200, "")
     query = '{ assetNodeOrError(assetKey: {path: ["metadata"]}) { ... on AssetNode { partitionKeys } } }'
     # As the UI itself asks: it may do what the others tried.
-    assert "AddDynamicPartitionSuccess" in ask(site + "/graphql", ATTACK.replace("KEY", "own"), user, Origin=site)[1]
+    assert (
+        "AddDynamicPartitionSuccess"
+        in ask(site + "/graphql", ATTACK.replace("KEY", "own"), user, Origin=site)[1]
+    )
     status, body = ask(site + "/graphql", query, user, Origin=site)
     keys = set(json.loads(body)["data"]["assetNodeOrError"]["partitionKeys"])
     assert (status, keys & {"own", "by-get", "as-text", "as-json", "again"}) == (200, {"own"})
 
 
-@pytest.mark.parametrize(("origin", "status"), [(None, 101), ("https://evil.example", 403), ("", 405)])
-def test_the_live_pages_of_the_ui_get_their_socket_and_a_foreign_page_gets_none(stack, origin, status):
+@pytest.mark.parametrize(
+    ("origin", "status"), [(None, 101), ("https://evil.example", 403), ("", 405)]
+)
+def test_the_live_pages_of_the_ui_get_their_socket_and_a_foreign_page_gets_none(
+    stack, origin, status
+):
     connection = http.client.HTTPConnection("127.0.0.1", stack.ports["proxy"], timeout=30)
     user = b64encode(f"admin:{stack.read_secret('ui_password')}".encode()).decode()
     headers = {
@@ -338,7 +444,12 @@ def test_the_live_pages_of_the_ui_get_their_socket_and_a_foreign_page_gets_none(
 def test_there_is_one_daemon(stack):
     command = SERVICES["daemon"]["command"]
     second = subprocess.run(
-        command, env=stack.build_environment("daemon"), capture_output=True, text=True, check=False, timeout=60
+        command,
+        env=stack.build_environment("daemon"),
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=60,
     )
     assert second.returncode == 1
     assert "Another daemon works for this database" in second.stderr
@@ -357,14 +468,18 @@ def test_no_secret_is_logged_or_shown(stack):
 
 def test_a_missing_secret_is_named(stack):
     environment = stack.build_environment("daemon") | {"DAGSTER_DATABASE_URL_FILE": "/nowhere/url"}
-    result = subprocess.run(SERVICES["daemon"]["command"], env=environment, capture_output=True, text=True, check=False)
+    result = subprocess.run(
+        SERVICES["daemon"]["command"], env=environment, capture_output=True, text=True, check=False
+    )
     assert result.returncode == 3
     assert "DAGSTER_DATABASE_URL_FILE names /nowhere/url, which cannot be read" in result.stderr
 
 
 def test_a_backup_brings_everything_back_as_the_operations_page_says(stack, bucket, tmp_path):
     def list_keys():
-        pages = bucket.get_paginator("list_objects_v2").paginate(Bucket="images", Prefix="composed/")
+        pages = bucket.get_paginator("list_objects_v2").paginate(
+            Bucket="images", Prefix="composed/"
+        )
         return [entry["Key"] for page in pages for entry in page.get("Contents", [])]
 
     def count():
@@ -375,7 +490,13 @@ def test_a_backup_brings_everything_back_as_the_operations_page_says(stack, buck
     stack.stop_service("daemon")
     before = count()
     for name in ("catalogue", "dagster"):
-        dump = ["pg_dump", "--username=postgres", "--format=custom", f"--file={tmp_path / name}", name]
+        dump = [
+            "pg_dump",
+            "--username=postgres",
+            "--format=custom",
+            f"--file={tmp_path / name}",
+            name,
+        ]
         stack.call("postgres", dump)
     # The worst that can be: it was not noticed that one more run ended before files and index were copied.
     stack.start_service("daemon")
@@ -385,7 +506,9 @@ def test_a_backup_brings_everything_back_as_the_operations_page_says(stack, buck
         kept = json.loads(stack.call("worker", ["imagepipeline", "status", "kept", "--json"]))
         assert kept["generation"] == generation
     stack.stop_service("daemon")
-    objects = {key: bucket.get_object(Bucket="images", Key=key)["Body"].read() for key in list_keys()}
+    objects = {
+        key: bucket.get_object(Bucket="images", Key=key)["Body"].read() for key in list_keys()
+    }
 
     for name in ("webserver", "worker", "code-server"):
         stack.stop_service(name)
@@ -399,10 +522,16 @@ def test_a_backup_brings_everything_back_as_the_operations_page_says(stack, buck
     for name in ("catalogue", "dagster"):
         stack.call("postgres", [*psql, "--command", f"CREATE DATABASE {name} OWNER {name}"])
         stack.call("postgres", [*psql, "--command", f"REVOKE ALL ON DATABASE {name} FROM PUBLIC"])
-        stack.call("postgres", ["pg_restore", "--username=postgres", f"--dbname={name}", str(tmp_path / name)])
+        stack.call(
+            "postgres",
+            ["pg_restore", "--username=postgres", f"--dbname={name}", str(tmp_path / name)],
+        )
     for key, body in objects.items():
         bucket.put_object(Bucket="images", Key=key, Body=body)
-    stack.call("postgres", [*psql, "--dbname=catalogue", "--command", "UPDATE images SET fence = fence + 1000000"])
+    stack.call(
+        "postgres",
+        [*psql, "--dbname=catalogue", "--command", "UPDATE images SET fence = fence + 1000000"],
+    )
     stack.call("migrate", SERVICES["migrate"]["command"])
     for name in ("code-server", "worker", "daemon", "webserver"):
         stack.start_service(name)
@@ -410,12 +539,21 @@ def test_a_backup_brings_everything_back_as_the_operations_page_says(stack, buck
     assert count() == before
     assert json.loads(stack.call("worker", ["imagepipeline", "search", "a cat", "--json"]))
     command = ["imagepipeline", "doctor", "--json"]
-    asked = subprocess.run(command, env=stack.build_environment("worker"), capture_output=True, text=True, check=False)
+    asked = subprocess.run(
+        command, env=stack.build_environment("worker"), capture_output=True, text=True, check=False
+    )
     findings = [json.loads(line) for line in asked.stdout.splitlines()]
     unwell = {finding["name"] for finding in findings if not finding["is_well"]}
     assert unwell <= {"code server"}, asked.stdout  # which a worker cannot reach
     push(stack, bucket, "kept", PHOTOS / "cat.jpg")
     push(stack, bucket, "new", PHOTOS / "rocket.jpg")
-    wait_for(stack, completed=before["completed"] + 1, failed=before["failed"], waiting=0, pending=0, processing=0)
+    wait_for(
+        stack,
+        completed=before["completed"] + 1,
+        failed=before["failed"],
+        waiting=0,
+        pending=0,
+        processing=0,
+    )
     kept = json.loads(stack.call("worker", ["imagepipeline", "status", "kept", "--json"]))
     assert [event["event"] for event in kept["history"]].count("recovered") == 0

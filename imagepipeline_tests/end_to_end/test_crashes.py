@@ -82,16 +82,26 @@ class World:
             "class": "PooledPostgresStorage",
             "config": {"postgres_url": dagster_url},
         }
-        config = {"telemetry": {"enabled": False}} | ({"storage": {"custom": storage}} if dagster_url else {})
+        config = {"telemetry": {"enabled": False}} | (
+            {"storage": {"custom": storage}} if dagster_url else {}
+        )
         (folder / "dagster.yaml").write_text(yaml.safe_dump(config))
 
     def start_run(self, *arguments: str) -> subprocess.Popen:
         """A run of the image's present generation as a process of its own."""
         generation = str(self.catalogue.get("cat")["generation"])
-        command = [sys.executable, "-m", "imagepipeline_tests.end_to_end.one_run", str(self.folder), generation]
+        command = [
+            sys.executable,
+            "-m",
+            "imagepipeline_tests.end_to_end.one_run",
+            str(self.folder),
+            generation,
+        ]
         environment = os.environ | {"DATABASE_URL": self.catalogue_url}
         output = subprocess.DEVNULL
-        return subprocess.Popen([*command, *arguments], cwd=ROOT, env=environment, stdout=output, stderr=output)
+        return subprocess.Popen(
+            [*command, *arguments], cwd=ROOT, env=environment, stdout=output, stderr=output
+        )
 
     def hand_over(self) -> list[str]:
         """What the reconciler does once the run has stood still for long enough."""
@@ -111,7 +121,11 @@ class World:
             content = self.files.read(variant["path"])
             image = Image.open(io.BytesIO(content))
             image.load()
-            assert (len(content), *image.size) == (variant["size"], variant["width"], variant["height"])
+            assert (len(content), *image.size) == (
+                variant["size"],
+                variant["width"],
+                variant["height"],
+            )
         leftovers = list((self.files.root / "variants").rglob("*.tmp"))
         assert len(leftovers) <= 1  # of the killed process: nobody reads it
         index = EmbeddingIndex(str(self.folder / "lancedb"))
@@ -140,7 +154,8 @@ def test_a_killed_run_is_succeeded_and_its_image_is_done_once(world, effect, mom
 
 
 @pytest.mark.parametrize(
-    "effect", ["store the answer", "variant rows", "rename", "index commit", "result", "final status"]
+    "effect",
+    ["store the answer", "variant rows", "rename", "index commit", "result", "final status"],
 )
 def test_a_frozen_run_that_wakes_after_its_succession_changes_nothing(world, effect):
     zombie = world.start_run(effect, "before", "SIGSTOP")
@@ -153,15 +168,21 @@ def test_a_frozen_run_that_wakes_after_its_succession_changes_nothing(world, eff
     os.kill(zombie.pid, signal.SIGCONT)
     assert zombie.wait() == 0  # it ends quietly
     assert world.catalogue.get("cat") == before
-    assert {path: path.stat().st_size for path in (world.files.root / "variants").iterdir()} == files
+    assert {
+        path: path.stat().st_size for path in (world.files.root / "variants").iterdir()
+    } == files
     world.check()
 
 
-def test_dead_and_frozen_workers_and_a_dead_code_server_cost_time_only(tmp_path, monkeypatch, database_urls):
+def test_dead_and_frozen_workers_and_a_dead_code_server_cost_time_only(
+    tmp_path, monkeypatch, database_urls
+):
     home = tmp_path / "home"
     monkeypatch.setenv("IMAGEPIPELINE_HOME", str(home))
     catalogue_url, dagster_url = database_urls
-    monkeypatch.setenv("IMAGEPIPELINE_WEBSERVER_PORT", str(find_port()))  # other tests have stacks at the same time
+    monkeypatch.setenv(
+        "IMAGEPIPELINE_WEBSERVER_PORT", str(find_port())
+    )  # other tests have stacks at the same time
     monkeypatch.setenv("DATABASE_URL", catalogue_url)
     monkeypatch.setenv("DAGSTER_DATABASE_URL", dagster_url or "")
     command = Path(sys.executable).parent / "imagepipeline"
@@ -169,16 +190,24 @@ def test_dead_and_frozen_workers_and_a_dead_code_server_cost_time_only(tmp_path,
 
     def wait_until(condition: Callable[[dict], bool]) -> float:
         began = time.monotonic()
-        while not condition(catalogue.count()):  # not by the command, which starts more slowly than five images end
+        while not condition(
+            catalogue.count()
+        ):  # not by the command, which starts more slowly than five images end
             assert time.monotonic() - began < 240, catalogue.count()
             time.sleep(0.02)
         return time.monotonic() - began
 
     def push_and_wait_for_work() -> None:
-        subprocess.run([command, "push", *map(str, PHOTOS.glob("*.jpg"))], check=True, stdout=subprocess.DEVNULL)
+        subprocess.run(
+            [command, "push", *map(str, PHOTOS.glob("*.jpg"))],
+            check=True,
+            stdout=subprocess.DEVNULL,
+        )
         wait_until(lambda counts: counts["processing"] >= 2)
 
-    with subprocess.Popen([command, "up", "--json"], stdout=subprocess.PIPE, stderr=subprocess.DEVNULL) as stack:
+    with subprocess.Popen(
+        [command, "up", "--json"], stdout=subprocess.PIPE, stderr=subprocess.DEVNULL
+    ) as stack:
         try:
             assert stack.stdout.readline()
             push_and_wait_for_work()
@@ -195,7 +224,9 @@ def test_dead_and_frozen_workers_and_a_dead_code_server_cost_time_only(tmp_path,
             os.kill(find_service(home, "worker"), signal.SIGKILL)  # and with it all runs
             os.kill(find_service(home, "code-server"), signal.SIGKILL)
             seconds = wait_until(lambda counts: counts["completed"] == 5)
-            print(f"{lost} runs killed with worker and code server: all five images completed {seconds:.0f} s later")
+            print(
+                f"{lost} runs killed with worker and code server: all five images completed {seconds:.0f} s later"
+            )
             assert catalogue.count()["failed"] == 0
         finally:
             stack.send_signal(signal.SIGTERM)

@@ -49,7 +49,11 @@ def pipeline_queue(stack):
 
 @pytest.fixture
 def admin(stack):
-    return redis.Redis(port=stack.ports["redis"], username="admin", password=stack.read_secret("redis_admin_password"))
+    return redis.Redis(
+        port=stack.ports["redis"],
+        username="admin",
+        password=stack.read_secret("redis_admin_password"),
+    )
 
 
 def test_there_is_one_database(stack, admin):
@@ -61,7 +65,10 @@ def test_there_is_one_database(stack, admin):
 
 
 def test_entries_and_messages_fit_and_what_is_far_longer_is_refused(uploader, pipeline_queue):
-    for length in (4_096, 300_000):  # an entry's limit; thrice what a message between our processes has
+    for length in (
+        4_096,
+        300_000,
+    ):  # an entry's limit; thrice what a message between our processes has
         uploader.lpush("image-processing:wait", b"x" * length)
     with pytest.raises((redis.ResponseError, redis.ConnectionError)):
         uploader.lpush("image-processing:wait", b"x" * 1_100_000)
@@ -77,7 +84,9 @@ def test_one_command_cannot_fill_the_server(uploader, admin, pipeline_queue):
     assert pipeline_queue.count()["waiting"] == 0
 
 
-def test_a_list_full_of_the_longest_entries_drains_within_the_containers_memory(uploader, admin, pipeline_queue):
+def test_a_list_full_of_the_longest_entries_drains_within_the_containers_memory(
+    uploader, admin, pipeline_queue
+):
     admin.config_resetstat()
     with contextlib.suppress(redis.exceptions.OutOfMemoryError):
         for number in range(400):
@@ -95,10 +104,18 @@ def test_an_administrator_has_a_user_that_no_service_is_given(admin, uploader, p
     assert set(admin.acl_users()) == {"admin", "dagster", "default", "pipeline", "uploader"}
     assert "off" in admin.acl_getuser("default")["flags"]
     for client in (uploader, pipeline_queue.redis):
-        for refused in (client.acl_list, client.config_get, client.client_list, client.flushall, client.shutdown):
+        for refused in (
+            client.acl_list,
+            client.config_get,
+            client.client_list,
+            client.flushall,
+            client.shutdown,
+        ):
             with pytest.raises(redis.exceptions.NoPermissionError):
                 refused()
-    given = {name for service in COMPOSE["services"].values() for name in service.get("secrets", [])}
+    given = {
+        name for service in COMPOSE["services"].values() for name in service.get("secrets", [])
+    }
     assert given <= COMPOSE["secrets"].keys()
     assert not [name for name in COMPOSE["secrets"] if "admin" in name]
 
@@ -141,7 +158,9 @@ def test_a_flood_of_wrong_passwords_costs_little(stack):
     connection = http.client.HTTPConnection("127.0.0.1", stack.ports["proxy"], timeout=60)
     assert {ask(connection, f"wrong{number}").status for number in range(50)} == {401}
     assert (count_cpu_seconds(pid) - before_seconds) / 50 < 0.02
-    assert ask(connection, stack.read_secret("ui_password")).status == 502  # let in; there is nothing behind it
+    assert (
+        ask(connection, stack.read_secret("ui_password")).status == 502
+    )  # let in; there is nothing behind it
     connection.close()
 
 
@@ -155,10 +174,14 @@ def test_a_browser_is_told_to_come_by_https_only(host, is_told):
         here = Path(folder, "Caddyfile")
         text = (ROOT / "deploy" / "Caddyfile").read_text()
         here.write_text(
-            text.replace("admin off", "admin off\n\tdefault_bind 127.0.0.1\n\tauto_https disable_redirects")
+            text.replace(
+                "admin off", "admin off\n\tdefault_bind 127.0.0.1\n\tauto_https disable_redirects"
+            )
         )
         proxy = stack.services["proxy"]
-        proxy["command"] = [word.replace("/etc/caddy/Caddyfile", str(here)) for word in proxy["command"]]
+        proxy["command"] = [
+            word.replace("/etc/caddy/Caddyfile", str(here)) for word in proxy["command"]
+        ]
         stack.start_service("proxy")
         try:
             context = ssl.create_default_context()
@@ -168,7 +191,9 @@ def test_a_browser_is_told_to_come_by_https_only(host, is_told):
             connection.sock = context.wrap_socket(there, server_hostname=host)
             answer = ask(connection, "wrong")
             assert answer.status == 401
-            assert answer.headers["Strict-Transport-Security"] == ("max-age=31536000" if is_told else None)
+            assert answer.headers["Strict-Transport-Security"] == (
+                "max-age=31536000" if is_told else None
+            )
             connection.close()
         finally:
             stack.stop()
@@ -180,7 +205,9 @@ def test_each_image_can_be_pinned_by_its_digest_and_the_operations_page_says_how
     argument = COMPOSE["x-ours"]["build"]["args"]["PYTHON"]
     operations = (ROOT / "docs" / "operations.md").read_text()
     for image in [argument, *(image for name, image in images.items() if name not in ours)]:
-        variable, default = re.fullmatch(r"\$\{([A-Z]+_IMAGE):-([a-z/]+:[a-z0-9.-]+)\}", image).groups()
+        variable, default = re.fullmatch(
+            r"\$\{([A-Z]+_IMAGE):-([a-z/]+:[a-z0-9.-]+)\}", image
+        ).groups()
         assert f"{variable}={default}@sha256:" in operations
     dockerfile = (ROOT / "Dockerfile").read_text()
     assert f"ARG PYTHON={re.search(':-(.*)}', argument)[1]}" in dockerfile

@@ -40,7 +40,9 @@ def read_memory(pid):
     chunks = [Path(f"/proc/{pid}/environ").read_bytes()]
     with open(f"/proc/{pid}/maps") as maps, open(f"/proc/{pid}/mem", "rb", buffering=0) as memory:
         for line in maps:
-            area, rights, *_, name = [*line.split(maxsplit=5), ""][:6] if len(line.split()) > 5 else [*line.split(), ""]
+            area, rights, *_, name = (
+                [*line.split(maxsplit=5), ""][:6] if len(line.split()) > 5 else [*line.split(), ""]
+            )
             if not rights.startswith("rw") or name.startswith("[v"):
                 continue
             start, end = (int(number, 16) for number in area.split("-"))
@@ -57,7 +59,13 @@ def name_process(path):
     comm = (path / "comm").read_text().strip()
     words = ("zygote", "imagepipeline.resident", "valkey")
     word = next((word for word in words if word in line), None)
-    return word.removeprefix("imagepipeline.") if word else "forkserver" if comm.startswith("python") else comm
+    return (
+        word.removeprefix("imagepipeline.")
+        if word
+        else "forkserver"
+        if comm.startswith("python")
+        else comm
+    )
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="there is no /proc")
@@ -71,7 +79,9 @@ def test_each_process_holds_the_secrets_it_needs_and_no_others(tmp_path):
         "OPENAI_BASE_URL": "http://127.0.0.1:9/v1",
         "OPENROUTER_BASE_URL": "http://127.0.0.1:9/v1",
     }
-    with subprocess.Popen([COMMAND, "up", "--json"], env=environment, stdout=subprocess.PIPE) as stack:
+    with subprocess.Popen(
+        [COMMAND, "up", "--json"], env=environment, stdout=subprocess.PIPE
+    ) as stack:
         try:
             assert stack.stdout.readline()
             told = set()
@@ -84,7 +94,9 @@ def test_each_process_holds_the_secrets_it_needs_and_no_others(tmp_path):
                     assert not held
                     continue
                 assert held <= ALLOWED[name], (name, held - ALLOWED[name])
-                assert held or not ALLOWED[name], f"{name} lacks what it needs, or was not looked at"
+                assert held or not ALLOWED[name], (
+                    f"{name} lacks what it needs, or was not looked at"
+                )
                 told.add(name)
             assert told == set(ALLOWED)
         finally:

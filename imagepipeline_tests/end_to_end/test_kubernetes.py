@@ -46,7 +46,9 @@ PODS = {
     for name, manifest in MANIFESTS.items()
     if manifest["kind"] in ("Deployment", "Job")
 }
-CONTAINERS = {container["name"]: container for pod in PODS.values() for container in pod["containers"]}
+CONTAINERS = {
+    container["name"]: container for pod in PODS.values() for container in pod["containers"]
+}
 SETTINGS = read("settings.yaml")[0]["data"]
 SECRET = read("secret.example.yaml")[0]["stringData"]
 
@@ -56,7 +58,9 @@ def find_secrets(container):
 
 
 @pytest.mark.parametrize("version", ["1.30", kubernetes_validate.latest_version()])
-@pytest.mark.parametrize("name", [name for name, manifest in MANIFESTS.items() if manifest["apiVersion"] != OF_KEDA])
+@pytest.mark.parametrize(
+    "name", [name for name, manifest in MANIFESTS.items() if manifest["apiVersion"] != OF_KEDA]
+)
 def test_a_manifest_is_what_kubernetes_knows(name, version):
     kubernetes_validate.validate(MANIFESTS[name], version, strict=True)
 
@@ -125,7 +129,9 @@ def test_no_pod_may_do_more_than_it_must():
             assert SETTINGS["IMAGEPIPELINE_HOME"] not in mounts
     open_ports = {name for name, container in CONTAINERS.items() if "ports" in container}
     assert open_ports == {"webserver"}
-    policies = {manifest["metadata"]["name"]: manifest["spec"] for manifest in read("network.yaml")[1:]}
+    policies = {
+        manifest["metadata"]["name"]: manifest["spec"] for manifest in read("network.yaml")[1:]
+    }
     assert "ingress" not in policies["imagepipeline-closed"]
     labels = policies["imagepipeline-closed"]["podSelector"]["matchLabels"].items()
     for manifest in MANIFESTS.values():
@@ -136,12 +142,23 @@ def test_no_pod_may_do_more_than_it_must():
 def test_services_are_started_and_asked_as_our_command_line_knows_it():
     for name, container in CONTAINERS.items():
         commands = [container["command"]]
-        commands += [probe["exec"]["command"] for key, probe in container.items() if "Probe" in key and "exec" in probe]
+        commands += [
+            probe["exec"]["command"]
+            for key, probe in container.items()
+            if "Probe" in key and "exec" in probe
+        ]
         for command in commands:
             assert command[0] == "imagepipeline"
             assert CliRunner().invoke(cli.cli, [*command[1:], "--help"]).exit_code == 0
-            assert command[1:3] == ["migrate"] if name == "migrate" else command[1:3] == ["service", name]
-        assert name in ("migrate", "webserver") or container["livenessProbe"]["exec"]["command"][-1] == "--check"
+            assert (
+                command[1:3] == ["migrate"]
+                if name == "migrate"
+                else command[1:3] == ["service", name]
+            )
+        assert (
+            name in ("migrate", "webserver")
+            or container["livenessProbe"]["exec"]["command"][-1] == "--check"
+        )
     assert PODS["worker.yaml-0"]["terminationGracePeriodSeconds"] >= 200
     assert (
         MANIFESTS["pipeline.yaml-0"]["spec"] | {"replicas": 1, "strategy": {"type": "Recreate"}}
@@ -158,7 +175,9 @@ def test_the_autoscaler_counts_the_runs_that_wait_for_a_worker():
     (trigger,) = spec["triggers"]
     assert trigger["type"] == "redis"
     assert trigger["metadata"]["listName"] == f"{Settings.load({}).queue_prefix}:runs:{QUEUE}"
-    assert all(isinstance(value, str) for value in trigger["metadata"].values())  # as KEDA wants them
+    assert all(
+        isinstance(value, str) for value in trigger["metadata"].values()
+    )  # as KEDA wants them
     assert trigger["authenticationRef"]["name"] == authentication["metadata"]["name"]
     slots = int(SETTINGS["IMAGEPIPELINE_WORKER_SLOTS"])
     text = (FOLDER / "autoscaling.example.yaml").read_text()
@@ -176,8 +195,15 @@ class Pods:
         self.running = {}
 
     def build_environment(self, name):
-        (pod,) = (key for key, pod in PODS.items() if name in [container["name"] for container in pod["containers"]])
-        environment = {"PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}", **self.settings}
+        (pod,) = (
+            key
+            for key, pod in PODS.items()
+            if name in [container["name"] for container in pod["containers"]]
+        )
+        environment = {
+            "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",
+            **self.settings,
+        }
         environment["IMAGEPIPELINE_HOME"] = str(self.folder / pod.partition(".")[0])
         for entry in CONTAINERS[name]["env"]:
             if "value" in entry:
@@ -187,14 +213,20 @@ class Pods:
         return environment
 
     def call(self, name, command):
-        return subprocess.run(command, env=self.build_environment(name), capture_output=True, text=True, check=False)
+        return subprocess.run(
+            command, env=self.build_environment(name), capture_output=True, text=True, check=False
+        )
 
     def start(self, *names):
         for name in names:
             log = (self.folder / f"{name}.log").open("ab")
             environment = self.build_environment(name)
             self.running[name] = subprocess.Popen(
-                CONTAINERS[name]["command"], env=environment, stdout=log, stderr=log, start_new_session=True
+                CONTAINERS[name]["command"],
+                env=environment,
+                stdout=log,
+                stderr=log,
+                start_new_session=True,
             )
 
     def stop(self):
@@ -218,11 +250,20 @@ def pods(postgres_url, s3_server):
         redis_server() as redis_url,
     ):
         secret = {name: key for name, key in s3_server.items() if is_secret(name)}
-        secret |= {"DATABASE_URL": catalogue_url, "DAGSTER_DATABASE_URL": dagster_url, "REDIS_URL": redis_url}
+        secret |= {
+            "DATABASE_URL": catalogue_url,
+            "DAGSTER_DATABASE_URL": dagster_url,
+            "REDIS_URL": redis_url,
+        }
         secret["IMAGEPIPELINE_BROKER_URL"] = redis_url
-        settings = SETTINGS | {name: value for name, value in s3_server.items() if not is_secret(name)}
+        settings = SETTINGS | {
+            name: value for name, value in s3_server.items() if not is_secret(name)
+        }
         settings["IMAGEPIPELINE_STORAGE_ROOT"] = "s3://images/pods"
-        settings |= {"IMAGEPIPELINE_WEBSERVER_PORT": str(find_port()), "IMAGEPIPELINE_WEBSERVER_HOST": "127.0.0.1"}
+        settings |= {
+            "IMAGEPIPELINE_WEBSERVER_PORT": str(find_port()),
+            "IMAGEPIPELINE_WEBSERVER_HOST": "127.0.0.1",
+        }
         started = Pods(Path(folder), secret, settings)
         try:
             yield started
@@ -231,19 +272,31 @@ def pods(postgres_url, s3_server):
             assert set(codes.values()) == {0}, codes
 
 
-def test_a_pod_that_shares_its_home_and_a_worker_with_its_own_process_an_image(postgres_url, s3_server):
+def test_a_pod_that_shares_its_home_and_a_worker_with_its_own_process_an_image(
+    postgres_url, s3_server
+):
     with pods(postgres_url, s3_server) as stack:
         migrated = stack.call("migrate", CONTAINERS["migrate"]["command"])
         assert migrated.returncode == 0, migrated.stderr
         stack.start("code-server", "daemon", "webserver", "worker")  # at once, as in a pod
-        keys = {name: s3_server[name.upper()] for name in ("aws_access_key_id", "aws_secret_access_key")}
-        bucket = boto3.client("s3", endpoint_url=s3_server["AWS_ENDPOINT_URL"], region_name="us-east-1", **keys)
-        bucket.put_object(Bucket="images", Key="pods/original/cat.jpg", Body=(PHOTOS / "cat.jpg").read_bytes())
+        keys = {
+            name: s3_server[name.upper()] for name in ("aws_access_key_id", "aws_secret_access_key")
+        }
+        bucket = boto3.client(
+            "s3", endpoint_url=s3_server["AWS_ENDPOINT_URL"], region_name="us-east-1", **keys
+        )
+        bucket.put_object(
+            Bucket="images", Key="pods/original/cat.jpg", Body=(PHOTOS / "cat.jpg").read_bytes()
+        )
         redis.Redis.from_url(stack.secret["REDIS_URL"]).lpush("image-processing:wait", "cat")
         deadline = time.monotonic() + 120
         status = {}
         while status.get("completed") != 1:
-            assert {name: process.poll() for name, process in stack.running.items() if process.poll() is not None} == {}
+            assert {
+                name: process.poll()
+                for name, process in stack.running.items()
+                if process.poll() is not None
+            } == {}
             assert time.monotonic() < deadline, status
             time.sleep(0.5)
             status = json.loads(stack.call("worker", ["imagepipeline", "status", "--json"]).stdout)

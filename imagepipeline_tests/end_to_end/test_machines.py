@@ -31,7 +31,9 @@ def test_two_machines_share_the_work_its_bounds_and_its_results(pair_in, bucket_
     with pair_in(bucket_url) as pair:
         pair.provider.hold()
         pair.push("first", 12)
-        pair.wait_until(lambda: pair.provider.at_once == MAX_RUNS, COMPLETE_SECONDS)  # more than one machine has slots
+        pair.wait_until(
+            lambda: pair.provider.at_once == MAX_RUNS, COMPLETE_SECONDS
+        )  # more than one machine has slots
         assert pair.count()["pending"] == 12 - MAX_RUNS
         pair.provider.release()
         pair.wait_until_completed(COMPLETE_SECONDS)
@@ -47,6 +49,8 @@ def test_two_machines_share_the_work_its_bounds_and_its_results(pair_in, bucket_
         calls = pair.provider.calls.total()
         pair.alpha.run("limit", f"metadata={LIMIT}/hour")
         pair.push("limited", LIMIT + 4)
-        pair.wait_until(lambda: "rate_limit" in pair.alpha.run("status", "--json"), COMPLETE_SECONDS)
+        pair.wait_until(
+            lambda: "rate_limit" in pair.alpha.run("status", "--json"), COMPLETE_SECONDS
+        )
         pair.wait_until(lambda: pair.count()["completed"] == 12 + LIMIT, COMPLETE_SECONDS)
         assert pair.provider.calls.total() - calls == LIMIT

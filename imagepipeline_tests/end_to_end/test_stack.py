@@ -36,7 +36,9 @@ def home(monkeypatch):
         monkeypatch.setenv("REDIS_PORT", "tcp://10.0.0.1:6379")
         monkeypatch.setenv("DAGSTER_GRPC_PORT", "tcp://10.0.0.1:4000")
         monkeypatch.setenv("IMAGEPIPELINE_HOME", str(home))
-        monkeypatch.setenv("IMAGEPIPELINE_WEBSERVER_PORT", str(find_port()))  # other tests have stacks at the same time
+        monkeypatch.setenv(
+            "IMAGEPIPELINE_WEBSERVER_PORT", str(find_port())
+        )  # other tests have stacks at the same time
         yield home
         assert {path.name for path in Path(folder).iterdir()} == {home.name, "t" * 110}
 
@@ -55,19 +57,26 @@ def wait_until(condition):
         if value:
             return value
         time.sleep(0.5)
-    raise AssertionError(f"not within {PATIENCE_SECONDS} s: {run('status', '--json', check=False).stdout}")
+    raise AssertionError(
+        f"not within {PATIENCE_SECONDS} s: {run('status', '--json', check=False).stdout}"
+    )
 
 
 def ask(url, query):
     request = urllib.request.Request(
-        f"{url}/graphql", json.dumps({"query": query}).encode(), {"Content-Type": "application/json"}
+        f"{url}/graphql",
+        json.dumps({"query": query}).encode(),
+        {"Content-Type": "application/json"},
     )
     with urllib.request.build_opener(urllib.request.ProxyHandler({})).open(request) as answer:
         return json.load(answer)["data"]
 
 
 def stop_sensor(url, name):
-    nodes = ask(url, "{ repositoriesOrError { ... on RepositoryConnection { nodes { sensors { name id } } } } }")
+    nodes = ask(
+        url,
+        "{ repositoriesOrError { ... on RepositoryConnection { nodes { sensors { name id } } } } }",
+    )
     [repository] = nodes["repositoriesOrError"]["nodes"]
     [identity] = [sensor["id"] for sensor in repository["sensors"] if sensor["name"] == name]
     stop = "mutation { stopSensor(id: %s) { ... on StopSensorMutationResult { instigationState { status } } } }"
@@ -79,7 +88,10 @@ def processes_of(home):
     found = []
     for path in Path("/proc").glob("[0-9]*"):
         try:
-            if str(home).encode() in (path / "environ").read_bytes() and int(path.name) != os.getpid():
+            if (
+                str(home).encode() in (path / "environ").read_bytes()
+                and int(path.name) != os.getpid()
+            ):
                 found.append((path / "cmdline").read_bytes())
         except OSError:
             continue
@@ -103,34 +115,53 @@ def test_from_a_plain_push_to_a_search_and_a_clean_stop(home):
             client = redis.Redis(unix_socket_path=addresses["redis"])
             client.lpush("image-processing:wait", "cat")
             client.lpush("image-processing:wait", "broken")
-            client.lpush("image-processing:wait", '{"imageId": "cup", "path": "original/deep/espresso.jpeg"}')
+            client.lpush(
+                "image-processing:wait", '{"imageId": "cup", "path": "original/deep/espresso.jpeg"}'
+            )
             client.lpush("image-processing:wait", "../../etc/passwd")
 
             def counts():
                 return json.loads(run("status", "--json").stdout)
 
             wait_until(lambda: counts()["completed"] == 2 and counts()["failed"] == 1)
-            assert counts() == {"waiting": 0, "pending": 0, "processing": 0, "completed": 2, "failed": 1, "dead": 1}
+            assert counts() == {
+                "waiting": 0,
+                "pending": 0,
+                "processing": 0,
+                "completed": 2,
+                "failed": 1,
+                "dead": 1,
+            }
 
             broken = json.loads(run("status", "broken", "--json").stdout)
             assert (broken["reason"], broken["attempts"]) == ("truncated", 1)
             cup = json.loads(run("status", "cup", "--json").stdout)
             assert (cup["status"], cup["generation"], cup["attempts"]) == ("completed", 1, 1)
-            assert {variant["path"] for variant in cup["variants"]} >= {"variants/deep/espresso-sm.webp"}
+            assert {variant["path"] for variant in cup["variants"]} >= {
+                "variants/deep/espresso-sm.webp"
+            }
             for variant in cup["variants"]:
                 content = (home / "storage" / variant["path"]).read_bytes()
                 image = Image.open(io.BytesIO(content))
                 image.load()
-                assert (image.format.lower(), *image.size) == (variant["format"], variant["width"], variant["height"])
+                assert (image.format.lower(), *image.size) == (
+                    variant["format"],
+                    variant["width"],
+                    variant["height"],
+                )
                 assert len(content) == variant["size"]
-            row = EmbeddingIndex(str(home / "lancedb")).get("cup", cup["made_by"]["embedding"]["version"])
+            row = EmbeddingIndex(str(home / "lancedb")).get(
+                "cup", cup["made_by"]["embedding"]["version"]
+            )
             assert row["text"].startswith(cup["metadata"]["description"])
 
             asked = ask(
                 addresses["webserver_url"],
                 """{ assetNodes { assetKey { path } partitionStats { numMaterialized numFailed numPartitions } } }""",
             )
-            stats = {node["assetKey"]["path"][0]: node["partitionStats"] for node in asked["assetNodes"]}
+            stats = {
+                node["assetKey"]["path"][0]: node["partitionStats"] for node in asked["assetNodes"]
+            }
             assert stats["metadata"] == {"numMaterialized": 2, "numFailed": 1, "numPartitions": 3}
             assert stats["embedding"]["numMaterialized"] == 2
 
@@ -142,13 +173,18 @@ def test_from_a_plain_push_to_a_search_and_a_clean_stop(home):
             pushed = run("push", str(PHOTOS / "rocket.jpg"), "--id", "rocket", "--wait", "--json")
             assert find_process(home, b"imagepipeline.resident") != resident
             assert json.loads(pushed.stdout)["images"][0]["status"] == "completed"
-            again = run("push", str(originals / "broken.jpg"), "--id", "broken", "--wait", check=False)
+            again = run(
+                "push", str(originals / "broken.jpg"), "--id", "broken", "--wait", check=False
+            )
             assert again.returncode == 1
 
             assert run("doctor").returncode == 0
             stopped = stop_sensor(addresses["webserver_url"], "notification_sensor")
             assert stopped["stopSensor"]["instigationState"]["status"] == "STOPPED"
-            found = [json.loads(line) for line in run("doctor", "--json", check=False).stdout.splitlines()]
+            found = [
+                json.loads(line)
+                for line in run("doctor", "--json", check=False).stdout.splitlines()
+            ]
             [ill] = [finding for finding in found if not finding["is_well"]]
             assert ill["name"] == "sensors"
             assert "notification_sensor is stopped" in ill["sentence"]
@@ -174,7 +210,9 @@ def test_a_stopped_stack_finishes_what_runs_and_goes_on_later_with_what_waits(ho
         return json.loads(run("status", "--json").stdout)
 
     def is_up():
-        return answers_http(f"http://127.0.0.1:{os.environ['IMAGEPIPELINE_WEBSERVER_PORT']}/server_info")
+        return answers_http(
+            f"http://127.0.0.1:{os.environ['IMAGEPIPELINE_WEBSERVER_PORT']}/server_info"
+        )
 
     stack = start()
     try:
@@ -185,7 +223,9 @@ def test_a_stopped_stack_finishes_what_runs_and_goes_on_later_with_what_waits(ho
         run("push", *(str(photo) for photo in PHOTOS.glob("*.jpg")))
         for number in range(4):
             run("push", str(PHOTOS / "galaxies.jpg"), "--id", f"galaxy{number}")
-        wait_until(lambda: counts()["processing"] or counts()["completed"])  # a quick machine may be done
+        wait_until(
+            lambda: counts()["processing"] or counts()["completed"]
+        )  # a quick machine may be done
         assert run("down").stdout == "stopped\n"
         assert stack.wait(10) == 0
         wait_until(lambda: not processes_of(home))

@@ -11,8 +11,17 @@ from imagepipeline_tests.end_to_end.test_crashes import ROOT
 
 @pytest.mark.parametrize("database", [[], ["--postgres"]], ids=["sqlite", "postgres"])
 def test_a_tick_that_is_killed_anywhere_loses_and_doubles_nothing(database):
-    command = [sys.executable, "-m", "imagepipeline_tests.end_to_end.tick_crashes", "--batches", "5", "--json"]
-    result = subprocess.run([*command, *database], cwd=ROOT, capture_output=True, text=True, check=False)
+    command = [
+        sys.executable,
+        "-m",
+        "imagepipeline_tests.end_to_end.tick_crashes",
+        "--batches",
+        "5",
+        "--json",
+    ]
+    result = subprocess.run(
+        [*command, *database], cwd=ROOT, capture_output=True, text=True, check=False
+    )
     assert result.returncode == 0, result.stderr
     totals = json.loads(result.stdout)
     assert (totals["trials"], totals["was_killed"]) == (18, 18)

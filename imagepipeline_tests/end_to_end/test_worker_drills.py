@@ -14,7 +14,12 @@ def test_whatever_breaks_nothing_is_lost_done_twice_or_paid_twice():
         databases(False) as urls,
         drill(IMAGEPIPELINE_WORKER_SLOTS="3", **urls) as stack,
     ):
-        for name in ("cancelled_while_it_works", "cancelled_by_force", "killed_child", "killed_redis"):
+        for name in (
+            "cancelled_while_it_works",
+            "cancelled_by_force",
+            "killed_child",
+            "killed_redis",
+        ):
             seconds = perform(name, stack)
             print(f"{name}: {seconds:.0f} s")
             assert seconds <= LIMIT_SECONDS

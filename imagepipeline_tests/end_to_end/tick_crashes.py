@@ -37,7 +37,12 @@ from imagepipeline.runtime import services
 from imagepipeline.settings import Settings
 from imagepipeline.stores.catalogue import Catalogue
 from imagepipeline.stores.uploads import UploadQueue
-from imagepipeline_tests.conftest import dagster_database, postgres_database, postgres_server, redis_server
+from imagepipeline_tests.conftest import (
+    dagster_database,
+    postgres_database,
+    postgres_server,
+    redis_server,
+)
 
 DAGSTER_POINTS = (
     "TICK_CREATED",
@@ -66,7 +71,10 @@ def on_sqlite() -> Iterator[dict[str, str]]:
 @contextmanager
 def on_postgres(server_url: str, template: str) -> Iterator[dict[str, str]]:
     """The environment of a trial on two new databases."""
-    with postgres_database(server_url) as catalogue_url, postgres_database(server_url, template) as dagster_url:
+    with (
+        postgres_database(server_url) as catalogue_url,
+        postgres_database(server_url, template) as dagster_url,
+    ):
         yield {"DATABASE_URL": catalogue_url, "DAGSTER_DATABASE_URL": dagster_url}
 
 
@@ -80,7 +88,9 @@ def choose_databases(has_postgres: bool) -> Iterator[Databases]:
         yield lambda: on_postgres(server_url, template)
 
 
-def run_trial(redis_url: str, databases: Databases, point: str, signal_number: int, batch: int) -> dict[str, Any]:
+def run_trial(
+    redis_url: str, databases: Databases, point: str, signal_number: int, batch: int
+) -> dict[str, Any]:
     """Pushes a batch, kills the tick that takes it in, runs two more ticks, and looks at what there is.
 
     Returns:
@@ -89,7 +99,12 @@ def run_trial(redis_url: str, databases: Databases, point: str, signal_number: i
     with tempfile.TemporaryDirectory(prefix="ip", dir="/tmp") as folder, databases() as urls:
         home = Path(folder)
         prefix = home.name
-        os.environ.update(urls, IMAGEPIPELINE_HOME=str(home), REDIS_URL=redis_url, IMAGEPIPELINE_QUEUE_PREFIX=prefix)
+        os.environ.update(
+            urls,
+            IMAGEPIPELINE_HOME=str(home),
+            REDIS_URL=redis_url,
+            IMAGEPIPELINE_QUEUE_PREFIX=prefix,
+        )
         services.prepare(settings := Settings.load())
         os.environ.update(services.build_environment(settings))
         catalogue = Catalogue(settings.database_url)
@@ -109,7 +124,11 @@ def run_trial(redis_url: str, databases: Databases, point: str, signal_number: i
         states = catalogue.get_states(image_ids)
         # Of more than there is room for in Dagster's queue, the rest is safe in the catalogue.
         has_room = len(counts) < min(batch, RUNS_PER_SLOT * DEFAULT_SLOTS)
-        lost = [image_id for image_id in image_ids if image_id not in states or (counts[image_id] == 0 and has_room)]
+        lost = [
+            image_id
+            for image_id in image_ids
+            if image_id not in states or (counts[image_id] == 0 and has_room)
+        ]
         left = queue.count()["waiting"]
         dead = queue.count()["dead"]
         queue.redis.delete(queue.wait_key, queue.active_key, queue.dead_key)
@@ -130,8 +149,12 @@ def _tick(at: datetime, point: str | None = None, signal_number: int = 0) -> Non
         flags = {"upload_sensor": {point: signal_number}}
     elif point is not None:
         _die_at(point, signal_number)
-    origin = LoadableTargetOrigin(executable_path=sys.executable, module_name="imagepipeline.definitions")
-    target = InProcessTestWorkspaceLoadTarget(InProcessCodeLocationOrigin(origin, location_name="imagepipeline"))
+    origin = LoadableTargetOrigin(
+        executable_path=sys.executable, module_name="imagepipeline.definitions"
+    )
+    target = InProcessTestWorkspaceLoadTarget(
+        InProcessCodeLocationOrigin(origin, location_name="imagepipeline")
+    )
     with (
         dg.DagsterInstance.get() as instance,
         WorkspaceProcessContext(instance, target) as workspace,
@@ -154,7 +177,10 @@ def _die_at(point: str, signal_number: int) -> None:
 
 
 def _wrap(
-    owner: type, name: str, before: Callable[..., None] | None = None, after: Callable[..., None] | None = None
+    owner: type,
+    name: str,
+    before: Callable[..., None] | None = None,
+    after: Callable[..., None] | None = None,
 ) -> None:
     original = getattr(owner, name)
 
@@ -212,20 +238,30 @@ def _in_child_json(action: Callable[[], Any]) -> Any:
 
 def main() -> None:
     """Runs the matrix and writes it down; exits with 1 if anything was lost, doubled or left."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--repeat", type=int, default=1)
     parser.add_argument("--batches", type=int, nargs="*", default=BATCHES)
     parser.add_argument("--postgres", action="store_true", help="on Postgres instead of SQLite")
-    parser.add_argument("--json", action="store_true", help="print the totals as JSON and write no file")
+    parser.add_argument(
+        "--json", action="store_true", help="print the totals as JSON and write no file"
+    )
     options = parser.parse_args()
     table: dict[tuple[str, str], Counter[str]] = {}
     began = time.monotonic()
     with redis_server() as redis_url, choose_databases(options.postgres) as databases:
-        for point, number, batch, _ in itertools.product(POINTS, SIGNALS, options.batches, range(options.repeat)):
+        for point, number, batch, _ in itertools.product(
+            POINTS, SIGNALS, options.batches, range(options.repeat)
+        ):
             result = run_trial(redis_url, databases, point, number, batch)
             cell = table.setdefault((point, number.name), Counter())
             cell.update({"trials": 1, **{name: int(value) for name, value in result.items()}})
-            print(f"{point:<30} {number.name:<8} batch {batch:<3} {result}", file=sys.stderr, flush=True)
+            print(
+                f"{point:<30} {number.name:<8} batch {batch:<3} {result}",
+                file=sys.stderr,
+                flush=True,
+            )
     total = sum(table.values(), Counter())
     seconds = time.monotonic() - began
     if options.json:
@@ -234,17 +270,30 @@ def main() -> None:
     else:
         database = "Postgres" if options.postgres else "SQLite"
         Path("docs/kill-matrix.md").write_text(_format(table, total, seconds, database))
-    sys.exit(int(bool(total["lost"] or total["double"] or total["left"] or total["was_killed"] < total["trials"])))
+    sys.exit(
+        int(
+            bool(
+                total["lost"]
+                or total["double"]
+                or total["left"]
+                or total["was_killed"] < total["trials"]
+            )
+        )
+    )
 
 
-def _format(table: dict[tuple[str, str], Counter[str]], total: Counter[str], seconds: float, database: str) -> str:
+def _format(
+    table: dict[tuple[str, str], Counter[str]], total: Counter[str], seconds: float, database: str
+) -> str:
     lines = [
         "# The kill matrix",
         "",
         f"The sensor tick on {database}, killed at every step: {total['trials']} trials in {seconds / 60:.0f} minutes.",
         "Written by `python -m imagepipeline_tests.end_to_end.tick_crashes --repeat 10`.",
         "",
-        "Each trial pushes a batch (of " + ", ".join(map(str, BATCHES)) + "; in the larger ones an ID twice and an",
+        "Each trial pushes a batch (of "
+        + ", ".join(map(str, BATCHES))
+        + "; in the larger ones an ID twice and an",
         "entry that cannot be read), kills the tick, runs two more ticks, and counts the IDs without a row or a run",
         "(lost), with two runs or a second generation (double), and the entries still on a list (left). Of 50 IDs,",
         "fifteen get their run at once; the others must have their row, and wait in the catalogue.",

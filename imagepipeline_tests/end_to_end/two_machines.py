@@ -42,7 +42,9 @@ from imagepipeline_tests.conftest import postgres_database, redis_server
 from imagepipeline_tests.end_to_end.processes import list_tree
 
 SLOTS, MAX_RUNS = 3, 4  # that is reached by both machines together only
-NAMESPACE = ["unshare", "--uts"] if os.geteuid() == 0 else ["unshare", "--user", "--map-root-user", "--uts"]
+NAMESPACE = (
+    ["unshare", "--uts"] if os.geteuid() == 0 else ["unshare", "--user", "--map-root-user", "--uts"]
+)
 
 
 def may_name_hosts() -> bool:
@@ -207,14 +209,22 @@ class Machine:
     def run(self, *arguments: str, code: int = 0) -> str:
         """What a command of ours prints there."""
         command = [sys.executable, "-m", "imagepipeline.cli", *arguments]
-        result = subprocess.run(command, env=self.environment, capture_output=True, text=True, check=False)
+        result = subprocess.run(
+            command, env=self.environment, capture_output=True, text=True, check=False
+        )
         assert result.returncode == code, result.stdout + result.stderr
         return result.stdout
 
     def start(self, name: str) -> None:
         """Starts a service."""
         # It ends with us, whatever ends us.
-        named = [*NAMESPACE, "sh", "-c", 'hostname "$0" && exec setpriv --pdeathsig KILL "$@"', self.host]
+        named = [
+            *NAMESPACE,
+            "sh",
+            "-c",
+            'hostname "$0" && exec setpriv --pdeathsig KILL "$@"',
+            self.host,
+        ]
         self.home.mkdir(exist_ok=True, mode=0o700)
         with open(self.home / f"{name}.log", "ab") as log:
             self._running[name] = subprocess.Popen(
@@ -258,7 +268,13 @@ class Pair:
     """Two machines on shared servers. The first has code server and daemon; the second has a worker, behind links."""
 
     def __init__(
-        self, folder: Path, root: str, postgres_url: str, redis_socket: Path, urls: tuple[str, str], provider: Provider
+        self,
+        folder: Path,
+        root: str,
+        postgres_url: str,
+        redis_socket: Path,
+        urls: tuple[str, str],
+        provider: Provider,
     ) -> None:
         self.provider = provider
         self.image_ids: list[str] = []
@@ -287,8 +303,14 @@ class Pair:
         }
         near = {"REDIS_URL": f"unix://{redis_socket}?db=0", **dict(zip(names, urls, strict=True))}
         behind = [url.render_as_string(hide_password=False) for url in far]
-        there = {"REDIS_URL": f"redis://127.0.0.1:{redis_port}/0", **dict(zip(names, behind, strict=True))}
-        self.alpha, self.beta = Machine(folder, "alpha", shared | near), Machine(folder, "beta", shared | there)
+        there = {
+            "REDIS_URL": f"redis://127.0.0.1:{redis_port}/0",
+            **dict(zip(names, behind, strict=True)),
+        }
+        self.alpha, self.beta = (
+            Machine(folder, "alpha", shared | near),
+            Machine(folder, "beta", shared | there),
+        )
 
     def start(self) -> None:
         """Makes the tables and starts all services; returns when both workers answer."""
@@ -347,14 +369,20 @@ class Pair:
 
     def list_unfinished_on(self, host: str) -> list[dg.DagsterRun]:
         """The runs that a machine executes."""
-        return [run for run in self.list_runs() if run.tags.get(MACHINE_TAG) == host and not run.is_finished]
+        return [
+            run
+            for run in self.list_runs()
+            if run.tags.get(MACHINE_TAG) == host and not run.is_finished
+        ]
 
     def check(self) -> None:
         """Each image was completed once, and has one row in the index, of the fence that the catalogue has."""
         for image_id in self.image_ids:
             row = self.catalogue.get(image_id)
             assert row is not None
-            assert [event["event"] for event in row["history"]].count("completed") == 1, row["history"]
+            assert [event["event"] for event in row["history"]].count("completed") == 1, row[
+                "history"
+            ]
             indexed = self.index.get(image_id, row["made_by"]["embedding"]["version"])
             assert indexed is not None
             assert indexed["fence"] == row["fence"]

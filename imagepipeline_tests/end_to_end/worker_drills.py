@@ -70,7 +70,9 @@ def _cancel_of(images: int, stack: Drill, status: str, is_forced: bool = False) 
 
 
 def _cancel(stack: Drill, status: str, is_forced: bool = False) -> float:
-    run_id = stack.wait_for(lambda: next((run["id"] for run in stack.runs() if run["status"] == status), None))
+    run_id = stack.wait_for(
+        lambda: next((run["id"] for run in stack.runs() if run["status"] == status), None)
+    )
     stack.cancel(run_id, is_forced)
     return _wait_for_the_cancelled(stack, run_id, time.monotonic())
 
@@ -267,14 +269,19 @@ def perform(name: str, stack: Drill) -> float:
 
 def main() -> None:
     """Performs the drills named, or all; exits with 1 if one failed or took too long."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("names", nargs="*", metavar="DRILL", help=", ".join(DRILLS))
     parser.add_argument("--postgres", action="store_true", help="on Postgres instead of SQLite")
     options = parser.parse_args()
     has_failed = False
     for name in options.names or DRILLS:
         slots = {"IMAGEPIPELINE_WORKER_SLOTS": "3"}  # of five runs, so that two wait for a worker
-        with databases(options.postgres) as urls, drill(has_services=name == "no_worker", **slots, **urls) as stack:
+        with (
+            databases(options.postgres) as urls,
+            drill(has_services=name == "no_worker", **slots, **urls) as stack,
+        ):
             try:
                 seconds = perform(name, stack)
             except Exception as error:

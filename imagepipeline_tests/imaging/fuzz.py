@@ -21,10 +21,21 @@ from rich.console import Console
 from rich.progress import track
 from rich.table import Table
 
-from imagepipeline_tests.imaging.odd_files import SAMPLES, Result, encode, photo_as, picture, process, wide_profile
+from imagepipeline_tests.imaging.odd_files import (
+    SAMPLES,
+    Result,
+    encode,
+    photo_as,
+    picture,
+    process,
+    wide_profile,
+)
 
 MAX_SECONDS, MAX_BYTES = 10, 512_000_000
-NUMBERS = [bytes.fromhex(digits) for digits in ("0000", "ffff", "7fff", "00000000", "ffffffff", "7fffffff", "00010000")]
+NUMBERS = [
+    bytes.fromhex(digits)
+    for digits in ("0000", "ffff", "7fff", "00000000", "ffffffff", "7fffffff", "00010000")
+]
 
 
 def seeds() -> list[bytes]:
@@ -34,12 +45,19 @@ def seeds() -> list[bytes]:
     exif.get_ifd(0x8825)[1] = "N"
     others = [Image.new("RGB", (96, 64), color) for color in ("black", "white")]
     files = [photo_as(format_) for format_ in ("JPEG", "PNG", "WEBP", "GIF", "AVIF", "BMP")]
-    files += [photo_as("TIFF", compression=compression) for compression in ("raw", "tiff_lzw", "jpeg", "tiff_deflate")]
+    files += [
+        photo_as("TIFF", compression=compression)
+        for compression in ("raw", "tiff_lzw", "jpeg", "tiff_deflate")
+    ]
     files += [photo_as("JPEG", progressive=True), photo_as("WEBP", lossless=True)]
     files += [encode(picture("RGBA"), format_) for format_ in ("PNG", "WEBP", "AVIF", "TIFF")]
-    files += [encode(picture(), format_, exif=exif, icc_profile=wide_profile()) for format_ in ("JPEG", "PNG", "AVIF")]
     files += [
-        encode(picture(), format_, save_all=True, append_images=others) for format_ in ("GIF", "PNG", "WEBP", "MPO")
+        encode(picture(), format_, exif=exif, icc_profile=wide_profile())
+        for format_ in ("JPEG", "PNG", "AVIF")
+    ]
+    files += [
+        encode(picture(), format_, save_all=True, append_images=others)
+        for format_ in ("GIF", "PNG", "WEBP", "MPO")
     ]
     files += [
         encode(picture("CMYK"), "JPEG"),
@@ -93,7 +111,11 @@ def fuzz(case_count: int, seed: int) -> Iterator[tuple[bytes, Result, float]]:
 @click.command(help=__doc__, context_settings={"max_content_width": 120})
 @click.option("--cases", "case_count", default=10_000, show_default=True)
 @click.option("--seed", default=1, show_default=True)
-@click.option("--keep", type=click.Path(file_okay=False, path_type=Path), help="Where to keep files that killed.")
+@click.option(
+    "--keep",
+    type=click.Path(file_okay=False, path_type=Path),
+    help="Where to keep files that killed.",
+)
 def main(case_count: int, seed: int, keep: Path | None) -> None:
     counts: Counter[str] = Counter()
     slowest, largest = 0.0, 0
@@ -112,7 +134,9 @@ def main(case_count: int, seed: int, keep: Path | None) -> None:
         table.add_row(outcome, str(count), examples[outcome][:100])
     out = Console(width=160)
     out.print(table)
-    out.print(f"{case_count} files, slowest {slowest:.2f} s, largest process {largest / 1e6:.0f} MB")
+    out.print(
+        f"{case_count} files, slowest {slowest:.2f} s, largest process {largest / 1e6:.0f} MB"
+    )
     is_bounded = slowest <= MAX_SECONDS and largest <= MAX_BYTES
     raise SystemExit(not is_bounded or bool(counts["unexpected"]))
 

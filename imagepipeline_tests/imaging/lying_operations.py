@@ -25,14 +25,24 @@ def nest(depth: int) -> object:
 ABOUT_THE_IMAGE: dict[str, Callable[[Prepared], Prepared]] = {
     "format": lambda prepared: replace(prepared, format="EXE"),
     "flaw": lambda prepared: replace(prepared, flaw="x" * 5000),
-    "placeholder": lambda prepared: replace(prepared, placeholder='data:image/webp;base64,AA=="><script>'),
+    "placeholder": lambda prepared: replace(
+        prepared, placeholder='data:image/webp;base64,AA=="><script>'
+    ),
     "preview": lambda prepared: replace(prepared, preview=b"MZ" + prepared.preview),
     "thumbnail": lambda prepared: replace(prepared, thumbnail=b""),
     "no pixels": lambda prepared: replace(prepared, facts=replace(prepared.facts, width=0)),
-    "too many pixels": lambda prepared: replace(prepared, facts=replace(prepared.facts, width=10**9)),
-    "colour": lambda prepared: replace(prepared, facts=replace(prepared.facts, palette=("url(x)",))),
-    "name": lambda prepared: replace(prepared, facts=replace(prepared.facts, colors=(("](x)", "#000000", 1.0),))),
-    "share": lambda prepared: replace(prepared, facts=replace(prepared.facts, colors=(("red", "#ff0000", 7.0),))),
+    "too many pixels": lambda prepared: replace(
+        prepared, facts=replace(prepared.facts, width=10**9)
+    ),
+    "colour": lambda prepared: replace(
+        prepared, facts=replace(prepared.facts, palette=("url(x)",))
+    ),
+    "name": lambda prepared: replace(
+        prepared, facts=replace(prepared.facts, colors=(("](x)", "#000000", 1.0),))
+    ),
+    "share": lambda prepared: replace(
+        prepared, facts=replace(prepared.facts, colors=(("red", "#ff0000", 7.0),))
+    ),
     "figure": lambda prepared: replace(prepared, facts=replace(prepared.facts, brightness=1e9)),
     "nesting": lambda prepared: replace(prepared, flaw=cast(str, nest(480))),
     "another size": lambda prepared: replace(prepared, facts=replace(prepared.facts, width=100)),
@@ -41,11 +51,23 @@ ABOUT_VARIANTS: dict[str, Callable[[list[Variant]], list[Variant]]] = {
     "one too few": lambda variants: variants[:-1],
     "two exchanged": lambda variants: [variants[1], variants[0], *variants[2:]],
     "no picture": lambda variants: [replace(variants[0], content=b"<script>"), *variants[1:]],
-    "another format": lambda variants: [replace(variants[0], content=variants[1].content), *variants[1:]],
-    "something behind it": lambda variants: [replace(variants[0], content=variants[0].content + b"MZ"), *variants[1:]],
+    "another format": lambda variants: [
+        replace(variants[0], content=variants[1].content),
+        *variants[1:],
+    ],
+    "something behind it": lambda variants: [
+        replace(variants[0], content=variants[0].content + b"MZ"),
+        *variants[1:],
+    ],
     "height": lambda variants: [replace(variants[0], height=7), *variants[1:]],
-    "quality": lambda variants: [replace(variants[0], spec=replace(variants[0].spec, quality=1)), *variants[1:]],
-    "path": lambda variants: [replace(variants[0], spec=replace(variants[0].spec, suffix="/../x")), *variants[1:]],
+    "quality": lambda variants: [
+        replace(variants[0], spec=replace(variants[0].spec, quality=1)),
+        *variants[1:],
+    ],
+    "path": lambda variants: [
+        replace(variants[0], spec=replace(variants[0].spec, suffix="/../x")),
+        *variants[1:],
+    ],
 }
 
 
@@ -63,14 +85,18 @@ def decode(content: bytes, rules: Rules) -> Decoded:
 
 
 def prepare(decoded: Decoded, preview_px: int | None) -> Prepared:
-    return ABOUT_THE_IMAGE.get(told[0], lambda prepared: prepared)(prepare_honestly(decoded, preview_px))
+    return ABOUT_THE_IMAGE.get(told[0], lambda prepared: prepared)(
+        prepare_honestly(decoded, preview_px)
+    )
 
 
 def render_and_inspect(
     decoded: Decoded, specs: list[VariantSpec], has_rights: bool
 ) -> tuple[list[Variant], list[Inspection]]:
     variants, inspections = render_honestly(decoded, specs, has_rights)
-    inspections = [ABOUT_INSPECTIONS.get(told[0], lambda found: found)(found) for found in inspections]
+    inspections = [
+        ABOUT_INSPECTIONS.get(told[0], lambda found: found)(found) for found in inspections
+    ]
     return ABOUT_VARIANTS.get(told[0], lambda variants: variants)(variants), inspections
 
 

@@ -125,7 +125,11 @@ def picture(mode: str = "RGB") -> Image.Image:
         return image
     if mode in ("I;16", "I", "F"):
         grey = np.asarray(image.convert("L"))
-        kinds = {"I;16": grey.astype(np.uint16) * 257, "I": grey.astype(np.int32) * 65_536, "F": grey / np.float32(255)}
+        kinds = {
+            "I;16": grey.astype(np.uint16) * 257,
+            "I": grey.astype(np.int32) * 65_536,
+            "F": grey / np.float32(255),
+        }
         return Image.fromarray(kinds[mode])
     return image.quantize(4) if mode == "P" else image.convert(mode, dither=Image.Dither.NONE)
 
@@ -185,7 +189,9 @@ def modes() -> Iterator[Case]:
     for format_ in ("PNG", "WEBP", "AVIF", "TIFF"):
         yield Case(f"{format_} RGBA", encode(picture("RGBA"), format_), colors=_clear_last(CORNERS))
     for format_ in ("PNG", "TIFF", "BMP", "GIF"):
-        yield Case(f"{format_} 1", encode(picture("1"), format_), colors=(*((0,) * 3,) * 3, (255,) * 3))
+        yield Case(
+            f"{format_} 1", encode(picture("1"), format_), colors=(*((0,) * 3,) * 3, (255,) * 3)
+        )
     palette = picture("P")
     clear = palette.getpixel((SIZE[0] - 9, SIZE[1] - 9))
     for format_ in ("PNG", "GIF"):
@@ -195,7 +201,9 @@ def modes() -> Iterator[Case]:
             colors=_clear_last(CORNERS),
         )
     yield Case(
-        "PNG RGB with a clear colour", encode(picture(), "PNG", transparency=CORNERS[3]), colors=_clear_last(CORNERS)
+        "PNG RGB with a clear colour",
+        encode(picture(), "PNG", transparency=CORNERS[3]),
+        colors=_clear_last(CORNERS),
     )
     yield Case("PNG RGB of 16 bits", _png_of_16_bits())
     yield Case("TIFF RGB of 16 bits", _tiff_of_16_bits())
@@ -205,10 +213,16 @@ def modes() -> Iterator[Case]:
     yield Case("WEBP lossless", encode(picture(), "WEBP", lossless=True))
     for compression in ("tiff_lzw", "tiff_adobe_deflate", "packbits", "jpeg"):
         yield Case(f"TIFF {compression}", encode(picture(), "TIFF", compression=compression))
-    yield Case("a single pixel", encode(Image.new("RGB", (1, 1), CORNERS[0]), "PNG"), colors=CORNERS[:1] * 4)
+    yield Case(
+        "a single pixel",
+        encode(Image.new("RGB", (1, 1), CORNERS[0]), "PNG"),
+        colors=CORNERS[:1] * 4,
+    )
     yield Case("a JPEG called .png", encode(picture(), "JPEG"))  # no name is read, only bytes
     yield Case("a JPEG that is a ZIP as well", encode(picture(), "JPEG") + _archive())
-    yield Case("a GIF with a script behind it", encode(picture("P"), "GIF") + b"<script>alert(1)</script>")
+    yield Case(
+        "a GIF with a script behind it", encode(picture("P"), "GIF") + b"<script>alert(1)</script>"
+    )
 
 
 def orientations() -> Iterator[Case]:
@@ -228,11 +242,19 @@ def profiles() -> Iterator[Case]:
     # sRGB curve of IEC 61966-2-1; what falls outside sRGB is cut off.
     in_srgb = tuple(_p3_to_srgb(color) for color in CORNERS)
     for format_ in ("PNG", "JPEG", "WEBP", "TIFF", "AVIF"):
-        yield Case(f"{format_} wide gamut", encode(picture(), format_, icc_profile=wide), colors=in_srgb)
-    yield Case("PNG palette, wide gamut", encode(picture("P"), "PNG", icc_profile=wide), colors=in_srgb)
+        yield Case(
+            f"{format_} wide gamut", encode(picture(), format_, icc_profile=wide), colors=in_srgb
+        )
+    yield Case(
+        "PNG palette, wide gamut", encode(picture("P"), "PNG", icc_profile=wide), colors=in_srgb
+    )
     alpha = encode(picture("RGBA"), "PNG", icc_profile=wide)
     yield Case("PNG with alpha, wide gamut", alpha, colors=_clear_last(in_srgb))
-    yield Case("JPEG grey with a profile for colours", encode(picture("L"), "JPEG", icc_profile=wide), colors=_grey())
+    yield Case(
+        "JPEG grey with a profile for colours",
+        encode(picture("L"), "JPEG", icc_profile=wide),
+        colors=_grey(),
+    )
     lab = ImageCms.ImageCmsProfile(ImageCms.createProfile("LAB")).tobytes()
     yield Case("JPEG with a LAB profile", encode(picture(), "JPEG", icc_profile=lab))
     yield Case("JPEG with a broken profile", encode(picture(), "JPEG", icc_profile=b"no profile"))
@@ -243,7 +265,9 @@ def many_frames() -> Iterator[Case]:
     """More than one picture in a file: the first counts."""
     others = [Image.new("RGB", SIZE, "black"), Image.new("RGB", SIZE, "white")]
     for format_ in ("GIF", "PNG", "WEBP", "AVIF", "TIFF"):
-        content = encode(picture(), format_, save_all=True, append_images=others, duration=[100, 200, 300])
+        content = encode(
+            picture(), format_, save_all=True, append_images=others, duration=[100, 200, 300]
+        )
         yield Case(f"{format_} of three frames", content)
     yield Case("MPO of a phone", encode(picture(), "MPO", save_all=True, append_images=others))
 
@@ -261,7 +285,12 @@ def heif_samples() -> Iterator[Case]:
     for name, codes, colors in STATED:
         if codes[1] != 1 and b"colrnclx" in plain:
             yield Case(f"HEIC nclx {name}", _with_nclx(plain, *codes), colors=colors)
-    for coding, sentence in ((b"unci", "uncompressed"), (b"j2k1", "JPEG 2000"), (b"vvc1", "VVC"), (b"avc1", "AVC")):
+    for coding, sentence in (
+        (b"unci", "uncompressed"),
+        (b"j2k1", "JPEG 2000"),
+        (b"vvc1", "VVC"),
+        (b"avc1", "AVC"),
+    ):
         changed = plain.replace(b"hvc1", coding)
         yield Case(f"HEIF of {coding.decode()}", changed, "unsupported", sentence=sentence)
 
@@ -273,32 +302,53 @@ def stated_colors() -> Iterator[Case]:
     """Colours stated otherwise than by an ICC profile; the values are what Chromium shows, measured to 1 of 255."""
     for name, codes, colors in STATED:
         yield Case(
-            f"PNG cICP {name}", _with_chunks(_png_of(picture()), (b"cICP", bytes([*codes, 0, 1]))), colors=colors
+            f"PNG cICP {name}",
+            _with_chunks(_png_of(picture()), (b"cICP", bytes([*codes, 0, 1]))),
+            colors=colors,
         )
         if codes[1] != 1:  # BT.709's curve is a display's in PNG and sRGB's in AVIF
             yield Case(
-                f"AVIF nclx {name}", _with_nclx(encode(picture(), "AVIF", subsampling="4:4:4"), *codes), colors=colors
+                f"AVIF nclx {name}",
+                _with_nclx(encode(picture(), "AVIF", subsampling="4:4:4"), *codes),
+                colors=colors,
             )
-    gamma, wide = struct.pack(">I", 100_000), struct.pack(">8I", 31270, 32900, 68000, 32000, 26500, 69000, 15000, 6000)
+    gamma, wide = (
+        struct.pack(">I", 100_000),
+        struct.pack(">8I", 31270, 32900, 68000, 32000, 26500, 69000, 15000, 6000),
+    )
     linear = tuple(tuple(_code_srgb(value / 255) for value in color) for color in CORNERS)
     yield Case("PNG gAMA", _with_chunks(_png_of(picture()), (b"gAMA", gamma)), colors=linear)
     yield Case("PNG cHRM alone", _with_chunks(_png_of(picture()), (b"cHRM", wide)))
-    yield Case("PNG sRGB over gAMA", _with_chunks(_png_of(picture()), (b"sRGB", b"\0"), (b"gAMA", gamma)))
+    yield Case(
+        "PNG sRGB over gAMA", _with_chunks(_png_of(picture()), (b"sRGB", b"\0"), (b"gAMA", gamma))
+    )
     profile = b"wide\0\0" + zlib.compress(wide_profile())
     in_srgb = tuple(_p3_to_srgb(color) for color in CORNERS)
     yield Case(
-        "PNG iCCP over gAMA", _with_chunks(_png_of(picture()), (b"iCCP", profile), (b"gAMA", gamma)), colors=in_srgb
+        "PNG iCCP over gAMA",
+        _with_chunks(_png_of(picture()), (b"iCCP", profile), (b"gAMA", gamma)),
+        colors=in_srgb,
     )
     of_p3 = (b"cICP", bytes([12, 13, 0, 1]))
-    yield Case("PNG cICP over iCCP", _with_chunks(_png_of(picture()), of_p3, (b"iCCP", profile)), colors=STATED[0][2])
+    yield Case(
+        "PNG cICP over iCCP",
+        _with_chunks(_png_of(picture()), of_p3, (b"iCCP", profile)),
+        colors=STATED[0][2],
+    )
     wide_gamma = (b"gAMA", struct.pack(">I", 45_455)), (b"cHRM", wide)
     yield Case("PNG gAMA and cHRM", _with_chunks(_png_of(picture()), *wide_gamma), colors=in_srgb)
     grey_linear = tuple((_code_srgb(color[0] / 255),) * 3 for color in _grey())
-    yield Case("PNG grey with gAMA", _with_chunks(_png_of(picture("L")), (b"gAMA", gamma)), colors=grey_linear)
+    yield Case(
+        "PNG grey with gAMA",
+        _with_chunks(_png_of(picture("L")), (b"gAMA", gamma)),
+        colors=grey_linear,
+    )
     grey = _grey_profile()
     for mode, colors in (("L", grey_linear), ("LA", _clear_last(grey_linear))):
         yield Case(
-            f"PNG {mode} with a linear grey profile", encode(picture(mode), "PNG", icc_profile=grey), colors=colors
+            f"PNG {mode} with a linear grey profile",
+            encode(picture(mode), "PNG", icc_profile=grey),
+            colors=colors,
         )
 
 
@@ -309,21 +359,34 @@ def clear_colors() -> Iterator[Case]:
         values = [0, steps, 0, steps] if bits == 1 else [0, steps // 3, steps * 2 // 3, steps]
         colors = [(round(value * 255 / steps),) * 3 for value in values]
         expected = tuple(
-            (0, 0, 0, 0) if value == steps else (*color, 255) for value, color in zip(values, colors, strict=True)
+            (0, 0, 0, 0) if value == steps else (*color, 255)
+            for value, color in zip(values, colors, strict=True)
         )
-        content = _png_chunks(SIZE, bits, 0, _rows_of(values, bits), (b"tRNS", struct.pack(">H", steps)))
+        content = _png_chunks(
+            SIZE, bits, 0, _rows_of(values, bits), (b"tRNS", struct.pack(">H", steps))
+        )
         yield Case(f"grey of {bits} bits", content, colors=expected)
     for bits in (8, 16):
-        pixels = np.asarray(picture()).astype(">u2" if bits == 16 else "u1") * (257 if bits == 16 else 1)
+        pixels = np.asarray(picture()).astype(">u2" if bits == 16 else "u1") * (
+            257 if bits == 16 else 1
+        )
         clear = struct.pack(">3H", *(int(value) for value in pixels[-1, -1]))
-        data = b"".join(b"\0" + row.astype(">u2" if bits == 16 else "u1").tobytes() for row in pixels)
+        data = b"".join(
+            b"\0" + row.astype(">u2" if bits == 16 else "u1").tobytes() for row in pixels
+        )
         yield Case(
-            f"RGB of {bits} bits", _png_chunks(SIZE, bits, 2, data, (b"tRNS", clear)), colors=_clear_last(CORNERS)
+            f"RGB of {bits} bits",
+            _png_chunks(SIZE, bits, 2, data, (b"tRNS", clear)),
+            colors=_clear_last(CORNERS),
         )
     near = np.asarray(picture()).astype(np.uint16) * 257
-    clear = struct.pack(">3H", *(int(value) ^ 1 for value in near[-1, -1]))  # the same in its upper bytes
+    clear = struct.pack(
+        ">3H", *(int(value) ^ 1 for value in near[-1, -1])
+    )  # the same in its upper bytes
     data = b"".join(b"\0" + row.astype(">u2").tobytes() for row in near)
-    yield Case("RGB of 16 bits, nearly the colour", _png_chunks(SIZE, 16, 2, data, (b"tRNS", clear)))
+    yield Case(
+        "RGB of 16 bits, nearly the colour", _png_chunks(SIZE, 16, 2, data, (b"tRNS", clear))
+    )
 
 
 def partly_covered() -> Iterator[Case]:
@@ -351,12 +414,22 @@ def kinds_of_tiff() -> Iterator[Case]:
     grey = np.asarray(picture("L"))
     for bits, kind in ((8, "u1"), (16, "u2")):
         light = (grey.astype(kind) * (257 if bits == 16 else 1)).astype("<" + kind)
-        yield Case(f"grey of {bits} bits", _tiff(bits, 1, light.tobytes(), {262: (3, 1)}), colors=_grey())
+        yield Case(
+            f"grey of {bits} bits", _tiff(bits, 1, light.tobytes(), {262: (3, 1)}), colors=_grey()
+        )
         dark = ((2**bits - 1) - light.astype(np.int64)).astype("<" + kind)
-        yield Case(f"white is zero, {bits} bits", _tiff(bits, 1, dark.tobytes(), {262: (3, 0)}), colors=_grey())
+        yield Case(
+            f"white is zero, {bits} bits",
+            _tiff(bits, 1, dark.tobytes(), {262: (3, 0)}),
+            colors=_grey(),
+        )
     dark = (1 - grey / 255).astype("<f4")
     extra = {262: (3, 0), 339: (3, 3)}
-    yield Case("white is zero, floating-point", _tiff(32, 1, dark.tobytes(), extra), colors=_stretched(_grey()))
+    yield Case(
+        "white is zero, floating-point",
+        _tiff(32, 1, dark.tobytes(), extra),
+        colors=_stretched(_grey()),
+    )
     wide = grey.astype(np.uint64) * 16_843_009
     yield Case(
         "grey of 32 unsigned bits",
@@ -370,20 +443,35 @@ def kinds_of_tiff() -> Iterator[Case]:
             _tiff(16, 3, planes, {284: (3, 2)}),
             "RGB TIFF with 3 x 16-bit samples, in separate",
         ),
-        "CMYK with alpha": (_tiff(8, 5, bytes(96 * 64 * 5), {262: (3, 5), 338: (3, 2)}), "CMYK TIFF with 5 x 8-bit"),
+        "CMYK with alpha": (
+            _tiff(8, 5, bytes(96 * 64 * 5), {262: (3, 5), 338: (3, 2)}),
+            "CMYK TIFF with 5 x 8-bit",
+        ),
         "grey with alpha, 16 bits": (
             _tiff(16, 2, bytes(96 * 64 * 4), {262: (3, 1), 338: (3, 2)}),
             "grey TIFF with 2 x 16-bit",
         ),
-        "Lab of 16 bits": (_tiff(16, 3, bytes(96 * 64 * 6), {262: (3, 8)}), "CIE Lab TIFF with 3 x 16-bit"),
-        "floating-point RGB": (_tiff(32, 3, bytes(96 * 64 * 12), {339: (3, 3)}), "3 x 32-bit floating-point"),
+        "Lab of 16 bits": (
+            _tiff(16, 3, bytes(96 * 64 * 6), {262: (3, 8)}),
+            "CIE Lab TIFF with 3 x 16-bit",
+        ),
+        "floating-point RGB": (
+            _tiff(32, 3, bytes(96 * 64 * 12), {339: (3, 3)}),
+            "3 x 32-bit floating-point",
+        ),
         "RGB of 32 bits": (_tiff(32, 3, bytes(96 * 64 * 12)), "RGB TIFF with 3 x 32-bit"),
         "grey of half floats": (
             _tiff(16, 1, bytes(96 * 64 * 2), {262: (3, 1), 339: (3, 3)}),
             "1 x 16-bit floating-point",
         ),
-        "grey of signed bytes": (_tiff(8, 1, bytes(96 * 64), {262: (3, 1), 339: (3, 2)}), "1 x 8-bit signed"),
-        "LogLuv": (_tiff(16, 3, bytes(96 * 64 * 6), {262: (3, 32845), 259: (3, 34676)}), "SGI LogLuv"),
+        "grey of signed bytes": (
+            _tiff(8, 1, bytes(96 * 64), {262: (3, 1), 339: (3, 2)}),
+            "1 x 8-bit signed",
+        ),
+        "LogLuv": (
+            _tiff(16, 3, bytes(96 * 64 * 6), {262: (3, 32845), 259: (3, 34676)}),
+            "SGI LogLuv",
+        ),
         "YCbCr, subsampled and uncompressed": (
             _tiff(8, 3, bytes(96 * 64 * 3), {262: (3, 6)}),
             "YCbCr TIFF with 3 x 8-bit",
@@ -410,7 +498,11 @@ def kinds_of_bmp() -> Iterator[Case]:
     ):
         for is_top_down in (False, True):
             colors = _clear_last(CORNERS) if masks[3] else CORNERS
-            yield Case(f"{name}{', top down' * is_top_down}", _bmp_of_fields(bits, masks, is_top_down), colors=colors)
+            yield Case(
+                f"{name}{', top down' * is_top_down}",
+                _bmp_of_fields(bits, masks, is_top_down),
+                colors=colors,
+            )
     cut = _bmp_of_fields(16, (0xF800, 0x07E0, 0x001F, 0), False)
     yield Case("565, cut off", cut[: len(cut) * 3 // 4], "truncated", sentence="7")
     yield Case("runs of 8 bits", _bmp_of_runs(1, False))
@@ -418,7 +510,10 @@ def kinds_of_bmp() -> Iterator[Case]:
     yield Case("runs that skip a corner", _bmp_of_runs(1, True), colors=(*CORNERS[:3], (0, 0, 0)))
     whole = _bmp_of_runs(1, False)
     yield Case("runs, cut off", whole[: len(whole) * 3 // 4], "truncated", sentence="of the rows")
-    for name, at, value, sentence in (("JPEG inside", 30, 4, "wraps a JPEG"), ("two bits", 28, 2, "2 bits a pixel")):
+    for name, at, value, sentence in (
+        ("JPEG inside", 30, 4, "wraps a JPEG"),
+        ("two bits", 28, 2, "2 bits a pixel"),
+    ):
         content = bytearray(encode(picture(), "BMP"))
         content[at] = value
         yield Case(name, bytes(content), "unsupported", sentence=sentence)
@@ -435,8 +530,18 @@ def kinds_of_jpeg() -> Iterator[Case]:
     ):
         changed = content[: at + 1] + bytes([marker]) + content[at + 2 :]
         yield Case(name, changed, "unsupported", sentence=sentence)
-    yield Case("12 bits", content[: at + 4] + b"\x0c" + content[at + 5 :], "unsupported", sentence="12 bits")
-    yield Case("no height", content[: at + 5] + b"\0\0" + content[at + 7 :], "unsupported", sentence="height")
+    yield Case(
+        "12 bits",
+        content[: at + 4] + b"\x0c" + content[at + 5 :],
+        "unsupported",
+        sentence="12 bits",
+    )
+    yield Case(
+        "no height",
+        content[: at + 5] + b"\0\0" + content[at + 7 :],
+        "unsupported",
+        sentence="height",
+    )
     yield Case("extended", content[: at + 1] + b"\xc1" + content[at + 2 :])
     for subsampling in (0, 1, 2):
         yield Case(f"subsampling {subsampling}", encode(picture(), "JPEG", subsampling=subsampling))
@@ -449,7 +554,9 @@ def cropped() -> Iterator[Case]:
     wide = Image.new("RGB", (SIZE[0] + 32, SIZE[1] + 16), "magenta")
     wide.paste(picture(), (32, 0))
     exif = Image.Exif()
-    yield Case("AVIF with clap", _with_clap(encode(wide, "AVIF", subsampling="4:4:4"), SIZE, (16, -8)))
+    yield Case(
+        "AVIF with clap", _with_clap(encode(wide, "AVIF", subsampling="4:4:4"), SIZE, (16, -8))
+    )
     exif[ExifTags.Base.Orientation] = 3
     turned = wide.copy()
     turned.paste(picture().transpose(TURNS[3]), (32, 0))
@@ -467,14 +574,20 @@ def kept_animations() -> Iterator[Case]:
     for format_ in ("GIF", "PNG", "WEBP", "AVIF"):
         other = picture("RGBA") if format_ == "AVIF" else picture()  # which wants them alike
         content = encode(clear, format_, save_all=True, append_images=[other], duration=100, loop=3)
-        yield Case(f"{format_}, transparent and not", content, colors=_clear_last(CORNERS), rules=KEEP)
+        yield Case(
+            f"{format_}, transparent and not", content, colors=_clear_last(CORNERS), rules=KEEP
+        )
         content = encode(other, format_, save_all=True, append_images=[clear], duration=100, loop=3)
         yield Case(f"{format_}, opaque and not", content, colors=None, rules=KEEP)
     frames = [Image.new("RGB", SIZE, (index * 2, 0, 0)) for index in range(99)]
     for format_ in ("GIF", "PNG", "WEBP"):
         content = encode(picture(), format_, save_all=True, append_images=frames)
         yield Case(f"{format_} of 100 frames, the first alone", content)
-    yield Case("TIFF of 100 pages", encode(picture(), "TIFF", save_all=True, append_images=frames), rules=KEEP)
+    yield Case(
+        "TIFF of 100 pages",
+        encode(picture(), "TIFF", save_all=True, append_images=frames),
+        rules=KEEP,
+    )
 
 
 def large() -> Iterator[Case]:
@@ -485,9 +598,13 @@ def large() -> Iterator[Case]:
         ("108 MP", (12_000, 9000)),
     ):
         yield Case(f"JPEG of {name}", encode(_large(size), "JPEG", quality=50), colors=_grey())
-    yield Case("JPEG of 200 MP", encode(_large((16_320, 12_240)), "JPEG", quality=30), colors=_grey())
+    yield Case(
+        "JPEG of 200 MP", encode(_large((16_320, 12_240)), "JPEG", quality=30), colors=_grey()
+    )
     yield Case("panorama", encode(_large((20_000, 2000)), "JPEG"), colors=_grey())
-    yield Case("panorama as PNG", encode(_large((20_000, 2000)), "PNG", compress_level=1), colors=_grey())
+    yield Case(
+        "panorama as PNG", encode(_large((20_000, 2000)), "PNG", compress_level=1), colors=_grey()
+    )
     yield Case("a line", encode(Image.new("1", (16_384, 1)), "PNG"), colors=None)
 
 
@@ -496,10 +613,16 @@ def large() -> Iterator[Case]:
 
 def bombs() -> Iterator[Case]:
     """Small files that would be large pictures, or much else."""
-    yield Case("PNG of 169 megapixels in 20 kB", encode(Image.new("1", (13_000, 13_000)), "PNG"), "limits")
+    yield Case(
+        "PNG of 169 megapixels in 20 kB", encode(Image.new("1", (13_000, 13_000)), "PNG"), "limits"
+    )
     yield Case("PNG one pixel too many", encode(Image.new("1", (10_000, 5_001)), "PNG"), "limits")
-    yield Case("PNG whose variants would be too long", encode(Image.new("1", (1, 16_384)), "PNG"), "limits")
-    yield Case("PNG that claims 2 billion px", _png_chunks((2**31 - 1, 2**31 - 1), 8, 2, b""), "limits")
+    yield Case(
+        "PNG whose variants would be too long", encode(Image.new("1", (1, 16_384)), "PNG"), "limits"
+    )
+    yield Case(
+        "PNG that claims 2 billion px", _png_chunks((2**31 - 1, 2**31 - 1), 8, 2, b""), "limits"
+    )
     yield Case("JPEG of 65500 x 65500 by its header", _resized_jpeg(65_500, 65_500), "limits")
     yield Case("WebP of 16383 x 16383 by its header", _resized_webp(), "limits")
     yield Case("BMP of a billion pixels by its header", _resized_bmp(), "limits")
@@ -516,8 +639,15 @@ def bombs() -> Iterator[Case]:
     wide_frames = [Image.new("L", (3000, 3000), index * 40) for index in range(1, 6)]
     content = encode(Image.new("L", (3000, 3000)), "GIF", save_all=True, append_images=wide_frames)
     yield Case("GIF of 54 megapixels in six frames to keep", content, "limits", rules=KEEP)
-    yield Case("GIF of a million frames to keep", _gif_of_empty_frames(1_000_000), "limits", rules=KEEP)
-    yield Case("JPEG whose variants would be too long", _resized_jpeg(1000, 60_000), "limits", sentence="60000 px")
+    yield Case(
+        "GIF of a million frames to keep", _gif_of_empty_frames(1_000_000), "limits", rules=KEEP
+    )
+    yield Case(
+        "JPEG whose variants would be too long",
+        _resized_jpeg(1000, 60_000),
+        "limits",
+        sentence="60000 px",
+    )
     yield Case("TIFF whose pages go in a circle", _circular_tiff(), "completed", None)
     text = PngImagePlugin.PngInfo()
     text.add_text("comment", "a" * 20_000_000, zip=True)
@@ -528,7 +658,11 @@ def bombs() -> Iterator[Case]:
     yield Case("PNG with many texts", encode(picture(), "PNG", pnginfo=many), "limits")
     profile = wide_profile() + bytes(2_000_000)
     for format_ in ("PNG", "JPEG", "WEBP", "TIFF", "AVIF"):
-        yield Case(f"{format_} with a profile of 2 MB", encode(picture(), format_, icc_profile=profile), "limits")
+        yield Case(
+            f"{format_} with a profile of 2 MB",
+            encode(picture(), format_, icc_profile=profile),
+            "limits",
+        )
     yield Case("more than 25 MB", bytes(25_000_001), "too_large")
 
 
@@ -551,12 +685,25 @@ def truncated() -> Iterator[Case]:
             cut = content[: max(16, len(content) * percent // 100)]
             yield Case(f"{name} at {percent} %", cut, "truncated", None)
     bilevel = Image.open(PHOTO).convert("1")
-    for format_, options in (("PNG", {}), ("BMP", {}), ("TIFF", {}), ("TIFF", {"compression": "group4"})):
+    for format_, options in (
+        ("PNG", {}),
+        ("BMP", {}),
+        ("TIFF", {}),
+        ("TIFF", {"compression": "group4"}),
+    ):
         content = encode(bilevel, format_, **options)
-        yield Case(f"{format_} of two colours {options}", content[: len(content) // 2], "truncated", None)
+        yield Case(
+            f"{format_} of two colours {options}", content[: len(content) // 2], "truncated", None
+        )
     zeros = photo_as("JPEG")
     zeros = zeros[: len(zeros) // 2].ljust(len(zeros), b"\0")  # reserved, and never written
-    yield Case("JPEG with zeros where its second half was", zeros, "truncated", None, sentence="of the rows")
+    yield Case(
+        "JPEG with zeros where its second half was",
+        zeros,
+        "truncated",
+        None,
+        sentence="of the rows",
+    )
     whole = photo_as("JPEG")
     assert whole.endswith(b"\xff\xd9")
     yield Case("JPEG of which only the end marker is missing", whole[:-2], "completed", None)
@@ -574,9 +721,23 @@ def whole_all_the_same() -> Iterator[Case]:
         content = encode(image, "PNG")
         colors = CORNERS if name != " all grey" else ((165,) * 3,) * 4
         yield Case(f"PNG{name}, no end", content[:-12], colors=colors)
-    for name in (b"pHYs", b"tEXt", b"tIME", b"gAMA", b"cHRM", b"iCCP", b"eXIf", b"bKGD", b"sBIT", b"zzZz", b"acTL"):
+    for name in (
+        b"pHYs",
+        b"tEXt",
+        b"tIME",
+        b"gAMA",
+        b"cHRM",
+        b"iCCP",
+        b"eXIf",
+        b"bKGD",
+        b"sBIT",
+        b"zzZz",
+        b"acTL",
+    ):
         for is_late in (False, True):
-            content = _with_chunks(_png_of(picture()), (name, b"\0\0\0\1\0\0\0\1\1"), is_late=is_late, is_wrong=True)
+            content = _with_chunks(
+                _png_of(picture()), (name, b"\0\0\0\1\0\0\0\1\1"), is_late=is_late, is_wrong=True
+            )
             yield Case(f"PNG, {name.decode()} with a wrong checksum{', late' * is_late}", content)
     for options in ({}, {"progressive": True}, {"subsampling": 0}):
         content = encode(picture(), "JPEG", **options)
@@ -584,9 +745,14 @@ def whole_all_the_same() -> Iterator[Case]:
         yield Case(f"JPEG {options}, noise behind", content + np.random.default_rng(5).bytes(500))
         yield Case(f"JPEG {options}, zeros before its end", content[:-2] + bytes(40) + content[-2:])
     text = b"comment\0\0" + zlib.compress(bytes(20_000_000))
-    yield Case("PNG, 20 MB of text behind its pixels", _with_chunks(_png_of(picture()), (b"zTXt", text), is_late=True))
+    yield Case(
+        "PNG, 20 MB of text behind its pixels",
+        _with_chunks(_png_of(picture()), (b"zTXt", text), is_late=True),
+    )
     for name in (b"pHYs", b"cHRM", b"sRGB", b"gAMA", b"iCCP", b"tIME", b"eXIf"):
-        yield Case(f"PNG, {name.decode()} of one byte", _with_chunks(_png_of(picture()), (name, b"\0")))
+        yield Case(
+            f"PNG, {name.decode()} of one byte", _with_chunks(_png_of(picture()), (name, b"\0"))
+        )
     content = encode(picture(), "JPEG")
     at = content.index(b"\xff\xdb")
     yield Case("JPEG, junk between its segments", content[:at] + b"junk" + content[at:])
@@ -596,7 +762,10 @@ def whole_all_the_same() -> Iterator[Case]:
     exif = Image.Exif()
     exif[ExifTags.Base.Model] = "x" * 100
     thumbnail = exif.tobytes() + encode(Image.new("RGB", (8, 8)), "JPEG")
-    yield Case("JPEG with a thumbnail that has an end of its own", encode(picture(), "JPEG", exif=thumbnail))
+    yield Case(
+        "JPEG with a thumbnail that has an end of its own",
+        encode(picture(), "JPEG", exif=thumbnail),
+    )
     yield Case("GIF, no end", encode(picture("P"), "GIF")[:-1])
 
 
@@ -619,13 +788,21 @@ def damaged() -> Iterator[Case]:
             yield Case(f"{name} JPEG with {kind} inside", changed, "corrupt", None)
     for start in (-9000, -6000, -2000, -200):
         avif = bytearray(photo_as("AVIF"))
-        avif[start : start + 6000 if start == -9000 else None] = bytes(6000 if start == -9000 else -start)
+        avif[start : start + 6000 if start == -9000 else None] = bytes(
+            6000 if start == -9000 else -start
+        )
         yield Case(f"AVIF with zeros from {start}", bytes(avif), "corrupt", None, sentence="zeros")
     heic = bytearray((SAMPLES / "plain.heic").read_bytes())
     heic[-60:-20] = bytes(40)
     yield Case("HEIC with a hole", bytes(heic), "corrupt", None)
     rows = b"".join(b"\0" + row.tobytes() for row in np.asarray(picture())[:40])
-    yield Case("PNG of too few rows", _png_chunks(SIZE, 8, 2, rows), "corrupt", None, sentence="62 % of the rows")
+    yield Case(
+        "PNG of too few rows",
+        _png_chunks(SIZE, 8, 2, rows),
+        "corrupt",
+        None,
+        sentence="62 % of the rows",
+    )
     short = encode(picture("P").crop((0, 0, SIZE[0], 32)), "GIF", interlace=0)
     short = bytearray(short.replace(struct.pack("<HH", SIZE[0], 32), struct.pack("<HH", *SIZE)))
     yield Case("GIF of too few rows", bytes(short), "corrupt", None, sentence="50 % of the rows")
@@ -633,7 +810,9 @@ def damaged() -> Iterator[Case]:
     webp[40:1040] = np.random.default_rng(2).bytes(1000)
     yield Case("WebP with a hole", bytes(webp), "corrupt")
     yield Case(
-        "BMP of noise", b"BM\x88\x13\0\0\0\0\0\0\x36\0\0\0\x28\0\0\0" + np.random.default_rng(4).bytes(5000), "corrupt"
+        "BMP of noise",
+        b"BM\x88\x13\0\0\0\0\0\0\x36\0\0\0\x28\0\0\0" + np.random.default_rng(4).bytes(5000),
+        "corrupt",
     )
 
 
@@ -715,17 +894,23 @@ def _chunk(name: bytes, content: bytes, is_wrong: bool = False) -> bytes:
     return struct.pack(">I", len(content)) + name + content + struct.pack(">I", checksum)
 
 
-def _png_chunks(size: tuple[int, int], bits: int, color_type: int, data: bytes, *chunks: tuple[bytes, bytes]) -> bytes:
+def _png_chunks(
+    size: tuple[int, int], bits: int, color_type: int, data: bytes, *chunks: tuple[bytes, bytes]
+) -> bytes:
     content = _chunk(b"IHDR", struct.pack(">IIBBBBB", *size, bits, color_type, 0, 0, 0))
     content += b"".join(_chunk(*chunk) for chunk in chunks)
-    return b"\x89PNG\r\n\x1a\n" + content + _chunk(b"IDAT", zlib.compress(data)) + _chunk(b"IEND", b"")
+    return (
+        b"\x89PNG\r\n\x1a\n" + content + _chunk(b"IDAT", zlib.compress(data)) + _chunk(b"IEND", b"")
+    )
 
 
 def _png_of(image: Image.Image) -> bytes:
     return encode(image, "PNG")
 
 
-def _with_chunks(content: bytes, *chunks: tuple[bytes, bytes], is_late: bool = False, is_wrong: bool = False) -> bytes:
+def _with_chunks(
+    content: bytes, *chunks: tuple[bytes, bytes], is_late: bool = False, is_wrong: bool = False
+) -> bytes:
     """A PNG with chunks behind its header, or before its end."""
     at = len(content) - 12 if is_late else 33
     return content[:at] + b"".join(_chunk(*chunk, is_wrong) for chunk in chunks) + content[at:]
@@ -746,15 +931,29 @@ def _rows_of(values: list[int], bits: int) -> bytes:
 
 
 def _code_srgb(linear: float) -> int:
-    return round(255 * (12.92 * linear if linear <= 0.0031308 else 1.055 * linear ** (1 / 2.4) - 0.055))
+    return round(
+        255 * (12.92 * linear if linear <= 0.0031308 else 1.055 * linear ** (1 / 2.4) - 0.055)
+    )
 
 
 def _grey_profile() -> bytes:
     """A grey profile whose values are linear light (ICC.1:2010, 8.3.3)."""
-    white = b"XYZ \0\0\0\0" + b"".join(round(value * 65_536).to_bytes(4, "big") for value in (0.9642, 1.0, 0.8249))
+    white = b"XYZ \0\0\0\0" + b"".join(
+        round(value * 65_536).to_bytes(4, "big") for value in (0.9642, 1.0, 0.8249)
+    )
     curve = b"curv" + bytes(8)
-    header = b"\0" * 8 + b"\x02\x10\0\0" + b"mntrGRAYXYZ " + b"\0" * 12 + b"acsp" + b"\0" * 28 + white[8:]
-    table = struct.pack(">I4sII4sII", 2, b"wtpt", 156, len(white), b"kTRC", 156 + len(white), len(curve))
+    header = (
+        b"\0" * 8
+        + b"\x02\x10\0\0"
+        + b"mntrGRAYXYZ "
+        + b"\0" * 12
+        + b"acsp"
+        + b"\0" * 28
+        + white[8:]
+    )
+    table = struct.pack(
+        ">I4sII4sII", 2, b"wtpt", 156, len(white), b"kTRC", 156 + len(white), len(curve)
+    )
     profile = header.ljust(128, b"\0") + table + white + curve
     return len(profile).to_bytes(4, "big") + profile[4:]
 
@@ -774,12 +973,17 @@ def _with_clap(content: bytes, size: tuple[int, int], offset: tuple[int, int]) -
     ipco_bytes = int.from_bytes(content[ipco - 4 : ipco], "big")
     position, count = ipco + 4, 0
     while position < ipco - 4 + ipco_bytes:
-        position, count = position + int.from_bytes(content[position : position + 4], "big"), count + 1
+        position, count = (
+            position + int.from_bytes(content[position : position + 4], "big"),
+            count + 1,
+        )
     ipma = content.index(b"ipma")
     entry = ipma + 4 + 4 + 4 + 2  # version and flags, number of entries, item
     place = entry + 1 + content[entry]
     turns = [
-        at for at in range(entry + 1, place) if _property_at(content, ipco, content[at] & 127) in (b"irot", b"imir")
+        at
+        for at in range(entry + 1, place)
+        if _property_at(content, ipco, content[at] & 127) in (b"irot", b"imir")
     ]
     place = min(turns, default=place)
     changed[entry] += 1
@@ -788,7 +992,9 @@ def _with_clap(content: bytes, size: tuple[int, int], offset: tuple[int, int]) -
     for name, grown in ((b"ipco", 40), (b"ipma", 1), (b"iprp", 41), (b"meta", 41)):
         at = content.index(name) - 4
         at += 40 if at >= position else 0
-        changed[at : at + 4] = (int.from_bytes(changed[at : at + 4], "big") + grown).to_bytes(4, "big")
+        changed[at : at + 4] = (int.from_bytes(changed[at : at + 4], "big") + grown).to_bytes(
+            4, "big"
+        )
     iloc = content.index(b"iloc")
     iloc += 41 if iloc > ipma else 40 if iloc > position else 0
     for at in _offsets_of(bytes(changed), iloc):
@@ -831,11 +1037,13 @@ def _bmp_of_fields(bits: int, masks: tuple[int, ...], is_top_down: bool) -> byte
             shift = (mask & -mask).bit_length() - 1
             last |= np.uint64((CORNERS[3][channel] * (mask >> shift) + 127) // 255 << shift)
         packed[SIZE[1] // 2 :, SIZE[0] // 2 :] = last
-    data = (packed if is_top_down else packed[::-1]).astype("<u2" if bits == 16 else "<u4").tobytes()
-    height = -SIZE[1] if is_top_down else SIZE[1]
-    header = struct.pack("<IiiHHIIiiII4I", 108, SIZE[0], height, 1, bits, 3, len(data), 0, 0, 0, 0, *masks).ljust(
-        108, b"\0"
+    data = (
+        (packed if is_top_down else packed[::-1]).astype("<u2" if bits == 16 else "<u4").tobytes()
     )
+    height = -SIZE[1] if is_top_down else SIZE[1]
+    header = struct.pack(
+        "<IiiHHIIiiII4I", 108, SIZE[0], height, 1, bits, 3, len(data), 0, 0, 0, 0, *masks
+    ).ljust(108, b"\0")
     return b"BM" + struct.pack("<IHHI", 14 + 108 + len(data), 0, 0, 14 + 108) + header + data
 
 
@@ -847,7 +1055,11 @@ def _bmp_of_runs(compression: int, is_skipping: bool) -> bytes:
         left, right = (2, 3) if y >= SIZE[1] // 2 else (0, 1)
         indexes = [index * 17 if compression == 2 else index for index in (left, right)]
         data += bytes([half, indexes[0]])
-        data += b"" if is_skipping and right == 3 else bytes([0, half, *(_absolute(right, compression, half))])
+        data += (
+            b""
+            if is_skipping and right == 3
+            else bytes([0, half, *(_absolute(right, compression, half))])
+        )
         data += b"\0\0"
     data += b"\0\1"
     bits = 4 if compression == 2 else 8
@@ -863,8 +1075,20 @@ def _absolute(index: int, compression: int, count: int) -> bytes:
 def _big_tiff(order: str) -> bytes:
     """A grey BigTIFF of one strip."""
     data = np.asarray(picture("L")).tobytes()
-    tags = {256: SIZE[0], 257: SIZE[1], 258: 8, 259: 1, 262: 1, 273: 400, 277: 1, 278: SIZE[1], 279: len(data)}
-    content = (b"II" if order == "<" else b"MM") + struct.pack(order + "HHHQQ", 43, 8, 0, 16, len(tags))
+    tags = {
+        256: SIZE[0],
+        257: SIZE[1],
+        258: 8,
+        259: 1,
+        262: 1,
+        273: 400,
+        277: 1,
+        278: SIZE[1],
+        279: len(data),
+    }
+    content = (b"II" if order == "<" else b"MM") + struct.pack(
+        order + "HHHQQ", 43, 8, 0, 16, len(tags)
+    )
     for tag, value in tags.items():
         content += struct.pack(order + "HHQQ", tag, 16, 1, value)
     return (content + bytes(8)).ljust(400, b"\0") + data
@@ -883,7 +1107,9 @@ def _png_of_16_bits() -> bytes:
     return _png_chunks(SIZE, 16, 2, b"".join(b"\0" + row.tobytes() for row in rows))
 
 
-def _tiff(bits: int, samples: int, data: bytes, extra: dict[int, tuple[int, int]] | None = None) -> bytes:
+def _tiff(
+    bits: int, samples: int, data: bytes, extra: dict[int, tuple[int, int]] | None = None
+) -> bytes:
     """An uncompressed RGB TIFF of one strip; `extra` are further tags as {tag: (type, value)}."""
     tags = {
         256: (4, SIZE[0]),
@@ -902,7 +1128,9 @@ def _tiff(bits: int, samples: int, data: bytes, extra: dict[int, tuple[int, int]
         if tag == 258 and samples > 2:  # one per sample, behind the directory
             content += struct.pack("<HHII", tag, kind, samples, 900)
         elif tag == 258:
-            content += struct.pack("<HHI", tag, kind, samples) + (struct.pack("<H", bits) * samples).ljust(4, b"\0")
+            content += struct.pack("<HHI", tag, kind, samples) + (
+                struct.pack("<H", bits) * samples
+            ).ljust(4, b"\0")
         else:
             content += struct.pack("<HHII", tag, kind, 1, value)
     content = (content + bytes(4)).ljust(900, b"\0") + struct.pack("<H", bits) * samples
@@ -987,17 +1215,34 @@ def process(content: bytes, sandbox: Sandbox = Sandbox(), rules: Rules = Rules()
 
 
 @click.command(help=__doc__, context_settings={"max_content_width": 120})
-@click.argument("folder", required=False, type=click.Path(exists=True, file_okay=False, path_type=Path))
-@click.option("--sheet", type=click.Path(dir_okay=False, path_type=Path), help="Where to write the contact sheet.")
+@click.argument(
+    "folder", required=False, type=click.Path(exists=True, file_okay=False, path_type=Path)
+)
+@click.option(
+    "--sheet",
+    type=click.Path(dir_okay=False, path_type=Path),
+    help="Where to write the contact sheet.",
+)
 def main(folder: Path | None, sheet: Path | None) -> None:
     files = (
         cases()
         if folder is None
-        else (Case(path.name, path.read_bytes(), "") for path in sorted(folder.rglob("*")) if path.is_file())
+        else (
+            Case(path.name, path.read_bytes(), "")
+            for path in sorted(folder.rglob("*"))
+            if path.is_file()
+        )
     )
     results = [(case, process(case.content, rules=case.rules)) for case in files]
     out = Console(width=160)
-    table = Table("outcome", "files", "CPU s at most", "memory at most", "an example", "what its uploader is told")
+    table = Table(
+        "outcome",
+        "files",
+        "CPU s at most",
+        "memory at most",
+        "an example",
+        "what its uploader is told",
+    )
     for outcome in sorted({result.outcome for _, result in results}):
         group = [(case, result) for case, result in results if result.outcome == outcome]
         sentences = dict.fromkeys(result.sentence for _, result in group)
@@ -1005,9 +1250,17 @@ def main(folder: Path | None, sheet: Path | None) -> None:
             example = next(case.name for case, result in group if result.sentence == sentence)
             cpu = f"{max(result.cpu_seconds for _, result in group):.2f}"
             peak = f"{max(result.peak_bytes for _, result in group) / 1e6:.0f} MB"
-            table.add_row(*((outcome, str(len(group)), cpu, peak) if index == 0 else ("",) * 4), example, sentence)
+            table.add_row(
+                *((outcome, str(len(group)), cpu, peak) if index == 0 else ("",) * 4),
+                example,
+                sentence,
+            )
     out.print(table)
-    wrong = [(case.name, result.outcome) for case, result in results if case.outcome and case.outcome != result.outcome]
+    wrong = [
+        (case.name, result.outcome)
+        for case, result in results
+        if case.outcome and case.outcome != result.outcome
+    ]
     for name, outcome in wrong:
         out.print(f"[red]{name} ended as {outcome}")
     if sheet:
@@ -1026,8 +1279,12 @@ def draw_sheet(pictures: list[tuple[str, Result]], path: Path) -> None:
         for offset, variant in enumerate(result.variants[:2]):
             image = Image.open(io.BytesIO(variant.content)).convert("RGBA")
             image.thumbnail((cell - 6, cell - 6))
-            ground = Image.fromarray((np.indices(image.size[::-1]).sum(axis=0) // 8 % 2 * 60 + 180).astype(np.uint8))
-            sheet.paste(Image.alpha_composite(ground.convert("RGBA"), image), (x + offset * cell, y))
+            ground = Image.fromarray(
+                (np.indices(image.size[::-1]).sum(axis=0) // 8 % 2 * 60 + 180).astype(np.uint8)
+            )
+            sheet.paste(
+                Image.alpha_composite(ground.convert("RGBA"), image), (x + offset * cell, y)
+            )
         draw.text((x, y + cell), name.partition(": ")[2] or name, fill="black")
     sheet.save(path)
 

@@ -170,8 +170,12 @@ ATTACKS: dict[str, Callable[[], object]] = {
     "ask whether a file is there": lambda: os.stat("/etc/passwd"),
     "list a folder": lambda: os.listdir("/"),
     "read the environment": lambda: os.close(os.open("/proc/self/environ", os.O_RDONLY)),
-    "read the environment of its parent": lambda: os.close(os.open(f"/proc/{os.getppid()}/environ", os.O_RDONLY)),
-    "open the memory of its parent": lambda: os.close(os.open(f"/proc/{os.getppid()}/mem", os.O_RDONLY)),
+    "read the environment of its parent": lambda: os.close(
+        os.open(f"/proc/{os.getppid()}/environ", os.O_RDONLY)
+    ),
+    "open the memory of its parent": lambda: os.close(
+        os.open(f"/proc/{os.getppid()}/mem", os.O_RDONLY)
+    ),
     "reach the network": reach_network,
     "reach a Unix socket": reach_socket,
     "make a pair of sockets": lambda: [one.close() for one in socket.socketpair()],
@@ -182,7 +186,9 @@ ATTACKS: dict[str, Callable[[], object]] = {
     "duplicate a descriptor": lambda: os.close(os.dup(0)),
     "map executable memory": map_executable,
     "become another user": lambda: os.setuid(os.getuid()),
-    "lift its limits": lambda: resource.setrlimit(resource.RLIMIT_CORE, resource.getrlimit(resource.RLIMIT_CORE)),
+    "lift its limits": lambda: resource.setrlimit(
+        resource.RLIMIT_CORE, resource.getrlimit(resource.RLIMIT_CORE)
+    ),
     "outlive its parent": lambda: must_succeed(libc.prctl(PR_SET_PDEATHSIG, 0, 0, 0, 0)),
 }
 HARMLESS = tuple(ATTACKS)  # where they succeed
@@ -190,7 +196,9 @@ if platform.machine() == "x86_64":
     ATTACKS |= {
         "clone a process": lambda: start_process(56, int(signal.SIGCHLD), 0, 0, 0, 0),
         "clone with the memory": lambda: start_process(56, 0x100 | int(signal.SIGCHLD), 0, 0, 0, 0),
-        "clone into a new user namespace": lambda: start_process(56, 0x10000000 | int(signal.SIGCHLD), 0, 0, 0, 0),
+        "clone into a new user namespace": lambda: start_process(
+            56, 0x10000000 | int(signal.SIGCHLD), 0, 0, 0, 0
+        ),
         "clone3": lambda: call(435, buffer, 1),
         "execute": lambda: call(59, b"/nothing", 0, 0),
         "execute a descriptor": lambda: call(322, 0, b"", 0, 0, 0x1000),
@@ -248,6 +256,19 @@ def call_foreign(held: list[int]) -> None:
 
 MAKERS = (make_list, fail)
 CALLS = (
-    *(identity, append, get, echo, allocate, spin, sleep, die, leave, give_lock, shout, start_threads),
+    *(
+        identity,
+        append,
+        get,
+        echo,
+        allocate,
+        spin,
+        sleep,
+        die,
+        leave,
+        give_lock,
+        shout,
+        start_threads,
+    ),
     *(say, dribble, raise_named, claim_usage, attack, call_foreign),
 )

@@ -68,10 +68,16 @@ def walk_in(content, start, end):
 def test_the_picture_for_those_who_show_one_is_no_frame():
     first, *others = frames()
     content = encode(
-        Image.new("RGB", (32, 24)), "PNG", save_all=True, append_images=[first, *others], default_image=True
+        Image.new("RGB", (32, 24)),
+        "PNG",
+        save_all=True,
+        append_images=[first, *others],
+        default_image=True,
     )
     decoded = decode(content, KEEP)
-    assert [frame.getpixel((5, 5)) for frame in decoded.frames] == [frame.getpixel((5, 5)) for frame in frames()]
+    assert [frame.getpixel((5, 5)) for frame in decoded.frames] == [
+        frame.getpixel((5, 5)) for frame in frames()
+    ]
     assert decode(content).image.getpixel((5, 5)) == (0, 0, 0)
 
 
@@ -92,7 +98,8 @@ def block(index, box, disposal=0, clear=None):
 
 
 @pytest.mark.parametrize(
-    ("disposal", "left_behind"), [(0, (255, 0, 0, 255)), (1, (255, 0, 0, 255)), (2, (0, 0, 0, 0)), (3, (0, 0, 0, 0))]
+    ("disposal", "left_behind"),
+    [(0, (255, 0, 0, 255)), (1, (255, 0, 0, 255)), (2, (0, 0, 0, 0)), (3, (0, 0, 0, 0))],
 )
 def test_a_gif_frame_leaves_behind_what_it_says(disposal, left_behind):
     content = gif(block(0, (0, 0, 16, 12), disposal), block(1, (16, 12, 16, 12)))
@@ -105,7 +112,9 @@ def test_a_gif_frame_leaves_behind_what_it_says(disposal, left_behind):
 
 def test_a_clear_colour_shows_what_lies_below():
     content = gif(block(0, (0, 0, 32, 24)), block(2, (0, 0, 32, 24), clear=2))
-    assert [frame.convert("RGB").getpixel((5, 5)) for frame in decode(content, KEEP).frames] == [(255, 0, 0)] * 2
+    assert [frame.convert("RGB").getpixel((5, 5)) for frame in decode(content, KEEP).frames] == [
+        (255, 0, 0)
+    ] * 2
 
 
 def test_frames_with_and_without_transparency_become_variants():

@@ -6,7 +6,15 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from imagepipeline.imaging.color import HLG, PQ, ColorSpace, read_nclx, read_png_space, to_srgb, tone_map
+from imagepipeline.imaging.color import (
+    HLG,
+    PQ,
+    ColorSpace,
+    read_nclx,
+    read_png_space,
+    to_srgb,
+    tone_map,
+)
 
 GREYS = (33, 66, 132, 197, 255)
 # What Chromium 156 shows of a PNG with cICP, for GREYS. PQ and HLG with primaries of BT.2020.
@@ -47,17 +55,24 @@ def test_each_curve_is_that_of_a_browser(codes):
 
 @pytest.mark.parametrize("primaries", REDS)
 def test_each_set_of_primaries_is_that_of_a_browser(primaries):
-    assert abs(show([(197, 0, 0)], ColorSpace(codes=(primaries, 13)))[0] - REDS[primaries]).max() <= 1
+    assert (
+        abs(show([(197, 0, 0)], ColorSpace(codes=(primaries, 13)))[0] - REDS[primaries]).max() <= 1
+    )
 
 
 def test_display_p3_agrees_with_its_matrix():
     # P3-D65 to sRGB of linear values, from the primaries in SMPTE EG 432-1 and IEC 61966-2-1.
-    matrix = np.array([[1.22494, -0.22494, 0], [-0.04206, 1.04206, 0], [-0.01964, -0.07864, 1.09828]])
+    matrix = np.array(
+        [[1.22494, -0.22494, 0], [-0.04206, 1.04206, 0], [-0.01964, -0.07864, 1.09828]]
+    )
     pixels = np.random.default_rng(1).integers(0, 256, (500, 3))
     value = pixels / 255
     linear = np.where(value <= 0.04045, value / 12.92, ((value + 0.055) / 1.055) ** 2.4)
     expected = np.clip(linear @ matrix.T, 0, 1)
-    expected = np.where(expected <= 0.0031308, 12.92 * expected, 1.055 * expected ** (1 / 2.4) - 0.055) * 255
+    expected = (
+        np.where(expected <= 0.0031308, 12.92 * expected, 1.055 * expected ** (1 / 2.4) - 0.055)
+        * 255
+    )
     assert abs(show(pixels, ColorSpace(codes=(12, 13))) - expected).max() <= 1
 
 
@@ -72,7 +87,9 @@ def test_hdr_white_loses_a_stop_and_the_peak_becomes_white():
     assert peak == pytest.approx(255, abs=1)
     assert beyond == 255
     brighter = tone_map(greys, 9, PQ, 4000)[:, 0]
-    assert brighter[1] < brighter[2] == 255  # a picture that gets brighter keeps what lies between apart
+    assert (
+        brighter[1] < brighter[2] == 255
+    )  # a picture that gets brighter keeps what lies between apart
     dim = tone_map(greys, 9, PQ, 203)[:, 0]
     assert dim[0] >= 253  # and one that does not get brighter than white is left alone
 
@@ -87,7 +104,10 @@ def test_hdr_keeps_the_order_of_brightness_and_greys_grey():
 
 
 def test_a_png_is_what_its_most_exact_chunk_says():
-    gamma, wide = struct.pack(">I", 50_000), struct.pack(">8I", 31270, 32900, 68000, 32000, 26500, 69000, 15000, 6000)
+    gamma, wide = (
+        struct.pack(">I", 50_000),
+        struct.pack(">8I", 31270, 32900, 68000, 32000, 26500, 69000, 15000, 6000),
+    )
     chunks = {b"cICP": bytes([12, 13, 0, 1]), b"sRGB": b"\0", b"gAMA": gamma, b"cHRM": wide}
     assert read_png_space(chunks, b"icc").codes == (12, 13)
     del chunks[b"cICP"]
@@ -96,7 +116,9 @@ def test_a_png_is_what_its_most_exact_chunk_says():
     del chunks[b"sRGB"]
     found = read_png_space(chunks, None)
     assert found.gamma == 2
-    assert found.chromaticities == pytest.approx((0.68, 0.32, 0.265, 0.69, 0.15, 0.06, 0.3127, 0.329))
+    assert found.chromaticities == pytest.approx(
+        (0.68, 0.32, 0.265, 0.69, 0.15, 0.06, 0.3127, 0.329)
+    )
     assert read_png_space({b"cHRM": wide}, None) == ColorSpace()
 
 
@@ -120,5 +142,8 @@ def test_the_peak_comes_from_the_picture():
     assert read_nclx(nclx((9, 16)), struct.pack(">HH", 4000, 400), None).peak_nits == 4000
     mastering = bytes(16) + struct.pack(">II", 600 * 10_000, 50)
     assert read_nclx(nclx((9, 16)), None, mastering).peak_nits == 600
-    assert read_nclx(nclx((1, 1)), None, None).codes == (1, 13)  # video's curve in a picture is sRGB's
+    assert read_nclx(nclx((1, 1)), None, None).codes == (
+        1,
+        13,
+    )  # video's curve in a picture is sRGB's
     assert read_nclx(nclx((255, 255)), None, None) == ColorSpace()

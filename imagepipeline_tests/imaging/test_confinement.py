@@ -48,7 +48,11 @@ def zygote():
         yield zygote
 
 
-@pytest.fixture(scope="module", params=[OPERATIONS, f"{OPERATIONS}_as_nobody"], ids=["as ourselves", "as nobody"])
+@pytest.fixture(
+    scope="module",
+    params=[OPERATIONS, f"{OPERATIONS}_as_nobody"],
+    ids=["as ourselves", "as nobody"],
+)
 def attacked(request):
     if "nobody" in request.param and not IS_ROOT:
         pytest.skip("only root can become another user")
@@ -72,7 +76,9 @@ def test_an_attack_is_refused(attacked, name):
 @pytest.mark.parametrize("name", sandbox_operations.HARMLESS)
 def test_the_attacks_succeed_where_nothing_is_confined(name):
     code = f"from {OPERATIONS} import attack; print(attack([], {name!r}))"
-    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    result = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=True
+    )
     assert result.stdout == "done\n"
 
 
@@ -98,7 +104,13 @@ def test_the_numbers_of_the_calls_are_those_libseccomp_knows():
         resolve = ctypes.CDLL("libseccomp.so.2").seccomp_syscall_resolve_name_arch
     except OSError:
         pytest.skip("there is no libseccomp here")
-    partly = {"mmap": MMAP, "mprotect": MPROTECT, "clone": CLONE, "tgkill": TGKILL, "clone3": CLONE3}
+    partly = {
+        "mmap": MMAP,
+        "mprotect": MPROTECT,
+        "clone": CLONE,
+        "tgkill": TGKILL,
+        "clone3": CLONE3,
+    }
     for name, numbers in {**ALLOWED, **partly}.items():
         assert tuple(resolve(one, name.encode()) for one in ARCHITECTURES.values()) == numbers, name
 
@@ -131,8 +143,14 @@ def test_nothing_of_the_run_is_in_the_child(tmp_path):
             assert (process / "environ").read_bytes() == b""
             assert canary.encode() not in read_memory(process)
         links = [os.readlink(link) for link in (child / "fd").iterdir()]
-        assert sorted(link.partition(":")[0] for link in links) == ["/dev/null", "/dev/null", "socket"]
-        assert canary.encode() in read_memory(Path("/proc", str(run.pid)))  # it would have been found
+        assert sorted(link.partition(":")[0] for link in links) == [
+            "/dev/null",
+            "/dev/null",
+            "socket",
+        ]
+        assert canary.encode() in read_memory(
+            Path("/proc", str(run.pid))
+        )  # it would have been found
     finally:
         run.communicate("")
 
@@ -145,7 +163,9 @@ def test_what_children_are_forked_from_has_imported_imaging_alone():
         "print([name for name in sys.modules if name.startswith('imagepipeline.') and name.count('.') == 1])\n"
         "print({'dagster', 'redis', 'sqlalchemy', 'openai', 'lancedb', 'ssl'} & set(sys.modules))\n"
     )
-    result = subprocess.run([sys.executable, "-I", "-c", code], env={}, capture_output=True, text=True, check=True)
+    result = subprocess.run(
+        [sys.executable, "-I", "-c", code], env={}, capture_output=True, text=True, check=True
+    )
     ours, foreign = result.stdout.splitlines()
     assert sorted(ast.literal_eval(ours)) == [
         f"imagepipeline.{name}" for name in ("errors", "imaging", "models", "text", "wire")
@@ -192,19 +212,34 @@ class Attack:
         pytest.param(frame(b'{"value": [1], ' + USAGE + b', "more": 1}'), id="more than an answer"),
         pytest.param(frame(b'{"value": ["x"], ' + USAGE + b"}"), id="another type"),
         pytest.param(frame(b'{"value": [1], "usage": {"cpu_seconds": -1}}'), id="no usage"),
-        pytest.param(frame(b'{"value": [1], ' + USAGE.replace(b"0", b"NaN") + b"}"), id="not a number"),
-        pytest.param(frame(b'{"value": [1], ' + USAGE.replace(b"0", b"1e300") + b"}"), id="out of range"),
-        pytest.param(frame(b'{"value": {"$bytes": 5}, ' + USAGE + b"}"), id="bytes that are not there"),
-        pytest.param(frame(b'{"value": {"$bytes": -5}, ' + USAGE + b"}", b"12345"), id="fewer than no bytes"),
-        pytest.param(frame(b'{"value": [1], ' + USAGE + b"}", b"12345"), id="bytes without use"),
-        pytest.param(frame(b'{"error": "LimitError", "message": 5, ' + USAGE + b"}"), id="an error that says a number"),
         pytest.param(
-            frame(b'{"error": "LimitError", "message": "' + b"x" * 9000 + b'", ' + USAGE + b"}"), id="an endless error"
+            frame(b'{"value": [1], ' + USAGE.replace(b"0", b"NaN") + b"}"), id="not a number"
+        ),
+        pytest.param(
+            frame(b'{"value": [1], ' + USAGE.replace(b"0", b"1e300") + b"}"), id="out of range"
+        ),
+        pytest.param(
+            frame(b'{"value": {"$bytes": 5}, ' + USAGE + b"}"), id="bytes that are not there"
+        ),
+        pytest.param(
+            frame(b'{"value": {"$bytes": -5}, ' + USAGE + b"}", b"12345"), id="fewer than no bytes"
+        ),
+        pytest.param(frame(b'{"value": [1], ' + USAGE + b"}", b"12345"), id="bytes without use"),
+        pytest.param(
+            frame(b'{"error": "LimitError", "message": 5, ' + USAGE + b"}"),
+            id="an error that says a number",
+        ),
+        pytest.param(
+            frame(b'{"error": "LimitError", "message": "' + b"x" * 9000 + b'", ' + USAGE + b"}"),
+            id="an endless error",
         ),
     ],
 )
 def test_what_is_no_answer_ends_the_image_for_good(zygote, data):
-    with open_session(zygote) as session, pytest.raises(UnreadableImageError, match="cannot be true"):
+    with (
+        open_session(zygote) as session,
+        pytest.raises(UnreadableImageError, match="cannot be true"),
+    ):
         session.call(sandbox_operations.say, data)  # of which None is expected
     assert not session.is_open
     assert not os.path.exists("/tmp/attacked")
@@ -220,7 +255,9 @@ def test_an_answer_that_comes_byte_by_byte_is_not_waited_for(zygote):
     assert time.monotonic() - started < 5
 
 
-@pytest.mark.parametrize("name", ["StaleClaimError", "CatalogueDownError", "PausedError", "SystemExit", "OSError"])
+@pytest.mark.parametrize(
+    "name", ["StaleClaimError", "CatalogueDownError", "PausedError", "SystemExit", "OSError"]
+)
 def test_a_child_cannot_raise_what_the_run_acts_on(zygote, name):
     with open_session(zygote) as session, pytest.raises(RuntimeError, match=f"{name}: x"):
         session.call(sandbox_operations.raise_named, name, "x")
@@ -228,8 +265,13 @@ def test_a_child_cannot_raise_what_the_run_acts_on(zygote, name):
 
 def test_what_a_child_says_has_no_control_characters(zygote):
     message = rb"\u001b[31mred\r\nBcc: a\u202eb\ud800c"
-    data = frame(b'{"error": "UnreadableImageError", "message": "' + message + b'", ' + USAGE + b"}")
-    with open_session(zygote) as session, pytest.raises(UnreadableImageError, match="Bcc") as raised:
+    data = frame(
+        b'{"error": "UnreadableImageError", "message": "' + message + b'", ' + USAGE + b"}"
+    )
+    with (
+        open_session(zygote) as session,
+        pytest.raises(UnreadableImageError, match="Bcc") as raised,
+    ):
         session.call(sandbox_operations.say, data)
     assert str(raised.value) == " [31mred  Bcc: a b c"
 
@@ -254,7 +296,9 @@ def process(liar, files, catalogue, monkeypatch):
         renderer = Renderer(build_variant_specs())
         with closing(Originals(files, Sandbox(zygote=liar), Rules())) as originals:
             original = originals.load(catalogue.claim_anew("cat", "run"), catalogue)
-            made, _ = renderer.render(original.session, (original.facts.width, original.facts.height))
+            made, _ = renderer.render(
+                original.session, (original.facts.width, original.facts.height)
+            )
             return renderer, made
 
     return process
@@ -265,7 +309,12 @@ def test_an_honest_decoder_is_believed(process):
 
 
 @pytest.mark.parametrize(
-    "lie", [*lying_operations.ABOUT_THE_IMAGE, *lying_operations.ABOUT_VARIANTS, *lying_operations.ABOUT_INSPECTIONS]
+    "lie",
+    [
+        *lying_operations.ABOUT_THE_IMAGE,
+        *lying_operations.ABOUT_VARIANTS,
+        *lying_operations.ABOUT_INSPECTIONS,
+    ],
 )
 def test_a_decoder_that_lies_ends_its_image(process, lie):
     with pytest.raises(UnreadableImageError, match="cannot be true"):
@@ -292,7 +341,11 @@ assert c._control(c.PR_SET_SECCOMP, c.SECCOMP_MODE_FILTER, ctypes.addressof(desc
 
 def run_where_it_is_forbidden(code, **environment):
     result = subprocess.run(
-        [sys.executable, "-c", FORBID + code], env=os.environ | environment, capture_output=True, text=True, check=False
+        [sys.executable, "-c", FORBID + code],
+        env=os.environ | environment,
+        capture_output=True,
+        text=True,
+        check=False,
     )
     assert result.returncode == 0, result.stderr
     return result
@@ -310,7 +363,12 @@ for _ in range(2):
 def test_without_the_kernels_help_the_log_says_so_once_and_images_are_decoded():
     result = run_where_it_is_forbidden(DECODE_TWICE % str(PHOTOS / "cat.jpg"))
     assert result.stdout == "decoded\n" * 2
-    assert result.stderr.count("is not confined: its system calls are not filtered, there is no Landlock") == 1
+    assert (
+        result.stderr.count(
+            "is not confined: its system calls are not filtered, there is no Landlock"
+        )
+        == 1
+    )
 
 
 def test_without_the_kernels_help_the_setting_lets_images_wait(tmp_path):

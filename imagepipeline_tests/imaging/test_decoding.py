@@ -13,7 +13,15 @@ from imagepipeline.errors import (
 )
 from imagepipeline.imaging.decoding import Rules, decode
 from imagepipeline.imaging.formats import FORMATS, REFUSED, SIGNATURES
-from imagepipeline_tests.imaging.odd_files import PHOTO, SAMPLES, SIZE, TURNS, encode, photo_as, picture
+from imagepipeline_tests.imaging.odd_files import (
+    PHOTO,
+    SAMPLES,
+    SIZE,
+    TURNS,
+    encode,
+    photo_as,
+    picture,
+)
 
 
 def test_nothing_but_pixels_is_left():
@@ -84,7 +92,9 @@ def test_rows_are_counted_whatever_their_colours_are(format_, percent):
 def test_a_progressive_jpeg_says_of_how_many_scans_its_picture_is(scans, percent):
     whole = photo_as("JPEG", progressive=True)
     content = whole[: len(whole) * percent // 100]
-    with pytest.raises(TruncatedImageError, match=f"coarse picture could be read, from {scans} scans"):
+    with pytest.raises(
+        TruncatedImageError, match=f"coarse picture could be read, from {scans} scans"
+    ):
         decode(content)
     decoded = decode(content, Rules(is_truncated_accepted=True))
     assert "coarse" in decoded.flaw
@@ -105,7 +115,13 @@ def test_a_damaged_jpeg_is_kept_with_its_flaw_where_that_is_asked_for():
 
 @pytest.mark.parametrize(
     ("compression", "mode"),
-    [("group4", "1"), ("tiff_lzw", "RGB"), ("tiff_adobe_deflate", "L"), ("jpeg", "RGB"), ("jpeg", "L")],
+    [
+        ("group4", "1"),
+        ("tiff_lzw", "RGB"),
+        ("tiff_adobe_deflate", "L"),
+        ("jpeg", "RGB"),
+        ("jpeg", "L"),
+    ],
 )
 def test_damage_in_a_compressed_tiff_is_heard(compression, mode):
     page = encode(Image.open(PHOTO).convert(mode), "TIFF", compression=compression)
@@ -146,12 +162,20 @@ def test_nothing_can_be_made_of_a_header_alone():
 def test_all_frames_of_an_animation_are_kept_when_asked_for(format_):
     colors = ["red", "lime", "blue"]
     frames = [Image.new("RGB", (600, 400), color) for color in colors]
-    content = encode(frames[0], format_, save_all=True, append_images=frames[1:], duration=[100, 200, 300])
+    content = encode(
+        frames[0], format_, save_all=True, append_images=frames[1:], duration=[100, 200, 300]
+    )
     kept = decode(content, Rules(is_animation_kept=True, max_width_px=300))
     assert [frame.size for frame in kept.frames] == [(300, 200)] * 3
     assert kept.durations_ms == (100, 200, 300)
     for frame, color in zip(kept.frames, frames, strict=True):
-        assert max(abs(a - b) for a, b in zip(frame.getpixel((5, 5)), color.getpixel((5, 5)), strict=True)) < 12
+        assert (
+            max(
+                abs(a - b)
+                for a, b in zip(frame.getpixel((5, 5)), color.getpixel((5, 5)), strict=True)
+            )
+            < 12
+        )
     assert len(decode(content).frames) == 1
 
 
@@ -208,7 +232,9 @@ def test_a_very_large_jpeg_is_decoded_smaller_without_visible_loss(orientation):
     large = Image.open(PHOTO).resize((2000, 1330))
     exif = Image.Exif()
     exif[ExifTags.Base.Orientation] = orientation
-    content = encode(large if turn is None else large.transpose(turn), "JPEG", exif=exif, quality=95)
+    content = encode(
+        large if turn is None else large.transpose(turn), "JPEG", exif=exif, quality=95
+    )
     decoded = decode(content, Rules(max_width_px=500))
     assert (decoded.width, decoded.height) == (2000, 1330)
     reference = np.asarray(large.resize(decoded.image.size, Image.Resampling.LANCZOS)).astype(float)
@@ -216,7 +242,9 @@ def test_a_very_large_jpeg_is_decoded_smaller_without_visible_loss(orientation):
     assert 10 * np.log10(255**2 / error) > 40
 
 
-@pytest.mark.parametrize(("size", "is_turned"), [((8160, 6144), False), ((8160, 6144), True), ((6144, 8160), False)])
+@pytest.mark.parametrize(
+    ("size", "is_turned"), [((8160, 6144), False), ((8160, 6144), True), ((6144, 8160), False)]
+)
 def test_a_jpeg_over_the_limit_is_decoded_at_a_part_of_its_size(size, is_turned):
     exif = Image.Exif()
     exif[ExifTags.Base.Orientation] = 6 if is_turned else 1
@@ -232,7 +260,10 @@ def test_what_must_be_decoded_in_full_is_limited_in_full():
     with pytest.raises(LimitError, match="IMAGEPIPELINE_MAX_PIXELS"):
         decode(content, Rules(max_pixels=699_999))
     with pytest.raises(LimitError, match="decoded at 500 x 350 px"):
-        decode(encode(picture("L").resize((1000, 700)), "JPEG"), Rules(max_pixels=150_000, max_width_px=500))
+        decode(
+            encode(picture("L").resize((1000, 700)), "JPEG"),
+            Rules(max_pixels=150_000, max_width_px=500),
+        )
 
 
 def test_the_limit_on_a_side_is_that_of_the_variants():

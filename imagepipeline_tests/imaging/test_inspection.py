@@ -18,7 +18,9 @@ def photo():
 
 def test_our_own_variants_are_right(photo):
     variants = render(photo, build_variant_specs())
-    for variant, inspection in zip(variants, inspect(photo, [v.content for v in variants]), strict=True):
+    for variant, inspection in zip(
+        variants, inspect(photo, [v.content for v in variants]), strict=True
+    ):
         assert inspection.fault is None
         assert (inspection.format, inspection.width, inspection.height) == (
             variant.spec.format,

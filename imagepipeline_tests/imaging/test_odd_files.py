@@ -33,9 +33,15 @@ def assert_shows(picture, colors):
     pixels = picture.convert("RGBA")
     width, height = pixels.size
     for index, color in enumerate(colors):
-        found = pixels.getpixel((int((0.25 + index % 2 / 2) * width), int((0.25 + index // 2 / 2) * height)))
+        found = pixels.getpixel(
+            (int((0.25 + index % 2 / 2) * width), int((0.25 + index // 2 / 2) * height))
+        )
         expected = color if len(color) == 4 else (*color, 255)
         if expected[3] == 0:  # what is clear has no colour
             assert found[3] == 0
         else:
-            assert max(abs(a - b) for a, b in zip(found, expected, strict=True)) <= LOSSY, (index, found, expected)
+            assert max(abs(a - b) for a, b in zip(found, expected, strict=True)) <= LOSSY, (
+                index,
+                found,
+                expected,
+            )

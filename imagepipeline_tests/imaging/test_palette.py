@@ -29,7 +29,13 @@ def test_lab_agrees_with_published_values(rgb, lab):
 
 @pytest.mark.parametrize(
     ("color", "name"),
-    [("#fefefe", "white"), ("#000000", "black"), ("#e02020", "red"), ("#2040c0", "blue"), ("#a05030", "sienna")],
+    [
+        ("#fefefe", "white"),
+        ("#000000", "black"),
+        ("#e02020", "red"),
+        ("#2040c0", "blue"),
+        ("#a05030", "sienna"),
+    ],
 )
 def test_a_plain_image_has_one_colour_with_its_name(color, name):
     assert facts_of(Image.new("RGB", (300, 200), color)).colors == ((name, color, 1.0),)

@@ -41,7 +41,9 @@ def assert_ends(process):
 
 
 def children_of(process):
-    return [int(child) for child in Path(f"/proc/{process}/task/{process}/children").read_text().split()]
+    return [
+        int(child) for child in Path(f"/proc/{process}/task/{process}/children").read_text().split()
+    ]
 
 
 def open_session(zygote, numbers=(), **limits):
@@ -173,7 +175,9 @@ def test_no_child_and_no_descriptor_is_left_behind(zygote):
             do(zygote, ops.sleep, 60.0, wall_seconds=0.05)
     assert len(os.listdir("/proc/self/fd")) == before
     with open_session(zygote) as session:
-        parent = int(Path(f"/proc/{session.process_id}/stat").read_text().rpartition(")")[2].split()[1])
+        parent = int(
+            Path(f"/proc/{session.process_id}/stat").read_text().rpartition(")")[2].split()[1]
+        )
     deadline = time.monotonic() + SECONDS
     while children_of(parent):
         assert time.monotonic() < deadline
@@ -230,7 +234,9 @@ def test_a_run_that_stands_still_holds_up_no_other(zygote):
 def test_children_end_with_the_zygote_and_the_next_call_starts_another():
     with closing(Zygote(OPERATIONS)) as zygote, open_session(zygote) as session:
         session.begin(ops.spin)
-        parent = int(Path(f"/proc/{session.process_id}/stat").read_text().rpartition(")")[2].split()[1])
+        parent = int(
+            Path(f"/proc/{session.process_id}/stat").read_text().rpartition(")")[2].split()[1]
+        )
         os.kill(parent, signal.SIGKILL)
         assert_ends(session.process_id)
         with pytest.raises(SandboxLostError):
@@ -315,5 +321,7 @@ print(sorted(asked))
 def test_no_file_of_the_corpus_needs_an_import_after_the_warm_up():
     contents = [case.content for case in cases() if case.content and case.outcome != "crashed"]
     stream = b"".join(len(content).to_bytes(4, "big") + content for content in contents) + bytes(4)
-    result = subprocess.run([sys.executable, "-c", AFTER_THE_WARM_UP], input=stream, capture_output=True, check=True)
+    result = subprocess.run(
+        [sys.executable, "-c", AFTER_THE_WARM_UP], input=stream, capture_output=True, check=True
+    )
     assert result.stdout.decode().splitlines()[-1] == "[]"

@@ -43,13 +43,19 @@ def test_six_variants_are_made_and_none_is_enlarged(photo):
     for variant in variants:
         image = reopened(variant)
         assert image.format == variant.spec.format.upper()
-        assert image.size == (variant.width, variant.height) == (variant.width, round(872 * variant.width / 1000))
+        assert (
+            image.size
+            == (variant.width, variant.height)
+            == (variant.width, round(872 * variant.width / 1000))
+        )
 
 
 def test_variants_look_like_the_original(photo):
     for variant in render(photo, SPECS):
         reference = photo.image.resize((variant.width, variant.height), Image.Resampling.LANCZOS)
-        difference = np.asarray(reference, dtype=float) - np.asarray(reopened(variant).convert("RGB"), dtype=float)
+        difference = np.asarray(reference, dtype=float) - np.asarray(
+            reopened(variant).convert("RGB"), dtype=float
+        )
         decibels = 10 * np.log10(255**2 / (difference**2).mean())
         assert decibels > 30, (variant.spec, decibels)
 
@@ -88,7 +94,9 @@ def test_rendering_twice_gives_the_same_bytes(photo):
 
 
 def test_the_preview_is_a_small_jpeg_over_white():
-    preview = Image.open(io.BytesIO(render_preview(Image.new("RGBA", (4000, 100), (0, 0, 0, 0)), 1024)))
+    preview = Image.open(
+        io.BytesIO(render_preview(Image.new("RGBA", (4000, 100), (0, 0, 0, 0)), 1024))
+    )
     assert (preview.format, preview.mode, preview.width) == ("JPEG", "RGB", 1024)
     assert min(preview.getpixel((500, 10))) > 250
 
@@ -101,7 +109,9 @@ def test_the_recipe_names_every_size_and_quality():
 
 def test_each_format_has_its_quality(photo):
     def sizes(*qualities):
-        return {v.spec.format: len(v.content) for v in render(photo, build_variant_specs(*qualities))}
+        return {
+            v.spec.format: len(v.content) for v in render(photo, build_variant_specs(*qualities))
+        }
 
     usual = sizes()
     assert sizes(80, 63)["avif"] < usual["avif"]
@@ -118,7 +128,10 @@ def test_artist_and_copyright_stay_only_when_asked_for():
     Image.new("RGB", (20, 20), "red").save(buffer, "JPEG", exif=exif)
     decoded = decode(buffer.getvalue())
     for variant in render(decoded, SPECS, has_rights=True):
-        assert dict(reopened(variant).getexif()) == {ExifTags.Base.Artist: "Ann", ExifTags.Base.Copyright: "(c) Ann"}
+        assert dict(reopened(variant).getexif()) == {
+            ExifTags.Base.Artist: "Ann",
+            ExifTags.Base.Copyright: "(c) Ann",
+        }
     for variant in render(decoded, SPECS):
         assert not reopened(variant).getexif()
 

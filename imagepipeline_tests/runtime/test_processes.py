@@ -62,17 +62,24 @@ time.sleep(600)
 """
 
 
-@pytest.mark.skipif(not Path("/proc/self/environ").exists(), reason="processes are looked at in /proc")
+@pytest.mark.skipif(
+    not Path("/proc/self/environ").exists(), reason="processes are looked at in /proc"
+)
 @pytest.mark.parametrize("method", ["forkserver", "spawn"])
 def test_a_service_runs_as_if_started_by_python_m_and_ends_with_its_parent(tmp_path, method):
     (tmp_path / "child.py").write_text(CHILD)
     (tmp_path / "parent.py").write_text(PARENT)
-    environment = os.environ | {"PYTHONPATH": os.pathsep.join((str(tmp_path), str(ROOT))), "HOME": "/nowhere"}
+    environment = os.environ | {
+        "PYTHONPATH": os.pathsep.join((str(tmp_path), str(ROOT))),
+        "HOME": "/nowhere",
+    }
     command = [sys.executable, tmp_path / "parent.py", tmp_path, method]
     parent = subprocess.run(command, capture_output=True, text=True, check=False, env=environment)
     assert parent.returncode == -9, parent.stderr
     seen = "one True None canary True"
-    assert (tmp_path / "one.log").read_text() == f"__main__ ['7'] {seen}\n__main__ ['why'] {seen}\nwhy\n"
+    assert (
+        tmp_path / "one.log"
+    ).read_text() == f"__main__ ['7'] {seen}\n__main__ ['why'] {seen}\nwhy\n"
     orphan = Path(f"/proc/{int(parent.stdout)}/status")
     deadline = time.monotonic() + 10
     while orphan.exists() and "State:\tZ" not in orphan.read_text():

@@ -21,29 +21,49 @@ from imagepipeline_tests.conftest import postgres_database
 
 def migrate(environment):
     command = [sys.executable, "-m", "imagepipeline.cli", "migrate", "--json"]
-    return subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    return subprocess.Popen(
+        command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
 
 
 def test_tables_are_made_once_however_many_ask_for_them_at_once(postgres_url, tmp_path):
-    with postgres_database(postgres_url) as catalogue_url, postgres_database(postgres_url) as dagster_url:
+    with (
+        postgres_database(postgres_url) as catalogue_url,
+        postgres_database(postgres_url) as dagster_url,
+    ):
         urls = {"DATABASE_URL": catalogue_url, "DAGSTER_DATABASE_URL": dagster_url}
-        asked = [migrate(os.environ | urls | {"IMAGEPIPELINE_HOME": str(tmp_path / str(n))}) for n in range(4)]
+        asked = [
+            migrate(os.environ | urls | {"IMAGEPIPELINE_HOME": str(tmp_path / str(n))})
+            for n in range(4)
+        ]
         for process in asked:
             output, error = process.communicate(timeout=120)
             assert process.returncode == 0, error
-            assert json.loads(output)["databases"] == {"catalogue": "Postgres", "dagster": "Postgres"}
+            assert json.loads(output)["databases"] == {
+                "catalogue": "Postgres",
+                "dagster": "Postgres",
+            }
         with closing(Catalogue(catalogue_url)) as catalogue:
             catalogue.check()
         with sa.create_engine(dagster_url).connect() as connection:
-            assert connection.exec_driver_sql("SELECT count(*) FROM alembic_version").scalar_one() == 1
+            assert (
+                connection.exec_driver_sql("SELECT count(*) FROM alembic_version").scalar_one() == 1
+            )
             assert connection.exec_driver_sql("SELECT count(*) FROM runs").scalar_one() == 0
 
 
-def test_a_second_dagster_on_the_same_catalogue_ends_at_once_with_a_sentence(catalogue_url, tmp_path):
+def test_a_second_dagster_on_the_same_catalogue_ends_at_once_with_a_sentence(
+    catalogue_url, tmp_path
+):
     def call(home, *arguments):
-        environment = os.environ | {"DATABASE_URL": catalogue_url, "IMAGEPIPELINE_HOME": str(tmp_path / home)}
+        environment = os.environ | {
+            "DATABASE_URL": catalogue_url,
+            "IMAGEPIPELINE_HOME": str(tmp_path / home),
+        }
         command = [sys.executable, "-m", "imagepipeline.cli", *arguments]
-        done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False, timeout=60)
+        done = subprocess.run(
+            command, env=environment, capture_output=True, text=True, check=False, timeout=60
+        )
         return done.returncode, done.stderr
 
     assert call("first", "migrate") == (0, "")
@@ -73,7 +93,9 @@ def test_a_service_finds_dagsters_files_as_the_settings_want_them(tmp_path):
     written = (tmp_path / "dagster" / "dagster.yaml").read_text()
     config = yaml.safe_load(written)
     assert config["concurrency"]["runs"]["max_concurrent_runs"] == 7
-    assert config["storage"]["custom"]["config"] == {"postgres_url": {"env": "DAGSTER_DATABASE_URL"}}
+    assert config["storage"]["custom"]["config"] == {
+        "postgres_url": {"env": "DAGSTER_DATABASE_URL"}
+    }
     assert (
         services.build_environment(on_postgres, "daemon")["DAGSTER_DATABASE_URL"]
         == "postgresql+psycopg2://u:canary@h/d"
@@ -85,7 +107,9 @@ def test_a_service_finds_dagsters_files_as_the_settings_want_them(tmp_path):
 
 
 def test_a_service_that_does_not_answer_is_not_healthy(tmp_path):
-    settings = Settings.load({"IMAGEPIPELINE_HOME": str(tmp_path), "IMAGEPIPELINE_WEBSERVER_PORT": "1"})
+    settings = Settings.load(
+        {"IMAGEPIPELINE_HOME": str(tmp_path), "IMAGEPIPELINE_WEBSERVER_PORT": "1"}
+    )
     assert not any(services.is_healthy(settings, name) for name in services.NAMES)
 
 
@@ -99,15 +123,23 @@ def test_health_is_asked_without_a_proxy(httpserver, monkeypatch):
 
 @pytest.mark.parametrize(
     ("host", "url"),
-    [("0.0.0.0", "http://127.0.0.1:3000"), ("::", "http://[::1]:3000"), ("10.0.0.9", "http://10.0.0.9:3000")],
+    [
+        ("0.0.0.0", "http://127.0.0.1:3000"),
+        ("::", "http://[::1]:3000"),
+        ("10.0.0.9", "http://10.0.0.9:3000"),
+    ],
 )
 def test_the_webserver_is_asked_where_it_listens(host, url):
-    assert services.build_webserver_url(Settings.load({"IMAGEPIPELINE_WEBSERVER_HOST": host})) == url
+    assert (
+        services.build_webserver_url(Settings.load({"IMAGEPIPELINE_WEBSERVER_HOST": host})) == url
+    )
 
 
 def test_a_home_that_cannot_be_made_is_one_sentence(tmp_path):
     (tmp_path / "file").write_text("x")
     for home in (tmp_path / "file", tmp_path / "file" / "home"):
-        with pytest.raises(StackError, match=r"cannot be used as the home .* set IMAGEPIPELINE_HOME") as caught:
+        with pytest.raises(
+            StackError, match=r"cannot be used as the home .* set IMAGEPIPELINE_HOME"
+        ) as caught:
             services.prepare(Settings.load({"IMAGEPIPELINE_HOME": str(home)}))
         assert str(home) in str(caught.value)

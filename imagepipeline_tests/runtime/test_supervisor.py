@@ -32,7 +32,9 @@ def leave_lingering():
 def test_the_ui_keeps_its_port_though_old_connections_linger(settings):
     port = leave_lingering()
     assert supervisor._choose_port(settings, port) == port
-    assert supervisor._choose_port(settings.model_copy(update={"webserver_port": port}), None) == port
+    assert (
+        supervisor._choose_port(settings.model_copy(update={"webserver_port": port}), None) == port
+    )
 
 
 def test_the_ui_moves_only_where_somebody_listens(settings):
@@ -59,7 +61,9 @@ def test_the_port_of_a_home_is_remembered(settings):
     supervisor.os.close(lock)
 
 
-@pytest.mark.parametrize("content", ["", "x", "[]", '{"webserver_port": "3000"}', '{"pid": 1}', "\udcff"])
+@pytest.mark.parametrize(
+    "content", ["", "x", "[]", '{"webserver_port": "3000"}', '{"pid": 1}', "\udcff"]
+)
 def test_a_lock_file_of_another_version_does_not_matter(settings, content):
     settings.home.mkdir()
     (settings.home / "stack.lock").write_text(content, errors="surrogateescape")

@@ -23,7 +23,9 @@ def folder():
 
 def start(folder):
     socket = folder / "valkey.sock"
-    return valkey.start_server(folder / "data", socket, folder / "log"), redis.Redis(unix_socket_path=str(socket))
+    return valkey.start_server(folder / "data", socket, folder / "log"), redis.Redis(
+        unix_socket_path=str(socket)
+    )
 
 
 def test_what_was_pushed_survives_a_kill(folder):
@@ -68,7 +70,9 @@ def test_children_end_when_their_parent_is_killed(tmp_path):
         "child = processes.start(['sleep', '600'], Path(sys.argv[1]));"
         "print(child.pid, flush=True); time.sleep(600)"
     )
-    parent = subprocess.Popen([sys.executable, "-c", script, tmp_path / "log"], stdout=subprocess.PIPE, text=True)
+    parent = subprocess.Popen(
+        [sys.executable, "-c", script, tmp_path / "log"], stdout=subprocess.PIPE, text=True
+    )
     child = int(parent.stdout.readline())
     parent.kill()
     parent.wait()

@@ -27,7 +27,9 @@ async def answer(scope, receive, send):
 
 @contextmanager
 def serving(is_local):
-    server = uvicorn.Server(uvicorn.Config(OwnPagesOnly(answer, is_local), lifespan="off", log_level="error"))
+    server = uvicorn.Server(
+        uvicorn.Config(OwnPagesOnly(answer, is_local), lifespan="off", log_level="error")
+    )
     listener = socket.create_server(("127.0.0.1", 0))
     thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]})
     thread.start()
@@ -93,7 +95,8 @@ def test_what_a_foreign_page_can_ask_is_refused(port, method, path, headers, sta
 
 
 @pytest.mark.parametrize(
-    ("origin", "status"), [("http://localhost:3000", 101), ("https://evil.example", 403), (None, 403)]
+    ("origin", "status"),
+    [("http://localhost:3000", 101), ("https://evil.example", 403), (None, 403)],
 )
 def test_a_socket_is_opened_for_its_own_pages_only(port, origin, status):
     headers = {
@@ -110,7 +113,10 @@ def test_behind_a_proxy_the_host_is_the_proxys_to_check():
     with serving(is_local=False) as port:
         headers = {"Host": "images.example.com", "Origin": "https://images.example.com"}
         assert ask(port, "POST", "/graphql", JSON | headers) == 200
-        assert ask(port, "POST", "/graphql", JSON | headers | {"Origin": "https://evil.example"}) == 403
+        assert (
+            ask(port, "POST", "/graphql", JSON | headers | {"Origin": "https://evil.example"})
+            == 403
+        )
 
 
 def test_dagsters_webserver_still_makes_its_application_where_we_guard_it():

@@ -60,15 +60,21 @@ def test_a_child_that_is_stopped_while_it_writes_is_killed_before_the_others_los
 ):
     now = [0.0]
     monkeypatch.setattr(worker.time, "monotonic", lambda: now[0])
-    monkeypatch.setattr(worker, "RESIDENT_COMMAND", [sys.executable, "-c", "import sys; sys.stdin.read()"])
-    process = billiard.get_context("spawn").Process(target=stop_while_writing, args=(str(tmp_path / "db"),))
+    monkeypatch.setattr(
+        worker, "RESIDENT_COMMAND", [sys.executable, "-c", "import sys; sys.stdin.read()"]
+    )
+    process = billiard.get_context("spawn").Process(
+        target=stop_while_writing, args=(str(tmp_path / "db"),)
+    )
     process.start()
     keeper = worker.Housekeeper(settings)
     try:
         while not worker.is_stopped(process.pid):
             time.sleep(0.05)
         keeper.look(pool=None)
-        with closing(sqlite3.connect(tmp_path / "db", timeout=0, isolation_level=None)) as connection:
+        with closing(
+            sqlite3.connect(tmp_path / "db", timeout=0, isolation_level=None)
+        ) as connection:
             with pytest.raises(sqlite3.OperationalError, match="locked"):
                 connection.execute("BEGIN IMMEDIATE")
             now[0] = worker.STOPPED_SECONDS - 1
@@ -110,12 +116,16 @@ def launch(instance, redis_url):
     """Hands a run to whichever worker comes; gives the run as Dagster has it then."""
     run = instance.create_run_for_job(dg.GraphDefinition("g").to_job())
     launcher = instance.run_launcher
-    task = launcher.celery.tasks.get(TASK) or dagster_celery.tasks.create_execute_job_task(launcher.celery)
+    task = launcher.celery.tasks.get(TASK) or dagster_celery.tasks.create_execute_job_task(
+        launcher.celery
+    )
     launcher._launch_celery_task_run(run, task.si(execute_job_args_packed={}), TASK)
     return instance.get_run_by_id(run.run_id)
 
 
-def test_a_run_that_waits_for_a_worker_is_on_the_list_and_counts_as_alive(settings, instance, redis_url):
+def test_a_run_that_waits_for_a_worker_is_on_the_list_and_counts_as_alive(
+    settings, instance, redis_url
+):
     assert isinstance(instance.run_launcher, RunLauncher)
     run = launch(instance, redis_url)
     with closing(TaskQueue(redis_url, settings.queue_prefix)) as tasks:
@@ -124,13 +134,18 @@ def test_a_run_that_waits_for_a_worker_is_on_the_list_and_counts_as_alive(settin
         assert tasks.list_waiting() == set()
     healthy = CheckRunHealthResult(WorkerStatus.RUNNING)
     assert instance.run_launcher.check_run_worker_health(run) == healthy
-    assert instance.run_launcher.check_run_worker_health(run.with_status(dg.DagsterRunStatus.STARTED)) == healthy
+    assert (
+        instance.run_launcher.check_run_worker_health(run.with_status(dg.DagsterRunStatus.STARTED))
+        == healthy
+    )
     untagged = instance.create_run_for_job(dg.GraphDefinition("h").to_job())
     assert instance.run_launcher.check_run_worker_health(untagged) == healthy
     assert not instance.run_launcher.supports_resume_run
 
 
-def test_a_run_whose_process_died_by_its_workers_word_counts_as_failed(settings, instance, redis_url):
+def test_a_run_whose_process_died_by_its_workers_word_counts_as_failed(
+    settings, instance, redis_url
+):
     run = launch(instance, redis_url)
     backend = instance.run_launcher.celery.backend
     backend.store_result(run.tags[TASK_ID_TAG], RuntimeError("signal 9"), states.FAILURE)
@@ -140,7 +155,9 @@ def test_a_run_whose_process_died_by_its_workers_word_counts_as_failed(settings,
     assert 0 < backend.client.ttl(key) <= broker.KEEP_FAILURES_SECONDS
 
 
-def test_a_cancelled_run_is_told_to_dagster_before_it_is_told_to_its_worker(settings, instance, redis_url):
+def test_a_cancelled_run_is_told_to_dagster_before_it_is_told_to_its_worker(
+    settings, instance, redis_url
+):
     run = launch(instance, redis_url)
     assert instance.run_launcher.terminate(run.run_id)
     assert instance.get_run_by_id(run.run_id).status == dg.DagsterRunStatus.CANCELING
@@ -164,7 +181,9 @@ def test_dagsters_daemon_and_webserver_are_built_as_ours_use_them():
     assert daemon.sensor.MIN_INTERVAL_LOOP_TIME == daemon.SHIPPED_TICK_SECONDS
     assert daemon.controller.QueuedRunCoordinatorDaemon is daemon.QueuedRunCoordinatorDaemon
     assert "QueuedRunCoordinatorDaemon(" in inspect.getsource(daemon.controller)
-    assert "MIN_INTERVAL_LOOP_TIME" in inspect.getsource(daemon.sensor.execute_sensor_iteration_loop)
+    assert "MIN_INTERVAL_LOOP_TIME" in inspect.getsource(
+        daemon.sensor.execute_sensor_iteration_loop
+    )
     make = webserver.app.create_app_from_workspace_process_context
     assert webserver.cli.create_app_from_workspace_process_context is make
     assert "create_app_from_workspace_process_context(" in inspect.getsource(webserver.cli)
@@ -193,12 +212,16 @@ def test_threads_and_processes_share_dagsters_sqlite_without_losing_an_event(set
     )
     folder = str(settings.home / "dagster")
     first = subprocess.run([sys.executable, "-c", code, folder, "0"], check=False)
-    writers = [subprocess.Popen([sys.executable, "-c", code, folder, str(number)]) for number in (1, 2, 3)]
+    writers = [
+        subprocess.Popen([sys.executable, "-c", code, folder, str(number)]) for number in (1, 2, 3)
+    ]
     assert [first.returncode, *(writer.wait() for writer in writers)] == [0, 0, 0, 0]
     assert len(instance.get_materialized_partitions(dg.AssetKey("a"))) == 80
     seen, arrived = [], threading.Event()
     run = instance.create_run_for_job(dg.GraphDefinition("g").to_job())
-    instance.watch_event_logs(run.run_id, None, lambda event, _: (seen.append(event), arrived.set()))
+    instance.watch_event_logs(
+        run.run_id, None, lambda event, _: (seen.append(event), arrived.set())
+    )
     time.sleep(0.1)
     instance.report_engine_event("hello", run)
     assert arrived.wait(10)

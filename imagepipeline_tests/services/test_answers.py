@@ -9,7 +9,13 @@ import pytest
 from imagepipeline.errors import BadAnswerError
 from imagepipeline.models import CLASSIFIER_PX, ImageMetadata, PixelFacts
 from imagepipeline.services import answers
-from imagepipeline.services.answers import MAX_ANSWER_CHARACTERS, choose_tags, read_answer, to_plain, to_word
+from imagepipeline.services.answers import (
+    MAX_ANSWER_CHARACTERS,
+    choose_tags,
+    read_answer,
+    to_plain,
+    to_word,
+)
 from imagepipeline.services.vision import LocalVision, VisionOptions
 
 
@@ -60,7 +66,10 @@ def test_tags_are_each_there_once_in_their_order():
 
 
 def test_of_a_vocabulary_only_its_words_are_kept_as_it_spells_them():
-    assert choose_tags(["cats", "Night Sky", "spam"], ("Cat", "night skies")) == ["Cat", "night skies"]
+    assert choose_tags(["cats", "Night Sky", "spam"], ("Cat", "night skies")) == [
+        "Cat",
+        "night skies",
+    ]
 
 
 @pytest.mark.parametrize(
@@ -82,7 +91,9 @@ HOSTILE = "<script>[x](http://evil)\x1b[31m\u202e `rm` www.evil.example"
 
 
 def test_what_a_camera_is_called_is_cleaned_as_a_models_answer():
-    facts = PixelFacts(40, 30, (("red", "#ff0000", 1.0),), 40, 0, 50, 50, camera=HOSTILE, taken_on="data:x")
+    facts = PixelFacts(
+        40, 30, (("red", "#ff0000", 1.0),), 40, 0, 50, 50, camera=HOSTILE, taken_on="data:x"
+    )
     metadata = LocalVision().describe(bytes(3 * CLASSIFIER_PX**2), facts).metadata
     shown = metadata.model_dump_json()
     assert "Taken with" in metadata.description
@@ -100,6 +111,8 @@ def test_what_the_resident_answers_is_cleaned_once_more():
     cleaned = answers.clean_metadata(metadata)
     assert cleaned.description.startswith("A boat")
     assert cleaned.tags[0] == "boat"
-    assert not any(part in cleaned.model_dump_json() for part in ("<", "](", "evil", "`", "u001b", "\u202e"))
+    assert not any(
+        part in cleaned.model_dump_json() for part in ("<", "](", "evil", "`", "u001b", "\u202e")
+    )
     with pytest.raises(BadAnswerError):
         answers.clean_metadata(metadata.model_copy(update={"description": "<b>"}))

@@ -22,7 +22,9 @@ def answer_of(vector):
 
 @pytest.fixture
 def embedder(httpserver):
-    return OpenRouterEmbedder("sk-canary", httpserver.url_for("/api/v1"), "openai/text-embedding-3-small")
+    return OpenRouterEmbedder(
+        "sk-canary", httpserver.url_for("/api/v1"), "openai/text-embedding-3-small"
+    )
 
 
 def test_a_text_becomes_a_vector_of_unit_length(httpserver, embedder):
@@ -37,7 +39,9 @@ def test_a_text_becomes_a_vector_of_unit_length(httpserver, embedder):
     assert embedding.vector == pytest.approx((0.6, 0.8))
     assert (embedding.text, embedding.usage) == ("a cat", CallUsage(4, 0, 0.0001))
     assert embedding.version == "openrouter:openai/text-embedding-3-small"
-    assert bodies == [{"input": "a cat", "model": "openai/text-embedding-3-small", "encoding_format": "float"}]
+    assert bodies == [
+        {"input": "a cat", "model": "openai/text-embedding-3-small", "encoding_format": "float"}
+    ]
 
 
 @pytest.mark.parametrize(

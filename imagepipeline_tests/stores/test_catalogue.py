@@ -20,7 +20,15 @@ from imagepipeline.errors import (
     StackError,
     StaleClaimError,
 )
-from imagepipeline.models import ImageMetadata, OriginalFacts, Recipe, Status, Upload, Variant, VariantSpec
+from imagepipeline.models import (
+    ImageMetadata,
+    OriginalFacts,
+    Recipe,
+    Status,
+    Upload,
+    Variant,
+    VariantSpec,
+)
 from imagepipeline.stores.catalogue import Catalogue, State
 from imagepipeline.stores.database import create_sqlite_engine
 from imagepipeline.stores.ledger import Ledger
@@ -29,9 +37,12 @@ from imagepipeline.stores.tables import schema
 
 RECIPE = Recipe("local", "m")
 ORIGINAL = OriginalFacts("original/a.jpg", 3, "0" * 64, 4, 3, "data:", "#aabbcc")
-METADATA = ImageMetadata(description="d", tags=["t"], category="c", dominant_colors=["#aabbcc"], mood="m")
+METADATA = ImageMetadata(
+    description="d", tags=["t"], category="c", dominant_colors=["#aabbcc"], mood="m"
+)
 VARIANTS = [
-    (f"variants/a-{suffix}.webp", Variant(VariantSpec(suffix, 9, "webp", 80), 9, 7, b"abc")) for suffix in ("sm", "md")
+    (f"variants/a-{suffix}.webp", Variant(VariantSpec(suffix, 9, "webp", 80), 9, 7, b"abc"))
+    for suffix in ("sm", "md")
 ]
 
 
@@ -64,7 +75,9 @@ def test_the_migrations_make_the_tables_the_code_expects(catalogue, catalogue_ur
     catalogue.migrate()
     catalogue.check()
     with sa.create_engine(catalogue_url).connect() as connection:
-        context = MigrationContext.configure(connection, opts={"compare_type": True, "version_table": VERSION_TABLE})
+        context = MigrationContext.configure(
+            connection, opts={"compare_type": True, "version_table": VERSION_TABLE}
+        )
         assert compare_metadata(context, schema) == []
 
 
@@ -102,14 +115,19 @@ def test_tables_of_the_version_before_are_taken_over_and_it_can_be_gone_back_to(
     catalogue = Catalogue(catalogue_url)
     catalogue.migrate()
     assert read_versions(catalogue_url) == {"alembic_version": ["0003"], VERSION_TABLE: ["0005"]}
-    assert [catalogue.get(image_id)["requested_path"] for image_id in ("a_b", "axb")] == [None, "original/a_b.png"]
+    assert [catalogue.get(image_id)["requested_path"] for image_id in ("a_b", "axb")] == [
+        None,
+        "original/a_b.png",
+    ]
     catalogue.migrate()
     catalogue.check()
 
 
 def test_the_version_table_of_another_program_is_left_alone(catalogue_url):
     with sa.create_engine(catalogue_url).begin() as connection:
-        connection.exec_driver_sql("CREATE TABLE alembic_version (version_num VARCHAR(32) NOT NULL)")
+        connection.exec_driver_sql(
+            "CREATE TABLE alembic_version (version_num VARCHAR(32) NOT NULL)"
+        )
         connection.exec_driver_sql("INSERT INTO alembic_version VALUES ('0003')")
     Catalogue(catalogue_url).migrate()
     Catalogue(catalogue_url).check()
@@ -125,7 +143,9 @@ def test_tables_that_a_newer_version_has_added_to_are_used_as_they_are(catalogue
     assert read_versions(catalogue_url)[VERSION_TABLE] == ["9999"]
 
 
-def test_tables_that_a_newer_version_has_taken_from_are_refused_with_a_sentence(catalogue, catalogue_url):
+def test_tables_that_a_newer_version_has_taken_from_are_refused_with_a_sentence(
+    catalogue, catalogue_url
+):
     with sa.create_engine(catalogue_url).begin() as connection:
         connection.exec_driver_sql("ALTER TABLE images DROP COLUMN flaw")
         connection.exec_driver_sql(f"UPDATE {VERSION_TABLE} SET version_num = '9999'")
@@ -136,7 +156,9 @@ def test_tables_that_a_newer_version_has_taken_from_are_refused_with_a_sentence(
 def test_what_was_compiled_for_one_sqlite_database_serves_all(tmp_path):
     def read(name):
         with create_sqlite_engine(f"sqlite:///{tmp_path / name}").connect() as connection:
-            return connection.execute(sa.select(sa.literal(len(name)).label("of_this_test"))).context.cache_hit.name
+            return connection.execute(
+                sa.select(sa.literal(len(name)).label("of_this_test"))
+            ).context.cache_hit.name
 
     assert [read("one"), read("two")] == ["CACHE_MISS", "CACHE_HIT"]
 
@@ -149,7 +171,12 @@ def test_a_database_without_tables_is_a_clear_error(catalogue_url):
 def test_an_upload_is_pending_in_its_first_generation(catalogue):
     assert catalogue.accept([Upload("a", priority=3)]) == {"a"}
     row = catalogue.get("a")
-    assert (row["status"], row["generation"], row["attempts"], row["priority"]) == ("pending", 1, 0, 3)
+    assert (row["status"], row["generation"], row["attempts"], row["priority"]) == (
+        "pending",
+        1,
+        0,
+        3,
+    )
     assert row["updated_at"] == datetime(2026, 1, 1, 0, 0, 1, tzinfo=UTC)
     assert catalogue.count() == {"pending": 1, "processing": 0, "completed": 0, "failed": 0}
     assert catalogue.get("b") is None
@@ -180,7 +207,12 @@ def test_pushes_while_a_run_works_begin_one_more_generation_when_it_ends(catalog
         catalogue.fail(claim, "corrupt", "cut off")
         assert catalogue.list_unsent("webhook") == []  # what it failed for may be mended by now
     row = catalogue.get("a")
-    assert (row["status"], row["generation"], row["reason"], row["attempts"]) == ("pending", 2, None, 0)
+    assert (row["status"], row["generation"], row["reason"], row["attempts"]) == (
+        "pending",
+        2,
+        None,
+        0,
+    )
     assert ends in [event["event"] for event in row["history"]]
     following = catalogue.claim("a", 2, "run2")
     assert following.path == f"original/{pushes - 1}.jpg"
@@ -222,7 +254,9 @@ def test_results_of_two_originals_are_not_completed(catalogue):
 def test_a_catalogue_belongs_to_the_dagster_instance_that_came_first(catalogue):
     catalogue.bind("one")
     catalogue.bind("one")
-    with pytest.raises(CatalogueTakenError, match=r"another Dagster instance \(one, since 2026.*--take-over"):
+    with pytest.raises(
+        CatalogueTakenError, match=r"another Dagster instance \(one, since 2026.*--take-over"
+    ):
         catalogue.bind("two")
     catalogue.bind("two", is_taken_over=True)
     with pytest.raises(CatalogueTakenError):
@@ -234,7 +268,12 @@ def test_a_push_after_the_end_begins_a_new_generation(catalogue):
     catalogue.fail(catalogue.claim("a", 1, "run"), "corrupt", "cut off")
     assert catalogue.accept([Upload("a", "original/x.jpg")]) == {"a"}
     row = catalogue.get("a")
-    assert (row["status"], row["generation"], row["reason"], row["error"]) == ("pending", 2, None, None)
+    assert (row["status"], row["generation"], row["reason"], row["error"]) == (
+        "pending",
+        2,
+        None,
+        None,
+    )
     assert row["requested_path"] == "original/x.jpg"
 
 
@@ -243,8 +282,16 @@ def test_pending_images_come_by_priority_then_age(catalogue):
     catalogue.accept([Upload("new")])
     catalogue.accept([Upload("urgent", priority=5)])
     catalogue.accept([Upload("bulk", priority=-5)])
-    assert [image.image_id for image in catalogue.list_pending(10)] == ["urgent", "old", "new", "bulk"]
-    assert [image.image_id for image in catalogue.list_pending(2, except_for={("urgent", 1)})] == ["old", "new"]
+    assert [image.image_id for image in catalogue.list_pending(10)] == [
+        "urgent",
+        "old",
+        "new",
+        "bulk",
+    ]
+    assert [image.image_id for image in catalogue.list_pending(2, except_for={("urgent", 1)})] == [
+        "old",
+        "new",
+    ]
     assert len(catalogue.list_pending(10, except_for={("urgent", 2)})) == 4
 
 
@@ -374,13 +421,17 @@ IMPOSSIBLE = ["{", "[" * 100_000, "1" * 10_000, "[1]", "7", '"text"', '{"a": ' *
 
 
 @pytest.mark.parametrize("text", IMPOSSIBLE, ids=range(len(IMPOSSIBLE)))
-def test_impossible_json_costs_its_row_the_metadata_and_no_other_row_anything(sqlite_catalogue_url, text):
+def test_impossible_json_costs_its_row_the_metadata_and_no_other_row_anything(
+    sqlite_catalogue_url, text
+):
     catalogue = Catalogue(sqlite_catalogue_url)
     catalogue.migrate()
     for image_id in ("bad", "good"):
         catalogue.fail(catalogue.claim_anew(image_id, "run"), "corrupt", "cut off")
     with sa.create_engine(sqlite_catalogue_url).begin() as connection:
-        connection.execute(sa.text("UPDATE images SET metadata = :text WHERE id = 'bad'"), {"text": text})
+        connection.execute(
+            sa.text("UPDATE images SET metadata = :text WHERE id = 'bad'"), {"text": text}
+        )
     assert catalogue.get("bad")["metadata"] is None
     assert {row["id"] for row in catalogue.list_ended(Status.FAILED)} == {"bad", "good"}
     assert {row["id"] for row in catalogue.iterate_failed()} == {"bad", "good"}
@@ -408,7 +459,9 @@ def test_any_text_can_be_written_down_and_is_printable(catalogue_url, text):
 def test_an_original_belongs_to_the_image_that_named_it_first(catalogue_url):
     catalogue = Catalogue(catalogue_url)
     catalogue.migrate()
-    catalogue.accept([Upload("a", "original/2026/x.jpg"), Upload("b"), Upload("c", "original/b.png")])
+    catalogue.accept(
+        [Upload("a", "original/2026/x.jpg"), Upload("b"), Upload("c", "original/b.png")]
+    )
     uploads = [Upload("a", "original/2026/x.jpg"), Upload("d", "original/2026/x.jpg"), Upload("d", "original/b.gif"),
                Upload("b", "original/b.png"), Upload("d", "original/2026/y.jpg"), Upload("e", "original/2026/y.jpg"),
                Upload("e"), Upload("f", "original/f.jpg")]  # fmt: skip

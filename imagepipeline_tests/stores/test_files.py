@@ -105,7 +105,10 @@ def test_readers_of_a_bucket_see_the_old_content_or_the_new(bucket_url):
     contents = [letter * 3_000_000 for letter in (b"a", b"b")]
     storage.write("variants/a.webp", contents[0])
     with ThreadPoolExecutor() as pool:
-        writes = [pool.submit(storage.write, "variants/a.webp", contents[number % 2]) for number in range(20)]
+        writes = [
+            pool.submit(storage.write, "variants/a.webp", contents[number % 2])
+            for number in range(20)
+        ]
         while not all(write.done() for write in writes):
             assert storage.read("variants/a.webp") in contents
 
@@ -208,11 +211,17 @@ def test_only_files_are_leftovers(files):
 
 
 def test_nothing_is_written_to_where_an_object_store_redirects(httpserver, monkeypatch):
-    for name, value in {"ACCESS_KEY_ID": "k", "SECRET_ACCESS_KEY": "s", "REGION": "us-east-1"}.items():
+    for name, value in {
+        "ACCESS_KEY_ID": "k",
+        "SECRET_ACCESS_KEY": "s",
+        "REGION": "us-east-1",
+    }.items():
         monkeypatch.setenv(f"AWS_{name}", value)
     monkeypatch.setenv("AWS_ENDPOINT_URL", f"http://127.0.0.1:{httpserver.port}")
     elsewhere = f"http://localhost:{httpserver.port}/elsewhere"
-    httpserver.expect_request("/images/x/a.webp").respond_with_data("", 307, {"Location": elsewhere})
+    httpserver.expect_request("/images/x/a.webp").respond_with_data(
+        "", 307, {"Location": elsewhere}
+    )
     httpserver.expect_request("/elsewhere").respond_with_data("")
     store = ObjectStore("s3://images/x")
     with pytest.raises(StorageDownError):

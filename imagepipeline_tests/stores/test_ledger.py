@@ -54,10 +54,19 @@ def test_costs_add_up_by_model_stage_and_day(ledger, clock):
         "cost_usd": 1.0,
         "unpriced": 0,
     }
-    assert (by_model["e"]["calls"], by_model["e"]["unpriced"], by_model["e"]["cost_usd"]) == (1, 1, 0)
+    assert (by_model["e"]["calls"], by_model["e"]["unpriced"], by_model["e"]["cost_usd"]) == (
+        1,
+        1,
+        0,
+    )
     assert [row["stage"] for row in ledger.summarize("stage")] == ["embedding", "metadata"]
-    assert [(row["day"], row["calls"]) for row in ledger.summarize("day")] == [("2026-11-23", 3), ("2026-11-24", 1)]
-    assert [row["calls"] for row in ledger.summarize("model", since=NOON + timedelta(hours=1))] == [1]
+    assert [(row["day"], row["calls"]) for row in ledger.summarize("day")] == [
+        ("2026-11-23", 3),
+        ("2026-11-24", 1),
+    ]
+    assert [row["calls"] for row in ledger.summarize("model", since=NOON + timedelta(hours=1))] == [
+        1
+    ]
     assert ledger.sum_cost_usd(NOON) == 1.0
     assert ledger.sum_cost_usd(NOON + timedelta(hours=1)) == 0
 

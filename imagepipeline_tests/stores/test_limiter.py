@@ -35,7 +35,9 @@ def test_limits_are_read_as_written():
     )
 
 
-@pytest.mark.parametrize("text", ["", "10", "10/year", "0/minute", "-1/minute", "thing=1/minute", "1/minute;2/minute"])
+@pytest.mark.parametrize(
+    "text", ["", "10", "10/year", "0/minute", "-1/minute", "thing=1/minute", "1/minute;2/minute"]
+)
 def test_what_is_no_limit_says_what_one_looks_like(text):
     with pytest.raises(SettingsError, match="10/minute"):
         parse_limits(text)
@@ -116,7 +118,9 @@ def test_three_processes_together_never_exceed_the_limit(redis_url, queue):
     watcher.join(10)
     client.close()
     assert len(times_ms) == 36
-    assert all(later - earlier >= 1000 for earlier, later in zip(times_ms, times_ms[8:], strict=False))
+    assert all(
+        later - earlier >= 1000 for earlier, later in zip(times_ms, times_ms[8:], strict=False)
+    )
 
 
 def test_a_full_redis_still_counts(limiter, queue):

@@ -134,7 +134,10 @@ def test_copies_are_counted_and_acknowledged_together(queue):
 def test_of_copies_the_last_one_says_what_holds(queue):
     for path in ("original/old.jpg", "original/new.jpg", "original/old.jpg"):
         queue.enqueue("a", path)
-    assert [Upload.from_entry(entry).path for entry in queue.read(10)] == ["original/new.jpg", "original/old.jpg"]
+    assert [Upload.from_entry(entry).path for entry in queue.read(10)] == [
+        "original/new.jpg",
+        "original/old.jpg",
+    ]
 
 
 def test_acknowledging_leaves_a_copy_that_was_pushed_meanwhile(queue):
@@ -215,7 +218,10 @@ def test_what_is_no_dead_letter_costs_the_others_nothing_and_can_be_let_go(queue
     queue.dead_letter(b"{", 1, "the reason")
     queue.redis.lpush(queue.dead_key, stored)
     strange, honest = queue.list_dead()
-    assert (strange["reason"], honest["reason"]) == ("it is no dead letter, and was put there by others", "the reason")
+    assert (strange["reason"], honest["reason"]) == (
+        "it is no dead letter, and was put there by others",
+        "the reason",
+    )
     assert strange["entry"].isprintable()
     queue.discard_dead(strange)
     queue.retry_dead(honest)

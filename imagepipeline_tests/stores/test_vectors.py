@@ -88,10 +88,16 @@ def write(uri, number, begin, log_path):
 
 @pytest.fixture(params=["folder", "bucket"])
 def uri(request, tmp_path):
-    return str(tmp_path / "index") if request.param == "folder" else request.getfixturevalue("bucket_url")
+    return (
+        str(tmp_path / "index")
+        if request.param == "folder"
+        else request.getfixturevalue("bucket_url")
+    )
 
 
-def test_machines_that_begin_and_compact_an_index_together_lose_no_row_and_leave_one_an_image(uri, tmp_path):
+def test_machines_that_begin_and_compact_an_index_together_lose_no_row_and_leave_one_an_image(
+    uri, tmp_path
+):
     context = multiprocessing.get_context("spawn")
     begin = context.Barrier(WRITERS)
     arguments = [(uri, number, begin, tmp_path / f"{number}.log") for number in range(WRITERS)]
@@ -106,10 +112,14 @@ def test_machines_that_begin_and_compact_an_index_together_lose_no_row_and_leave
     table = index._database.open_table(name)
     rows = table.search().select(["image_id", "fence"]).limit(1000).to_list()
     own = {(f"own-{number}-{image}", 1) for number in range(WRITERS) for image in range(IMAGES)}
-    shared = {(f"shared-{image}", WRITERS) for image in range(IMAGES)}  # the highest fence, whoever came last
+    shared = {
+        (f"shared-{image}", WRITERS) for image in range(IMAGES)
+    }  # the highest fence, whoever came last
     assert sorted((row["image_id"], row["fence"]) for row in rows) == sorted(own | shared)
     assert table.stats()["fragment_stats"]["num_fragments"] < WRITERS * IMAGES
-    assert [path.read_text() for *_, path in arguments] == [""] * WRITERS  # a compaction in vain is no news
+    assert [path.read_text() for *_, path in arguments] == [
+        ""
+    ] * WRITERS  # a compaction in vain is no news
 
 
 def test_a_table_that_many_create_at_once_is_created_once(uri):

@@ -14,5 +14,7 @@ def verified(path: Path, sha256: str) -> bytes:
     """
     content = path.read_bytes()
     if hashlib.sha256(content).hexdigest() != sha256:
-        raise SettingsError(f"{path.name} is not the file this version was checked with: reinstall the package")
+        raise SettingsError(
+            f"{path.name} is not the file this version was checked with: reinstall the package"
+        )
     return content

@@ -27,7 +27,15 @@ WEIGHTS_SHA256 = "579344248a93e23026e6b78f1f6faf0bc1d282386f6c881cdbaacd49cabf77
 BATCH_NORM_EPSILON = 1e-3
 FLOATS = "<f4"  # numpy's name of the tensors that count
 # Per group of blocks: count, kernel, stride of the first, expansion.
-BLOCK_GROUPS = ((1, 3, 1, 1), (2, 3, 2, 6), (2, 5, 2, 6), (3, 3, 2, 6), (3, 5, 1, 6), (4, 5, 2, 6), (1, 3, 1, 6))
+BLOCK_GROUPS = (
+    (1, 3, 1, 1),
+    (2, 3, 2, 6),
+    (2, 5, 2, 6),
+    (3, 3, 2, 6),
+    (3, 5, 1, 6),
+    (4, 5, 2, 6),
+    (1, 3, 1, 6),
+)
 
 
 @functools.cache
@@ -45,7 +53,9 @@ def classify(pixels: bytes) -> Array:
     index = 0
     for count, kernel, stride, expansion in BLOCK_GROUPS:
         for position in range(count):
-            x = _block(x, weights, f"_blocks.{index}.", kernel, stride if position == 0 else 1, expansion)
+            x = _block(
+                x, weights, f"_blocks.{index}.", kernel, stride if position == 0 else 1, expansion
+            )
             index += 1
     x = _relu6(_norm(_mix(x, weights["_conv_head.weight"]), weights, "_bn1"))
     features = x.mean(axis=(1, 2))
@@ -62,12 +72,20 @@ def _prepare(pixels: bytes) -> Array:
     return scaled.transpose(2, 0, 1)
 
 
-def _block(x: Array, weights: dict[str, Array], name: str, kernel: int, stride: int, expansion: int) -> Array:
+def _block(
+    x: Array, weights: dict[str, Array], name: str, kernel: int, stride: int, expansion: int
+) -> Array:
     """An inverted residual block; the shortcut exists where the shape allows it."""
     y = x
     if expansion != 1:
         y = _relu6(_norm(_mix(y, weights[name + "_expand_conv.weight"]), weights, name + "_bn0"))
-    y = _relu6(_norm(_filter(y, weights[name + "_depthwise_conv.weight"], kernel, stride), weights, name + "_bn1"))
+    y = _relu6(
+        _norm(
+            _filter(y, weights[name + "_depthwise_conv.weight"], kernel, stride),
+            weights,
+            name + "_bn1",
+        )
+    )
     y = _norm(_mix(y, weights[name + "_project_conv.weight"]), weights, name + "_bn2")
     return y + x if stride == 1 and y.shape == x.shape else y
 
@@ -82,7 +100,9 @@ def _filter(x: Array, weight: Array, kernel: int, stride: int) -> Array:
     """A depthwise convolution: the sum over the kernel's offsets of weight times shifted slice."""
     windows = _shifted(x, kernel, stride)
     offsets = itertools.product(range(kernel), repeat=2)
-    terms = (windows(row, column) * weight[:, 0, row, column, None, None] for row, column in offsets)
+    terms = (
+        windows(row, column) * weight[:, 0, row, column, None, None] for row, column in offsets
+    )
     return functools.reduce(np.add, terms)
 
 
@@ -91,7 +111,10 @@ def _convolve(x: Array, weight: Array, stride: int) -> Array:
     kernel = weight.shape[2]
     windows = _shifted(x, kernel, stride)
     offsets = itertools.product(range(kernel), repeat=2)
-    terms = (_mix(windows(row, column), weight[:, :, row : row + 1, column : column + 1]) for row, column in offsets)
+    terms = (
+        _mix(windows(row, column), weight[:, :, row : row + 1, column : column + 1])
+        for row, column in offsets
+    )
     return functools.reduce(np.add, terms)
 
 
@@ -106,7 +129,9 @@ def _shifted(x: Array, kernel: int, stride: int) -> Callable[[int, int], Array]:
 
     def window(row: int, column: int) -> Array:
         return padded[
-            :, row : row + (height - 1) * stride + 1 : stride, column : column + (width - 1) * stride + 1 : stride
+            :,
+            row : row + (height - 1) * stride + 1 : stride,
+            column : column + (width - 1) * stride + 1 : stride,
         ]
 
     return window
@@ -146,19 +171,29 @@ def read_torch_state(content: bytes) -> dict[str, Array]:
         count = int.from_bytes(stream.read(8), "little")
         dtype = np.dtype(types[key])
         storages[key] = np.frombuffer(stream.read(count * dtype.itemsize), dtype)
-    return {name: _tensor(storages, *parts) for name, parts in tensors.items() if parts[0][1] == FLOATS}
+    return {
+        name: _tensor(storages, *parts) for name, parts in tensors.items() if parts[0][1] == FLOATS
+    }
 
 
 def _tensor(
-    storages: dict[str, Array], storage: tuple[Any, ...], offset: int, shape: tuple[int, ...], strides: tuple[int, ...]
+    storages: dict[str, Array],
+    storage: tuple[Any, ...],
+    offset: int,
+    shape: tuple[int, ...],
+    strides: tuple[int, ...],
 ) -> Array:
     # Every convolution is stored non-contiguous: reading it flat would give plausible garbage.
     flat = storages[storage[2]][offset:]
-    strided = np.lib.stride_tricks.as_strided(flat, shape, [step * flat.itemsize for step in strides])
+    strided = np.lib.stride_tricks.as_strided(
+        flat, shape, [step * flat.itemsize for step in strides]
+    )
     return np.ascontiguousarray(strided)
 
 
-def _rebuild_tensor(storage: Any, offset: int, shape: Any, strides: Any, *_: Any) -> tuple[Any, ...]:
+def _rebuild_tensor(
+    storage: Any, offset: int, shape: Any, strides: Any, *_: Any
+) -> tuple[Any, ...]:
     return storage, offset, shape, strides
 
 
@@ -174,7 +209,9 @@ class _StateUnpickler(pickle.Unpickler):
 
     def find_class(self, module: str, name: str) -> Any:
         if (module, name) not in self.allowed:
-            raise pickle.UnpicklingError(f"weights name {module}.{name}, which is no part of a state dict")
+            raise pickle.UnpicklingError(
+                f"weights name {module}.{name}, which is no part of a state dict"
+            )
         return self.allowed[module, name]
 
     def persistent_load(self, pid: Any) -> Any:

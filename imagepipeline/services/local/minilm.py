@@ -22,7 +22,11 @@ def embed(text: str) -> tuple[tuple[float, ...], int]:
     """
     encoding = _load_tokenizer().encode(text)
     ids = np.array([encoding.ids], dtype=np.int64)
-    inputs = {"input_ids": ids, "attention_mask": np.ones_like(ids), "token_type_ids": np.zeros_like(ids)}
+    inputs = {
+        "input_ids": ids,
+        "attention_mask": np.ones_like(ids),
+        "token_type_ids": np.zeros_like(ids),
+    }
     hidden = _load_session().run(["last_hidden_state"], inputs)[0][0]
     mean = hidden.mean(axis=0)
     return tuple((mean / np.linalg.norm(mean)).tolist()), ids.size

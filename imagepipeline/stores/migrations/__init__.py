@@ -38,14 +38,20 @@ def upgrade(connection: sa.Connection) -> None:
 
 
 def _read_version(connection: sa.Connection, table: str) -> str | None:
-    return MigrationContext.configure(connection, opts={"version_table": table}).get_current_revision()
+    return MigrationContext.configure(
+        connection, opts={"version_table": table}
+    ).get_current_revision()
 
 
 def _check_newer(connection: sa.Connection, version: str) -> None:
     """Lets this version work on the tables of a newer one that has only added to them."""
     found = sa.inspect(connection)
     for table in schema.sorted_tables:
-        columns = {column["name"] for column in found.get_columns(table.name)} if found.has_table(table.name) else set()
+        columns = (
+            {column["name"] for column in found.get_columns(table.name)}
+            if found.has_table(table.name)
+            else set()
+        )
         missing = sorted(set(table.columns.keys()) - columns)
         if missing:
             raise StackError(

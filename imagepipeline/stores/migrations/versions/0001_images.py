@@ -31,10 +31,14 @@ def upgrade() -> None:
         sa.Column("discarded_at", sa.DateTime(timezone=True)),
         sa.Column("accepted_at", sa.DateTime(timezone=True), nullable=False),
         sa.Column("updated_at", sa.DateTime(timezone=True), nullable=False),
-        sa.CheckConstraint("status IN ('pending', 'processing', 'completed', 'failed')", name="ck_images_status"),
+        sa.CheckConstraint(
+            "status IN ('pending', 'processing', 'completed', 'failed')", name="ck_images_status"
+        ),
         sa.PrimaryKeyConstraint("id", name="pk_images"),
     )
-    op.create_index("ix_images_status_priority_accepted_at", "images", ["status", "priority", "accepted_at"])
+    op.create_index(
+        "ix_images_status_priority_accepted_at", "images", ["status", "priority", "accepted_at"]
+    )
     op.create_table(
         "image_variants",
         sa.Column("id", sa.String(80), nullable=False),

@@ -29,7 +29,9 @@ def upgrade() -> None:
         sa.PrimaryKeyConstraint("seq", name="pk_provider_calls"),
     )
     op.create_index("ix_provider_calls_at", "provider_calls", ["at"])
-    op.create_index("ix_provider_calls_image_id_generation", "provider_calls", ["image_id", "generation"])
+    op.create_index(
+        "ix_provider_calls_image_id_generation", "provider_calls", ["image_id", "generation"]
+    )
     op.create_table(
         "pauses",
         sa.Column("seq", sa.Integer(), autoincrement=True, nullable=False),

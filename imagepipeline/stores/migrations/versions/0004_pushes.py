@@ -12,7 +12,9 @@ depends_on = None
 def upgrade() -> None:
     """Adds columns with defaults, so that the version before can go on writing rows."""
     op.add_column("images", sa.Column("pushes", sa.Integer(), nullable=False, server_default="0"))
-    op.add_column("images", sa.Column("pushes_seen", sa.Integer(), nullable=False, server_default="0"))
+    op.add_column(
+        "images", sa.Column("pushes_seen", sa.Integer(), nullable=False, server_default="0")
+    )
     op.add_column("images", sa.Column("requested_path", sa.String(512)))
     # A path that is not the one a bare ID means was named by the upload.
     op.execute(
