@@ -94,7 +94,12 @@ def build_resources(settings: Settings) -> dict[str, dg.ResourceDefinition]:
             "The originals, each decoded once a run, and the rules for what they may be.",
         ),
         "renderer": resources.made(
-            lambda: Renderer(specs, settings.animation == "keep", settings.keep_copyright),
+            lambda: Renderer(
+                specs,
+                settings.animation == "keep",
+                settings.keep_copyright,
+                settings.compared_share,
+            ),
             "How variants are made.",
         ),
         "index": resources.made(lambda: build_index(settings), "The embeddings, in LanceDB."),

@@ -69,7 +69,9 @@ def metadata(
             Receipt(),
         )
         is_reused = answer is not None
-        renderer.begin(original.session)  # the variants are made while the model is waited for
+        renderer.begin(
+            original.session, original.facts
+        )  # the variants are made while the model is waited for
         if answer is None:
             prepared = original.prepared
             answer, receipt = paid_calls.make(
@@ -138,9 +140,7 @@ def variants(
             return
         original = originals.load(claim, catalogue)
         catalogue.save_original(claim, original.facts)
-        made, usage = renderer.render(
-            original.session, (original.facts.width, original.facts.height)
-        )
+        made, usage = renderer.render(original.session, original.facts)
         rendered = [(variant.spec.path_for(original.facts.path), variant) for variant in made]
         # Rows first: they refuse a path that is another image's before its file is overwritten.
         catalogue.save_variants(claim, rendered)

@@ -19,6 +19,7 @@ from imagepipeline.imaging.formats import identify
 from imagepipeline.imaging.limits import Rules as Rules  # which callers import with `decode`
 from imagepipeline.imaging.limits import check_variants
 from imagepipeline.imaging.reading import READERS, Picture, Source, explain
+from imagepipeline.imaging.scaling import resize
 
 # How to turn what the camera stored, by EXIF orientation (CIPA DC-008, 4.6.4).
 TURNS = {
@@ -155,12 +156,10 @@ def _read_exif(exif: Image.Exif) -> tuple[int, dict[str, str | None]]:
 
 
 def _scale(picture: Picture, scale: float) -> Image.Image:
-    """The image, no larger than it was; its colours are converted after this, on fewer pixels."""
+    """The picture's image, scaled down before its colours are converted: fewer pixels to convert."""
     image = picture.image
-    if scale == 1:
-        return image
     size = max(1, round(image.width * scale)), max(1, round(image.height * scale))
-    return image.resize(size, Image.Resampling.LANCZOS, reducing_gap=3.0)
+    return resize(image, size)
 
 
 def _to_rgb(image: Image.Image, source: Source) -> Image.Image:

@@ -37,6 +37,18 @@ def test_checks_are_recorded_for_the_partition_in_the_run_that_makes_the_variant
         assert evaluation.metadata["variant_count"].value == 6
 
 
+@pytest.mark.parametrize(
+    ("width_px", "share", "count"), [(2000, 0.0, 2), (2000, 1.0, 6), (600, 0.0, 6)]
+)
+def test_the_check_says_how_many_variants_were_compared(run, files, width_px, share, count):
+    files.put_original("sky", encode(Image.new("RGB", (width_px, 200), "#89abef"), "JPEG"), "jpg")
+    renderer = Renderer(build_variant_specs(), compared_share=share)
+    evaluations = run("sky", renderer=renderer).get_asset_check_evaluations()
+    [similar] = [one for one in evaluations if one.check_name == "similar"]
+    assert similar.description == f"{count} of 6 variants were compared."
+    assert similar.metadata["compared_count"].value == count
+
+
 def test_a_missing_and_a_damaged_variant_are_named(run, cat, check, files):
     run(cat)
     (files.root / "variants" / "cat-sm.webp").unlink()
