@@ -2,7 +2,15 @@
 
 import dagster as dg
 
-from imagepipeline.defs import assets, jobs, notifications, reconciler, resources, sensors
+from imagepipeline.defs import (
+    assets,
+    checks,
+    jobs,
+    notifications,
+    reconciler,
+    resources,
+    sensors,
+)
 from imagepipeline.defs.originals import Originals
 from imagepipeline.homes import secure_home
 from imagepipeline.imaging.decoding import Rules
@@ -41,7 +49,13 @@ def defs() -> dg.Definitions:
             for asset in (assets.metadata, assets.variants, assets.embedding)
         ],
         jobs=[jobs.process_upload],
-        sensors=[sensors.upload_sensor, reconciler.reconciler, notifications.notification_sensor],
+        asset_checks=[checks.variant_checks],
+        sensors=[
+            sensors.upload_sensor,
+            reconciler.reconciler,
+            notifications.notification_sensor,
+            checks.check_sensor,
+        ],
         resources=build_resources(settings),
         executor=dg.in_process_executor,
     )
@@ -76,10 +90,8 @@ def build_resources(settings: Settings) -> dict[str, dg.ResourceDefinition]:
         "tasks": resources.opened(
             lambda: TaskQueue(broker, prefix), "The runs that wait for a worker."
         ),
-        "catalogue": resources.opened(lambda: Catalogue(database), "The SQL record of all images."),
-        "ledger": resources.opened(
-            lambda: Ledger(database), "What paid calls cost, and the pauses."
-        ),
+        "catalogue": resources.made(lambda: Catalogue(database), "The SQL record of all images."),
+        "ledger": resources.made(lambda: Ledger(database), "What paid calls cost, and the pauses."),
         "paid_calls": resources.entered(
             lambda: open_paid_calls(settings),
             "Who makes the paid calls: within rate limit and budget, written down.",
