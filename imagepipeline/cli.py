@@ -8,10 +8,8 @@ import os
 import re
 import sys
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from datetime import UTC, datetime, timedelta
-from functools import partial
 from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -26,6 +24,7 @@ from imagepipeline.errors import (
     StackError,
     list_reasons,
 )
+from imagepipeline.failures import UNREADABLE, Action, Failure, Failures
 from imagepipeline.homes import secure_home
 from imagepipeline.models import PRIORITY_LIMIT, Status, Upload, check_original_path
 from imagepipeline.settings import Settings
@@ -38,9 +37,7 @@ if TYPE_CHECKING:
     from imagepipeline.stores.uploads import UploadQueue
 
 EXIT_FAILED, EXIT_SETTINGS, EXIT_STACK, EXIT_INTERRUPTED = 1, 3, 4, 130
-MAX_RETRIES_PER_DAY = 5
 MAX_LISTED = 1000
-UNREADABLE = "unreadable"  # the reason of dead letters
 EPILOG = """\b
 Exit codes: 0 all went well; 1 an image failed or is unknown; 2 wrong usage;
 3 a setting is malformed; 4 the stack cannot be started or reached; 130 interrupted."""
@@ -411,7 +408,8 @@ def list_failed(settings: Settings, reason: str | None, as_json: bool) -> None:
     """List what failed and was neither tried again nor discarded. Dead letters have the reason `unreadable`."""
     from imagepipeline import display
 
-    rows = [failure.row for failure in islice(find_failures(settings, reason), MAX_LISTED + 1)]
+    failures = open_failures(settings).iterate(reason)
+    rows = [failure.row for failure in islice(failures, MAX_LISTED + 1)]
     if len(rows) > MAX_LISTED:
         say(f"Note: only the newest {MAX_LISTED} are listed", err=True)
     display.show_rows(
@@ -429,7 +427,7 @@ def show(settings: Settings, failure_id: str, as_json: bool) -> None:
     """Show all that is known of one failure."""
     from imagepipeline import display
 
-    row = find_failure(settings, failure_id).row
+    row = open_failures(settings).get(failure_id).row
     display.show_status(lambda: row, as_json, False)
 
 
@@ -452,9 +450,8 @@ def retry(
 
     What is wrong with a file itself stays wrong: those are left alone, and named. Push a better file.
     """
-    act_on_failures(
-        settings, choose_failures(settings, failure_ids, reason, is_all), "retry", dry_run, as_json
-    )
+    failures = choose_failures(settings, failure_ids, reason, is_all)
+    act_on_failures(failures, "retry", dry_run, as_json)
 
 
 @failed.command(epilog=EPILOG)
@@ -473,13 +470,8 @@ def discard(
     as_json: bool,
 ) -> None:
     """Take failures off the list. An image keeps its row and its history; a dead letter is gone."""
-    act_on_failures(
-        settings,
-        choose_failures(settings, failure_ids, reason, is_all),
-        "discard",
-        dry_run,
-        as_json,
-    )
+    failures = choose_failures(settings, failure_ids, reason, is_all)
+    act_on_failures(failures, "discard", dry_run, as_json)
 
 
 @cli.command(epilog=EPILOG)
@@ -627,80 +619,6 @@ def count_images(settings: Settings, catalogue: "Catalogue") -> dict[str, int | 
     return row | ({"dropped": dropped} if dropped else {})
 
 
-@dataclass(frozen=True)
-class Failure:
-    """A failed image or a dead letter, as a row to show and two things one can do with it."""
-
-    row: dict[str, Any]
-    retry: Callable[[], object]
-    discard: Callable[[], object]
-
-
-def find_failures(settings: Settings, reason: str | None) -> Iterator[Failure]:
-    """Failed images, newest first, then dead letters; the latter only if Redis answers."""
-    return _iterate_failures(open_catalogue(settings), open_queue(settings), reason)
-
-
-def _iterate_failures(
-    catalogue: "Catalogue", queue: "UploadQueue", reason: str | None
-) -> Iterator[Failure]:
-    if reason != UNREADABLE:
-        for image in catalogue.iterate_failed(reason):
-            yield _of_image(catalogue, image)
-    if reason in (None, UNREADABLE):
-        try:
-            letters = queue.list_dead()
-        except StackError as error:
-            say(f"Note: {error}", err=True)
-            return
-        for letter in letters:
-            yield _of_letter(queue, letter)
-
-
-def find_failure(settings: Settings, failure_id: str) -> Failure:
-    """One failure, with all that is known of it.
-
-    Raises:
-        ImagePipelineError: there is none of that ID.
-    """
-    catalogue = open_catalogue(settings)
-    image = catalogue.get(failure_id)
-    if image is not None and image["status"] == Status.FAILED and image["discarded_at"] is None:
-        return _of_image(catalogue, image)
-    if image is None and failure_id.startswith("dead-"):
-        queue = open_queue(settings)
-        for letter in queue.list_dead():
-            if letter["id"] == failure_id:
-                return _of_letter(queue, letter)
-    raise ImagePipelineError(
-        f"{failure_id!r:.80} is not among the failures: see `imagepipeline failed list`"
-    )
-
-
-def _of_image(catalogue: "Catalogue", image: dict[str, Any]) -> Failure:
-    a_day_ago = datetime.now(UTC) - timedelta(days=1)
-    row = image | {"retries": catalogue.count_events(image["id"], "retried", a_day_ago)}
-
-    def retry() -> None:
-        # Built only now: a row of an earlier version that no upload could have made costs no other.
-        catalogue.accept(
-            [Upload(image["id"], image["requested_path"], image["priority"])], "retried"
-        )
-
-    return Failure(row, retry, partial(catalogue.discard, image["id"]))
-
-
-def _of_letter(queue: "UploadQueue", letter: Mapping[str, Any]) -> Failure:
-    at = datetime.fromtimestamp(letter["at"], UTC)
-    row = {
-        "id": letter["id"],
-        "reason": UNREADABLE,
-        "error": f"{letter['reason']}: {letter['entry']}",
-    }
-    row |= {"attempts": letter["copies"], "retries": 0, "updated_at": at}
-    return Failure(row, partial(queue.retry_dead, letter), partial(queue.discard_dead, letter))
-
-
 def choose_failures(
     settings: Settings, failure_ids: tuple[str, ...], reason: str | None, is_all: bool
 ) -> Iterable[Failure]:
@@ -709,48 +627,32 @@ def choose_failures(
         raise click.UsageError("name failures, or a --reason, or --all: not both")
     if not (failure_ids or reason or is_all):
         raise click.UsageError("name failures, or a --reason, or --all")
+    failures = open_failures(settings)
     if failure_ids:
-        return [find_failure(settings, failure_id) for failure_id in dict.fromkeys(failure_ids)]
-    return find_failures(settings, reason)
+        return [failures.get(failure_id) for failure_id in dict.fromkeys(failure_ids)]
+    return failures.iterate(reason)
 
 
 def act_on_failures(
-    settings: Settings, failures: Iterable[Failure], action: str, dry_run: bool, as_json: bool
+    failures: Iterable[Failure], action: Action, dry_run: bool, as_json: bool
 ) -> None:
-    """Retries or discards failures one by one, and says of each what was done; one that cannot costs no other."""
+    """Retries or discards failures, and prints each outcome as soon as it is known."""
     is_any_left = False
     if as_json:
         say("[", nl=False)
     for number, failure in enumerate(failures):
-        outcome = _act(failure, action, dry_run)
-        is_any_left = is_any_left or outcome.startswith("left alone")
+        is_done, outcome = failure.act(action, dry_run)
+        is_any_left = is_any_left or not is_done
         if as_json:
-            say(
-                (", " if number else "") + to_json({"id": failure.row["id"], "outcome": outcome}),
-                nl=False,
-            )
+            separator = ", " if number else ""
+            said = to_json({"id": failure.row["id"], "outcome": outcome})
+            say(separator + said, nl=False)
         else:
             say(f"{failure.row['id']}  {outcome}")
     if as_json:
         say("]")
     if is_any_left:
         sys.exit(EXIT_FAILED)
-
-
-def _act(failure: Failure, action: str, dry_run: bool) -> str:
-    row = failure.row
-    if action == "retry":
-        if not list_reasons().get(row["reason"], True):
-            return f"left alone: {row['reason']}, which no other try can help: push a better file"
-        if row["retries"] >= MAX_RETRIES_PER_DAY:
-            return f"left alone: retried {row['retries']} times within a day"
-    if dry_run:
-        return f"would {action}"
-    try:
-        getattr(failure, action)()
-    except InvalidUploadError as error:
-        return f"left alone: {error}"
-    return {"retry": "retried", "discard": "discarded"}[action]
 
 
 @cli.command(epilog=EPILOG)
@@ -872,6 +774,17 @@ def build_image_id(photo: Path) -> str:
     """An ID one can read: the file name, and 8 digits of the content's SHA-256 so that it is the photo's own."""
     name = re.sub(r"[^A-Za-z0-9]+", "-", photo.stem).strip("-")[:50] or "image"
     return f"{name}-{hashlib.sha256(photo.read_bytes()).hexdigest()[:8]}"
+
+
+def open_failures(settings: Settings) -> Failures:
+    """All that has failed."""
+    from imagepipeline.stores.failures import FailedImages
+
+    def report(problem: str) -> None:
+        say(f"Note: {problem}", err=True)
+
+    images = FailedImages(settings.database_url)
+    return Failures(open_catalogue(settings), images, open_queue(settings), report)
 
 
 def open_queue(settings: Settings) -> "UploadQueue":

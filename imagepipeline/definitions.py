@@ -22,6 +22,7 @@ from imagepipeline.storage import open_storage
 from imagepipeline.stores.broker import TaskQueue
 from imagepipeline.stores.catalogue import Catalogue
 from imagepipeline.stores.ledger import Ledger
+from imagepipeline.stores.outbox import Outbox
 from imagepipeline.stores.uploads import UploadQueue
 
 
@@ -79,6 +80,9 @@ def build_resources(settings: Settings) -> dict[str, dg.ResourceDefinition]:
         "catalogue": resources.opened(lambda: Catalogue(database), "The SQL record of all images."),
         "ledger": resources.opened(
             lambda: Ledger(database), "What paid calls cost, and the pauses."
+        ),
+        "outbox": resources.opened(
+            lambda: Outbox(database), "The failures the administrators have yet to be told of."
         ),
         "paid_calls": resources.entered(
             lambda: open_paid_calls(settings),
