@@ -3,12 +3,12 @@
 import dagster as dg
 
 from imagepipeline.defs import assets, jobs, notifications, reconciler, resources, sensors
-from imagepipeline.defs.originals import Originals
 from imagepipeline.homes import secure_home
 from imagepipeline.imaging.decoding import Rules
 from imagepipeline.imaging.sandbox import Sandbox
 from imagepipeline.imaging.variants import Renderer
 from imagepipeline.models import build_variant_specs
+from imagepipeline.originals import Originals
 from imagepipeline.providers import (
     build_embedder,
     build_index,

@@ -14,6 +14,7 @@ from typing import Annotated, Any
 from pydantic import BaseModel, ConfigDict, Field, StringConstraints
 
 from imagepipeline.errors import InvalidUploadError
+from imagepipeline.usage import CallUsage
 
 IMAGE_ID_PATTERN = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]{0,63}")
 THUMBNAIL_PX = 160  # long side of the picture in the UI
@@ -247,15 +248,6 @@ class ImageMetadata(BaseModel):
     def embedding_text(self) -> str:
         """The text the embedding is made of: description, tags, category, mood."""
         return " ".join([self.description, *self.tags, self.category, self.mood])
-
-
-@dataclass(frozen=True)
-class CallUsage:
-    """What a provider says a call used, and where it says so, what it cost in US dollars."""
-
-    tokens_in: int
-    tokens_out: int = 0
-    cost_usd: float | None = None
 
 
 @dataclass(frozen=True)

@@ -8,15 +8,13 @@ from dataclasses import replace
 import dagster as dg
 
 from imagepipeline.defs import checks
-from imagepipeline.defs.failures import GENERATION_TAG, RETRY_POLICY, attempt
-from imagepipeline.defs.originals import Original, Originals
+from imagepipeline.defs.attempts import GENERATION_TAG, RETRY_POLICY, attempt
 from imagepipeline.defs.partitions import uploads
 from imagepipeline.errors import MissingMetadataError
 from imagepipeline.imaging.palette import choose_visible
 from imagepipeline.imaging.sandbox import Usage
 from imagepipeline.imaging.variants import Renderer
 from imagepipeline.models import (
-    CallUsage,
     Claim,
     Embedding,
     ImageMetadata,
@@ -25,6 +23,7 @@ from imagepipeline.models import (
     Recipe,
     VisionAnswer,
 )
+from imagepipeline.originals import Original, Originals
 from imagepipeline.paid_calls import PaidCalls, Receipt
 from imagepipeline.resident import ResidentIndex
 from imagepipeline.services.embedder import Embedder
@@ -32,6 +31,7 @@ from imagepipeline.services.vision import VisionModel
 from imagepipeline.storage import Storage
 from imagepipeline.stores.catalogue import Catalogue
 from imagepipeline.stores.vectors import EmbeddingIndex
+from imagepipeline.usage import CallUsage
 
 OWNERS = ["team:imagepipeline"]
 

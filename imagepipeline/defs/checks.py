@@ -6,12 +6,12 @@ from typing import Any
 
 import dagster as dg
 
-from imagepipeline.defs.originals import Original, Originals
 from imagepipeline.defs.partitions import uploads
 from imagepipeline.errors import ImagePipelineError, MissingOriginalError
 from imagepipeline.imaging.inspection import Inspection
 from imagepipeline.imaging.variants import Renderer
 from imagepipeline.models import Claim, VariantSpec
+from imagepipeline.originals import Original, Originals
 from imagepipeline.storage import Storage
 from imagepipeline.stores.catalogue import Catalogue
 

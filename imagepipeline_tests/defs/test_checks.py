@@ -6,11 +6,11 @@ import pytest
 from PIL import Image
 
 from imagepipeline.defs.checks import CHECKS, find_problems
-from imagepipeline.defs.originals import Originals
 from imagepipeline.imaging.decoding import Rules
 from imagepipeline.imaging.sandbox import Sandbox
 from imagepipeline.imaging.variants import Renderer
 from imagepipeline.models import Claim, Variant, build_variant_specs
+from imagepipeline.originals import Originals
 from imagepipeline_tests.imaging.odd_files import encode
 
 

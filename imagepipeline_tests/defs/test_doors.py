@@ -8,7 +8,7 @@ import pytest
 import sqlalchemy as sa
 from PIL import Image
 
-from imagepipeline.defs.failures import GENERATION_TAG
+from imagepipeline.defs.attempts import GENERATION_TAG
 from imagepipeline.defs.notifications import tell
 from imagepipeline.defs.reconciler import StandstillWatch, reconcile
 from imagepipeline.defs.sensors import find_unfinished, take_in, upload_sensor

@@ -16,7 +16,7 @@ import pytest
 from PIL import Image
 from werkzeug import Response
 
-from imagepipeline.defs.failures import GENERATION_TAG
+from imagepipeline.defs.attempts import GENERATION_TAG
 from imagepipeline.defs.sensors import upload_sensor
 from imagepipeline.models import Recipe, Upload, now_utc
 from imagepipeline.paid_calls import PaidCalls

@@ -7,7 +7,7 @@ from datetime import timedelta
 import dagster as dg
 import pytest
 
-from imagepipeline.defs.failures import GENERATION_TAG
+from imagepipeline.defs.attempts import GENERATION_TAG
 from imagepipeline.defs.sensors import DEFAULT_SLOTS, RUNS_PER_SLOT, take_in, upload_sensor
 from imagepipeline.models import Recipe, Upload, now_utc
 from imagepipeline.paid_calls import PaidCalls
