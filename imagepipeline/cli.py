@@ -540,7 +540,7 @@ def limit(settings: Settings, rate: str | None, reset: bool, as_json: bool) -> N
     `metadata=10/minute,embedding=100/minute` gives each stage its own. Kept in Redis until `--reset`.
     """
     from imagepipeline.providers import open_limiter
-    from imagepipeline.stores.limiter import parse_limits
+    from imagepipeline.rates import parse_limits
 
     if rate is not None and reset:
         raise click.UsageError("give a RATE, or --reset")

@@ -226,6 +226,7 @@ def _examine_webserver(settings: Settings) -> Finding:
 def _examine_redis(settings: Settings) -> Finding:
     import redis
 
+    from imagepipeline.stores.connection import connect
     from imagepipeline.stores.uploads import UploadQueue
 
     try:
@@ -243,7 +244,7 @@ def _examine_redis(settings: Settings) -> Finding:
             f"{dropped} unreadable entries were dropped, as more came than are kept",
             FLOOD_ADVICE,
         )
-    client = redis.Redis.from_url(settings.redis_url, socket_connect_timeout=2, socket_timeout=5)
+    client = connect(settings.redis_url)
     try:
         client.ping()
         memory = client.info("memory")
@@ -328,7 +329,9 @@ def _examine_index(settings: Settings) -> Finding:
 def _examine_clock(settings: Settings) -> Finding:
     import redis
 
-    client = redis.Redis.from_url(settings.redis_url, socket_connect_timeout=2, socket_timeout=5)
+    from imagepipeline.stores.connection import connect
+
+    client = connect(settings.redis_url)
     try:
         seconds, microseconds = client.time()
     except redis.RedisError as error:

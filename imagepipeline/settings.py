@@ -26,10 +26,11 @@ from pydantic import (
 )
 
 from imagepipeline.errors import SettingsError
+from imagepipeline.imaging.limits import CPU_SECONDS, MAX_SIDE_PX, MEMORY_BYTES, Rules
+from imagepipeline.rates import DEFAULT_RATE_LIMIT, EXAMPLES, parse_limits
 
 OPENAI_URL, OPENROUTER_URL = "https://api.openai.com/v1", "https://openrouter.ai/api/v1"
 NO_KEY = "none"  # what servers that need no key are sent as one
-RATE = r"((metadata|embedding)=)?[1-9]\d{0,6}/(second|minute|hour|day)"
 # macOS allows 104 bytes for a socket's whole path, Linux 108; the longest name there is multiprocessing's, of 32.
 MAX_SOCKET_FOLDER_BYTES = 70
 LOOPBACK = ("localhost", "127.0.0.1", "::1")
@@ -132,10 +133,10 @@ def _check_webhook_url(value: SecretStr) -> SecretStr:
 
 
 def _check_rate_limit(value: str) -> str:
-    if value != "off" and not re.fullmatch(rf"({RATE})(,{RATE})*", value):
-        raise ValueError(
-            "must look like 10/minute, or metadata=10/minute,embedding=100/minute, or off"
-        )
+    try:
+        parse_limits(value)
+    except SettingsError:  # which quotes the value, as no message about a setting may
+        raise ValueError(f"must look like {EXAMPLES}") from None
     return value
 
 
@@ -274,7 +275,7 @@ class Settings(BaseModel):
         description="the only categories; what fits none becomes `other`",
     )
     rate_limit: Annotated[str, AfterValidator(_check_rate_limit)] = Field(
-        "10/minute",
+        DEFAULT_RATE_LIMIT,
         alias="IMAGEPIPELINE_RATE_LIMIT",
         description="of paid calls: `10/minute` together, `metadata=10/minute,embedding=100/minute` each, or `off`",
     )
@@ -331,41 +332,43 @@ class Settings(BaseModel):
         description="keeps artist and copyright in the variants",
     )
     max_bytes: Positive = Field(
-        25_000_000, alias="IMAGEPIPELINE_MAX_BYTES", description="limit on an original: its bytes"
+        Rules.max_bytes,
+        alias="IMAGEPIPELINE_MAX_BYTES",
+        description="limit on an original: its bytes",
     )
     max_pixels: Positive = Field(
-        50_000_000,
+        Rules.max_pixels,
         alias="IMAGEPIPELINE_MAX_PIXELS",
         description="limit on an original: the pixels that are decoded, over all frames that are kept; "
         "a JPEG may have five times as many",
     )
-    max_side_px: Annotated[int, Field(ge=1, le=16_383)] = Field(
-        16_383,
+    max_side_px: Annotated[int, Field(ge=1, le=MAX_SIDE_PX)] = Field(
+        Rules.max_side_px,
         alias="IMAGEPIPELINE_MAX_SIDE_PX",
         description="limit on a variant: width and height; WebP allows no more",
     )
     max_frames: Positive = Field(
-        60,
+        Rules.max_frames,
         alias="IMAGEPIPELINE_MAX_FRAMES",
         description="limit on an original: its frames, where all are kept",
     )
     max_icc_bytes: Positive = Field(
-        1_000_000,
+        Rules.max_icc_bytes,
         alias="IMAGEPIPELINE_MAX_ICC_BYTES",
         description="limit on an original: its colour profile",
     )
     max_text_bytes: Positive = Field(
-        1_000_000,
+        Rules.max_text_bytes,
         alias="IMAGEPIPELINE_MAX_TEXT_BYTES",
         description="limit on an original: a PNG's unpacked texts",
     )
     max_memory_bytes: Annotated[int, Field(ge=100_000_000)] = Field(
-        2_000_000_000,
+        MEMORY_BYTES,
         alias="IMAGEPIPELINE_MAX_MEMORY_BYTES",
         description="limit on decoding or encoding one image: memory",
     )
     max_cpu_seconds: Positive = Field(
-        20,
+        CPU_SECONDS,
         alias="IMAGEPIPELINE_MAX_CPU_SECONDS",
         description="limit on decoding or encoding one image: CPU time",
     )
