@@ -2,20 +2,20 @@
 
 import contextlib
 import functools
-import hashlib
 import io
 import os
-import re
 import sys
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from datetime import UTC, datetime, timedelta
+from dataclasses import asdict
+from datetime import UTC, datetime
 from itertools import islice
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import click
 
+from imagepipeline import uploading
 from imagepipeline.errors import (
     ImagePipelineError,
     InvalidUploadError,
@@ -26,18 +26,13 @@ from imagepipeline.errors import (
 )
 from imagepipeline.failures import UNREADABLE, Action, Failure, Failures
 from imagepipeline.homes import secure_home
-from imagepipeline.models import PRIORITY_LIMIT, Status, Upload, check_original_path
+from imagepipeline.models import PRIORITY_LIMIT, Status, Upload
+from imagepipeline.opening import open_catalogue, open_queue
 from imagepipeline.settings import Settings
 from imagepipeline.text import make_printable, to_json
 
-if TYPE_CHECKING:
-    from imagepipeline.storage import Storage
-    from imagepipeline.stores.catalogue import Catalogue
-    from imagepipeline.stores.ledger import Ledger
-    from imagepipeline.stores.uploads import UploadQueue
-
 EXIT_FAILED, EXIT_SETTINGS, EXIT_STACK, EXIT_INTERRUPTED = 1, 3, 4, 130
-MAX_LISTED = 1000
+MAX_LISTED = 1000  # failures
 EPILOG = """\b
 Exit codes: 0 all went well; 1 an image failed or is unknown; 2 wrong usage;
 3 a setting is malformed; 4 the stack cannot be started or reached; 130 interrupted."""
@@ -87,6 +82,11 @@ def main() -> None:
 def say(*lines: str, err: bool = False, nl: bool = True) -> None:
     """Prints lines, whoever wrote them: what is not printable in one becomes a space."""
     click.echo("\n".join(map(make_printable, lines)), nl=nl, err=err)
+
+
+def note(problem: str) -> None:
+    """Says on stderr what does not stop the command."""
+    say(f"Note: {problem}", err=True)
 
 
 def open_standard_streams() -> None:
@@ -160,7 +160,7 @@ def demo(settings: Settings, photos: Sequence[Path], exits: bool, as_json: bool)
 
     photos = photos or sorted(Path(str(files("imagepipeline") / "demo_photos")).glob("*.jpg"))
     with Stack(settings, display.report) as stack:
-        images = {build_image_id(photo): photo for photo in photos}
+        images = {uploading.build_image_id(photo): photo for photo in photos}
         began = time.monotonic()
         rows = push_and_follow(settings, images, 0, pause=stack.wait)
         display.add_nearest(rows, settings, build_embedder(settings).recipe.version)
@@ -240,7 +240,7 @@ def push(
         except InvalidUploadError as error:
             raise click.UsageError(str(error)) from None
     open_queue(settings).count()  # where Redis does not answer, no original is left behind
-    images = {image_id or build_image_id(photo): photo for photo in photos}
+    images = {image_id or uploading.build_image_id(photo): photo for photo in photos}
     if waits:
         from imagepipeline import display
 
@@ -249,7 +249,7 @@ def push(
         display.show_results(results, time.monotonic() - began, as_json)
         exit_by(results)
         return
-    enqueue(settings, images, priority)
+    uploading.enqueue(settings, images, priority, note)
     rows = [{"image_id": image_id, "photo": str(photo)} for image_id, photo in images.items()]
     say(*([to_json(rows)] if as_json else images))
 
@@ -272,14 +272,15 @@ def status(settings: Settings, image_id: str | None, watch: bool, as_json: bool)
     dropped     there only if more came: how many older ones are gone
     paused      there only while paid work is paused: why, and until when
     """
-    from imagepipeline import display
+    from imagepipeline import display, overview
     from imagepipeline.stores.ledger import Ledger
 
     catalogue, ledger = open_catalogue(settings), Ledger(settings.database_url)
 
     def read() -> dict[str, Any]:
         if image_id is None:
-            return count_images(settings, catalogue) | find_pause(settings, ledger)
+            counts = overview.count_images(settings, catalogue, note)
+            return counts | overview.find_pause(settings, ledger)
         row = catalogue.get(image_id)
         if row is None:
             raise ImagePipelineError(f"no image {image_id!r:.80} is in the catalogue")
@@ -297,20 +298,9 @@ def list_finished(settings: Settings, is_all: bool, as_json: bool) -> None:
 
     How long they are listed is a setting; neither this nor `failed discard` deletes anything.
     """
-    from imagepipeline import display
+    from imagepipeline import display, overview
 
-    catalogue = open_catalogue(settings)
-    now = datetime.now(UTC)
-    rows = []
-    for state, hours in (
-        (Status.COMPLETED, settings.list_completed_hours),
-        (Status.FAILED, settings.list_failed_hours),
-    ):
-        rows += catalogue.list_ended(
-            state, None if is_all else now - timedelta(hours=hours), MAX_LISTED
-        )
-        if len(rows) >= MAX_LISTED:
-            say(f"Note: at most the newest {MAX_LISTED} of each status are listed", err=True)
+    rows = overview.list_finished(settings, open_catalogue(settings), is_all, note)
     display.show_rows(
         rows, ("id", "status", "generation", "attempts", "reason", "error", "updated_at"), as_json
     )
@@ -349,36 +339,14 @@ def sweep(settings: Settings, dry_run: bool, as_json: bool) -> None:
     For the day the Redis list was lost before its IDs were taken in. It looks at `original/<id>.<ext>` only, so
     run it where every original there is meant to be processed.
     """
-    from imagepipeline.storage import open_storage
-
-    files, queue = open_storage(settings.storage), open_queue(settings)
-    unknown = open_catalogue(settings).find_unknown(files.list_originals())
-    leftovers = files.list_leftovers()
-    for image_id, path in list(unknown.items()):
-        try:
-            check_original_path(path)
-        except InvalidUploadError as error:
-            say(f"Note: {error}", err=True)
-            del unknown[image_id]
-    if not dry_run:
-        for image_id, path in unknown.items():
-            queue.enqueue(image_id, path)
-        for leftover in list(leftovers):
-            try:
-                files.delete(leftover)
-            except OSError as error:
-                say(f"Note: {leftover} cannot be deleted: {error.strerror}", err=True)
-                leftovers.remove(leftover)
-    done = {
-        "enqueued": sorted(unknown),
-        "deleted": [files.locate(path) for path in leftovers],
-        "dry_run": dry_run,
-    }
+    swept = uploading.sweep(settings, dry_run, note)
     would = "would be " if dry_run else ""
     text = (
-        f"{len(unknown)} originals {would}enqueued, {len(leftovers)} temporary files {would}deleted"
+        f"{len(swept.enqueued)} originals {would}enqueued, "
+        f"{len(swept.deleted)} temporary files {would}deleted"
     )
-    say(*([to_json(done)] if as_json else [*sorted(unknown), text]))
+    done = asdict(swept) | {"dry_run": dry_run}
+    say(*([to_json(done)] if as_json else [*swept.enqueued, text]))
 
 
 @cli.group(epilog=EPILOG)
@@ -589,36 +557,6 @@ def doctor(as_json: bool) -> None:
     sys.exit(EXIT_FAILED if display.show_findings(examine(Settings.load()), as_json) else 0)
 
 
-def find_pause(settings: Settings, ledger: "Ledger") -> dict[str, str]:
-    """The pause under which paid work is, if it is, as one entry `paused`; a rate limit that is used up is one, too."""
-    pauses = ledger.list_pauses()
-    if not pauses:
-        if not (settings.has_remote_vision or settings.has_remote_embedder):
-            return {}
-        from imagepipeline.providers import open_paid_calls
-
-        with open_paid_calls(settings) as paid_calls, contextlib.suppress(PostponedError):
-            _, problem = paid_calls.count_affordable()
-            return {"paused": f"rate_limit: {problem}"} if problem else {}
-        return {}
-    until = f", until {pauses[0].until:%F %R} UTC" if pauses[0].until else ""
-    return {"paused": f"{pauses[0].reason}{until}: {pauses[0].message}"}
-
-
-def count_images(settings: Settings, catalogue: "Catalogue") -> dict[str, int | None]:
-    """The images by status, with what waits on the Redis list; None for the latter while Redis is down."""
-    counts: dict[str, int | None]
-    dropped = 0
-    try:
-        queue = open_queue(settings)
-        counts, dropped = dict(queue.count()), queue.count_dropped()
-    except (StackError, PostponedError) as error:
-        say(f"Note: {error}", err=True)
-        counts = {"waiting": None, "dead": None}
-    row = {"waiting": counts["waiting"], **catalogue.count(), "dead": counts["dead"]}
-    return row | ({"dropped": dropped} if dropped else {})
-
-
 def choose_failures(
     settings: Settings, failure_ids: tuple[str, ...], reason: str | None, is_all: bool
 ) -> Iterable[Failure]:
@@ -720,7 +658,7 @@ def push_and_follow(
 
     catalogue = open_catalogue(settings)
     before = catalogue.get_states(list(images))
-    enqueue(settings, images, priority)
+    uploading.enqueue(settings, images, priority, note)
     # A run sees what was pushed before it began: wait for the end of one that began after one more push.
     awaited = {
         image_id: before[image_id].pushes + 1 if image_id in before else 1 for image_id in images
@@ -735,72 +673,12 @@ def exit_by(rows: Sequence[Mapping[str, Any]]) -> None:
         sys.exit(EXIT_FAILED)
 
 
-def enqueue(settings: Settings, images: Mapping[str, Path], priority: int) -> None:
-    """Stores each photo as its image's original, then pushes the ID."""
-    from imagepipeline.storage import open_storage
-
-    queue = open_queue(settings)
-    files = open_storage(settings.storage)
-    for image_id, photo in images.items():
-        extension = re.sub(r"[^a-z0-9]", "", photo.suffix.lower())[:8] or "bin"
-        path = files.put_original(image_id, photo.read_bytes(), extension)
-        replace_others(settings, files, image_id, path)
-        try:
-            queue.enqueue(image_id, path, priority)
-        except StackError as error:
-            raise StackError(f"{error}; {path} is stored and not enqueued: push it again") from None
-
-
-def replace_others(settings: Settings, files: "Storage", image_id: str, path: str) -> None:
-    """Deletes older originals of an ID that have another extension, unless a run may be reading them."""
-    others = [other for other in files.list_originals_of(image_id) if other != path]
-    if not others:
-        return
-    try:
-        state = open_catalogue(settings).get_states([image_id]).get(image_id)
-    except (StackError, PostponedError):
-        may_be_read = True
-    else:
-        may_be_read = state is not None and not state.status.has_ended
-    for other in others:
-        if may_be_read:
-            advice = f"delete it before you push {image_id} by its ID alone"
-            say(f"Note: {other} is kept, as a run may be reading it: {advice}", err=True)
-        else:
-            files.delete(other)
-
-
-def build_image_id(photo: Path) -> str:
-    """An ID one can read: the file name, and 8 digits of the content's SHA-256 so that it is the photo's own."""
-    name = re.sub(r"[^A-Za-z0-9]+", "-", photo.stem).strip("-")[:50] or "image"
-    return f"{name}-{hashlib.sha256(photo.read_bytes()).hexdigest()[:8]}"
-
-
 def open_failures(settings: Settings) -> Failures:
     """All that has failed."""
     from imagepipeline.stores.failures import FailedImages
 
-    def report(problem: str) -> None:
-        say(f"Note: {problem}", err=True)
-
     images = FailedImages(settings.database_url)
-    return Failures(open_catalogue(settings), images, open_queue(settings), report)
-
-
-def open_queue(settings: Settings) -> "UploadQueue":
-    """The Redis lists; it connects when first used."""
-    from imagepipeline.stores.uploads import UploadQueue
-
-    return UploadQueue(settings.redis_url, settings.queue_prefix)
-
-
-def open_catalogue(settings: Settings) -> "Catalogue":
-    """The catalogue, known to answer."""
-    from imagepipeline.stores.catalogue import Catalogue
-
-    catalogue = Catalogue(settings.database_url)
-    catalogue.check()
-    return catalogue
+    return Failures(open_catalogue(settings), images, open_queue(settings), note)
 
 
 if __name__ == "__main__":

@@ -67,7 +67,7 @@ def build_resources(settings: Settings) -> dict[str, dg.ResourceDefinition]:
         is_truncated_accepted=settings.accept_truncated,
     )
     preview_px = settings.vision_long_side_px if settings.has_remote_vision else None
-    specs = build_variant_specs(settings.webp_quality, settings.avif_quality)
+    specs = build_variant_specs(*settings.qualities)
     queue, broker, prefix = settings.redis_url, settings.broker_url, settings.queue_prefix
     database = settings.database_url
     return {

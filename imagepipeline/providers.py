@@ -129,7 +129,7 @@ def build_recipes(settings: Settings) -> dict[str, Recipe]:
     return {
         "metadata": build_vision_recipe(settings),
         "variants": build_recipe(
-            build_variant_specs(settings.webp_quality, settings.avif_quality),
+            build_variant_specs(*settings.qualities),
             settings.animation == "keep",
             settings.keep_copyright,
         ),

@@ -27,6 +27,7 @@ from pydantic import (
 
 from imagepipeline.errors import SettingsError
 from imagepipeline.imaging.limits import CPU_SECONDS, MAX_SIDE_PX, MEMORY_BYTES, Rules
+from imagepipeline.output_formats import AVIF, WEBP
 from imagepipeline.rates import DEFAULT_RATE_LIMIT, EXAMPLES, parse_limits
 
 OPENAI_URL, OPENROUTER_URL = "https://api.openai.com/v1", "https://openrouter.ai/api/v1"
@@ -308,11 +309,13 @@ class Settings(BaseModel):
         description="the embedding model",
     )
     webp_quality: Quality = Field(
-        80, alias="IMAGEPIPELINE_WEBP_QUALITY", description="quality of the WebP variants"
+        WEBP.default_quality,
+        alias=WEBP.quality_setting,
+        description="quality of the WebP variants",
     )
     avif_quality: Quality = Field(
-        80,
-        alias="IMAGEPIPELINE_AVIF_QUALITY",
+        AVIF.default_quality,
+        alias=AVIF.quality_setting,
         description="quality of the AVIF variants; 63 looks like WebP at 80 with fewer bytes",
     )
     animation: Literal["first-frame", "keep"] = Field(
@@ -553,6 +556,11 @@ class Settings(BaseModel):
             if self.explicit_broker_url
             else self.redis_url
         )
+
+    @property
+    def qualities(self) -> tuple[int, ...]:
+        """The quality of each of OUTPUT_FORMATS, in their order."""
+        return self.webp_quality, self.avif_quality
 
     @property
     def slots(self) -> int:
