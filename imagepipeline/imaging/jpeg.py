@@ -5,8 +5,7 @@ from dataclasses import dataclass
 
 from imagepipeline.errors import UnreadableImageError, UnsupportedFormatError
 
-SOI, EOI, SOS, DRI, DQT, DHT, APP0, APP1, APP2, APP14, PROGRESSIVE = (
-    0xD8,
+EOI, SOS, DRI, DQT, DHT, APP0, APP1, APP2, APP14, PROGRESSIVE = (
     0xD9,
     0xDA,
     0xDD,
