@@ -457,13 +457,13 @@ def discard(
 def search(settings: Settings, text: str, count: int, as_json: bool) -> None:
     """Find the images whose descriptions are nearest in meaning to TEXT."""
     from imagepipeline import display
+    from imagepipeline.index import open_index
     from imagepipeline.providers import embed_query
-    from imagepipeline.stores.vectors import EmbeddingIndex
 
     if not text.strip():
         raise click.UsageError("TEXT is empty: say what to look for")
     catalogue = open_catalogue(settings)
-    neighbours = EmbeddingIndex(settings.index_uri).nearest(
+    neighbours = open_index(settings.index_uri).nearest(
         embed_query(settings, text, display.report), count
     )
     display.show_neighbours(catalogue, neighbours, as_json)

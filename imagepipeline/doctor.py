@@ -315,14 +315,14 @@ def _has_index(settings: Settings) -> bool:
 
 
 def _examine_index(settings: Settings) -> Finding:
-    from imagepipeline.stores.vectors import EmbeddingIndex
+    from imagepipeline.index import open_index
 
     if not _has_index(settings):
         return Finding("index", True, "there is none yet; the first upload makes it")
     return Finding(
         "index",
         True,
-        f"it can be read; {EmbeddingIndex(settings.index_uri).count_rows()} embeddings",
+        f"it can be read; {open_index(settings.index_uri).count_rows()} embeddings",
     )
 
 
@@ -437,7 +437,7 @@ def _examine_vision(settings: Settings) -> Finding:
 
 def _examine_embedder(settings: Settings) -> Finding:
     from imagepipeline import providers
-    from imagepipeline.stores.vectors import EmbeddingIndex
+    from imagepipeline.index import open_index
 
     embedder = providers.build_embedder(settings)
     with providers.open_paid_calls(settings) as paid_calls:
@@ -446,7 +446,7 @@ def _examine_embedder(settings: Settings) -> Finding:
         )
     dimensions = len(embedding.vector)
     known = (
-        EmbeddingIndex(settings.index_uri).list_dimensions(embedding.version)
+        open_index(settings.index_uri).list_dimensions(embedding.version)
         if _has_index(settings)
         else []
     )

@@ -274,6 +274,18 @@ class Embedding:
 
 
 @dataclass(frozen=True)
+class Neighbour:
+    """An image near a query; `score` is the cosine similarity, -1..1, higher is nearer.
+
+    `text` is what was embedded of it.
+    """
+
+    image_id: str
+    score: float
+    text: str
+
+
+@dataclass(frozen=True)
 class VariantSpec:
     """The recipe of one variant: at most `width_px` wide, never enlarged, in `format` at `quality` (1..100)."""
 

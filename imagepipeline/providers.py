@@ -3,6 +3,7 @@
 from collections.abc import Callable, Iterator
 from contextlib import closing, contextmanager
 
+from imagepipeline.index import EmbeddingStore, open_index
 from imagepipeline.models import Embedding, Recipe, build_variant_specs
 from imagepipeline.paid_calls import PaidCalls, explain_unpriced, find_price
 from imagepipeline.resident import ResidentEmbedder, ResidentIndex, ResidentVision
@@ -19,7 +20,6 @@ from imagepipeline.services.vision import (
 from imagepipeline.settings import NO_KEY, Settings
 from imagepipeline.stores.ledger import Ledger
 from imagepipeline.stores.limiter import CallLimiter
-from imagepipeline.stores.vectors import EmbeddingIndex
 
 
 def build_vision(settings: Settings, resident: str | None = None) -> VisionModel:
@@ -52,9 +52,9 @@ def build_embedder(settings: Settings, resident: str | None = None) -> Embedder:
     return OpenRouterEmbedder(key, settings.openrouter_base_url, settings.embedding_model)
 
 
-def build_index(settings: Settings, resident: str | None = None) -> EmbeddingIndex | ResidentIndex:
+def build_index(settings: Settings, resident: str | None = None) -> EmbeddingStore:
     """The index of embeddings, through the resident if there is one: it writes for all runs here."""
-    return ResidentIndex(resident) if resident else EmbeddingIndex(settings.index_uri)
+    return ResidentIndex(resident) if resident else open_index(settings.index_uri)
 
 
 def build_notifiers(settings: Settings) -> list[Notifier]:
