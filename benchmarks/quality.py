@@ -18,7 +18,7 @@ import ssimulacra2
 from PIL import Image
 
 from benchmarks.stack import FOLDER, describe_machine
-from imagepipeline.imaging.variants import ENCODER_OPTIONS
+from imagepipeline.output_formats import OUTPUT_FORMATS
 
 WIDTHS_PX = (640, 1024)
 QUALITIES = range(76, 88)
@@ -128,7 +128,9 @@ def measure(folder: Path, count: int, has_frontier: bool) -> dict[str, Any]:
         tuned, as_written = encode_with_sharp(pngs, 0), encode_with_sharp(pngs, 4)
         for name in ("avif", "webp"):
             options = {
-                key: value for key, value in ENCODER_OPTIONS[name].items() if key != "max_threads"
+                key: value
+                for key, value in OUTPUT_FORMATS[name].encoder_options.items()
+                if key != "max_threads"
             }
             rows = {
                 "sharp, effort 0": tuned[name],

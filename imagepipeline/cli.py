@@ -2,22 +2,20 @@
 
 import contextlib
 import functools
-import hashlib
 import io
 import os
-import re
 import sys
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
-from datetime import UTC, datetime, timedelta
-from functools import partial
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import asdict
+from datetime import UTC, datetime
 from itertools import islice
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import click
 
+from imagepipeline import uploading
 from imagepipeline.errors import (
     ImagePipelineError,
     InvalidUploadError,
@@ -26,21 +24,15 @@ from imagepipeline.errors import (
     StackError,
     list_reasons,
 )
+from imagepipeline.failures import UNREADABLE, Action, Failure, Failures
 from imagepipeline.homes import secure_home
-from imagepipeline.models import PRIORITY_LIMIT, Status, Upload, check_original_path
+from imagepipeline.models import PRIORITY_LIMIT, Status, Upload
+from imagepipeline.opening import open_catalogue, open_queue
 from imagepipeline.settings import Settings
 from imagepipeline.text import make_printable, to_json
 
-if TYPE_CHECKING:
-    from imagepipeline.storage import Storage
-    from imagepipeline.stores.catalogue import Catalogue
-    from imagepipeline.stores.ledger import Ledger
-    from imagepipeline.stores.uploads import UploadQueue
-
 EXIT_FAILED, EXIT_SETTINGS, EXIT_STACK, EXIT_INTERRUPTED = 1, 3, 4, 130
-MAX_RETRIES_PER_DAY = 5
-MAX_LISTED = 1000
-UNREADABLE = "unreadable"  # the reason of dead letters
+MAX_LISTED = 1000  # failures
 EPILOG = """\b
 Exit codes: 0 all went well; 1 an image failed or is unknown; 2 wrong usage;
 3 a setting is malformed; 4 the stack cannot be started or reached; 130 interrupted."""
@@ -90,6 +82,11 @@ def main() -> None:
 def say(*lines: str, err: bool = False, nl: bool = True) -> None:
     """Prints lines, whoever wrote them: what is not printable in one becomes a space."""
     click.echo("\n".join(map(make_printable, lines)), nl=nl, err=err)
+
+
+def note(problem: str) -> None:
+    """Says on stderr what does not stop the command."""
+    say(f"Note: {problem}", err=True)
 
 
 def open_standard_streams() -> None:
@@ -163,7 +160,7 @@ def demo(settings: Settings, photos: Sequence[Path], exits: bool, as_json: bool)
 
     photos = photos or sorted(Path(str(files("imagepipeline") / "demo_photos")).glob("*.jpg"))
     with Stack(settings, display.report) as stack:
-        images = {build_image_id(photo): photo for photo in photos}
+        images = {uploading.build_image_id(photo): photo for photo in photos}
         began = time.monotonic()
         rows = push_and_follow(settings, images, 0, pause=stack.wait)
         display.add_nearest(rows, settings, build_embedder(settings).recipe.version)
@@ -243,7 +240,7 @@ def push(
         except InvalidUploadError as error:
             raise click.UsageError(str(error)) from None
     open_queue(settings).count()  # where Redis does not answer, no original is left behind
-    images = {image_id or build_image_id(photo): photo for photo in photos}
+    images = {image_id or uploading.build_image_id(photo): photo for photo in photos}
     if waits:
         from imagepipeline import display
 
@@ -252,7 +249,7 @@ def push(
         display.show_results(results, time.monotonic() - began, as_json)
         exit_by(results)
         return
-    enqueue(settings, images, priority)
+    uploading.enqueue(settings, images, priority, note)
     rows = [{"image_id": image_id, "photo": str(photo)} for image_id, photo in images.items()]
     say(*([to_json(rows)] if as_json else images))
 
@@ -275,14 +272,15 @@ def status(settings: Settings, image_id: str | None, watch: bool, as_json: bool)
     dropped     there only if more came: how many older ones are gone
     paused      there only while paid work is paused: why, and until when
     """
-    from imagepipeline import display
+    from imagepipeline import display, overview
     from imagepipeline.stores.ledger import Ledger
 
     catalogue, ledger = open_catalogue(settings), Ledger(settings.database_url)
 
     def read() -> dict[str, Any]:
         if image_id is None:
-            return count_images(settings, catalogue) | find_pause(settings, ledger)
+            counts = overview.count_images(settings, catalogue, note)
+            return counts | overview.find_pause(settings, ledger)
         row = catalogue.get(image_id)
         if row is None:
             raise ImagePipelineError(f"no image {image_id!r:.80} is in the catalogue")
@@ -300,20 +298,9 @@ def list_finished(settings: Settings, is_all: bool, as_json: bool) -> None:
 
     How long they are listed is a setting; neither this nor `failed discard` deletes anything.
     """
-    from imagepipeline import display
+    from imagepipeline import display, overview
 
-    catalogue = open_catalogue(settings)
-    now = datetime.now(UTC)
-    rows = []
-    for state, hours in (
-        (Status.COMPLETED, settings.list_completed_hours),
-        (Status.FAILED, settings.list_failed_hours),
-    ):
-        rows += catalogue.list_ended(
-            state, None if is_all else now - timedelta(hours=hours), MAX_LISTED
-        )
-        if len(rows) >= MAX_LISTED:
-            say(f"Note: at most the newest {MAX_LISTED} of each status are listed", err=True)
+    rows = overview.list_finished(settings, open_catalogue(settings), is_all, note)
     display.show_rows(
         rows, ("id", "status", "generation", "attempts", "reason", "error", "updated_at"), as_json
     )
@@ -352,36 +339,14 @@ def sweep(settings: Settings, dry_run: bool, as_json: bool) -> None:
     For the day the Redis list was lost before its IDs were taken in. It looks at `original/<id>.<ext>` only, so
     run it where every original there is meant to be processed.
     """
-    from imagepipeline.storage import open_storage
-
-    files, queue = open_storage(settings.storage), open_queue(settings)
-    unknown = open_catalogue(settings).find_unknown(files.list_originals())
-    leftovers = files.list_leftovers()
-    for image_id, path in list(unknown.items()):
-        try:
-            check_original_path(path)
-        except InvalidUploadError as error:
-            say(f"Note: {error}", err=True)
-            del unknown[image_id]
-    if not dry_run:
-        for image_id, path in unknown.items():
-            queue.enqueue(image_id, path)
-        for leftover in list(leftovers):
-            try:
-                files.delete(leftover)
-            except OSError as error:
-                say(f"Note: {leftover} cannot be deleted: {error.strerror}", err=True)
-                leftovers.remove(leftover)
-    done = {
-        "enqueued": sorted(unknown),
-        "deleted": [files.locate(path) for path in leftovers],
-        "dry_run": dry_run,
-    }
+    swept = uploading.sweep(settings, dry_run, note)
     would = "would be " if dry_run else ""
     text = (
-        f"{len(unknown)} originals {would}enqueued, {len(leftovers)} temporary files {would}deleted"
+        f"{len(swept.enqueued)} originals {would}enqueued, "
+        f"{len(swept.deleted)} temporary files {would}deleted"
     )
-    say(*([to_json(done)] if as_json else [*sorted(unknown), text]))
+    done = asdict(swept) | {"dry_run": dry_run}
+    say(*([to_json(done)] if as_json else [*swept.enqueued, text]))
 
 
 @cli.group(epilog=EPILOG)
@@ -411,7 +376,8 @@ def list_failed(settings: Settings, reason: str | None, as_json: bool) -> None:
     """List what failed and was neither tried again nor discarded. Dead letters have the reason `unreadable`."""
     from imagepipeline import display
 
-    rows = [failure.row for failure in islice(find_failures(settings, reason), MAX_LISTED + 1)]
+    failures = open_failures(settings).iterate(reason)
+    rows = [failure.row for failure in islice(failures, MAX_LISTED + 1)]
     if len(rows) > MAX_LISTED:
         say(f"Note: only the newest {MAX_LISTED} are listed", err=True)
     display.show_rows(
@@ -429,7 +395,7 @@ def show(settings: Settings, failure_id: str, as_json: bool) -> None:
     """Show all that is known of one failure."""
     from imagepipeline import display
 
-    row = find_failure(settings, failure_id).row
+    row = open_failures(settings).get(failure_id).row
     display.show_status(lambda: row, as_json, False)
 
 
@@ -452,9 +418,8 @@ def retry(
 
     What is wrong with a file itself stays wrong: those are left alone, and named. Push a better file.
     """
-    act_on_failures(
-        settings, choose_failures(settings, failure_ids, reason, is_all), "retry", dry_run, as_json
-    )
+    failures = choose_failures(settings, failure_ids, reason, is_all)
+    act_on_failures(failures, "retry", dry_run, as_json)
 
 
 @failed.command(epilog=EPILOG)
@@ -473,13 +438,8 @@ def discard(
     as_json: bool,
 ) -> None:
     """Take failures off the list. An image keeps its row and its history; a dead letter is gone."""
-    act_on_failures(
-        settings,
-        choose_failures(settings, failure_ids, reason, is_all),
-        "discard",
-        dry_run,
-        as_json,
-    )
+    failures = choose_failures(settings, failure_ids, reason, is_all)
+    act_on_failures(failures, "discard", dry_run, as_json)
 
 
 @cli.command(epilog=EPILOG)
@@ -497,13 +457,13 @@ def discard(
 def search(settings: Settings, text: str, count: int, as_json: bool) -> None:
     """Find the images whose descriptions are nearest in meaning to TEXT."""
     from imagepipeline import display
+    from imagepipeline.index import open_index
     from imagepipeline.providers import embed_query
-    from imagepipeline.stores.vectors import EmbeddingIndex
 
     if not text.strip():
         raise click.UsageError("TEXT is empty: say what to look for")
     catalogue = open_catalogue(settings)
-    neighbours = EmbeddingIndex(settings.index_uri).nearest(
+    neighbours = open_index(settings.index_uri).nearest(
         embed_query(settings, text, display.report), count
     )
     display.show_neighbours(catalogue, neighbours, as_json)
@@ -548,7 +508,7 @@ def limit(settings: Settings, rate: str | None, reset: bool, as_json: bool) -> N
     `metadata=10/minute,embedding=100/minute` gives each stage its own. Kept in Redis until `--reset`.
     """
     from imagepipeline.providers import open_limiter
-    from imagepipeline.stores.limiter import parse_limits
+    from imagepipeline.rates import parse_limits
 
     if rate is not None and reset:
         raise click.UsageError("give a RATE, or --reset")
@@ -597,110 +557,6 @@ def doctor(as_json: bool) -> None:
     sys.exit(EXIT_FAILED if display.show_findings(examine(Settings.load()), as_json) else 0)
 
 
-def find_pause(settings: Settings, ledger: "Ledger") -> dict[str, str]:
-    """The pause under which paid work is, if it is, as one entry `paused`; a rate limit that is used up is one, too."""
-    pauses = ledger.list_pauses()
-    if not pauses:
-        if not (settings.has_remote_vision or settings.has_remote_embedder):
-            return {}
-        from imagepipeline.providers import open_paid_calls
-
-        with open_paid_calls(settings) as paid_calls, contextlib.suppress(PostponedError):
-            _, problem = paid_calls.count_affordable()
-            return {"paused": f"rate_limit: {problem}"} if problem else {}
-        return {}
-    until = f", until {pauses[0].until:%F %R} UTC" if pauses[0].until else ""
-    return {"paused": f"{pauses[0].reason}{until}: {pauses[0].message}"}
-
-
-def count_images(settings: Settings, catalogue: "Catalogue") -> dict[str, int | None]:
-    """The images by status, with what waits on the Redis list; None for the latter while Redis is down."""
-    counts: dict[str, int | None]
-    dropped = 0
-    try:
-        queue = open_queue(settings)
-        counts, dropped = dict(queue.count()), queue.count_dropped()
-    except (StackError, PostponedError) as error:
-        say(f"Note: {error}", err=True)
-        counts = {"waiting": None, "dead": None}
-    row = {"waiting": counts["waiting"], **catalogue.count(), "dead": counts["dead"]}
-    return row | ({"dropped": dropped} if dropped else {})
-
-
-@dataclass(frozen=True)
-class Failure:
-    """A failed image or a dead letter, as a row to show and two things one can do with it."""
-
-    row: dict[str, Any]
-    retry: Callable[[], object]
-    discard: Callable[[], object]
-
-
-def find_failures(settings: Settings, reason: str | None) -> Iterator[Failure]:
-    """Failed images, newest first, then dead letters; the latter only if Redis answers."""
-    return _iterate_failures(open_catalogue(settings), open_queue(settings), reason)
-
-
-def _iterate_failures(
-    catalogue: "Catalogue", queue: "UploadQueue", reason: str | None
-) -> Iterator[Failure]:
-    if reason != UNREADABLE:
-        for image in catalogue.iterate_failed(reason):
-            yield _of_image(catalogue, image)
-    if reason in (None, UNREADABLE):
-        try:
-            letters = queue.list_dead()
-        except StackError as error:
-            say(f"Note: {error}", err=True)
-            return
-        for letter in letters:
-            yield _of_letter(queue, letter)
-
-
-def find_failure(settings: Settings, failure_id: str) -> Failure:
-    """One failure, with all that is known of it.
-
-    Raises:
-        ImagePipelineError: there is none of that ID.
-    """
-    catalogue = open_catalogue(settings)
-    image = catalogue.get(failure_id)
-    if image is not None and image["status"] == Status.FAILED and image["discarded_at"] is None:
-        return _of_image(catalogue, image)
-    if image is None and failure_id.startswith("dead-"):
-        queue = open_queue(settings)
-        for letter in queue.list_dead():
-            if letter["id"] == failure_id:
-                return _of_letter(queue, letter)
-    raise ImagePipelineError(
-        f"{failure_id!r:.80} is not among the failures: see `imagepipeline failed list`"
-    )
-
-
-def _of_image(catalogue: "Catalogue", image: dict[str, Any]) -> Failure:
-    a_day_ago = datetime.now(UTC) - timedelta(days=1)
-    row = image | {"retries": catalogue.count_events(image["id"], "retried", a_day_ago)}
-
-    def retry() -> None:
-        # Built only now: a row of an earlier version that no upload could have made costs no other.
-        catalogue.accept(
-            [Upload(image["id"], image["requested_path"], image["priority"])], "retried"
-        )
-
-    return Failure(row, retry, partial(catalogue.discard, image["id"]))
-
-
-def _of_letter(queue: "UploadQueue", letter: Mapping[str, Any]) -> Failure:
-    at = datetime.fromtimestamp(letter["at"], UTC)
-    row = {
-        "id": letter["id"],
-        "reason": UNREADABLE,
-        "error": f"{letter['reason']}: {letter['entry']}",
-    }
-    row |= {"attempts": letter["copies"], "retries": 0, "updated_at": at}
-    return Failure(row, partial(queue.retry_dead, letter), partial(queue.discard_dead, letter))
-
-
 def choose_failures(
     settings: Settings, failure_ids: tuple[str, ...], reason: str | None, is_all: bool
 ) -> Iterable[Failure]:
@@ -709,48 +565,32 @@ def choose_failures(
         raise click.UsageError("name failures, or a --reason, or --all: not both")
     if not (failure_ids or reason or is_all):
         raise click.UsageError("name failures, or a --reason, or --all")
+    failures = open_failures(settings)
     if failure_ids:
-        return [find_failure(settings, failure_id) for failure_id in dict.fromkeys(failure_ids)]
-    return find_failures(settings, reason)
+        return [failures.get(failure_id) for failure_id in dict.fromkeys(failure_ids)]
+    return failures.iterate(reason)
 
 
 def act_on_failures(
-    settings: Settings, failures: Iterable[Failure], action: str, dry_run: bool, as_json: bool
+    failures: Iterable[Failure], action: Action, dry_run: bool, as_json: bool
 ) -> None:
-    """Retries or discards failures one by one, and says of each what was done; one that cannot costs no other."""
+    """Retries or discards failures, and prints each outcome as soon as it is known."""
     is_any_left = False
     if as_json:
         say("[", nl=False)
     for number, failure in enumerate(failures):
-        outcome = _act(failure, action, dry_run)
-        is_any_left = is_any_left or outcome.startswith("left alone")
+        is_done, outcome = failure.act(action, dry_run)
+        is_any_left = is_any_left or not is_done
         if as_json:
-            say(
-                (", " if number else "") + to_json({"id": failure.row["id"], "outcome": outcome}),
-                nl=False,
-            )
+            separator = ", " if number else ""
+            said = to_json({"id": failure.row["id"], "outcome": outcome})
+            say(separator + said, nl=False)
         else:
             say(f"{failure.row['id']}  {outcome}")
     if as_json:
         say("]")
     if is_any_left:
         sys.exit(EXIT_FAILED)
-
-
-def _act(failure: Failure, action: str, dry_run: bool) -> str:
-    row = failure.row
-    if action == "retry":
-        if not list_reasons().get(row["reason"], True):
-            return f"left alone: {row['reason']}, which no other try can help: push a better file"
-        if row["retries"] >= MAX_RETRIES_PER_DAY:
-            return f"left alone: retried {row['retries']} times within a day"
-    if dry_run:
-        return f"would {action}"
-    try:
-        getattr(failure, action)()
-    except InvalidUploadError as error:
-        return f"left alone: {error}"
-    return {"retry": "retried", "discard": "discarded"}[action]
 
 
 @cli.command(epilog=EPILOG)
@@ -818,7 +658,7 @@ def push_and_follow(
 
     catalogue = open_catalogue(settings)
     before = catalogue.get_states(list(images))
-    enqueue(settings, images, priority)
+    uploading.enqueue(settings, images, priority, note)
     # A run sees what was pushed before it began: wait for the end of one that began after one more push.
     awaited = {
         image_id: before[image_id].pushes + 1 if image_id in before else 1 for image_id in images
@@ -833,61 +673,12 @@ def exit_by(rows: Sequence[Mapping[str, Any]]) -> None:
         sys.exit(EXIT_FAILED)
 
 
-def enqueue(settings: Settings, images: Mapping[str, Path], priority: int) -> None:
-    """Stores each photo as its image's original, then pushes the ID."""
-    from imagepipeline.storage import open_storage
+def open_failures(settings: Settings) -> Failures:
+    """All that has failed."""
+    from imagepipeline.stores.failures import FailedImages
 
-    queue = open_queue(settings)
-    files = open_storage(settings.storage)
-    for image_id, photo in images.items():
-        extension = re.sub(r"[^a-z0-9]", "", photo.suffix.lower())[:8] or "bin"
-        path = files.put_original(image_id, photo.read_bytes(), extension)
-        replace_others(settings, files, image_id, path)
-        try:
-            queue.enqueue(image_id, path, priority)
-        except StackError as error:
-            raise StackError(f"{error}; {path} is stored and not enqueued: push it again") from None
-
-
-def replace_others(settings: Settings, files: "Storage", image_id: str, path: str) -> None:
-    """Deletes older originals of an ID that have another extension, unless a run may be reading them."""
-    others = [other for other in files.list_originals_of(image_id) if other != path]
-    if not others:
-        return
-    try:
-        state = open_catalogue(settings).get_states([image_id]).get(image_id)
-    except (StackError, PostponedError):
-        may_be_read = True
-    else:
-        may_be_read = state is not None and not state.status.has_ended
-    for other in others:
-        if may_be_read:
-            advice = f"delete it before you push {image_id} by its ID alone"
-            say(f"Note: {other} is kept, as a run may be reading it: {advice}", err=True)
-        else:
-            files.delete(other)
-
-
-def build_image_id(photo: Path) -> str:
-    """An ID one can read: the file name, and 8 digits of the content's SHA-256 so that it is the photo's own."""
-    name = re.sub(r"[^A-Za-z0-9]+", "-", photo.stem).strip("-")[:50] or "image"
-    return f"{name}-{hashlib.sha256(photo.read_bytes()).hexdigest()[:8]}"
-
-
-def open_queue(settings: Settings) -> "UploadQueue":
-    """The Redis lists; it connects when first used."""
-    from imagepipeline.stores.uploads import UploadQueue
-
-    return UploadQueue(settings.redis_url, settings.queue_prefix)
-
-
-def open_catalogue(settings: Settings) -> "Catalogue":
-    """The catalogue, known to answer."""
-    from imagepipeline.stores.catalogue import Catalogue
-
-    catalogue = Catalogue(settings.database_url)
-    catalogue.check()
-    return catalogue
+    images = FailedImages(settings.database_url)
+    return Failures(open_catalogue(settings), images, open_queue(settings), note)
 
 
 if __name__ == "__main__":

@@ -11,12 +11,12 @@ from imagepipeline.defs import (
     resources,
     sensors,
 )
-from imagepipeline.defs.originals import Originals
 from imagepipeline.homes import secure_home
 from imagepipeline.imaging.decoding import Rules
 from imagepipeline.imaging.sandbox import Sandbox
 from imagepipeline.imaging.variants import Renderer
 from imagepipeline.models import build_variant_specs
+from imagepipeline.originals import Originals
 from imagepipeline.providers import (
     build_embedder,
     build_index,
@@ -30,6 +30,7 @@ from imagepipeline.storage import open_storage
 from imagepipeline.stores.broker import TaskQueue
 from imagepipeline.stores.catalogue import Catalogue
 from imagepipeline.stores.ledger import Ledger
+from imagepipeline.stores.outbox import Outbox
 from imagepipeline.stores.uploads import UploadQueue
 
 
@@ -38,6 +39,11 @@ def defs() -> dg.Definitions:
     """The code location. Nothing connects here, and of the disk only the home's modes are looked at."""
     settings = Settings.load()
     secure_home(settings)  # under `dagster dev`, this is the way in
+    return build(settings)
+
+
+def build(settings: Settings, resident: str | None = None) -> dg.Definitions:
+    """The code location of a process that has a resident at that address, or of one that has none."""
     recipes = build_recipes(settings)
     return dg.Definitions(
         assets=[
@@ -56,12 +62,14 @@ def defs() -> dg.Definitions:
             notifications.notification_sensor,
             checks.check_sensor,
         ],
-        resources=build_resources(settings),
+        resources=build_resources(settings, resident),
         executor=dg.in_process_executor,
     )
 
 
-def build_resources(settings: Settings) -> dict[str, dg.ResourceDefinition]:
+def build_resources(
+    settings: Settings, resident: str | None = None
+) -> dict[str, dg.ResourceDefinition]:
     """What assets and sensors are given; each connects when it is first used."""
     files = open_storage(settings.storage)
     sandbox = Sandbox(
@@ -80,7 +88,7 @@ def build_resources(settings: Settings) -> dict[str, dg.ResourceDefinition]:
         is_truncated_accepted=settings.accept_truncated,
     )
     preview_px = settings.vision_long_side_px if settings.has_remote_vision else None
-    specs = build_variant_specs(settings.webp_quality, settings.avif_quality)
+    specs = build_variant_specs(*settings.qualities)
     queue, broker, prefix = settings.redis_url, settings.broker_url, settings.queue_prefix
     database = settings.database_url
     return {
@@ -92,6 +100,9 @@ def build_resources(settings: Settings) -> dict[str, dg.ResourceDefinition]:
         ),
         "catalogue": resources.made(lambda: Catalogue(database), "The SQL record of all images."),
         "ledger": resources.made(lambda: Ledger(database), "What paid calls cost, and the pauses."),
+        "outbox": resources.made(
+            lambda: Outbox(database), "The failures the administrators have yet to be told of."
+        ),
         "paid_calls": resources.entered(
             lambda: open_paid_calls(settings),
             "Who makes the paid calls: within rate limit and budget, written down.",
@@ -114,11 +125,13 @@ def build_resources(settings: Settings) -> dict[str, dg.ResourceDefinition]:
             ),
             "How variants are made.",
         ),
-        "index": resources.made(lambda: build_index(settings), "The embeddings, in LanceDB."),
+        "index": resources.made(
+            lambda: build_index(settings, resident), "The embeddings, in LanceDB."
+        ),
         "vision": resources.made(
-            lambda: build_vision(settings), "The model that describes the images."
+            lambda: build_vision(settings, resident), "The model that describes the images."
         ),
         "embedder": resources.made(
-            lambda: build_embedder(settings), "The model that embeds the texts."
+            lambda: build_embedder(settings, resident), "The model that embeds the texts."
         ),
     }

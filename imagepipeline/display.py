@@ -17,10 +17,10 @@ from rich.table import Table
 from rich.text import Text
 
 from imagepipeline.doctor import Finding
-from imagepipeline.models import Status
+from imagepipeline.index import open_index
+from imagepipeline.models import Neighbour, Status
 from imagepipeline.settings import Settings
 from imagepipeline.stores.catalogue import Catalogue
-from imagepipeline.stores.vectors import EmbeddingIndex, Neighbour
 from imagepipeline.text import make_printable, to_json
 
 POLL_SECONDS = 0.3
@@ -136,7 +136,7 @@ def collect_results(catalogue: Catalogue, image_ids: Sequence[str]) -> list[dict
 
 def add_nearest(rows: Sequence[dict[str, Any]], settings: Settings, version: str) -> None:
     """Adds to each row the `nearest` other image among those embedded by this version."""
-    index = EmbeddingIndex(settings.index_uri)
+    index = open_index(settings.index_uri)
     for row in rows:
         neighbour = index.nearest_other(row["image_id"], version)
         row["nearest"] = (

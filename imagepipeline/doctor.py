@@ -226,6 +226,7 @@ def _examine_webserver(settings: Settings) -> Finding:
 def _examine_redis(settings: Settings) -> Finding:
     import redis
 
+    from imagepipeline.stores.connection import connect
     from imagepipeline.stores.uploads import UploadQueue
 
     try:
@@ -243,7 +244,7 @@ def _examine_redis(settings: Settings) -> Finding:
             f"{dropped} unreadable entries were dropped, as more came than are kept",
             FLOOD_ADVICE,
         )
-    client = redis.Redis.from_url(settings.redis_url, socket_connect_timeout=2, socket_timeout=5)
+    client = connect(settings.redis_url)
     try:
         client.ping()
         memory = client.info("memory")
@@ -314,21 +315,23 @@ def _has_index(settings: Settings) -> bool:
 
 
 def _examine_index(settings: Settings) -> Finding:
-    from imagepipeline.stores.vectors import EmbeddingIndex
+    from imagepipeline.index import open_index
 
     if not _has_index(settings):
         return Finding("index", True, "there is none yet; the first upload makes it")
     return Finding(
         "index",
         True,
-        f"it can be read; {EmbeddingIndex(settings.index_uri).count_rows()} embeddings",
+        f"it can be read; {open_index(settings.index_uri).count_rows()} embeddings",
     )
 
 
 def _examine_clock(settings: Settings) -> Finding:
     import redis
 
-    client = redis.Redis.from_url(settings.redis_url, socket_connect_timeout=2, socket_timeout=5)
+    from imagepipeline.stores.connection import connect
+
+    client = connect(settings.redis_url)
     try:
         seconds, microseconds = client.time()
     except redis.RedisError as error:
@@ -434,7 +437,7 @@ def _examine_vision(settings: Settings) -> Finding:
 
 def _examine_embedder(settings: Settings) -> Finding:
     from imagepipeline import providers
-    from imagepipeline.stores.vectors import EmbeddingIndex
+    from imagepipeline.index import open_index
 
     embedder = providers.build_embedder(settings)
     with providers.open_paid_calls(settings) as paid_calls:
@@ -443,7 +446,7 @@ def _examine_embedder(settings: Settings) -> Finding:
         )
     dimensions = len(embedding.vector)
     known = (
-        EmbeddingIndex(settings.index_uri).list_dimensions(embedding.version)
+        open_index(settings.index_uri).list_dimensions(embedding.version)
         if _has_index(settings)
         else []
     )

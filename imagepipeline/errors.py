@@ -44,12 +44,10 @@
 `can_be_retried` says whether a later try of the same file can succeed, perhaps under other settings.
 """
 
-from typing import TYPE_CHECKING, ClassVar
+from typing import ClassVar
 
 from imagepipeline.text import make_printable
-
-if TYPE_CHECKING:  # models raise these errors
-    from imagepipeline.models import CallUsage
+from imagepipeline.usage import CallUsage
 
 
 class ImagePipelineError(Exception):
@@ -182,7 +180,7 @@ class BadAnswerError(RetryableError):
     """The provider answered something that does not fit the schema. `usage` is what it will charge for it."""
 
     reason = "bad_output"
-    usage: "CallUsage | None" = None
+    usage: CallUsage | None = None
 
 
 class FormatRefusedError(BadAnswerError):
@@ -291,7 +289,7 @@ class RefusedError(PermanentError):
 
     reason = "refused"
     can_be_retried = True
-    usage: "CallUsage | None" = None
+    usage: CallUsage | None = None
 
 
 class ProviderRejectedError(PermanentError):

@@ -14,6 +14,8 @@ from typing import Annotated, Any
 from pydantic import BaseModel, ConfigDict, Field, StringConstraints
 
 from imagepipeline.errors import InvalidUploadError
+from imagepipeline.output_formats import OUTPUT_FORMATS
+from imagepipeline.usage import CallUsage
 
 IMAGE_ID_PATTERN = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]{0,63}")
 THUMBNAIL_PX = 160  # long side of the picture in the UI
@@ -22,7 +24,8 @@ PRIORITY_LIMIT = 1000
 MAX_ENTRY_BYTES = 4096
 # A path names files in a database (512 characters) and on disks, which allow 255 bytes for each name (POSIX NAME_MAX).
 MAX_PATH_BYTES, MAX_NAME_BYTES = 480, 255
-VARIANT_SUFFIX_BYTES = len("-sm.avif")
+VARIANT_WIDTHS_PX = {"sm": 640, "md": 1024, "lg": 1920}
+VARIANT_SUFFIX_BYTES = max(len(f"-sm.{name}") for name in OUTPUT_FORMATS)
 ASSETS = ("metadata", "variants", "embedding")  # in the order they are made
 
 
@@ -250,15 +253,6 @@ class ImageMetadata(BaseModel):
 
 
 @dataclass(frozen=True)
-class CallUsage:
-    """What a provider says a call used, and where it says so, what it cost in US dollars."""
-
-    tokens_in: int
-    tokens_out: int = 0
-    cost_usd: float | None = None
-
-
-@dataclass(frozen=True)
 class VisionAnswer:
     """Metadata and what it took to get it."""
 
@@ -280,6 +274,18 @@ class Embedding:
 
 
 @dataclass(frozen=True)
+class Neighbour:
+    """An image near a query; `score` is the cosine similarity, -1..1, higher is nearer.
+
+    `text` is what was embedded of it.
+    """
+
+    image_id: str
+    score: float
+    text: str
+
+
+@dataclass(frozen=True)
 class VariantSpec:
     """The recipe of one variant: at most `width_px` wide, never enlarged, in `format` at `quality` (1..100)."""
 
@@ -294,12 +300,17 @@ class VariantSpec:
         return str(path.with_name(f"{path.stem}-{self.suffix}.{self.format}"))
 
 
-def build_variant_specs(webp_quality: int = 80, avif_quality: int = 80) -> tuple[VariantSpec, ...]:
-    """The specs of the six variants of the contract."""
+def build_variant_specs(*qualities: int) -> tuple[VariantSpec, ...]:
+    """The specs of the six variants: each width in each format.
+
+    Args:
+        qualities: one for each of OUTPUT_FORMATS, in their order; none for the default ones.
+    """
+    chosen = qualities or [one.default_quality for one in OUTPUT_FORMATS.values()]
     return tuple(
-        VariantSpec(suffix, width_px, format_, quality)
-        for suffix, width_px in (("sm", 640), ("md", 1024), ("lg", 1920))
-        for format_, quality in (("webp", webp_quality), ("avif", avif_quality))
+        VariantSpec(suffix, width_px, name, quality)
+        for suffix, width_px in VARIANT_WIDTHS_PX.items()
+        for name, quality in zip(OUTPUT_FORMATS, chosen, strict=True)
     )
 
 

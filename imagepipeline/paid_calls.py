@@ -17,9 +17,10 @@ from imagepipeline.errors import (
     RateLimitError,
     RefusedError,
 )
-from imagepipeline.models import CallUsage, Claim, PaidCall, Pause, Recipe, now_utc
+from imagepipeline.models import Claim, PaidCall, Pause, Recipe, now_utc
 from imagepipeline.stores.ledger import MESSAGE_CHARACTERS, Ledger
 from imagepipeline.stores.limiter import CallLimiter
+from imagepipeline.usage import CallUsage
 
 MAX_WAIT_SECONDS = 180  # for the rate limit; then the image gives its slot to another
 # A provider is down, and it is not an image's own trouble, when so many images in a row got no answer and one of them

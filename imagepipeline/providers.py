@@ -3,6 +3,7 @@
 from collections.abc import Callable, Iterator
 from contextlib import closing, contextmanager
 
+from imagepipeline.index import EmbeddingStore, open_index
 from imagepipeline.models import Embedding, Recipe, build_variant_specs
 from imagepipeline.paid_calls import PaidCalls, explain_unpriced, find_price
 from imagepipeline.resident import ResidentEmbedder, ResidentIndex, ResidentVision
@@ -19,17 +20,12 @@ from imagepipeline.services.vision import (
 from imagepipeline.settings import NO_KEY, Settings
 from imagepipeline.stores.ledger import Ledger
 from imagepipeline.stores.limiter import CallLimiter
-from imagepipeline.stores.vectors import EmbeddingIndex
 
 
-def build_vision(settings: Settings) -> VisionModel:
-    """The vision model; an offline one is in the resident, where there is one."""
+def build_vision(settings: Settings, resident: str | None = None) -> VisionModel:
+    """The vision model. An offline one runs in the resident at that address, or else here."""
     if not settings.has_remote_vision:
-        return (
-            ResidentVision(str(settings.resident_socket))
-            if settings.resident_socket
-            else LocalVision()
-        )
+        return ResidentVision(resident) if resident else LocalVision()
     key = settings.openai_api_key.get_secret_value() if settings.openai_api_key else NO_KEY
     prompt = settings.vision_prompt or DEFAULT_PROMPT
     return OpenAIVision(
@@ -48,25 +44,17 @@ def build_vision_options(settings: Settings) -> VisionOptions:
     )
 
 
-def build_embedder(settings: Settings) -> Embedder:
-    """The embedder, of images and queries alike; an offline one is in the resident, where there is one."""
+def build_embedder(settings: Settings, resident: str | None = None) -> Embedder:
+    """The embedder of images and queries. An offline one runs in the resident, or else here."""
     if not settings.has_remote_embedder:
-        return (
-            ResidentEmbedder(str(settings.resident_socket))
-            if settings.resident_socket
-            else LocalEmbedder()
-        )
+        return ResidentEmbedder(resident) if resident else LocalEmbedder()
     key = settings.openrouter_api_key.get_secret_value() if settings.openrouter_api_key else NO_KEY
     return OpenRouterEmbedder(key, settings.openrouter_base_url, settings.embedding_model)
 
 
-def build_index(settings: Settings) -> EmbeddingIndex | ResidentIndex:
-    """The index of embeddings; through the resident, where there is one, which writes for all runs of its machine."""
-    return (
-        ResidentIndex(str(settings.resident_socket))
-        if settings.resident_socket
-        else EmbeddingIndex(settings.index_uri)
-    )
+def build_index(settings: Settings, resident: str | None = None) -> EmbeddingStore:
+    """The index of embeddings, through the resident if there is one: it writes for all runs here."""
+    return ResidentIndex(resident) if resident else open_index(settings.index_uri)
 
 
 def build_notifiers(settings: Settings) -> list[Notifier]:
@@ -130,7 +118,7 @@ def build_recipes(settings: Settings) -> dict[str, Recipe]:
     return {
         "metadata": build_vision_recipe(settings),
         "variants": build_recipe(
-            build_variant_specs(settings.webp_quality, settings.avif_quality),
+            build_variant_specs(*settings.qualities),
             settings.animation == "keep",
             settings.keep_copyright,
         ),

@@ -26,10 +26,12 @@ from pydantic import (
 )
 
 from imagepipeline.errors import SettingsError
+from imagepipeline.imaging.limits import CPU_SECONDS, MAX_SIDE_PX, MEMORY_BYTES, Rules
+from imagepipeline.output_formats import AVIF, WEBP
+from imagepipeline.rates import DEFAULT_RATE_LIMIT, EXAMPLES, parse_limits
 
 OPENAI_URL, OPENROUTER_URL = "https://api.openai.com/v1", "https://openrouter.ai/api/v1"
 NO_KEY = "none"  # what servers that need no key are sent as one
-RATE = r"((metadata|embedding)=)?[1-9]\d{0,6}/(second|minute|hour|day)"
 # macOS allows 104 bytes for a socket's whole path, Linux 108; the longest name there is multiprocessing's, of 32.
 MAX_SOCKET_FOLDER_BYTES = 70
 LOOPBACK = ("localhost", "127.0.0.1", "::1")
@@ -132,10 +134,10 @@ def _check_webhook_url(value: SecretStr) -> SecretStr:
 
 
 def _check_rate_limit(value: str) -> str:
-    if value != "off" and not re.fullmatch(rf"({RATE})(,{RATE})*", value):
-        raise ValueError(
-            "must look like 10/minute, or metadata=10/minute,embedding=100/minute, or off"
-        )
+    try:
+        parse_limits(value)
+    except SettingsError:  # which quotes the value, as no message about a setting may
+        raise ValueError(f"must look like {EXAMPLES}") from None
     return value
 
 
@@ -274,7 +276,7 @@ class Settings(BaseModel):
         description="the only categories; what fits none becomes `other`",
     )
     rate_limit: Annotated[str, AfterValidator(_check_rate_limit)] = Field(
-        "10/minute",
+        DEFAULT_RATE_LIMIT,
         alias="IMAGEPIPELINE_RATE_LIMIT",
         description="of paid calls: `10/minute` together, `metadata=10/minute,embedding=100/minute` each, or `off`",
     )
@@ -307,11 +309,13 @@ class Settings(BaseModel):
         description="the embedding model",
     )
     webp_quality: Quality = Field(
-        80, alias="IMAGEPIPELINE_WEBP_QUALITY", description="quality of the WebP variants"
+        WEBP.default_quality,
+        alias=WEBP.quality_setting,
+        description="quality of the WebP variants",
     )
     avif_quality: Quality = Field(
-        80,
-        alias="IMAGEPIPELINE_AVIF_QUALITY",
+        AVIF.default_quality,
+        alias=AVIF.quality_setting,
         description="quality of the AVIF variants; 63 looks like WebP at 80 with fewer bytes",
     )
     animation: Literal["first-frame", "keep"] = Field(
@@ -337,41 +341,43 @@ class Settings(BaseModel):
         "with the original; of the others, the smallest variant of each format",
     )
     max_bytes: Positive = Field(
-        25_000_000, alias="IMAGEPIPELINE_MAX_BYTES", description="limit on an original: its bytes"
+        Rules.max_bytes,
+        alias="IMAGEPIPELINE_MAX_BYTES",
+        description="limit on an original: its bytes",
     )
     max_pixels: Positive = Field(
-        50_000_000,
+        Rules.max_pixels,
         alias="IMAGEPIPELINE_MAX_PIXELS",
         description="limit on an original: the pixels that are decoded, over all frames that are kept; "
         "a JPEG may have five times as many",
     )
-    max_side_px: Annotated[int, Field(ge=1, le=16_383)] = Field(
-        16_383,
+    max_side_px: Annotated[int, Field(ge=1, le=MAX_SIDE_PX)] = Field(
+        Rules.max_side_px,
         alias="IMAGEPIPELINE_MAX_SIDE_PX",
         description="limit on a variant: width and height; WebP allows no more",
     )
     max_frames: Positive = Field(
-        60,
+        Rules.max_frames,
         alias="IMAGEPIPELINE_MAX_FRAMES",
         description="limit on an original: its frames, where all are kept",
     )
     max_icc_bytes: Positive = Field(
-        1_000_000,
+        Rules.max_icc_bytes,
         alias="IMAGEPIPELINE_MAX_ICC_BYTES",
         description="limit on an original: its colour profile",
     )
     max_text_bytes: Positive = Field(
-        1_000_000,
+        Rules.max_text_bytes,
         alias="IMAGEPIPELINE_MAX_TEXT_BYTES",
         description="limit on an original: a PNG's unpacked texts",
     )
     max_memory_bytes: Annotated[int, Field(ge=100_000_000)] = Field(
-        2_000_000_000,
+        MEMORY_BYTES,
         alias="IMAGEPIPELINE_MAX_MEMORY_BYTES",
         description="limit on decoding or encoding one image: memory",
     )
     max_cpu_seconds: Positive = Field(
-        20,
+        CPU_SECONDS,
         alias="IMAGEPIPELINE_MAX_CPU_SECONDS",
         description="limit on decoding or encoding one image: CPU time",
     )
@@ -432,11 +438,7 @@ class Settings(BaseModel):
         None,
         alias="IMAGEPIPELINE_CODE_SOCKET",
         description="the code server's socket, which Dagster looks for there",
-    )
-    resident_socket: Path | None = Field(
-        None,
-        alias="IMAGEPIPELINE_RESIDENT_SOCKET",
-        description="the socket of the process that keeps index and models; a worker sets it for its runs",
+        json_schema_extra={"internal": True},  # each service sets it for Dagster
     )
 
     @classmethod
@@ -516,10 +518,6 @@ class Settings(BaseModel):
         """The environment of a process of this stack: ours, with the same home wherever it runs."""
         return {**os.environ, "IMAGEPIPELINE_HOME": str(self.home), **changes}
 
-    def publish_resident_socket(self) -> None:
-        """Tells this process and its children where the resident listens."""
-        os.environ["IMAGEPIPELINE_RESIDENT_SOCKET"] = self.resident_address
-
     @property
     def has_remote_vision(self) -> bool:
         """Whether a remote model describes images: there is a key, or an address that may need none."""
@@ -556,6 +554,11 @@ class Settings(BaseModel):
             if self.explicit_broker_url
             else self.redis_url
         )
+
+    @property
+    def qualities(self) -> tuple[int, ...]:
+        """The quality of each of OUTPUT_FORMATS, in their order."""
+        return self.webp_quality, self.avif_quality
 
     @property
     def slots(self) -> int:

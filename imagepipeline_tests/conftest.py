@@ -16,6 +16,7 @@ from imagepipeline.runtime import processes, valkey
 from imagepipeline.storage import Storage, open_storage
 from imagepipeline.stores.catalogue import Catalogue
 from imagepipeline.stores.files import FileStore
+from imagepipeline.stores.outbox import Outbox
 from imagepipeline.stores.uploads import UploadQueue
 from imagepipeline.stores.vectors import EmbeddingIndex
 
@@ -141,6 +142,11 @@ def catalogue(sqlite_catalogue_url: str) -> Catalogue:
     catalogue = Catalogue(sqlite_catalogue_url)
     catalogue.migrate()
     return catalogue
+
+
+@pytest.fixture
+def outbox(catalogue: Catalogue, sqlite_catalogue_url: str) -> Outbox:
+    return Outbox(sqlite_catalogue_url)
 
 
 @pytest.fixture

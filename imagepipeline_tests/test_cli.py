@@ -18,6 +18,7 @@ from imagepipeline.models import ImageMetadata, OriginalFacts, PaidCall, Recipe,
 from imagepipeline.services.embedder import LocalEmbedder
 from imagepipeline.stores import uploads
 from imagepipeline.stores.catalogue import Catalogue
+from imagepipeline.stores.failures import FailedImages
 from imagepipeline.stores.ledger import Ledger
 from imagepipeline.stores.vectors import EmbeddingIndex
 from imagepipeline_tests.conftest import PHOTOS
@@ -449,14 +450,16 @@ def test_what_no_other_try_can_help_is_left_alone_and_named(invoke, catalogue):
     }
 
 
-def test_all_means_all_however_many_there_are(invoke, catalogue):
+def test_all_means_all_however_many_there_are(invoke, catalogue, tmp_path):
     ids = [f"i{number:04}" for number in range(1500)]
     catalogue.accept([Upload(image_id) for image_id in ids])
     with catalogue._database.transaction() as connection:  # many of them at the very same moment
         connection.exec_driver_sql(
             "UPDATE images SET status = 'failed', reason = 'provider_unavailable'"
         )
-    rows = list(catalogue.iterate_failed(page_rows=7))
+    rows = list(
+        FailedImages(f"sqlite:///{tmp_path / 'home' / 'catalogue.sqlite'}").iterate(page_rows=7)
+    )
     assert sorted(row["id"] for row in rows) == ids
     code, out, err = invoke("failed", "list", "--json")
     assert (code, len(json.loads(out)), "only the newest 1000" in err) == (0, 1000, True)

@@ -1,11 +1,16 @@
 """What `.ci/run` checks besides behaviour, so that one command is enough."""
 
+import ast
 import re
 import subprocess
 import sys
+import tomllib
+from importlib.metadata import packages_distributions
 from pathlib import Path
 
 import pytest
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
 
 ROOT = Path(__file__).parent.parent
 TOOLS = Path(sys.executable).parent
@@ -33,6 +38,21 @@ def test_ci_runs_the_line_the_readme_gives():
     readme = (ROOT / "README.md").read_text()
     [line] = re.findall(r"^python3 -m venv .*pytest$", readme, flags=re.MULTILINE)
     assert line in (ROOT / ".ci" / "run").read_text().splitlines()
+
+
+def test_every_imported_package_is_a_declared_dependency():
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    declared = {canonicalize_name(Requirement(line).name) for line in project["dependencies"]}
+    imported = set()
+    for path in (ROOT / "imagepipeline").rglob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.Import):
+                imported |= {alias.name.partition(".")[0] for alias in node.names}
+            elif isinstance(node, ast.ImportFrom):
+                imported.add(node.module.partition(".")[0])
+    providers = packages_distributions()
+    for name in imported - sys.stdlib_module_names - {"imagepipeline"}:
+        assert declared & set(map(canonicalize_name, providers[name])), name
 
 
 @pytest.mark.parametrize("name", ["requirements.txt", "requirements-dev.txt"])

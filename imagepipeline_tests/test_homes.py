@@ -148,7 +148,9 @@ def test_what_a_module_or_a_tool_of_dagster_makes_by_itself_is_private(tmp_path,
     home = tmp_path / "home"
     settings = load(home)
     services.prepare(settings)
-    result = run(home, *command, DAGSTER_HOME=services.build_environment(settings)["DAGSTER_HOME"])
+    result = run(
+        home, *command, DAGSTER_HOME=services.build_environment(settings, "daemon")["DAGSTER_HOME"]
+    )
     made = {path.name for path in home.rglob("*.db")}
     assert "runs.db" in made, result.stderr
     assert [

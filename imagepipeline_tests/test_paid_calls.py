@@ -13,10 +13,11 @@ from imagepipeline.errors import (
     ProviderUnavailableError,
     RefusedError,
 )
-from imagepipeline.models import CallUsage, Claim, Recipe
+from imagepipeline.models import Claim, Recipe
 from imagepipeline.paid_calls import PaidCalls
 from imagepipeline.stores.ledger import Ledger
 from imagepipeline.stores.limiter import Permits as LeftPermits
+from imagepipeline.usage import CallUsage
 
 REMOTE, NEW, LOCAL = Recipe("openai", "priced-model"), Recipe("openai", "new"), Recipe("local", "m")
 

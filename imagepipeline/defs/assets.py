@@ -7,16 +7,15 @@ from dataclasses import replace
 
 import dagster as dg
 
+from imagepipeline.defs.attempts import GENERATION_TAG, RETRY_POLICY, attempt
 from imagepipeline.defs.checks import check_variants, describe_problems, refuse_wrong
-from imagepipeline.defs.failures import GENERATION_TAG, RETRY_POLICY, attempt
-from imagepipeline.defs.originals import Original, Originals
 from imagepipeline.defs.partitions import uploads
 from imagepipeline.errors import MissingMetadataError
 from imagepipeline.imaging.palette import choose_visible
 from imagepipeline.imaging.sandbox import Usage
 from imagepipeline.imaging.variants import Renderer
+from imagepipeline.index import EmbeddingStore
 from imagepipeline.models import (
-    CallUsage,
     Claim,
     Embedding,
     ImageMetadata,
@@ -25,13 +24,13 @@ from imagepipeline.models import (
     Recipe,
     VisionAnswer,
 )
+from imagepipeline.originals import Original, Originals
 from imagepipeline.paid_calls import PaidCalls, Receipt
-from imagepipeline.resident import ResidentIndex
 from imagepipeline.services.embedder import Embedder
 from imagepipeline.services.vision import VisionModel
 from imagepipeline.storage import Storage
 from imagepipeline.stores.catalogue import Catalogue
-from imagepipeline.stores.vectors import EmbeddingIndex
+from imagepipeline.usage import CallUsage
 
 OWNERS = ["team:imagepipeline"]
 
@@ -184,7 +183,7 @@ def embedding(
     context: dg.AssetExecutionContext,
     catalogue: dg.ResourceParam[Catalogue],
     embedder: dg.ResourceParam[Embedder],
-    index: dg.ResourceParam[EmbeddingIndex | ResidentIndex],
+    index: dg.ResourceParam[EmbeddingStore],
     paid_calls: dg.ResourceParam[PaidCalls],
 ) -> Iterator[dg.MaterializeResult[None]]:
     """The vector by which the image is found: of its description, tags, category and mood, kept in LanceDB.

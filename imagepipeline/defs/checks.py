@@ -8,11 +8,11 @@ from typing import Any, Self
 import dagster as dg
 from pydantic import BaseModel
 
-from imagepipeline.defs.originals import Original
 from imagepipeline.errors import MissingOriginalError, PostponedError, WrongVariantsError
 from imagepipeline.imaging.inspection import Inspection
 from imagepipeline.imaging.variants import Renderer
 from imagepipeline.models import Claim, VariantSpec, now_utc
+from imagepipeline.originals import Original
 from imagepipeline.storage import Storage
 from imagepipeline.stores.catalogue import Catalogue
 
@@ -98,8 +98,8 @@ class Recent:
         """Those of the day before `now`."""
         since = now - WINDOW
         return cls(
-            catalogue.count_recent("completed", since),
-            catalogue.list_recent("check_failed", since, MAX_PROBLEMS),
+            catalogue.count_events("completed", since),
+            catalogue.list_events("check_failed", since, MAX_PROBLEMS),
         )
 
     @property

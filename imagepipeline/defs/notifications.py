@@ -7,8 +7,8 @@ import dagster as dg
 
 from imagepipeline.errors import NoticeRefusedError, NotificationError, PostponedError
 from imagepipeline.services.notifier import Notifier
-from imagepipeline.stores.catalogue import Catalogue
 from imagepipeline.stores.ledger import Ledger
+from imagepipeline.stores.outbox import Outbox
 
 DIGEST_ABOVE = 5
 
@@ -16,7 +16,7 @@ DIGEST_ABOVE = 5
 @dg.sensor(minimum_interval_seconds=15, default_status=dg.DefaultSensorStatus.RUNNING)
 def notification_sensor(
     context: dg.SensorEvaluationContext,
-    catalogue: dg.ResourceParam[Catalogue],
+    outbox: dg.ResourceParam[Outbox],
     ledger: dg.ResourceParam[Ledger],
     notifiers: dg.ResourceParam[list[Notifier]],
 ) -> dg.SkipReason:
@@ -28,7 +28,7 @@ def notification_sensor(
     lines = []
     for notifier in notifiers:
         told, problems = 0, []
-        for work in (partial(tell_of_pauses, ledger), partial(tell, catalogue)):
+        for work in (partial(tell_of_pauses, ledger), partial(tell, outbox)):
             try:
                 told += work(notifier)
             except (NotificationError, PostponedError) as error:
@@ -54,7 +54,7 @@ def tell_of_pauses(ledger: Ledger, notifier: Notifier) -> int:
     return len(untold)
 
 
-def tell(catalogue: Catalogue, notifier: Notifier) -> int:
+def tell(outbox: Outbox, notifier: Notifier) -> int:
     """Sends what this notifier has not sent yet and marks it; gives the number of failures told.
 
     A notice that is refused is tried again with the next tick, and keeps none of the others.
@@ -62,10 +62,10 @@ def tell(catalogue: Catalogue, notifier: Notifier) -> int:
     Raises:
         NotificationError: one could not be sent.
     """
-    unsent = catalogue.list_unsent(notifier.channel)
+    unsent = outbox.list_unsent(notifier.channel)
     messages = [unsent] if len(unsent) > DIGEST_ABOVE else [[failure] for failure in unsent]
     notices = [
-        (partial(notifier.send, some), partial(catalogue.mark_sent, notifier.channel, some))
+        (partial(notifier.send, some), partial(outbox.mark_sent, notifier.channel, some))
         for some in messages
     ]
     _send_each(notices)

@@ -11,7 +11,7 @@ from functools import partial
 import dagster as dg
 from dagster_celery.tags import DAGSTER_CELERY_TASK_ID_TAG as TASK_ID_TAG
 
-from imagepipeline.defs.failures import GENERATION_TAG
+from imagepipeline.defs.attempts import GENERATION_TAG
 from imagepipeline.defs.jobs import process_upload
 from imagepipeline.errors import PostponedError, StaleClaimError
 from imagepipeline.stores.broker import TaskQueue

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 
 import dagster as dg
 
-from imagepipeline.defs.failures import GENERATION_TAG, read_generation
+from imagepipeline.defs.attempts import GENERATION_TAG, read_generation
 from imagepipeline.defs.jobs import process_upload
 from imagepipeline.defs.partitions import uploads
 from imagepipeline.errors import InvalidUploadError, PostponedError, StackError

@@ -6,31 +6,21 @@ Call it in a `Sandbox`: a decoder fed with hostile bytes may crash, or ask for m
 import warnings
 from dataclasses import dataclass
 
-from PIL import ExifTags, Image, PngImagePlugin
+from PIL import Image, PngImagePlugin
 
 from imagepipeline.errors import (
     EmptyOriginalError,
     PermanentError,
     TooLargeError,
 )
+from imagepipeline.imaging import exif
 from imagepipeline.imaging.color import to_srgb
-from imagepipeline.imaging.drawing import clean
 from imagepipeline.imaging.formats import identify
 from imagepipeline.imaging.limits import Rules as Rules  # which callers import with `decode`
 from imagepipeline.imaging.limits import check_variants
-from imagepipeline.imaging.reading import READERS, Picture, Source, explain
+from imagepipeline.imaging.readers import READERS
+from imagepipeline.imaging.readers.source import Picture, Source, explain
 from imagepipeline.imaging.scaling import resize
-
-# How to turn what the camera stored, by EXIF orientation (CIPA DC-008, 4.6.4).
-TURNS = {
-    2: Image.Transpose.FLIP_LEFT_RIGHT,
-    3: Image.Transpose.ROTATE_180,
-    4: Image.Transpose.FLIP_TOP_BOTTOM,
-    5: Image.Transpose.TRANSPOSE,
-    6: Image.Transpose.ROTATE_270,
-    7: Image.Transpose.TRANSVERSE,
-    8: Image.Transpose.ROTATE_90,
-}
 
 
 @dataclass(frozen=True)
@@ -103,9 +93,9 @@ def _bound_texts(rules: Rules) -> None:
 
 
 def _finish(source: Source, format_: str, rules: Rules) -> Decoded:
-    orientation, texts = _read_exif(source.exif)
-    turn = TURNS.get(orientation) if source.is_turned_by_exif else None
-    is_on_its_side = turn in (TURNS[5], TURNS[6], TURNS[7], TURNS[8])
+    orientation, texts = exif.read(source.exif)
+    turn = exif.TURNS.get(orientation) if source.is_turned_by_exif else None
+    is_on_its_side = turn in (exif.TURNS[5], exif.TURNS[6], exif.TURNS[7], exif.TURNS[8])
     width, height = (
         (source.height, source.width) if is_on_its_side else (source.width, source.height)
     )
@@ -133,26 +123,6 @@ def _finish(source: Source, format_: str, rules: Rules) -> Decoded:
         flaw=flaw,
         **texts,
     )
-
-
-def _read_exif(exif: Image.Exif) -> tuple[int, dict[str, str | None]]:
-    """The orientation (1..8), and the texts kept."""
-    try:
-        details = exif.get_ifd(ExifTags.IFD.Exif)
-        texts = {
-            "camera": clean(exif.get(ExifTags.Base.Model), 40),
-            "artist": clean(exif.get(ExifTags.Base.Artist), 200),
-            "copyright": clean(exif.get(ExifTags.Base.Copyright), 200),
-        }
-        taken = clean(
-            details.get(ExifTags.Base.DateTimeOriginal) or exif.get(ExifTags.Base.DateTime), 40
-        )
-        orientation = exif.get(ExifTags.Base.Orientation, 1)
-    except Exception:  # EXIF is decoration: however broken it is, the picture is not
-        return 1, {}
-    digits = (taken or "")[:10].replace(":", "-")
-    texts["taken_on"] = digits if digits[:4].isdigit() and digits.strip("0-") else None
-    return orientation if orientation in TURNS else 1, texts
 
 
 def _scale(picture: Picture, scale: float) -> Image.Image:

@@ -5,8 +5,7 @@ from dataclasses import dataclass
 
 from imagepipeline.errors import UnreadableImageError, UnsupportedFormatError
 
-SOI, EOI, SOS, DRI, DQT, DHT, APP0, APP1, APP2, APP14, PROGRESSIVE = (
-    0xD8,
+EOI, SOS, DRI, DQT, DHT, APP0, APP1, APP2, APP14, PROGRESSIVE = (
     0xD9,
     0xDA,
     0xDD,
@@ -31,6 +30,16 @@ MAX_STRAY_BYTES = 4
 WITHOUT_LENGTH = {0x01, *range(0xD0, 0xD9)}
 # In coded data a marker is what follows 0xFF, unless that is a stuffed 0, a restart, or another 0xFF.
 END_OF_SCAN = re.compile(rb"\xff[^\x00\xd0-\xd7\xff]", re.DOTALL)
+# What libjpeg-turbo says, in words for an uploader.
+FLAWS = {
+    "premature end": "the data of its pixels ends too early",
+    "extraneous": "there is more data than its pixels need",
+    "bad Huffman code": "the data of its pixels makes no sense",
+    "instead of RST": "a piece of its pixels is missing",
+    "Huffman table": "a table that its pixels need is missing or broken",
+    "quantization table": "a table that its pixels need is missing",
+    "progressive": "the parts of its picture do not fit together",
+}
 
 
 @dataclass(frozen=True)
@@ -202,3 +211,8 @@ def strip_padding(content: bytes, size: int) -> bytes:
     filler = content[-2 - size : -2]
     is_filler = size <= MAX_STRAY_BYTES or len(set(filler)) == 1
     return content[: -2 - size] + content[-2:] if is_filler else content
+
+
+def explain_flaw(error: str) -> str:
+    """What a complaint of libjpeg-turbo about damaged data means, in words for an uploader."""
+    return next((words for text, words in FLAWS.items() if text in error), "its decoder gave up")

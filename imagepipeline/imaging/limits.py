@@ -4,6 +4,9 @@ from dataclasses import dataclass
 
 from imagepipeline.errors import LimitError
 
+MAX_SIDE_PX = 16_383  # WebP can encode no more
+MEMORY_BYTES, CPU_SECONDS = 2_000_000_000, 20  # of a process that decodes and encodes one image
+
 
 @dataclass(frozen=True)
 class Rules:
@@ -18,7 +21,7 @@ class Rules:
 
     max_bytes: int = 25_000_000
     max_pixels: int = 50_000_000
-    max_side_px: int = 16_383  # WebP can encode no more
+    max_side_px: int = MAX_SIDE_PX
     max_frames: int = 60
     max_icc_bytes: int = 1_000_000
     max_text_bytes: int = 1_000_000

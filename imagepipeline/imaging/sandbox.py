@@ -29,6 +29,7 @@ from imagepipeline.errors import (
     UnsupportedFormatError,
 )
 from imagepipeline.imaging.confinement import Confinement
+from imagepipeline.imaging.limits import CPU_SECONDS, MEMORY_BYTES
 from imagepipeline.text import clean
 from imagepipeline.wire import (
     MalformedMessageError,
@@ -188,8 +189,8 @@ class Sandbox:
     no system calls, nothing is decoded. `zygote` is whose children are used.
     """
 
-    memory_bytes: int = 2_000_000_000
-    cpu_seconds: int = 20
+    memory_bytes: int = MEMORY_BYTES
+    cpu_seconds: int = CPU_SECONDS
     wall_seconds: float = 60
     is_confinement_required: bool = False
     zygote: Zygote = field(default=DECODERS, repr=False, compare=False)

@@ -19,17 +19,8 @@ from imagepipeline.imaging.verification import (
     verify_variants,
 )
 from imagepipeline.models import CLASSIFIER_PX, OriginalFacts, Recipe, Variant, VariantSpec
+from imagepipeline.output_formats import OUTPUT_FORMATS
 
-# The measured frontier of quality, bytes and CPU time: docs/decisions/0003-encoder-settings.md.
-ENCODER_OPTIONS: dict[str, dict[str, object]] = {
-    "webp": {"method": 2},
-    "avif": {
-        "speed": 9,
-        "subsampling": "4:4:4",
-        "max_threads": 1,
-        "advanced": {"disable-trellis-quant": "1"},
-    },
-}
 CROP_SHARE = 0.875  # of the shorter side: the published EfficientNet-Lite0 evaluation
 PLACEHOLDER_PX = 16
 
@@ -226,9 +217,8 @@ def _encode(frames: Sequence[Image.Image], spec: VariantSpec, options: dict[str,
     if len(frames) > 1:
         options = options | {"append_images": list(frames[1:])}
     try:
-        frames[0].save(
-            buffer, spec.format, quality=spec.quality, **ENCODER_OPTIONS[spec.format], **options
-        )
+        encoder_options = OUTPUT_FORMATS[spec.format].encoder_options
+        frames[0].save(buffer, spec.format, quality=spec.quality, **encoder_options, **options)
     except (OSError, RuntimeError, ValueError) as error:
         size = f"{len(frames)} x {frames[0].width} x {frames[0].height} px"
         limit = f"the memory allowed (IMAGEPIPELINE_MAX_MEMORY_BYTES): {error}"

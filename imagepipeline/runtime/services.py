@@ -31,13 +31,15 @@ NAMES = ("code-server", "worker", "daemon", "webserver")
 CELERY_URLS = ("CELERY_BROKER_URL", "CELERY_RESULT_BACKEND")
 # What Dagster's instance is opened with, in each service.
 INSTANCE_SECRETS = {"DAGSTER_DATABASE_URL", "IMAGEPIPELINE_BROKER_URL", *CELERY_URLS}
-# The other secrets a service needs; what else looks like one is kept from it. The worker alone makes paid calls.
+# The secrets of each process we start; all others are kept from it. The worker alone makes paid calls.
 SECRETS_OF = {
-    "code-server": {"DATABASE_URL", "REDIS_URL", *NOTIFIERS},
-    "worker": SECRETS - NOTIFIERS,
+    "code-server": {"DATABASE_URL", "REDIS_URL", *NOTIFIERS} | INSTANCE_SECRETS,
+    "worker": (SECRETS - NOTIFIERS) | INSTANCE_SECRETS,
+    "daemon": INSTANCE_SECRETS,
+    "webserver": INSTANCE_SECRETS,
+    "migration": {"DATABASE_URL"} | INSTANCE_SECRETS,
+    "examination": INSTANCE_SECRETS,
     "resident": BUCKET_SECRETS,  # a worker starts it
-    "daemon": set(),
-    "webserver": set(),
 }
 DEFAULT_WEBSERVER_PORT = 3000
 GRPC_SECONDS = 5
@@ -101,8 +103,8 @@ def prepare(settings: Settings) -> None:
         _write(home / "workspace.yaml", yaml.safe_dump(_build_workspace_yaml(settings)))
 
 
-def build_environment(settings: Settings, name: str | None = None) -> dict[str, str]:
-    """The environment of a service, with the secrets it needs; without a name, of a command of ours, with all."""
+def build_environment(settings: Settings, name: str) -> dict[str, str]:
+    """The environment of one of the processes in SECRETS_OF, with the secrets it needs."""
     environment = settings.build_environment(
         DAGSTER_HOME=str(_dagster_home(settings)),
         IMAGEPIPELINE_CODE_SOCKET=str(settings.code_address),
@@ -118,13 +120,10 @@ def build_environment(settings: Settings, name: str | None = None) -> dict[str, 
     )
     if settings.dagster_database_url:
         environment["DAGSTER_DATABASE_URL"] = settings.dagster_database_url.get_secret_value()
-    if name is None:
-        return environment
-    kept = SECRETS_OF[name] | (INSTANCE_SECRETS if name in NAMES else set())
     return {
         variable: value
         for variable, value in environment.items()
-        if variable in kept or not is_secret(variable)
+        if variable in SECRETS_OF[name] or not is_secret(variable)
     }
 
 
@@ -151,7 +150,8 @@ def check_catalogue(settings: Settings) -> None:
 
 def _run_migration(settings: Settings, options: list[str], failure: str) -> None:
     prepare(settings)
-    command, environment = [*MIGRATION_COMMAND, *options], build_environment(settings)
+    command = [*MIGRATION_COMMAND, *options]
+    environment = build_environment(settings, "migration")
     result = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
     if result.returncode != 0:
         last_line = (result.stderr.strip().splitlines() or ["no message"])[-1]
@@ -173,7 +173,10 @@ def is_healthy(settings: Settings, name: str) -> bool:
     command = [sys.executable, "-m", "dagster._daemon", "liveness-check"]
     return (
         subprocess.run(
-            command, env=build_environment(settings), capture_output=True, check=False
+            command,
+            env=build_environment(settings, "examination"),
+            capture_output=True,
+            check=False,
         ).returncode
         == 0
     )
@@ -187,9 +190,8 @@ def examine_daemon(settings: Settings) -> dict[str, dict[str, str]]:
     """
     prepare(settings)
     command = [sys.executable, "-m", "imagepipeline.runtime.examination"]
-    result = subprocess.run(
-        command, env=build_environment(settings), capture_output=True, text=True, check=False
-    )
+    environment = build_environment(settings, "examination")
+    result = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
     if result.returncode != 0:
         last_line = (result.stderr.strip().splitlines() or ["no message"])[-1]
         raise StackError(f"Dagster's database cannot be asked: {last_line.partition(':')[0]:.100}")

@@ -114,7 +114,9 @@ class Stack:
         settings = self._settings
         services.prepare(settings)
         _keep_socket_names_short(settings)
-        environments = {name: services.build_environment(settings, name) for name in services.NAMES}
+        environments = {
+            name: services.build_environment(settings, name) for name in services.SECRETS_OF
+        }
         # What else is started from here, such as the forkserver that all services come from, needs no secret.
         adopt_environment(
             {name: value for name, value in environments["daemon"].items() if not is_secret(name)}
@@ -131,7 +133,7 @@ class Stack:
                     settings.home / "valkey", server_socket, self._log("redis")
                 ),
             )
-        self._migrate(environments["worker"])
+        self._migrate(environments["migration"])
 
         def start(name: str, settings: Settings) -> None:
             command = services.build_command(settings, name)

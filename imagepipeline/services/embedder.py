@@ -4,7 +4,8 @@ import math
 from typing import Protocol
 
 from imagepipeline.errors import BadAnswerError
-from imagepipeline.models import CallUsage, Embedding, Recipe
+from imagepipeline.models import Embedding, Recipe
+from imagepipeline.usage import CallUsage
 
 
 class Embedder(Protocol):

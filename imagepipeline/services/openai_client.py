@@ -29,7 +29,7 @@ from imagepipeline.errors import (
     ProviderUnavailableError,
     RefusedError,
 )
-from imagepipeline.models import CallUsage
+from imagepipeline.usage import CallUsage
 
 TIMEOUT_SECONDS = 60.0  # between two signs of life
 CALL_SECONDS = 90.0  # for a whole call, however many signs of life there are

@@ -10,6 +10,7 @@ from urllib.parse import urlsplit
 import redis
 
 from imagepipeline.errors import PostponedError
+from imagepipeline.stores.connection import connect
 
 QUEUE = "dagster"  # dagster-celery's only queue
 CONNECT_SECONDS = 5
@@ -76,9 +77,7 @@ class TaskQueue:
     """The tasks, one a run, that no worker has taken yet."""
 
     def __init__(self, redis_url: str, prefix: str) -> None:
-        self._redis = redis.Redis.from_url(
-            redis_url, socket_connect_timeout=CONNECT_SECONDS, socket_timeout=ANSWER_SECONDS
-        )
+        self._redis = connect(redis_url)
         self._key = f"{prefix}:runs:{QUEUE}"
 
     def list_waiting(self) -> set[str]:

@@ -4,7 +4,7 @@ Every change is one transaction. Every change by a run names the fence of its cl
 thought dead and was succeeded can change nothing any more.
 """
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from datetime import datetime, timedelta
 from pathlib import Path
@@ -32,23 +32,19 @@ from imagepipeline.models import (
     find_named_image,
     now_utc,
 )
+from imagepipeline.stores import history, outbox
 from imagepipeline.stores.database import Database
 from imagepipeline.stores.tables import (
-    UtcDateTime,
     catalogue_owner,
     image_history,
     image_results,
     image_variants,
     images,
-    notifications,
 )
-from imagepipeline.text import make_printable
 
 K = TypeVar("K")
-ERROR_CHARACTERS = 300
 ENDED = (Status.COMPLETED, Status.FAILED)
 POISON_RECOVERIES, POISON_WINDOW = 3, timedelta(hours=72)
-NOTIFICATION_WINDOW = timedelta(days=7)
 HISTORY_FIELDS = ("at", "event", "generation", "fence", "run_id", "detail")
 
 
@@ -298,32 +294,6 @@ class Catalogue:
         with self._database.transaction() as connection:
             return [{**row} for row in connection.execute(query).mappings()]
 
-    def iterate_failed(
-        self, reason: str | None = None, page_rows: int = 500
-    ) -> Iterator[dict[str, Any]]:
-        """The failures that were not discarded, of one reason or all, newest first; in memory is a page of them.
-
-        What becomes of a row meanwhile does not matter: a page begins after the last row of the one before.
-        """
-        query = (
-            sa.select(images)
-            .where(images.c.status == Status.FAILED, images.c.discarded_at.is_(None))
-            .order_by(images.c.updated_at.desc(), images.c.id.desc())
-            .limit(page_rows)
-        )
-        if reason is not None:
-            query = query.where(images.c.reason == reason)
-        page = query
-        while True:
-            with self._database.transaction() as connection:
-                rows = [{**row} for row in connection.execute(page).mappings()]
-            yield from rows
-            if len(rows) < page_rows:
-                return
-            last = rows[-1]
-            is_older = (images.c.updated_at == last["updated_at"]) & (images.c.id < last["id"])
-            page = query.where((images.c.updated_at < last["updated_at"]) | is_older)
-
     def claim(self, image_id: str, generation: int, run_id: str) -> Claim | None:
         """Gives a run the right to an image's generation: the first to ask, and that run whenever it asks again.
 
@@ -390,7 +360,7 @@ class Catalogue:
         """Writes down that an attempt at an asset failed, and how long the next one waits."""
         detail = f"{asset}, attempt {attempt}, next in {wait_seconds:g} s: {error}"
         with self._database.transaction() as connection:
-            self._update(connection, claim, error=_cut(error))
+            self._update(connection, claim, error=history.cut(error))
             self._record(connection, claim.image_id, "attempt_failed", detail)
 
     def save_original(self, claim: Claim, facts: OriginalFacts) -> None:
@@ -540,13 +510,9 @@ class Catalogue:
 
     def count_renewals(self, pending: Pending) -> int:
         """How often an image's generation was raised by `renew` since it was accepted."""
-        query = sa.select(sa.func.count()).where(
-            image_history.c.image_id == pending.image_id,
-            image_history.c.event == "renewed",
-            image_history.c.at >= _accepted_at(pending.image_id),
-        )
+        since = _accepted_at(pending.image_id)
         with self._database.transaction() as connection:
-            return int(connection.execute(query).scalar_one())
+            return history.count(connection, pending.image_id, "renewed", since)
 
     def fail_pending(self, pending: Pending, reason: str, error: str) -> bool:
         """Ends a pending image as `failed`; False if it was claimed meanwhile."""
@@ -569,21 +535,8 @@ class Catalogue:
             self._record(connection, image_id, "prioritized", str(priority))
             return True
 
-    def discard(self, image_id: str) -> bool:
-        """Takes a failed image off the list of failures; False if it has not failed."""
-        statement = (
-            sa.update(images)
-            .where(images.c.id == image_id, images.c.status == Status.FAILED)
-            .values(discarded_at=self._clock())
-        )
-        with self._database.transaction() as connection:
-            if not connection.execute(statement).rowcount:
-                return False
-            self._record(connection, image_id, "discarded")
-            return True
-
-    def list_recent(self, event: str, since: datetime, limit: int) -> list[dict[str, Any]]:
-        """Up to `limit` events of that name and of all images since then, newest first."""
+    def list_events(self, event: str, since: datetime, limit: int) -> list[dict[str, Any]]:
+        """Up to `limit` events of that name since then, of all images, newest first."""
         query = (
             sa.select(image_history)
             .where(image_history.c.event == event, image_history.c.at >= since)
@@ -593,20 +546,10 @@ class Catalogue:
         with self._database.transaction() as connection:
             return [{**row} for row in connection.execute(query).mappings()]
 
-    def count_recent(self, event: str, since: datetime) -> int:
+    def count_events(self, event: str, since: datetime) -> int:
         """How many events of that name there were since then, of all images."""
         query = sa.select(sa.func.count()).where(
             image_history.c.event == event, image_history.c.at >= since
-        )
-        with self._database.transaction() as connection:
-            return int(connection.execute(query).scalar_one())
-
-    def count_events(self, image_id: str, event: str, since: datetime) -> int:
-        """How often something has happened to an image since then."""
-        query = sa.select(sa.func.count()).where(
-            image_history.c.image_id == image_id,
-            image_history.c.event == event,
-            image_history.c.at >= since,
         )
         with self._database.transaction() as connection:
             return int(connection.execute(query).scalar_one())
@@ -625,16 +568,7 @@ class Catalogue:
         with self._database.transaction() as connection:
             image_ids = connection.execute(sa.select(images.c.id).where(failures)).scalars().all()
             for image_id in image_ids:
-                unsent = sa.and_(
-                    notifications.c.image_id == image_id,
-                    notifications.c.generation
-                    == sa.select(images.c.generation)
-                    .where(images.c.id == image_id)
-                    .scalar_subquery(),
-                    notifications.c.webhook_sent_at.is_(None),
-                    notifications.c.mail_sent_at.is_(None),
-                )
-                connection.execute(sa.delete(notifications).where(unsent))
+                outbox.withdraw_unsent(connection, image_id)
                 connection.execute(
                     sa.update(images)
                     .where(images.c.id == image_id)
@@ -642,33 +576,6 @@ class Catalogue:
                 )
                 self._record(connection, image_id, "reopened", f"it had failed as {reason}")
         return len(image_ids)
-
-    def list_unsent(self, channel: str, limit: int = 100) -> list[dict[str, Any]]:
-        """Failures of the last week that `webhook` or `mail` was not told of yet, oldest first."""
-        sent_at = notifications.c[f"{channel}_sent_at"]
-        query = (
-            sa.select(notifications)
-            .where(
-                sent_at.is_(None), notifications.c.failed_at >= self._clock() - NOTIFICATION_WINDOW
-            )
-            .order_by(notifications.c.failed_at)
-            .limit(limit)
-        )
-        with self._database.transaction() as connection:
-            return [{**row} for row in connection.execute(query).mappings()]
-
-    def mark_sent(self, channel: str, sent: Iterable[Mapping[str, Any]]) -> None:
-        """Writes down that a channel was told of these failures."""
-        with self._database.transaction() as connection:
-            for row in sent:
-                connection.execute(
-                    sa.update(notifications)
-                    .where(
-                        notifications.c.image_id == row["image_id"],
-                        notifications.c.generation == row["generation"],
-                    )
-                    .values({f"{channel}_sent_at": self._clock()})
-                )
 
     def get(self, image_id: str) -> dict[str, Any] | None:
         """All that is known of an image, or None: its row, `variants`, `made_by` per asset, and `history`."""
@@ -744,18 +651,7 @@ class Catalogue:
     def _record(
         self, connection: sa.Connection, image_id: str, event: str, detail: str | None = None
     ) -> None:
-        """Adds a line to an image's history, with the row as it is now."""
-        values = sa.select(
-            sa.literal(self._clock(), UtcDateTime),
-            images.c.id,
-            images.c.generation,
-            images.c.fence,
-            images.c.run_id,
-            sa.literal(event),
-            sa.literal(_cut(detail) if detail else None, sa.String),
-        ).where(images.c.id == image_id)
-        names = ["at", "image_id", "generation", "fence", "run_id", "event", "detail"]
-        connection.execute(sa.insert(image_history).from_select(names, values))
+        history.record(connection, image_id, event, self._clock(), detail)
 
     def _take(
         self, connection: sa.Connection, run_id: str, *conditions: sa.ColumnElement[bool]
@@ -850,21 +746,13 @@ class Catalogue:
 
         Of a generation that is followed by another one at once, nobody is told.
         """
-        self._update(connection, claim, status=Status.FAILED, reason=reason, error=_cut(error))
+        self._update(
+            connection, claim, status=Status.FAILED, reason=reason, error=history.cut(error)
+        )
         self._record(connection, claim.image_id, "failed", f"{reason}: {error}")
         if self._begin_if_pushed(connection, claim.image_id):
             return Status.PENDING
-        now = self._clock()
-        row = sa.select(
-            images.c.id,
-            images.c.generation,
-            images.c.reason,
-            images.c.error,
-            images.c.attempts,
-            sa.literal(now, UtcDateTime),
-        ).where(images.c.id == claim.image_id)
-        names = ["image_id", "generation", "reason", "error", "attempts", "failed_at"]
-        connection.execute(sa.insert(notifications).from_select(names, row))
+        outbox.add(connection, claim.image_id, self._clock())
         return Status.FAILED
 
     def _begin(self, connection: sa.Connection, upload: Upload) -> bool:
@@ -913,11 +801,6 @@ class Catalogue:
             connection, image_id, "accepted", "it was pushed again while a run worked on it"
         )
         return True
-
-
-def _cut(text: str) -> str:
-    """A text of whoever's, as it is kept: on one line, and no longer than its column."""
-    return make_printable(text[:ERROR_CHARACTERS])
 
 
 def _accepted_at(image_id: str) -> sa.ScalarSelect[Any]:

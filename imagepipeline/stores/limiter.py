@@ -1,6 +1,5 @@
 """CallLimiter: so many paid calls in so many seconds, over all processes, counted in Redis."""
 
-import re
 import secrets
 import time
 from collections.abc import Iterator
@@ -9,12 +8,9 @@ from dataclasses import dataclass
 
 import redis
 
-from imagepipeline.errors import PostponedError, SettingsError
-
-UNITS_SECONDS = {"second": 1, "minute": 60, "hour": 3600, "day": 86_400}
-LIMIT = re.compile(
-    r"(?:(?P<stage>metadata|embedding)=)?(?P<count>[1-9]\d{0,6})/(?P<unit>second|minute|hour|day)"
-)
+from imagepipeline.errors import PostponedError
+from imagepipeline.rates import CallLimit, parse_limits
+from imagepipeline.stores.connection import connect
 
 # A key for each limit, with how many calls and in how many milliseconds; the last argument names the call. Counts it
 # with all limits and gives 0, or with none and gives the milliseconds until there may be room. The clock is the
@@ -42,15 +38,6 @@ return wait_ms
 
 
 @dataclass(frozen=True)
-class CallLimit:
-    """At most `count` calls in any `seconds`, of one stage, or of all together where `stage` is None."""
-
-    count: int
-    seconds: int
-    stage: str | None = None
-
-
-@dataclass(frozen=True)
 class Permits:
     """What limits leave: permits that are left, None for any number; and the seconds until the next one.
 
@@ -60,26 +47,6 @@ class Permits:
     left: int | None
     wait_seconds: float
     is_shared: bool
-
-
-def parse_limits(text: str) -> tuple[CallLimit, ...]:
-    """`10/minute` for all paid calls together, `metadata=10/minute,embedding=100/minute` each, `off` for none.
-
-    Raises:
-        SettingsError: it is none of these.
-    """
-    if text.strip() == "off":
-        return ()
-    limits = []
-    for part in text.split(","):
-        match = LIMIT.fullmatch(part.strip())
-        if match is None:
-            raise SettingsError(
-                f"{part.strip()!r:.40} is no rate limit: it must look like 10/minute, "
-                "metadata=10/minute,embedding=100/minute, or off"
-            )
-        limits.append(CallLimit(int(match["count"]), UNITS_SECONDS[match["unit"]], match["stage"]))
-    return tuple(limits)
 
 
 class CallLimiter:
@@ -92,7 +59,7 @@ class CallLimiter:
     """
 
     def __init__(self, url: str, prefix: str, default: str) -> None:
-        self._redis = redis.Redis.from_url(url, socket_connect_timeout=2, socket_timeout=5)
+        self._redis = connect(url)
         self._script = self._redis.register_script(
             TAKE
         )  # sent again if a restarted Redis has forgotten it

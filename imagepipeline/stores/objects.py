@@ -13,14 +13,15 @@ from typing import TYPE_CHECKING
 
 from imagepipeline.errors import MissingOriginalError, StorageDownError
 from imagepipeline.models import IMAGE_ID_PATTERN, check_image_id
+from imagepipeline.output_formats import OUTPUT_FORMATS
 
 if TYPE_CHECKING:
     from obstore.store import ObjectStore as Bucket
 
 SETTLED = timedelta(seconds=60)
 TIMEOUT_SECONDS, RETRIES = 30, 3
-# What browsers are told. Originals are what strangers sent, and are none of these.
-CONTENT_TYPES = {".webp": "image/webp", ".avif": "image/avif"}
+# Only variants get a type that browsers show. Originals come from strangers and get none.
+CONTENT_TYPES = {f".{one.name}": one.mime_type for one in OUTPUT_FORMATS.values()}
 
 
 class ObjectStore:

@@ -19,6 +19,7 @@ from pydantic import BaseModel, Field
 
 from imagepipeline.errors import InvalidUploadError, RedisClusterError, StackError
 from imagepipeline.models import Upload
+from imagepipeline.stores.connection import connect
 
 DEFAULT_PREFIX = "image-processing"
 SHOWN_CHARACTERS = 200
@@ -58,7 +59,7 @@ class UploadQueue:
             f"{prefix}:{name}" for name in ("wait", "active", "dead")
         )
         self._dropped_key = f"{self.dead_key}:dropped"
-        self.redis: Any = redis.Redis.from_url(url, socket_connect_timeout=2, socket_timeout=5)
+        self.redis: Any = connect(url)
 
     def close(self) -> None:
         """Closes all connections; a later use opens new ones."""

@@ -13,13 +13,12 @@ import tempfile
 import threading
 from collections.abc import Sequence
 from concurrent.futures import Future
-from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
 from imagepipeline.errors import ImagePipelineError, ProviderRejectedError, StaleClaimError
-from imagepipeline.models import Claim, Embedding, check_image_id
+from imagepipeline.models import Claim, Embedding, Neighbour, check_image_id
 from imagepipeline.stores.objects import open_bucket
 from imagepipeline.text import make_printable
 
@@ -30,15 +29,6 @@ Write = tuple[Claim, Embedding]
 MIN_COMMITS = 20
 READERS_PATIENCE = timedelta(hours=1)  # how long a reader may look at an old version
 log = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True)
-class Neighbour:
-    """An image near a query; `score` is the cosine similarity, -1..1, higher is nearer."""
-
-    image_id: str
-    score: float
-    text: str
 
 
 class EmbeddingIndex:

@@ -7,13 +7,13 @@ import dagster as dg
 import pytest
 
 from imagepipeline.defs.assets import embedding, metadata, variants
-from imagepipeline.defs.failures import GENERATION_TAG
+from imagepipeline.defs.attempts import GENERATION_TAG
 from imagepipeline.defs.jobs import process_upload
-from imagepipeline.defs.originals import Originals
 from imagepipeline.imaging.decoding import Rules
 from imagepipeline.imaging.sandbox import Sandbox
 from imagepipeline.imaging.variants import Renderer
 from imagepipeline.models import build_variant_specs
+from imagepipeline.originals import Originals
 from imagepipeline.paid_calls import PaidCalls
 from imagepipeline.services.embedder import LocalEmbedder
 from imagepipeline.services.vision import LocalVision

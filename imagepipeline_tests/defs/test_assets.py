@@ -11,14 +11,15 @@ import pytest
 from PIL import Image
 
 from imagepipeline.defs.assets import embedding, metadata, variants
-from imagepipeline.defs.originals import Originals
 from imagepipeline.errors import BadAnswerError, PausedError, ProviderUnavailableError, RefusedError
 from imagepipeline.imaging.decoding import Rules
 from imagepipeline.imaging.sandbox import Sandbox
-from imagepipeline.models import CallUsage, Claim, ImageMetadata, Recipe, Upload, VisionAnswer
+from imagepipeline.models import Claim, ImageMetadata, Recipe, Upload, VisionAnswer
+from imagepipeline.originals import Originals
 from imagepipeline.services.embedder import LocalEmbedder
 from imagepipeline.services.vision import LocalVision
 from imagepipeline.stores.files import FileStore
+from imagepipeline.usage import CallUsage
 from imagepipeline_tests.conftest import PHOTOS
 from imagepipeline_tests.imaging.odd_files import SAMPLES
 

@@ -14,11 +14,11 @@ from imagepipeline.defs.checks import (
     check_variants,
     variant_checks,
 )
-from imagepipeline.defs.originals import Originals
 from imagepipeline.imaging.decoding import Rules
 from imagepipeline.imaging.sandbox import Sandbox
 from imagepipeline.imaging.variants import Renderer
 from imagepipeline.models import Claim, Variant, build_variant_specs
+from imagepipeline.originals import Originals
 from imagepipeline_tests.imaging.odd_files import encode
 
 

@@ -8,7 +8,7 @@ import pytest
 import sqlalchemy as sa
 from PIL import Image
 
-from imagepipeline.defs.failures import GENERATION_TAG
+from imagepipeline.defs.attempts import GENERATION_TAG
 from imagepipeline.defs.notifications import tell
 from imagepipeline.defs.reconciler import StandstillWatch, reconcile
 from imagepipeline.defs.sensors import find_unfinished, take_in, upload_sensor
@@ -86,7 +86,7 @@ def test_a_generation_that_is_no_number_is_a_clear_error_and_costs_no_tick(
 
 
 def test_a_row_whose_id_is_invalid_ends_and_costs_no_other(
-    tick, catalogue, sqlite_catalogue_url, instance, tasks
+    tick, catalogue, outbox, sqlite_catalogue_url, instance, tasks
 ):
     catalogue.accept([Upload(f"victim{number}") for number in range(20)])
     evil = "evil\n\x1b[31mSubject: x"
@@ -108,7 +108,7 @@ def test_a_row_whose_id_is_invalid_ends_and_costs_no_other(
         def send(self, failures):
             told.extend(failures)
 
-    tell(catalogue, Notifier())
+    tell(outbox, Notifier())
     assert len(told) == 16
     assert reconcile(catalogue, instance, tasks, StandstillWatch()) == []
 

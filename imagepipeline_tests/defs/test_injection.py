@@ -14,11 +14,11 @@ from PIL import ExifTags, Image, ImageDraw
 from werkzeug import Response
 
 from imagepipeline.defs.assets import metadata
-from imagepipeline.defs.originals import Originals
 from imagepipeline.imaging.decoding import Rules, decode
 from imagepipeline.imaging.preparation import prepare
 from imagepipeline.imaging.sandbox import Sandbox
 from imagepipeline.models import ImageMetadata, Upload
+from imagepipeline.originals import Originals
 from imagepipeline.services.vision import OpenAIVision, VisionOptions
 from imagepipeline_tests.services.test_vision import METADATA, completion
 

@@ -4,9 +4,9 @@ from contextlib import closing
 
 import pytest
 
-from imagepipeline.defs.originals import Originals
 from imagepipeline.imaging.decoding import Rules
 from imagepipeline.imaging.sandbox import Sandbox, Zygote
+from imagepipeline.originals import Originals
 from imagepipeline_tests.conftest import PHOTOS
 from imagepipeline_tests.imaging import lying_operations
 
@@ -17,7 +17,7 @@ from imagepipeline_tests.imaging import lying_operations
 def test_an_image_whose_decoder_lies_fails_and_is_not_tried_again(
     run, catalogue, files, monkeypatch, lie, status
 ):
-    monkeypatch.setattr("imagepipeline.defs.originals.decode", lying_operations.decode)
+    monkeypatch.setattr("imagepipeline.originals.decode", lying_operations.decode)
     files.put_original("cat", (PHOTOS / "cat.jpg").read_bytes() + b"lie:" + lie.encode(), "jpg")
     with (
         closing(Zygote("imagepipeline_tests.imaging.lying_operations")) as zygote,

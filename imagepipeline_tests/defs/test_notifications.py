@@ -26,9 +26,9 @@ class ScriptedNotifier:
 
 
 @pytest.fixture
-def tick(catalogue, instance, ledger):
+def tick(outbox, instance, ledger):
     def tick(*notifiers):
-        resources = {"catalogue": catalogue, "ledger": ledger, "notifiers": list(notifiers)}
+        resources = {"outbox": outbox, "ledger": ledger, "notifiers": list(notifiers)}
         return notification_sensor(
             dg.build_sensor_context(instance=instance, resources=resources)
         ).skip_message
@@ -87,10 +87,10 @@ def test_completed_images_are_not_told_of(tick, catalogue):
     assert webhook.sent == []
 
 
-def test_without_a_notifier_failures_wait_in_the_outbox(tick, fail, catalogue):
+def test_without_a_notifier_failures_wait_in_the_outbox(tick, fail, outbox):
     fail("a")
     assert tick() == "No webhook or mail server is set."
-    assert len(catalogue.list_unsent("mail")) == 1
+    assert len(outbox.list_unsent("mail")) == 1
 
 
 def test_a_pause_is_told_once_on_every_channel(tick, ledger):

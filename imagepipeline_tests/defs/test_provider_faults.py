@@ -16,7 +16,7 @@ import pytest
 from PIL import Image
 from werkzeug import Response
 
-from imagepipeline.defs.failures import GENERATION_TAG
+from imagepipeline.defs.attempts import GENERATION_TAG
 from imagepipeline.defs.sensors import upload_sensor
 from imagepipeline.models import Recipe, Upload, now_utc
 from imagepipeline.paid_calls import PaidCalls
@@ -178,14 +178,14 @@ def days(httpserver, run, instance, queue, catalogue, files, limiter, sqlite_cat
         yield days
 
 
-def test_a_provider_that_is_down_for_a_while_fails_no_image_and_tells_nobody_of_any(days):
+def test_a_provider_that_is_down_for_a_while_fails_no_image_and_tells_nobody_of_any(days, outbox):
     days.push(4)
     days.answer = lambda number: 503
     assert days.tick() == 4  # two fail before it is known whose trouble it is, the third finds out
     assert days.catalogue.count()["failed"] == 2
     assert "provider_down" in days.tick()
     assert days.catalogue.count()["pending"] == 4
-    assert days.catalogue.list_unsent("mail") == []
+    assert outbox.list_unsent("mail") == []
     known = days.calls["metadata"]
     for probes in (1, 2):
         days.passed += timedelta(seconds=31)

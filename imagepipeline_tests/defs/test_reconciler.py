@@ -88,7 +88,9 @@ def test_a_run_that_stands_still_is_succeeded_and_its_slot_is_freed(
     assert instance.get_run_by_id(run.run_id).status == dg.DagsterRunStatus.FAILURE
 
 
-def test_the_third_loss_is_poison_and_the_administrators_are_told(look, catalogue, start_run):
+def test_the_third_loss_is_poison_and_the_administrators_are_told(
+    look, catalogue, outbox, start_run
+):
     catalogue.accept([Upload("a")])
     for generation in (1, 2, 3):
         catalogue.claim(
@@ -98,7 +100,7 @@ def test_the_third_loss_is_poison_and_the_administrators_are_told(look, catalogu
     row = catalogue.get("a")
     assert (row["status"], row["reason"]) == ("failed", "poison")
     assert "3 times" in row["error"]
-    assert [notice["reason"] for notice in catalogue.list_unsent("webhook")] == ["poison"]
+    assert [notice["reason"] for notice in outbox.list_unsent("webhook")] == ["poison"]
 
 
 def test_a_new_push_begins_the_count_again(look, catalogue, start_run):

@@ -7,7 +7,7 @@ import pytest
 from werkzeug import Response
 
 from imagepipeline.definitions import defs
-from imagepipeline.defs.failures import GENERATION_TAG
+from imagepipeline.defs.attempts import GENERATION_TAG
 from imagepipeline.errors import ImagePipelineError
 from imagepipeline.models import Upload
 from imagepipeline.stores.catalogue import Catalogue

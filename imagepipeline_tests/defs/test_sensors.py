@@ -7,10 +7,11 @@ from datetime import timedelta
 import dagster as dg
 import pytest
 
-from imagepipeline.defs.failures import GENERATION_TAG
+from imagepipeline.defs.attempts import GENERATION_TAG
 from imagepipeline.defs.sensors import DEFAULT_SLOTS, RUNS_PER_SLOT, take_in, upload_sensor
 from imagepipeline.models import Recipe, Upload, now_utc
 from imagepipeline.paid_calls import PaidCalls
+from imagepipeline.stores.failures import FailedImages
 from imagepipeline.stores.ledger import Ledger
 from imagepipeline.stores.uploads import UploadQueue
 
@@ -438,7 +439,9 @@ def test_the_image_that_is_tried_after_a_pause_is_not_always_the_same(
     assert keys(tick()) == ["new:1"]
 
 
-def test_what_failed_before_a_provider_was_known_to_be_down_waits_again(tick, catalogue, ledger):
+def test_what_failed_before_a_provider_was_known_to_be_down_waits_again(
+    tick, catalogue, outbox, ledger, sqlite_catalogue_url
+):
     for image_id, reason in (
         ("a", "provider_unavailable"),
         ("b", "corrupt"),
@@ -446,7 +449,7 @@ def test_what_failed_before_a_provider_was_known_to_be_down_waits_again(tick, ca
     ):
         catalogue.accept([Upload(image_id)])
         catalogue.fail(catalogue.claim(image_id, 1, "run"), reason, "x")
-    catalogue.discard("c")
+    FailedImages(sqlite_catalogue_url).discard("c")
     tick()
     assert catalogue.count()["failed"] == 3
     ledger.pause("provider_down", "503", 30, "metadata")
@@ -455,4 +458,4 @@ def test_what_failed_before_a_provider_was_known_to_be_down_waits_again(tick, ca
         image_id: state.status for image_id, state in catalogue.get_states(["a", "b", "c"]).items()
     }
     assert states == {"a": "pending", "b": "failed", "c": "failed"}
-    assert [row["image_id"] for row in catalogue.list_unsent("webhook")] == ["b", "c"]
+    assert [row["image_id"] for row in outbox.list_unsent("webhook")] == ["b", "c"]

@@ -5,7 +5,7 @@ from collections import Counter
 
 import pytest
 
-from imagepipeline.defs.failures import MACHINE_TAG
+from imagepipeline.defs.attempts import MACHINE_TAG
 from imagepipeline_tests.conftest import IS_CI
 from imagepipeline_tests.end_to_end.machine_faults import COMPLETE_SECONDS
 from imagepipeline_tests.end_to_end.two_machines import MAX_RUNS, may_name_hosts, open_pair

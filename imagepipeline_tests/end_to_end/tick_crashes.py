@@ -106,7 +106,7 @@ def run_trial(
             IMAGEPIPELINE_QUEUE_PREFIX=prefix,
         )
         services.prepare(settings := Settings.load())
-        os.environ.update(services.build_environment(settings))
+        os.environ.update(services.build_environment(settings, "code-server"))
         catalogue = Catalogue(settings.database_url)
         catalogue.migrate()
         queue = UploadQueue(redis_url, prefix)

@@ -31,7 +31,7 @@ import sqlalchemy as sa
 import yaml
 from PIL import Image
 
-from imagepipeline.defs.failures import MACHINE_TAG
+from imagepipeline.defs.attempts import MACHINE_TAG
 from imagepipeline.runtime import services
 from imagepipeline.settings import Settings
 from imagepipeline.storage import open_storage

@@ -13,7 +13,6 @@ from pathlib import Path
 
 import pytest
 
-from imagepipeline.defs.originals import Originals
 from imagepipeline.errors import SandboxLostError, UnreadableImageError
 from imagepipeline.imaging.confinement import (
     ALLOWED,
@@ -29,6 +28,7 @@ from imagepipeline.imaging.decoding import Rules, decode
 from imagepipeline.imaging.sandbox import MAX_ANSWER_BYTES, Sandbox, Zygote
 from imagepipeline.imaging.variants import Renderer
 from imagepipeline.models import build_variant_specs
+from imagepipeline.originals import Originals
 from imagepipeline.wire import HEADER, MAX_JSON_BYTES
 from imagepipeline_tests.conftest import PHOTOS
 from imagepipeline_tests.imaging import lying_operations, sandbox_operations
@@ -288,7 +288,7 @@ def liar():
 @pytest.fixture
 def process(liar, files, catalogue, monkeypatch):
     """Does with an original whose decoder tells a lie what the assets do."""
-    monkeypatch.setattr("imagepipeline.defs.originals.decode", lying_operations.decode)
+    monkeypatch.setattr("imagepipeline.originals.decode", lying_operations.decode)
 
     def process(lie):
         content = (PHOTOS / "cat.jpg").read_bytes() + b"lie:" + lie.encode()

@@ -37,7 +37,7 @@ def settings(tmp_path, redis_url, monkeypatch):
     monkeypatch.setenv("REDIS_URL", redis_url)
     settings = Settings.load()
     services.prepare(settings)
-    for name, value in services.build_environment(settings).items():
+    for name, value in services.build_environment(settings, "worker").items():
         monkeypatch.setenv(name, value)
     return settings
 

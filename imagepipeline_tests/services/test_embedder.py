@@ -7,8 +7,8 @@ import pytest
 from werkzeug import Request, Response
 
 from imagepipeline.errors import BadAnswerError, PausedError, ProviderUnavailableError, RefusedError
-from imagepipeline.models import CallUsage
 from imagepipeline.services.embedder import OpenRouterEmbedder
+from imagepipeline.usage import CallUsage
 
 
 def answer_of(vector):

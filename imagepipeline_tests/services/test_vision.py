@@ -28,9 +28,10 @@ from imagepipeline.errors import (
 from imagepipeline.imaging.decoding import decode
 from imagepipeline.imaging.palette import measure
 from imagepipeline.imaging.variants import render_square
-from imagepipeline.models import CallUsage, PixelFacts
+from imagepipeline.models import PixelFacts
 from imagepipeline.services.vision import LocalVision, OpenAIVision, VisionOptions, openai_recipe
 from imagepipeline.settings import Settings
+from imagepipeline.usage import CallUsage
 from imagepipeline_tests.conftest import PHOTOS
 
 FACTS = PixelFacts(4, 3, (("red", "#ff0000", 1.0),), 50, 20, 30, 10)

@@ -31,8 +31,10 @@ from imagepipeline.models import (
 )
 from imagepipeline.stores.catalogue import Catalogue, State
 from imagepipeline.stores.database import create_sqlite_engine
+from imagepipeline.stores.failures import FailedImages
 from imagepipeline.stores.ledger import Ledger
 from imagepipeline.stores.migrations import VERSION_TABLE
+from imagepipeline.stores.outbox import Outbox
 from imagepipeline.stores.tables import schema
 
 RECIPE = Recipe("local", "m")
@@ -60,6 +62,11 @@ def catalogue(catalogue_url):
     catalogue = Catalogue(catalogue_url, Clock())
     catalogue.migrate()
     return catalogue
+
+
+@pytest.fixture
+def outbox(catalogue_url):
+    return Outbox(catalogue_url, Clock())
 
 
 def make(catalogue, claim):
@@ -194,7 +201,9 @@ def test_a_push_while_the_image_waits_is_seen_by_the_run_that_comes(catalogue):
 
 @pytest.mark.parametrize("pushes", [1, 3])
 @pytest.mark.parametrize("ends", ["completed", "failed"])
-def test_pushes_while_a_run_works_begin_one_more_generation_when_it_ends(catalogue, pushes, ends):
+def test_pushes_while_a_run_works_begin_one_more_generation_when_it_ends(
+    catalogue, outbox, pushes, ends
+):
     catalogue.accept([Upload("a")])
     claim = catalogue.claim("a", 1, "run")
     for number in range(pushes):
@@ -205,7 +214,7 @@ def test_pushes_while_a_run_works_begin_one_more_generation_when_it_ends(catalog
         assert catalogue.finish(claim) is Status.PENDING
     else:
         catalogue.fail(claim, "corrupt", "cut off")
-        assert catalogue.list_unsent("webhook") == []  # what it failed for may be mended by now
+        assert outbox.list_unsent("webhook") == []  # what it failed for may be mended by now
     row = catalogue.get("a")
     assert (row["status"], row["generation"], row["reason"], row["attempts"]) == (
         "pending",
@@ -434,7 +443,7 @@ def test_impossible_json_costs_its_row_the_metadata_and_no_other_row_anything(
         )
     assert catalogue.get("bad")["metadata"] is None
     assert {row["id"] for row in catalogue.list_ended(Status.FAILED)} == {"bad", "good"}
-    assert {row["id"] for row in catalogue.iterate_failed()} == {"bad", "good"}
+    assert {row["id"] for row in FailedImages(sqlite_catalogue_url).iterate()} == {"bad", "good"}
 
 
 @pytest.mark.parametrize("text", ["\x1b[31m\n\u202e\x7f", "half \ud83d", "nothing \x00"])
@@ -448,7 +457,9 @@ def test_any_text_can_be_written_down_and_is_printable(catalogue_url, text):
     assert row["error"].isprintable()
     assert len(row["error"]) == 300
     assert all((event["detail"] or "").isprintable() for event in row["history"])
-    assert catalogue.list_unsent("mail")[0]["error"].isprintable()
+    outbox = Outbox(catalogue_url)
+    assert outbox.list_unsent("mail")[0]["error"].isprintable()
+    outbox.close()
     ledger = Ledger(catalogue_url)
     ledger.pause("auth", text, 60)
     assert ledger.list_pauses()[0].message.isprintable()

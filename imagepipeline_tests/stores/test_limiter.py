@@ -8,7 +8,8 @@ import pytest
 import redis
 
 from imagepipeline.errors import PostponedError, SettingsError
-from imagepipeline.stores.limiter import CallLimit, CallLimiter, Permits, parse_limits
+from imagepipeline.rates import CallLimit, parse_limits
+from imagepipeline.stores.limiter import CallLimiter, Permits
 
 CALLER = """
 import sys

@@ -1,0 +1,131 @@
+"""PNG, with its 16-bit samples, transparent colours and animations."""
+
+from collections.abc import Iterator
+
+import numpy as np
+from PIL import Image, ImageFile, UnidentifiedImageError
+
+from imagepipeline.errors import (
+    LimitError,
+    UnreadableImageError,
+)
+from imagepipeline.imaging import exif, png
+from imagepipeline.imaging.color import read_png_space
+from imagepipeline.imaging.drawing import Drawn, draw
+from imagepipeline.imaging.limits import Rules, check_frames, check_profile, check_size
+from imagepipeline.imaging.readers.source import Picture, Source, miss_start, open_image, to_picture
+
+
+def read_png(content: bytes, rules: Rules) -> Source:
+    """PNG; of an animated one the still picture, or if asked for, the frames."""
+    found = png.read_png(content)
+    if found is None:
+        raise miss_start("PNG")
+    check_size(found.width, found.height, rules)
+    is_animation = rules.is_animation_kept and found.still is not found.content
+    whole = found.content if is_animation else found.still
+    try:
+        header = open_image(whole, "PNG")
+    except UnidentifiedImageError:
+        if b"IDAT" in whole:
+            raise UnreadableImageError(
+                "the PNG data is damaged: its header cannot be read"
+            ) from None
+        raise (
+            miss_start("PNG")
+            if found.is_cut
+            else UnreadableImageError("the PNG data is damaged: it has no pixels")
+        ) from None
+    except ValueError as error:
+        if "MAX_TEXT" in str(error):
+            raise LimitError(
+                f"a text in the original unpacks to more than {rules.max_text_bytes:,} bytes, or all of them do "
+                "(IMAGEPIPELINE_MAX_TEXT_BYTES)"
+            ) from None
+        raise
+    profile = check_profile(
+        png.unpack_profile(found.chunks.get(b"iCCP", b""), rules.max_icc_bytes), rules
+    )
+    first = (
+        1 if is_animation and header.info.get("default_image") else 0
+    )  # which is for those that show one picture
+    frame_count = getattr(header, "n_frames", 1) - first if is_animation else 1
+    if is_animation:
+        check_frames(found.width, found.height, frame_count, rules)
+
+    def load(_: bool) -> Iterator[Picture]:
+        if frame_count <= 1:
+            yield _draw_png(found, rules)
+            return
+        image = open_image(whole, "PNG")
+        for index in range(first, first + frame_count):
+            image.seek(index)
+            image.load()
+            duration_ms = int(image.info.get("duration") or 0)
+            frame = _to_bytes(_with_clear_color(image.copy(), found, None))
+            yield to_picture(Drawn(frame), duration_ms)
+
+    space = read_png_space(found.chunks, profile)
+    plays = int(header.info.get("loop") or 0)
+    return Source(
+        found.width,
+        found.height,
+        load,
+        space,
+        exif.parse(found.chunks.get(b"eXIf", b"")),
+        count_plays=lambda: plays,
+    )
+
+
+def _draw_png(found: png.Png, rules: Rules) -> Picture:
+    def reopen(raw_mode: str | None = None) -> ImageFile.ImageFile:
+        image = open_image(found.still, "PNG")
+        if raw_mode:
+            image.tile = [tile._replace(args=raw_mode) for tile in image.tile]
+        return image
+
+    options = "PNG", found.is_cut, found.is_interlaced, rules.is_truncated_accepted
+    drawn = draw(reopen, *options)
+    lower = None
+    if found.bits == 16 and found.color_type == png.RGB and b"tRNS" in found.chunks:
+        lower = draw(
+            lambda: reopen("RGB;16L"), *options
+        ).image  # the lower bytes: as if they were the upper ones
+    image = _to_bytes(_with_clear_color(drawn.image, found, lower))
+    return to_picture(Drawn(image, drawn.missing, drawn.flaw))
+
+
+def _to_bytes(image: Image.Image) -> Image.Image:
+    """Grey of 16 bits by its upper eight."""
+    return (
+        Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
+        if image.mode.startswith("I")
+        else image
+    )
+
+
+def _with_clear_color(image: Image.Image, found: png.Png, lower: Image.Image | None) -> Image.Image:
+    """With an alpha channel where grey or RGB has a colour that is transparent (W3C PNG, 11.3.1.1).
+
+    `lower` holds the lower bytes of an RGB image of 16 bits.
+    """
+    clear = found.chunks.get(b"tRNS", b"")
+    if found.color_type in (png.GREY, png.RGB):
+        image.info.pop("transparency", None)  # which Pillow compares with numbers of another depth
+    values = [int.from_bytes(clear[at : at + 2], "big") for at in range(0, len(clear) - 1, 2)]
+    if found.color_type == png.GREY and len(values) == 1 and image.mode in ("1", "L", "I;16", "I"):
+        stored = np.asarray(image.convert("L") if image.mode == "1" else image)
+        value = values[0] if found.bits == 16 else values[0] * 255 // (2**found.bits - 1)
+        grey = (stored >> 8).astype(np.uint8) if found.bits == 16 else stored
+        alpha = np.where(stored == value, 0, 255).astype(np.uint8)
+        return Image.merge("LA", (Image.fromarray(grey), Image.fromarray(alpha)))
+    if found.color_type == png.RGB and len(values) == 3 and image.mode == "RGB":
+        stored = np.asarray(image).astype(np.uint16)
+        if found.bits == 16:
+            if lower is None:
+                return image
+            stored = stored << 8 | np.asarray(lower)
+        alpha = np.where((stored == values).all(axis=2), 0, 255).astype(np.uint8)
+        image = image.copy()
+        image.putalpha(Image.fromarray(alpha))
+    return image

@@ -1,0 +1,112 @@
+"""What all readers share: an original whose header is in order, and its errors in words."""
+
+import io
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+
+# Named one by one, or Pillow would import all its 43 readers, some of which start other programs.
+from PIL import (
+    BmpImagePlugin,  # noqa: F401
+    GifImagePlugin,  # noqa: F401
+    Image,
+    ImageFile,
+    JpegImagePlugin,  # noqa: F401
+    PngImagePlugin,  # noqa: F401
+    TiffImagePlugin,  # noqa: F401
+    WebPImagePlugin,  # noqa: F401
+)
+
+from imagepipeline.errors import (
+    LimitError,
+    TruncatedImageError,
+    UnreadableImageError,
+    UnsupportedFormatError,
+)
+from imagepipeline.imaging.color import ColorSpace
+from imagepipeline.imaging.drawing import Drawn, clean, fill, percent
+
+EXPORT_ADVICE = "export it as PNG"
+
+
+@dataclass(frozen=True)
+class Picture:
+    """A decoded picture in mode L, LA, RGB, RGBA, CMYK or LAB of 8 bits a channel, as stored; its colours as well."""
+
+    image: Image.Image
+    duration_ms: int = 0
+    flaw: str | None = None
+
+
+@dataclass(frozen=True)
+class Source:
+    """An original whose header was found to be in order; nothing is decoded yet.
+
+    `width` and `height` are as stored. `load` gives its picture, or the frames of an animation; it is told whether
+    the picture lies on its side. `count_plays`: how often an animation is shown, 0 for ever; known once it is loaded.
+    """
+
+    width: int
+    height: int
+    load: Callable[[bool], Iterator[Picture]]
+    space: ColorSpace = field(default_factory=ColorSpace)
+    exif: Image.Exif = field(default_factory=Image.Exif)
+    is_turned_by_exif: bool = True
+    count_plays: Callable[[], int] = lambda: 0
+
+
+def miss_start(format_: str) -> TruncatedImageError:
+    """The error of a file that ends before its first row."""
+    return TruncatedImageError(
+        f"no row could be read; the end of the {format_} file is missing: upload it again"
+    )
+
+
+def miss_end(format_: str, arrived: int, declared: int) -> TruncatedImageError:
+    """The error of a file of which fewer bytes arrived than it declares, and no row was read."""
+    share = percent(arrived / declared)
+    return TruncatedImageError(
+        f"{share} of the bytes arrived, no row could be read; the end of the {format_} file is missing: upload it again"
+    )
+
+
+def explain(format_: str, error: Exception) -> Exception:
+    """What a decoder's own error means."""
+    text = clean(str(error), 200) or type(error).__name__
+    if "security limit" in text.lower():  # libheif's, which are about a bad header or a giant
+        return LimitError(f"the {format_} file exceeds a limit of its decoder: {text}")
+    if "memory" in text.lower():  # how codecs put it
+        return MemoryError(text)
+    if "not implemented" in text.lower() or "unsupported" in text.lower():
+        kind = f"of a kind of {format_} that cannot be read here"
+        return UnsupportedFormatError(
+            f"the original is {kind} ({text[:120]}): export it as JPEG or PNG"
+        )
+    return UnreadableImageError(f"the {format_} data is damaged: {text[:120]}")
+
+
+def open_image(content: bytes, format_: str) -> ImageFile.ImageFile:
+    """Has Pillow read the header; raises what its plugin for the format raises."""
+    return Image.open(io.BytesIO(content), formats=[format_])
+
+
+def to_picture(drawn: Drawn, duration_ms: int = 0) -> Picture:
+    """Of what was drawn in a mode for colours of 8 bits."""
+    image = drawn.image
+    if image.has_transparency_data and image.mode not in ("RGBA", "LA"):
+        image = image.convert("RGBA")
+    elif image.mode not in ("RGB", "RGBA", "L", "LA", "CMYK", "LAB"):
+        image = image.convert("L" if image.mode == "1" else "RGB")
+    if drawn.missing is not None:
+        image = fill(image.copy(), drawn.missing)
+    return Picture(image, duration_ms, drawn.flaw)
+
+
+def load_frames(image: ImageFile.ImageFile, frame_count: int) -> Iterator[Picture]:
+    """Decodes the first frames of an animation, or the one picture of a still file."""
+    for index in range(frame_count):
+        if index:
+            image.seek(index)
+        image.load()
+        yield to_picture(
+            Drawn(image.copy() if frame_count > 1 else image), int(image.info.get("duration") or 0)
+        )

@@ -1,0 +1,146 @@
+"""TIFF: the first page, with the samples that Pillow reads but does not convert."""
+
+from collections.abc import Iterator
+
+import numpy as np
+import simplejpeg
+from PIL import Image, TiffImagePlugin, UnidentifiedImageError
+
+from imagepipeline.errors import (
+    UnreadableImageError,
+    UnsupportedFormatError,
+)
+from imagepipeline.imaging import jpeg, tiff
+from imagepipeline.imaging.color import ColorSpace
+from imagepipeline.imaging.drawing import Drawn, draw
+from imagepipeline.imaging.formats import RAW_ADVICE
+from imagepipeline.imaging.limits import Rules, check_profile, check_size
+from imagepipeline.imaging.readers.source import (
+    EXPORT_ADVICE,
+    Picture,
+    Source,
+    miss_start,
+    open_image,
+    to_picture,
+)
+
+
+def read_tiff(content: bytes, rules: Rules) -> Source:
+    """The first page of a TIFF."""
+    page = tiff.read_tiff(content)
+    if page is None:
+        raise miss_start("TIFF")
+    if page.is_preview:
+        raise UnsupportedFormatError(f"the original is {RAW_ADVICE}")
+    check_size(*page.size, rules)
+    refusal = page.find_refusal()
+    is_cut = page.end > len(content)
+    if refusal:
+        raise UnsupportedFormatError(f"the original is {refusal}: {EXPORT_ADVICE}")
+    try:
+        header = open_image(content, "TIFF")
+    except UnidentifiedImageError:
+        if _is_known(page) or not page.is_plausible:
+            raise UnreadableImageError("the TIFF data is damaged: its tags make no sense") from None
+        raise UnsupportedFormatError(
+            f"the original is {page.describe()}: {EXPORT_ADVICE}"
+        ) from None
+    if not isinstance(header, TiffImagePlugin.TiffImageFile):
+        raise UnreadableImageError("the TIFF data is damaged: its header cannot be read")
+    check_size(*header.size, rules)
+    profile = check_profile(header.info.get("icc_profile"), rules)
+
+    def load(_: bool) -> Iterator[Picture]:
+        if (
+            page.first(tiff.COMPRESSION, tiff.RAW) == tiff.JPEG
+            and not is_cut
+            and not rules.is_truncated_accepted
+        ):
+            _check_jpeg_pieces(content, page)
+        try:
+            drawn = draw(
+                lambda: open_image(content, "TIFF"),
+                "TIFF",
+                is_cut,
+                False,
+                rules.is_truncated_accepted,
+            )
+        except UnreadableImageError as error:
+            if "raw mode" in str(error.__cause__) or "not configured" in str(error.__cause__):
+                raise UnsupportedFormatError(
+                    f"the original is {page.describe()}: {EXPORT_ADVICE}"
+                ) from error
+            raise
+        image = drawn.image
+        if image.mode.startswith(("I", "F")):
+            image = _to_eight_bits(image, page)
+        elif image.mode == "La":
+            image = _unmultiply(image)
+        yield to_picture(Drawn(image, drawn.missing, drawn.flaw))
+
+    exif = header.getexif()
+    return Source(
+        *header.size, load, ColorSpace(profile), exif, is_turned_by_exif=False
+    )  # Pillow turns it itself
+
+
+def _is_known(page: tiff.Tiff) -> bool:
+    """Whether Pillow reads pixels of that kind, so that it must be something else that it stumbles over."""
+    bits, extra = page.tags.get(tiff.BITS) or (1,), page.tags.get(tiff.EXTRA_SAMPLES, ())
+    photometric, kind = (
+        page.first(tiff.PHOTOMETRIC, tiff.BLACK_IS_ZERO),
+        page.first(tiff.SAMPLE_FORMAT, tiff.UNSIGNED),
+    )
+    order = b"II" if page.order == "little" else b"MM"
+    return any(
+        key[:2] == (order, photometric) and key[2][0] == kind and key[4:] == (bits, extra)
+        for key in TiffImagePlugin.OPEN_INFO
+    )
+
+
+def _check_jpeg_pieces(content: bytes, page: tiff.Tiff) -> None:
+    """Raises UnreadableImageError if a JPEG in a TIFF is damaged: libtiff does not tell."""
+    tables = bytes(page.tags.get(tiff.JPEG_TABLES, ()))
+    for offset, size in page.pieces:
+        found = jpeg.read_jpeg(tables[:-2] + content[offset + 2 * bool(tables) : offset + size])
+        if found is None:
+            raise UnreadableImageError("the TIFF data is damaged: a JPEG in it has no picture")
+        try:
+            simplejpeg.decode_jpeg(found.content, "GRAY", min_width=1, min_height=1)
+        except ValueError as error:
+            if "Corrupt JPEG data" in str(error):
+                flaw = jpeg.explain_flaw(str(error))
+                raise UnreadableImageError(
+                    f"the TIFF data is damaged: in a JPEG in it, {flaw}"
+                ) from error
+
+
+def _unmultiply(image: Image.Image) -> Image.Image:
+    """LA of grey multiplied by its alpha."""
+    pixels = np.asarray(image).astype(np.uint16)
+    alpha = np.maximum(pixels[:, :, 1], 1)
+    grey = np.minimum((pixels[:, :, 0] * 255 + alpha // 2) // alpha, 255).astype(np.uint8)
+    return Image.merge(
+        "LA", (Image.fromarray(grey), Image.fromarray(pixels[:, :, 1].astype(np.uint8)))
+    )
+
+
+def _to_eight_bits(image: Image.Image, page: tiff.Tiff) -> Image.Image:
+    """Grey of 12 or 16 bits by its upper eight; of 32, which has no agreed white, from its darkest to its lightest."""
+    values = np.asarray(image)
+    is_inverted = page.first(tiff.PHOTOMETRIC, tiff.BLACK_IS_ZERO) == tiff.WHITE_IS_ZERO
+    if image.mode.startswith("I;16"):
+        bits = page.first(tiff.BITS, 16)
+        grey = (values >> (bits - 8)).astype(np.uint8)
+    else:
+        if (
+            image.mode == "I"
+            and page.first(tiff.BITS, 32) == 32
+            and page.first(tiff.SAMPLE_FORMAT, 1) == tiff.UNSIGNED
+        ):
+            values = values.view(np.uint32)
+        light = np.nan_to_num(values.astype(np.float32), copy=False, posinf=0, neginf=0)
+        light -= light.min()
+        light *= 255 / max(light.max(), np.finfo(np.float32).tiny)
+        grey = light.round(out=light).astype(np.uint8)
+    return Image.fromarray(255 - grey if is_inverted else grey)

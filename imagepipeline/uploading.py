@@ -1,0 +1,94 @@
+"""Uploads from the command line: storing originals and pushing their IDs, and sweeping up lost ones."""
+
+import hashlib
+import re
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from imagepipeline.errors import InvalidUploadError, PostponedError, StackError
+from imagepipeline.models import check_original_path
+from imagepipeline.opening import open_catalogue, open_queue
+from imagepipeline.settings import Settings
+from imagepipeline.storage import Storage, open_storage
+
+Report = Callable[[str], None]
+
+
+def build_image_id(photo: Path) -> str:
+    """A readable ID: the file name and 8 digits of the content's SHA-256, which make it unique."""
+    name = re.sub(r"[^A-Za-z0-9]+", "-", photo.stem).strip("-")[:50] or "image"
+    return f"{name}-{hashlib.sha256(photo.read_bytes()).hexdigest()[:8]}"
+
+
+def enqueue(settings: Settings, images: Mapping[str, Path], priority: int, report: Report) -> None:
+    """Stores each photo as its image's original, then pushes the ID.
+
+    Raises:
+        StackError: Redis does not take an ID; the message says which original is stored already.
+    """
+    queue = open_queue(settings)
+    files = open_storage(settings.storage)
+    for image_id, photo in images.items():
+        extension = re.sub(r"[^a-z0-9]", "", photo.suffix.lower())[:8] or "bin"
+        path = files.put_original(image_id, photo.read_bytes(), extension)
+        _replace_others(settings, files, image_id, path, report)
+        try:
+            queue.enqueue(image_id, path, priority)
+        except StackError as error:
+            raise StackError(f"{error}; {path} is stored and not enqueued: push it again") from None
+
+
+def _replace_others(
+    settings: Settings, files: Storage, image_id: str, path: str, report: Report
+) -> None:
+    """Deletes an image's older originals of another extension, unless a run may be reading them."""
+    others = [other for other in files.list_originals_of(image_id) if other != path]
+    if not others:
+        return
+    try:
+        state = open_catalogue(settings).get_states([image_id]).get(image_id)
+    except (StackError, PostponedError):
+        may_be_read = True
+    else:
+        may_be_read = state is not None and not state.status.has_ended
+    for other in others:
+        if may_be_read:
+            advice = f"delete it before you push {image_id} by its ID alone"
+            report(f"{other} is kept, as a run may be reading it: {advice}")
+        else:
+            files.delete(other)
+
+
+@dataclass(frozen=True)
+class Swept:
+    """The IDs that were enqueued, and the temporary files that were deleted, as people find them."""
+
+    enqueued: list[str]
+    deleted: list[str]
+
+
+def sweep(settings: Settings, is_dry_run: bool, report: Report) -> Swept:
+    """Enqueues originals the catalogue does not know, and deletes half-written files.
+
+    `report` is told what is left alone and why. A dry run returns what would be done.
+    """
+    files, queue = open_storage(settings.storage), open_queue(settings)
+    unknown = open_catalogue(settings).find_unknown(files.list_originals())
+    leftovers = files.list_leftovers()
+    for image_id, path in list(unknown.items()):
+        try:
+            check_original_path(path)
+        except InvalidUploadError as error:
+            report(str(error))
+            del unknown[image_id]
+    if not is_dry_run:
+        for image_id, path in unknown.items():
+            queue.enqueue(image_id, path)
+        for leftover in list(leftovers):
+            try:
+                files.delete(leftover)
+            except OSError as error:
+                report(f"{leftover} cannot be deleted: {error.strerror}")
+                leftovers.remove(leftover)
+    return Swept(sorted(unknown), [files.locate(path) for path in leftovers])
