@@ -2,7 +2,15 @@
 
 import dagster as dg
 
-from imagepipeline.defs import assets, jobs, notifications, reconciler, resources, sensors
+from imagepipeline.defs import (
+    assets,
+    checks,
+    jobs,
+    notifications,
+    reconciler,
+    resources,
+    sensors,
+)
 from imagepipeline.homes import secure_home
 from imagepipeline.imaging.decoding import Rules
 from imagepipeline.imaging.sandbox import Sandbox
@@ -42,7 +50,13 @@ def defs() -> dg.Definitions:
             for asset in (assets.metadata, assets.variants, assets.embedding)
         ],
         jobs=[jobs.process_upload],
-        sensors=[sensors.upload_sensor, reconciler.reconciler, notifications.notification_sensor],
+        asset_checks=[checks.variant_checks],
+        sensors=[
+            sensors.upload_sensor,
+            reconciler.reconciler,
+            notifications.notification_sensor,
+            checks.check_sensor,
+        ],
         resources=build_resources(settings),
         executor=dg.in_process_executor,
     )
@@ -77,11 +91,9 @@ def build_resources(settings: Settings) -> dict[str, dg.ResourceDefinition]:
         "tasks": resources.opened(
             lambda: TaskQueue(broker, prefix), "The runs that wait for a worker."
         ),
-        "catalogue": resources.opened(lambda: Catalogue(database), "The SQL record of all images."),
-        "ledger": resources.opened(
-            lambda: Ledger(database), "What paid calls cost, and the pauses."
-        ),
-        "outbox": resources.opened(
+        "catalogue": resources.made(lambda: Catalogue(database), "The SQL record of all images."),
+        "ledger": resources.made(lambda: Ledger(database), "What paid calls cost, and the pauses."),
+        "outbox": resources.made(
             lambda: Outbox(database), "The failures the administrators have yet to be told of."
         ),
         "paid_calls": resources.entered(
@@ -98,7 +110,12 @@ def build_resources(settings: Settings) -> dict[str, dg.ResourceDefinition]:
             "The originals, each decoded once a run, and the rules for what they may be.",
         ),
         "renderer": resources.made(
-            lambda: Renderer(specs, settings.animation == "keep", settings.keep_copyright),
+            lambda: Renderer(
+                specs,
+                settings.animation == "keep",
+                settings.keep_copyright,
+                settings.compared_share,
+            ),
             "How variants are made.",
         ),
         "index": resources.made(lambda: build_index(settings), "The embeddings, in LanceDB."),

@@ -206,6 +206,12 @@ class SandboxLostError(RetryableError):
     reason = "crashed"
 
 
+class WrongVariantsError(RetryableError):
+    """The variants that were stored are incomplete, or contain more than pixels."""
+
+    reason = "wrong_variants"
+
+
 class PermanentError(ImagePipelineError):
     """No further attempt can succeed, as things are; where `can_be_retried`, a person may change them."""
 

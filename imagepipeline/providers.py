@@ -89,7 +89,8 @@ def open_limiter(settings: Settings) -> Iterator[CallLimiter]:
 @contextmanager
 def open_paid_calls(settings: Settings) -> Iterator[PaidCalls]:
     """The maker of paid calls, with the pipeline's own limits and budgets."""
-    with closing(Ledger(settings.database_url)) as ledger, open_limiter(settings) as limiter:
+    ledger = Ledger(settings.database_url)
+    with open_limiter(settings) as limiter:
         budgets = (settings.daily_budget_usd, settings.monthly_budget_usd)
         recipes = {
             "metadata": build_vision_recipe(settings),

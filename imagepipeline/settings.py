@@ -334,6 +334,12 @@ class Settings(BaseModel):
         alias="IMAGEPIPELINE_KEEP_COPYRIGHT",
         description="keeps artist and copyright in the variants",
     )
+    compared_share: Annotated[float, Field(ge=0, le=1)] = Field(
+        0.05,
+        alias="IMAGEPIPELINE_COMPARED_SHARE",
+        description="share of the images, from 0 to 1, whose variants are all decoded and compared "
+        "with the original; of the others, the smallest variant of each format",
+    )
     max_bytes: Positive = Field(
         Rules.max_bytes,
         alias="IMAGEPIPELINE_MAX_BYTES",

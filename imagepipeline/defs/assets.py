@@ -7,8 +7,8 @@ from dataclasses import replace
 
 import dagster as dg
 
-from imagepipeline.defs import checks
 from imagepipeline.defs.attempts import GENERATION_TAG, RETRY_POLICY, attempt
+from imagepipeline.defs.checks import check_variants, describe_problems, refuse_wrong
 from imagepipeline.defs.partitions import uploads
 from imagepipeline.errors import MissingMetadataError
 from imagepipeline.imaging.palette import choose_visible
@@ -68,7 +68,9 @@ def metadata(
             Receipt(),
         )
         is_reused = answer is not None
-        renderer.begin(original.session)  # the variants are made while the model is waited for
+        renderer.begin(
+            original.session, original.facts
+        )  # the variants are made while the model is waited for
         if answer is None:
             prepared = original.prepared
             answer, receipt = paid_calls.make(
@@ -101,28 +103,14 @@ def metadata(
         )
 
 
-@dg.multi_asset(
-    specs=[
-        dg.AssetSpec(
-            "variants",
-            deps=[metadata],
-            skippable=True,
-            description="""The image at 640, 1024 and 1920 px width, each as WebP and AVIF; never enlarged.
-
-            Upright, in sRGB, with its transparency and without EXIF, GPS or comments. Each file appears in one piece
-            below `variants/` of the storage root, and has a row in the catalogue. Needs no provider: if it fails, look
-            at the original and at the disk.
-            """,
-            group_name="images",
-            kinds={"python", "pillow"},
-            owners=OWNERS,
-            partitions_def=uploads,
-        )
-    ],
-    name="variants",
-    check_specs=checks.SPECS,
-    can_subset=True,  # or a run whose image was taken over, which makes nothing, would owe the checks
+@dg.asset(
+    partitions_def=uploads,
+    deps=[metadata],
+    group_name="images",
+    kinds={"python", "pillow"},
+    owners=OWNERS,
     retry_policy=RETRY_POLICY,
+    output_required=False,
 )
 def variants(
     context: dg.AssetExecutionContext,
@@ -131,29 +119,34 @@ def variants(
     originals: dg.ResourceParam[Originals],
     renderer: dg.ResourceParam[Renderer],
 ) -> Iterator[dg.MaterializeResult[None]]:
-    """The one asset with checks of its own; its description is in the spec."""
+    """The image at 640, 1024 and 1920 px width, each as WebP and AVIF; never enlarged.
+
+    Upright, in sRGB, with its transparency and without EXIF, GPS or comments. Each file appears in
+    one piece below `variants/` of the storage root, and has a row in the catalogue. The stored files
+    are read back and checked; wrong ones are made again. Needs no provider: if it fails, look at the
+    original and at the disk.
+    """
     with attempt(context, catalogue) as claim:
         if claim is None:
             return
         original = originals.load(claim, catalogue)
         catalogue.save_original(claim, original.facts)
-        made, usage = renderer.render(
-            original.session, (original.facts.width, original.facts.height)
-        )
+        made, usage = renderer.render(original.session, original.facts)
         rendered = [(variant.spec.path_for(original.facts.path), variant) for variant in made]
         # Rows first: they refuse a path that is another image's before its file is overwritten.
         catalogue.save_variants(claim, rendered)
         for variant_path, variant in rendered:
             files.write(variant_path, variant.content)
+        found, figures = check_variants(claim, catalogue, files, original, renderer)
+        catalogue.record_problems(claim, found)
+        refuse_wrong(found)
         sha256 = original.facts.original_sha256
         catalogue.record_result(claim, "variants", renderer.recipe, sha256)
         yield dg.MaterializeResult(
-            asset_key="variants",
             data_version=_data_version(sha256 + renderer.recipe.version),
             metadata={
-                "variant_count": len(rendered),
-                "bytes_in": original.facts.original_bytes,
-                "bytes_out": sum(len(variant.content) for _, variant in rendered),
+                **figures,
+                "problems": describe_problems(found),
                 "variants": dg.MetadataValue.table(
                     records=[
                         dg.TableRecord(
@@ -174,7 +167,6 @@ def variants(
                 "attempt": context.retry_number + 1,
                 "dagster/uri": files.locate(rendered[0][0]).rpartition("/")[0],
             },
-            check_results=checks.check_variants(claim, catalogue, files, originals, renderer),
         )
 
 

@@ -20,6 +20,7 @@ from imagepipeline.imaging.limits import Rules as Rules  # which callers import 
 from imagepipeline.imaging.limits import check_variants
 from imagepipeline.imaging.readers import READERS
 from imagepipeline.imaging.readers.source import Picture, Source, explain
+from imagepipeline.imaging.scaling import resize
 
 
 @dataclass(frozen=True)
@@ -125,12 +126,10 @@ def _finish(source: Source, format_: str, rules: Rules) -> Decoded:
 
 
 def _scale(picture: Picture, scale: float) -> Image.Image:
-    """The image, no larger than it was; its colours are converted after this, on fewer pixels."""
+    """The picture's image, scaled down before its colours are converted: fewer pixels to convert."""
     image = picture.image
-    if scale == 1:
-        return image
     size = max(1, round(image.width * scale)), max(1, round(image.height * scale))
-    return image.resize(size, Image.Resampling.LANCZOS, reducing_gap=3.0)
+    return resize(image, size)
 
 
 def _to_rgb(image: Image.Image, source: Source) -> Image.Image:

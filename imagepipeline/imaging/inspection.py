@@ -1,4 +1,4 @@
-"""Looking at finished variants as a browser would: does it open, is it clean, does it look like its original?"""
+"""Inspects finished variants: does each one open, is it clean, does it look like its original?"""
 
 import io
 from collections.abc import Sequence
@@ -10,6 +10,8 @@ from PIL import ExifTags, Image
 
 from imagepipeline.imaging.decoding import Decoded
 from imagepipeline.imaging.formats import identify
+from imagepipeline.imaging.scaling import resize
+from imagepipeline.models import VariantSpec
 
 BLOCK_PX = 8
 COMPARED_PX = 640  # width at which larger variants are compared: what an encoder spoils shows in the small one
@@ -18,9 +20,10 @@ ALLOWED_TAGS = {ExifTags.Base.Artist, ExifTags.Base.Copyright}
 
 @dataclass(frozen=True)
 class Inspection:
-    """What one stored variant is. `fault` says why it cannot be decoded; the rest is then empty.
+    """What one stored variant is. `fault` says why it cannot be read; the rest is then empty.
 
-    `attachments` are what lies in it beside pixels; `similarity` to the scaled original is 1 for equal pixels.
+    `attachments` names what it contains beside pixels. `similarity` to the scaled original is 1 for
+    equal pixels, None if the pixels were not compared.
     """
 
     fault: str | None = None
@@ -28,38 +31,62 @@ class Inspection:
     width: int = 0
     height: int = 0
     attachments: tuple[str, ...] = ()
-    similarity: float = 0.0
+    similarity: float | None = None
 
 
-def inspect(original: Decoded, contents: Sequence[bytes]) -> list[Inspection]:
-    """Decodes stored variants and compares each with its original."""
-    luma = _to_luma(original.image)
+def choose_compared(specs: Sequence[VariantSpec]) -> list[int]:
+    """The positions of the smallest variant of each format: the cheapest look that sees them all.
+
+    Each width is scaled down from the next larger one, so wrong pixels of any width are in the
+    smallest, too; and each format has its own encoder.
+    """
+    smallest: dict[str, int] = {}
+    for position, spec in enumerate(specs):
+        known = smallest.setdefault(spec.format, position)
+        if spec.width_px < specs[known].width_px:
+            smallest[spec.format] = position
+    return sorted(smallest.values())
+
+
+def inspect(
+    original: Decoded, contents: Sequence[bytes], compared: Sequence[int] | None = None
+) -> list[Inspection]:
+    """Reads the headers of stored variants, and compares the pixels of some with the original.
+
+    `compared` holds the positions of those; None compares them all.
+    """
     references: dict[tuple[int, int], Image.Image] = {}
-    return [_inspect(content, luma, references) for content in contents]
+    return [
+        _inspect(content, original, references, compared is None or position in compared)
+        for position, content in enumerate(contents)
+    ]
 
 
 def _inspect(
-    content: bytes, original: Image.Image, references: dict[tuple[int, int], Image.Image]
+    content: bytes,
+    original: Decoded,
+    references: dict[tuple[int, int], Image.Image],
+    is_compared: bool,
 ) -> Inspection:
     try:
         format_ = identify(content)
         image = Image.open(io.BytesIO(content), formats=[format_])
-        image.load()
-    except Exception as error:  # whatever a decoder stumbles over
+        similarity = _measure_similarity(image, original, references) if is_compared else None
+    except Exception as error:  # decoders raise all kinds of errors
         return Inspection(fault=" ".join(str(error).split())[:200] or type(error).__name__)
+    return Inspection(None, format_.lower(), *image.size, _list_attachments(image), similarity)
+
+
+def _measure_similarity(
+    image: Image.Image, original: Decoded, references: dict[tuple[int, int], Image.Image]
+) -> float:
+    image.load()
     size = image.size
     if image.width > COMPARED_PX:
         size = COMPARED_PX, max(1, round(image.height * COMPARED_PX / image.width))
     if size not in references:
-        references[size] = original.resize(size, Image.Resampling.LANCZOS, reducing_gap=1.0)
-    luma = _to_luma(image).resize(size, Image.Resampling.LANCZOS, reducing_gap=1.0)
-    return Inspection(
-        None,
-        format_.lower(),
-        *image.size,
-        _list_attachments(image),
-        compare(references[size], luma),
-    )
+        references[size] = resize(_to_luma(original.image), size)
+    return compare(references[size], resize(_to_luma(image), size))
 
 
 def _list_attachments(image: Image.Image) -> tuple[str, ...]:

@@ -9,15 +9,16 @@ from PIL import ExifTags, Image
 from imagepipeline.errors import LimitError
 from imagepipeline.imaging.boxes import set_play_count
 from imagepipeline.imaging.decoding import Decoded
-from imagepipeline.imaging.inspection import Inspection, inspect
+from imagepipeline.imaging.inspection import Inspection, choose_compared, inspect
 from imagepipeline.imaging.sandbox import Session, Usage
+from imagepipeline.imaging.scaling import resize
 from imagepipeline.imaging.verification import (
     ImpossibleAnswerError,
     verify_inspections,
     verify_own_inspections,
     verify_variants,
 )
-from imagepipeline.models import CLASSIFIER_PX, Recipe, Variant, VariantSpec
+from imagepipeline.models import CLASSIFIER_PX, OriginalFacts, Recipe, Variant, VariantSpec
 from imagepipeline.output_formats import OUTPUT_FORMATS
 
 CROP_SHARE = 0.875  # of the shorter side: the published EfficientNet-Lite0 evaluation
@@ -31,39 +32,48 @@ class Renderer:
         specs: the variants to make.
         is_animated: whether originals come with all their frames; only the recipe needs to know.
         has_rights: whether artist and copyright are kept.
+        compared_share: of how many images (0..1) all variants are compared with the original; of
+            the others, the smallest variant of each format is.
     """
 
     def __init__(
-        self, specs: Sequence[VariantSpec], is_animated: bool = False, has_rights: bool = False
+        self,
+        specs: Sequence[VariantSpec],
+        is_animated: bool = False,
+        has_rights: bool = False,
+        compared_share: float = 1.0,
     ) -> None:
         self.specs = specs
+        self._compared_share = compared_share
         self.recipe = build_recipe(specs, is_animated, has_rights)
         self._has_rights = has_rights
         self._inspections: dict[bytes, Inspection] = {}  # of what was rendered, by its bytes
 
-    def begin(self, session: Session[Decoded]) -> None:
-        """Has the sandbox render what `render` will be asked for, while the run does something else."""
-        session.begin(render_and_inspect, self.specs, self._has_rights)
+    def begin(self, session: Session[Decoded], original: OriginalFacts) -> None:
+        """Starts rendering in the sandbox while the run does something else; `render` collects it."""
+        session.begin(render_and_inspect, *self._build_arguments(original))
 
     def render(
-        self, session: Session[Decoded], size: tuple[int, int]
+        self, session: Session[Decoded], original: OriginalFacts
     ) -> tuple[list[Variant], Usage]:
-        """The variants of an original of that size in pixels, and what they took.
+        """The variants of an original, and the CPU time and memory they took.
 
         Raises:
             UnreadableImageError: what came is not what was asked for.
             ImagePipelineError: what `Session.call` and `render` raise.
         """
-        (variants, inspections), usage = session.call(
-            render_and_inspect, self.specs, self._has_rights
-        )
+        specs, has_rights, compared = self._build_arguments(original)
+        made, usage = session.call(render_and_inspect, specs, has_rights, compared)
+        variants, inspections = made
         try:
-            verify_variants(variants, self.specs, size)
-            verify_own_inspections(inspections, variants)
+            verify_variants(variants, specs, (original.width, original.height))
+            verify_own_inspections(inspections, variants, compared)
         except ImpossibleAnswerError as error:
             session.distrust(str(error))
-        contents = [variant.content for variant in variants]
-        self._inspections = dict(zip(contents, inspections, strict=True))
+        self._inspections = {}
+        # A small original has several variants of the same bytes: what was compared counts for all.
+        for position in sorted(range(len(variants)), key=compared.__contains__):
+            self._inspections[variants[position].content] = inspections[position]
         return variants, usage
 
     def inspect(self, session: Session[Decoded], contents: Sequence[bytes]) -> list[Inspection]:
@@ -74,11 +84,19 @@ class Renderer:
         if not all(content in self._inspections for content in contents):
             inspections, _ = session.call(inspect, contents)
             try:
-                verify_inspections(inspections, len(contents))
+                verify_inspections(inspections, range(len(contents)), len(contents))
             except ImpossibleAnswerError as error:
                 session.distrust(str(error))
             return inspections
         return [self._inspections[content] for content in contents]
+
+    def _build_arguments(
+        self, original: OriginalFacts
+    ) -> tuple[Sequence[VariantSpec], bool, Sequence[int]]:
+        # By the original's hash, so that a repeated attempt asks for the same.
+        is_sampled = int(original.original_sha256[:8], 16) < self._compared_share * 2**32
+        compared = list(range(len(self.specs))) if is_sampled else choose_compared(self.specs)
+        return self.specs, self._has_rights, compared
 
 
 def build_recipe(
@@ -122,11 +140,17 @@ def render(
 
 
 def render_and_inspect(
-    decoded: Decoded, specs: Iterable[VariantSpec], has_rights: bool
+    decoded: Decoded,
+    specs: Iterable[VariantSpec],
+    has_rights: bool,
+    compared: Sequence[int] | None = None,
 ) -> tuple[list[Variant], list[Inspection]]:
-    """The variants, and what each of them is; raises what `render` raises."""
+    """The variants and their inspections, of which `compared` as in `inspect`.
+
+    Raises what `render` raises.
+    """
     variants = render(decoded, specs, has_rights)
-    return variants, inspect(decoded, [variant.content for variant in variants])
+    return variants, inspect(decoded, [variant.content for variant in variants], compared)
 
 
 def render_preview(image: Image.Image, long_side_px: int = 1024) -> bytes:
@@ -151,10 +175,10 @@ def render_square(image: Image.Image) -> bytes:
 
 
 def shrink(image: Image.Image, long_side_px: int) -> Image.Image:
-    """The image at that size, if it is not smaller; good enough for a model, a third of the best filter's time."""
+    """The image with at most that long side."""
     scale = min(1, long_side_px / max(image.size))
     size = max(1, round(image.width * scale)), max(1, round(image.height * scale))
-    return image.resize(size, Image.Resampling.BILINEAR, reducing_gap=2.0)
+    return resize(image, size)
 
 
 def render_placeholder(image: Image.Image) -> str:
@@ -170,7 +194,7 @@ def _scale_to_width(image: Image.Image, width_px: int) -> Image.Image:
     if image.width <= width_px:
         return image
     height_px = max(1, round(image.height * width_px / image.width))
-    return image.resize((width_px, height_px), Image.Resampling.LANCZOS, reducing_gap=3.0)
+    return resize(image, (width_px, height_px))
 
 
 def _animation_options(decoded: Decoded) -> dict[str, object]:

@@ -76,14 +76,14 @@ def verify_variants(
 
 
 def verify_own_inspections(
-    inspections: Sequence["Inspection"], variants: Sequence[Variant]
+    inspections: Sequence["Inspection"], variants: Sequence[Variant], compared: Sequence[int]
 ) -> None:
-    """Checks what was said of variants just verified: what can be decoded is what their bytes say.
+    """Checks inspections of variants just verified; `compared` holds the positions of those compared.
 
     Raises:
-        ImpossibleAnswerError: it cannot be true.
+        ImpossibleAnswerError: an inspection contradicts the variant's bytes or what was asked for.
     """
-    verify_inspections(inspections, len(variants))
+    verify_inspections(inspections, compared, len(variants))
     for found, variant in zip(inspections, variants, strict=True):
         is_same = (found.format, found.width, found.height) == (
             variant.spec.format,
@@ -93,21 +93,26 @@ def verify_own_inspections(
         _require(found.fault is not None or is_same, "the inspection of a variant")
 
 
-def verify_inspections(inspections: Sequence["Inspection"], count: int) -> None:
-    """Checks what was said of so many stored variants.
+def verify_inspections(
+    inspections: Sequence["Inspection"], compared: Sequence[int], count: int
+) -> None:
+    """Checks inspections of `count` stored variants; `compared` as in `verify_own_inspections`.
 
     Raises:
-        ImpossibleAnswerError: it cannot be true.
+        ImpossibleAnswerError: they cannot be true.
     """
     _require(len(inspections) == count, "the number of inspections")
-    for inspection in inspections:
+    for position, inspection in enumerate(inspections):
         texts = (inspection.fault or "", inspection.format, *inspection.attachments)
         _require(
             len(texts) <= 20 and all(len(text) <= MAX_TEXT_CHARACTERS for text in texts),
             "an inspection's texts",
         )
         _require(min(inspection.width, inspection.height) >= 0, "an inspection's size")
-        _require(-1.001 <= inspection.similarity <= 1.001, "an inspection's similarity")
+        was_compared = inspection.similarity is not None
+        is_as_asked = was_compared == (position in compared) or inspection.fault is not None
+        _require(is_as_asked, "which variants were compared")
+        _require(-1.001 <= (inspection.similarity or 0) <= 1.001, "an inspection's similarity")
 
 
 def _verify_jpeg(name: str, content: bytes, most_px: int) -> None:

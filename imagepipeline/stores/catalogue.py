@@ -413,6 +413,16 @@ class Catalogue:
             self._update(connection, claim)
             self._record_result(connection, claim, asset, recipe, input_sha256)
 
+    def record_problems(self, claim: Claim, problems: Mapping[str, Sequence[str]]) -> None:
+        """Writes the problems that each check has found into the image's history."""
+        if not any(problems.values()):
+            return
+        with self._database.transaction() as connection:
+            self._update(connection, claim)
+            for name, found in problems.items():
+                for problem in found:
+                    self._record(connection, claim.image_id, "check_failed", f"{name}: {problem}")
+
     def finish(self, claim: Claim) -> Status:
         """Ends a claim: `completed` if all results are in place, else back to `pending` for a run that makes them.
 
@@ -524,6 +534,25 @@ class Catalogue:
                 return False
             self._record(connection, image_id, "prioritized", str(priority))
             return True
+
+    def list_recent(self, event: str, since: datetime, limit: int) -> list[dict[str, Any]]:
+        """Up to `limit` events of that name and of all images since then, newest first."""
+        query = (
+            sa.select(image_history)
+            .where(image_history.c.event == event, image_history.c.at >= since)
+            .order_by(image_history.c.at.desc(), image_history.c.seq.desc())
+            .limit(limit)
+        )
+        with self._database.transaction() as connection:
+            return [{**row} for row in connection.execute(query).mappings()]
+
+    def count_recent(self, event: str, since: datetime) -> int:
+        """How many events of that name there were since then, of all images."""
+        query = sa.select(sa.func.count()).where(
+            image_history.c.event == event, image_history.c.at >= since
+        )
+        with self._database.transaction() as connection:
+            return int(connection.execute(query).scalar_one())
 
     def reopen(self, reason: str, since: datetime) -> int:
         """Has images that failed for this reason since then wait again, as if they had not; gives how many.

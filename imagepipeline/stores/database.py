@@ -28,7 +28,7 @@ class Database:
     """The database at a SQLAlchemy URL, `sqlite:///…` or `postgresql://…`; it connects when first used."""
 
     def __init__(self, url: str) -> None:
-        self.engine = _create_engine(url)
+        self.engine = _get_engine(url)
         # The dialect's own insert, which knows ON CONFLICT.
         self.insert: Any = (
             postgresql.insert if self.engine.dialect.name == "postgresql" else sqlite.insert
@@ -59,7 +59,9 @@ def read_json(text: str) -> Any:
     return value if isinstance(value, dict) else None
 
 
-def _create_engine(url: str) -> sa.Engine:
+@functools.cache
+def _get_engine(url: str) -> sa.Engine:
+    """The engine of this process for a URL: a connection serves all that use the database."""
     parsed = sa.make_url(url)
     if parsed.drivername in ("postgres", "postgresql"):
         parsed = parsed.set(drivername="postgresql+psycopg2")

@@ -125,6 +125,7 @@ image_history = sa.Table(
     sa.Column("event", sa.String(16), nullable=False),
     sa.Column("detail", sa.String(300)),
     sa.Index(None, "image_id", "seq"),
+    sa.Index(None, "event", "at"),
 )
 
 # The outbox: one row per final failure, written in the transaction that fails the image.

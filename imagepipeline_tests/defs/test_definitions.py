@@ -32,8 +32,10 @@ def test_nothing_in_defs_is_left_out():
         if isinstance(value, DEFINITIONS)
     }
     repository = defs().get_repository_def()
-    listed = {key.to_user_string() for key in repository.assets_defs_by_key} | {
-        s.name for s in repository.sensor_defs
+    listed = {
+        *(key.to_user_string() for key in repository.assets_defs_by_key),
+        *(sensor.name for sensor in repository.sensor_defs),
+        *(checks.op.name for checks in repository.asset_checks_defs_by_key.values()),
     }
     assert set(written.values()) == listed
     assert repository.has_job("process_upload")

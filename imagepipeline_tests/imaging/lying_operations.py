@@ -73,6 +73,7 @@ ABOUT_VARIANTS: dict[str, Callable[[list[Variant]], list[Variant]]] = {
 
 ABOUT_INSPECTIONS: dict[str, Callable[[Inspection], Inspection]] = {
     "similarity": lambda found: replace(found, similarity=9.0),
+    "compared": lambda found: replace(found, similarity=None),
     "width": lambda found: replace(found, width=found.width + 1),
     "attachments": lambda found: replace(found, attachments=("x" * 5000,)),
 }
@@ -91,9 +92,9 @@ def prepare(decoded: Decoded, preview_px: int | None) -> Prepared:
 
 
 def render_and_inspect(
-    decoded: Decoded, specs: list[VariantSpec], has_rights: bool
+    decoded: Decoded, specs: list[VariantSpec], has_rights: bool, compared: list[int]
 ) -> tuple[list[Variant], list[Inspection]]:
-    variants, inspections = render_honestly(decoded, specs, has_rights)
+    variants, inspections = render_honestly(decoded, specs, has_rights, compared)
     inspections = [
         ABOUT_INSPECTIONS.get(told[0], lambda found: found)(found) for found in inspections
     ]

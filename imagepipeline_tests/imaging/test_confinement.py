@@ -296,9 +296,7 @@ def process(liar, files, catalogue, monkeypatch):
         renderer = Renderer(build_variant_specs())
         with closing(Originals(files, Sandbox(zygote=liar), Rules())) as originals:
             original = originals.load(catalogue.claim_anew("cat", "run"), catalogue)
-            made, _ = renderer.render(
-                original.session, (original.facts.width, original.facts.height)
-            )
+            made, _ = renderer.render(original.session, original.facts)
             return renderer, made
 
     return process

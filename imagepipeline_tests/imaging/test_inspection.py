@@ -5,7 +5,7 @@ import pytest
 from PIL import ExifTags, Image, ImageFilter
 
 from imagepipeline.imaging.decoding import decode
-from imagepipeline.imaging.inspection import compare, inspect
+from imagepipeline.imaging.inspection import choose_compared, compare, inspect
 from imagepipeline.imaging.variants import render
 from imagepipeline.models import build_variant_specs
 from imagepipeline_tests.imaging.odd_files import PHOTO, encode
@@ -29,6 +29,26 @@ def test_our_own_variants_are_right(photo):
         )
         assert inspection.attachments == ()
         assert 0.9 < inspection.similarity < 1
+
+
+def test_only_the_chosen_variants_are_compared(photo):
+    specs = build_variant_specs()
+    chosen = choose_compared(specs)
+    assert {(specs[position].width_px, specs[position].format) for position in chosen} == {
+        (640, "webp"),
+        (640, "avif"),
+    }
+    contents = [variant.content for variant in render(photo, specs)]
+    found = inspect(photo, contents, chosen)
+    assert [found[position].similarity for position in chosen] == [
+        inspect(photo, contents)[position].similarity for position in chosen
+    ]
+    assert all(
+        one.similarity is None for position, one in enumerate(found) if position not in chosen
+    )
+    assert [(one.format, one.width, one.attachments) for one in found] == [
+        (one.format, one.width, one.attachments) for one in inspect(photo, contents)
+    ]
 
 
 def test_what_cannot_be_decoded_is_a_fault(photo):

@@ -121,7 +121,7 @@ def test_tables_of_the_version_before_are_taken_over_and_it_can_be_gone_back_to(
     make_tables_of_0_1_0(catalogue_url)
     catalogue = Catalogue(catalogue_url)
     catalogue.migrate()
-    assert read_versions(catalogue_url) == {"alembic_version": ["0003"], VERSION_TABLE: ["0005"]}
+    assert read_versions(catalogue_url) == {"alembic_version": ["0003"], VERSION_TABLE: ["0006"]}
     assert [catalogue.get(image_id)["requested_path"] for image_id in ("a_b", "axb")] == [
         None,
         "original/a_b.png",
@@ -138,7 +138,7 @@ def test_the_version_table_of_another_program_is_left_alone(catalogue_url):
         connection.exec_driver_sql("INSERT INTO alembic_version VALUES ('0003')")
     Catalogue(catalogue_url).migrate()
     Catalogue(catalogue_url).check()
-    assert read_versions(catalogue_url) == {"alembic_version": ["0003"], VERSION_TABLE: ["0005"]}
+    assert read_versions(catalogue_url) == {"alembic_version": ["0003"], VERSION_TABLE: ["0006"]}
 
 
 def test_tables_that_a_newer_version_has_added_to_are_used_as_they_are(catalogue, catalogue_url):

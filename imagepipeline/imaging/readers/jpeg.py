@@ -77,9 +77,7 @@ def _decode_jpeg(found: jpeg.Jpeg, size: tuple[int, int], rules: Rules) -> Pictu
     """By simplejpeg, which passes on what the decoder warns of; Pillow does not."""
     if found.is_cut and not found.is_covered:
         return _salvage_jpeg(found, size, rules)
-    mode, layout = {1: ("L", "GRAY"), 3: ("RGB", "RGBX"), 4: ("CMYK", "CMYK")}[
-        found.component_count
-    ]
+    mode, layout = {1: ("L", "GRAY"), 3: ("RGB", "RGB"), 4: ("CMYK", "CMYK")}[found.component_count]
     try:
         pixels = simplejpeg.decode_jpeg(
             found.content, layout, min_width=size[0], min_height=size[1]
@@ -95,9 +93,7 @@ def _from_pixels(
     height, width = pixels.shape[:2]
     if mode == "CMYK":  # Adobe writes it turned over, and so does everybody
         pixels = 255 - pixels
-    return Image.frombuffer(
-        mode, (width, height), pixels, "raw", "RGBX" if mode == "RGB" else mode, 0, 1
-    )
+    return Image.frombytes(mode, (width, height), pixels)
 
 
 def _explain_jpeg(found: jpeg.Jpeg, size: tuple[int, int], error: str, rules: Rules) -> Picture:
