@@ -1,4 +1,7 @@
-"""The command line: parse, call, print. Imports what a command needs when it runs, so that `push` starts at once."""
+"""The command line: parse, call, print.
+
+Commands import what they need when they run, so that `push` starts at once.
+"""
 
 import contextlib
 import functools
@@ -41,7 +44,7 @@ json_option = click.option("--json", "as_json", is_flag=True, help="Print JSON i
 
 
 def to_text(argument: str) -> str:
-    """An argument as text that can be stored and compared: bytes that are no UTF-8 become question marks."""
+    """An argument as text that can be stored; bytes that are not UTF-8 become question marks."""
     return argument.encode(errors="replace").decode()
 
 
@@ -49,7 +52,7 @@ photo_type = click.Path(exists=True, dir_okay=False, readable=True, path_type=Pa
 
 
 def main() -> None:
-    """Runs the command line; errors of ours become one line and an exit code."""
+    """Runs the command line; our own errors become one line and an exit code."""
     open_standard_streams()
     try:
         cli(standalone_mode=False)
@@ -59,7 +62,7 @@ def main() -> None:
         sys.exit(EXIT_FAILED)  # as click and rich do
     except click.ClickException as error:
         shown = io.StringIO()
-        error.show(shown)  # with the arguments, which may be names of files that others chose
+        error.show(shown)  # it quotes arguments, which may be file names that others chose
         say(*shown.getvalue().rstrip("\n").split("\n"), err=True)
         sys.exit(error.exit_code)
     except (click.Abort, KeyboardInterrupt):
@@ -80,17 +83,17 @@ def main() -> None:
 
 
 def say(*lines: str, err: bool = False, nl: bool = True) -> None:
-    """Prints lines, whoever wrote them: what is not printable in one becomes a space."""
+    """Prints lines of any origin; unprintable characters become spaces."""
     click.echo("\n".join(map(make_printable, lines)), nl=nl, err=err)
 
 
 def note(problem: str) -> None:
-    """Says on stderr what does not stop the command."""
+    """Prints a problem that does not stop the command to stderr."""
     say(f"Note: {problem}", err=True)
 
 
 def open_standard_streams() -> None:
-    """Opens those that were closed when we were started, lest a file of ours take their place and be printed to."""
+    """Opens closed standard streams, so that no file of ours gets their descriptor."""
     for descriptor, name in enumerate(("stdin", "stdout", "stderr")):
         try:
             os.fstat(descriptor)
@@ -103,7 +106,7 @@ def open_standard_streams() -> None:
 
 
 def silence_streams() -> None:
-    """Lets what still waits to be printed go nowhere, so that Python does not complain at its end."""
+    """Discards buffered output, so that Python does not fail to flush it when it exits."""
     from imagepipeline import display
 
     for stream in (sys.stdout, sys.stderr):
@@ -113,7 +116,7 @@ def silence_streams() -> None:
 @click.group(epilog=EPILOG)
 @click.version_option(package_name="imagepipeline")
 def cli() -> None:
-    """Background processing for image uploads: metadata, variants and an embedding for every image.
+    """Process uploaded images in the background: metadata, variants and an embedding for each.
 
     \b
     Try it:                imagepipeline demo
@@ -121,12 +124,12 @@ def cli() -> None:
     Then, elsewhere:       imagepipeline push PHOTO.jpg --wait
                            imagepipeline search "a boat at sunset"
 
-    All state lives in one folder, .imagepipeline or IMAGEPIPELINE_HOME.
+    All state is in one folder: .imagepipeline, or IMAGEPIPELINE_HOME.
     """
 
 
 def with_settings(command: Callable[..., Any]) -> Callable[..., Any]:
-    """Gives a command the validated settings as its first argument, and closes their home to other users."""
+    """Passes the settings to a command as its first argument, and makes the home private."""
 
     @functools.wraps(command)
     def wrapper(*args: Any, **kwargs: Any) -> Any:
@@ -148,9 +151,9 @@ def with_settings(command: Callable[..., Any]) -> Callable[..., Any]:
 @json_option
 @with_settings
 def demo(settings: Settings, photos: Sequence[Path], exits: bool, as_json: bool) -> None:
-    """Start the stack, run PHOTOS through it, and show what came of them.
+    """Start the stack, process PHOTOS and show the results.
 
-    Without PHOTOS it takes five small ones that come with the package.
+    Without PHOTOS it processes five small ones that come with the package.
     """
     from importlib.resources import files
 
@@ -179,7 +182,7 @@ def demo(settings: Settings, photos: Sequence[Path], exits: bool, as_json: bool)
 @json_option
 @with_settings
 def up(settings: Settings, dev: bool, as_json: bool) -> None:
-    """Run the local stack until Ctrl-C or `imagepipeline down`; uploads under way are finished first."""
+    """Run the local stack until Ctrl-C or `imagepipeline down`; running uploads finish first."""
     from imagepipeline import display
     from imagepipeline.providers import explain_unpriced_models
     from imagepipeline.runtime.supervisor import Stack
@@ -196,7 +199,7 @@ def up(settings: Settings, dev: bool, as_json: bool) -> None:
 @json_option
 @with_settings
 def down(settings: Settings, as_json: bool) -> None:
-    """Stop the local stack of this home; uploads under way are finished first."""
+    """Stop the local stack of this home; running uploads finish first."""
     from imagepipeline.runtime import supervisor
 
     state = supervisor.find_running(settings)
@@ -230,7 +233,7 @@ def push(
 ) -> None:
     """Store PHOTOS as originals and enqueue their IDs.
 
-    A photo that is pushed again is done again; if a run is working on it, as soon as that run has ended.
+    A photo that is pushed again is processed again: at once, or after the run that processes it.
     """
     if image_id is not None and len(photos) != 1:
         raise click.UsageError("--id names one image: push one PHOTO with it")
@@ -260,17 +263,17 @@ def push(
 @json_option
 @with_settings
 def status(settings: Settings, image_id: str | None, watch: bool, as_json: bool) -> None:
-    """Count the images by status, or show all that is known of IMAGE_ID.
+    """Count the images by status, or show everything about IMAGE_ID.
 
     \b
-    waiting     pushed, and not yet in the catalogue
+    waiting     pushed, not yet in the catalogue
     pending     in the catalogue, waiting for a run
-    processing  a run is working on it
-    completed   metadata, variants and embedding are in place
-    failed      ended without; `status ID` says why
-    dead        entries of the Redis list that could not be read; the newest 1000 are kept
-    dropped     there only if more came: how many older ones are gone
-    paused      there only while paid work is paused: why, and until when
+    processing  a run is processing it
+    completed   metadata, variants and embedding are stored
+    failed      given up; `status ID` says why
+    dead        malformed entries of the Redis list; the newest 1000 are kept
+    dropped     only if there were more: how many older ones were dropped
+    paused      only while paid work is paused: why, and until when
     """
     from imagepipeline import display, overview
     from imagepipeline.stores.ledger import Ledger
@@ -290,13 +293,13 @@ def status(settings: Settings, image_id: str | None, watch: bool, as_json: bool)
 
 
 @cli.command("list", epilog=EPILOG)
-@click.option("--all", "is_all", is_flag=True, help="Also those that ended longer ago.")
+@click.option("--all", "is_all", is_flag=True, help="Include those that ended earlier.")
 @json_option
 @with_settings
 def list_finished(settings: Settings, is_all: bool, as_json: bool) -> None:
-    """List the images that ended: completed within the last hour, failed within the last day.
+    """List the images that completed within the last hour or failed within the last day.
 
-    How long they are listed is a setting; neither this nor `failed discard` deletes anything.
+    IMAGEPIPELINE_LIST_COMPLETED_HOURS and IMAGEPIPELINE_LIST_FAILED_HOURS change these times.
     """
     from imagepipeline import display, overview
 
@@ -312,9 +315,10 @@ def list_finished(settings: Settings, is_all: bool, as_json: bool) -> None:
 @json_option
 @with_settings
 def prioritize(settings: Settings, image_id: str, priority: int, as_json: bool) -> None:
-    """Change the PRIORITY of an image that waits for its run; higher runs sooner.
+    """Change the PRIORITY of a pending image; higher runs sooner.
 
-    Negative numbers need a `--` before them. At most fifteen images have a run already, whose order is fixed.
+    Put `--` before a negative number. Up to fifteen images are queued as runs already; their order
+    does not change.
     """
     catalogue = open_catalogue(settings)
     is_changed = catalogue.prioritize(image_id, priority)
@@ -323,21 +327,20 @@ def prioritize(settings: Settings, image_id: str, priority: int, as_json: bool) 
         if state is None:
             raise ImagePipelineError(f"no image {image_id!r:.80} is in the catalogue")
         raise ImagePipelineError(
-            f"{image_id!r:.80} is {state.status}, not pending, so there is nothing to put forward"
+            f"{image_id!r:.80} is {state.status}, not pending: only pending images have a priority"
         )
     row = {"image_id": image_id, "priority": priority}
     say(to_json(row) if as_json else f"{image_id} now has priority {priority}")
 
 
 @cli.command(epilog=EPILOG)
-@click.option("--dry-run", is_flag=True, help="Say what would be done, and do nothing.")
+@click.option("--dry-run", is_flag=True, help="Say what would be done, but change nothing.")
 @json_option
 @with_settings
 def sweep(settings: Settings, dry_run: bool, as_json: bool) -> None:
-    """Enqueue originals the catalogue does not know, and delete what crashes left half written.
+    """Enqueue originals that are not in the catalogue, and delete temporary files of crashes.
 
-    For the day the Redis list was lost before its IDs were taken in. It looks at `original/<id>.<ext>` only, so
-    run it where every original there is meant to be processed.
+    Use it if the Redis list was lost. It takes every file `original/<id>.<ext>` for an upload.
     """
     swept = uploading.sweep(settings, dry_run, note)
     would = "would be " if dry_run else ""
@@ -351,7 +354,7 @@ def sweep(settings: Settings, dry_run: bool, as_json: bool) -> None:
 
 @cli.group(epilog=EPILOG)
 def failed() -> None:
-    """List failed images and unreadable entries, try them again, or let them go."""
+    """List failed images and unreadable entries, retry them, or discard them."""
 
 
 reason_option = click.option(
@@ -361,7 +364,7 @@ reason_option = click.option(
     help="Only failures of this reason, such as provider_unavailable.",
 )
 dry_run_option = click.option(
-    "--dry-run", is_flag=True, help="Say what would be done, and do nothing."
+    "--dry-run", is_flag=True, help="Say what would be done, but change nothing."
 )
 all_option = click.option(
     "--all", "is_all", is_flag=True, help="All failures, or all of the given reason."
@@ -373,7 +376,10 @@ all_option = click.option(
 @json_option
 @with_settings
 def list_failed(settings: Settings, reason: str | None, as_json: bool) -> None:
-    """List what failed and was neither tried again nor discarded. Dead letters have the reason `unreadable`."""
+    """List failures that were neither retried nor discarded.
+
+    Unreadable entries of the Redis list have the reason `unreadable`.
+    """
     from imagepipeline import display
 
     failures = open_failures(settings).iterate(reason)
@@ -392,7 +398,7 @@ def list_failed(settings: Settings, reason: str | None, as_json: bool) -> None:
 @json_option
 @with_settings
 def show(settings: Settings, failure_id: str, as_json: bool) -> None:
-    """Show all that is known of one failure."""
+    """Show everything about one failure."""
     from imagepipeline import display
 
     row = open_failures(settings).get(failure_id).row
@@ -414,9 +420,9 @@ def retry(
     dry_run: bool,
     as_json: bool,
 ) -> None:
-    """Try failed images again, at most five times a day each.
+    """Retry failed images, each at most five times a day.
 
-    What is wrong with a file itself stays wrong: those are left alone, and named. Push a better file.
+    Images whose file is at fault are left alone, and named: push a better file.
     """
     failures = choose_failures(settings, failure_ids, reason, is_all)
     act_on_failures(failures, "retry", dry_run, as_json)
@@ -437,7 +443,10 @@ def discard(
     dry_run: bool,
     as_json: bool,
 ) -> None:
-    """Take failures off the list. An image keeps its row and its history; a dead letter is gone."""
+    """Remove failures from the list.
+
+    An image keeps its row and its history; an unreadable entry is deleted.
+    """
     failures = choose_failures(settings, failure_ids, reason, is_all)
     act_on_failures(failures, "discard", dry_run, as_json)
 
@@ -474,14 +483,14 @@ def search(settings: Settings, text: str, count: int, as_json: bool) -> None:
     "--by", type=click.Choice(["model", "stage", "day"]), default="model", show_default=True
 )
 @click.option(
-    "--since", type=click.DateTime(["%Y-%m-%d"]), help="Only calls of this day (UTC) and later."
+    "--since", type=click.DateTime(["%Y-%m-%d"]), help="Only calls on or after this day (UTC)."
 )
 @json_option
 @with_settings
 def costs(settings: Settings, by: str, since: datetime | None, as_json: bool) -> None:
-    """Show what the paid calls cost, in US dollars, as the providers said or by IMAGEPIPELINE_PRICES.
+    """Show what paid calls cost in US dollars, as reported or by IMAGEPIPELINE_PRICES.
 
-    `calls` counts those that failed, too; `unpriced` those whose cost nobody knows.
+    `calls` includes failed ones; `unpriced` counts those of unknown cost.
     """
     from imagepipeline import display
     from imagepipeline.stores.ledger import Ledger
@@ -499,13 +508,14 @@ def costs(settings: Settings, by: str, since: datetime | None, as_json: bool) ->
 
 @cli.command(epilog=EPILOG)
 @click.argument("rate", required=False, type=to_text)
-@click.option("--reset", is_flag=True, help="Back to IMAGEPIPELINE_RATE_LIMIT.")
+@click.option("--reset", is_flag=True, help="Return to IMAGEPIPELINE_RATE_LIMIT.")
 @json_option
 @with_settings
 def limit(settings: Settings, rate: str | None, reset: bool, as_json: bool) -> None:
-    """Show the rate limit of paid calls, or change it at once, for all processes: 20/minute, off.
+    """Show or change the RATE limit of paid calls, at once and for all processes: 20/minute, off.
 
-    `metadata=10/minute,embedding=100/minute` gives each stage its own. Kept in Redis until `--reset`.
+    `metadata=10/minute,embedding=100/minute` sets one for each stage. It is kept in Redis until
+    `--reset`.
     """
     from imagepipeline.providers import open_limiter
     from imagepipeline.rates import parse_limits
@@ -524,11 +534,11 @@ def limit(settings: Settings, rate: str | None, reset: bool, as_json: bool) -> N
 
 
 @cli.command(epilog=EPILOG)
-@click.option("--dry-run", is_flag=True, help="Say what would be done, and do nothing.")
+@click.option("--dry-run", is_flag=True, help="Say what would be done, but change nothing.")
 @json_option
 @with_settings
 def resume(settings: Settings, dry_run: bool, as_json: bool) -> None:
-    """End the pauses of paid work at once: a key was mended, an account topped up, a budget raised."""
+    """End all pauses of paid work now, for example after topping up an account."""
     from imagepipeline.stores.ledger import Ledger
 
     open_catalogue(settings)
@@ -547,9 +557,10 @@ def resume(settings: Settings, dry_run: bool, as_json: bool) -> None:
 @cli.command(epilog=EPILOG)
 @json_option
 def doctor(as_json: bool) -> None:
-    """Examine all that the pipeline stands on, and say what to do about what is not well.
+    """Check everything the pipeline depends on, and say how to fix what is wrong.
 
-    Each provider is asked one tiny question, which it may charge for. Exit code 1 if anything is not well.
+    It asks each remote provider one tiny question, which may cost money. The exit code is 1 if
+    anything is wrong.
     """
     from imagepipeline import display
     from imagepipeline.doctor import examine
@@ -560,7 +571,7 @@ def doctor(as_json: bool) -> None:
 def choose_failures(
     settings: Settings, failure_ids: tuple[str, ...], reason: str | None, is_all: bool
 ) -> Iterable[Failure]:
-    """The failures a command is to act on: the named ones, or those of a reason, or all."""
+    """The failures to act on: the named ones, those of a reason, or all."""
     if failure_ids and (reason or is_all):
         raise click.UsageError("name failures, or a --reason, or --all: not both")
     if not (failure_ids or reason or is_all):
@@ -598,16 +609,17 @@ def act_on_failures(
     "--take-over",
     "is_taken_over",
     is_flag=True,
-    help="Make a catalogue of another Dagster instance ours.",
+    help="Take over the catalogue of another Dagster instance.",
 )
-@click.option("--dry-run", is_flag=True, help="Say what would be done, and do nothing.")
+@click.option("--dry-run", is_flag=True, help="Say what would be done, but change nothing.")
 @json_option
 @with_settings
 def migrate(settings: Settings, is_taken_over: bool, dry_run: bool, as_json: bool) -> None:
-    """Create or update the tables of the catalogue and of Dagster. `up` does it by itself.
+    """Create or update the tables of the catalogue and of Dagster; `up` does so by itself.
 
-    Run it before the services of a new version start; while it runs elsewhere, it waits. A catalogue belongs to one
-    Dagster instance: take it over only if the other one is gone for good, such as after its database was lost.
+    Run it before you start the services of a new version. If it runs elsewhere, it waits. A
+    catalogue belongs to one Dagster instance: take it over only if the other one is gone for good,
+    for example after its database was lost.
     """
     from imagepipeline.runtime import services
 
@@ -627,14 +639,15 @@ def migrate(settings: Settings, is_taken_over: bool, dry_run: bool, as_json: boo
 @click.option(
     "--check",
     is_flag=True,
-    help="Exit with 0 if the service is healthy, with 4 if not, and start nothing.",
+    help="Only check: exit with 0 if the service is healthy, with 4 if not.",
 )
 @json_option
 @with_settings
 def service(settings: Settings, name: str, check: bool, as_json: bool) -> None:
-    """Become one service of the stack, for those who run each in a container; `up` runs them all.
+    """Run one service of the stack, for example in a container; `up` runs them all.
 
-    The code server first, then one daemon and any number of webservers, all after `imagepipeline migrate`.
+    Run `imagepipeline migrate` first, then the code server, one daemon, and any number of workers
+    and webservers.
     """
     from imagepipeline.runtime import services
 
@@ -644,7 +657,8 @@ def service(settings: Settings, name: str, check: bool, as_json: bool) -> None:
             services.check_redis(settings)
             services.check_catalogue(settings)
         command = services.build_command(settings, name)
-        os.execve(command[0], command, services.build_environment(settings, name))  # noqa: S606  (our own command)
+        environment = services.build_environment(settings, name)
+        os.execve(command[0], command, environment)  # noqa: S606  (our own command)
     if not services.is_healthy(settings, name):
         raise StackError(f"{name} does not answer")
     say(to_json({"service": name, "is_healthy": True}) if as_json else f"{name} is healthy")
@@ -653,13 +667,13 @@ def service(settings: Settings, name: str, check: bool, as_json: bool) -> None:
 def push_and_follow(
     settings: Settings, images: Mapping[str, Path], priority: int, pause: Callable[[float], None]
 ) -> list[dict[str, Any]]:
-    """Enqueues photos by ID, shows progress until all have ended, and gives what came of them."""
+    """Enqueues photos by ID, shows progress until all have ended, and returns the results."""
     from imagepipeline import display
 
     catalogue = open_catalogue(settings)
     before = catalogue.get_states(list(images))
     uploading.enqueue(settings, images, priority, note)
-    # A run sees what was pushed before it began: wait for the end of one that began after one more push.
+    # A run covers the pushes before its start: wait for one that started after our push.
     awaited = {
         image_id: before[image_id].pushes + 1 if image_id in before else 1 for image_id in images
     }
@@ -674,7 +688,7 @@ def exit_by(rows: Sequence[Mapping[str, Any]]) -> None:
 
 
 def open_failures(settings: Settings) -> Failures:
-    """All that has failed."""
+    """Everything that has failed."""
     from imagepipeline.stores.failures import FailedImages
 
     images = FailedImages(settings.database_url)

@@ -39,11 +39,6 @@ def defs() -> dg.Definitions:
     """The code location. Nothing connects here, and of the disk only the home's modes are looked at."""
     settings = Settings.load()
     secure_home(settings)  # under `dagster dev`, this is the way in
-    return build(settings)
-
-
-def build(settings: Settings, resident: str | None = None) -> dg.Definitions:
-    """The code location of a process that has a resident at that address, or of one that has none."""
     recipes = build_recipes(settings)
     return dg.Definitions(
         assets=[
@@ -62,14 +57,12 @@ def build(settings: Settings, resident: str | None = None) -> dg.Definitions:
             notifications.notification_sensor,
             checks.check_sensor,
         ],
-        resources=build_resources(settings, resident),
+        resources=build_resources(settings),
         executor=dg.in_process_executor,
     )
 
 
-def build_resources(
-    settings: Settings, resident: str | None = None
-) -> dict[str, dg.ResourceDefinition]:
+def build_resources(settings: Settings) -> dict[str, dg.ResourceDefinition]:
     """What assets and sensors are given; each connects when it is first used."""
     files = open_storage(settings.storage)
     sandbox = Sandbox(
@@ -125,13 +118,11 @@ def build_resources(
             ),
             "How variants are made.",
         ),
-        "index": resources.made(
-            lambda: build_index(settings, resident), "The embeddings, in LanceDB."
-        ),
+        "index": resources.made(lambda: build_index(settings), "The embeddings, in LanceDB."),
         "vision": resources.made(
-            lambda: build_vision(settings, resident), "The model that describes the images."
+            lambda: build_vision(settings), "The model that describes the images."
         ),
         "embedder": resources.made(
-            lambda: build_embedder(settings, resident), "The model that embeds the texts."
+            lambda: build_embedder(settings), "The model that embeds the texts."
         ),
     }

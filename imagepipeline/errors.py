@@ -5,17 +5,17 @@
     ├── StackError                  the local stack cannot be started, reached or stopped
     │   ├── CatalogueTakenError     the catalogue belongs to another Dagster instance
     │   └── RedisClusterError
-    ├── InvalidUploadError          an entry on the Redis list cannot be read
-    ├── NotificationError           the administrators could not be told; they will be
-    │   └── NoticeRefusedError      of this one thing
+    ├── InvalidUploadError          an entry on the Redis list is malformed
+    ├── NotificationError           a notice could not be sent; it will be tried again
+    │   └── NoticeRefusedError      only this notice was refused
     ├── ImageBusyError              another run is working on the image
     ├── StaleClaimError             the claim was taken over; write nothing more
-    ├── PostponedError              nothing is wrong with the image; it waits, and no attempt is used
+    ├── PostponedError              the image is fine; it waits and no attempt is used
     │   ├── CatalogueDownError
     │   ├── ResidentDownError
     │   ├── SandboxMissingError
-    │   ├── PausedError             nor will any other image be worked on
-    │   │   └── ForbiddenError      unless it is this image alone that is forbidden
+    │   ├── PausedError             all paid work is paused
+    │   │   └── ForbiddenError      perhaps for this image only
     │   ├── RateLimitError
     │   ├── StorageDownError
     │   └── DiskFullError
@@ -25,7 +25,8 @@
     │   ├── BadAnswerError
     │   │   └── FormatRefusedError
     │   ├── MissingOriginalError
-    │   └── SandboxLostError
+    │   ├── SandboxLostError
+    │   └── WrongVariantsError
     └── PermanentError              no further attempt can succeed
         ├── EmptyOriginalError
         ├── TooLargeError
@@ -40,8 +41,8 @@
         ├── RefusedError
         └── ProviderRejectedError
 
-`reason` is the word the catalogue stores beside the message; it is for filters, the message is for people.
-`can_be_retried` says whether a later try of the same file can succeed, perhaps under other settings.
+`reason` is the code stored in the catalogue, for filters; the message is for people.
+`can_be_retried` says whether the same file can succeed later, perhaps under other settings.
 """
 
 from typing import ClassVar
@@ -51,80 +52,86 @@ from imagepipeline.usage import CallUsage
 
 
 class ImagePipelineError(Exception):
-    """Root of the tree. Messages may quote what others wrote and end in logs and terminals: they are printable."""
+    """The root. Its text is printable: messages quote untrusted input and end in terminals."""
 
     def __str__(self) -> str:
         return make_printable(super().__str__())
 
 
 class SettingsError(ImagePipelineError):
-    """A setting is missing or malformed; the message names it and says what it must look like."""
+    """A setting is missing or malformed. The message names it and says what it must look like."""
 
 
 class StackError(ImagePipelineError):
-    """The local stack cannot be started, reached or stopped. The message may have several lines: the end of a log."""
+    """The local stack cannot be started, reached or stopped.
+
+    The message may have several lines: the end of a log.
+    """
 
     def __str__(self) -> str:
         return "\n".join(map(make_printable, Exception.__str__(self).split("\n")))
 
 
 class CatalogueTakenError(StackError):
-    """The catalogue belongs to another Dagster instance: two of them would take each other's runs for dead."""
+    """The catalogue belongs to another Dagster instance; two would think each other's runs dead."""
 
 
 class RedisClusterError(StackError):
-    """Redis runs as a cluster, which spreads our lists over several servers; they must be moved as one."""
+    """Redis runs as a cluster, which cannot change several of our lists in one step."""
 
 
 class InvalidUploadError(ImagePipelineError):
-    """An entry on the Redis list cannot be read; it belongs on the dead list with this message."""
+    """An upload is malformed; an entry of the Redis list goes to the dead list with this."""
 
 
 class NotificationError(ImagePipelineError):
-    """The administrators could not be told; the notice stays in the outbox. The message names no address."""
+    """A notice could not be sent and stays in the outbox. The message contains no address."""
 
 
 class NoticeRefusedError(NotificationError):
-    """The other end is there and refuses this one notice; others it may take."""
+    """The receiver answers but refuses this notice; it may accept others."""
 
 
 class ImageBusyError(ImagePipelineError):
-    """Another run is working on the image; the message names that run."""
+    """Another run is processing the image; the message names that run."""
 
 
 class StaleClaimError(ImagePipelineError):
-    """The claim was taken over by a successor: whoever gets this writes nothing more and ends quietly."""
+    """A later run took over the image. The run that gets this must write nothing more."""
 
 
 class PostponedError(ImagePipelineError):
-    """Nothing is wrong with the image, but it cannot be worked on now: it goes back to wait, no attempt is used."""
+    """The image cannot be processed now, through no fault of its own.
+
+    It waits for `wait_seconds` and no attempt is used.
+    """
 
     wait_seconds: ClassVar[float] = 60
 
 
 class CatalogueDownError(PostponedError):
-    """The database does not answer. The message leaves out the address, which may hold a password."""
+    """The database does not answer. The message omits the address, which may hold a password."""
 
     wait_seconds = 5
 
 
 class ResidentDownError(PostponedError):
-    """The process that keeps the index and the offline models does not answer; it is being started again."""
+    """The process with the index and the offline models does not answer; it is being restarted."""
 
     wait_seconds = 5
 
 
 class SandboxMissingError(PostponedError):
-    """The kernel does not confine decoders here, and a setting forbids decoding without."""
+    """The kernel cannot confine decoders here, and a setting forbids decoding without that."""
 
 
 class PausedError(PostponedError):
-    """No paid call may be made now, for any image: a bad key, no credit, a budget reached, a provider that wants quiet.
+    """No paid call may be made now: a bad key, no credit, a spent budget, an overloaded provider.
 
-    `reason` is the pause's word; `pause_seconds` None means until a person resumes.
+    `reason` is the pause's code. `pause_seconds` None means until a person resumes.
     """
 
-    wait_seconds = 0  # the pause alone decides, so that its end counts at once
+    wait_seconds = 0  # images go on as soon as the pause ends
 
     def __init__(self, reason: str, message: str, pause_seconds: float | None) -> None:
         super().__init__(message)
@@ -133,27 +140,25 @@ class PausedError(PostponedError):
 
 
 class ForbiddenError(PausedError):
-    """The provider forbids the call and does not say whether for the key's sake or the picture's."""
+    """The provider forbids the call and does not say whether because of the key or the picture."""
 
 
 class RateLimitError(PostponedError):
-    """The rate limit of paid calls is used up for longer than a run waits."""
+    """The rate limit of paid calls is exhausted for longer than a run waits."""
 
-    wait_seconds = (
-        0  # no run begins before there is a permit again, so that a raised limit counts at once
-    )
+    wait_seconds = 0  # no run starts without a permit, so a raised limit takes effect at once
 
 
 class StorageDownError(PostponedError):
-    """The object store does not answer, or refuses us."""
+    """The object store does not answer, or denies access."""
 
 
 class DiskFullError(PostponedError):
-    """There is no room left to write to."""
+    """The disk is full."""
 
 
 class RetryableError(ImagePipelineError):
-    """Another attempt may succeed. `outcome` is the word for the ledger, where that is not the reason."""
+    """Another attempt may succeed. `outcome` is the ledger's code if it is not the reason."""
 
     reason: ClassVar[str] = "unexpected"
     outcome: ClassVar[str | None] = None
@@ -171,20 +176,20 @@ class ProviderUnavailableError(RetryableError):
 
 
 class ProviderTimedOutError(ProviderUnavailableError):
-    """The whole answer was not there within the time a call may take; the provider may charge for it all the same."""
+    """The answer was not complete in the time a call may take. The provider may still charge."""
 
     outcome = "timed_out"
 
 
 class BadAnswerError(RetryableError):
-    """The provider answered something that does not fit the schema. `usage` is what it will charge for it."""
+    """The answer does not fit the schema. `usage` is what the provider charges for it."""
 
     reason = "bad_output"
     usage: CallUsage | None = None
 
 
 class FormatRefusedError(BadAnswerError):
-    """The provider does not know an optional parameter; the next attempt does without it."""
+    """The provider does not know an optional parameter; the next attempt omits it."""
 
     def __init__(self, message: str, parameter: str) -> None:
         super().__init__(message)
@@ -192,16 +197,16 @@ class FormatRefusedError(BadAnswerError):
 
 
 class MissingOriginalError(RetryableError):
-    """There is no original, or more than one, or it is not a plain file under the storage root.
+    """There is no original, more than one, or it is not a plain file under the storage root.
 
-    Another attempt may succeed, as some uploaders push the ID before its file is in place.
+    Another attempt may succeed: some uploaders push the ID before the file is in place.
     """
 
     reason = "missing"
 
 
 class SandboxLostError(RetryableError):
-    """The process that decoded or encoded the image crashed, or took too long by the clock."""
+    """The process that decoded or encoded the image crashed or timed out."""
 
     reason = "crashed"
 
@@ -213,7 +218,7 @@ class WrongVariantsError(RetryableError):
 
 
 class PermanentError(ImagePipelineError):
-    """No further attempt can succeed, as things are; where `can_be_retried`, a person may change them."""
+    """No further attempt can succeed, unless `can_be_retried` and a person changes something."""
 
     reason: ClassVar[str] = "unexpected"
     can_be_retried: ClassVar[bool] = False
@@ -233,14 +238,14 @@ class TooLargeError(PermanentError):
 
 
 class LimitError(PermanentError):
-    """The original exceeds another limit: pixels, frames, side, profile, texts, or the memory or CPU time it takes."""
+    """The original exceeds a limit: pixels, frames, side, profile, texts, memory or CPU time."""
 
     reason = "limits"
     can_be_retried = True
 
 
 class UnsupportedFormatError(PermanentError):
-    """The bytes are of no accepted image format."""
+    """The bytes are not in an accepted image format."""
 
     reason = "unsupported"
 
@@ -258,7 +263,7 @@ class TruncatedImageError(PermanentError):
 
 
 class MissingMetadataError(PermanentError):
-    """The image has no metadata yet, which this asset is made from."""
+    """The image has no metadata yet, from which this asset is made."""
 
     reason = "missing_metadata"
     can_be_retried = True
@@ -271,7 +276,7 @@ class PathTakenError(PermanentError):
 
 
 class UnsafePathError(PermanentError):
-    """A file would be written through a symbolic link."""
+    """The path of a file leads through a symbolic link, or through a file."""
 
     reason = "unsafe_path"
     can_be_retried = True
@@ -285,7 +290,7 @@ class InputInvalidError(PermanentError):
 
 
 class RefusedError(PermanentError):
-    """The model declined to describe the image, or its content policy did. `usage` is what it will charge for it."""
+    """The model or its content policy refused. `usage` is what the provider charges for it."""
 
     reason = "refused"
     can_be_retried = True
@@ -293,15 +298,15 @@ class RefusedError(PermanentError):
 
 
 class ProviderRejectedError(PermanentError):
-    """The provider rejects the request itself: wrong model, address or parameter; or its vectors do not fit."""
+    """The provider rejects the request (model, address, parameter), or its vectors do not fit."""
 
     reason = "provider_rejected"
     can_be_retried = True
 
 
 def list_reasons() -> dict[str, bool]:
-    """Every reason an image can have failed for, and whether it can be tried again."""
-    # Those of errors that are not ours, of runs that were lost or cancelled, and of IDs that earlier versions let in.
+    """Every reason for which an image can fail, and whether it can be retried."""
+    # These have no class: foreign errors, lost and cancelled runs, invalid IDs of old versions.
     reasons = {"unexpected": True, "poison": True, "cancelled": True, "invalid_id": False}
     kinds: list[type[RetryableError] | type[PermanentError]] = [RetryableError, PermanentError]
     while kinds:

@@ -1,6 +1,6 @@
-"""The nouns: what is uploaded, what is made of it. Frozen values, no I/O.
+"""The domain: uploads, claims, images, variants and metadata, as frozen values without I/O.
 
-How a noun is stored, drawn or fetched belongs to `stores`, `imaging` and `services`.
+Storing, rendering and fetching them belongs to `stores`, `imaging` and `services`.
 """
 
 import json
@@ -19,10 +19,10 @@ from imagepipeline.usage import CallUsage
 
 IMAGE_ID_PATTERN = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]{0,63}")
 THUMBNAIL_PX = 160  # long side of the picture in the UI
-CLASSIFIER_PX = 224  # width and height of what the offline vision model is shown, as raw RGB
+CLASSIFIER_PX = 224  # width and height of the offline vision model's input, raw RGB
 PRIORITY_LIMIT = 1000
 MAX_ENTRY_BYTES = 4096
-# A path names files in a database (512 characters) and on disks, which allow 255 bytes for each name (POSIX NAME_MAX).
+# Database columns hold 512 characters; disks allow 255 bytes for each name (POSIX NAME_MAX).
 MAX_PATH_BYTES, MAX_NAME_BYTES = 480, 255
 VARIANT_WIDTHS_PX = {"sm": 640, "md": 1024, "lg": 1920}
 VARIANT_SUFFIX_BYTES = max(len(f"-sm.{name}") for name in OUTPUT_FORMATS)
@@ -33,12 +33,13 @@ def check_image_id(value: object) -> str:
     """The value itself, if it is a valid image ID.
 
     Raises:
-        InvalidUploadError: if not. Dagster checks no dynamic partition key and the ID becomes part of
-            paths and queries, so this runs before anything else sees it.
+        InvalidUploadError: it is not. Dagster does not check dynamic partition keys, and the ID
+            becomes part of paths and queries, so this must run first.
     """
     if not isinstance(value, str) or not IMAGE_ID_PATTERN.fullmatch(value):
         raise InvalidUploadError(
-            f"{value!r:.80} is not an image ID: 1 to 64 letters, digits, '-' or '_', the first a letter or digit"
+            f"{value!r:.80} is not an image ID: 1 to 64 letters, digits, '-' or '_', "
+            "the first a letter or digit"
         )
     return value
 
@@ -49,17 +50,21 @@ def is_image_id(value: str) -> bool:
 
 
 def find_named_image(path: str) -> str | None:
-    """The image whose own file a path is, as `original/<image_id>.*`, or None: files in folders may have any name."""
+    """The image ID in a path `original/<image_id>.*`; None for other paths.
+
+    Files in subfolders may have any name.
+    """
     folder, _, name = path.rpartition("/")
     image_id = name.partition(".")[0]
     return image_id if folder == "original" and is_image_id(image_id) else None
 
 
 def check_original_path(value: object) -> str:
-    """The value itself, if it is a relative path below `original/` without `..` and with an extension.
+    """The value itself, if it is a path below `original/` with an extension and without `..`.
 
     Raises:
-        InvalidUploadError: if not, or if it or a variant's path would be too long for a disk or the catalogue.
+        InvalidUploadError: it is not, or it or a variant's path would be too long for a disk or
+            the catalogue.
     """
     path = (
         PurePosixPath(value)
@@ -74,20 +79,22 @@ def check_original_path(value: object) -> str:
     )
     if path is None or not (is_below and path.suffix and str(path) == value):
         raise InvalidUploadError(
-            f"{value!r:.80} is not the path of an original: it must look like original/NAME.EXT, below the storage root"
+            f"{value!r:.80} is not the path of an original: it must look like "
+            "original/NAME.EXT, below the storage root"
         )
     names = [*path.parts, path.stem + VARIANT_SUFFIX_BYTES * "x"]
     longest = max(len(name.encode()) for name in names)
     if longest > MAX_NAME_BYTES or len(str(path).encode()) > MAX_PATH_BYTES:
         raise InvalidUploadError(
-            f"{value!r:.80} is too long: a path may have {MAX_PATH_BYTES} bytes, and a name {MAX_NAME_BYTES}, also "
-            f"when a variant's ending such as -sm.avif takes the extension's place"
+            f"{value!r:.80} is too long: a path may have {MAX_PATH_BYTES} bytes and a name "
+            f"{MAX_NAME_BYTES}, also with a variant's ending such as -sm.avif instead of the "
+            "extension"
         )
     return str(path)
 
 
 def now_utc() -> datetime:
-    """The time, in UTC."""
+    """The current time in UTC."""
     return datetime.now(UTC)
 
 
@@ -107,10 +114,14 @@ class Status(StrEnum):
 
 @dataclass(frozen=True)
 class Upload:
-    """One message on the Redis list: look at this image.
+    """One message on the Redis list: process this image.
 
-    `path` is the original's path below the storage root; None means the one file `original/<image_id>.*` that is
-    there when a run looks. A higher `priority` is run sooner. `ignored` are fields of the entry that mean nothing here.
+    Attributes:
+        image_id: see `check_image_id`.
+        path: the original's path below the storage root; None means the one file
+            `original/<image_id>.*` that exists when a run starts.
+        priority: -1000 to 1000; higher runs sooner.
+        ignored: unknown fields of the entry.
     """
 
     image_id: str
@@ -124,18 +135,19 @@ class Upload:
             check_original_path(self.path)
         if type(self.priority) is not int or abs(self.priority) > PRIORITY_LIMIT:
             raise InvalidUploadError(
-                f"priority of {self.image_id} must be a whole number from -{PRIORITY_LIMIT} to {PRIORITY_LIMIT}"
+                f"priority of {self.image_id} must be a whole number from -{PRIORITY_LIMIT} "
+                f"to {PRIORITY_LIMIT}"
             )
 
     @classmethod
     def from_entry(cls, entry: bytes) -> "Upload":
-        """Reads an entry of the Redis list: a bare image ID, or `{"imageId": …, "path": …, "priority": …}`.
+        """Parses an entry: a bare image ID, or `{"imageId": …, "path": …, "priority": …}`.
 
-        Clients differ: white space around it, an ID in quotes or as a number, and `null` for a field that is not
-        given are all understood.
+        Accepts what clients produce: surrounding whitespace, a quoted or numeric ID, and `null`
+        for an absent field.
 
         Raises:
-            InvalidUploadError: if it is neither; the message says why.
+            InvalidUploadError: it is malformed; the message says how.
         """
         if len(entry) > MAX_ENTRY_BYTES:
             raise InvalidUploadError(
@@ -159,7 +171,7 @@ class Upload:
         )
 
     def to_entry(self) -> str:
-        """The entry `from_entry` reads back: the bare ID where that says it all, else JSON."""
+        """The entry that `from_entry` parses: the bare ID if there is nothing else to say."""
         if self.path is None and self.priority == 0:
             return self.image_id
         fields: dict[str, Any] = {"imageId": self.image_id, "priority": self.priority}
@@ -167,7 +179,7 @@ class Upload:
 
 
 def _read_id(value: object) -> Any:
-    """An ID as databases and JSON libraries write it: a number, or text with white space around it."""
+    """An ID as databases and JSON libraries write it: a number, or text with whitespace."""
     if isinstance(value, str):
         return value.strip()
     return str(value) if type(value) is int else value
@@ -177,7 +189,12 @@ def _read_id(value: object) -> Any:
 class Claim:
     """A run's right to write to an image's row, until a later claim raises the fence.
 
-    `path` is the one the upload named, if it named one. `last_path` is where the original was when it was last read.
+    Attributes:
+        image_id: the claimed image.
+        generation: counts how often the image was processed anew.
+        fence: the fencing token; writes with a lower one are refused.
+        path: the original's path, if the upload named one.
+        last_path: where the original was when it was last read.
     """
 
     image_id: str
@@ -189,10 +206,10 @@ class Claim:
 
 @dataclass(frozen=True)
 class OriginalFacts:
-    """What the catalogue keeps of an original: the columns of its row.
+    """What the catalogue stores about an original: columns of the image's row.
 
-    `width` and `height` are those of the upright image in pixels, `placeholder` is a data URI of a tiny WebP,
-    `dominant_color` is `#rrggbb`, `flaw` says what is missing of a file that was made the best of.
+    `width` and `height` are the upright image's, in pixels. `placeholder` is a data URI of a tiny
+    WebP, `dominant_color` is `#rrggbb`. `flaw` says what is missing from a salvaged file.
     """
 
     path: str
@@ -207,12 +224,12 @@ class OriginalFacts:
 
 @dataclass(frozen=True)
 class PixelFacts:
-    """What can be said of an image without knowing what it shows.
+    """Facts that the pixels and EXIF give, without a model.
 
-    `colors` are the dominant ones as (name, `#rrggbb`, share of the pixels 0..1), largest first. In CIE Lab:
-    `brightness` is the mean of L* (0..100), `contrast` its standard deviation, `saturation` the mean chroma
-    (0..about 130), `warmth` the mean of b* (below 0 blue, above 0 yellow).
-    `palette` are up to 16 `#rrggbb` that together stand for all pixels.
+    `colors` are the dominant ones as (name, `#rrggbb`, share of the pixels 0..1), largest first.
+    In CIE Lab, `brightness` is the mean of L* (0..100), `contrast` its standard deviation,
+    `saturation` the mean chroma (0..about 130), and `warmth` the mean of b* (below 0 blue, above 0
+    yellow). `palette` has up to 16 `#rrggbb` that represent all pixels.
     """
 
     width: int
@@ -233,9 +250,9 @@ Color = Annotated[str, StringConstraints(pattern=r"^#[0-9a-fA-F]{6}$", to_lower=
 
 
 class ImageMetadata(BaseModel):
-    """What the vision model says of an image; the aliases are the names the web product reads.
+    """The vision model's answer; the aliases are the names that the web product reads.
 
-    The bounds are far above any honest answer: what exceeds them is refused, as untrusted text.
+    The bounds are far above any honest answer. An answer that exceeds them is refused.
     """
 
     model_config = ConfigDict(frozen=True, populate_by_name=True, extra="forbid")
@@ -248,13 +265,13 @@ class ImageMetadata(BaseModel):
 
     @property
     def embedding_text(self) -> str:
-        """The text the embedding is made of: description, tags, category, mood."""
+        """The text that is embedded: description, tags, category, mood."""
         return " ".join([self.description, *self.tags, self.category, self.mood])
 
 
 @dataclass(frozen=True)
 class VisionAnswer:
-    """Metadata and what it took to get it."""
+    """Metadata, and the usage of the call that returned it."""
 
     metadata: ImageMetadata
     usage: CallUsage | None = None
@@ -262,7 +279,7 @@ class VisionAnswer:
 
 @dataclass(frozen=True)
 class Embedding:
-    """A text as a vector of unit length, the version of the recipe that made it, and what it took.
+    """A text as a vector of unit length, with the version of its recipe and the call's usage.
 
     Vectors of different versions cannot be compared.
     """
@@ -275,9 +292,9 @@ class Embedding:
 
 @dataclass(frozen=True)
 class Neighbour:
-    """An image near a query; `score` is the cosine similarity, -1..1, higher is nearer.
+    """An image near a query, with its embedded text.
 
-    `text` is what was embedded of it.
+    `score` is the cosine similarity, -1 to 1; higher is nearer.
     """
 
     image_id: str
@@ -287,7 +304,7 @@ class Neighbour:
 
 @dataclass(frozen=True)
 class VariantSpec:
-    """The recipe of one variant: at most `width_px` wide, never enlarged, in `format` at `quality` (1..100)."""
+    """One variant to make: at most `width_px` wide, never enlarged, at `quality` (1..100)."""
 
     suffix: str
     width_px: int
@@ -295,7 +312,7 @@ class VariantSpec:
     quality: int
 
     def path_for(self, original_path: str) -> str:
-        """Where the variant of `original/a/b.jpg` lies: `variants/a/b-sm.webp`."""
+        """The variant's path: `variants/a/b-sm.webp` for `original/a/b.jpg`."""
         path = PurePosixPath("variants", *PurePosixPath(original_path).parts[1:])
         return str(path.with_name(f"{path.stem}-{self.suffix}.{self.format}"))
 
@@ -326,10 +343,10 @@ class Variant:
 
 @dataclass(frozen=True)
 class Recipe:
-    """What made a result: the provider, its model, and the settings that decide the outcome.
+    """What made a result: the provider, its model, and the settings that affect the outcome.
 
-    Two results of the same input and the same recipe are the same, so `version` is both the asset's code
-    version in Dagster and the record beside each result in the catalogue.
+    `version` identifies it: as the asset's code version in Dagster, and beside each result in the
+    catalogue.
     """
 
     provider: str
@@ -344,9 +361,10 @@ class Recipe:
 
 @dataclass(frozen=True)
 class PaidCall:
-    """One call to a paid provider. `outcome` is `answered` or why not; tokens and cost are None where unknown.
+    """One call to a paid provider.
 
-    `seconds` is how long the call took, `waited_seconds` how long it waited for the rate limit before.
+    `outcome` is `answered` or the reason of the failure. Tokens and cost are None if unknown.
+    `seconds` is the call's duration, `waited_seconds` the wait for the rate limit before it.
     """
 
     image_id: str | None
@@ -364,10 +382,10 @@ class PaidCall:
 
 @dataclass(frozen=True)
 class Pause:
-    """A time during which no new work begins; `until` None is until a person resumes.
+    """A time in which no paid work starts; `until` None means until a person resumes.
 
-    One that is over by the clock is on probation: one image is tried, and its success ends the pause. `stage` is whose
-    calls brought it about; None for those of all.
+    When the time is over (`is_over`) the pause is on probation: one image is tried, and its success
+    ends the pause. `stage` is the stage whose calls caused it, None for all.
     """
 
     seq: int

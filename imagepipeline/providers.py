@@ -22,10 +22,11 @@ from imagepipeline.stores.ledger import Ledger
 from imagepipeline.stores.limiter import CallLimiter
 
 
-def build_vision(settings: Settings, resident: str | None = None) -> VisionModel:
-    """The vision model. An offline one runs in the resident at that address, or else here."""
+def build_vision(settings: Settings) -> VisionModel:
+    """The vision model. An offline one runs in the resident if there is one, or else here."""
     if not settings.has_remote_vision:
-        return ResidentVision(resident) if resident else LocalVision()
+        resident = settings.resident_socket
+        return ResidentVision(str(resident)) if resident else LocalVision()
     key = settings.openai_api_key.get_secret_value() if settings.openai_api_key else NO_KEY
     prompt = settings.vision_prompt or DEFAULT_PROMPT
     return OpenAIVision(
@@ -44,17 +45,19 @@ def build_vision_options(settings: Settings) -> VisionOptions:
     )
 
 
-def build_embedder(settings: Settings, resident: str | None = None) -> Embedder:
-    """The embedder of images and queries. An offline one runs in the resident, or else here."""
+def build_embedder(settings: Settings) -> Embedder:
+    """The embedder of images and queries. An offline one runs as `build_vision` says."""
     if not settings.has_remote_embedder:
-        return ResidentEmbedder(resident) if resident else LocalEmbedder()
+        resident = settings.resident_socket
+        return ResidentEmbedder(str(resident)) if resident else LocalEmbedder()
     key = settings.openrouter_api_key.get_secret_value() if settings.openrouter_api_key else NO_KEY
     return OpenRouterEmbedder(key, settings.openrouter_base_url, settings.embedding_model)
 
 
-def build_index(settings: Settings, resident: str | None = None) -> EmbeddingStore:
+def build_index(settings: Settings) -> EmbeddingStore:
     """The index of embeddings, through the resident if there is one: it writes for all runs here."""
-    return ResidentIndex(resident) if resident else open_index(settings.index_uri)
+    resident = settings.resident_socket
+    return ResidentIndex(str(resident)) if resident else open_index(settings.index_uri)
 
 
 def build_notifiers(settings: Settings) -> list[Notifier]:

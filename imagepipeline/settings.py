@@ -438,7 +438,13 @@ class Settings(BaseModel):
         None,
         alias="IMAGEPIPELINE_CODE_SOCKET",
         description="the code server's socket, which Dagster looks for there",
-        json_schema_extra={"internal": True},  # each service sets it for Dagster
+        json_schema_extra={"internal": True},
+    )
+    resident_socket: Path | None = Field(
+        None,
+        alias="IMAGEPIPELINE_RESIDENT_SOCKET",
+        description="the socket of the process that keeps index and models; a worker sets it for its runs",
+        json_schema_extra={"internal": True},
     )
 
     @classmethod
@@ -517,6 +523,10 @@ class Settings(BaseModel):
     def build_environment(self, **changes: str) -> dict[str, str]:
         """The environment of a process of this stack: ours, with the same home wherever it runs."""
         return {**os.environ, "IMAGEPIPELINE_HOME": str(self.home), **changes}
+
+    def publish_resident_socket(self) -> None:
+        """Tells this process and its children where the resident listens."""
+        os.environ["IMAGEPIPELINE_RESIDENT_SOCKET"] = self.resident_address
 
     @property
     def has_remote_vision(self) -> bool:

@@ -66,6 +66,7 @@ def main() -> None:
     """
     settings = Settings.load()
     acquire_lock(settings)
+    settings.publish_resident_socket()
     preload()
     build_app(settings).worker_main(
         [
@@ -90,8 +91,7 @@ def preload() -> None:
     """Imports and makes what runs need, so that the children share it."""
     for module in PRELOADED:
         importlib.import_module(module)
-    settings = Settings.load()
-    made = definitions.build(settings, settings.resident_address)
+    made = definitions.defs()
     made.get_repository_def().load_all_definitions()
     vars(definitions)["defs"] = made  # where Dagster looks for them
     DECODERS.prepare()

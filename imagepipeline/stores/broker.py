@@ -1,6 +1,6 @@
-"""Celery's side of Redis: how runs reach the workers, and which of them still wait for one.
+"""Celery's use of Redis: how runs reach the workers, and which of them still wait for one.
 
-Light on import: `services` writes these settings into the `dagster.yaml` of every process that hands over runs.
+Fast to import: `services` writes these settings into the `dagster.yaml` of every process.
 """
 
 import json
@@ -15,18 +15,18 @@ from imagepipeline.stores.connection import connect
 QUEUE = "dagster"  # dagster-celery's only queue
 CONNECT_SECONDS = 5
 ANSWER_SECONDS = 30  # of Redis; the longest wait for a task is 1 s
-# How long a task may be on its way from Redis to a worker's child before another worker takes it. It is acknowledged
-# when the child begins, so this bounds milliseconds, not a run.
+# How long a task may take from Redis to a worker's child before another worker takes it. The child
+# acknowledges it when it starts, so this limits milliseconds, not a run.
 HANDOVER_SECONDS = 60
 RESTORE_INTERVAL_SECONDS = 10
 KEEP_FAILURES_SECONDS = 3600
 
 
 def build_config(prefix: str, answer_seconds: float = ANSWER_SECONDS) -> dict[str, Any]:
-    """Celery's settings for those who hand over runs and those who execute them, as plain values.
+    """Celery's settings for processes that submit runs and for workers, as plain values.
 
-    Redis must answer within `answer_seconds`. All keys and channels in Redis begin with `{prefix}:runs:`. A result is
-    kept only of a task whose process died.
+    Redis must answer within `answer_seconds`. All keys and channels begin with `{prefix}:runs:`.
+    Results are kept only for tasks whose process died.
     """
     place = {
         "global_keyprefix": f"{prefix}:runs:",
@@ -36,9 +36,7 @@ def build_config(prefix: str, answer_seconds: float = ANSWER_SECONDS) -> dict[st
     return {
         "broker_transport_options": {
             **place,
-            "priority_steps": [
-                0
-            ],  # Dagster's own queue knows priorities; here they would be ten lists
+            "priority_steps": [0],  # Dagster's own queue orders runs; priorities would be ten lists
             "visibility_timeout": HANDOVER_SECONDS,
             "unacked_restore_interval": RESTORE_INTERVAL_SECONDS,
             "unacked_restore_throttle": 1,
@@ -54,16 +52,16 @@ def build_config(prefix: str, answer_seconds: float = ANSWER_SECONDS) -> dict[st
         "task_store_errors_even_if_ignored": True,
         "result_expires": KEEP_FAILURES_SECONDS,
         "worker_prefetch_multiplier": 1,
-        "worker_disable_prefetch": True,  # what waits stays on the list, where any worker finds it
+        "worker_disable_prefetch": True,  # waiting tasks stay on the list, for any worker
         "worker_hijack_root_logger": False,
         "worker_redirect_stdouts": False,
         "worker_send_task_events": False,
-        "broker_channel_error_retry": True,  # such as of a Redis that is full
+        "broker_channel_error_retry": True,  # for example if Redis is full
     }
 
 
 def build_url(redis_url: str) -> str:
-    """The address of that Redis as Celery reads it."""
+    """The URL of a Redis server in Celery's notation."""
     if redis_url.startswith("unix://"):
         path, _, query = redis_url.removeprefix("unix://").partition("?")
         database = query.partition("db=")[2].partition("&")[0] or "0"
@@ -74,14 +72,14 @@ def build_url(redis_url: str) -> str:
 
 
 class TaskQueue:
-    """The tasks, one a run, that no worker has taken yet."""
+    """The tasks (one for each run) that no worker has taken yet."""
 
     def __init__(self, redis_url: str, prefix: str) -> None:
         self._redis = connect(redis_url)
         self._key = f"{prefix}:runs:{QUEUE}"
 
     def list_waiting(self) -> set[str]:
-        """The IDs of the tasks; as many as runs may be under way, at most.
+        """The IDs of the tasks, at most as many as runs may be in progress.
 
         Raises:
             PostponedError: Redis does not answer.

@@ -1,4 +1,4 @@
-"""Database: one SQL database, SQLite or Postgres, and transactions in it. What is stored there is others' business."""
+"""Database: connections to SQLite or Postgres, and transactions."""
 
 import functools
 import json
@@ -14,29 +14,32 @@ from imagepipeline.errors import CatalogueDownError
 MAX_JSON_CHARACTERS = 1_000_000  # the metadata of an image may have 20,000
 POSTGRES_OPTIONS: dict[str, Any] = {
     "pool_pre_ping": True,
-    "pool_size": 1,  # a run's heartbeat and its work seldom meet
+    "pool_size": 1,  # a run's heartbeat and its work seldom overlap
     "max_overflow": 4,  # the code server's sensors do
     "connect_args": {
         "connect_timeout": 10,
-        # A run that is stopped within a transaction may hold a row that its successor needs.
+        # A run that is frozen in a transaction may lock a row that its successor needs.
         "options": "-c idle_in_transaction_session_timeout=15000 -c statement_timeout=30000",
     },
 }
 
 
 class Database:
-    """The database at a SQLAlchemy URL, `sqlite:///…` or `postgresql://…`; it connects when first used."""
+    """The database at a SQLAlchemy URL, `sqlite:///…` or `postgresql://…`.
+
+    It connects when first used.
+    """
 
     def __init__(self, url: str) -> None:
         self.engine = _get_engine(url)
-        # The dialect's own insert, which knows ON CONFLICT.
+        # The dialect's own insert, which has ON CONFLICT.
         self.insert: Any = (
             postgresql.insert if self.engine.dialect.name == "postgresql" else sqlite.insert
         )
 
     @contextmanager
     def transaction(self) -> Iterator[sa.Connection]:
-        """A transaction that writes or reads as one.
+        """A transaction: committed at the end, rolled back on an error.
 
         Raises:
             CatalogueDownError: the database does not answer.
@@ -51,7 +54,7 @@ class Database:
 
 
 def read_json(text: str) -> Any:
-    """The object in a column of JSON, or None: what cannot be one, or is too long, costs its row nothing else."""
+    """The object in a JSON column, or None if it is malformed or too long."""
     try:
         value = json.loads(text) if len(text) <= MAX_JSON_CHARACTERS else None
     except (ValueError, TypeError, RecursionError):
@@ -61,7 +64,7 @@ def read_json(text: str) -> Any:
 
 @functools.cache
 def _get_engine(url: str) -> sa.Engine:
-    """The engine of this process for a URL: a connection serves all that use the database."""
+    """This process's engine for a URL, which all users of the database share."""
     parsed = sa.make_url(url)
     if parsed.drivername in ("postgres", "postgresql"):
         parsed = parsed.set(drivername="postgresql+psycopg2")
@@ -76,12 +79,12 @@ def _get_engine(url: str) -> sa.Engine:
 
 
 def create_sqlite_engine(url: str | sa.URL, **options: Any) -> sa.Engine:
-    """An engine that shares its compiled statements with all others made here.
+    """An engine that shares compiled statements with all others of this process.
 
-    What one run has compiled need not be compiled again in the next one of the same process.
+    So the next run in the process need not compile them again.
     """
     engine = sa.create_engine(url, execution_options={"compiled_cache": _compiled}, **options)
-    engine.dialect = _get_sqlite_dialect()  # the cache's keys name it
+    engine.dialect = _get_sqlite_dialect()  # part of the cache's keys
     return engine
 
 
@@ -97,12 +100,12 @@ def _get_sqlite_dialect() -> sa.Dialect:
 
 
 def _prepare_sqlite(connection: Any, _: Any) -> None:
-    connection.isolation_level = None  # the driver's own BEGIN would come too late
+    connection.isolation_level = None  # the driver's own BEGIN comes too late
     connection.execute("PRAGMA busy_timeout = 30000")
     connection.execute("PRAGMA journal_mode = WAL")
     connection.execute("PRAGMA foreign_keys = ON")
 
 
 def _begin_immediate(connection: sa.Connection) -> None:
-    # A transaction that reads before it writes would fail at the write if another one wrote in between.
+    # Otherwise a transaction that reads first fails at its write if another one wrote in between.
     connection.exec_driver_sql("BEGIN IMMEDIATE")

@@ -1,4 +1,4 @@
-"""CallLimiter: so many paid calls in so many seconds, over all processes, counted in Redis."""
+"""CallLimiter: the rate limit of paid calls for all processes, counted in Redis."""
 
 import secrets
 import time
@@ -12,9 +12,10 @@ from imagepipeline.errors import PostponedError
 from imagepipeline.rates import CallLimit, parse_limits
 from imagepipeline.stores.connection import connect
 
-# A key for each limit, with how many calls and in how many milliseconds; the last argument names the call. Counts it
-# with all limits and gives 0, or with none and gives the milliseconds until there may be room. The clock is the
-# server's: where callers bring their times, a late one does not see all that is counted, and one too many is let by.
+# One key for each limit, with its number of calls and its window in milliseconds; the last argument
+# names the call. Either counts the call under all limits and returns 0, or under none and returns
+# the milliseconds until there may be a permit. The server's clock is used: with the callers' clocks,
+# a late one would not see every call, and let one too many pass.
 TAKE = """
 local time = redis.call('TIME')
 local now_ms = time[1] * 1000 + math.floor(time[2] / 1000)
@@ -39,9 +40,12 @@ return wait_ms
 
 @dataclass(frozen=True)
 class Permits:
-    """What limits leave: permits that are left, None for any number; and the seconds until the next one.
+    """What the limits leave.
 
-    `is_shared` is whether the scarcest limit is one for all stages together.
+    Attributes:
+        left: the number of permits left, None for no limit.
+        wait_seconds: until the next permit.
+        is_shared: whether the scarcest limit is for all stages together.
     """
 
     left: int | None
@@ -50,19 +54,19 @@ class Permits:
 
 
 class CallLimiter:
-    """Gives permits. The limits are those set in Redis by `set_limits`, else the default ones, read at every permit.
+    """Grants permits for calls.
+
+    The limits are those set by `set_limits`, else the default ones; they are read for every permit.
 
     Args:
-        url: of the Redis.
+        url: the Redis server's.
         prefix: of the keys.
         default: limits as `parse_limits` reads them.
     """
 
     def __init__(self, url: str, prefix: str, default: str) -> None:
         self._redis = connect(url)
-        self._script = self._redis.register_script(
-            TAKE
-        )  # sent again if a restarted Redis has forgotten it
+        self._script = self._redis.register_script(TAKE)  # sent again to a restarted Redis
         self._key = f"{prefix}:rate-limit"
         self._default = default
         parse_limits(default)
@@ -78,7 +82,7 @@ class CallLimiter:
         return stored.decode() if isinstance(stored, bytes) else self._default
 
     def set_limits(self, text: str | None) -> None:
-        """Puts other limits in force, from the next permit on, in every process; None for the default ones."""
+        """Changes the limits from the next permit on, in every process; None resets them."""
         with _answering():
             if text is None:
                 self._redis.delete(self._key)
@@ -87,9 +91,9 @@ class CallLimiter:
                 self._redis.set(self._key, text)
 
     def look(self, stage: str, within_seconds: float = 0) -> Permits:
-        """What the limits of a stage leave, without taking any.
+        """What the limits of a stage leave; takes no permit.
 
-        Limits whose window is not longer than `within_seconds` leave all that they permit in that time.
+        A limit whose window is at most `within_seconds` leaves all its permits of that time.
 
         Raises:
             PostponedError: Redis does not answer.
@@ -109,7 +113,7 @@ class CallLimiter:
         return Permits(left, max(-wait for _, wait, _ in found), is_shared)
 
     def _look_at(self, limit: CallLimit) -> tuple[int, float]:
-        """How many permits one limit has left, and the seconds until it has one."""
+        """How many permits one limit has left, and the seconds until the next."""
         key = f"{self._key}:{limit.stage or 'all'}:{limit.seconds}"
         with _answering():
             seconds, microseconds = self._redis.time()
@@ -124,16 +128,16 @@ class CallLimiter:
         return 0, (last_in_the_way[0][1] - start_ms) / 1000
 
     def acquire(self, stage: str, timeout_seconds: float) -> bool:
-        """Waits for a permit for one call, at most so long; whether it was given.
+        """Waits up to `timeout_seconds` for a permit for one call; returns whether it got one.
 
         Raises:
-            PostponedError: Redis does not answer; that is no permit.
+            PostponedError: Redis does not answer; no permit was granted.
         """
         deadline = time.monotonic() + timeout_seconds
         limits = [
             limit for limit in parse_limits(self.get_limits()) if limit.stage in (None, stage)
         ]
-        # The window is in the key, as a shorter one would forget calls that a longer one must still count.
+        # The window is in the key: a shorter one would drop calls that a longer one must count.
         keys = [f"{self._key}:{limit.stage or 'all'}:{limit.seconds}" for limit in limits]
         windows = [number for limit in limits for number in (limit.count, limit.seconds * 1000)]
         call = secrets.token_hex(8)

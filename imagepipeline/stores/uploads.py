@@ -1,8 +1,9 @@
-"""UploadQueue: the Redis lists an uploader pushes to and the sensor takes from.
+"""UploadQueue: the Redis lists that uploaders push to and the sensor reads.
 
-An entry leaves `wait` only when the catalogue has recorded it, so a crash anywhere repeats a step and loses nothing.
-Taking in uses only commands that Redis obeys when its memory is full, so that a full Redis drains. What cannot be read
-ends in `dead`, with its reason; the newest are kept. `active` shows what is being processed; nothing depends on it.
+An entry leaves `wait` only after the catalogue has recorded it, so a crash repeats a step and loses
+nothing. Ingest uses only commands that Redis accepts when its memory is full, so that a full Redis
+drains. Malformed entries go to `dead` with a reason; the newest are kept. `active` shows what is
+being processed; nothing depends on it.
 """
 
 import base64
@@ -24,10 +25,10 @@ from imagepipeline.stores.connection import connect
 DEFAULT_PREFIX = "image-processing"
 SHOWN_CHARACTERS = 200
 RETRYABLE_BYTES = 1024
-MAX_DEAD = 1000  # of at most 4 kB each; an uploader that sends nonsense must not fill the server
-READ_TOGETHER = 25  # entries in one answer; each may be as long as the server lets it be
-MAX_READ_BYTES = 4_000_000  # at which no more are read; twice what 500 well-formed entries may have
-# What a server that belongs to a cluster answers to commands that name keys of several slots.
+MAX_DEAD = 1000  # of up to 4 kB each, so that malformed entries cannot fill the server
+READ_TOGETHER = 25  # entries in one reply, as each may be as long as the server allows
+MAX_READ_BYTES = 4_000_000  # stop reading here: twice the size of 500 well-formed entries
+# How a server in a cluster answers commands with keys of several slots.
 CLUSTER_ERRORS = (
     redis.exceptions.AskError,
     redis.exceptions.ClusterCrossSlotError,
@@ -36,7 +37,7 @@ CLUSTER_ERRORS = (
 
 
 class DeadLetter(BaseModel):
-    """What `dead` holds of an entry."""
+    """An entry as it is stored in `dead`."""
 
     id: str
     entry: str
@@ -50,7 +51,7 @@ class UploadQueue:
     """The three lists `{prefix}:wait`, `{prefix}:active` and `{prefix}:dead` of one Redis server.
 
     Args:
-        url: `redis://`, `rediss://` or `unix://`; any Redis or Valkey from 6.2 on.
+        url: `redis://`, `rediss://` or `unix://` of a Redis or Valkey, version 6.2 or later.
         prefix: first part of the keys.
     """
 
@@ -66,26 +67,28 @@ class UploadQueue:
         self.redis.close()
 
     def enqueue(self, image_id: str, path: str | None = None, priority: int = 0) -> None:
-        """Asks for an image to be processed; its original must be in place.
+        """Requests the processing of an image, whose original must be in place.
 
         Args:
             image_id: 1 to 64 letters, digits, `-` or `_`.
-            path: the original's path below the storage root; by default the one file `original/<image_id>.*`.
-            priority: -1000 to 1000, higher is sooner.
+            path: the original's path below the storage root; by default the one file
+                `original/<image_id>.*`.
+            priority: -1000 to 1000; higher runs sooner.
 
         Raises:
             InvalidUploadError: an argument is malformed; nothing was pushed.
-            StackError: Redis does not take it.
+            StackError: Redis does not answer or accept it.
         """
         entry = Upload(image_id, path, priority).to_entry()
         with _translated_errors():
             self.redis.lpush(self.wait_key, entry)
 
     def read(self, limit: int) -> Counter[bytes]:
-        """Up to `limit` entries, oldest first, with the number of copies of each; they stay where they are.
+        """Up to `limit` entries with the number of copies of each, oldest first; removes nothing.
 
-        Those that an earlier version moved to `active` and did not record come first. Of copies, the last one counts.
-        Fewer are read where they are long: an answer takes memory of the server, which an uploader could exhaust.
+        Entries that an earlier version left in `active` come first. Copies are ordered by the last
+        one. Fewer entries are returned if they are long: a reply takes memory in the server, which
+        an uploader could exhaust.
         """
         waiting: list[bytes] = []
         with _translated_errors():
@@ -104,15 +107,16 @@ class UploadQueue:
         return counted
 
     def wait(self, seconds: float) -> None:
-        """Returns when there is an entry, or after that time, which must be under 5 s; at once if Redis is full."""
+        """Blocks until there is an entry, at most `seconds` (under 5); not at all if Redis is full."""
         with _translated_errors(), suppress(redis.exceptions.OutOfMemoryError):
-            # The last entry is moved to where it is: of all blocking commands, the one that changes nothing.
+            # Moves the last entry to where it is: the only blocking command that changes nothing.
             self.redis.blmove(self.wait_key, self.wait_key, seconds, "RIGHT", "RIGHT")
 
     def acknowledge(self, entries: Mapping[bytes, int]) -> None:
-        """Forgets so many copies of each entry: call it after the catalogue has committed.
+        """Removes so many copies of each entry; call it after the catalogue has committed.
 
-        The oldest copies go: one that was pushed meanwhile stays. Only one reader at a time may do so.
+        It removes the oldest copies: one that was pushed meanwhile stays. Only one reader at a time
+        may call it.
         """
         with _translated_errors(), self.redis.pipeline(transaction=False) as pipe:
             for entry, copies in entries.items():
@@ -120,9 +124,9 @@ class UploadQueue:
             pipe.execute()
 
     def show_active(self, run_ids: Mapping[str, str]) -> None:
-        """Makes `active` list what is being processed, as JSON with `imageId` and `runId`, for those who count it.
+        """Writes what is being processed to `active`, as JSON with `imageId` and `runId`.
 
-        A full Redis may refuse; then the list stays as it was.
+        If a full Redis refuses, the list stays as it was.
         """
         shown = [
             json.dumps({"imageId": image_id, "runId": run_id})
@@ -138,10 +142,11 @@ class UploadQueue:
                 pipe.execute()
 
     def dead_letter(self, entry: bytes, copies: int, reason: str) -> None:
-        """Moves copies of an unreadable entry to `dead`.
+        """Moves copies of a malformed entry to `dead`.
 
-        There it is JSON: `id`, `entry` (escaped, at most 200 characters), `raw` (base64, if the entry has at
-        most 1 kB), `reason`, `copies`, `at` (Unix seconds). The newest `MAX_DEAD` are kept; see `count_dropped`.
+        There it is JSON: `id`, `entry` (escaped, at most 200 characters), `raw` (base64, if the
+        entry has at most 1 kB), `reason`, `copies`, `at` (Unix seconds). The newest `MAX_DEAD` are
+        kept; see `count_dropped`.
         """
         letter = json.dumps(_build_letter(entry, copies, reason, round(time.time(), 3)))
         with _translated_errors(), self.redis.pipeline(transaction=True) as pipe:
@@ -150,28 +155,28 @@ class UploadQueue:
             self._forget(pipe, entry, copies)
             dropped = pipe.execute()[0] - MAX_DEAD
         if dropped > 0:
-            # Apart, as only now we know; a full Redis, or a crash in between, costs the count and no entry.
+            # Separate, as the number is known only now. A failure here loses the count, no entry.
             with _translated_errors(), suppress(redis.exceptions.OutOfMemoryError):
                 self.redis.incrby(self._dropped_key, dropped)
 
     def count_dropped(self) -> int:
-        """How many dead letters were dropped, as `MAX_DEAD` newer ones came, since `dead` was last emptied."""
+        """How many dead letters were dropped for newer ones since `dead` was last empty."""
         with _translated_errors():
             return int(self.redis.get(self._dropped_key) or 0)
 
     def list_dead(self) -> list[dict[str, Any]]:
-        """The dead letters, newest first, as `dead_letter` wrote them, each with the bytes `stored` in Redis.
+        """The dead letters, newest first, as `dead_letter` wrote them, and the bytes `stored`.
 
-        What is no letter, as somebody else put it there, is shown as one.
+        An entry that somebody else wrote is returned as a letter, too.
         """
         with _translated_errors():
             return [_read_letter(stored) for stored in self.redis.lrange(self.dead_key, 0, -1)]
 
     def retry_dead(self, letter: Mapping[str, Any]) -> None:
-        """Pushes a dead letter's entry once more and takes it off `dead`.
+        """Pushes a dead letter's entry again and removes it from `dead`.
 
         Raises:
-            InvalidUploadError: it was too long to be kept whole.
+            InvalidUploadError: it was too long to be kept.
         """
         if letter["raw"] is None:
             raise InvalidUploadError(
@@ -182,12 +187,12 @@ class UploadQueue:
             self._take_off(pipe, letter)
 
     def discard_dead(self, letter: Mapping[str, Any]) -> None:
-        """Takes a letter off `dead`."""
+        """Removes a letter from `dead`."""
         with _translated_errors(), self.redis.pipeline(transaction=True) as pipe:
             self._take_off(pipe, letter)
 
     def count(self) -> dict[str, int]:
-        """The lengths of the lists `wait` (as `waiting`: not in the catalogue yet) and `dead`."""
+        """The lengths of the lists: `waiting` (not in the catalogue yet) and `dead`."""
         with _translated_errors(), self.redis.pipeline(transaction=True) as pipe:
             for key in (self.wait_key, self.dead_key):
                 pipe.llen(key)
@@ -195,7 +200,7 @@ class UploadQueue:
         return {"waiting": waiting, "dead": dead}
 
     def _take_off(self, pipe: Any, letter: Mapping[str, Any]) -> None:
-        """Does what `pipe` holds and takes a letter off `dead`; with the last one, those dropped are forgotten."""
+        """Executes `pipe` and removes a letter; with the last one, resets the count of dropped."""
         pipe.lrem(self.dead_key, 0, letter["stored"])
         pipe.llen(self.dead_key)
         if pipe.execute()[-1] == 0:
@@ -222,7 +227,9 @@ def _read_letter(stored: bytes) -> dict[str, Any]:
         letter = DeadLetter.model_validate_json(stored).model_dump()
         base64.b64decode(letter["raw"] or "", validate=True)
     except ValueError:
-        letter = _build_letter(stored, 1, "it is no dead letter, and was put there by others", 0)
+        letter = _build_letter(
+            stored, 1, "another program wrote this entry, which is not a dead letter", 0
+        )
     return {**letter, "stored": stored}
 
 
@@ -233,24 +240,23 @@ def _is_shown(entry: bytes) -> bool:
 
 @contextmanager
 def _translated_errors() -> Iterator[None]:
-    """Turns Redis' errors into one of ours; the message leaves out the address, which may hold a password."""
+    """Turns errors of Redis into ours, without the address, which may hold a password."""
     try:
         yield
     except redis.exceptions.OutOfMemoryError:
         raise StackError(
-            "Redis is full and takes nothing more: wait until the pipeline has drained it, or raise its maxmemory"
+            "Redis is full and accepts nothing more: wait until the pipeline has drained it, or "
+            "raise its maxmemory"
         ) from None
     except CLUSTER_ERRORS:
         raise RedisClusterError(
-            "Redis runs as a cluster, which keeps our lists on several servers, while we change them together: "
-            "use one server (cluster-enabled no), with replicas if you like"
+            "Redis runs as a cluster, which spreads our lists over several servers and cannot change "
+            "them in one step: use one server (cluster-enabled no), with replicas if you like"
         ) from None
-    except (
-        redis.ResponseError
-    ) as error:  # such as a key of another type: its text is the server's, without secrets
+    except redis.ResponseError as error:  # the server's text, which contains no secret
         raise StackError(f"Redis refuses the command: {error}") from None
     except redis.RedisError as error:
         raise StackError(
-            f"Redis does not answer ({type(error).__name__}): start the stack with `imagepipeline up`, "
-            "or check REDIS_URL"
+            f"Redis does not answer ({type(error).__name__}): start the stack with "
+            "`imagepipeline up`, or check REDIS_URL"
         ) from None
