@@ -1,4 +1,4 @@
-"""Models, recipes, index, paid calls and notifiers as the settings say, for the pipeline and for commands."""
+"""Builds models, recipes, index, paid calls and notifiers from the settings."""
 
 from collections.abc import Callable, Iterator
 from contextlib import closing, contextmanager
@@ -23,7 +23,7 @@ from imagepipeline.stores.vectors import EmbeddingIndex
 
 
 def build_vision(settings: Settings) -> VisionModel:
-    """The vision model; an offline one is in the resident, where there is one."""
+    """Returns the vision model; a local one runs in the resident, if there is one."""
     if not settings.has_remote_vision:
         return (
             ResidentVision(str(settings.resident_socket))
@@ -38,7 +38,7 @@ def build_vision(settings: Settings) -> VisionModel:
 
 
 def build_vision_options(settings: Settings) -> VisionOptions:
-    """How a remote vision model is asked."""
+    """Returns the options of a remote vision model."""
     return VisionOptions(
         settings.vision_long_side_px,
         settings.vision_detail,
@@ -49,7 +49,7 @@ def build_vision_options(settings: Settings) -> VisionOptions:
 
 
 def build_embedder(settings: Settings) -> Embedder:
-    """The embedder, of images and queries alike; an offline one is in the resident, where there is one."""
+    """Returns the embedder of images and queries; a local one runs in the resident, if any."""
     if not settings.has_remote_embedder:
         return (
             ResidentEmbedder(str(settings.resident_socket))
@@ -61,7 +61,7 @@ def build_embedder(settings: Settings) -> Embedder:
 
 
 def build_index(settings: Settings) -> EmbeddingIndex | ResidentIndex:
-    """The index of embeddings; through the resident, where there is one, which writes for all runs of its machine."""
+    """Returns the index of embeddings, which the resident serves if there is one."""
     return (
         ResidentIndex(str(settings.resident_socket))
         if settings.resident_socket
@@ -70,7 +70,7 @@ def build_index(settings: Settings) -> EmbeddingIndex | ResidentIndex:
 
 
 def build_notifiers(settings: Settings) -> list[Notifier]:
-    """The ways in which administrators are told; they connect when there is something to tell."""
+    """Returns the configured notifiers; they connect when they send a message."""
     notifiers: list[Notifier] = []
     if settings.webhook_url and settings.webhook_secret:
         url, secret = (
@@ -88,7 +88,7 @@ def build_notifiers(settings: Settings) -> list[Notifier]:
 
 @contextmanager
 def open_limiter(settings: Settings) -> Iterator[CallLimiter]:
-    """The rate limit; it connects when first used."""
+    """Opens the rate limiter, which connects when it is first used."""
     with closing(
         CallLimiter(settings.redis_url, settings.queue_prefix, settings.rate_limit)
     ) as limiter:
@@ -97,7 +97,7 @@ def open_limiter(settings: Settings) -> Iterator[CallLimiter]:
 
 @contextmanager
 def open_paid_calls(settings: Settings) -> Iterator[PaidCalls]:
-    """The maker of paid calls, with the pipeline's own limits and budgets."""
+    """Opens the maker of paid calls, with the limits and budgets of the settings."""
     with closing(Ledger(settings.database_url)) as ledger, open_limiter(settings) as limiter:
         budgets = (settings.daily_budget_usd, settings.monthly_budget_usd)
         recipes = {
@@ -108,7 +108,7 @@ def open_paid_calls(settings: Settings) -> Iterator[PaidCalls]:
 
 
 def build_vision_recipe(settings: Settings) -> Recipe:
-    """What will describe the images under these settings."""
+    """Returns the recipe for descriptions under these settings."""
     if not settings.has_remote_vision:
         return vision.LOCAL_RECIPE
     prompt = settings.vision_prompt or DEFAULT_PROMPT
@@ -116,15 +116,18 @@ def build_vision_recipe(settings: Settings) -> Recipe:
 
 
 def build_embedding_recipe(settings: Settings) -> Recipe:
-    """What will embed the texts under these settings."""
+    """Returns the recipe for embeddings under these settings."""
     if not settings.has_remote_embedder:
         return embedder.LOCAL_RECIPE
     return embedder.openrouter_recipe(settings.embedding_model)
 
 
 def build_recipes(settings: Settings) -> dict[str, Recipe]:
-    """What will make each asset under these settings; a change of it marks the asset's results as outdated."""
-    from imagepipeline.imaging.variants import build_recipe  # here: it imports Pillow
+    """Returns the recipe of each asset under these settings.
+
+    When a recipe changes, Dagster marks the results of its asset as outdated.
+    """
+    from imagepipeline.imaging.variants import build_recipe  # imported here, as it imports Pillow
 
     return {
         "metadata": build_vision_recipe(settings),
@@ -138,7 +141,7 @@ def build_recipes(settings: Settings) -> dict[str, Recipe]:
 
 
 def explain_unpriced_models(settings: Settings) -> str | None:
-    """What to do if a budget is set and the price of a model that will be asked stands nowhere in the settings."""
+    """Returns what to do if a budget is set but the settings lack the price of a model in use."""
     if not (settings.daily_budget_usd or settings.monthly_budget_usd):
         return None
     recipes = (build_vision_recipe(settings), build_embedding_recipe(settings))
@@ -149,13 +152,13 @@ def explain_unpriced_models(settings: Settings) -> str | None:
 
 
 def list_prices(settings: Settings) -> dict[str, tuple[float, float]]:
-    """US dollars per million tokens in and out: those we know, and those that are set."""
+    """Returns the built-in and configured prices: USD per million tokens in and out, by model."""
     known: dict[str, tuple[float, float]] = Settings.model_fields["prices"].default
     return known | settings.prices
 
 
 def embed_query(settings: Settings, text: str, report: Callable[[str], None]) -> Embedding:
-    """A search's text as a vector; a remote model's call is limited, priced and written down like all others."""
+    """Embeds the text of a search; calls of a remote model are limited and recorded as usual."""
     model = build_embedder(settings)
     with open_paid_calls(settings) as paid_calls:
         return paid_calls.make(None, "search", model.recipe, lambda: model.embed(text), report)[0]

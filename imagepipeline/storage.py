@@ -1,4 +1,4 @@
-"""The store a storage root names: a folder, or a bucket."""
+"""Opens a storage root, which is a folder or a bucket."""
 
 from pathlib import Path
 
@@ -9,7 +9,10 @@ Storage = FileStore | ObjectStore
 
 
 def open_storage(root: str) -> Storage:
-    """The store at a folder, or at a `file://`, `s3://`, `gs://` or `az://` URL; it connects when first used."""
+    """Returns the store at a folder or a `file://`, `s3://`, `gs://` or `az://` URL.
+
+    The store connects when it is first used.
+    """
     if "://" in root and not root.startswith("file://"):
         return ObjectStore(root)
     return FileStore(Path(root.removeprefix("file://")))
