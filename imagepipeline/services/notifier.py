@@ -303,7 +303,7 @@ class MailNotifier:
             ) from None
         except (smtplib.SMTPException, OSError, ValueError) as error:
             raise NotificationError(
-                f"the mail could not be delivered: {type(error).__name__}"
+                f"the mail server did not accept the message: {type(error).__name__}"
             ) from None
 
     def _deliver(self, server: smtplib.SMTP, message: email.message.EmailMessage) -> None:
