@@ -86,7 +86,7 @@ def test_remote_models_are_asked_one_tiny_question_each(environment, httpserver)
     httpserver.expect_request("/v1/embeddings").respond_with_json(answer_of([1.0, 2.0]))
     found = findings(remote(environment, httpserver))
     assert all(finding.is_well for finding in found.values()), found
-    assert "gpt-4o-mini answers in" in found["vision model"].sentence
+    assert "gpt-4o-mini answered in" in found["vision model"].sentence
     assert "2 dimensions" in found["embedding model"].sentence
     assert len(httpserver.log) == 2
     assert sum(len(request.get_data()) for request, _ in httpserver.log) < 5000

@@ -50,15 +50,15 @@ def test_each_thing_that_is_not_shared_is_a_sentence(here, tmp_path):
             ({"DATABASE_URL": f"sqlite:///{tmp_path / 'other.sqlite'}"}, "another catalogue"),
             (
                 {"DATABASE_URL": "postgresql://u:canary@127.0.0.1:1/d"},
-                "does not reach its catalogue",
+                "cannot reach its catalogue",
             ),
             (
                 {"IMAGEPIPELINE_STORAGE_ROOT": str(tmp_path / "other")},
-                f"its storage in {tmp_path / 'other'}, this home",
+                f"its storage is {tmp_path / 'other'}, but this home",
             ),
             (
                 {"IMAGEPIPELINE_INDEX_ROOT": str(tmp_path / "other")},
-                f"its index in {tmp_path / 'other'}, this home",
+                f"its index is {tmp_path / 'other'}, but this home",
             ),
             ({"REDIS_URL": other_redis}, "another Redis"),
             ({"IMAGEPIPELINE_WEBP_QUALITY": "70"}, "makes variants with"),
@@ -78,7 +78,7 @@ def test_a_folder_of_the_same_name_that_is_another_one_is_found_out(here, tmp_pa
         answer = asdict(describe(settings, mark))
         (tmp_path / "of another host").rename(tmp_path / "storage")
     [line] = find_differences(settings, {"w": answer})
-    assert "does not find the files of this home" in line
+    assert "cannot find this home's files" in line
     assert "must be a folder that all machines share, or a bucket" in line
 
 
@@ -86,7 +86,7 @@ def test_two_buckets_are_told_apart_and_no_password_is_shown(here, bucket_url):
     there = here | {"IMAGEPIPELINE_STORAGE_ROOT": bucket_url + "/there"}
     assert compare(there, there) == []
     [line] = compare(here | {"IMAGEPIPELINE_STORAGE_ROOT": bucket_url + "/here"}, there)
-    assert f"its storage in {bucket_url}/there, this home in {bucket_url}/here" in line
+    assert f"its storage is {bucket_url}/there, but this home uses {bucket_url}/here" in line
     shown = describe(
         Settings.load(here | {"IMAGEPIPELINE_STORAGE_ROOT": "s3://u:canary@images/x?key=canary"}),
         "0" * 32,
@@ -98,10 +98,10 @@ def test_an_answer_that_says_nothing_is_of_another_version(here):
     for answer in ({"error": "No such control command"}, None, [], {"host": 1}):
         assert read_answer(answer) is None
         [line] = find_differences(Settings.load(here), {"w@host": answer})
-        assert "'w@host' is of another version" in line
+        assert "'w@host' runs another version" in line
 
 
 @pytest.mark.parametrize("mark", ["../../etc/passwd", "", "A" * 32, "0" * 33])
 def test_what_is_no_mark_is_not_looked_for(here, mark):
-    with pytest.raises(ValueError, match="no mark"):
+    with pytest.raises(ValueError, match="is not a mark"):
         describe(Settings.load(here), mark)

@@ -118,7 +118,7 @@ def test_a_failed_call_is_written_down_with_what_it_is_charged(make, ledger):
 def test_without_a_permit_the_image_waits_and_nothing_is_asked(make, ledger):
     with pytest.raises(
         PostponedError,
-        match=r"rate limit .* \(10/minute\) is used up: it goes on at 2026-11-23 23:00:00",
+        match=r"rate limit .* \(10/minute\) is used up: paid work resumes at 2026-11-23 23:00:00",
     ):
         make(fail(AssertionError("asked")), limiter=Permits(False, False))
     assert ledger.summarize("model") == []
@@ -198,7 +198,7 @@ def test_a_version_of_a_model_costs_what_the_model_does(make, model):
 def test_with_a_budget_a_call_of_unknown_price_is_not_made(make, ledger, budget):
     with pytest.raises(
         PostponedError,
-        match=r'price of other is not known: set IMAGEPIPELINE_PRICES to \{"other": \[',
+        match=r'price of other is unknown: set IMAGEPIPELINE_PRICES to \{"other": \[',
     ):
         make(fail(AssertionError("asked")), Recipe("openai", "other"), **{budget: 5.0})
     assert ledger.summarize("model") == []
@@ -238,12 +238,12 @@ def test_the_pause_for_prices_names_all_models_and_follows_the_settings(update, 
     update(embedder=Recipe("openrouter", "vendor/e"))
     [pause] = ledger.list_pauses()
     assert (
-        'of new and vendor/e is not known: set IMAGEPIPELINE_PRICES to {"new": [IN, OUT], "vendor/e": ['
+        'of new and vendor/e is unknown: set IMAGEPIPELINE_PRICES to {"new": [IN, OUT], "vendor/e": ['
         in pause.message
     )
     update(vision=Recipe("openai", "newer"))
     [pause] = ledger.list_pauses()
-    assert "of newer is not known" in pause.message
+    assert "of newer is unknown" in pause.message
 
 
 def test_a_budget_that_was_raised_ends_its_pause_without_a_person(update, make, ledger):
@@ -271,7 +271,7 @@ def test_a_price_that_was_taken_away_is_not_known_any_more(make):
     make(
         lambda: Answer(CallUsage(5, 5)), other, daily_budget_usd=5.0
     )  # it has stopped reporting costs
-    with pytest.raises(PostponedError, match="price of other is not known"):
+    with pytest.raises(PostponedError, match="price of other is unknown"):
         make(fail(AssertionError("asked")), other, daily_budget_usd=5.0)
 
 
@@ -289,7 +289,7 @@ def test_where_nothing_is_reported_as_cost_the_price_counts(make):
 
 def test_a_model_that_does_not_say_what_it_uses_is_asked_once_under_a_budget(make, ledger, clock):
     make(lambda: Answer(None), daily_budget_usd=5.0)
-    with pytest.raises(PostponedError, match="calls to priced-model do not say what they use"):
+    with pytest.raises(PostponedError, match="calls to priced-model do not report their usage"):
         make(fail(AssertionError("asked")), daily_budget_usd=5.0)
     free = PaidCalls(ledger, Permits(), {"priced-model": (0.0, 0.0)}, 5.0, clock=clock)
     assert free.make(None, "search", REMOTE, lambda: Answer(None))
@@ -325,7 +325,7 @@ def test_a_picture_that_is_forbidden_when_others_are_answered_is_refused(make, l
         make(fail(forbidden))
     clock.now += timedelta(seconds=61)
     make(lambda: Answer(None), image_id="b")
-    with pytest.raises(RefusedError, match="answered 403 for this picture, and answers for others"):
+    with pytest.raises(RefusedError, match="answered 403 for this picture, but accepts others"):
         make(fail(forbidden))
     assert ledger.list_pauses() == []
 

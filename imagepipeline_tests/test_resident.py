@@ -74,7 +74,7 @@ def test_its_models_say_what_ours_say(resident):
 
 
 def test_without_it_an_image_waits_and_none_fails(resident, tmp_path):
-    with pytest.raises(ResidentDownError, match="the code server starts it again"):
+    with pytest.raises(ResidentDownError, match="the worker restarts it"):
         ResidentIndex(str(tmp_path / "nobody.sock")).get("a", "local:m")
     address, process = resident
     stopped = ResidentIndex(address)

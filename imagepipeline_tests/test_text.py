@@ -88,7 +88,7 @@ SHORT, LONG = 2_000, 16_000
 PATTERNS = {
     "policy": openai_client.POLICY_TEXT.search,
     "caller": openai_client.CALLER_TEXT.search,
-    "picture": openai_client.PICTURE_TEXT.search,
+    "picture": openai_client.INPUT_VERDICT_TEXT.search,
     "separator": answers.SEPARATOR.split,
     "bullet": answers.BULLET.match,
     "color": answers.COLOR.findall,

@@ -109,9 +109,9 @@ def test_no_secret_is_in_what_dagster_stores_or_shows(monkeypatch):
 
 
 def test_the_shipped_dagster_yaml_is_read_with_five_runs_at_a_time(tmp_path):
-    from imagepipeline.runtime.services import _read_shipped
+    from imagepipeline.runtime.services import _read_packaged
 
-    (tmp_path / "dagster.yaml").write_text(_read_shipped("dagster.yaml"))
+    (tmp_path / "dagster.yaml").write_text(_read_packaged("dagster.yaml"))
     with dg.DagsterInstance.from_config(str(tmp_path)) as instance:
         assert instance.get_concurrency_config().run_queue_config.max_concurrent_runs == 5
         assert instance.run_monitoring_enabled

@@ -214,7 +214,7 @@ def test_twelve_images_under_ten_calls_a_day_make_no_run_that_fails(days):
     days.push(12)
     days.tick()
     for _ in range(5):
-        assert "(10/day) is used up: it goes on at " in days.tick()
+        assert "(10/day) is used up: paid work resumes at " in days.tick()
     assert (days.ends, days.calls.total()) == ({True: 5}, 10)
     days.limiter.set_limits("metadata=4/day,embedding=100/minute")
     days.tick()

@@ -384,7 +384,7 @@ def test_no_run_begins_that_the_rate_limit_of_a_day_has_no_call_for(
     assert limiter.acquire("embedding", 0)
     message = tick(paid_calls=paid_calls).skip_message
     assert message.startswith(
-        "Paused: the rate limit of paid calls (10/day) is used up: it goes on at 20"
+        "Paused: the rate limit of paid calls (10/day) is used up: paid work resumes at 20"
     )
     limiter.set_limits("20/day")  # at once
     assert len(keys(tick(paid_calls=paid_calls))) == 5
@@ -412,7 +412,7 @@ def test_as_many_runs_begin_as_have_their_calls_in_time(
 def test_no_run_begins_while_a_budget_is_set_and_a_price_unknown(tick, catalogue, build_paid_calls):
     catalogue.accept([Upload("a")])
     message = tick(paid_calls=build_paid_calls("off", daily_budget_usd=5.0)).skip_message
-    assert "the price of m and e is not known" in message
+    assert "the price of m and e is unknown" in message
     assert keys(tick(paid_calls=build_paid_calls("off"))) == ["a:1"]
 
 

@@ -22,7 +22,7 @@ import sqlalchemy as sa
 import yaml
 from celery import Celery
 
-from imagepipeline.runtime.services import SECRETS_OF
+from imagepipeline.runtime.services import SERVICE_SECRETS
 from imagepipeline.settings import is_secret
 from imagepipeline.stores import broker
 from imagepipeline_tests.conftest import PHOTOS
@@ -77,9 +77,10 @@ def test_each_service_is_given_the_secrets_it_needs_and_no_more():
         given = {
             variable.removesuffix("_FILE") for variable in variables[name] if is_secret(variable)
         }
-        assert given <= SECRETS_OF[name] | {"DAGSTER_DATABASE_URL", "IMAGEPIPELINE_BROKER_URL"}, (
-            name
-        )
+        assert given <= SERVICE_SECRETS[name] | {
+            "DAGSTER_DATABASE_URL",
+            "IMAGEPIPELINE_BROKER_URL",
+        }, name
         assert len(given) == len(SERVICES[name]["secrets"]), name
     assert not {"OPENAI_API_KEY_FILE", "OPENROUTER_API_KEY_FILE"} & variables["migrate"]
 
@@ -452,7 +453,7 @@ def test_there_is_one_daemon(stack):
         timeout=60,
     )
     assert second.returncode == 1
-    assert "Another daemon works for this database" in second.stderr
+    assert "Another daemon already uses this database" in second.stderr
     assert stack.running["daemon"].poll() is None
 
 

@@ -81,7 +81,7 @@ def test_a_second_dagster_on_the_same_catalogue_ends_at_once_with_a_sentence(
 def test_a_database_that_is_not_there_is_named_without_its_address(tmp_path, monkeypatch, database):
     monkeypatch.setenv("IMAGEPIPELINE_HOME", str(tmp_path))
     monkeypatch.setenv(database, "postgresql://u:canary@127.0.0.1:1/d")
-    with pytest.raises(StackError, match="tables could not be made") as caught:
+    with pytest.raises(StackError, match="tables could not be created") as caught:
         services.migrate(Settings.load())
     assert "canary" not in str(caught.value)
 

@@ -10,7 +10,7 @@ import pytest
 import uvicorn
 from dagster_webserver import cli
 
-from imagepipeline.runtime.webserver import OwnPagesOnly
+from imagepipeline.runtime.webserver import SameOriginMiddleware
 
 JSON = {"Content-Type": "application/json"}
 
@@ -28,7 +28,7 @@ async def answer(scope, receive, send):
 @contextmanager
 def serving(is_local):
     server = uvicorn.Server(
-        uvicorn.Config(OwnPagesOnly(answer, is_local), lifespan="off", log_level="error")
+        uvicorn.Config(SameOriginMiddleware(answer, is_local), lifespan="off", log_level="error")
     )
     listener = socket.create_server(("127.0.0.1", 0))
     thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]})

@@ -10,7 +10,7 @@ from PIL import Image
 from imagepipeline.errors import SettingsError
 from imagepipeline.imaging.variants import render_square
 from imagepipeline.services.embedder import LocalEmbedder
-from imagepipeline.services.local import efficientnet, verified
+from imagepipeline.services.local import efficientnet, read_verified
 from imagepipeline.services.local.imagenet_groups import GROUPS, members
 from imagepipeline_tests.conftest import PHOTOS
 
@@ -84,7 +84,7 @@ def test_a_changed_weights_file_is_refused(tmp_path):
     path = tmp_path / "weights"
     path.write_bytes(b"other")
     with pytest.raises(SettingsError, match="weights"):
-        verified(path, "0" * 64)
+        read_verified(path, "0" * 64)
 
 
 @pytest.mark.parametrize(
