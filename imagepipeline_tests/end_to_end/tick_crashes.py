@@ -288,15 +288,15 @@ def _format(
     lines = [
         "# The kill matrix",
         "",
-        f"The sensor tick on {database}, killed at every step: {total['trials']} trials in {seconds / 60:.0f} minutes.",
-        "Written by `python -m imagepipeline_tests.end_to_end.tick_crashes --repeat 10`.",
+        f"For anyone who doubts that uploads survive a crash: the sensor tick on {database},",
+        f"killed at every step, {total['trials']} trials in {seconds / 60:.0f} minutes. Written by",
+        "`python -m imagepipeline_tests.end_to_end.tick_crashes --repeat 10`.",
         "",
-        "Each trial pushes a batch (of "
-        + ", ".join(map(str, BATCHES))
-        + "; in the larger ones an ID twice and an",
-        "entry that cannot be read), kills the tick, runs two more ticks, and counts the IDs without a row or a run",
-        "(lost), with two runs or a second generation (double), and the entries still on a list (left). Of 50 IDs,",
-        "fifteen get their run at once; the others must have their row, and wait in the catalogue.",
+        f"Each trial pushes a batch of {', '.join(map(str, BATCHES))} entries (the larger ones",
+        "contain an ID twice and an entry that cannot be read), kills the tick, and runs two more",
+        "ticks. It then counts the IDs without a row or a run (lost), the IDs with two runs or a",
+        "second generation (double), and the entries still on a list (left). Of 50 IDs, fifteen",
+        "get their run at once; the others must have their row and wait in the catalogue.",
         "",
         "| killed at | by | trials | killed | lost | double | left |",
         "|---|---|---|---|---|---|---|",
