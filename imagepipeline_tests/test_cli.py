@@ -281,6 +281,7 @@ def test_a_catalogue_that_is_none_is_one_line(invoke, tmp_path, arguments):
 PROGRAM = Path(sys.executable).parent / "imagepipeline"
 
 
+@pytest.mark.stack
 def test_a_reader_that_has_gone_ends_a_command_without_a_word(invoke, catalogue):
     for number in range(50):
         fail(catalogue, f"image-{number}")
@@ -308,6 +309,7 @@ def test_a_command_with_its_streams_closed_works(invoke, catalogue, queue):
     assert queue.count()["waiting"] == 1
 
 
+@pytest.mark.stack
 def test_what_cannot_be_printed_is_one_line(invoke, catalogue):
     if not Path("/dev/full").exists():
         pytest.skip("only Linux has a disk that is always full")
@@ -449,6 +451,7 @@ def test_what_no_other_try_can_help_is_left_alone_and_named(invoke, catalogue):
     }
 
 
+@pytest.mark.stack
 def test_all_means_all_however_many_there_are(invoke, catalogue):
     ids = [f"i{number:04}" for number in range(1500)]
     catalogue.accept([Upload(image_id) for image_id in ids])
@@ -606,6 +609,7 @@ def test_a_pause_shows_in_the_status_and_ends_by_resume(invoke, ledger):
     assert invoke("resume")[1] == "nothing is paused\n"
 
 
+@pytest.mark.stack
 def test_the_doctor_says_what_is_not_well_and_exits_with_1(
     invoke, catalogue, monkeypatch, tmp_path
 ):

@@ -30,6 +30,8 @@ from imagepipeline.stores.files import FileStore
 from imagepipeline_tests.conftest import PHOTOS
 from imagepipeline_tests.imaging.odd_files import SAMPLES
 
+pytestmark = pytest.mark.stack
+
 ANSWER = VisionAnswer(
     ImageMetadata(
         description="A cat", tags=["cat"], category="animal", dominant_colors=[], mood="calm"

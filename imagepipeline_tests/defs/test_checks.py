@@ -13,6 +13,8 @@ from imagepipeline.imaging.variants import Renderer
 from imagepipeline.models import Claim, Variant, build_variant_specs
 from imagepipeline_tests.imaging.odd_files import encode
 
+pytestmark = pytest.mark.stack
+
 
 @pytest.fixture
 def check(catalogue, files):

@@ -27,6 +27,8 @@ from imagepipeline.settings import Settings
 from imagepipeline.stores import broker
 from imagepipeline.stores.broker import TaskQueue
 
+pytestmark = pytest.mark.stack
+
 TASK = "execute_job"
 
 
