@@ -434,6 +434,11 @@ class Settings(BaseModel):
         alias="IMAGEPIPELINE_LIST_FAILED_HOURS",
         description="how long `list` shows failed images",
     )
+    definitions: Annotated[str, Field(pattern=r"^[A-Za-z_][\w.]*$")] = Field(
+        "imagepipeline.definitions",
+        alias="IMAGEPIPELINE_DEFINITIONS",
+        description="the module with the Dagster definitions; yours may add to ours",
+    )
     code_socket: Path | None = Field(
         None,
         alias="IMAGEPIPELINE_CODE_SOCKET",

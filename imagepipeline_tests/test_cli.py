@@ -14,7 +14,7 @@ from PIL import Image
 
 from imagepipeline import cli
 from imagepipeline.errors import list_reasons
-from imagepipeline.models import ImageMetadata, OriginalFacts, PaidCall, Recipe, Upload
+from imagepipeline.models import ASSETS, ImageMetadata, OriginalFacts, PaidCall, Recipe, Upload
 from imagepipeline.services.embedder import LocalEmbedder
 from imagepipeline.stores import uploads
 from imagepipeline.stores.catalogue import Catalogue
@@ -63,7 +63,7 @@ def complete(catalogue, image_id, description, home):
     EmbeddingIndex(str(home / "lancedb")).upsert(
         claim, LocalEmbedder().embed(metadata.embedding_text)
     )
-    for asset in ("metadata", "variants", "embedding"):
+    for asset in ASSETS:
         catalogue.record_result(claim, asset, Recipe("local", "m"), "0" * 64)
     catalogue.finish(claim)
 
@@ -158,7 +158,7 @@ def test_push_wait_waits_for_the_run_that_has_its_bytes(
         catalogue.save_original(
             claim, OriginalFacts("original/tom.jpg", 9, "0" * 64, 4, 3, "data:", "#000000")
         )
-        for asset in ("metadata", "variants", "embedding"):
+        for asset in ASSETS:
             catalogue.record_result(claim, asset, Recipe("local", "m"), "0" * 64)
         state["ended"].append(claim.generation)
         catalogue.finish(claim)
@@ -282,6 +282,7 @@ def test_a_catalogue_that_is_none_is_one_line(invoke, tmp_path, arguments):
 PROGRAM = Path(sys.executable).parent / "imagepipeline"
 
 
+@pytest.mark.stack
 def test_a_reader_that_has_gone_ends_a_command_without_a_word(invoke, catalogue):
     for number in range(50):
         fail(catalogue, f"image-{number}")
@@ -309,6 +310,7 @@ def test_a_command_with_its_streams_closed_works(invoke, catalogue, queue):
     assert queue.count()["waiting"] == 1
 
 
+@pytest.mark.stack
 def test_what_cannot_be_printed_is_one_line(invoke, catalogue):
     if not Path("/dev/full").exists():
         pytest.skip("only Linux has a disk that is always full")
@@ -450,6 +452,7 @@ def test_what_no_other_try_can_help_is_left_alone_and_named(invoke, catalogue):
     }
 
 
+@pytest.mark.stack
 def test_all_means_all_however_many_there_are(invoke, catalogue, tmp_path):
     ids = [f"i{number:04}" for number in range(1500)]
     catalogue.accept([Upload(image_id) for image_id in ids])
@@ -609,6 +612,7 @@ def test_a_pause_shows_in_the_status_and_ends_by_resume(invoke, ledger):
     assert invoke("resume")[1] == "nothing is paused\n"
 
 
+@pytest.mark.stack
 def test_the_doctor_says_what_is_not_well_and_exits_with_1(
     invoke, catalogue, monkeypatch, tmp_path
 ):

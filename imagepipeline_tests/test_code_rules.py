@@ -16,6 +16,7 @@ ROOT = Path(__file__).parent.parent
 TOOLS = Path(sys.executable).parent
 
 
+@pytest.mark.stack
 @pytest.mark.parametrize(
     "command",
     [

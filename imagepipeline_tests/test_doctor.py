@@ -18,6 +18,8 @@ from imagepipeline_tests.conftest import redis_server
 from imagepipeline_tests.services.test_embedder import answer_of
 from imagepipeline_tests.services.test_vision import METADATA, coded, completion
 
+pytestmark = pytest.mark.stack
+
 
 @pytest.fixture
 def environment(tmp_path, redis_url, queue):

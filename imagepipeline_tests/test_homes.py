@@ -19,6 +19,8 @@ from imagepipeline.stores.catalogue import Catalogue
 from imagepipeline.stores.files import FileStore
 from imagepipeline_tests.conftest import PHOTOS
 
+pytestmark = pytest.mark.stack
+
 IS_ROOT = os.getuid() == 0
 NOBODY = 65534
 # Imports all that it will need, because the package may lie where nobody may read, and then becomes that user.

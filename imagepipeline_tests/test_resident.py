@@ -26,6 +26,8 @@ from imagepipeline.settings import Settings
 from imagepipeline.stores.vectors import BatchingIndex, EmbeddingIndex
 from imagepipeline.wire import HEADER
 
+pytestmark = pytest.mark.stack
+
 
 def claim(image_id, fence=1):
     return Claim(image_id, 1, fence, None)

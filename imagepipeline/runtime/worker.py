@@ -31,7 +31,7 @@ from dagster._serdes import unpack_value
 from dagster_celery.config import TASK_EXECUTE_JOB_NAME
 from dagster_celery.make_app import make_app
 
-from imagepipeline import definitions, machines
+from imagepipeline import machines
 from imagepipeline.homes import hold_lock
 from imagepipeline.imaging.sandbox import DECODERS
 from imagepipeline.runtime import services
@@ -69,7 +69,7 @@ def main() -> None:
     settings = Settings.load()
     acquire_lock(settings)
     settings.publish_resident_socket()
-    preload()
+    preload(settings.definitions)
     build_app(settings).worker_main(
         [
             *(
@@ -89,13 +89,14 @@ def main() -> None:
     )
 
 
-def preload() -> None:
-    """Imports modules and builds the definitions once, so that all children share them."""
-    for module in PRELOADED:
-        importlib.import_module(module)
-    made = definitions.defs()
+def preload(definitions: str) -> None:
+    """Imports what runs need and builds the definitions of a module once, so that children share them."""
+    for name in PRELOADED:
+        importlib.import_module(name)
+    module = importlib.import_module(definitions)
+    made = module.defs()
     made.get_repository_def().load_all_definitions()
-    vars(definitions)["defs"] = made  # Dagster looks for them here
+    vars(module)["defs"] = made  # Dagster looks for them here
     DECODERS.prepare()
 
 

@@ -14,7 +14,14 @@ from imagepipeline.defs.assets import embedding, metadata, variants
 from imagepipeline.errors import BadAnswerError, PausedError, ProviderUnavailableError, RefusedError
 from imagepipeline.imaging.decoding import Rules
 from imagepipeline.imaging.sandbox import Sandbox
-from imagepipeline.models import Claim, ImageMetadata, Recipe, Upload, VisionAnswer
+from imagepipeline.models import (
+    ASSETS,
+    Claim,
+    ImageMetadata,
+    Recipe,
+    Upload,
+    VisionAnswer,
+)
 from imagepipeline.originals import Originals
 from imagepipeline.services.embedder import LocalEmbedder
 from imagepipeline.services.vision import LocalVision
@@ -22,6 +29,8 @@ from imagepipeline.stores.files import FileStore
 from imagepipeline.usage import CallUsage
 from imagepipeline_tests.conftest import PHOTOS
 from imagepipeline_tests.imaging.odd_files import SAMPLES
+
+pytestmark = pytest.mark.stack
 
 ANSWER = VisionAnswer(
     ImageMetadata(
@@ -67,7 +76,7 @@ def test_an_upload_becomes_metadata_variants_and_an_embedding(
     assert row["metadata"]["category"] == "cat"
     assert row["path"] == "original/cat.jpg"
     assert {asset: made["provider"] for asset, made in row["made_by"].items()} == dict.fromkeys(
-        ("metadata", "variants", "embedding"), "local"
+        ASSETS, "local"
     )
     assert sorted(variant["path"] for variant in row["variants"]) == sorted(
         f"variants/cat-{suffix}.{format_}"
@@ -84,7 +93,7 @@ def test_an_upload_becomes_metadata_variants_and_an_embedding(
             variant["height"],
         )
     assert index.get(cat, "local:all-MiniLM-L6-v2-int8")["text"].startswith("Landscape picture")
-    for asset in ("metadata", "variants", "embedding"):
+    for asset in ASSETS:
         assert instance.get_materialized_partitions(dg.AssetKey(asset)) == {cat}
 
 

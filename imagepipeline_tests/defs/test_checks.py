@@ -21,6 +21,8 @@ from imagepipeline.models import Claim, Variant, build_variant_specs
 from imagepipeline.originals import Originals
 from imagepipeline_tests.imaging.odd_files import encode
 
+pytestmark = pytest.mark.stack
+
 
 @pytest.fixture
 def check(catalogue, files):

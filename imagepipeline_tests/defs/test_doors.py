@@ -18,6 +18,8 @@ from imagepipeline.services.vision import LocalVision
 from imagepipeline.storage import open_storage
 from imagepipeline.stores.files import FileStore
 
+pytestmark = pytest.mark.stack
+
 
 def draw(color):
     buffer = io.BytesIO()

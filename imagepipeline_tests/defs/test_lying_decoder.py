@@ -10,6 +10,8 @@ from imagepipeline.originals import Originals
 from imagepipeline_tests.conftest import PHOTOS
 from imagepipeline_tests.imaging import lying_operations
 
+pytestmark = pytest.mark.stack
+
 
 @pytest.mark.parametrize(
     ("lie", "status"), [("", "completed"), ("preview", "failed"), ("no picture", "failed")]

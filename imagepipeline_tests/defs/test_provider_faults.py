@@ -27,6 +27,8 @@ from imagepipeline_tests.imaging.odd_files import encode
 from imagepipeline_tests.services.test_embedder import answer_of
 from imagepipeline_tests.services.test_vision import METADATA, completion
 
+pytestmark = pytest.mark.stack
+
 IMAGE_COUNT = int(os.environ.get("PROVIDER_FAULT_IMAGES", "12"))
 FAULT_SHARE = 0.3
 REASONS = {"provider_unavailable", "bad_output", "refused", "provider_rejected"}

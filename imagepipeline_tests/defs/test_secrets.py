@@ -16,6 +16,8 @@ from imagepipeline_tests.conftest import PHOTOS
 from imagepipeline_tests.services.test_embedder import answer_of
 from imagepipeline_tests.services.test_vision import METADATA, completion
 
+pytestmark = pytest.mark.stack
+
 VISION_KEY, EMBEDDING_KEY, REDIS_PASSWORD = (
     "canary-of-vision",
     "canary-of-embedding",

@@ -225,6 +225,7 @@ def test_a_hundred_copies_are_one_upload(queue, catalogue, tick):
     assert catalogue.get("a")["generation"] == 1
 
 
+@pytest.mark.stack
 def test_ten_thousand_pushes_half_of_them_twice_drain_steadily(queue, catalogue, tick):
     with queue.redis.pipeline() as pipe:
         for number in range(5000):

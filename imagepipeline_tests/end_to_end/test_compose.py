@@ -31,7 +31,7 @@ from imagepipeline_tests.end_to_end.processes import list_tree
 
 SERVICES = yaml.safe_load((ROOT / "docker-compose.yml").read_text())["services"]
 # One stack for all of them, in this order.
-pytestmark = pytest.mark.xdist_group("compose")
+pytestmark = [pytest.mark.stack, pytest.mark.xdist_group("compose")]
 API_KEYS = {
     "OPENAI_API_KEY": "sk-composed-openai",
     "OPENROUTER_API_KEY": "sk-composed-openrouter",

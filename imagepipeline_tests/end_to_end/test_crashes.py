@@ -29,6 +29,8 @@ from imagepipeline.stores.vectors import EmbeddingIndex
 from imagepipeline_tests.conftest import PHOTOS
 from imagepipeline_tests.end_to_end.processes import find_children, find_port, find_service
 
+pytestmark = pytest.mark.drills
+
 ROOT = Path(__file__).parent.parent.parent
 EFFECTS = {
     "claim": (Catalogue, "claim"),

@@ -9,6 +9,8 @@ import pytest
 
 from imagepipeline_tests.end_to_end.processes import find_port, list_tree
 
+pytestmark = pytest.mark.stack
+
 COMMAND = Path(sys.executable).parent / "imagepipeline"
 SECRETS = {
     "OPENAI_API_KEY": "canary-of-the-provider",

@@ -26,6 +26,8 @@ from imagepipeline_tests.conftest import PHOTOS, postgres_database, redis_server
 from imagepipeline_tests.end_to_end.composed import ROOT
 from imagepipeline_tests.end_to_end.processes import find_port
 
+pytestmark = pytest.mark.stack
+
 FOLDER = ROOT / "deploy" / "kubernetes"
 CLOUD_SETTINGS = {"AWS_REGION", "AWS_ENDPOINT_URL"}  # which the cloud's libraries read
 OF_KEDA = "keda.sh/v1alpha1"

@@ -10,6 +10,8 @@ from imagepipeline_tests.conftest import IS_CI
 from imagepipeline_tests.end_to_end.machine_faults import COMPLETE_SECONDS
 from imagepipeline_tests.end_to_end.two_machines import MAX_RUNS, may_name_hosts, open_pair
 
+pytestmark = pytest.mark.drills
+
 LIMIT = 6
 
 

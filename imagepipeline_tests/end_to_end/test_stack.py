@@ -20,6 +20,8 @@ from imagepipeline.stores.vectors import EmbeddingIndex
 from imagepipeline_tests.conftest import PHOTOS
 from imagepipeline_tests.end_to_end.processes import find_port, find_process, find_service
 
+pytestmark = pytest.mark.stack
+
 COMMAND = Path(sys.executable).parent / "imagepipeline"
 PATIENCE_SECONDS = 180
 

@@ -8,6 +8,8 @@ import pytest
 
 from imagepipeline_tests.end_to_end.test_crashes import ROOT
 
+pytestmark = pytest.mark.drills
+
 
 @pytest.mark.parametrize("database", [[], ["--postgres"]], ids=["sqlite", "postgres"])
 def test_a_tick_that_is_killed_anywhere_loses_and_doubles_nothing(database):

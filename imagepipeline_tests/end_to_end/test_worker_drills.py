@@ -6,7 +6,7 @@ from imagepipeline_tests.end_to_end import bounds
 from imagepipeline_tests.end_to_end.drill import drill
 from imagepipeline_tests.end_to_end.worker_drills import LIMIT_SECONDS, databases, perform
 
-pytestmark = pytest.mark.xdist_group("drills")
+pytestmark = [pytest.mark.drills, pytest.mark.xdist_group("drills")]
 
 
 def test_whatever_breaks_nothing_is_lost_done_twice_or_paid_twice():

@@ -9,7 +9,7 @@ import io
 import struct
 import zipfile
 import zlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -75,9 +75,9 @@ class Case:
     rules: Rules = field(default_factory=Rules)
 
 
-def cases() -> Iterator[Case]:
-    """All of them."""
-    for group in (
+def list_groups() -> tuple[Callable[[], Iterator[Case]], ...]:
+    """The functions that make them, a kind of file each."""
+    return (
         modes,
         orientations,
         profiles,
@@ -98,7 +98,12 @@ def cases() -> Iterator[Case]:
         damaged,
         found_by_fuzzing,
         refused,
-    ):
+    )
+
+
+def cases() -> Iterator[Case]:
+    """All of them."""
+    for group in list_groups():
         for case in group():
             yield replace(case, name=f"{group.__name__}: {case.name}")
 

@@ -33,6 +33,8 @@ from imagepipeline.wire import HEADER, MAX_JSON_BYTES
 from imagepipeline_tests.conftest import PHOTOS
 from imagepipeline_tests.imaging import lying_operations, sandbox_operations
 
+pytestmark = pytest.mark.stack
+
 OPERATIONS = "imagepipeline_tests.imaging.sandbox_operations"
 LIES = [
     *lying_operations.ABOUT_THE_IMAGE,

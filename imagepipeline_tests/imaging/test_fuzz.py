@@ -3,6 +3,10 @@
 import subprocess
 import sys
 
+import pytest
+
+pytestmark = pytest.mark.stack
+
 
 def test_every_bent_file_ends_within_bounds_and_nothing_dies():
     command = [

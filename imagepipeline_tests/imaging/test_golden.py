@@ -10,6 +10,8 @@ from imagepipeline.models import build_variant_specs
 from imagepipeline_tests.conftest import PHOTOS
 from imagepipeline_tests.imaging.odd_files import TURNS, encode, wide_profile
 
+pytestmark = pytest.mark.stack
+
 # Peak signal to noise. Between the two resizers 41 to 59 dB on 20 camera photos; encoded at 80, 31 dB and more.
 MIN_RESIZED_DB, MIN_ENCODED_DB = 38, 29
 

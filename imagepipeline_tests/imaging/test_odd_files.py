@@ -5,13 +5,21 @@ import io
 import pytest
 from PIL import Image
 
-from imagepipeline_tests.imaging.odd_files import cases, process
+from imagepipeline_tests.imaging.odd_files import list_groups, process
+
+pytestmark = pytest.mark.stack
 
 LOSSY = 14  # of 255, for quality 75 and chroma at half size
 
 
-@pytest.mark.parametrize("case", [pytest.param(case, id=case.name) for case in cases()])
-def test_every_odd_file_ends_as_it_must(case):
+@pytest.mark.parametrize("group", list_groups(), ids=lambda group: group.__name__)
+def test_every_odd_file_ends_as_it_must(group, subtests):
+    for case in group():
+        with subtests.test(case.name):
+            check(case)
+
+
+def check(case):
     result = process(case.content, rules=case.rules)
     assert result.outcome == case.outcome, result.sentence
     assert case.sentence in result.sentence

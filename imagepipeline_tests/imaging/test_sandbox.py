@@ -318,6 +318,7 @@ print(sorted(asked))
 """
 
 
+@pytest.mark.stack
 def test_no_file_of_the_corpus_needs_an_import_after_the_warm_up():
     contents = [case.content for case in cases() if case.content and case.outcome != "crashed"]
     stream = b"".join(len(content).to_bytes(4, "big") + content for content in contents) + bytes(4)

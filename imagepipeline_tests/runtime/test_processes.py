@@ -10,6 +10,8 @@ import pytest
 
 from imagepipeline.runtime import processes
 
+pytestmark = pytest.mark.stack
+
 ROOT = Path(__file__).parents[2]
 
 PARENT = """

@@ -26,6 +26,7 @@ def migrate(environment):
     )
 
 
+@pytest.mark.stack
 def test_tables_are_made_once_however_many_ask_for_them_at_once(postgres_url, tmp_path):
     with (
         postgres_database(postgres_url) as catalogue_url,
@@ -52,6 +53,7 @@ def test_tables_are_made_once_however_many_ask_for_them_at_once(postgres_url, tm
             assert connection.exec_driver_sql("SELECT count(*) FROM runs").scalar_one() == 0
 
 
+@pytest.mark.stack
 def test_a_second_dagster_on_the_same_catalogue_ends_at_once_with_a_sentence(
     catalogue_url, tmp_path
 ):
@@ -77,6 +79,7 @@ def test_a_second_dagster_on_the_same_catalogue_ends_at_once_with_a_sentence(
     assert "another Dagster instance" in call("first", "migrate")[1]
 
 
+@pytest.mark.stack
 @pytest.mark.parametrize("database", ["DATABASE_URL", "DAGSTER_DATABASE_URL"])
 def test_a_database_that_is_not_there_is_named_without_its_address(tmp_path, monkeypatch, database):
     monkeypatch.setenv("IMAGEPIPELINE_HOME", str(tmp_path))
@@ -106,6 +109,7 @@ def test_a_service_finds_dagsters_files_as_the_settings_want_them(tmp_path):
         assert find_limit(instance) == 7 * RUNS_PER_SLOT
 
 
+@pytest.mark.stack
 def test_a_service_that_does_not_answer_is_not_healthy(tmp_path):
     settings = Settings.load(
         {"IMAGEPIPELINE_HOME": str(tmp_path), "IMAGEPIPELINE_WEBSERVER_PORT": "1"}

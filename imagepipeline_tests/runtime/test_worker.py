@@ -27,6 +27,8 @@ from imagepipeline.settings import Settings
 from imagepipeline.stores import broker
 from imagepipeline.stores.broker import TaskQueue
 
+pytestmark = pytest.mark.stack
+
 TASK = "execute_job"
 
 
@@ -107,7 +109,7 @@ def test_a_worker_preloads_no_thread(settings):
         "import threading\n"
         "from pathlib import Path\n"
         "from imagepipeline.runtime.worker import preload\n"
-        "preload()\n"
+        "preload('imagepipeline.definitions')\n"
         "assert threading.active_count() == len(list(Path('/proc/self/task').iterdir())) == 1"
     )
     environment = services.build_environment(settings, "worker")

@@ -95,6 +95,7 @@ def uri(request, tmp_path):
     )
 
 
+@pytest.mark.stack
 def test_machines_that_begin_and_compact_an_index_together_lose_no_row_and_leave_one_an_image(
     uri, tmp_path
 ):
