@@ -6,7 +6,7 @@ WORKDIR /src
 RUN python -m venv /opt/imagepipeline
 COPY requirements.txt ./
 RUN /opt/imagepipeline/bin/pip install --no-cache-dir --no-deps --require-hashes -r requirements.txt
-COPY pyproject.toml README.md dagster.yaml workspace.yaml ./
+COPY pyproject.toml README.md LICENSE NOTICE dagster.yaml workspace.yaml ./
 COPY imagepipeline ./imagepipeline
 RUN /opt/imagepipeline/bin/pip install --no-cache-dir --no-deps .
 

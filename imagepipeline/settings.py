@@ -462,6 +462,11 @@ class Settings(BaseModel):
         alias="IMAGEPIPELINE_LIST_FAILED_HOURS",
         description="How many hours `imagepipeline list` shows failed images.",
     )
+    definitions: Annotated[str, Field(pattern=r"^[A-Za-z_][\w.]*$")] = Field(
+        "imagepipeline.definitions",
+        alias="IMAGEPIPELINE_DEFINITIONS",
+        description="The Python module with the Dagster definitions, which may add to ours.",
+    )
     code_socket: Path | None = Field(
         None,
         alias="IMAGEPIPELINE_CODE_SOCKET",

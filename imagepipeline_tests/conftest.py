@@ -23,6 +23,13 @@ IS_CI = bool(os.environ.get("CI"))
 PHOTOS = Path(__file__).parent.parent / "imagepipeline" / "demo_photos"
 
 
+@pytest.hookimpl(tryfirst=True)  # before -m selects
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    for item in items:
+        if not any(item.get_closest_marker(name) for name in ("stack", "drills")):
+            item.add_marker("fast")
+
+
 @pytest.fixture(autouse=True)
 def no_settings_from_outside(monkeypatch: pytest.MonkeyPatch) -> None:
     os.umask(0o077)  # as each way into the package does, so that no test depends on one before it

@@ -100,6 +100,11 @@ GROUPS: tuple[tuple[str, str, tuple[str, ...]], ...] = (
         ),
     ),
     (
+        "Your own definitions",
+        "Assets, checks and sensors of your own; `examples/own_checks.py` adds one.",
+        ("definitions",),
+    ),
+    (
         "Display",
         "The Dagster UI and `imagepipeline list`.",
         ("webserver_port", "webserver_host", "list_completed_hours", "list_failed_hours"),

@@ -14,7 +14,7 @@ from PIL import Image
 
 from imagepipeline import cli
 from imagepipeline.errors import list_reasons
-from imagepipeline.models import ImageMetadata, OriginalFacts, PaidCall, Recipe, Upload
+from imagepipeline.models import ASSETS, ImageMetadata, OriginalFacts, PaidCall, Recipe, Upload
 from imagepipeline.services.embedder import LocalEmbedder
 from imagepipeline.stores import uploads
 from imagepipeline.stores.catalogue import Catalogue
@@ -62,7 +62,7 @@ def complete(catalogue, image_id, description, home):
     EmbeddingIndex(str(home / "lancedb")).upsert(
         claim, LocalEmbedder().embed(metadata.embedding_text)
     )
-    for asset in ("metadata", "variants", "embedding"):
+    for asset in ASSETS:
         catalogue.record_result(claim, asset, Recipe("local", "m"), "0" * 64)
     catalogue.finish(claim)
 
@@ -157,7 +157,7 @@ def test_push_wait_waits_for_the_run_that_has_its_bytes(
         catalogue.save_original(
             claim, OriginalFacts("original/tom.jpg", 9, "0" * 64, 4, 3, "data:", "#000000")
         )
-        for asset in ("metadata", "variants", "embedding"):
+        for asset in ASSETS:
             catalogue.record_result(claim, asset, Recipe("local", "m"), "0" * 64)
         state["ended"].append(claim.generation)
         catalogue.finish(claim)

@@ -68,7 +68,7 @@ def build_command(settings: Settings, name: str) -> list[str]:
     modules = {
         "code-server": [
             *("dagster", "api", "grpc", "--socket", _quote_for_grpc(settings.code_address)),
-            *("-m", "imagepipeline.definitions"),
+            *("-m", settings.definitions),
         ],
         "worker": ["imagepipeline.runtime.worker"],
         "daemon": ["imagepipeline.runtime.daemon", "run", "--log-level", "warning", *workspace],

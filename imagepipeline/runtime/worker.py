@@ -30,7 +30,7 @@ from dagster._serdes import unpack_value
 from dagster_celery.config import TASK_EXECUTE_JOB_NAME
 from dagster_celery.make_app import make_app
 
-from imagepipeline import definitions, machines
+from imagepipeline import machines
 from imagepipeline.homes import hold_lock
 from imagepipeline.imaging.sandbox import DECODERS
 from imagepipeline.runtime import services
@@ -67,7 +67,7 @@ def main() -> None:
     settings = Settings.load()
     acquire_lock(settings)
     settings.publish_resident_socket()
-    preload()
+    preload(settings.definitions)
     build_app(settings).worker_main(
         [
             *(
@@ -87,13 +87,14 @@ def main() -> None:
     )
 
 
-def preload() -> None:
-    """Imports and makes what runs need, so that the children share it."""
-    for module in PRELOADED:
-        importlib.import_module(module)
-    made = definitions.defs()
+def preload(definitions: str) -> None:
+    """Imports what runs need and builds the definitions of that module, for all children to share."""
+    for name in PRELOADED:
+        importlib.import_module(name)
+    module = importlib.import_module(definitions)
+    made = module.defs()
     made.get_repository_def().load_all_definitions()
-    vars(definitions)["defs"] = made  # where Dagster looks for them
+    vars(module)["defs"] = made  # where Dagster looks for them
     DECODERS.prepare()
 
 

@@ -6,7 +6,8 @@ from contextlib import closing
 import dagster as dg
 import pytest
 
-from imagepipeline.defs.assets import embedding, metadata, variants
+from imagepipeline import models
+from imagepipeline.defs import assets as pipeline
 from imagepipeline.defs.failures import GENERATION_TAG
 from imagepipeline.defs.jobs import process_upload
 from imagepipeline.defs.originals import Originals
@@ -22,7 +23,7 @@ from imagepipeline.stores.ledger import Ledger
 from imagepipeline.stores.limiter import CallLimiter
 from imagepipeline_tests.conftest import PHOTOS
 
-ASSETS = [metadata, variants, embedding]
+ASSETS = [getattr(pipeline, name) for name in models.ASSETS]
 
 
 @pytest.fixture

@@ -15,7 +15,15 @@ from imagepipeline.defs.originals import Originals
 from imagepipeline.errors import BadAnswerError, PausedError, ProviderUnavailableError, RefusedError
 from imagepipeline.imaging.decoding import Rules
 from imagepipeline.imaging.sandbox import Sandbox
-from imagepipeline.models import CallUsage, Claim, ImageMetadata, Recipe, Upload, VisionAnswer
+from imagepipeline.models import (
+    ASSETS,
+    CallUsage,
+    Claim,
+    ImageMetadata,
+    Recipe,
+    Upload,
+    VisionAnswer,
+)
 from imagepipeline.services.embedder import LocalEmbedder
 from imagepipeline.services.vision import LocalVision
 from imagepipeline.stores.files import FileStore
@@ -66,7 +74,7 @@ def test_an_upload_becomes_metadata_variants_and_an_embedding(
     assert row["metadata"]["category"] == "cat"
     assert row["path"] == "original/cat.jpg"
     assert {asset: made["provider"] for asset, made in row["made_by"].items()} == dict.fromkeys(
-        ("metadata", "variants", "embedding"), "local"
+        ASSETS, "local"
     )
     assert sorted(variant["path"] for variant in row["variants"]) == sorted(
         f"variants/cat-{suffix}.{format_}"
@@ -83,7 +91,7 @@ def test_an_upload_becomes_metadata_variants_and_an_embedding(
             variant["height"],
         )
     assert index.get(cat, "local:all-MiniLM-L6-v2-int8")["text"].startswith("Landscape picture")
-    for asset in ("metadata", "variants", "embedding"):
+    for asset in ASSETS:
         assert instance.get_materialized_partitions(dg.AssetKey(asset)) == {cat}
 
 

@@ -105,7 +105,7 @@ def test_a_worker_preloads_no_thread(settings):
         "import threading\n"
         "from pathlib import Path\n"
         "from imagepipeline.runtime.worker import preload\n"
-        "preload()\n"
+        "preload('imagepipeline.definitions')\n"
         "assert threading.active_count() == len(list(Path('/proc/self/task').iterdir())) == 1"
     )
     environment = services.build_environment(settings, "worker")

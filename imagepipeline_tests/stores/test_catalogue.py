@@ -21,6 +21,7 @@ from imagepipeline.errors import (
     StaleClaimError,
 )
 from imagepipeline.models import (
+    ASSETS,
     ImageMetadata,
     OriginalFacts,
     Recipe,
@@ -67,7 +68,7 @@ def make(catalogue, claim):
     catalogue.save_original(claim, ORIGINAL)
     catalogue.save_metadata(claim, METADATA, Recipe("local", "m"), "0" * 64)
     catalogue.save_variants(claim, VARIANTS)
-    for asset in ("metadata", "variants", "embedding"):
+    for asset in ASSETS:
         catalogue.record_result(claim, asset, RECIPE, "0" * 64)
 
 
