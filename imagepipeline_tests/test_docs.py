@@ -79,9 +79,13 @@ def test_names_in_the_architecture_exist():
         (path, name)
         for path, names in found
         for name in re.findall(r"\w+", names)
-        if not re.search(rf"\b{name}\b", (ROOT / path).read_text())
+        if not is_named_in(ROOT / path, name)
     ]
     assert not missing, "correct docs/architecture.md: these names are not in these files"
+
+
+def is_named_in(path: Path, name: str) -> bool:
+    return path.exists() and re.search(rf"\b{name}\b", path.read_text()) is not None
 
 
 def test_the_glossary_uses_names_of_the_code():
