@@ -7,12 +7,12 @@
 // SOCKET and STORAGE_ROOT are those that `imagepipeline up` prints; a Redis of your own is a URL.
 import { randomUUID } from 'node:crypto';
 import { copyFile, mkdir, rename } from 'node:fs/promises';
-import { extname, join } from 'node:path';
+import { extname, join, resolve } from 'node:path';
 import Redis from 'ioredis';
 
 const [
   photo,
-  server = '.imagepipeline/sockets/valkey.sock',
+  server = resolve('.imagepipeline/sockets/valkey.sock'), // ioredis takes a relative path for a host
   storageRoot = '.imagepipeline/storage',
 ] = process.argv.slice(2);
 const imageId = randomUUID();

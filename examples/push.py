@@ -3,7 +3,8 @@
     imagepipeline up                                          # in another terminal
     python examples/push.py PHOTO [REDIS_URL] [STORAGE_ROOT]  # prints the image's ID
 
-REDIS_URL and STORAGE_ROOT are those of `imagepipeline up`. This needs the package `redis` only.
+`imagepipeline up` prints where both are; for a socket, REDIS_URL is `unix://` and its path. This
+needs the package `redis` only.
 """
 
 import shutil
@@ -13,10 +14,12 @@ from pathlib import Path
 
 import redis
 
+SOCKET = Path(".imagepipeline/sockets/valkey.sock").absolute()  # in a URL it must be absolute
+
 
 def push(
     photo: Path,
-    redis_url: str = "unix://.imagepipeline/sockets/valkey.sock",
+    redis_url: str = f"unix://{SOCKET}",
     storage_root: str = ".imagepipeline/storage",
 ) -> str:
     """Store the photo as an original and push it; returns the ID it is given."""
