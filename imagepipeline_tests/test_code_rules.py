@@ -3,6 +3,7 @@
 import re
 import subprocess
 import sys
+import tomllib
 from pathlib import Path
 
 import pytest
@@ -54,6 +55,18 @@ def test_the_readme_lists_every_setting():
     for field in Settings.model_fields.values():
         assert f"| `{field.alias}` |" in readme, field.alias
         assert field.description in readme, field.alias
+
+
+def test_the_image_is_built_from_all_files_the_package_needs():
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    needed = {"pyproject.toml", project["readme"], *project["license-files"]}
+    copied = " ".join(
+        re.findall(r"^COPY (.*) \./$", (ROOT / "Dockerfile").read_text(), re.MULTILINE)
+    )
+    assert needed <= set(copied.split())
+    assert needed <= {
+        line.removeprefix("!") for line in (ROOT / ".dockerignore").read_text().splitlines()
+    }
 
 
 def test_the_package_ships_the_files_of_the_top_level():
