@@ -1,4 +1,4 @@
-"""Looking at finished variants as a browser would: does it open, is it clean, does it look like its original?"""
+"""Inspects finished variants: do they decode, are they free of metadata, do they look right?"""
 
 import io
 from collections.abc import Sequence
@@ -12,15 +12,22 @@ from imagepipeline.imaging.decoding import Decoded
 from imagepipeline.imaging.formats import identify
 
 BLOCK_PX = 8
-COMPARED_PX = 640  # width at which larger variants are compared: what an encoder spoils shows in the small one
+# Width at which larger variants are compared. Encoder damage still shows at this size.
+COMPARED_PX = 640
 ALLOWED_TAGS = {ExifTags.Base.Artist, ExifTags.Base.Copyright}
 
 
 @dataclass(frozen=True)
 class Inspection:
-    """What one stored variant is. `fault` says why it cannot be decoded; the rest is then empty.
+    """The result of inspecting one stored variant.
 
-    `attachments` are what lies in it beside pixels; `similarity` to the scaled original is 1 for equal pixels.
+    Attributes:
+        fault: why it cannot be decoded; the other attributes are then empty.
+        format: format in lower case.
+        width: pixels.
+        height: pixels.
+        attachments: kinds of metadata found beside the pixels.
+        similarity: structural similarity to the scaled original (-1..1), 1 for equal pixels.
     """
 
     fault: str | None = None
@@ -32,7 +39,7 @@ class Inspection:
 
 
 def inspect(original: Decoded, contents: Sequence[bytes]) -> list[Inspection]:
-    """Decodes stored variants and compares each with its original."""
+    """Decodes stored variants and compares each with the original."""
     luma = _to_luma(original.image)
     references: dict[tuple[int, int], Image.Image] = {}
     return [_inspect(content, luma, references) for content in contents]
@@ -45,7 +52,7 @@ def _inspect(
         format_ = identify(content)
         image = Image.open(io.BytesIO(content), formats=[format_])
         image.load()
-    except Exception as error:  # whatever a decoder stumbles over
+    except Exception as error:  # decoders raise errors of any type
         return Inspection(fault=" ".join(str(error).split())[:200] or type(error).__name__)
     size = image.size
     if image.width > COMPARED_PX:
@@ -70,10 +77,10 @@ def _list_attachments(image: Image.Image) -> tuple[str, ...]:
 
 
 def compare(reference: Image.Image, image: Image.Image) -> float:
-    """The mean structural similarity of two lumas of one size (-1..1).
+    """Returns the mean structural similarity (-1..1) of two greyscale images of the same size.
 
-    Wang et al., "Image quality assessment: from error visibility to structural similarity" (2004), equation 13,
-    over blocks of 8 x 8 px side by side instead of a sliding window.
+    See Wang et al., "Image quality assessment: from error visibility to structural similarity"
+    (2004), equation 13. We use adjacent blocks of 8 x 8 px instead of a sliding window.
     """
     a, b = _blocks(reference), _blocks(image)
     mean_a, mean_b = a.mean(axis=1), b.mean(axis=1)
@@ -85,7 +92,7 @@ def compare(reference: Image.Image, image: Image.Image) -> float:
 
 
 def _to_luma(image: Image.Image) -> Image.Image:
-    """The luma, over white where the image is transparent."""
+    """Converts an image to greyscale, on a white background if it is transparent."""
     image = image.convert("RGBA") if image.has_transparency_data else image
     if image.mode == "RGBA":
         image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
@@ -93,7 +100,7 @@ def _to_luma(image: Image.Image) -> Image.Image:
 
 
 def _blocks(image: Image.Image) -> NDArray[np.float32]:
-    """A luma as [blocks, 64], the picture continued by its last row and column to whole blocks."""
+    """Splits a greyscale image into blocks [n, 64], padded by repeating its last row and column."""
     luma = np.asarray(image, dtype=np.float32)
     luma = np.pad(luma, [(0, -length % BLOCK_PX) for length in luma.shape], mode="edge")
     rows, columns = (length // BLOCK_PX for length in luma.shape)

@@ -1,24 +1,14 @@
-"""What a JPEG is made of, read marker by marker (ITU-T T.81, annex B), and what its decoder must get of it."""
+"""Reads a JPEG marker by marker (ITU-T T.81, annex B), and rebuilds a clean one to decode."""
 
 import re
 from dataclasses import dataclass
 
 from imagepipeline.errors import UnreadableImageError, UnsupportedFormatError
 
-SOI, EOI, SOS, DRI, DQT, DHT, APP0, APP1, APP2, APP14, PROGRESSIVE = (
-    0xD8,
-    0xD9,
-    0xDA,
-    0xDD,
-    0xDB,
-    0xC4,
-    0xE0,
-    0xE1,
-    0xE2,
-    0xEE,
-    0xC2,
-)
-FRAMES = {0xC0, 0xC1, 0xC2}  # baseline, extended and progressive, coded by Huffman
+SOI, EOI, SOS, DRI, DQT, DHT = 0xD8, 0xD9, 0xDA, 0xDD, 0xDB, 0xC4
+APP0, APP1, APP2, APP14 = 0xE0, 0xE1, 0xE2, 0xEE
+PROGRESSIVE = 0xC2
+FRAMES = {0xC0, 0xC1, PROGRESSIVE}  # baseline, extended and progressive, with Huffman coding
 REFUSED_FRAMES = {
     0xC3: "a lossless JPEG",
     **dict.fromkeys((0xC5, 0xC6, 0xC7), "a hierarchical JPEG"),
@@ -26,10 +16,11 @@ REFUSED_FRAMES = {
 }
 EXPORT_ADVICE = "export it as an ordinary JPEG"
 DAMAGED = "the JPEG data is damaged"
-ALL = (1 << 64) - 1
+ALL_COEFFICIENTS = (1 << 64) - 1  # one bit for each of the 64 in a block
 MAX_STRAY_BYTES = 4
 WITHOUT_LENGTH = {0x01, *range(0xD0, 0xD9)}
-# In coded data a marker is what follows 0xFF, unless that is a stuffed 0, a restart, or another 0xFF.
+# In coded data, 0xFF and another byte are a marker, unless that byte is a stuffed 0, a restart
+# marker, or another 0xFF.
 END_OF_SCAN = re.compile(rb"\xff[^\x00\xd0-\xd7\xff]", re.DOTALL)
 
 
@@ -37,9 +28,17 @@ END_OF_SCAN = re.compile(rb"\xff[^\x00\xd0-\xd7\xff]", re.DOTALL)
 class Jpeg:
     """The first picture of a JPEG file.
 
-    `content` is all that its pixels depend on, without attachments and without what lies between and behind; it ends
-    with its end marker, whether the file has one or not. `scan_count` counts the scans that another marker follows.
-    `is_cut`: its end is missing. `is_covered`: its scans, if they are whole, make the whole picture.
+    Attributes:
+        content: a JPEG of only those segments that the pixels depend on, and an end marker.
+        width: pixels.
+        height: pixels.
+        component_count: 1 for grey, 3 for colours, 4 for CMYK.
+        is_progressive: whether it uses progressive coding.
+        is_cut: the end of the file is missing.
+        scan_count: complete scans, that is, those followed by another marker.
+        is_covered: the scans, if they are undamaged, contain all coefficients of the picture.
+        exif: content of the EXIF segment, b"" if there is none.
+        profile: ICC profile.
     """
 
     content: bytes
@@ -55,27 +54,25 @@ class Jpeg:
 
     @property
     def has_several_scans(self) -> bool:
-        """Whether the whole picture comes again and again, each time finer, or channel by channel."""
+        """Whether the picture is sent in several passes, each finer, or channel by channel."""
         return self.is_progressive or self.scan_count > 1
 
 
 def read_jpeg(content: bytes) -> Jpeg | None:
-    """What the markers say; None where the file ends before the size of its picture is told.
+    """Parses the first picture of a JPEG; returns None if the file ends before its size is known.
 
     Raises:
-        UnsupportedFormatError: of a kind that is hardly ever seen, which the message names.
-        UnreadableImageError: what stands where markers should is none.
+        UnsupportedFormatError: the JPEG is of a rare kind, which the message names.
+        UnreadableImageError: the sequence of markers is damaged.
     """
     parts: list[bytes | memoryview] = [b"\xff\xd8"]
     view = memoryview(content)
     frame: tuple[int, int, int, int] | None = None
     exif, profiles = b"", {}
     scan_count, position, has_end = 0, 2, False
-    unsent: dict[
-        int, int
-    ] = {}  # by component: which of its 64 coefficients were not sent in full, as bits
+    unsent: dict[int, int] = {}  # by component: bits of the coefficients not yet sent in full
     while True:
-        position = content.find(b"\xff", position)  # past what does not belong there
+        position = content.find(b"\xff", position)  # skips junk between segments
         while 0 <= position < len(content) and content[position] == 0xFF:
             position += 1
         if position < 0 or position >= len(content):
@@ -104,7 +101,7 @@ def read_jpeg(content: bytes) -> Jpeg | None:
         if marker == APP1 and segment.startswith(b"Exif\0\0"):
             exif = exif or segment
         elif marker == APP2 and segment.startswith(b"ICC_PROFILE\0") and len(segment) > 14:
-            profiles[segment[12]] = segment[13:]  # its count, then its part
+            profiles[segment[12]] = segment[13:]  # the number of parts, then this part
         elif marker in FRAMES or marker in (DQT, DHT, DRI) or _tells_colors(marker, segment):
             parts.append(b"\xff" + bytes([marker]))
             parts.append(view[position : position + length])
@@ -113,9 +110,8 @@ def read_jpeg(content: bytes) -> Jpeg | None:
             end = found.start() if found else len(content)
             header = content[position : position + length]
             _note_scan(segment, frame is not None and frame[0] == PROGRESSIVE, unsent)
-            if (
-                frame and frame[0] != PROGRESSIVE
-            ):  # some cameras write nonsense where only progressive ones need numbers
+            # Some cameras write nonsense in these bytes, which matter in progressive JPEGs only.
+            if frame and frame[0] != PROGRESSIVE:
                 header = header[:-3] + b"\0\x3f\0"
             parts += [b"\xff\xda", header, view[position + length : end]]
             scan_count += found is not None
@@ -149,17 +145,16 @@ def read_jpeg(content: bytes) -> Jpeg | None:
 
 
 def _note_scan(header: bytes, is_progressive: bool, unsent: dict[int, int]) -> None:
-    """Notes which coefficients of which components a scan sends to their last bit (ITU-T T.81, B.2.3)."""
+    """Removes from `unsent` the coefficients that a scan completes (ITU-T T.81, B.2.3)."""
     count = header[0] if header else 0
     if len(header) < 4 + 2 * count:
         return
     first, last, bits = header[-3:]
-    sent = ((1 << last + 1) - 1) >> first << first if is_progressive else ALL
+    sent = ((1 << last + 1) - 1) >> first << first if is_progressive else ALL_COEFFICIENTS
+    is_last_bit = not is_progressive or bits & 15 == 0
     for component in header[1 : 1 + 2 * count : 2]:
-        before = unsent.get(component, ALL)
-        unsent[component] = (
-            before & ~sent if not is_progressive or bits & 15 == 0 else before | sent & ALL
-        )
+        before = unsent.get(component, ALL_COEFFICIENTS)
+        unsent[component] = before & ~sent if is_last_bit else before | sent & ALL_COEFFICIENTS
 
 
 def _tells_colors(marker: int, segment: bytes) -> bool:
@@ -168,7 +163,7 @@ def _tells_colors(marker: int, segment: bytes) -> bool:
 
 
 def _read_frame(marker: int, segment: bytes) -> tuple[int, int, int, int]:
-    """Marker, height, width and number of components."""
+    """Returns the marker, height, width and number of components."""
     if len(segment) < 6:
         raise UnreadableImageError(f"{DAMAGED}: the description of its picture is too short")
     height, width = int.from_bytes(segment[1:3], "big"), int.from_bytes(segment[3:5], "big")
@@ -190,7 +185,10 @@ def _read_frame(marker: int, segment: bytes) -> tuple[int, int, int, int]:
 
 
 def _join_profile(parts: dict[int, bytes]) -> bytes | None:
-    """An ICC profile of its numbered parts, each behind the number of parts; None if one is missing (ICC.1, B.4)."""
+    """Joins the numbered parts of an ICC profile (ICC.1, B.4); returns None if one is missing.
+
+    Each part begins with one byte, the number of parts.
+    """
     counts = {part[0] for part in parts.values()}
     if counts != {len(parts)} or set(parts) != set(range(1, len(parts) + 1)):
         return None
@@ -198,7 +196,10 @@ def _join_profile(parts: dict[int, bytes]) -> bytes | None:
 
 
 def strip_padding(content: bytes, size: int) -> bytes:
-    """A `Jpeg.content` without so many bytes before its end, if they are but filler, as some cameras write it."""
-    filler = content[-2 - size : -2]
-    is_filler = size <= MAX_STRAY_BYTES or len(set(filler)) == 1
-    return content[: -2 - size] + content[-2:] if is_filler else content
+    """Removes `size` bytes before the end marker of `Jpeg.content` if they are only padding.
+
+    Some cameras write such padding. It is at most four bytes, or one byte value repeated.
+    """
+    padding = content[-2 - size : -2]
+    is_padding = size <= MAX_STRAY_BYTES or len(set(padding)) == 1
+    return content[: -2 - size] + content[-2:] if is_padding else content

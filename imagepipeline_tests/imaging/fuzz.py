@@ -1,11 +1,11 @@
-"""Damaged files by the thousand: does every one end, and does nothing die of it?
+"""Decodes thousands of damaged files, to find some that crash, hang or use too much memory.
 
     python -m imagepipeline_tests.imaging.fuzz --cases 10000 [--seed 1] [--keep FOLDER]
 
-Real files of every format are bent: bits turned over, pieces cut out, repeated, zeroed, replaced by noise or spliced
-from another file, and the interesting numbers of headers put where lengths and sizes may lie. Each is decoded and
-rendered as an upload would be. A file that crashed its child is kept in FOLDER. Exits with 1 if a file did not end as
-intended, took more than 10 s, or 512 MB.
+The fuzzer mutates real files of every format: it flips bits, deletes, repeats or zeroes parts,
+replaces them by noise or by parts of other files, and writes edge cases where headers may have
+lengths and sizes. Each file is decoded and rendered like an upload. Files that crash a child are
+kept in FOLDER. The exit code is 1 if a file ended unexpectedly, or took more than 10 s or 512 MB.
 """
 
 import hashlib
@@ -39,7 +39,7 @@ NUMBERS = [
 
 
 def seeds() -> list[bytes]:
-    """Good files to bend: every format, with profiles, texts, alpha, frames and photographic detail."""
+    """Returns intact files of every format, with profiles, texts, alpha, frames and detail."""
     exif = Image.Exif()
     exif[0x0110] = "Spy 3000"
     exif.get_ifd(0x8825)[1] = "N"
@@ -67,8 +67,8 @@ def seeds() -> list[bytes]:
     return files + [path.read_bytes() for path in sorted(SAMPLES.glob("*.heic"))]
 
 
-def bend(content: bytes, others: Sequence[bytes], chance: random.Random) -> bytes:
-    """The file with one to eight changes, more of them near its start, where the headers are."""
+def mutate(content: bytes, others: Sequence[bytes], chance: random.Random) -> bytes:
+    """Makes one to eight changes, most of them near the start, where the headers are."""
     data = bytearray(content)
     for _ in range(chance.choice((1, 1, 2, 4, 8))):
         if not data:
@@ -99,10 +99,10 @@ def bend(content: bytes, others: Sequence[bytes], chance: random.Random) -> byte
 
 
 def fuzz(case_count: int, seed: int) -> Iterator[tuple[bytes, Result, float]]:
-    """Each bent file, what became of it, and in how many seconds by the clock."""
+    """Yields each mutated file, its result, and the elapsed seconds."""
     chance, files = random.Random(seed), seeds()
     for _ in range(case_count):
-        content = bend(chance.choice(files), files, chance)
+        content = mutate(chance.choice(files), files, chance)
         started = time.monotonic()
         result = process(content)
         yield content, result, time.monotonic() - started
@@ -114,7 +114,7 @@ def fuzz(case_count: int, seed: int) -> Iterator[tuple[bytes, Result, float]]:
 @click.option(
     "--keep",
     type=click.Path(file_okay=False, path_type=Path),
-    help="Where to keep files that killed.",
+    help="Where to keep files that crash a child.",
 )
 def main(case_count: int, seed: int, keep: Path | None) -> None:
     counts: Counter[str] = Counter()
