@@ -1,4 +1,4 @@
-"""What `.ci/run` checks besides behaviour, so that one command is enough."""
+"""The code passes its checks: part of the tests, so that one command runs everything."""
 
 import re
 import subprocess
@@ -22,14 +22,14 @@ TOOLS = Path(sys.executable).parent
     ],
     ids=" ".join,
 )
-def test_the_code_keeps_its_rules(command):
+def test_the_code_passes_its_checks(command):
     result = subprocess.run(
         [TOOLS / command[0], *command[1:]], cwd=ROOT, capture_output=True, text=True, check=False
     )
     assert result.returncode == 0, result.stdout + result.stderr
 
 
-def test_ci_runs_the_line_the_readme_gives():
+def test_ci_runs_the_command_in_the_readme():
     readme = (ROOT / "README.md").read_text()
     [line] = re.findall(r"^python3 -m venv .*pytest$", readme, flags=re.MULTILINE)
     assert line in (ROOT / ".ci" / "run").read_text().splitlines()
