@@ -60,7 +60,7 @@ class Bmp:
 
 
 def read_bmp(content: bytes) -> tuple[Bmp, int] | None:
-    """Returns the headers and the size of the second one in bytes.
+    """Returns the headers, and the size in bytes of the second one, the info header.
 
     Returns None if the file ends within the headers.
     """

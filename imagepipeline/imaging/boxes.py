@@ -70,7 +70,7 @@ def _read_primary_item(content: bytes) -> Item:
     for name, first, last in walk(content, 0, len(content)):
         if name == b"meta":
             for kind, start, stop in walk(content, first + 4, last):
-                boxes.take(kind, content[start:stop])
+                boxes.add(kind, content[start:stop])
             break
     coded = boxes.find_coded(boxes.primary)
     properties = boxes.find_properties(boxes.primary)
@@ -107,15 +107,15 @@ class _Meta:
     def find_properties(self, item: int) -> list[tuple[bytes, bytes]]:
         return [self.properties[index - 1] for index in self.associations.get(item, ()) if index]
 
-    def take(self, kind: bytes, box: bytes) -> None:
+    def add(self, kind: bytes, box: bytes) -> None:
         if kind == b"pitm":
             self.primary = int.from_bytes(box[4:] if box[0] else box[4:6], "big")
         elif kind == b"iinf":
-            self._take_types(box)
+            self._add_types(box)
         elif kind == b"iref":
-            self._take_references(box)
+            self._add_references(box)
         elif kind == b"iloc":
-            self._take_locations(_Reader(box))
+            self._add_locations(_Reader(box))
         elif kind == b"iprp":
             for name, start, stop in walk(box, 0, len(box)):
                 if name == b"ipco":
@@ -124,16 +124,16 @@ class _Meta:
                         (what, inner[a:b]) for what, a, b in walk(inner, 0, len(inner))
                     ]
                 elif name == b"ipma":
-                    self._take_associations(_Reader(box[start:stop]))
+                    self._add_associations(_Reader(box[start:stop]))
 
-    def _take_types(self, box: bytes) -> None:
+    def _add_types(self, box: bytes) -> None:
         for kind, start, stop in walk(box, 8 if box[0] else 6, len(box)):
             if kind == b"infe" and box[start] in (2, 3):
                 width = 2 if box[start] == 2 else 4
                 item = int.from_bytes(box[start + 4 : start + 4 + width], "big")
                 self.types[item] = box[start + 6 + width : min(start + 10 + width, stop)]
 
-    def _take_references(self, box: bytes) -> None:
+    def _add_references(self, box: bytes) -> None:
         width = 4 if box[0] else 2
         for kind, start, stop in walk(box, 4, len(box)):
             if kind == b"dimg":
@@ -141,7 +141,7 @@ class _Meta:
                 item, count = reader.number(width), reader.number(2)
                 self.tiles[item] = tuple(reader.number(width) for _ in range(count))
 
-    def _take_associations(self, reader: "_Reader") -> None:
+    def _add_associations(self, reader: "_Reader") -> None:
         version, flags = reader.number(1), reader.number(3)
         for _ in range(reader.number(4)):
             item = reader.number(4 if version else 2)
@@ -149,7 +149,7 @@ class _Meta:
                 index = reader.number(2) & 0x7FFF if flags & 1 else reader.number(1) & 0x7F
                 self.associations.setdefault(item, []).append(index)
 
-    def _take_locations(self, reader: "_Reader") -> None:
+    def _add_locations(self, reader: "_Reader") -> None:
         version = reader.number(4) >> 24
         sizes = reader.number(2)
         offset_size, length_size, base_size, index_size = (

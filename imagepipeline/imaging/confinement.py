@@ -131,23 +131,28 @@ def build_filter(architecture: str, process: int) -> bytes:
         process: the process ID; the process may send signals to itself alone.
     """
     column = list(ARCHITECTURES).index(architecture)
-    program = [_load(4), _jump_if(ARCHITECTURES[architecture], 1, 0), _give(KILL_PROCESS), _load(0)]
+    program = [
+        _load(4),
+        _jump_if(ARCHITECTURES[architecture], 1, 0),
+        _decide(KILL_PROCESS),
+        _load(0),
+    ]
     if architecture == "x86_64":
-        program += [_jump_if_at_least(X32, 0, 1), _give(KILL_PROCESS)]
+        program += [_jump_if_at_least(X32, 0, 1), _decide(KILL_PROCESS)]
     for numbers in ALLOWED.values():
-        program += [_jump_if(numbers[column], 0, 1), _give(ALLOW)]
+        program += [_jump_if(numbers[column], 0, 1), _decide(ALLOW)]
     for numbers in (MMAP, MPROTECT):
         program += [
             *(_jump_if(numbers[column], 0, 4), _load(16 + 8 * 2)),  # the third argument
-            *(_jump_if_any(PROT_EXEC, 0, 1), _give(REFUSE | errno.EPERM), _give(ALLOW)),
+            *(_jump_if_any(PROT_EXEC, 0, 1), _decide(REFUSE | errno.EPERM), _decide(ALLOW)),
         ]
     program += [
         *(_jump_if(CLONE[column], 0, 5), _load(16), _and(~UNUSED_THREAD_FLAG & 0xFFFFFFFF)),
-        *(_jump_if(THREAD_FLAGS, 0, 1), _give(ALLOW), _give(REFUSE | errno.EPERM)),
+        *(_jump_if(THREAD_FLAGS, 0, 1), _decide(ALLOW), _decide(REFUSE | errno.EPERM)),
         *(_jump_if(TGKILL[column], 0, 4), _load(16)),
-        *(_jump_if(process, 0, 1), _give(ALLOW), _give(REFUSE | errno.EPERM)),
-        *(_jump_if(CLONE3[column], 0, 1), _give(REFUSE | errno.ENOSYS)),
-        _give(REFUSE | errno.EPERM),
+        *(_jump_if(process, 0, 1), _decide(ALLOW), _decide(REFUSE | errno.EPERM)),
+        *(_jump_if(CLONE3[column], 0, 1), _decide(REFUSE | errno.ENOSYS)),
+        _decide(REFUSE | errno.EPERM),
     ]
     return b"".join(program)
 
@@ -241,5 +246,5 @@ def _jump_if_any(mask: int, if_true: int, if_false: int) -> bytes:
     return _instruction(0x45, if_true, if_false, mask)
 
 
-def _give(action: int) -> bytes:
+def _decide(action: int) -> bytes:
     return _instruction(0x06, 0, 0, action)

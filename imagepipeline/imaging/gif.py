@@ -12,8 +12,8 @@ class GifFrame:
 
     Attributes:
         content: a GIF of the frame's size that holds this frame alone.
-        left: its position on the canvas, in pixels.
-        top: its position on the canvas, in pixels.
+        left: pixels from the left edge of the canvas.
+        top: pixels from the top edge of the canvas.
         width: pixels.
         height: pixels.
         is_interlaced: its rows are stored in four passes.
@@ -52,12 +52,10 @@ class Gif:
 
 
 def read_gif(content: bytes) -> tuple[Gif, Iterator[GifFrame]] | None:
-    """Returns the canvas and an iterator that parses its frames lazily.
+    """Returns the canvas and an iterator that parses the frames lazily.
 
-    `Gif.loop` is set once the first frame has been parsed.
-
-    Returns:
-        None if the file ends within the header.
+    `Gif.loop` is set once the first frame has been parsed. Returns None if the file ends within the
+    header.
     """
     if len(content) < 13:
         return None

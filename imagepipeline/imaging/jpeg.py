@@ -70,7 +70,7 @@ def read_jpeg(content: bytes) -> Jpeg | None:
     frame: tuple[int, int, int, int] | None = None
     exif, profiles = b"", {}
     scan_count, position, has_end = 0, 2, False
-    unsent: dict[int, int] = {}  # by component: bits of the coefficients not yet sent in full
+    unsent: dict[int, int] = {}  # by component: bit mask of coefficients not yet sent in full
     while True:
         position = content.find(b"\xff", position)  # skips junk between segments
         while 0 <= position < len(content) and content[position] == 0xFF:
@@ -102,7 +102,7 @@ def read_jpeg(content: bytes) -> Jpeg | None:
             exif = exif or segment
         elif marker == APP2 and segment.startswith(b"ICC_PROFILE\0") and len(segment) > 14:
             profiles[segment[12]] = segment[13:]  # the number of parts, then this part
-        elif marker in FRAMES or marker in (DQT, DHT, DRI) or _tells_colors(marker, segment):
+        elif marker in FRAMES or marker in (DQT, DHT, DRI) or _describes_colors(marker, segment):
             parts.append(b"\xff" + bytes([marker]))
             parts.append(view[position : position + length])
         if marker == SOS:
@@ -145,7 +145,7 @@ def read_jpeg(content: bytes) -> Jpeg | None:
 
 
 def _note_scan(header: bytes, is_progressive: bool, unsent: dict[int, int]) -> None:
-    """Removes from `unsent` the coefficients that a scan completes (ITU-T T.81, B.2.3)."""
+    """Updates `unsent` with the coefficients that a scan sends (ITU-T T.81, B.2.3)."""
     count = header[0] if header else 0
     if len(header) < 4 + 2 * count:
         return
@@ -157,7 +157,7 @@ def _note_scan(header: bytes, is_progressive: bool, unsent: dict[int, int]) -> N
         unsent[component] = before & ~sent if is_last_bit else before | sent & ALL_COEFFICIENTS
 
 
-def _tells_colors(marker: int, segment: bytes) -> bool:
+def _describes_colors(marker: int, segment: bytes) -> bool:
     is_jfif = marker == APP0 and segment.startswith(b"JFIF\0\x01") and len(segment) >= 14
     return is_jfif or (marker == APP14 and segment.startswith(b"Adobe") and len(segment) >= 12)
 

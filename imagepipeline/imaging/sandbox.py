@@ -300,7 +300,7 @@ class Session(Generic[T]):
         """Does the same as `call` for a result of type `kind`."""
         begun, self._begun = self._begun, None
         if begun is not None and begun != (function, args):
-            with contextlib.suppress(Exception):  # discards the answer to a call not made after all
+            with contextlib.suppress(Exception):  # the answer to a call not made after all
                 self._receive(result_kind(begun[0]))
         if begun != (function, args):
             try:

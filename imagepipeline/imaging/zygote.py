@@ -204,7 +204,7 @@ def serve(stream: io.FileIO, operations: Operations) -> None:
             answer = {"value": value if held else None}
             if not held:
                 held.append(value)
-        except BaseException as error:  # the run decides what it means
+        except BaseException as error:  # the run handles it
             answer = describe_error(error)
         after = resource.getrusage(resource.RUSAGE_SELF)
         usage = {

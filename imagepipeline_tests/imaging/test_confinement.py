@@ -325,13 +325,13 @@ def test_a_lie_of_the_decoder_fails_the_image(process, lie):
 FORBID = """
 import ctypes, errno, sys
 from imagepipeline.imaging import confinement as c
-refuse = c._give(c.REFUSE | errno.EPERM)
+refuse = c._decide(c.REFUSE | errno.EPERM)
 seccomp, prctl = (317, 157) if __import__("platform").machine() == "x86_64" else (277, 167)
 program = b"".join([
     c._load(0),
     *(part for number in (seccomp, 444, 446) for part in (c._jump_if(number, 0, 1), refuse)),
     c._jump_if(prctl, 0, 3), c._load(16),
-    c._jump_if(c.PR_SET_SECCOMP, 0, 1), refuse, c._give(c.ALLOW),
+    c._jump_if(c.PR_SET_SECCOMP, 0, 1), refuse, c._decide(c.ALLOW),
 ])
 assert c._control(c.PR_SET_NO_NEW_PRIVS, 1)
 described = c._Program(len(program) // 8, program)
