@@ -480,7 +480,7 @@ def test_a_dead_letter_can_be_retried_or_discarded(invoke, catalogue, queue):
     assert queue.count()["dead"] == 0
 
 
-def test_a_discarded_failure_keeps_its_row_and_a_new_push_forgets_it(invoke, catalogue):
+def test_a_discarded_failure_is_listed_again_only_after_a_new_failure(invoke, catalogue):
     fail(catalogue, "a")
     assert outcomes(invoke("failed", "discard", "a", "--json")) == {"a": "discarded"}
     assert json.loads(invoke("failed", "list", "--json")[1]) == []

@@ -157,7 +157,7 @@ def test_an_exhausted_daily_budget_pauses_until_midnight(make, ledger, clock):
     assert ledger.list_pauses() == []
 
 
-def test_an_exhausted_monthly_budget_pauses_until_the_first(make, ledger, clock):
+def test_an_exhausted_monthly_budget_pauses_until_the_next_month(make, ledger, clock):
     make(lambda: Answer(CallUsage(1_000_000)), monthly_budget_usd=1.0)
     clock.now = datetime(2026, 11, 30, tzinfo=UTC)
     with pytest.raises(PausedError, match=r"monthly budget .* 2026-12-01 00:00"):

@@ -36,7 +36,7 @@ class Provider:
     """Answers or fails at random with a fixed seed, and counts what it would charge."""
 
     def __init__(self):
-        self.chance = random.Random(5)
+        self.rng = random.Random(5)
         self.calls = Counter()
         self.tokens = Counter()
 
@@ -45,7 +45,7 @@ class Provider:
         stage = "metadata" if is_chat else "embedding"
         self.calls[stage] += 1
         faults = ["429", "500", "404", "html"] + ["prose", "missing", "refusal"] * is_chat
-        fault = self.chance.choice(faults) if self.chance.random() < FAULT_SHARE else None
+        fault = self.rng.choice(faults) if self.rng.random() < FAULT_SHARE else None
         if fault in ("429", "500", "404"):
             return Response(
                 json.dumps({"error": {"message": "no"}}), int(fault), {"Retry-After": "0"}

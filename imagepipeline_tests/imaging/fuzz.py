@@ -67,31 +67,31 @@ def seeds() -> list[bytes]:
     return files + [path.read_bytes() for path in sorted(SAMPLES.glob("*.heic"))]
 
 
-def mutate(content: bytes, others: Sequence[bytes], chance: random.Random) -> bytes:
+def mutate(content: bytes, others: Sequence[bytes], rng: random.Random) -> bytes:
     """Makes one to eight changes, most of them near the start, where the headers are."""
     data = bytearray(content)
-    for _ in range(chance.choice((1, 1, 2, 4, 8))):
+    for _ in range(rng.choice((1, 1, 2, 4, 8))):
         if not data:
             break
-        at = int(len(data) * chance.random() ** chance.choice((1, 2, 4)))
-        length = chance.randint(1, max(1, min(len(data) - at, chance.choice((4, 64, 2048)))))
-        kind = chance.randrange(8)
+        at = int(len(data) * rng.random() ** rng.choice((1, 2, 4)))
+        length = rng.randint(1, max(1, min(len(data) - at, rng.choice((4, 64, 2048)))))
+        kind = rng.randrange(8)
         if kind == 0:
-            data[at] ^= 1 << chance.randrange(8)
+            data[at] ^= 1 << rng.randrange(8)
         elif kind == 1:
-            data[at : at + length] = chance.randbytes(length)
+            data[at : at + length] = rng.randbytes(length)
         elif kind == 2:
             del data[at : at + length]
         elif kind == 3:
-            data[at:at] = data[at : at + length] * chance.randint(1, 9)
+            data[at:at] = data[at : at + length] * rng.randint(1, 9)
         elif kind == 4:
             data[at : at + length] = bytes(length)
         elif kind == 5:
-            number = chance.choice(NUMBERS)
+            number = rng.choice(NUMBERS)
             data[at : at + len(number)] = number
         elif kind == 6:
-            other = chance.choice(others)
-            start = chance.randrange(len(other))
+            other = rng.choice(others)
+            start = rng.randrange(len(other))
             data[at : at + length] = other[start : start + length]
         else:
             del data[at:]
@@ -100,9 +100,9 @@ def mutate(content: bytes, others: Sequence[bytes], chance: random.Random) -> by
 
 def fuzz(case_count: int, seed: int) -> Iterator[tuple[bytes, Result, float]]:
     """Yields each mutated file, its result, and the elapsed seconds."""
-    chance, files = random.Random(seed), seeds()
+    rng, files = random.Random(seed), seeds()
     for _ in range(case_count):
-        content = mutate(chance.choice(files), files, chance)
+        content = mutate(rng.choice(files), files, rng)
         started = time.monotonic()
         result = process(content)
         yield content, result, time.monotonic() - started

@@ -39,7 +39,7 @@ JPEGS: dict[str, dict[str, object]] = {
 # Upper left, upper right, lower left, lower right. Any wrong rotation or swap of channels shows.
 CORNERS = ((200, 40, 40), (40, 180, 60), (50, 60, 200), (230, 230, 220))
 # Code points of ITU-T H.273, and the colours of the corners with them.
-STATED: tuple[tuple[str, tuple[int, int], tuple[tuple[int, ...], ...]], ...] = (
+STATED_COLORS: tuple[tuple[str, tuple[int, int], tuple[tuple[int, ...], ...]], ...] = (
     ("Display P3", (12, 13), ((218, 0, 26), (0, 183, 30), (47, 60, 208), (230, 230, 219))),
     ("BT.2020", (9, 13), ((249, 0, 27), (0, 190, 14), (0, 58, 210), (231, 230, 219))),
     ("linear", (1, 8), ((229, 110, 110), (110, 219, 133), (122, 133, 229), (244, 244, 239))),
@@ -158,7 +158,7 @@ def _grey() -> tuple[tuple[int, ...], ...]:
     return tuple((round(0.299 * r + 0.587 * g + 0.114 * b),) * 3 for r, g, b in CORNERS)
 
 
-def _clear_last(colors: tuple[tuple[int, ...], ...]) -> tuple[tuple[int, ...], ...]:
+def _with_transparent_corner(colors: tuple[tuple[int, ...], ...]) -> tuple[tuple[int, ...], ...]:
     return (*((*color, 255) for color in colors[:3]), (0, 0, 0, 0))
 
 
@@ -190,11 +190,19 @@ def modes() -> Iterator[Case]:
         yield Case(f"{format_} L", encode(picture("L"), format_), colors=_grey())
     for format_ in ("PNG", "TIFF"):
         yield Case(f"{format_} I;16", encode(picture("I;16"), format_), colors=_grey())
-        yield Case(f"{format_} LA", encode(picture("LA"), format_), colors=_clear_last(_grey()))
+        yield Case(
+            f"{format_} LA",
+            encode(picture("LA"), format_),
+            colors=_with_transparent_corner(_grey()),
+        )
     for mode in ("I", "F"):
         yield Case(f"TIFF {mode}", encode(picture(mode), "TIFF"), colors=_stretched(_grey()))
     for format_ in ("PNG", "WEBP", "AVIF", "TIFF"):
-        yield Case(f"{format_} RGBA", encode(picture("RGBA"), format_), colors=_clear_last(CORNERS))
+        yield Case(
+            f"{format_} RGBA",
+            encode(picture("RGBA"), format_),
+            colors=_with_transparent_corner(CORNERS),
+        )
     for format_ in ("PNG", "TIFF", "BMP", "GIF"):
         yield Case(
             f"{format_} 1", encode(picture("1"), format_), colors=(*((0,) * 3,) * 3, (255,) * 3)
@@ -205,16 +213,18 @@ def modes() -> Iterator[Case]:
         yield Case(
             f"{format_} P with a transparent colour",
             encode(palette, format_, transparency=clear),
-            colors=_clear_last(CORNERS),
+            colors=_with_transparent_corner(CORNERS),
         )
     yield Case(
         "PNG RGB with a transparent colour",
         encode(picture(), "PNG", transparency=CORNERS[3]),
-        colors=_clear_last(CORNERS),
+        colors=_with_transparent_corner(CORNERS),
     )
     yield Case("PNG RGB of 16 bits", _png_of_16_bits())
     yield Case("TIFF RGB of 16 bits", _tiff_of_16_bits())
-    yield Case("TIFF with premultiplied alpha", _premultiplied(), colors=_clear_last(CORNERS))
+    yield Case(
+        "TIFF with premultiplied alpha", _premultiplied(), colors=_with_transparent_corner(CORNERS)
+    )
     yield Case("JPEG progressive", encode(picture(), "JPEG", progressive=True))
     yield Case("JPEG 4:4:4", encode(picture(), "JPEG", subsampling=0))
     yield Case("WEBP lossless", encode(picture(), "WEBP", lossless=True))
@@ -256,7 +266,7 @@ def profiles() -> Iterator[Case]:
         "PNG palette, wide gamut", encode(picture("P"), "PNG", icc_profile=wide), colors=in_srgb
     )
     alpha = encode(picture("RGBA"), "PNG", icc_profile=wide)
-    yield Case("PNG with alpha, wide gamut", alpha, colors=_clear_last(in_srgb))
+    yield Case("PNG with alpha, wide gamut", alpha, colors=_with_transparent_corner(in_srgb))
     yield Case(
         "grey JPEG with an RGB profile",
         encode(picture("L"), "JPEG", icc_profile=wide),
@@ -282,14 +292,14 @@ def many_frames() -> Iterator[Case]:
 def heif_samples() -> Iterator[Case]:
     """Yields HEIC files made with pillow-heif, because no library used here can write HEIC."""
     for path in sorted(SAMPLES.glob("*.heic")):
-        colors = _clear_last(CORNERS) if path.stem == "alpha" else CORNERS
+        colors = _with_transparent_corner(CORNERS) if path.stem == "alpha" else CORNERS
         yield Case(path.stem, path.read_bytes(), colors=colors)
     plain = (SAMPLES / "plain.heic").read_bytes()
     avif = encode(picture(), "AVIF")
     for brand in (b"mif1", b"mif2", b"miaf", b"msf1", b"heix", b"hevc", b"heis", b"1pic"):
         yield Case(f"HEIC of brand {brand.decode()}", plain[:8] + brand + plain[12:])
         yield Case(f"AVIF of brand {brand.decode()}", avif[:8] + brand + avif[12:])
-    for name, codes, colors in STATED:
+    for name, codes, colors in STATED_COLORS:
         if codes[1] != 1 and b"colrnclx" in plain:
             yield Case(f"HEIC nclx {name}", _with_nclx(plain, *codes), colors=colors)
     for coding, sentence in (
@@ -310,7 +320,7 @@ def stated_colors() -> Iterator[Case]:
 
     The expected values are what Chromium shows, measured to 1 of 255.
     """
-    for name, codes, colors in STATED:
+    for name, codes, colors in STATED_COLORS:
         yield Case(
             f"PNG cICP {name}",
             _with_chunks(_png_of(picture()), (b"cICP", bytes([*codes, 0, 1]))),
@@ -341,7 +351,7 @@ def stated_colors() -> Iterator[Case]:
     yield Case(
         "PNG cICP over iCCP",
         _with_chunks(_png_of(picture()), of_p3, (b"iCCP", profile)),
-        colors=STATED[0][2],
+        colors=STATED_COLORS[0][2],
     )
     wide_gamma = (b"gAMA", struct.pack(">I", 45_455)), (b"cHRM", wide)
     yield Case("PNG gAMA and cHRM", _with_chunks(_png_of(picture()), *wide_gamma), colors=in_srgb)
@@ -352,7 +362,7 @@ def stated_colors() -> Iterator[Case]:
         colors=grey_linear,
     )
     grey = _grey_profile()
-    for mode, colors in (("L", grey_linear), ("LA", _clear_last(grey_linear))):
+    for mode, colors in (("L", grey_linear), ("LA", _with_transparent_corner(grey_linear))):
         yield Case(
             f"PNG {mode} with a linear grey profile",
             encode(picture(mode), "PNG", icc_profile=grey),
@@ -385,7 +395,7 @@ def transparent_colors() -> Iterator[Case]:
         yield Case(
             f"RGB of {bits} bits",
             _png_chunks(SIZE, bits, 2, data, (b"tRNS", clear)),
-            colors=_clear_last(CORNERS),
+            colors=_with_transparent_corner(CORNERS),
         )
     near = np.asarray(picture()).astype(np.uint16) * 257
     # Differs from the colour in the lowest bit only.
@@ -504,7 +514,7 @@ def kinds_of_bmp() -> Iterator[Case]:
         ("the other way round", 32, (0xFF, 0xFF00, 0xFF0000, 0)),
     ):
         for is_top_down in (False, True):
-            colors = _clear_last(CORNERS) if masks[3] else CORNERS
+            colors = _with_transparent_corner(CORNERS) if masks[3] else CORNERS
             yield Case(
                 f"{name}{', top down' * is_top_down}",
                 _bmp_of_fields(bits, masks, is_top_down),
@@ -586,7 +596,10 @@ def kept_animations() -> Iterator[Case]:
         )  # AVIF needs frames of the same mode
         content = encode(clear, format_, save_all=True, append_images=[other], duration=100, loop=3)
         yield Case(
-            f"{format_}, transparent then opaque", content, colors=_clear_last(CORNERS), rules=KEEP
+            f"{format_}, transparent then opaque",
+            content,
+            colors=_with_transparent_corner(CORNERS),
+            rules=KEEP,
         )
         content = encode(other, format_, save_all=True, append_images=[clear], duration=100, loop=3)
         yield Case(f"{format_}, opaque then transparent", content, colors=None, rules=KEEP)

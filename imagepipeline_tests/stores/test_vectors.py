@@ -35,7 +35,7 @@ def test_the_nearest_images_come_first_with_their_cosine_similarity(index):
     assert index.nearest_other("east", "local:m").image_id == "north"
 
 
-def test_an_image_has_one_row_the_latest(index):
+def test_an_image_has_only_its_latest_row(index):
     index.upsert(claim("a"), embedding(1.0, 0.0, text="old"))
     index.upsert(claim("a", fence=2), embedding(0.0, 1.0, text="new"))
     assert [neighbour.text for neighbour in index.nearest(embedding(1.0, 0.0), 9)] == ["new"]
