@@ -87,7 +87,7 @@ def read_jpeg(content: bytes) -> Jpeg | None:
         length = int.from_bytes(content[position : position + 2], "big")
         segment = content[position + 2 : position + max(length, 2)]
         if length < 2:
-            raise UnreadableImageError(f"{DAMAGED}: one of its segments has no length")
+            raise UnreadableImageError(f"{DAMAGED}: one of its segments has an invalid length")
         if position + length > len(content):
             break
         if marker in REFUSED_FRAMES and frame is None:
@@ -122,7 +122,7 @@ def read_jpeg(content: bytes) -> Jpeg | None:
         position += length
     is_cut = not has_end and not content.rstrip(b"\0").endswith(b"\xff\xd9")
     if not has_end and not is_cut:
-        raise UnreadableImageError(f"{DAMAGED}: what lies between its parts is no JPEG")
+        raise UnreadableImageError(f"{DAMAGED}: there is other data between its segments")
     if frame is None:
         if has_end:
             raise UnreadableImageError(f"{DAMAGED}: it ends before its picture begins")
@@ -177,7 +177,7 @@ def _read_frame(marker: int, segment: bytes) -> tuple[int, int, int, int]:
         )
     if height == 0:
         raise UnsupportedFormatError(
-            f"the original is a JPEG that states no height where it should: {EXPORT_ADVICE}"
+            f"the original is a JPEG without a height in its header: {EXPORT_ADVICE}"
         )
     if width == 0:
         raise UnreadableImageError(f"{DAMAGED}: its picture is 0 px wide")

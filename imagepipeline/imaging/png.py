@@ -63,7 +63,7 @@ def read_png(content: bytes) -> Png | None:
         kind = content[position + 4 : position + 8]
         if not kind.isalpha():
             raise UnreadableImageError(
-                "the PNG data is damaged: what should be one of its chunks is none"
+                "the PNG data is damaged: one of its chunks has no valid name"
             )
         body = content[position + 8 : position + 8 + length]
         checksum = content[position + 8 + length : position + 12 + length]
@@ -100,7 +100,7 @@ def read_png(content: bytes) -> Png | None:
             return None
         raise UnreadableImageError("the PNG data is damaged: it has no header")
     if len(header) != 13:
-        raise UnreadableImageError("the PNG data is damaged: its header has not 13 bytes")
+        raise UnreadableImageError("the PNG data is damaged: its header has the wrong length")
     width, height = int.from_bytes(header[:4], "big"), int.from_bytes(header[4:8], "big")
     if not width or not height:
         raise UnreadableImageError(f"the PNG data is damaged: its picture is {width} x {height} px")

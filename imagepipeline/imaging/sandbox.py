@@ -148,7 +148,7 @@ class Zygote:
             life.close()
             self.close()
         raise SandboxLostError(
-            "the process that decodes and encodes images could not be forked: is memory short?"
+            "the process that decodes and encodes images could not be forked: is memory low?"
         )
 
     def close(self) -> None:
