@@ -333,9 +333,8 @@ def long_home_settings(tmp_path):
 
 def test_a_socket_folder_that_is_a_link_is_refused(long_home_settings, tmp_path):
     (tmp_path / "elsewhere").mkdir()
-    long_home_settings.socket_folder.symlink_to(
-        tmp_path / "elsewhere"
-    )  # anybody can create one in /tmp
+    # Anybody can create a link in /tmp.
+    long_home_settings.socket_folder.symlink_to(tmp_path / "elsewhere")
     for use in (services.prepare, secure_home):
         with pytest.raises(StackError, match="is a link: remove it"):
             use(long_home_settings)

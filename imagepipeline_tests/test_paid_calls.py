@@ -92,11 +92,8 @@ def test_a_call_to_a_local_model_is_neither_limited_nor_recorded(make, ledger):
     ("model", "usage", "cost"),
     [
         ("priced-model", CallUsage(1_000_000, 100_000), 2.0),
-        (
-            "priced-model",
-            CallUsage(1_000_000, 100_000, 0.7),
-            0.7,
-        ),  # the provider's cost takes precedence
+        # A cost reported by the provider takes precedence.
+        ("priced-model", CallUsage(1_000_000, 100_000, 0.7), 0.7),
         ("other-model", CallUsage(100, 10), None),
         ("priced-model", None, None),
     ],

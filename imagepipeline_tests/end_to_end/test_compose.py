@@ -32,10 +32,11 @@ from imagepipeline_tests.end_to_end.processes import list_tree
 SERVICES = yaml.safe_load((ROOT / "docker-compose.yml").read_text())["services"]
 # All tests share one stack, and run in this order.
 pytestmark = pytest.mark.xdist_group("compose")
+# Set, but not used.
 API_KEYS = {
     "OPENAI_API_KEY": "sk-composed-openai",
     "OPENROUTER_API_KEY": "sk-composed-openrouter",
-}  # set, but not used
+}
 ATTACK = (
     'mutation { addDynamicPartition(partitionsDefName: "uploads", partitionKey: "KEY", '
     'repositorySelector: {repositoryName: "__repository__", '
@@ -361,9 +362,8 @@ def test_a_foreign_page_cannot_change_anything_through_the_proxy(stack):
     foreign = {"Origin": "https://evil.example", "Host": "evil.example"}
     as_text = "/graphql?" + urllib.parse.urlencode({"query": ATTACK.replace("KEY", "as-text")})
     as_json = json.dumps({"query": ATTACK.replace("KEY", "as-json")}).encode()
-    simple_json = (
-        "text/plain; application/json"  # browsers send this type without a preflight request
-    )
+    # Browsers send this type without a preflight request.
+    simple_json = "text/plain; application/json"
     # The webserver itself refuses it, too.
     assert ask(bare + by_get, **foreign)[0] == 421
     assert ask(bare + as_text, b"", Content_Type="text/plain", **foreign)[0] == 421

@@ -1,4 +1,4 @@
-"""Runs are killed or frozen before and after each of their effects, and images are still done once.
+"""Runs are killed or frozen before and after each of their effects; images still complete once.
 
 A run is a process that executes Dagster's job on a real instance. It kills or stops itself with a
 signal right before or after an effect. The reconciler then hands the image over, and a second run
@@ -43,9 +43,8 @@ EFFECTS = {
     "result": (Catalogue, "record_result"),
     "final status": (Catalogue, "finish"),
 }
-TASKS = TaskQueue(
-    "redis://nobody-asks-it", "test"
-)  # never contacted, because these runs have no task
+# Never contacted, because these runs have no task.
+TASKS = TaskQueue("redis://unused", "test")
 LEGAL = {  # the events that may follow an event in an image's history
     None: {"accepted"},
     "accepted": {"claimed"},

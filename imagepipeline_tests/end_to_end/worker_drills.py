@@ -278,9 +278,8 @@ def main() -> None:
     options = parser.parse_args()
     has_failed = False
     for name in options.names or DRILLS:
-        slots = {
-            "IMAGEPIPELINE_WORKER_SLOTS": "3"
-        }  # fewer than the five runs, so two wait for a worker
+        # Fewer slots than the five runs, so two of them wait for a worker.
+        slots = {"IMAGEPIPELINE_WORKER_SLOTS": "3"}
         with (
             databases(options.postgres) as urls,
             drill(has_services=name == "no_worker", **slots, **urls) as stack,

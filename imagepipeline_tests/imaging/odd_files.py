@@ -591,9 +591,8 @@ def kept_animations() -> Iterator[Case]:
     """Yields animations whose frames are all kept, and long ones with only the first kept."""
     clear = picture("RGBA")
     for format_ in ("GIF", "PNG", "WEBP", "AVIF"):
-        other = (
-            picture("RGBA") if format_ == "AVIF" else picture()
-        )  # AVIF needs frames of the same mode
+        # AVIF needs frames of the same mode.
+        other = picture("RGBA") if format_ == "AVIF" else picture()
         content = encode(clear, format_, save_all=True, append_images=[other], duration=100, loop=3)
         yield Case(
             f"{format_}, transparent then opaque",
@@ -726,9 +725,8 @@ def truncated() -> Iterator[Case]:
             f"{format_} of two colours {options}", content[: len(content) // 2], "truncated", None
         )
     zeros = photo_as("JPEG")
-    zeros = zeros[: len(zeros) // 2].ljust(
-        len(zeros), b"\0"
-    )  # as if the space had been reserved but not written
+    # As if the space had been reserved but not written.
+    zeros = zeros[: len(zeros) // 2].ljust(len(zeros), b"\0")
     yield Case(
         "JPEG with zeros in place of its second half",
         zeros,

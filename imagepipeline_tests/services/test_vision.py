@@ -105,7 +105,7 @@ def coded(code, **more):
 
 
 def at(seconds):
-    """Returns a header that `dated` turns into a date, so many seconds after the answer is sent."""
+    """Returns a header that `dated` turns into a date, `seconds` after the answer is sent."""
     return {"Retry-After": f"in {seconds}"}
 
 
