@@ -8,7 +8,7 @@ import pytest
 from imagepipeline.defs.failures import MACHINE_TAG
 from imagepipeline_tests.conftest import IS_CI
 from imagepipeline_tests.end_to_end.machine_faults import COMPLETE_SECONDS
-from imagepipeline_tests.end_to_end.two_machines import MAX_RUNS, may_name_hosts, open_pair
+from imagepipeline_tests.end_to_end.two_machines import MAX_RUNS, can_set_host_names, open_pair
 
 LIMIT = 6
 
@@ -16,7 +16,7 @@ LIMIT = 6
 @pytest.fixture
 def pair_in(postgres_url):
     """A function that starts two machines with files and index below a root."""
-    if not may_name_hosts():
+    if not can_set_host_names():
         assert not IS_CI
         pytest.skip("this system does not allow UTS namespaces")
     return lambda root: open_pair(postgres_url, root)
