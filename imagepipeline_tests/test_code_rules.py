@@ -1,4 +1,4 @@
-"""What `.ci/run` checks besides behaviour, so that one command is enough."""
+"""The code passes its checks: part of the tests, so that one command runs everything."""
 
 import ast
 import re
@@ -28,7 +28,7 @@ TOOLS = Path(sys.executable).parent
     ],
     ids=" ".join,
 )
-def test_the_code_keeps_its_rules(command):
+def test_the_code_passes_its_checks(command):
     result = subprocess.run(
         [TOOLS / command[0], *command[1:]], cwd=ROOT, capture_output=True, text=True, check=False
     )
