@@ -102,7 +102,7 @@ def test_no_secret_is_in_what_dagster_stores_or_shows(monkeypatch):
 
     snapshot = dg.serialize_value(RepositorySnap.from_def(repository))
     assert "canary" not in snapshot
-    assert "The Redis lists uploads arrive on." in snapshot
+    assert "The Redis lists on which uploads arrive." in snapshot
     assert json.loads(snapshot)
 
 
