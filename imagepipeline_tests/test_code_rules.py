@@ -57,6 +57,11 @@ def test_the_readme_lists_every_setting():
         assert field.description in readme, field.alias
 
 
+def test_the_package_ships_the_files_of_the_top_level():
+    for name in ("dagster.yaml", "workspace.yaml"):
+        assert (ROOT / "imagepipeline" / "runtime" / name).read_text() == (ROOT / name).read_text()
+
+
 def test_the_image_is_built_from_all_files_the_package_needs():
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
     needed = {"pyproject.toml", project["readme"], *project["license-files"]}
@@ -67,8 +72,3 @@ def test_the_image_is_built_from_all_files_the_package_needs():
     assert needed <= {
         line.removeprefix("!") for line in (ROOT / ".dockerignore").read_text().splitlines()
     }
-
-
-def test_the_package_ships_the_files_of_the_top_level():
-    for name in ("dagster.yaml", "workspace.yaml"):
-        assert (ROOT / "imagepipeline" / "runtime" / name).read_text() == (ROOT / name).read_text()
