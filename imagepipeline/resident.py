@@ -93,14 +93,14 @@ class Resident:
 
 
 class ResidentIndex(Resident):
-    """The index, as `EmbeddingIndex`; upserts that arrive together share a commit."""
+    """The index in the resident; upserts that arrive together share a commit."""
 
     def upsert(self, claim: Claim, embedding: Embedding) -> None:
-        """As `EmbeddingIndex.upsert`."""
+        """See `EmbeddingStore.upsert`."""
         self.call("upsert", None, claim, embedding)
 
     def get(self, image_id: str, version: str) -> dict[str, Any] | None:
-        """As `EmbeddingIndex.get`."""
+        """See `EmbeddingStore.get`."""
         row: dict[str, Any] | None = self.call(
             "get", result_kind(EmbeddingIndex.get), image_id, version
         )

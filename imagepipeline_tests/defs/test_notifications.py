@@ -131,5 +131,5 @@ def test_a_channel_that_breaks_down_costs_the_other_nothing(tick, fail):
     webhook, mail = ScriptedNotifier("webhook"), ScriptedNotifier("mail")
     webhook.send = lambda failures: 1 / 0
     fail("a")
-    assert "webhook: ZeroDivisionError came up." in tick(webhook, mail)
+    assert "webhook: ZeroDivisionError was raised." in tick(webhook, mail)
     assert mail.sent == [["a"]]

@@ -123,7 +123,7 @@ def test_nothing_leaves_the_list_before_the_catalogue_has_it(queue, catalogue, m
         with pytest.raises(KeyboardInterrupt):
             take_in(queue, catalogue)
     assert queue.count()["waiting"] == 1
-    assert take_in(queue, catalogue) == ["a was taken in."]
+    assert take_in(queue, catalogue) == ["a was accepted."]
     assert queue.count()["waiting"] == 0
 
 

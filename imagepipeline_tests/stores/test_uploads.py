@@ -219,7 +219,7 @@ def test_what_is_no_dead_letter_costs_the_others_nothing_and_can_be_let_go(queue
     queue.redis.lpush(queue.dead_key, stored)
     strange, honest = queue.list_dead()
     assert (strange["reason"], honest["reason"]) == (
-        "it is no dead letter, and was put there by others",
+        "another program wrote this entry, which is not a dead letter",
         "the reason",
     )
     assert strange["entry"].isprintable()
