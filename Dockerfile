@@ -1,12 +1,12 @@
-# Dependencies and our package are installed in one stage; the other carries only what came of it.
-# Before you rely on it, pin the base by its digest (docs/operations.md, "Pin the images").
+# The first stage installs the dependencies and our package; the second contains only the result.
+# Pin the base image by its digest before you rely on it (docs/operations.md, "Pin the images").
 ARG PYTHON=python:3.11-slim-bookworm
 FROM ${PYTHON} AS build
 WORKDIR /src
 RUN python -m venv /opt/imagepipeline
 COPY requirements.txt ./
 RUN /opt/imagepipeline/bin/pip install --no-cache-dir --no-deps --require-hashes -r requirements.txt
-COPY pyproject.toml README.md dagster.yaml workspace.yaml ./
+COPY pyproject.toml README.md LICENSE NOTICE dagster.yaml workspace.yaml ./
 COPY imagepipeline ./imagepipeline
 RUN /opt/imagepipeline/bin/pip install --no-cache-dir --no-deps .
 

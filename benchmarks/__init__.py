@@ -1,1 +1,1 @@
-"""Measured against peers; see README.md beside this file."""
+"""Benchmarks of the pipeline, some of them against a reference worker; see docs/performance.md."""

@@ -1,4 +1,4 @@
-"""Where the time of one upload goes, stage by stage: a picture and the figures behind it.
+"""Measures and plots how long each stage of one upload takes.
 
 python -m benchmarks.breakdown PHOTOS PICTURE.png; needs the package matplotlib.
 """
@@ -26,7 +26,7 @@ STAGES = (
 
 
 def measure(folder: Path) -> dict[str, Any]:
-    """Seconds per stage of the third of three uploads on an idle stack."""
+    """Returns the seconds per stage of the third of three uploads on an idle stack."""
     machine, photos = describe_machine(), sorted(collect(folder, 3).iterdir())
     with run_provider(CHAT_SECONDS, EMBED_SECONDS) as provider, run_stack(provider) as stack:
         for photo in photos:
@@ -40,7 +40,7 @@ def measure(folder: Path) -> dict[str, Any]:
 
 
 def read_times(stack: Stack, image_id: str) -> dict[str, float]:
-    """When (Unix seconds) what happened to the image, by the catalogue's history and Dagster's events."""
+    """Returns the times, in Unix seconds, of the image's events in the catalogue and in Dagster."""
     import dagster as dg
 
     from imagepipeline.stores.catalogue import Catalogue
@@ -60,7 +60,7 @@ def read_times(stack: Stack, image_id: str) -> dict[str, float]:
 
 
 def draw(seconds: dict[str, float], picture: Path) -> None:
-    """Bars, one below the other, each beginning where the one above ends."""
+    """Plots the stages as a waterfall chart: each bar begins where the one above ends."""
     import matplotlib
 
     matplotlib.use("svg" if picture.suffix == ".svg" else "agg")
@@ -76,7 +76,8 @@ def draw(seconds: dict[str, float], picture: Path) -> None:
     axes.invert_yaxis()
     axes.set_xlim(0, start * 1.12)
     axes.set_xlabel(
-        f"seconds since the push; the provider takes {CHAT_SECONDS:g} s and {EMBED_SECONDS:g} s of them"
+        "seconds since the push; "
+        f"the provider takes {CHAT_SECONDS:g} s and {EMBED_SECONDS:g} s of them"
     )
     axes.spines[["top", "right"]].set_visible(False)
     figure.savefig(picture, dpi=110)

@@ -1,4 +1,4 @@
-"""A burst on SQLite and on Postgres by turns: images a minute, and CPU by process.
+"""Compares a burst on SQLite and on Postgres: images per minute, and CPU time by process.
 
 python -m benchmarks.databases PHOTOS [--count 60] [--rounds 3]
 """
@@ -16,7 +16,7 @@ from imagepipeline_tests.conftest import postgres_database, postgres_server
 
 
 def measure_burst(settings: dict[str, str], photos: list[Path]) -> dict[str, Any]:
-    """One burst on a fresh stack; CPU seconds are per image, without Postgres' own."""
+    """Measures one burst on a fresh stack; CPU seconds are per image and exclude Postgres."""
     with run_stack(MATCHED | settings) as stack:
         before = stack.measure_cpu_seconds()
         wall_seconds = max(stack.wait(stack.push(photos)).values())
@@ -29,7 +29,7 @@ def measure_burst(settings: dict[str, str], photos: list[Path]) -> dict[str, Any
 
 
 def measure(folder: Path, count: int, rounds: int) -> dict[str, Any]:
-    """Rounds of both by turns; `ratio` is the median of Postgres' speed to SQLite's."""
+    """Alternates between the databases; `ratio` is the median of Postgres's speed over SQLite's."""
     machine, photos = describe_machine(), collect(folder, count)
     sqlite, postgres = [], []
     with run_provider(CHAT_SECONDS, EMBED_SECONDS) as provider, postgres_server() as server:

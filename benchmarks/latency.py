@@ -1,4 +1,6 @@
-"""One photo at a time on an idle stack whose provider answers at once: push to completed, and where the time goes.
+"""Measures the time from push to completion of single photos on an idle stack.
+
+The provider answers at once.
 
 python -m benchmarks.latency PHOTOS [--count 30]
 """
@@ -16,19 +18,19 @@ from benchmarks.throughput import collect
 
 
 def measure(folder: Path, count: int) -> dict[str, Any]:
-    """Seconds from push to completed: median, 95th percentile, and all."""
+    """Returns the seconds from push to completion: median, 95th percentile, and all values."""
     machine, photos = describe_machine(), collect(folder, 20)
     seconds = []
     with run_provider(0, 0) as provider, run_stack(provider) as stack:
         for photo in islice(cycle(sorted(photos.iterdir())), count):
             seconds.append(max(stack.wait(stack.push([photo])).values()))
-            time.sleep(1.3)  # so that pushes meet the daemon's loops at different moments
+            time.sleep(1.3)  # so that pushes arrive at different points of the daemon's loops
     ordered = sorted(seconds)
     return {
         "machine": machine,
         "p50_seconds": statistics.median(ordered),
         "p95_seconds": ordered[max(0, round(0.95 * count) - 1)],
-        "seconds": [round(one, 2) for one in seconds],
+        "seconds": [round(value, 2) for value in seconds],
     }
 
 

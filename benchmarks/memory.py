@@ -1,4 +1,4 @@
-"""The memory of the idle stack, of one running upload, and of the same project under `dagster dev`.
+"""Measures the memory of the idle stack, of one upload, and of the same project in `dagster dev`.
 
 python -m benchmarks.memory PHOTOS
 """
@@ -26,7 +26,7 @@ from benchmarks.throughput import collect
 
 
 def measure(folder: Path) -> dict[str, Any]:
-    """Bytes, shared pages counted once."""
+    """Returns the memory in bytes, with shared pages counted once."""
     machine, photos = describe_machine(), collect(folder, 5)
     with run_provider(1, 0) as provider, run_stack(provider) as stack:
         fresh = stack.measure_memory_bytes()
@@ -54,7 +54,7 @@ def measure(folder: Path) -> dict[str, Any]:
 
 
 def measure_dagster_dev() -> int:
-    """`dagster dev` of the same definitions, once its UI answers and it has settled."""
+    """Returns the bytes of `dagster dev` with the same definitions, 20 s after its UI answers."""
     with tempfile.TemporaryDirectory() as home:
         environment = {**os.environ, "DAGSTER_HOME": home, "IMAGEPIPELINE_HOME": home}
         command = [

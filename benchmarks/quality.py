@@ -1,4 +1,6 @@
-"""Our encoders beside sharp's on the same pixels: SSIMULACRA2, bytes, CPU; at one number, and at matched quality.
+"""Compares our encoders with sharp's on the same pixels: SSIMULACRA2 score, bytes and CPU time.
+
+Compares them at the same quality setting, and at settings that give the same score.
 
 python -m benchmarks.quality PHOTOS [--count 6]; needs the packages pyvips[binary] and ssimulacra2.
 """
@@ -22,7 +24,7 @@ from imagepipeline.output_formats import OUTPUT_FORMATS
 
 WIDTHS_PX = (640, 1024)
 QUALITIES = range(76, 88)
-SLACK = 0.3  # points of SSIMULACRA2 that count as matched
+TOLERANCE = 0.3  # difference in SSIMULACRA2 points up to which scores count as equal
 FRONTIER = {
     "avif": {
         "speed 8": {"speed": 8, "subsampling": "4:4:4"},
@@ -45,7 +47,7 @@ FRONTIER = {
 
 
 def prepare(folder: Path, count: int, target: Path) -> list[Path]:
-    """PNGs of photos that need no turning, scaled by libvips, which is what sharp stands on."""
+    """Writes PNGs of photos that need no rotation, scaled by libvips, which sharp uses, too."""
     photos = [
         path for path in sorted(folder.glob("*.jpg")) if Image.open(path).getexif().get(274, 1) == 1
     ]
@@ -60,7 +62,7 @@ def prepare(folder: Path, count: int, target: Path) -> list[Path]:
 
 
 def encode_with_sharp(pngs: list[Path], effort: int) -> dict[str, dict[str, Any]]:
-    """By format: the mean score, all bytes and CPU seconds."""
+    """Returns the mean score, total bytes and CPU seconds, by format."""
     with tempfile.TemporaryDirectory() as out:
         command = ["node", "encode.mjs", out, str(effort), *map(str, pngs)]
         done = subprocess.run(
@@ -78,7 +80,7 @@ def encode_with_sharp(pngs: list[Path], effort: int) -> dict[str, dict[str, Any]
 def encode_with_pillow(
     pngs: list[Path], name: str, quality: int, options: dict[str, Any]
 ) -> dict[str, Any]:
-    """The mean score, all bytes and CPU seconds."""
+    """Returns the mean score, total bytes and CPU seconds."""
     contents, seconds = [], 0.0
     for png in pngs:
         image = Image.open(png).convert("RGB")
@@ -97,7 +99,7 @@ def encode_with_pillow(
 
 
 def summarize(pngs: list[Path], contents: list[bytes], seconds: float) -> dict[str, Any]:
-    """The score is the mean SSIMULACRA2 against the PNGs."""
+    """Returns the mean SSIMULACRA2 score against the PNGs, total bytes and CPU seconds."""
     scores = []
     with tempfile.NamedTemporaryFile(suffix=".png") as decoded:
         for png, content in zip(pngs, contents, strict=True):
@@ -111,17 +113,21 @@ def summarize(pngs: list[Path], contents: list[bytes], seconds: float) -> dict[s
 
 
 def match(pngs: list[Path], name: str, options: dict[str, Any], score: float) -> dict[str, Any]:
-    """The smallest quality number at which the score is reached, within the slack; by bisection."""
+    """Finds the lowest quality setting that reaches the score, by bisection."""
     low, high = QUALITIES.start, QUALITIES.stop - 1
     while low < high:
         middle = (low + high) // 2
-        reached = encode_with_pillow(pngs, name, middle, options)["score"] >= score - SLACK
+        reached = encode_with_pillow(pngs, name, middle, options)["score"] >= score - TOLERANCE
         low, high = (low, middle) if reached else (middle + 1, high)
     return {"quality": low} | encode_with_pillow(pngs, name, low, options)
 
 
 def measure(folder: Path, count: int, has_frontier: bool) -> dict[str, Any]:
-    """Ours at 80 and at matched quality, as ratios to sharp at effort 0, and the frontier we chose from."""
+    """Measures our encoders, at quality 80 and at the quality that matches sharp's at effort 0.
+
+    All ratios are relative to sharp at effort 0. With `has_frontier`, also measures other encoder
+    options.
+    """
     result: dict[str, Any] = {"machine": describe_machine()}
     with tempfile.TemporaryDirectory() as folder_of_pngs:
         pngs = prepare(folder, count, Path(folder_of_pngs))

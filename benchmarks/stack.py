@@ -1,4 +1,4 @@
-"""A stack of its own for a benchmark, with a stand-in for the providers, and what its processes use."""
+"""Runs a fresh stack for a benchmark, with a fake provider, and measures its resource usage."""
 
 import json
 import os
@@ -29,14 +29,14 @@ COMMAND = Path(sys.executable).parent / "imagepipeline"
 
 @dataclass
 class Stack:
-    """A running stack: its settings, the ID of its supervisor, the UI's address."""
+    """A running stack: its settings, its supervisor's process ID and the UI's URL."""
 
     settings: Settings
     pid: int
     webserver_url: str
 
     def push(self, photos: list[Path]) -> list[str]:
-        """Stores originals and pushes their IDs; gives the IDs."""
+        """Stores originals and pushes their IDs; returns the IDs."""
         files = open_storage(self.settings.storage)
         ids = [f"{photo.stem[:40]}-{time.time_ns()}" for photo in photos]
         for image_id, photo in zip(ids, photos, strict=True):
@@ -47,10 +47,13 @@ class Stack:
         return ids
 
     def wait(self, image_ids: list[str], seconds: float = 600) -> dict[str, float]:
-        """Waits until all have ended; gives the second, from now, at which each was seen to have.
+        """Waits until all images have completed.
+
+        Returns:
+            The seconds from the call until each image was seen to be completed.
 
         Raises:
-            RuntimeError: an image failed, or the time was up.
+            RuntimeError: An image failed, or did not complete within `seconds`.
         """
         started, ended = time.monotonic(), dict[str, float]()
         with closing(Catalogue(self.settings.database_url)) as catalogue:
@@ -71,7 +74,7 @@ class Stack:
         return ended
 
     def measure_cpu_seconds(self) -> dict[str, float]:
-        """CPU seconds so far, by process of the stack, those of ended children included."""
+        """Returns the CPU seconds so far, by process name, including those of ended children."""
         used: dict[str, float] = {}
         for pid, fields in list_tree(self.pid).items():
             name = name_process(pid)
@@ -79,13 +82,13 @@ class Stack:
         return used
 
     def measure_memory_bytes(self) -> int:
-        """The memory of all its processes, shared pages counted once (the kernel's PSS)."""
+        """Returns the memory of all processes, with shared pages counted once (PSS)."""
         return sum(read_pss_bytes(pid) for pid in list_tree(self.pid))
 
 
 @contextmanager
 def run_stack(environment: Mapping[str, str]) -> Iterator[Stack]:
-    """A fresh stack with no rate limit; drained and removed afterwards."""
+    """Starts a fresh stack without rate limit; drains and removes it afterwards."""
     home = Path(tempfile.mkdtemp(prefix="ip", dir="/tmp"))
     changes = {"IMAGEPIPELINE_HOME": str(home), "IMAGEPIPELINE_RATE_LIMIT": "off", **environment}
     os.environ.update(changes)
@@ -96,7 +99,7 @@ def run_stack(environment: Mapping[str, str]) -> Iterator[Stack]:
             if process.poll() is not None:
                 raise RuntimeError((home / "up.log").read_text())
             time.sleep(0.2)
-        time.sleep(8)  # until the index is imported and nothing starts any more
+        time.sleep(8)  # until the index is imported and all processes have finished starting
         yield Stack(settings, running["pid"], running["webserver_url"])
     finally:
         processes.stop(process, patience_seconds=60)
@@ -107,7 +110,7 @@ def run_stack(environment: Mapping[str, str]) -> Iterator[Stack]:
 def run_provider(
     chat_seconds: float, embed_seconds: float, port: int = 8098
 ) -> Iterator[dict[str, str]]:
-    """The stand-in for the providers; gives the settings that lead to it."""
+    """Runs the fake provider; yields the settings that make the stack use it."""
     arguments = ["--port", port, "--chat-latency", chat_seconds, "--embed-latency", embed_seconds]
     process = subprocess.Popen(
         [sys.executable, FOLDER / "fake_ai.py", *map(str, arguments)], stderr=subprocess.DEVNULL
@@ -123,7 +126,7 @@ def run_provider(
 def run_peer(
     photos: Path, count: int, effort: int, provider_url: str, out: Path | None = None
 ) -> dict[str, float]:
-    """One burst through the reference worker (BullMQ, sharp); gives the figures it prints."""
+    """Runs one burst through the reference worker (BullMQ, sharp); returns its figures."""
     with tempfile.TemporaryDirectory() as folder:
         binary, port = valkey.find_binary(), 6398
         redis = subprocess.Popen(
@@ -153,7 +156,10 @@ def run_peer(
 
 
 def list_tree(root: int) -> dict[int, list[str]]:
-    """The processes below one, itself included, with the fields of /proc/PID/stat after the name (proc(5))."""
+    """Returns a process and all its descendants.
+
+    The values are the fields of /proc/PID/stat after the process name (proc(5)).
+    """
     found = {}
     for path in Path("/proc").glob("[0-9]*"):
         try:
@@ -170,7 +176,7 @@ def list_tree(root: int) -> dict[int, list[str]]:
 
 
 def name_process(pid: int) -> str:
-    """What a process of the stack is, by its command line."""
+    """Returns the role of a process of the stack, judging by its name and command line."""
     try:
         line = (
             Path(f"/proc/{pid}/comm").read_text()
@@ -194,7 +200,7 @@ def name_process(pid: int) -> str:
 
 
 def read_pss_bytes(pid: int) -> int:
-    """A process's share of memory; 0 if it is gone."""
+    """Returns a process's proportional share of memory (PSS); 0 if the process is gone."""
     try:
         lines = Path(f"/proc/{pid}/smaps_rollup").read_text().splitlines()
     except OSError:
@@ -203,18 +209,21 @@ def read_pss_bytes(pid: int) -> int:
 
 
 def describe_machine() -> str:
-    """What the figures were measured on and with."""
+    """Describes the machine and the versions of the packages that are measured."""
     packages = ", ".join(
         f"{name} {version(name)}" for name in ("dagster", "pillow", "pillow-avif-plugin", "lancedb")
     )
     sharp = json.loads((FOLDER / "peer" / "package.json").read_text())["dependencies"]["sharp"]
     load = os.getloadavg()[0]
     python = platform.python_version()
-    return f"{os.cpu_count()} cores, load {load:.1f} before; Python {python}, {packages}, sharp {sharp}"
+    return (
+        f"{os.cpu_count()} cores, load {load:.1f} before; "
+        f"Python {python}, {packages}, sharp {sharp}"
+    )
 
 
 def wait_for(url: str, seconds: float = 60) -> None:
-    """Returns when the address answers."""
+    """Waits until the URL answers; raises OSError if it does not within `seconds`."""
     deadline = time.monotonic() + seconds
     while True:
         try:

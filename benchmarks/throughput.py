@@ -1,4 +1,6 @@
-"""A burst of photos, one run each, beside the reference worker: images a minute, first result, CPU by process.
+"""Compares a burst of photos with the reference worker.
+
+Measures images per minute, the time to the first result, and CPU time by process.
 
 python -m benchmarks.throughput PHOTOS [--count 60] [--rounds 3] [--as-written]
 """
@@ -18,12 +20,13 @@ import sqlalchemy as sa
 from benchmarks.stack import Stack, describe_machine, run_peer, run_provider, run_stack
 
 CHAT_SECONDS, EMBED_SECONDS = 2.0, 0.3
-# Where our AVIF looks like sharp's at 80 and effort 0 (benchmarks/quality.py); WebP does at 80.
+# At this quality, our AVIF matches sharp's at quality 80, effort 0 (benchmarks/quality.py). WebP
+# matches at 80.
 MATCHED = {"IMAGEPIPELINE_AVIF_QUALITY": "83"}
 
 
 def measure_burst(stack: Stack, photos: list[Path]) -> dict[str, Any]:
-    """What one burst took; CPU seconds are per image."""
+    """Measures one burst; CPU seconds are per image."""
     before = stack.measure_cpu_seconds()
     ended = stack.wait(stack.push(photos))
     after = stack.measure_cpu_seconds()
@@ -43,9 +46,15 @@ def measure_burst(stack: Stack, photos: list[Path]) -> dict[str, Any]:
 
 
 def read_codec_seconds(stack: Stack, count: int) -> float:
-    """CPU seconds an image spent in the sandbox (decoding, scaling, encoding, checking), as its runs recorded them."""
+    """Returns the CPU seconds per image spent in the sandbox, as recorded by the runs.
+
+    The sandbox decodes, scales, encodes and checks images.
+    """
     path = stack.settings.home / "dagster" / "storage" / "event_log.db"
-    query = "SELECT event FROM event_logs WHERE dagster_event_type = 'ASSET_MATERIALIZATION' ORDER BY id DESC LIMIT ?"
+    query = (
+        "SELECT event FROM event_logs WHERE dagster_event_type = 'ASSET_MATERIALIZATION' "
+        "ORDER BY id DESC LIMIT ?"
+    )
     with closing(sa.create_engine(f"sqlite:///{path}").raw_connection()) as connection:
         rows = connection.execute(query, (3 * count,)).fetchall()
     seconds = 0.0
@@ -60,7 +69,7 @@ def read_codec_seconds(stack: Stack, count: int) -> float:
 
 
 def collect(folder: Path, count: int) -> Path:
-    """A new folder with `count` photos of the given one, each as often as needed."""
+    """Returns a new folder with `count` copies of the photos in a folder, repeated as needed."""
     photos = sorted(path for path in folder.iterdir() if path.suffix.lower() in (".jpg", ".jpeg"))
     target = Path(tempfile.mkdtemp())
     for number, photo in enumerate(islice(cycle(photos), count)):
@@ -69,7 +78,7 @@ def collect(folder: Path, count: int) -> Path:
 
 
 def measure(folder: Path, count: int, rounds: int, has_peer_as_written: bool) -> dict[str, Any]:
-    """Rounds of peer and us by turns, on one machine; `ratio` is the median over the rounds."""
+    """Alternates between the reference worker and our stack; ratios are ours over the worker's."""
     machine, photos = describe_machine(), collect(folder, count)
     peer, ours, as_written = [], [], None
     with run_provider(CHAT_SECONDS, EMBED_SECONDS) as provider:

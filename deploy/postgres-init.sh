@@ -1,5 +1,6 @@
 #!/bin/sh
-# Two databases, each with a user who can see only that one. Postgres' image runs it once, on an empty volume.
+# Creates two databases, each with a user who can see only that one. The Postgres image runs this
+# once, on an empty volume.
 set -eu
 psql --set ON_ERROR_STOP=1 --username "${POSTGRES_USER:-postgres}" --dbname postgres \
   --set catalogue_password="$(cat /run/secrets/catalogue_database_password)" \

@@ -1,4 +1,8 @@
-"""A deadline for a whole conversation: timeouts of sockets begin anew with every byte, and a peer may send just one."""
+"""A deadline for a whole network exchange.
+
+A socket's timeout starts again with every byte received, so a slow peer can stretch an exchange
+without limit.
+"""
 
 import threading
 from collections.abc import Callable
@@ -9,14 +13,16 @@ T = TypeVar("T")
 
 
 def call_within(
-    seconds: float, work: Callable[[], T], give_up: Callable[[], object] = lambda: None
+    seconds: float, work: Callable[[], T], on_timeout: Callable[[], object] = lambda: None
 ) -> T:
-    """What `work` gives or raises, if it ends in time. It runs in a thread of its own.
+    """Runs `work` in a separate thread and returns its result, if it ends in time.
 
-    A thread that is late is left behind, and dies with its process at the latest; `give_up` may have it end sooner.
+    A late thread is abandoned. It ends with its process at the latest; `on_timeout` may make it end
+    sooner.
 
     Raises:
-        TimeoutError: it did not end in time.
+        TimeoutError: `work` did not end within `seconds`.
+        BaseException: Whatever `work` raises.
     """
     result: Future[T] = Future()
 
@@ -29,6 +35,6 @@ def call_within(
     threading.Thread(target=run, name="call with a deadline", daemon=True).start()
     wait([result], seconds)
     if not result.done():
-        give_up()
+        on_timeout()
         raise TimeoutError(f"not done within {seconds:g} s")
     return result.result()

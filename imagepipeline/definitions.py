@@ -1,4 +1,4 @@
-"""The pipeline on one screen: everything Dagster is told of, and the settings it is made with."""
+"""The pipeline on one screen: all Dagster definitions and the resources behind them."""
 
 import dagster as dg
 
@@ -36,9 +36,12 @@ from imagepipeline.stores.uploads import UploadQueue
 
 @dg.definitions
 def defs() -> dg.Definitions:
-    """The code location. Nothing connects here, and of the disk only the home's modes are looked at."""
+    """Returns the definitions of the code location.
+
+    Opens no connections, and reads and changes nothing on disk but the permissions of the home.
+    """
     settings = Settings.load()
-    secure_home(settings)  # under `dagster dev`, this is the way in
+    secure_home(settings)  # here, because `dagster dev` runs none of our other startup code
     recipes = build_recipes(settings)
     return dg.Definitions(
         assets=[
@@ -63,7 +66,7 @@ def defs() -> dg.Definitions:
 
 
 def build_resources(settings: Settings) -> dict[str, dg.ResourceDefinition]:
-    """What assets and sensors are given; each connects when it is first used."""
+    """Returns the resources of assets and sensors; each connects when it is first used."""
     files = open_storage(settings.storage)
     sandbox = Sandbox(
         settings.max_memory_bytes,
@@ -86,10 +89,10 @@ def build_resources(settings: Settings) -> dict[str, dg.ResourceDefinition]:
     database = settings.database_url
     return {
         "queue": resources.opened(
-            lambda: UploadQueue(queue, prefix), "The Redis lists uploads arrive on."
+            lambda: UploadQueue(queue, prefix), "The Redis lists on which uploads arrive."
         ),
         "tasks": resources.opened(
-            lambda: TaskQueue(broker, prefix), "The runs that wait for a worker."
+            lambda: TaskQueue(broker, prefix), "The queue of runs that wait for a worker."
         ),
         "catalogue": resources.made(lambda: Catalogue(database), "The SQL record of all images."),
         "ledger": resources.made(lambda: Ledger(database), "What paid calls cost, and the pauses."),
@@ -98,16 +101,16 @@ def build_resources(settings: Settings) -> dict[str, dg.ResourceDefinition]:
         ),
         "paid_calls": resources.entered(
             lambda: open_paid_calls(settings),
-            "Who makes the paid calls: within rate limit and budget, written down.",
+            "Makes paid calls within rate limit and budget, and records them.",
         ),
         "notifiers": resources.made(
             lambda: build_notifiers(settings),
-            "How the administrators are told: by webhook, by mail, both, or not.",
+            "The channels that notify administrators: webhook, mail, both or none.",
         ),
-        "files": resources.made(lambda: files, "Originals and variants."),
+        "files": resources.made(lambda: files, "The files of originals and variants."),
         "originals": resources.opened(
             lambda: Originals(files, sandbox, rules, preview_px),
-            "The originals, each decoded once a run, and the rules for what they may be.",
+            "The originals, each decoded once per run, and the rules for accepting them.",
         ),
         "renderer": resources.made(
             lambda: Renderer(
@@ -120,9 +123,9 @@ def build_resources(settings: Settings) -> dict[str, dg.ResourceDefinition]:
         ),
         "index": resources.made(lambda: build_index(settings), "The embeddings, in LanceDB."),
         "vision": resources.made(
-            lambda: build_vision(settings), "The model that describes the images."
+            lambda: build_vision(settings), "The model that describes images."
         ),
         "embedder": resources.made(
-            lambda: build_embedder(settings), "The model that embeds the texts."
+            lambda: build_embedder(settings), "The model that embeds texts."
         ),
     }

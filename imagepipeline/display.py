@@ -1,4 +1,4 @@
-"""What a person reads: progress (on stderr), tables and addresses (on stdout), and the same as JSON."""
+"""Output of the commands: progress on stderr; tables, addresses or JSON on stdout."""
 
 import io
 import os
@@ -33,10 +33,10 @@ STYLES = {
 out = Console()
 
 
-class EnduringStream(io.TextIOBase):
-    """A standard stream (`stdout`, `stderr`) for what must go on when nobody can read it any more.
+class TolerantStream(io.TextIOBase):
+    """A standard stream (`stdout`, `stderr`) that discards output once it can no longer be written.
 
-    Once a pipe's reader has gone, the terminal is closed or the disk is full, what is printed there goes nowhere.
+    This happens when the reader of a pipe is gone, the terminal is closed or the disk is full.
     """
 
     def __init__(self, name: str) -> None:
@@ -48,7 +48,7 @@ class EnduringStream(io.TextIOBase):
         return stream
 
     def write(self, text: str) -> int:
-        """Writes and flushes."""
+        """Writes and flushes the text; returns its length."""
         try:
             self._stream.write(text)
             self._stream.flush()
@@ -57,34 +57,38 @@ class EnduringStream(io.TextIOBase):
         return len(text)
 
     def isatty(self) -> bool:
-        """As the stream's."""
+        """Returns whether the standard stream is a terminal."""
         return self._stream.isatty()
 
     def fileno(self) -> int:
-        """As the stream's."""
+        """Returns the file descriptor of the standard stream."""
         return self._stream.fileno()
 
 
 def silence(stream: TextIO) -> None:
-    """Lets what is printed there from now on, and what still waits, go nowhere."""
-    nowhere = os.open(os.devnull, os.O_WRONLY)
-    os.dup2(nowhere, stream.fileno())
-    os.close(nowhere)
+    """Discards everything that is buffered in the stream or printed to it from now on."""
+    null = os.open(os.devnull, os.O_WRONLY)
+    os.dup2(null, stream.fileno())
+    os.close(null)
 
 
-err = Console(file=cast(IO[str], EnduringStream("stderr")))
-enduring_out = Console(file=cast(IO[str], EnduringStream("stdout")))
+err = Console(file=cast(IO[str], TolerantStream("stderr")))
+tolerant_out = Console(file=cast(IO[str], TolerantStream("stdout")))
 
 
 def report(line: str) -> None:
-    """Says what the stack is doing, to whoever may still listen."""
+    """Prints what the stack is doing to stderr; never fails, even if stderr is closed."""
     err.print(Text(make_printable(line), style="dim"))
 
 
 def follow(
     catalogue: Catalogue, awaited: Mapping[str, int], pause: Callable[[float], None]
 ) -> None:
-    """Shows progress until each image has ended in a run that began after so many pushes."""
+    """Shows progress until all images have ended.
+
+    `awaited` maps each image ID to a number of pushes: the image counts as ended only if its run
+    began after that push.
+    """
     waiting = dict(awaited)
     columns = [
         TextColumn("{task.description}"),
@@ -115,7 +119,7 @@ def follow(
 
 
 def collect_results(catalogue: Catalogue, image_ids: Sequence[str]) -> list[dict[str, Any]]:
-    """For each image: status, error, tags, description, and its bytes before and after."""
+    """Returns the status, error, tags, description, and bytes before and after, for each image."""
     rows = []
     for image_id in image_ids:
         row = catalogue.get(image_id) or {"status": "unknown", "variants": []}
@@ -147,7 +151,7 @@ def add_nearest(rows: Sequence[dict[str, Any]], settings: Settings, version: str
 
 
 def show_results(rows: Sequence[Mapping[str, Any]], seconds: float, as_json: bool) -> None:
-    """The results as a table, and how long they took together."""
+    """Prints the results and the total time they took."""
     if as_json:
         print(to_json({"images": list(rows), "seconds": round(seconds, 1)}), flush=True)
         return
@@ -176,12 +180,12 @@ def show_results(rows: Sequence[Mapping[str, Any]], seconds: float, as_json: boo
         table.add_row(*cells)
     out.print(table)
     completed = sum(row["status"] == Status.COMPLETED for row in rows)
-    rate = f"{len(rows) / seconds * 60:.0f} images a minute"
+    rate = f"{len(rows) / seconds * 60:.0f} images per minute"
     out.print(f"{completed} of {len(rows)} completed in {seconds:.1f} s ({rate})", highlight=False)
 
 
 def show_addresses(settings: Settings, webserver_url: str, as_json: bool) -> None:
-    """Where the running stack is reached; the stack runs on if nobody reads it."""
+    """Prints the addresses of the running stack; never fails, even if stdout is closed."""
     own_redis = str(settings.socket_folder / "valkey.sock") if settings.has_own_redis else None
     addresses = {
         "webserver_url": webserver_url,
@@ -191,17 +195,17 @@ def show_addresses(settings: Settings, webserver_url: str, as_json: bool) -> Non
         "dagster_home": str(settings.home / "dagster"),
     }
     if as_json:
-        enduring_out.out(to_json(addresses), highlight=False)
+        tolerant_out.out(to_json(addresses), highlight=False)
         return
     for name, address in addresses.items():
-        enduring_out.print(
+        tolerant_out.print(
             Text(make_printable(f"{name.replace('_', ' '):<14} {address}")), soft_wrap=True
         )
-    enduring_out.print("Ctrl-C stops it, after the uploads under way.", style="dim")
+    tolerant_out.print("Ctrl-C stops the stack after its current uploads.", style="dim")
 
 
 def show_status(read: Callable[[], Mapping[str, Any]], as_json: bool, is_watching: bool) -> None:
-    """What `read` gives, once or every second."""
+    """Prints what `read` returns, once or every second."""
     if as_json:
         while True:
             print(to_json(read(), default=_to_json), flush=True)
@@ -221,7 +225,7 @@ def show_status(read: Callable[[], Mapping[str, Any]], as_json: bool, is_watchin
 
 
 def show_rows(rows: Sequence[Mapping[str, Any]], columns: Sequence[str], as_json: bool) -> None:
-    """The chosen columns of some rows."""
+    """Prints the chosen columns of some rows."""
     chosen = [{name: row.get(name) for name in columns} for row in rows]
     if as_json:
         print(to_json(chosen, default=_to_json))
@@ -238,10 +242,10 @@ def show_rows(rows: Sequence[Mapping[str, Any]], columns: Sequence[str], as_json
 
 
 def show_findings(findings: Iterable[Finding], as_json: bool) -> bool:
-    """What the doctor found, each as it is found; gives whether anything is not well."""
-    is_ill = False
+    """Prints the doctor's findings as they come in; returns whether there is any problem."""
+    has_problem = False
     for finding in findings:
-        is_ill = is_ill or not finding.is_well
+        has_problem = has_problem or not finding.is_well
         if as_json:
             print(to_json(asdict(finding)), flush=True)
             continue
@@ -255,11 +259,11 @@ def show_findings(findings: Iterable[Finding], as_json: bool) -> bool:
                 Text(make_printable(f"  {'':<16} → {finding.advice}"), style="yellow"),
                 soft_wrap=True,
             )
-    return is_ill
+    return has_problem
 
 
 def show_neighbours(catalogue: Catalogue, neighbours: Sequence[Neighbour], as_json: bool) -> None:
-    """Search results, best first."""
+    """Prints search results, best first."""
     rows = []
     for neighbour in neighbours:
         described = (catalogue.get(neighbour.image_id) or {}).get("metadata") or {}
@@ -275,7 +279,7 @@ def show_neighbours(catalogue: Catalogue, neighbours: Sequence[Neighbour], as_js
         print(to_json(rows))
         return
     if not rows:
-        out.print("No image has been embedded by this model yet.")
+        out.print("This model has not embedded any image yet.")
         return
     table = Table("score", "image", "description")
     for row in rows:
@@ -291,7 +295,7 @@ def _tabulate(values: Mapping[str, Any]) -> Table:
 
 
 def _to_text(value: Any) -> Text:
-    """What a person reads of a value: no markup is looked for in it, and nothing in it acts upon the terminal."""
+    """Returns a value as text that contains no markup and cannot control the terminal."""
     if isinstance(value, datetime):
         return Text(value.isoformat(timespec="seconds"))
     if isinstance(value, dict | list):

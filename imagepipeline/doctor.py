@@ -1,4 +1,4 @@
-"""The doctor: looks at everything a pipeline stands on, one finding each, with what to do about it."""
+"""The doctor: checks everything the pipeline depends on and advises what to do about problems."""
 
 import functools
 import io
@@ -27,15 +27,15 @@ from imagepipeline.settings import Settings
 MAX_CLOCK_SKEW_SECONDS = 2
 MIN_FREE_BYTES = 2_000_000_000
 MIN_OPEN_FILES = 1024
-MAX_QUESTIONS = 5
+MAX_VISION_CALLS = 5
 FULL_SHARE = 0.9  # of Redis's maxmemory
-FLOOD_ADVICE = "mend the uploader, then `imagepipeline failed discard --reason unreadable`"
-EVICTION_ADVICE = "set maxmemory-policy noeviction, or uploads get lost"
+FLOOD_ADVICE = "fix the uploader, then run `imagepipeline failed discard --reason unreadable`"
+EVICTION_ADVICE = "set maxmemory-policy to noeviction; otherwise uploads may be lost"
 
 
 @dataclass(frozen=True)
 class Finding:
-    """What was found of one thing; `advice` says what to do, and is empty where all is well."""
+    """The result of one check; `advice` says what to do, and is empty if all is well."""
 
     name: str
     is_well: bool
@@ -44,10 +44,12 @@ class Finding:
 
 
 def examine(settings: Settings) -> Iterator[Finding]:
-    """Looks at each thing in turn; the providers are asked one tiny question each, which they may charge for."""
-    ask_dagster = functools.cache(
-        lambda: _ask_dagster(settings)
-    )  # it takes a process that imports Dagster
+    """Yields the finding of each check in turn.
+
+    The checks of remote models make a tiny call to each provider, who may charge for it.
+    """
+    # Cached, because two checks need the answer and it takes a process that imports Dagster.
+    ask_dagster = functools.cache(lambda: _ask_dagster(settings))
     checks: dict[str, Callable[[Settings], Finding]] = {
         "home": _examine_home,
         "redis": _examine_redis,
@@ -70,59 +72,67 @@ def examine(settings: Settings) -> Iterator[Finding]:
     for name, check in checks.items():
         try:
             yield check(settings)
-        except Exception as error:  # a doctor who faints helps nobody; values of settings may be in foreign messages
+        except Exception as error:  # the other checks must still run
+            # Messages of other libraries may quote settings, so only our own are shown.
             sentence = (
                 str(error)
                 if isinstance(error, ImagePipelineError)
-                else f"{type(error).__name__} came up"
+                else f"the check failed with {type(error).__name__}"
             )
             is_elsewhere = isinstance(error, PostponedError) and not isinstance(error, PausedError)
-            yield Finding(
-                name, False, sentence, "mend that first" if is_elsewhere else ADVICE[name]
-            )
+            yield Finding(name, False, sentence, "fix that first" if is_elsewhere else ADVICE[name])
 
 
 START = "start the stack with `imagepipeline up`"
 ADVICE = {
-    "home": "set IMAGEPIPELINE_HOME to a folder of this user",
-    "code server": f"{START}; its log says why it ended",
-    "workers": f"{START}, or one worker with `imagepipeline service worker`; its log says why it ended",
-    "daemon": f"{START}; its log says why it ended",
+    "home": "set IMAGEPIPELINE_HOME to a folder that this user owns",
+    "code server": f"{START}; if it has ended, its log says why",
+    "workers": (
+        f"{START}, or a single worker with `imagepipeline service worker`; "
+        "if one has ended, its log says why"
+    ),
+    "daemon": f"{START}; if it has ended, its log says why",
     "sensors": START,
-    "webserver": f"{START}; its log says why it ended",
-    "redis": "start the stack with `imagepipeline up`, or correct REDIS_URL",
-    "database": "start the stack with `imagepipeline up`, or correct DATABASE_URL",
-    "storage": "make IMAGEPIPELINE_STORAGE_ROOT a folder this user may write to",
-    "index": "mend or restore the folder `lancedb` in IMAGEPIPELINE_HOME, or materialize `embedding` again",
+    "webserver": f"{START}; if it has ended, its log says why",
+    "redis": f"{START}, or correct REDIS_URL",
+    "database": f"{START}, or correct DATABASE_URL",
+    "storage": "set IMAGEPIPELINE_STORAGE_ROOT to a folder that this user may write to",
+    "index": (
+        "repair or restore the folder `lancedb` in IMAGEPIPELINE_HOME, "
+        "or materialize `embedding` again"
+    ),
     "clock": "start Redis first",
-    "limits": "look at `ulimit -a`",
+    "limits": "check `ulimit -a`",
     "prices": "correct IMAGEPIPELINE_PRICES",
-    "sandbox": "reinstall the package; look whether memory is short",
+    "sandbox": "check whether memory is short, or reinstall the package",
     "vision model": "correct OPENAI_BASE_URL, OPENAI_API_KEY or IMAGEPIPELINE_VISION_MODEL",
-    "embedding model": "correct OPENROUTER_BASE_URL, OPENROUTER_API_KEY or IMAGEPIPELINE_EMBEDDING_MODEL",
-    "pauses": "start the stack with `imagepipeline up`",
+    "embedding model": (
+        "correct OPENROUTER_BASE_URL, OPENROUTER_API_KEY or IMAGEPIPELINE_EMBEDDING_MODEL"
+    ),
+    "pauses": START,
 }
 
 
 def _examine_home(settings: Settings) -> Finding:
     home = settings.home
     if not home.is_dir():
-        return Finding(
-            "home", False, f"there is no folder {home}", "start the stack with `imagepipeline up`"
-        )
+        return Finding("home", False, f"{home} does not exist", START)
     for fault in find_faults(settings):
-        return Finding("home", False, fault.sentence, fault.cure)
+        return Finding("home", False, fault.sentence, fault.advice)
     with tempfile.TemporaryFile(dir=home):
         pass
     free_bytes = shutil.disk_usage(home).free
     if free_bytes < MIN_FREE_BYTES:
         return Finding(
-            "home", False, f"only {free_bytes / 1e9:.1f} GB are free below {home}", "make room"
+            "home",
+            False,
+            f"only {free_bytes / 1e9:.1f} GB are free in {home}",
+            "free some disk space",
         )
     return Finding(
         "home",
         True,
-        f"{home} can be written, by its owner only; {free_bytes / 1e9:.0f} GB are free",
+        f"{home} is writable, by its owner only; {free_bytes / 1e9:.0f} GB are free",
     )
 
 
@@ -133,7 +143,8 @@ def _examine_code_server(settings: Settings) -> Finding:
         return Finding(
             "code server",
             True,
-            "it runs elsewhere, if it does: ask it there, with `service code-server --check`",
+            "not checked, because none runs on this machine: "
+            "run `imagepipeline service code-server --check` where it runs",
         )
     if not services.answers_grpc(settings.code_address):
         return Finding("code server", False, "it does not answer", ADVICE["code server"])
@@ -146,17 +157,20 @@ def _examine_workers(settings: Settings) -> Finding:
 
     names = services.list_workers(settings)
     if not names:
-        return Finding("workers", False, "none answers, so that no run begins", ADVICE["workers"])
+        return Finding("workers", False, "none answers, so no run can start", ADVICE["workers"])
     with machines.leave_mark(settings) as mark:
         answers = services.ask_workers(
             settings, machines.COMMAND, {"mark": mark}, names, services.WORK_SECONDS
         )
     differences = [
-        f"{name} does not say what it works with" for name in names if name not in answers
+        f"{name} did not describe its configuration" for name in names if name not in answers
     ]
     differences += machines.find_differences(settings, answers)
     if differences:
-        advice = "give all machines the same settings and versions: docs/operations.md says what they must share"
+        advice = (
+            "give all machines the same settings and versions; "
+            "docs/operations.md lists what they must share"
+        )
         return Finding("workers", False, "; ".join(differences), advice)
     found = sorted(
         (machine.host, machine.slots)
@@ -168,43 +182,44 @@ def _examine_workers(settings: Settings) -> Finding:
     )
     slots = sum(slots for _, slots in found)
     if settings.max_runs > slots:
-        advice = "start more workers, or set IMAGEPIPELINE_MAX_RUNS to what they can do"
+        advice = f"start more workers, or set IMAGEPIPELINE_MAX_RUNS to {slots}"
         return Finding(
             "workers",
             False,
-            f"of {settings.max_runs} runs at a time, only {slots} find a slot: {sentence}",
+            f"{settings.max_runs} runs may run at once, but there are only {slots} slots: "
+            f"{sentence}",
             advice,
         )
-    return Finding("workers", True, f"they answer, and share what they must: {sentence}")
+    return Finding("workers", True, f"all answer and share their configuration: {sentence}")
 
 
-def _examine_daemon(said: Mapping[str, Mapping[str, str]]) -> Finding:
-    if problems := _list_problems(said["daemon"]):
+def _examine_daemon(examined: Mapping[str, Mapping[str, str]]) -> Finding:
+    if problems := _list_problems(examined["daemon"]):
         return Finding("daemon", False, "; ".join(problems), ADVICE["daemon"])
-    return Finding("daemon", True, "all its parts have given a sign of life")
+    return Finding("daemon", True, "all its parts have sent a recent heartbeat")
 
 
-def _examine_sensors(said: Mapping[str, Mapping[str, str]]) -> Finding:
-    if problems := _list_problems(said["sensors"]):
+def _examine_sensors(examined: Mapping[str, Mapping[str, str]]) -> Finding:
+    if problems := _list_problems(examined["sensors"]):
         return Finding(
             "sensors",
             False,
             "; ".join(problems),
-            "without them nothing is taken in, recovered or told",
+            "fix this soon: without its sensors, the pipeline starts, recovers and reports nothing",
         )
-    return Finding("sensors", True, "all run, and none fails")
+    return Finding("sensors", True, "all run without failures")
 
 
 def _ask_dagster(settings: Settings) -> dict[str, dict[str, str]]:
     from imagepipeline.runtime import services
 
     if not settings.dagster_database_url and not (settings.home / "dagster" / "storage").is_dir():
-        raise StackError("there is no Dagster in this home yet")
+        raise StackError("this home has no Dagster instance yet")
     return services.examine_daemon(settings)
 
 
-def _list_problems(said: Mapping[str, str]) -> list[str]:
-    return [f"{name} {problem}" for name, problem in said.items() if problem]
+def _list_problems(problems: Mapping[str, str]) -> list[str]:
+    return [f"{name} {problem}" for name, problem in problems.items() if problem]
 
 
 def _examine_webserver(settings: Settings) -> Finding:
@@ -216,7 +231,8 @@ def _examine_webserver(settings: Settings) -> Finding:
         return Finding(
             "webserver",
             True,
-            "it runs elsewhere, if it does: ask it there, with `service webserver --check`",
+            "not checked, because none runs on this machine: "
+            "run `imagepipeline service webserver --check` where it runs",
         )
     if url is None or not services.answers_http(f"{url}/server_info"):
         return Finding("webserver", False, "it does not answer", ADVICE["webserver"])
@@ -235,22 +251,22 @@ def _examine_redis(settings: Settings) -> Finding:
             dropped = queue.count_dropped()
     except RedisClusterError as error:
         return Finding(
-            "redis", False, str(error), "let REDIS_URL name a server that belongs to no cluster"
+            "redis", False, str(error), "set REDIS_URL to a server that is not part of a cluster"
         )
     if dropped:
         return Finding(
             "redis",
             False,
-            f"{dropped} unreadable entries were dropped, as more came than are kept",
+            f"{dropped} unreadable entries were dropped because the list of them was full",
             FLOOD_ADVICE,
         )
     client = connect(settings.redis_url)
     try:
         client.ping()
         memory = client.info("memory")
-    except redis.ResponseError:  # managed servers and ACL users may not ask
+    except redis.ResponseError:  # managed servers and ACLs may forbid INFO
         return Finding(
-            "redis", True, "it answers; whether it may evict keys or is full it does not say"
+            "redis", True, "it answers, but does not reveal its eviction policy and memory use"
         )
     except redis.RedisError as error:
         return Finding(
@@ -261,9 +277,11 @@ def _examine_redis(settings: Settings) -> Finding:
         return Finding("redis", False, f"it evicts keys ({policy})", EVICTION_ADVICE)
     share = memory.get("used_memory", 0) / limit_bytes if limit_bytes else 0
     if share >= FULL_SHARE:
-        advice = "raise maxmemory, or find out what else is kept there: a full Redis refuses pushes"
+        advice = (
+            "raise maxmemory, or find out what else is stored there: a full Redis refuses pushes"
+        )
         return Finding("redis", False, f"{share:.0%} of its memory is used", advice)
-    return Finding("redis", True, "it answers, evicts nothing and has room")
+    return Finding("redis", True, "it answers, evicts nothing and has free memory")
 
 
 def _examine_database(settings: Settings) -> Finding:
@@ -275,7 +293,7 @@ def _examine_database(settings: Settings) -> Finding:
     return Finding(
         "database",
         True,
-        f"it answers; {sum(counts.values())} images, {counts['failed']} of them failed",
+        f"it answers; {sum(counts.values())} images, of which {counts['failed']} failed",
     )
 
 
@@ -283,7 +301,7 @@ def _examine_storage(settings: Settings) -> Finding:
     from imagepipeline.storage import open_storage
 
     if "://" not in settings.storage and not Path(settings.storage).exists():
-        return Finding("storage", False, f"there is no folder {settings.storage}", START)
+        return Finding("storage", False, f"{settings.storage} does not exist", START)
     files = open_storage(settings.storage)
     name = f"variants/.doctor-{os.getpid()}"
     files.write(name, b"doctor")
@@ -292,37 +310,36 @@ def _examine_storage(settings: Settings) -> Finding:
     free_bytes = files.free_bytes
     if not is_same:
         return Finding(
-            "storage", False, "what was written was read back differently", ADVICE["storage"]
+            "storage", False, "a test file came back with other content", ADVICE["storage"]
         )
     if free_bytes is None:
-        return Finding("storage", True, "the bucket can be written and read")
+        return Finding("storage", True, "the bucket is readable and writable")
     if free_bytes < MIN_FREE_BYTES:
         return Finding(
             "storage",
             False,
             f"only {free_bytes / 1e9:.1f} GB are free",
-            "make room; paused images wait for it",
+            "free some disk space; images wait until there is enough",
         )
     return Finding(
-        "storage", True, f"it can be written and read; {free_bytes / 1e9:.0f} GB are free"
+        "storage", True, f"it is readable and writable; {free_bytes / 1e9:.0f} GB are free"
     )
 
 
 def _has_index(settings: Settings) -> bool:
-    return (
-        "://" in settings.index_uri or Path(settings.index_uri).exists()
-    )  # to open it would make it
+    # Opening the index would create it.
+    return "://" in settings.index_uri or Path(settings.index_uri).exists()
 
 
 def _examine_index(settings: Settings) -> Finding:
     from imagepipeline.index import open_index
 
     if not _has_index(settings):
-        return Finding("index", True, "there is none yet; the first upload makes it")
+        return Finding("index", True, "it does not exist yet; the first upload creates it")
     return Finding(
         "index",
         True,
-        f"it can be read; {open_index(settings.index_uri).count_rows()} embeddings",
+        f"it is readable; {open_index(settings.index_uri).count_rows()} embeddings",
     )
 
 
@@ -338,14 +355,14 @@ def _examine_clock(settings: Settings) -> Finding:
         return Finding(
             "clock",
             False,
-            f"Redis cannot be asked the time ({type(error).__name__})",
+            f"Redis does not answer with its time ({type(error).__name__})",
             ADVICE["clock"],
         )
     skew_seconds = abs(time.time() - seconds - microseconds / 1e6)
     if skew_seconds > MAX_CLOCK_SKEW_SECONDS:
-        advice = "synchronise both by NTP: rate limits and waits are counted by these clocks"
+        advice = "synchronise both clocks by NTP: rate limits and waits depend on them"
         return Finding(
-            "clock", False, f"this machine and Redis disagree by {skew_seconds:.1f} s", advice
+            "clock", False, f"this machine and Redis differ by {skew_seconds:.1f} s", advice
         )
     return Finding("clock", True, "this machine and Redis agree")
 
@@ -357,17 +374,17 @@ def _examine_limits(settings: Settings) -> Finding:
         return Finding(
             "limits",
             False,
-            f"only {open_files} files may be open",
-            f"`ulimit -n {MIN_OPEN_FILES}` or more",
+            f"a process may open only {open_files} files",
+            f"run `ulimit -n {MIN_OPEN_FILES}`, or set a higher limit",
         )
     if address_space != resource.RLIM_INFINITY and address_space < 4 * settings.max_memory_bytes:
         return Finding(
             "limits",
             False,
             f"the address space is limited to {address_space / 1e9:.1f} GB",
-            "`ulimit -v unlimited`",
+            "run `ulimit -v unlimited`",
         )
-    return Finding("limits", True, f"{open_files} files may be open, memory is not limited")
+    return Finding("limits", True, f"{open_files} open files, enough address space")
 
 
 def _examine_prices(settings: Settings) -> Finding:
@@ -375,11 +392,11 @@ def _examine_prices(settings: Settings) -> Finding:
 
     if problem := providers.explain_unpriced_models(settings):
         sentence, _, advice = problem.partition(": ")
-        advice += "; where the provider itself reports costs, unset the budget for the first call"
+        advice += "; if the provider reports costs itself, unset the budget for the first call"
         return Finding("prices", False, sentence, advice)
     if not (settings.daily_budget_usd or settings.monthly_budget_usd):
         return Finding("prices", True, "no budget is set")
-    return Finding("prices", True, "the price of every model is known, so budgets hold")
+    return Finding("prices", True, "the price of every model is known, so budgets can be kept")
 
 
 def _examine_sandbox(settings: Settings) -> Finding:
@@ -389,25 +406,26 @@ def _examine_sandbox(settings: Settings) -> Finding:
 
     with closing(Zygote()) as zygote:
         confinement = zygote.prepare()
-    sentence = f"of a process that decodes, {confinement.describe()}"
+    sentence = f"in a decoder, {confinement.describe()}"
     if not confinement.has_seccomp:
         consequence = (
             "images wait"
             if settings.require_confinement
-            else "a decoder that is broken into gets all"
+            else "a hijacked decoder could do anything this user may do"
         )
         return Finding(
             "sandbox",
             False,
             f"{sentence}: {consequence}",
-            "run on Linux, on x86_64 or aarch64, and where a container forbids seccomp, allow it: docs/security.md",
+            "run on Linux on x86_64 or aarch64, and if a container forbids seccomp, allow it: "
+            "see docs/security.md",
         )
     return Finding("sandbox", True, sentence)
 
 
 def _examine_vision(settings: Settings) -> Finding:
     if not settings.has_remote_vision:
-        return Finding("vision model", True, "the local one is used: no key, no network, no cost")
+        return Finding("vision model", True, "the local model is used: no key, network or cost")
     from PIL import Image
 
     from imagepipeline import providers
@@ -424,13 +442,19 @@ def _examine_vision(settings: Settings) -> Finding:
                     None, "doctor", model.recipe, lambda: model.describe(buffer.getvalue(), facts)
                 )
                 break
-            except FormatRefusedError as error:  # the model leaves it out when it is asked again
-                if len(problems) == MAX_QUESTIONS - 1:
+            except FormatRefusedError as error:  # the next call leaves out the refused parameter
+                if len(problems) == MAX_VISION_CALLS - 1:
                     raise
                 problems.append(str(error))
-    sentence = f"{settings.vision_model} answers in {receipt.seconds:.1f} s: {answer.metadata.description[:60]!r}"
+    sentence = (
+        f"{settings.vision_model} answered in {receipt.seconds:.1f} s: "
+        f"{answer.metadata.description[:60]!r}"
+    )
     if problems:
-        advice = "set IMAGEPIPELINE_ANSWER_FORMAT to what it knows, or images cost calls that only find this out"
+        advice = (
+            "set IMAGEPIPELINE_ANSWER_FORMAT to a format the model supports; "
+            "otherwise calls are wasted on finding out"
+        )
         return Finding("vision model", False, f"{sentence}; but {'; '.join(problems)}", advice)
     return Finding("vision model", True, sentence)
 
@@ -451,16 +475,22 @@ def _examine_embedder(settings: Settings) -> Finding:
         else []
     )
     if known and dimensions not in known:
-        advice = "the model behind the name has changed: use another name, and materialize `embedding` of all images"
-        sentence = f"it gives {dimensions} dimensions, the index holds {known[0]}"
+        advice = (
+            "the model behind this name has changed: "
+            "set another name, and materialize `embedding` for all images"
+        )
+        sentence = f"the model returns {dimensions} dimensions, but the index holds {known[0]}"
         return Finding("embedding model", False, sentence, advice)
     if not settings.has_remote_embedder:
         return Finding(
             "embedding model",
             True,
-            f"the local one is used, {dimensions} dimensions: no key, no cost",
+            f"the local model is used, with {dimensions} dimensions: no key, network or cost",
         )
-    sentence = f"{settings.embedding_model} answers in {receipt.seconds:.1f} s, with {dimensions} dimensions"
+    sentence = (
+        f"{settings.embedding_model} answered in {receipt.seconds:.1f} s "
+        f"with {dimensions} dimensions"
+    )
     return Finding("embedding model", True, sentence)
 
 
@@ -471,7 +501,7 @@ def _examine_pauses(settings: Settings) -> Finding:
     Catalogue(settings.database_url).check()
     pauses = Ledger(settings.database_url).list_pauses()
     if pauses:
-        advice = "mend the cause, then `imagepipeline resume`"
+        advice = "fix the cause, then run `imagepipeline resume`"
         return Finding(
             "pauses",
             False,

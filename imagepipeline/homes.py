@@ -1,9 +1,10 @@
-"""The home and the folder of its sockets: made for their owner alone, and looked at again each time they are used.
+"""The home and its socket folder: private to their owner, and checked each time they are used.
 
-What is in a home can be executed (`dagster.yaml` names classes), a socket in its folder runs code or takes uploads, and
-the catalogue says what strangers' pictures show. So a home is its owner's, whoever made it and however: what we make
-is private by this process' umask (`settings`), what is found open is closed. Only what is surely ours is closed: the
-files at a storage root that somebody chose are as open as they made that folder (`stores.files`).
+Other users must not get into a home: `dagster.yaml` names classes that are executed, the sockets
+run code and accept uploads, and the catalogue describes other people's pictures. New files are
+private, because `settings` sets the umask, and access that others already have is taken away. Only
+files that certainly belong to us are closed: a storage root that the operator chose stays as open
+as the operator made it (`stores.files`).
 """
 
 import contextlib
@@ -21,9 +22,9 @@ from imagepipeline.settings import Settings
 
 log = logging.getLogger(__name__)
 
-OTHERS = 0o077  # all that a mode gives to those who are not the owner
+OTHERS = 0o077  # all permission bits of group and others
 OTHERS_WRITE = 0o022
-# What we make in a home. Beside it, there may be originals and variants in `storage`.
+# The files and folders we create in a home, besides `storage` with originals and variants.
 CATALOGUE = "catalogue.sqlite"
 OURS = {
     *(CATALOGUE, f"{CATALOGUE}-wal", f"{CATALOGUE}-shm", f"{CATALOGUE}-journal"),
@@ -33,22 +34,24 @@ STORAGE = "storage"
 
 
 def make_home(settings: Settings) -> None:
-    """Makes the home where there is none, and closes it to others as `secure_home` does.
+    """Creates the home if it does not exist, and closes it to other users (see `secure_home`).
 
     Raises:
-        StackError: it cannot be made or written to, or is not ours alone.
+        StackError: The home cannot be created or written to, or is not private to this user.
     """
-    with told_of(settings.home):
+    with explain_os_errors(settings.home):
         settings.home.mkdir(parents=True, exist_ok=True, mode=0o700)
         secure_home(settings)
-        with tempfile.TemporaryFile(
-            dir=settings.home
-        ):  # also where root meets a file system that is read-only
+        # A real write, because permission bits do not tell root that a file system is read-only.
+        with tempfile.TemporaryFile(dir=settings.home):
             pass
 
 
 def hold_lock(path: Path) -> int | None:
-    """A descriptor that holds a lock as long as it is open, in this process or in a child; None if another has it."""
+    """Locks a file and returns its descriptor, or None if another process holds the lock.
+
+    The lock lasts until this process and all children that inherit the descriptor have closed it.
+    """
     lock = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
     try:
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -59,41 +62,50 @@ def hold_lock(path: Path) -> int | None:
 
 
 def make_socket_folder(settings: Settings) -> None:
-    """Makes the folder of the sockets where there is none; raises as `make_home`, which comes first."""
-    with told_of(settings.home):
+    """Creates the socket folder if it does not exist; call `make_home` first.
+
+    Raises:
+        StackError: The folder cannot be created, or is not private to this user.
+    """
+    with explain_os_errors(settings.home):
         settings.socket_folder.mkdir(exist_ok=True, mode=0o700)
     secure_home(settings)
 
 
 def secure_home(settings: Settings) -> None:
-    """Closes the home to others, with what is in it and with its sockets. Where there is no home it makes none.
+    """Takes away other users' access to the home, its content and its sockets.
+
+    Does not create a home.
 
     Raises:
-        StackError: something is another user's, or cannot be closed without closing what is none of ours; the message
-            says what to do.
+        StackError: Something belongs to another user, or cannot be closed without closing files
+            that are not ours. The message says what to do.
     """
     for fault in find_faults(settings):
-        if not fault.can_be_mended:
-            raise StackError(f"{fault.sentence}: {fault.cure}")
-        with told_of(settings.home):
-            _close(fault.path, is_deep=fault.path != settings.home)
+        if not fault.is_fixable:
+            raise StackError(f"{fault.sentence}: {fault.advice}")
+        with explain_os_errors(settings.home):
+            _close(fault.path, is_recursive=fault.path != settings.home)
         if fault.path == settings.home:
-            log.warning("%s; it has been closed to them", fault.sentence)
+            log.warning("%s; their access has been removed", fault.sentence)
 
 
 @dataclass(frozen=True)
 class Fault:
-    """What is wrong with a folder or file, and for a person, what to do about it."""
+    """A problem with a file or folder; `advice` tells a person what to do about it."""
 
     path: Path
     sentence: str
-    cure: str
-    can_be_mended: bool = False
+    advice: str
+    is_fixable: bool = False
 
 
 def find_faults(settings: Settings) -> Iterator[Fault]:
-    """What lets others into the home and to its sockets; found one by one, so that each may be mended first."""
-    with told_of(settings.home):
+    """Yields everything that gives other users access to the home or its sockets.
+
+    The search is lazy, so that the caller can fix each fault before the next one is looked for.
+    """
+    with explain_os_errors(settings.home):
         if settings.home.is_dir():
             yield from _examine_home(settings)
         yield from _examine_socket_folder(settings)
@@ -101,7 +113,7 @@ def find_faults(settings: Settings) -> Iterator[Fault]:
 
 def _examine_home(settings: Settings) -> Iterator[Fault]:
     home = settings.home
-    if fault := _find_owner_fault(home, "set IMAGEPIPELINE_HOME to a folder of this user"):
+    if fault := _find_owner_fault(home, "set IMAGEPIPELINE_HOME to a folder that this user owns"):
         yield fault
         return
     mode = home.stat().st_mode
@@ -114,40 +126,45 @@ def _examine_home(settings: Settings) -> Iterator[Fault]:
         if mode & stat.S_ISVTX:
             yield Fault(
                 home,
-                f"{sentence} and meant to be",
-                "set IMAGEPIPELINE_HOME to a folder of this user's own",
+                f"{sentence} on purpose (sticky bit)",
+                "set IMAGEPIPELINE_HOME to a private folder of this user",
             )
             return
         if foreign:
-            cure = f"move that out of the home, or close the home yourself (`chmod go= {home}`)"
-            yield Fault(home, f"{sentence}, and they may need {foreign[0]}", cure)
+            advice = f"move that out of the home, or close the home yourself (`chmod go= {home}`)"
+            yield Fault(home, f"{sentence}, and they may need {foreign[0]}", advice)
             return
         yield Fault(
             home,
             sentence,
-            f"`chmod go= {home}`; `imagepipeline up` does it, too",
-            can_be_mended=True,
+            f"run `chmod go= {home}`, or `imagepipeline up`, which does the same",
+            is_fixable=True,
         )
     for name in sorted(entries.keys() & OURS):
         path, found = home / name, entries[name].stat(follow_symlinks=False)
-        if stat.S_ISLNK(found.st_mode):  # the owner's, such as to another disk
+        if stat.S_ISLNK(found.st_mode):  # the owner's choice, for example to use another disk
             continue
         if found.st_uid not in (os.geteuid(), 0):
-            cure = "remove it, or give it to the user who runs this (`chown -R`)"
-            yield Fault(path, f"{path} belongs to user {found.st_uid}, not to {os.geteuid()}", cure)
+            advice = "remove it, or give it to this user with `chown -R`"
+            sentence = f"{path} belongs to user {found.st_uid}, not to {os.geteuid()}"
+            yield Fault(path, sentence, advice)
         elif found.st_mode & OTHERS and found.st_uid == os.geteuid():
             yield Fault(
-                path, f"{path} is open to other users", f"`chmod -R go= {path}`", can_be_mended=True
+                path,
+                f"{path} is open to other users",
+                f"run `chmod -R go= {path}`",
+                is_fixable=True,
             )
 
 
 def _examine_socket_folder(settings: Settings) -> Iterator[Fault]:
     folder = settings.socket_folder
-    if (
-        folder.parent != settings.home and folder.is_symlink()
-    ):  # in /tmp anybody may make one, which we never do
+    # We never create a symbolic link, but in /tmp anybody could.
+    if folder.parent != settings.home and folder.is_symlink():
         yield Fault(
-            folder, f"{folder} is a link", "remove it, or set IMAGEPIPELINE_HOME to a shorter path"
+            folder,
+            f"{folder} is a symbolic link",
+            "remove it, or set IMAGEPIPELINE_HOME to a shorter path",
         )
         return
     if folder.exists():
@@ -160,46 +177,49 @@ def _examine_socket_folder(settings: Settings) -> Iterator[Fault]:
             yield Fault(
                 folder,
                 f"{folder} is open to other users",
-                f"`chmod go= {folder}`",
-                can_be_mended=True,
+                f"run `chmod go= {folder}`",
+                is_fixable=True,
             )
     chosen = settings.code_address.parent
-    if chosen != folder and chosen.exists():  # somebody's choice, so we do not close it
-        cure = (
+    if chosen != folder and chosen.exists():  # the operator chose it, so we do not change its mode
+        advice = (
             "set IMAGEPIPELINE_CODE_SOCKET to a path in a folder that only this user may write to"
         )
-        if fault := _find_owner_fault(chosen, cure):
+        if fault := _find_owner_fault(chosen, advice):
             yield fault
         elif chosen.stat().st_mode & OTHERS_WRITE:
-            yield Fault(chosen, f"other users may write to {chosen}", cure)
+            yield Fault(chosen, f"other users may write to {chosen}", advice)
 
 
-def _find_owner_fault(folder: Path, cure: str) -> Fault | None:
-    """What is wrong with whose it is. Also for root, who would leave files there that the owner cannot change."""
+def _find_owner_fault(folder: Path, advice: str) -> Fault | None:
+    """Returns the fault if another user owns the folder.
+
+    This applies to root as well, who would leave files that the owner of the folder cannot change.
+    """
     link = folder.lstat()
     if stat.S_ISLNK(link.st_mode) and link.st_uid not in (os.geteuid(), 0):
-        return Fault(folder, f"{folder} is a link of user {link.st_uid}", cure)
+        sentence = f"{folder} is a symbolic link that belongs to user {link.st_uid}"
+        return Fault(folder, sentence, advice)
     if not folder.is_dir():
-        return Fault(folder, f"{folder} is no folder", cure)
+        return Fault(folder, f"{folder} is not a folder", advice)
     owner = folder.stat().st_uid
     if owner != os.geteuid():
-        return Fault(folder, f"{folder} belongs to user {owner}, not to {os.geteuid()}", cure)
+        return Fault(folder, f"{folder} belongs to user {owner}, not to {os.geteuid()}", advice)
     return None
 
 
-def _close(path: Path, is_deep: bool) -> None:
-    """Takes from others all they may do with a file or folder, and with `is_deep` with all that is in it."""
-    os.chmod(
-        path, stat.S_IMODE(path.stat().st_mode) & ~OTHERS
-    )  # first, so that nobody changes what is walked through
+def _close(path: Path, is_recursive: bool) -> None:
+    """Removes all access of other users to a file or folder, and optionally to its content."""
+    # The folder itself comes first, so that nobody can change its content during the walk.
+    os.chmod(path, stat.S_IMODE(path.stat().st_mode) & ~OTHERS)
     if path.stat().st_mode & OTHERS:
         raise StackError(
-            f"{path} cannot be closed to other users, as its file system keeps no modes: "
-            "set IMAGEPIPELINE_HOME to a folder on another one"
+            f"{path} cannot be closed to other users, because its file system stores no "
+            "permissions: set IMAGEPIPELINE_HOME to a folder on another file system"
         )
-    for folder, names, files in os.walk(path) if is_deep else ():
+    for folder, names, files in os.walk(path) if is_recursive else ():
         for name in (*names, *files):
-            with contextlib.suppress(FileNotFoundError):  # the stack may be at work
+            with contextlib.suppress(FileNotFoundError):  # a running stack may delete files
                 below = os.path.join(folder, name)
                 found = os.lstat(below)
                 if (
@@ -211,12 +231,12 @@ def _close(path: Path, is_deep: bool) -> None:
 
 
 @contextlib.contextmanager
-def told_of(home: Path) -> Iterator[None]:
-    """Names the home when something below it cannot be used."""
+def explain_os_errors(home: Path) -> Iterator[None]:
+    """Turns an OSError into a StackError that names the home and says what to do."""
     try:
         yield
     except OSError as error:
         raise StackError(
             f"{home} cannot be used as the home ({error.strerror or type(error).__name__}): "
-            "set IMAGEPIPELINE_HOME to a folder this user may write to"
+            "set IMAGEPIPELINE_HOME to a folder that this user may write to"
         ) from None

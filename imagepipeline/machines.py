@@ -1,9 +1,10 @@
-"""What the machines of one pipeline must share, and whether they do.
+"""Checks that all machines of a pipeline share the same stores, settings and versions.
 
-    python -m imagepipeline.machines MARK      # prints what this machine works with, as JSON
+    python -m imagepipeline.machines MARK      # prints this machine's configuration as JSON
 
-A worker is asked for it over Celery's remote control. What it answers holds no secret, and proves what it can: that it
-finds a mark where the one who asks has left one.
+The doctor asks each worker for its configuration over Celery's remote control. The answer holds no
+secrets. To prove that a worker uses the same stores, the doctor first leaves a mark in each of
+them, and the worker reports where it finds the mark.
 """
 
 import contextlib
@@ -27,29 +28,33 @@ from imagepipeline.stores.catalogue import Catalogue
 from imagepipeline.stores.uploads import UploadQueue
 from imagepipeline.wire import MalformedMessageError, validate
 
-COMMAND = "describe_machine"  # its argument is a mark
+COMMAND = "describe_machine"  # takes a mark as its argument
 MARK = re.compile(r"[0-9a-f]{32}")
 MARK_SECONDS = 60
 
 
 @dataclass(frozen=True)
 class Machine:
-    """What a machine works with, as far as others need it too."""
+    """The part of a machine's configuration that all machines must agree on."""
 
     host: str
     version: str
     slots: int
-    catalogue: str | None  # the ID of its owner; None if it cannot be asked
+    catalogue: str | None  # ID of the Dagster instance that owns it; None if unknown
     storage: str
     index: str
-    recipes: dict[str, str]  # by asset
-    found: dict[str, bool]  # whether the mark is there, by place: storage, index, Redis
+    recipes: dict[str, str]  # recipe versions, by asset
+    found: dict[str, bool]  # whether the mark was found, by store: storage, index, Redis
 
 
 def describe(settings: Settings, mark: str) -> Machine:
-    """This machine; `mark` is what `leave_mark` gave to whoever asks."""
+    """Describes this machine and looks for `mark`, which the caller got from `leave_mark`.
+
+    Raises:
+        ValueError: `mark` is malformed.
+    """
     if not MARK.fullmatch(mark):
-        raise ValueError(f"{mark!r:.40} is no mark")
+        raise ValueError(f"{mark!r:.40} is not a mark: expected 32 hexadecimal digits")
     return Machine(
         host=socket.gethostname(),
         version=version("imagepipeline"),
@@ -72,7 +77,7 @@ def describe(settings: Settings, mark: str) -> Machine:
 
 @contextlib.contextmanager
 def leave_mark(settings: Settings) -> Iterator[str]:
-    """A new mark, for as long as the context lasts: as a file in the storage and beside the index, and in Redis."""
+    """Leaves a new mark in the storage, beside the index and in Redis until the context exits."""
     mark = uuid.uuid4().hex
     with contextlib.ExitStack() as stack:
         for store, path in (
@@ -86,16 +91,16 @@ def leave_mark(settings: Settings) -> Iterator[str]:
 
 
 def find_differences(settings: Settings, answers: Mapping[str, Any]) -> list[str]:
-    """A sentence on each thing that a worker should share with this home and does not.
+    """Returns one sentence for each thing that a worker should share with this home but does not.
 
-    `answers` are those to `COMMAND`, by worker.
+    `answers` are the workers' answers to `COMMAND`, by worker name.
     """
     ours = describe(settings, uuid.uuid4().hex)
     lines = []
     for worker, answer in sorted(answers.items()):
         theirs = read_answer(answer)
         if theirs is None:
-            lines.append(f"{worker!r:.100} is of another version: it cannot say what it works with")
+            lines.append(f"{worker!r:.100} runs another version: its answer cannot be read")
         else:
             lines += [
                 f"the worker on {theirs.host} {difference}" for difference in _compare(ours, theirs)
@@ -104,7 +109,7 @@ def find_differences(settings: Settings, answers: Mapping[str, Any]) -> list[str
 
 
 def read_answer(answer: Any) -> Machine | None:
-    """The machine that a worker has described; None if it has not."""
+    """Returns the machine that a worker described, or None if the answer cannot be read."""
     try:
         machine: Machine = validate(Machine, answer)
     except MalformedMessageError:
@@ -114,31 +119,30 @@ def read_answer(answer: Any) -> Machine | None:
 
 def _compare(ours: Machine, theirs: Machine) -> Iterator[str]:
     if theirs.version != ours.version:
-        yield f"is of version {theirs.version}, this home of {ours.version}"
+        yield f"runs version {theirs.version}, but this home runs {ours.version}"
     if theirs.catalogue is None:
-        yield "does not reach its catalogue"
+        yield "cannot reach its catalogue"
     elif theirs.catalogue != ours.catalogue:
-        yield "has another catalogue (DATABASE_URL)"
+        yield "uses another catalogue (DATABASE_URL)"
     if not theirs.found.get("storage"):
-        yield f"does not find the files of this home: it has {_say_place('storage', theirs.storage, ours.storage)}"
+        places = _compare_places(theirs.storage, ours.storage)
+        yield f"cannot find this home's files: its storage is {places}"
     if not theirs.found.get("index"):
-        yield f"does not find the index of this home: it has {_say_place('index', theirs.index, ours.index)}"
+        places = _compare_places(theirs.index, ours.index)
+        yield f"cannot find this home's index: its index is {places}"
     if not theirs.found.get("Redis"):
-        yield "has another Redis for rate limits (REDIS_URL), or does not reach it"
+        yield "uses another Redis for rate limits (REDIS_URL), or cannot reach it"
     for asset, recipe in ours.recipes.items():
         if theirs.recipes.get(asset) != recipe:
-            yield f"makes {asset} with {theirs.recipes.get(asset)}, this home with {recipe}"
+            yield f"makes {asset} with {theirs.recipes.get(asset)}, but this home uses {recipe}"
 
 
-def _say_place(name: str, theirs: str, ours: str) -> str:
-    advice = (
-        "" if "://" in theirs else ", which must be a folder that all machines share, or a bucket"
-    )
-    return (
-        f"its {name} in {theirs}{advice}"
-        if theirs == ours
-        else f"its {name} in {theirs}, this home in {ours}"
-    )
+def _compare_places(theirs: str, ours: str) -> str:
+    if theirs != ours:
+        return f"{theirs}, but this home uses {ours}"
+    if "://" in theirs:
+        return theirs
+    return f"{theirs}, which must be a folder that all machines share, or a bucket"
 
 
 def _read_owner(settings: Settings) -> str | None:
@@ -160,7 +164,7 @@ def _read_key(settings: Settings, mark: str) -> bytes | None:
 def _is_there(read: Callable[[], bytes | None]) -> bool:
     try:
         return read() is not None
-    except Exception:  # whatever the libraries say when it cannot be reached
+    except Exception:  # each client library has its own errors for an unreachable store
         return False
 
 
@@ -182,7 +186,7 @@ def _name_key(settings: Settings, mark: str) -> str:
 
 
 def _without_password(uri: str) -> str:
-    """A folder, or a URL without what may stand before its host."""
+    """Returns a folder unchanged, or a URL without credentials and query."""
     if "://" not in uri:
         return uri
     parts = urlsplit(uri)
@@ -190,7 +194,7 @@ def _without_password(uri: str) -> str:
 
 
 def main() -> None:
-    """Prints this machine, for the worker that was asked."""
+    """Prints this machine's description for the worker that started this process."""
     print(json.dumps(asdict(describe(Settings.load(), sys.argv[1]))))
 
 

@@ -1,4 +1,4 @@
-"""Paid calls: made only if nothing is paused, the budget holds and the rate limit permits; always written down."""
+"""Makes paid calls, if pauses, budget and rate limit permit, and records every call."""
 
 import json
 import re
@@ -22,21 +22,21 @@ from imagepipeline.stores.ledger import MESSAGE_CHARACTERS, Ledger
 from imagepipeline.stores.limiter import CallLimiter
 from imagepipeline.usage import CallUsage
 
-MAX_WAIT_SECONDS = 180  # for the rate limit; then the image gives its slot to another
-# A provider is down, and it is not an image's own trouble, when so many images in a row got no answer and one of them
-# has used all its attempts. Then one image is tried each time these seconds are over.
+MAX_WAIT_SECONDS = 180  # for the rate limit; then the image gives up its slot
+# A provider counts as down when the last DOWN_IMAGES images got no answer and one of them has made
+# DOWN_CALLS calls. After that, one image probes the provider every DOWN_SECONDS.
 DOWN_IMAGES, DOWN_CALLS, DOWN_SECONDS = 3, 3, 30
 FREE = (0, 0)  # a price
-# Providers append a date to a model's name for one of its versions, which costs the same.
+# Providers append a date to a model's name to denote a version, whose price is the same.
 DATE = re.compile(r"[-@:](\d{4}-\d{2}-\d{2}|\d{8})$")
 
 
 class Answer(Protocol):
-    """What a call gives; local models report no usage."""
+    """The answer to a call."""
 
     @property
     def usage(self) -> CallUsage | None:
-        """What it used."""
+        """The tokens and cost of the call, if reported; local models report none."""
 
 
 A = TypeVar("A", bound=Answer)
@@ -44,7 +44,7 @@ A = TypeVar("A", bound=Answer)
 
 @dataclass(frozen=True)
 class Receipt:
-    """What one call took: seconds waited for the rate limit, seconds of the call, and its cost where known."""
+    """The seconds a call waited for the rate limit, the seconds it took, and its cost if known."""
 
     waited_seconds: float = 0
     seconds: float = 0
@@ -55,13 +55,15 @@ class PaidCalls:
     """Makes the calls of a run to its providers.
 
     Args:
-        ledger: where calls and pauses are written.
-        limiter: who permits them.
-        prices: US dollars per million tokens in and out, by model, for providers that report no cost.
-        daily_budget_usd: over it everything waits for midnight (UTC); None for no such budget.
-        monthly_budget_usd: over it everything waits for the first of the month.
-        clock: gives the time.
-        recipes: by stage, what makes the results of an image; only remote models' calls are paid ones.
+        ledger: Records calls and pauses.
+        limiter: Enforces the rate limit.
+        prices: US dollars per million tokens in and out, by model, for providers that report no
+            cost.
+        daily_budget_usd: When it is used up, paid work waits until midnight UTC; None for no limit.
+        monthly_budget_usd: When it is used up, paid work waits until the next month; None for no
+            limit.
+        clock: Returns the current time.
+        recipes: The recipes by stage. Only calls of remote models are paid.
     """
 
     def __init__(
@@ -94,16 +96,22 @@ class PaidCalls:
         call: Callable[[], A],
         report: Callable[[str], None] = lambda line: None,
     ) -> tuple[A, Receipt]:
-        """The call's answer and what it took; `claim` is None for a call that is for no image.
+        """Makes a call, and records it if the model is remote.
 
-        `report` is told when the call must wait for the rate limit.
-        A local model is asked at once, and nothing is written down.
+        Calls of local models are made at once, without limits.
+
+        Args:
+            claim: The claim on the image; None if the call is not for an image.
+            stage: The asset for which the call is made, or `search` or `doctor`.
+            recipe: The model that is called.
+            call: Makes the call.
+            report: Receives a line if the call must wait for the rate limit.
 
         Raises:
-            PausedError: no paid call may be made now.
-            RateLimitError: there was no permit within three minutes.
-            PostponedError: the price is not known and a budget is set, or Redis does not answer.
-            ImagePipelineError: whatever the call raises.
+            PausedError: Paid work is paused.
+            RateLimitError: The rate limit did not permit the call within `MAX_WAIT_SECONDS`.
+            PostponedError: A budget is set but the price is unknown, or Redis does not answer.
+            ImagePipelineError: Whatever the call raises.
         """
         if recipe.provider == "local":
             return call(), Receipt()
@@ -117,9 +125,9 @@ class PaidCalls:
             if claim and self._ledger.is_answered_for_others(claim.image_id, stage, error.reason):
                 answer = str(error).partition(":")[0]
                 raise RefusedError(
-                    f"{answer} for this picture, and answers for others: it is refused"
+                    f"{answer} for this picture, but accepts others: the picture is refused"
                 ) from None
-            if claim:  # a search's text may be what is forbidden, which is nobody else's trouble
+            if claim:  # a forbidden search text must not pause the pipeline
                 self._pause(error, claim, stage)
             raise
         except PausedError as error:
@@ -134,11 +142,12 @@ class PaidCalls:
             raise down from error
 
     def _pause(self, error: PausedError, claim: Claim | None, stage: str) -> None:
-        # A search's or the doctor's pause is ended by any answer: neither may ever ask again.
+        # A pause caused by a search or the doctor has no stage, so that any answer ends it: neither
+        # may ever make another call.
         self._ledger.pause(error.reason, str(error), error.pause_seconds, stage if claim else None)
 
     def _is_down(self, claim: Claim, stage: str) -> bool:
-        """Whether it is the provider's trouble, and not the image's, that a call got no answer."""
+        """Returns whether the provider is down, rather than the image being the problem."""
         if any(
             pause.reason == "provider_down" and pause.stage == stage
             for pause in self._ledger.list_pauses()
@@ -155,7 +164,7 @@ class PaidCalls:
         call: Callable[[], A],
         waited_seconds: float,
     ) -> tuple[A, Receipt]:
-        """Makes a call and writes it down, whatever comes of it."""
+        """Makes a call and records it, whatever its outcome."""
         started = time.monotonic()
         outcome, usage = "answered", None
         try:
@@ -201,7 +210,7 @@ class PaidCalls:
             raise PausedError("budget", *reached)
 
     def _explain_budget(self) -> tuple[str, float] | None:
-        """Of a budget that is used up, a sentence and the seconds until it is not."""
+        """Returns a sentence and the seconds to wait if a budget is used up, or None."""
         now = self._clock()
         midnight = now.replace(hour=0, minute=0, second=0, microsecond=0)
         month = midnight.replace(day=1)
@@ -214,7 +223,7 @@ class PaidCalls:
             if budget_usd is not None and (spent := self._ledger.sum_cost_usd(since)) >= budget_usd:
                 message = (
                     f"the {name} budget of {budget_usd:g} USD is used up ({spent:.2f} USD): "
-                    f"it goes on at {ends[name]:%F %R} UTC"
+                    f"paid work resumes at {ends[name]:%F %R} UTC"
                 )
                 return message, (ends[name] - now).total_seconds()
         return None
@@ -233,26 +242,35 @@ class PaidCalls:
             self._clock() + timedelta(seconds=wait_seconds),
             self._limiter.get_limits(),
         )
-        return f"the rate limit of paid calls ({limits}) is used up: it goes on at {opens_at:%F %T} UTC"
+        return (
+            f"the rate limit of paid calls ({limits}) is used up: "
+            f"paid work resumes at {opens_at:%F %T} UTC"
+        )
 
     def count_affordable(self) -> tuple[int | None, str]:
-        """How many images the rate limits have calls for before a run gives up waiting, None for any; and why none."""
+        """Returns how many images can start within the rate limits, and if none, a reason.
+
+        An image can start if its calls get their permits before its run would give up waiting. The
+        number is None if there is no limit.
+        """
         counts: list[tuple[int, str]] = []
         for stage in self._recipes:
             permits = self._limiter.look(stage, MAX_WAIT_SECONDS)
             if permits.left is None:
                 continue
-            # An image takes one permit a stage; where one limit is for all stages, that many of it.
+            # An image needs one permit per stage; a shared limit must provide all of them.
             images = -(-permits.left // (len(self._recipes) if permits.is_shared else 1))
             counts.append((images, "" if images else self._explain_wait(permits.wait_seconds)))
         return min(counts, default=(None, ""))
 
     def update_pauses(self) -> list[Pause]:
-        """Opens and ends the pauses that follow from settings and ledger alone, and gives those that are left open.
+        """Starts and ends the pauses that depend only on settings and ledger.
 
-        So no run must fail to find out.
+        Thus no run has to fail to detect them. Also ends pauses that a model caused which is no
+        longer used.
 
-        A pause that calls of a model brought about which is not asked any more is ended, too.
+        Returns:
+            The pauses that remain.
         """
         problem = self._explain_unpriced(*self._recipes.values())
         reasons: dict[str, tuple[str, float | None] | None] = {
@@ -278,28 +296,27 @@ class PaidCalls:
         return self._ledger.list_pauses() if is_changed else pauses
 
     def _explain_unpriced(self, *recipes: Recipe) -> str | None:
-        """What to do if a budget is set that calls to these models cannot be counted against: their cost is unknown."""
+        """Returns what to do if a budget is set but the cost of these models is unknown."""
         if not any(self._budgets.values()):
             return None
-        unpriced, silent = [], []
+        unpriced, without_usage = [], []
         for recipe in recipes:
             price = find_price(recipe.model, self._prices)
-            says_usage, cost_usd = self._ledger.find_last_usage(recipe.provider, recipe.model) or (
+            reports_usage, cost_usd = self._ledger.find_last_usage(
+                recipe.provider, recipe.model
+            ) or (
                 True,
                 None,
             )
-            # A cost of nothing may mean that somebody else is charged: of a free model a person must say so.
+            # A reported cost of 0 may mean that the call is billed elsewhere, so the operator must
+            # confirm that a model is free.
             if price is None and not cost_usd:
                 unpriced.append(recipe.model)
-            elif price != FREE and not says_usage and not cost_usd:
-                silent.append(recipe.model)
-        return (
-            explain_unpriced(unpriced)
-            if unpriced
-            else explain_silent(silent[0])
-            if silent
-            else None
-        )
+            elif price != FREE and not reports_usage and not cost_usd:
+                without_usage.append(recipe.model)
+        if unpriced:
+            return explain_unpriced(unpriced)
+        return explain_missing_usage(without_usage[0]) if without_usage else None
 
     def _price(self, model: str, usage: CallUsage | None) -> float | None:
         price = find_price(model, self._prices)
@@ -310,22 +327,27 @@ class PaidCalls:
 
 
 def find_price(model: str, prices: Mapping[str, tuple[float, float]]) -> tuple[float, float] | None:
-    """US dollars per million tokens in and out; a version of a model, named by its date, costs what the model does."""
+    """Returns the US dollars per million tokens in and out, or None if they are unknown.
+
+    A dated version of a model has the price of the model.
+    """
     return prices.get(model, prices.get(DATE.sub("", model)))
 
 
 def explain_unpriced(models: Sequence[str]) -> str:
-    """What to do where a budget is set and the prices of these models are not known."""
+    """Returns what to do if a budget is set but the prices of these models are unknown."""
     entries = ", ".join(f"{json.dumps(model)}: [IN, OUT]" for model in models)
     return (
-        f"a budget is set, and the price of {' and '.join(models)} is not known: set IMAGEPIPELINE_PRICES to "
-        f"{{{entries}}} in USD per million tokens ([0, 0] if it is free), or unset the budget, and restart"
+        f"a budget is set, but the price of {' and '.join(models)} is unknown: "
+        f"set IMAGEPIPELINE_PRICES to {{{entries}}} in USD per million tokens "
+        "([0, 0] if it is free), or unset the budget, and restart"
     )
 
 
-def explain_silent(model: str) -> str:
-    """What to do where a budget is set and a provider does not say what a call uses."""
+def explain_missing_usage(model: str) -> str:
+    """Returns what to do if a budget is set but the provider does not report a call's usage."""
     return (
-        f"a budget is set, and calls to {model} do not say what they use: set IMAGEPIPELINE_PRICES to "
-        f"{{{json.dumps(model)}: [0, 0]}} if it is free, or unset the budget, and restart"
+        f"a budget is set, but calls to {model} do not report their usage: "
+        f"set IMAGEPIPELINE_PRICES to {{{json.dumps(model)}: [0, 0]}} if it is free, "
+        "or unset the budget, and restart"
     )

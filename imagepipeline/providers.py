@@ -1,4 +1,4 @@
-"""Models, recipes, index, paid calls and notifiers as the settings say, for the pipeline and for commands."""
+"""Builds models, recipes, index, paid calls and notifiers from the settings."""
 
 from collections.abc import Callable, Iterator
 from contextlib import closing, contextmanager
@@ -35,7 +35,7 @@ def build_vision(settings: Settings) -> VisionModel:
 
 
 def build_vision_options(settings: Settings) -> VisionOptions:
-    """How a remote vision model is asked."""
+    """Returns the options of a remote vision model."""
     return VisionOptions(
         settings.vision_long_side_px,
         settings.vision_detail,
@@ -55,13 +55,13 @@ def build_embedder(settings: Settings) -> Embedder:
 
 
 def build_index(settings: Settings) -> EmbeddingStore:
-    """The index of embeddings, through the resident if there is one: it writes for all runs here."""
+    """The embedding index, through the resident if there is one: it writes for all runs here."""
     resident = settings.resident_socket
     return ResidentIndex(str(resident)) if resident else open_index(settings.index_uri)
 
 
 def build_notifiers(settings: Settings) -> list[Notifier]:
-    """The ways in which administrators are told; they connect when there is something to tell."""
+    """Returns the configured notifiers; they connect when they send a message."""
     notifiers: list[Notifier] = []
     if settings.webhook_url and settings.webhook_secret:
         url, secret = (
@@ -79,7 +79,7 @@ def build_notifiers(settings: Settings) -> list[Notifier]:
 
 @contextmanager
 def open_limiter(settings: Settings) -> Iterator[CallLimiter]:
-    """The rate limit; it connects when first used."""
+    """Opens the rate limiter, which connects when it is first used."""
     with closing(
         CallLimiter(settings.redis_url, settings.queue_prefix, settings.rate_limit)
     ) as limiter:
@@ -100,7 +100,7 @@ def open_paid_calls(settings: Settings) -> Iterator[PaidCalls]:
 
 
 def build_vision_recipe(settings: Settings) -> Recipe:
-    """What will describe the images under these settings."""
+    """Returns the recipe for descriptions under these settings."""
     if not settings.has_remote_vision:
         return vision.LOCAL_RECIPE
     prompt = settings.vision_prompt or DEFAULT_PROMPT
@@ -108,15 +108,18 @@ def build_vision_recipe(settings: Settings) -> Recipe:
 
 
 def build_embedding_recipe(settings: Settings) -> Recipe:
-    """What will embed the texts under these settings."""
+    """Returns the recipe for embeddings under these settings."""
     if not settings.has_remote_embedder:
         return embedder.LOCAL_RECIPE
     return embedder.openrouter_recipe(settings.embedding_model)
 
 
 def build_recipes(settings: Settings) -> dict[str, Recipe]:
-    """What will make each asset under these settings; a change of it marks the asset's results as outdated."""
-    from imagepipeline.imaging.variants import build_recipe  # here: it imports Pillow
+    """Returns the recipe of each asset under these settings.
+
+    When a recipe changes, Dagster marks the results of its asset as outdated.
+    """
+    from imagepipeline.imaging.variants import build_recipe  # imported here, as it imports Pillow
 
     return {
         "metadata": build_vision_recipe(settings),
@@ -130,7 +133,7 @@ def build_recipes(settings: Settings) -> dict[str, Recipe]:
 
 
 def explain_unpriced_models(settings: Settings) -> str | None:
-    """What to do if a budget is set and the price of a model that will be asked stands nowhere in the settings."""
+    """Returns what to do if a budget is set but the settings lack the price of a model in use."""
     if not (settings.daily_budget_usd or settings.monthly_budget_usd):
         return None
     recipes = (build_vision_recipe(settings), build_embedding_recipe(settings))
@@ -141,13 +144,13 @@ def explain_unpriced_models(settings: Settings) -> str | None:
 
 
 def list_prices(settings: Settings) -> dict[str, tuple[float, float]]:
-    """US dollars per million tokens in and out: those we know, and those that are set."""
+    """Returns the built-in and configured prices: USD per million tokens in and out, by model."""
     known: dict[str, tuple[float, float]] = Settings.model_fields["prices"].default
     return known | settings.prices
 
 
 def embed_query(settings: Settings, text: str, report: Callable[[str], None]) -> Embedding:
-    """A search's text as a vector; a remote model's call is limited, priced and written down like all others."""
+    """Embeds the text of a search; calls of a remote model are limited and recorded as usual."""
     model = build_embedder(settings)
     with open_paid_calls(settings) as paid_calls:
         return paid_calls.make(None, "search", model.recipe, lambda: model.embed(text), report)[0]

@@ -1,8 +1,8 @@
-"""The resident: one process that keeps what costs seconds to import or load, for all runs.
+"""The resident: one process per machine that serves the index and the local models to all runs.
 
-It writes the index for all runs of its machine, and holds the offline models. Runs reach it on a Unix socket whose
-folder only its owner may enter; what passes there is JSON of known types (`wire`). Without it (under `dagster dev`, in
-tests) a run loads all this itself.
+These take seconds to import and load, so runs share one process for them. Runs reach it on a Unix
+socket in a folder that only its owner may enter, with JSON messages of known types (`wire`). Under
+`dagster dev` and in tests there is no resident, and each run loads index and models itself.
 """
 
 import contextlib
@@ -34,14 +34,14 @@ from imagepipeline.wire import (
 )
 
 BACKLOG = 64  # connections that may wait to be accepted
-MAX_BYTES = 20_000_000  # of the picture in a message
-QUESTION_SECONDS = 30  # for the whole of a question to arrive
-ANSWER_SECONDS = 300  # for a call and its answer: models are loaded first, and a bucket may be slow
-ERRORS = (StaleClaimError, ProviderRejectedError, OSError)  # that runs tell apart
+MAX_BYTES = 20_000_000  # of the binary part of a message
+REQUEST_SECONDS = 30  # for the transfer of a whole request
+RESPONSE_SECONDS = 300  # for a call and its response; loading models and slow buckets take time
+ERRORS = (StaleClaimError, ProviderRejectedError, OSError)  # that runs must distinguish
 
 
 def serve(address: str, index_uri: str) -> None:
-    """Answers calls until the process ends."""
+    """Serves calls on the Unix socket `address` until the process ends."""
     index, vision, embedder = BatchingIndex(index_uri), LocalVision(), LocalEmbedder()
     functions: dict[str, Callable[..., Any]] = {
         "upsert": index.upsert,
@@ -49,10 +49,9 @@ def serve(address: str, index_uri: str) -> None:
         "describe": vision.describe,
         "embed": embedder.embed,
     }
-    Path(address).unlink(missing_ok=True)  # of one that was killed
-    threading.Thread(
-        target=index.count_rows, daemon=True
-    ).start()  # so that the first upload finds LanceDB imported
+    Path(address).unlink(missing_ok=True)  # left by a resident that was killed
+    # Imports LanceDB in the background, before the first upload needs it.
+    threading.Thread(target=index.count_rows, daemon=True).start()
     with socket.socket(socket.AF_UNIX) as listener:
         listener.bind(address)
         listener.listen(BACKLOG)
@@ -62,32 +61,34 @@ def serve(address: str, index_uri: str) -> None:
 
 
 class Resident:
-    """The resident at `address`, as a run sees it; each call is a connection of its own."""
+    """A client of the resident at `address`; each call opens a new connection."""
 
     def __init__(self, address: str) -> None:
         self._address = address
 
     def call(self, name: str, kind: Any, *arguments: Any) -> Any:
-        """What that function of the resident gives, which is of that type, or raises.
+        """Calls a function of the resident and returns its result, validated as `kind`.
 
         Raises:
-            ResidentDownError: it is not there, or died while it worked; the call may or may not have been carried out.
+            ResidentDownError: The resident is not running or died during the call, which may or may
+                not have been carried out.
+            Exception: Whatever the function raises; errors not in `ERRORS` become RuntimeError.
         """
         try:
             with socket.socket(socket.AF_UNIX) as connection:
-                connection.settimeout(QUESTION_SECONDS)
+                connection.settimeout(REQUEST_SECONDS)
                 connection.connect(self._address)
-                stream = TimedStream(connection, QUESTION_SECONDS)
+                stream = TimedStream(connection, REQUEST_SECONDS)
                 write_message(stream, [name, arguments])
-                stream.allow(ANSWER_SECONDS)
+                stream.allow(RESPONSE_SECONDS)
                 answer = validate(dict[str, Any], read_message(stream, MAX_BYTES))
                 if answer.keys() == {"value"}:
                     return validate(kind, answer["value"])
                 error = restore_error(answer, ERRORS)
         except (OSError, EOFError, MalformedMessageError) as problem:
             raise ResidentDownError(
-                f"the process that keeps index and models does not answer ({type(problem).__name__}): "
-                "the code server starts it again, its log says why it ended"
+                f"the resident does not answer ({type(problem).__name__}): "
+                "the worker restarts it; the worker's log says why it ended"
             ) from None
         raise error
 
@@ -108,31 +109,34 @@ class ResidentIndex(Resident):
 
 
 class ResidentVision(Resident):
-    """The offline vision model, as `LocalVision`. It decodes the picture, so its answer is cleaned here once more."""
+    """The local vision model in the resident.
+
+    The resident handles untrusted pictures, so its answers are cleaned again here.
+    """
 
     recipe: Recipe = LocalVision.recipe
 
     def describe(self, preview: bytes, facts: PixelFacts) -> VisionAnswer:
-        """As `LocalVision.describe`."""
+        """See `LocalVision.describe`."""
         answer: VisionAnswer = self.call("describe", VisionAnswer, preview, facts)
         return replace(answer, metadata=clean_metadata(answer.metadata))
 
 
 class ResidentEmbedder(Resident):
-    """The offline embedder, as `LocalEmbedder`."""
+    """The local embedder in the resident."""
 
     recipe: Recipe = LocalEmbedder.recipe
 
     def embed(self, text: str) -> Embedding:
-        """As `LocalEmbedder.embed`."""
+        """See `LocalEmbedder.embed`."""
         embedding: Embedding = self.call("embed", Embedding, text)
         return embedding
 
 
 def _answer(connection: socket.socket, functions: dict[str, Callable[..., Any]]) -> None:
-    # Of a run that was killed meanwhile, or of somebody who is no run.
+    # Errors here mean that the run was killed during the call, or that the client is not a run.
     with connection, contextlib.suppress(OSError, EOFError, MalformedMessageError):
-        stream = TimedStream(connection, QUESTION_SECONDS)
+        stream = TimedStream(connection, REQUEST_SECONDS)
         name, arguments = validate(tuple[str, list[Any]], read_message(stream, MAX_BYTES))
         function = functions.get(name)
         if function is None:
@@ -142,7 +146,7 @@ def _answer(connection: socket.socket, functions: dict[str, Callable[..., Any]])
             answer = {"value": function(*values)}
         except Exception as error:
             answer = describe_error(error)
-        stream.allow(QUESTION_SECONDS)
+        stream.allow(REQUEST_SECONDS)
         try:
             write_message(stream, answer)
         except (TypeError, ValueError) as error:
@@ -150,7 +154,7 @@ def _answer(connection: socket.socket, functions: dict[str, Callable[..., Any]])
 
 
 def main() -> None:
-    """Serves until the worker that started it, and holds the other end of its standard input, ends."""
+    """Serves until the worker that started this process ends, which closes its standard input."""
     settings = Settings.load()
     threading.Thread(
         target=serve, args=(settings.resident_address, settings.index_uri), daemon=True

@@ -1,6 +1,6 @@
 """Every knob, validated once. The only module that reads the environment.
 
-A setting's alias is its environment variable; the field's description is the text of the table in the README.
+A setting's alias is its environment variable; its description is the text of docs/settings.md.
 """
 
 import difflib
@@ -32,16 +32,17 @@ from imagepipeline.rates import DEFAULT_RATE_LIMIT, EXAMPLES, parse_limits
 
 OPENAI_URL, OPENROUTER_URL = "https://api.openai.com/v1", "https://openrouter.ai/api/v1"
 NO_KEY = "none"  # what servers that need no key are sent as one
-# macOS allows 104 bytes for a socket's whole path, Linux 108; the longest name there is multiprocessing's, of 32.
+# macOS allows 104 bytes for a socket's path, Linux 108; the longest name there, multiprocessing's,
+# has 32.
 MAX_SOCKET_FOLDER_BYTES = 70
 LOOPBACK = ("localhost", "127.0.0.1", "::1")
-# What Kubernetes (and Docker's links) set for each service beside us; one called redis brings REDIS_PORT=tcp://….
+# Kubernetes and Docker links set these for each service; one named redis sets REDIS_PORT=tcp://….
 # https://kubernetes.io/docs/concepts/services-networking/service/#environment-variables
 LINK_NAME = re.compile(
     r"_SERVICE_HOST$|_SERVICE_PORT(_[A-Z0-9_]+)?$|_PORT_\d+_(TCP|UDP|SCTP)(_(ADDR|PORT|PROTO))?$"
 )
 LINK_ADDRESS = re.compile(r"(tcp|udp|sctp)://[^/]+:\d+")
-# Of whom: us, and Dagster's commands, which would read DAGSTER_GRPC_PORT as a number.
+# The prefixes to ignore: ours, and Dagster's, which would parse DAGSTER_GRPC_PORT as a number.
 LINKED = ("IMAGEPIPELINE_", "REDIS_", "DAGSTER_")
 SQLITE_PARAMETERS = {"timeout", "check_same_thread", "cached_statements"}
 
@@ -70,14 +71,12 @@ def _check_database_url(value: SecretStr) -> SecretStr:
 
 
 def _check_parameters(url: str) -> None:
-    """Refuses what the driver would only complain of when it connects, such as the `schema` of other tools."""
+    """Refuses parameters that the driver rejects only when it connects, such as `schema`."""
     names = [name for name, _ in parse_qsl(url.partition("?")[2], keep_blank_values=True)]
     is_known = SQLITE_PARAMETERS.__contains__ if url.startswith("sqlite") else _is_known_to_postgres
     unknown = [name for name in names if not is_known(name)]
     if unknown:
-        raise ValueError(
-            f"has a parameter the driver does not know, {unknown[0]!r:.40}: leave it out"
-        )
+        raise ValueError(f"has a parameter the driver does not know, {unknown[0]!r:.40}: remove it")
 
 
 def _is_known_to_postgres(name: str) -> bool:
@@ -104,7 +103,7 @@ def _check_postgres_url(value: SecretStr) -> SecretStr:
     if not url.startswith(("postgresql://", "postgres://", "postgresql+psycopg2://")):
         raise ValueError("must start with postgresql://")
     _check_parameters(url)
-    # SQLAlchemy knows no postgres://, and from 2.1 reads postgresql:// as another driver than Dagster installs.
+    # SQLAlchemy has no postgres://, and from 2.1 another driver for postgresql:// than Dagster.
     return SecretStr(re.sub("^[a-z0-9+]+", "postgresql+psycopg2", url))
 
 
@@ -170,269 +169,312 @@ class Settings(BaseModel):
     home: Annotated[Path, AfterValidator(_check_home)] = Field(
         Path(".imagepipeline"),
         alias="IMAGEPIPELINE_HOME",
-        description="the folder with all state of the local stack",
+        description="The folder that holds all state of the local stack.",
     )
     storage_root: Annotated[str, AfterValidator(_check_storage_root)] | None = Field(
         None,
         alias="IMAGEPIPELINE_STORAGE_ROOT",
-        description="the folder with `original/` and `variants/`, or its URL: `file://`, `s3://`, `gs://` or `az://`",
+        description="The folder that holds `original/` and `variants/`, or its URL: `file://`, "
+        "`s3://`, `gs://` or `az://`. Unset: `storage` in the home.",
     )
     explicit_redis_url: Annotated[SecretStr, AfterValidator(_check_redis_url)] | None = Field(
-        None, alias="REDIS_URL", description="a Redis or Valkey to use instead of our own"
+        None,
+        alias="REDIS_URL",
+        description="The Redis or Valkey server to use. Unset: the stack starts its own.",
     )
     redis_host: str | None = Field(
-        None, alias="REDIS_HOST", description="instead of `REDIS_URL`: the host"
+        None,
+        alias="REDIS_HOST",
+        description="The host of the Redis server, instead of `REDIS_URL`.",
     )
     redis_port: Port | None = Field(
-        None, alias="REDIS_PORT", description="instead of `REDIS_URL`: the port"
+        None,
+        alias="REDIS_PORT",
+        description="The port of the Redis server, instead of `REDIS_URL`.",
     )
     queue_prefix: Annotated[str, Field(pattern=r"^[A-Za-z0-9:_-]{1,64}$")] = Field(
         "image-processing",
         alias="IMAGEPIPELINE_QUEUE_PREFIX",
-        description="first part of the Redis keys",
+        description="The first part of all Redis keys.",
     )
     explicit_database_url: Annotated[SecretStr, AfterValidator(_check_database_url)] | None = Field(
         None,
         alias="DATABASE_URL",
-        description="a Postgres for the catalogue, instead of SQLite under the home",
+        description="The catalogue's database: a `postgresql://` or `sqlite:///` URL. Unset: a "
+        "SQLite file in the home.",
     )
     dagster_database_url: Annotated[SecretStr, AfterValidator(_check_postgres_url)] | None = Field(
         None,
         alias="DAGSTER_DATABASE_URL",
-        description="a Postgres for Dagster, instead of SQLite under the home; another database than the catalogue's",
+        description="Dagster's own Postgres database, which must not be the catalogue's. Unset: "
+        "SQLite files in the home.",
     )
     max_runs: Annotated[int, Field(ge=1, le=100)] = Field(
         5,
         alias="IMAGEPIPELINE_MAX_RUNS",
-        description="how many uploads are worked on at a time (5)",
+        description="How many uploads are processed at the same time, by all workers together.",
     )
     worker_slots: Annotated[int, Field(ge=1, le=100)] | None = Field(
         None,
         alias="IMAGEPIPELINE_WORKER_SLOTS",
-        description="how many uploads one worker processes at a time; as many as may run by default",
+        description="How many uploads one worker processes at the same time. Unset: "
+        "`IMAGEPIPELINE_MAX_RUNS`.",
     )
     explicit_broker_url: Annotated[SecretStr, AfterValidator(_check_redis_url)] | None = Field(
         None,
         alias="IMAGEPIPELINE_BROKER_URL",
-        description="the Redis through which runs reach the workers, where it is not that of the uploads",
+        description="The Redis server that hands runs to the workers. Unset: the one that holds "
+        "the uploads.",
     )
     index_root: Annotated[str, AfterValidator(_check_storage_root)] | None = Field(
         None,
         alias="IMAGEPIPELINE_INDEX_ROOT",
-        description="the folder of the LanceDB index, or its URL; below the home, or in the bucket, by default",
+        description="The folder of the LanceDB index, or its URL. Unset: `lancedb` in the "
+        "bucket, or in the home if files are on a disk.",
     )
     vision: Provider = Field(
         "auto",
         alias="IMAGEPIPELINE_VISION",
-        description="who describes images: `local`, `remote`, or `auto`: remote if there is a key or an address",
+        description="Which model describes images: `local`, `remote`, or `auto`, which means "
+        "remote if a key or an address is set.",
     )
     embedding: Provider = Field(
         "auto",
         alias="IMAGEPIPELINE_EMBEDDING",
-        description="who embeds texts: `local`, `remote` or `auto`",
+        description="Which model embeds texts: `local`, `remote`, or `auto`, which means remote "
+        "if a key or an address is set.",
     )
     allow_plain_http: bool = Field(
         False,
         alias="IMAGEPIPELINE_ALLOW_PLAIN_HTTP",
-        description="lets keys be sent to a provider over http, which anybody on the way can read",
+        description="Allows keys to be sent over plain HTTP, where anybody on the way can read "
+        "them.",
     )
     openai_api_key: SecretStr | None = Field(
         None,
         alias="OPENAI_API_KEY",
-        description="if set, a vision model describes the images instead of the local one",
+        description="The key for the remote vision model.",
     )
     openai_base_url: HttpUrl = Field(
-        OPENAI_URL, alias="OPENAI_BASE_URL", description="any OpenAI-compatible address"
+        OPENAI_URL,
+        alias="OPENAI_BASE_URL",
+        description="The address of the vision model: any OpenAI-compatible API.",
     )
     vision_model: Annotated[str, Field(min_length=1, max_length=128)] = Field(
-        "gpt-4o-mini", alias="IMAGEPIPELINE_VISION_MODEL", description="the vision model"
+        "gpt-4o-mini",
+        alias="IMAGEPIPELINE_VISION_MODEL",
+        description="The name of the vision model.",
     )
     vision_prompt: Annotated[str, Field(min_length=1)] | None = Field(
-        None, alias="IMAGEPIPELINE_VISION_PROMPT", description="what the vision model is asked"
+        None,
+        alias="IMAGEPIPELINE_VISION_PROMPT",
+        description="The prompt for the vision model. Unset: the built-in prompt.",
     )
     vision_long_side_px: Annotated[int, Field(ge=64, le=2048)] = Field(
         1024,
         alias="IMAGEPIPELINE_VISION_LONG_SIDE_PX",
-        description="how large a copy of the image the vision model gets",
+        description="The long side, in pixels, of the copy sent to the vision model.",
     )
     vision_detail: Literal["auto", "low", "high"] = Field(
         "auto",
         alias="IMAGEPIPELINE_VISION_DETAIL",
-        description="OpenAI's `detail`: `low` costs fewer tokens",
+        description="OpenAI's `detail` parameter: `auto`, `low` or `high`. `low` uses fewer "
+        "tokens.",
     )
     answer_format: Literal["auto", "json_schema", "json_object", "text"] = Field(
         "auto",
         alias="IMAGEPIPELINE_ANSWER_FORMAT",
-        description="how the vision model is asked for JSON; `auto` tries one after the other",
+        description="How the vision model is asked for JSON: `json_schema`, `json_object` or "
+        "`text`. `auto` tries them in this order.",
     )
     vision_tags: Words = Field(
         (),
         alias="IMAGEPIPELINE_TAGS",
-        description="the only tags there may be, parted by commas; any by default",
+        description="The only allowed tags, comma-separated. Unset: any tag.",
     )
     vision_categories: Words = Field(
         (),
         alias="IMAGEPIPELINE_CATEGORIES",
-        description="the only categories; what fits none becomes `other`",
+        description="The only allowed categories, comma-separated; an answer that fits none "
+        "becomes `other`. Unset: any category.",
     )
     rate_limit: Annotated[str, AfterValidator(_check_rate_limit)] = Field(
         DEFAULT_RATE_LIMIT,
         alias="IMAGEPIPELINE_RATE_LIMIT",
-        description="of paid calls: `10/minute` together, `metadata=10/minute,embedding=100/minute` each, or `off`",
+        description="The rate limit for paid calls: `10/minute` for all stages together, "
+        "`metadata=10/minute,embedding=100/minute` for each stage, or `off`.",
     )
     prices: Annotated[dict[str, tuple[Price, Price]], BeforeValidator(_parse_json)] = Field(
         {"gpt-4o-mini": (0.15, 0.60), "openai/text-embedding-3-small": (0.02, 0.0)},
         alias="IMAGEPIPELINE_PRICES",
-        description='US dollars per million tokens in and out, where none is reported: `{"model": [0.15, 0.6]}`',
+        description="Prices in US dollars per million input and output tokens, for providers "
+        'that report no cost: `{"model": [0.15, 0.6]}`. What you set is added to '
+        "the default.",
     )
     daily_budget_usd: Price | None = Field(
         None,
         alias="IMAGEPIPELINE_DAILY_BUDGET_USD",
-        description="over it, paid work waits for midnight UTC",
+        description="The daily budget in US dollars. Once it is spent, paid work pauses until "
+        "midnight UTC.",
     )
     monthly_budget_usd: Price | None = Field(
         None,
         alias="IMAGEPIPELINE_MONTHLY_BUDGET_USD",
-        description="over it, paid work waits for the next month",
+        description="The monthly budget in US dollars. Once it is spent, paid work pauses until "
+        "the next month.",
     )
     openrouter_api_key: SecretStr | None = Field(
         None,
         alias="OPENROUTER_API_KEY",
-        description="if set, a remote model embeds the texts instead of the local one",
+        description="The key for the remote embedding model.",
     )
     openrouter_base_url: HttpUrl = Field(
-        OPENROUTER_URL, alias="OPENROUTER_BASE_URL", description="any OpenAI-compatible address"
+        OPENROUTER_URL,
+        alias="OPENROUTER_BASE_URL",
+        description="The address of the embedding model: any OpenAI-compatible API.",
     )
     embedding_model: Annotated[str, Field(min_length=1, max_length=128)] = Field(
         "openai/text-embedding-3-small",
         alias="IMAGEPIPELINE_EMBEDDING_MODEL",
-        description="the embedding model",
+        description="The name of the embedding model.",
     )
     webp_quality: Quality = Field(
         WEBP.default_quality,
         alias=WEBP.quality_setting,
-        description="quality of the WebP variants",
+        description="The quality of the WebP variants, 1 to 100.",
     )
     avif_quality: Quality = Field(
         AVIF.default_quality,
         alias=AVIF.quality_setting,
-        description="quality of the AVIF variants; 63 looks like WebP at 80 with fewer bytes",
+        description="The quality of the AVIF variants, 1 to 100. At 80 an AVIF looks better "
+        "than the WebP and is larger; at 63 it looks the same and is smaller.",
     )
     animation: Literal["first-frame", "keep"] = Field(
         "first-frame",
         alias="IMAGEPIPELINE_ANIMATION",
-        description="what becomes of animations: `first-frame`, or `keep` for animated variants",
+        description="What becomes of an animation: `first-frame` for a still picture, or `keep` "
+        "for animated variants.",
     )
     accept_truncated: bool = Field(
         False,
         alias="IMAGEPIPELINE_ACCEPT_TRUNCATED",
-        description="makes what it can of files that are cut off or damaged, grey where nothing could be read, "
-        "instead of failing them",
+        description="Salvages truncated and damaged files instead of failing them. What cannot "
+        "be read becomes grey.",
     )
     keep_copyright: bool = Field(
         False,
         alias="IMAGEPIPELINE_KEEP_COPYRIGHT",
-        description="keeps artist and copyright in the variants",
+        description="Keeps artist and copyright in the variants.",
     )
     compared_share: Annotated[float, Field(ge=0, le=1)] = Field(
         0.05,
         alias="IMAGEPIPELINE_COMPARED_SHARE",
-        description="share of the images, from 0 to 1, whose variants are all decoded and compared "
-        "with the original; of the others, the smallest variant of each format",
+        description="The share of images, 0 to 1, of which all variants are decoded and compared "
+        "with the original. Of the other images, the smallest variant of each format is.",
     )
     max_bytes: Positive = Field(
         Rules.max_bytes,
         alias="IMAGEPIPELINE_MAX_BYTES",
-        description="limit on an original: its bytes",
+        description="The largest original, in bytes.",
     )
     max_pixels: Positive = Field(
         Rules.max_pixels,
         alias="IMAGEPIPELINE_MAX_PIXELS",
-        description="limit on an original: the pixels that are decoded, over all frames that are kept; "
-        "a JPEG may have five times as many",
+        description="The most pixels to decode, over all frames that are kept. A JPEG may have "
+        "five times as many, because it is decoded at a reduced size.",
     )
     max_side_px: Annotated[int, Field(ge=1, le=MAX_SIDE_PX)] = Field(
         Rules.max_side_px,
         alias="IMAGEPIPELINE_MAX_SIDE_PX",
-        description="limit on a variant: width and height; WebP allows no more",
+        description="The longest side of a variant, in pixels. WebP allows no more.",
     )
     max_frames: Positive = Field(
         Rules.max_frames,
         alias="IMAGEPIPELINE_MAX_FRAMES",
-        description="limit on an original: its frames, where all are kept",
+        description="The most frames of an animation that is kept.",
     )
     max_icc_bytes: Positive = Field(
         Rules.max_icc_bytes,
         alias="IMAGEPIPELINE_MAX_ICC_BYTES",
-        description="limit on an original: its colour profile",
+        description="The largest colour profile, in bytes.",
     )
     max_text_bytes: Positive = Field(
         Rules.max_text_bytes,
         alias="IMAGEPIPELINE_MAX_TEXT_BYTES",
-        description="limit on an original: a PNG's unpacked texts",
+        description="The most text in a PNG, in bytes after decompression.",
     )
     max_memory_bytes: Annotated[int, Field(ge=100_000_000)] = Field(
         MEMORY_BYTES,
         alias="IMAGEPIPELINE_MAX_MEMORY_BYTES",
-        description="limit on decoding or encoding one image: memory",
+        description="The memory for decoding and encoding one image, in bytes.",
     )
     max_cpu_seconds: Positive = Field(
         CPU_SECONDS,
         alias="IMAGEPIPELINE_MAX_CPU_SECONDS",
-        description="limit on decoding or encoding one image: CPU time",
+        description="The CPU time for decoding and encoding one image, in seconds.",
     )
     require_confinement: bool = Field(
         False,
         alias="IMAGEPIPELINE_REQUIRE_CONFINEMENT",
-        description="decodes nothing where the kernel does not filter a decoder's system calls; images wait",
+        description="Decodes nothing on a kernel that cannot filter the decoder's system calls; "
+        "images wait.",
     )
     webserver_port: Port | None = Field(
         None,
         alias="IMAGEPIPELINE_WEBSERVER_PORT",
-        description="the Dagster UI's port (3000, or a free one)",
+        description="The port of the Dagster UI. Unset: 3000, or a free port if that is taken.",
     )
     webserver_host: Annotated[str, Field(min_length=1)] = Field(
         "127.0.0.1",
         alias="IMAGEPIPELINE_WEBSERVER_HOST",
-        description="the address the Dagster UI listens on; it has no login, so never one that others reach",
+        description="The address on which the Dagster UI listens. The UI has no login: never "
+        "choose an address that others can reach.",
     )
     webhook_url: Annotated[SecretStr, AfterValidator(_check_webhook_url)] | None = Field(
         None,
         alias="IMAGEPIPELINE_WEBHOOK_URL",
-        description="told of final failures by a POST of JSON; https",
+        description="The HTTPS address that is sent a POST of JSON about final failures and "
+        "pauses.",
     )
     webhook_secret: Annotated[SecretStr, Field(min_length=16)] | None = Field(
         None,
         alias="IMAGEPIPELINE_WEBHOOK_SECRET",
-        description="signs what the webhook is sent; 16 characters or more",
+        description="The secret that signs the webhook's messages; at least 16 characters.",
     )
     webhook_allow_private: bool = Field(
         False,
         alias="IMAGEPIPELINE_WEBHOOK_ALLOW_PRIVATE",
-        description="lets the webhook be at a private address or on plain http",
+        description="Allows a webhook at a private address or over plain HTTP.",
     )
     smtp_url: SecretStr | None = Field(
         None,
         alias="IMAGEPIPELINE_SMTP_URL",
-        description="mails final failures: `smtps://user:password@host:465`",
+        description="The mail server for the same notices: `smtps://user:password@host:465`.",
     )
     mail_from: str = Field(
         "imagepipeline@localhost",
         alias="IMAGEPIPELINE_MAIL_FROM",
-        description="the sender of those mails",
+        description="The sender of these mails.",
     )
     mail_to: str = Field(
-        "", alias="IMAGEPIPELINE_MAIL_TO", description="who gets those mails, parted by commas"
+        "",
+        alias="IMAGEPIPELINE_MAIL_TO",
+        description="The recipients of these mails, comma-separated.",
     )
     list_completed_hours: Annotated[float, Field(gt=0)] = Field(
         1,
         alias="IMAGEPIPELINE_LIST_COMPLETED_HOURS",
-        description="how long `list` shows completed images",
+        description="How many hours `imagepipeline list` shows completed images.",
     )
     list_failed_hours: Annotated[float, Field(gt=0)] = Field(
         24,
         alias="IMAGEPIPELINE_LIST_FAILED_HOURS",
-        description="how long `list` shows failed images",
+        description="How many hours `imagepipeline list` shows failed images.",
+    )
+    definitions: Annotated[str, Field(pattern=r"^[A-Za-z_][\w.]*$")] = Field(
+        "imagepipeline.definitions",
+        alias="IMAGEPIPELINE_DEFINITIONS",
+        description="The Python module with the Dagster definitions, which may add to ours.",
     )
     code_socket: Path | None = Field(
         None,
@@ -443,24 +485,26 @@ class Settings(BaseModel):
     resident_socket: Path | None = Field(
         None,
         alias="IMAGEPIPELINE_RESIDENT_SOCKET",
-        description="the socket of the process that keeps index and models; a worker sets it for its runs",
+        description="the socket of the process that keeps index and models; a worker sets it "
+        "for its runs",
         json_schema_extra={"internal": True},
     )
 
     @classmethod
     def load(cls, environment: Mapping[str, str] = os.environ) -> Self:
-        """The settings of this process, whose files are private from now on; an empty variable counts as not set.
+        """The settings of this process; an empty variable counts as unset.
+
+        It also sets the umask, so that all files of the process are private from now on.
 
         Raises:
-            SettingsError: names every variable that is malformed, and what is wrong, but never its value.
+            SettingsError: names every malformed variable and what is wrong, but never its value.
         """
         known = {field.alias for field in cls.model_fields.values() if field.alias}
         secrets = _read_secrets(environment)
         links = {name for name, value in environment.items() if _is_service_link(name, value)}
-        if environment is os.environ:  # Dagster, the cloud's libraries and our children look there
-            os.umask(
-                0o077
-            )  # each way in comes by here: what it makes, and what libraries make for it, is its owner's
+        if environment is os.environ:  # Dagster, cloud libraries and our children read it
+            # Every entry point calls this: its files, and those of libraries, are its owner's only.
+            os.umask(0o077)
             os.environ.update(secrets | _build_no_proxy(environment))
             for name in {f"{name}_FILE" for name in SECRETS} | links:
                 os.environ.pop(name, None)
@@ -499,7 +543,8 @@ class Settings(BaseModel):
             )
         if _is_same_database(settings.dagster_database_url, settings.explicit_database_url):
             raise SettingsError(
-                "DAGSTER_DATABASE_URL and DATABASE_URL must be two databases: each has its migrations"
+                "DAGSTER_DATABASE_URL and DATABASE_URL must be two databases: each has its own "
+                "migrations"
             )
         settings._check_keys()
         home = settings.home.expanduser().absolute()
@@ -516,12 +561,13 @@ class Settings(BaseModel):
         ):
             if key and is_plain_http(url) and not self.allow_plain_http:
                 raise SettingsError(
-                    f"{name}_BASE_URL starts with http://, so {name}_API_KEY would be sent unencrypted: use https://, "
-                    "unset the key, or set IMAGEPIPELINE_ALLOW_PLAIN_HTTP=1"
+                    f"{name}_BASE_URL starts with http://, so {name}_API_KEY would be sent "
+                    "unencrypted: use https://, unset the key, or set "
+                    "IMAGEPIPELINE_ALLOW_PLAIN_HTTP=1"
                 )
 
     def build_environment(self, **changes: str) -> dict[str, str]:
-        """The environment of a process of this stack: ours, with the same home wherever it runs."""
+        """The environment for a process of this stack: ours, with the home's absolute path."""
         return {**os.environ, "IMAGEPIPELINE_HOME": str(self.home), **changes}
 
     def publish_resident_socket(self) -> None:
@@ -530,14 +576,14 @@ class Settings(BaseModel):
 
     @property
     def has_remote_vision(self) -> bool:
-        """Whether a remote model describes images: there is a key, or an address that may need none."""
+        """Whether a remote model describes images: a key is set, or an address that needs none."""
         if self.vision == "auto":
             return self.openai_api_key is not None or self.openai_base_url != OPENAI_URL
         return self.vision == "remote"
 
     @property
     def has_remote_embedder(self) -> bool:
-        """Whether a remote model embeds texts: there is a key, or an address that may need none."""
+        """Whether a remote model embeds texts: a key is set, or an address that needs none."""
         if self.embedding == "auto":
             return self.openrouter_api_key is not None or self.openrouter_base_url != OPENROUTER_URL
         return self.embedding == "remote"
@@ -596,7 +642,7 @@ class Settings(BaseModel):
 
     @property
     def index_uri(self) -> str:
-        """Where LanceDB keeps the embeddings: where the setting says, else below the home or in the bucket."""
+        """Where LanceDB keeps the embeddings: as set, or else in the home or in the bucket."""
         if self.index_root:
             root = self.index_root.rstrip("/").removeprefix("file://")
             return root if "://" in root else str(Path(root).expanduser().absolute())
@@ -614,12 +660,13 @@ class Settings(BaseModel):
 
     @property
     def socket_folder(self) -> Path:
-        """The folder for the stack's sockets: below the home, or where that is too long for a socket, in /tmp."""
+        """The folder of the stack's sockets: in the home, or in /tmp if that path is too long."""
         folder = self.home / "sockets"
         if len(os.fsencode(folder)) <= MAX_SOCKET_FOLDER_BYTES:
             return folder
         digest = hashlib.sha256(str(self.home).encode()).hexdigest()[:12]
-        return Path(f"/tmp/imagepipeline-{os.getuid()}-{digest}")  # noqa: S108  (`up` checks its owner)
+        # `up` checks its owner.
+        return Path(f"/tmp/imagepipeline-{os.getuid()}-{digest}")  # noqa: S108
 
 
 BUCKET_SECRETS = {
@@ -649,7 +696,7 @@ def is_loopback(host: str) -> bool:
 
 
 def is_plain_http(url: str) -> bool:
-    """Whether what is sent to the address crosses a network unencrypted."""
+    """Whether requests to the address cross a network unencrypted."""
     parts = urlsplit(url)
     return parts.scheme == "http" and not is_loopback(parts.hostname or "")
 
@@ -676,13 +723,13 @@ def _is_same_database(one: SecretStr | None, other: SecretStr | None) -> bool:
 
 
 def _is_service_link(name: str, value: str) -> bool:
-    """Whether the variable tells of a service beside us and is no setting, though it is called like one of ours."""
+    """Whether the variable describes a neighbouring service, though its name looks like ours."""
     is_link = LINK_NAME.search(name) or (name.endswith("_PORT") and LINK_ADDRESS.fullmatch(value))
     return bool(is_link) and name.startswith(LINKED)
 
 
 def _build_no_proxy(environment: Mapping[str, str]) -> dict[str, str]:
-    """NO_PROXY in both spellings, with loopback added: no proxy reaches what listens on this machine only."""
+    """NO_PROXY in both spellings, with loopback added: a proxy cannot reach our local services."""
     said = ",".join(environment.get(name, "") for name in ("NO_PROXY", "no_proxy")).split(",")
     hosts = dict.fromkeys(host.strip() for host in [*said, *LOOPBACK] if host.strip())
     text = "*" if "*" in hosts else ",".join(hosts)
@@ -690,7 +737,7 @@ def _build_no_proxy(environment: Mapping[str, str]) -> dict[str, str]:
 
 
 def _read_secrets(environment: Mapping[str, str]) -> dict[str, str]:
-    """What stands in the files that `<NAME>_FILE` names, for every secret `<NAME>`."""
+    """The contents of the files that `<NAME>_FILE` names, for every secret `<NAME>`."""
     secrets = {}
     for name in SECRETS:
         path = environment.get(f"{name}_FILE")

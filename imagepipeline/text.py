@@ -1,7 +1,10 @@
-"""Text that others wrote, made fit for a terminal, a log, a mail or a page. No I/O, and nothing of ours is needed.
+"""Makes untrusted text safe for a terminal, a log, a mail or a web page.
 
-Control characters move the cursor, forge lines and headers; marks of direction and zero width show another text than
-the one that is there; half surrogates cannot be written at all. None of them is printable in Python's sense.
+Control characters can move the cursor and forge lines or headers. Bidirectional and zero-width
+characters can make a text look like another one. Lone surrogates cannot be encoded at all. Python's
+`str.isprintable` rejects all of them.
+
+This module does no I/O and depends on no other module of the package.
 """
 
 import json
@@ -9,14 +12,14 @@ from typing import Any
 
 
 def make_printable(text: str) -> str:
-    """The text on one line, with a space for each character that is not printable."""
-    return (
-        text if text.isprintable() else "".join(one if one.isprintable() else " " for one in text)
-    )
+    """Returns the text on one line, with each unprintable character replaced by a space."""
+    if text.isprintable():
+        return text
+    return "".join(character if character.isprintable() else " " for character in text)
 
 
 def clean(value: Any) -> Any:
-    """JSON's values with every text made printable."""
+    """Returns a JSON value with all strings, including keys, made printable."""
     if isinstance(value, str):
         return make_printable(value)
     if isinstance(value, list):
@@ -27,19 +30,22 @@ def clean(value: Any) -> Any:
 
 
 def clean_error(error: BaseException) -> None:
-    """Makes the texts of an error printable, and those of the errors that led to it; they may be logged anywhere."""
+    """Makes the messages of an error, its causes and its contexts printable."""
     seen: set[int] = set()
     rest: list[BaseException | None] = [error]
     while rest:
-        one = rest.pop()
-        if one is not None and id(one) not in seen:
-            seen.add(id(one))
-            one.args = tuple(
-                make_printable(part) if isinstance(part, str) else part for part in one.args
+        current = rest.pop()
+        if current is not None and id(current) not in seen:
+            seen.add(id(current))
+            current.args = tuple(
+                make_printable(part) if isinstance(part, str) else part for part in current.args
             )
-            rest += [one.__cause__, one.__context__]
+            rest += [current.__cause__, current.__context__]
 
 
 def to_json(value: Any, **options: Any) -> str:
-    """JSON that keeps every text exactly and holds no control character: all but ASCII, and DEL, are escaped."""
+    """Returns JSON without control characters: DEL and everything beyond ASCII are escaped.
+
+    Parsing it gives back every text exactly.
+    """
     return json.dumps(value, **options).replace("\x7f", "\\u007f")

@@ -1,6 +1,7 @@
-"""Messages between our processes: JSON with bytes beside it, bounded and validated. Never a pickle, which is code.
+"""Messages between our processes: JSON and binary data, limited in size and validated.
 
-A message is two lengths, the JSON, and the bytes that the JSON refers to in the order in which it does.
+We never use pickle, because loading a pickle can run code. A message consists of two lengths, the
+JSON, and the binary values to which the JSON refers, in order.
 """
 
 import functools
@@ -22,28 +23,28 @@ HEADER = struct.Struct("!IQ")  # lengths of the JSON and of the bytes
 MAX_JSON_BYTES = 1_000_000
 MAX_MESSAGE_CHARACTERS = 500  # of an error
 BYTES = "$bytes"
-# What is extra, not a number or longer is refused; a dataclass of ours takes this over from here.
+# Refuses extra fields, NaN, infinity and longer strings, also in dataclasses.
 CONFIG = ConfigDict(extra="forbid", allow_inf_nan=False, str_max_length=100_000)
 
 
 class MalformedMessageError(Exception):
-    """What arrived is no message, is too long, or is not of the type that was expected."""
+    """The received data is not a message, is too long, or does not have the expected type."""
 
 
 class Stream(Protocol):
-    """Where messages are read from and written to."""
+    """A binary stream that messages are read from and written to."""
 
     def readinto(self, buffer: memoryview, /) -> int | None:
-        """Reads up to that many bytes; 0 at the end."""
+        """Reads bytes into the buffer and returns their number; 0 means the end of the stream."""
 
     def write(self, data: memoryview, /) -> int | None:
-        """Writes some of the bytes and says how many."""
+        """Writes some of the bytes and returns their number."""
 
 
 class TimedStream:
-    """A socket as a stream, with one deadline for all that is read or written until the next `allow`.
+    """A socket as a stream, with one deadline for all reads and writes until the next `allow`.
 
-    The deadline is what a peer cannot stretch by sending a byte now and then.
+    Unlike a socket's timeout, the deadline cannot be stretched by a peer that sends single bytes.
     """
 
     def __init__(self, connection: socket.socket, seconds: float) -> None:
@@ -51,16 +52,16 @@ class TimedStream:
         self.allow(seconds)
 
     def allow(self, seconds: float) -> None:
-        """Moves the deadline to that many seconds from now."""
+        """Sets the deadline to `seconds` from now."""
         self._deadline = time.monotonic() + seconds
 
     def readinto(self, buffer: memoryview, /) -> int:
-        """As `Stream`; raises TimeoutError."""
+        """See `Stream.readinto`; raises TimeoutError after the deadline."""
         self._connection.settimeout(self._remaining_seconds())
         return self._connection.recv_into(buffer)
 
     def write(self, data: memoryview, /) -> int:
-        """As `Stream`; raises TimeoutError."""
+        """See `Stream.write`; raises TimeoutError after the deadline."""
         self._connection.settimeout(self._remaining_seconds())
         return self._connection.send(data)
 
@@ -72,12 +73,12 @@ class TimedStream:
 
 
 def write_message(stream: Stream, value: object) -> None:
-    """Sends JSON's values, bytes, dataclasses and pydantic's models, nested as one likes.
+    """Sends a value: JSON types, bytes, dataclasses and pydantic models, in any nesting.
 
     Raises:
-        TypeError: another value is among them.
-        ValueError: a number is not finite, or the texts are too long.
-        OSError: the peer has gone.
+        TypeError: The value contains another type.
+        ValueError: A number is not finite, or the JSON is too long.
+        OSError: The peer is gone.
     """
     contents: list[bytes] = []
 
@@ -93,7 +94,7 @@ def write_message(stream: Stream, value: object) -> None:
 
     text = json.dumps(value, default=pack, allow_nan=False).encode()
     if len(text) > MAX_JSON_BYTES:
-        raise ValueError(f"{len(text):,} bytes of JSON are too long a message")
+        raise ValueError(f"a message with {len(text):,} bytes of JSON is too long")
     for data in (HEADER.pack(len(text), sum(map(len, contents))) + text, *contents):
         rest = memoryview(data)
         while rest:
@@ -101,12 +102,12 @@ def write_message(stream: Stream, value: object) -> None:
 
 
 def read_message(stream: Stream, max_bytes: int) -> Any:
-    """JSON's values and bytes as they were sent; of these there may be `max_bytes`.
+    """Reads a value of JSON types and bytes; its binary part may have up to `max_bytes`.
 
     Raises:
-        MalformedMessageError: it is no message, or too long.
-        EOFError: the peer has gone.
-        OSError: the peer has gone, or was too slow.
+        MalformedMessageError: The data is not a message, or is too long.
+        EOFError: The peer is gone.
+        OSError: The peer is gone, or was too slow.
     """
     json_length, content_length = HEADER.unpack(_read(stream, HEADER.size))
     if json_length > MAX_JSON_BYTES or content_length > max_bytes:
@@ -130,18 +131,18 @@ def read_message(stream: Stream, max_bytes: int) -> Any:
         value = json.loads(text, object_hook=unpack)
     except (ValueError, RecursionError) as error:
         raise MalformedMessageError(
-            f"what arrived is no message ({type(error).__name__})"
+            f"the received data is not a message ({type(error).__name__})"
         ) from None
     if taken != content_length:
-        raise MalformedMessageError("a message has bytes that it does not refer to")
+        raise MalformedMessageError("a message contains bytes to which its JSON does not refer")
     return value
 
 
 def validate(kind: Any, value: Any) -> Any:
-    """The value as one of that type: a dataclass of ours, a tuple or list of them, a model, a plain value.
+    """Returns a received value as a `kind`: a dataclass, a model, a JSON type, or a list or tuple.
 
     Raises:
-        MalformedMessageError: it is none.
+        MalformedMessageError: The value is not a `kind`.
     """
     try:
         return _adapt(kind).validate_python((value,))[0]
@@ -149,36 +150,38 @@ def validate(kind: Any, value: Any) -> Any:
         problem = error.errors(include_input=False, include_url=False)[0]
         place = make_printable(".".join(map(str, problem["loc"][1:])))[:100]
         raise MalformedMessageError(
-            f"{place or 'it'} is not as it must be ({problem['type']})"
+            f"{place or 'the value'} is invalid ({problem['type']})"
         ) from None
 
 
 def validate_arguments(function: Callable[..., Any], values: Any, given: int = 0) -> list[Any]:
-    """The values as arguments of the function, by its annotations, after the `given` first ones.
+    """Returns received values as arguments of a function, validated by its annotations.
+
+    `given` is the number of leading parameters that are not among the values.
 
     Raises:
-        MalformedMessageError: they do not fit.
+        MalformedMessageError: The values do not fit the parameters.
     """
     parameters = _parameters(function)[given:]
     required_count = sum(is_required for _, is_required in parameters)
     if not isinstance(values, list) or not required_count <= len(values) <= len(parameters):
-        raise MalformedMessageError(f"{function.__name__} takes other arguments")
+        raise MalformedMessageError(f"{function.__name__} takes another number of arguments")
     return [validate(kind, value) for (kind, _), value in zip(parameters, values, strict=False)]
 
 
 def prepare_arguments(function: Callable[..., Any], given: int = 0) -> None:
-    """Makes what `validate_arguments` needs, which it would else do, and import for it, when it is first called."""
+    """Builds the validators for `validate_arguments`, whose first call would otherwise do this."""
     for kind, _ in _parameters(function)[given:]:
         _adapt(kind)
 
 
 def result_kind(function: Callable[..., Any]) -> Any:
-    """The type the function gives, by its annotation."""
+    """Returns the annotated return type of a function."""
     return typing.get_type_hints(function, include_extras=True)["return"]
 
 
 def describe_error(error: BaseException) -> dict[str, str]:
-    """An error as a message: the name of its class, and what it says."""
+    """Returns an error as a message: the name of its class, and its text."""
     return {
         "error": type(error).__name__,
         "message": make_printable(str(error))[:MAX_MESSAGE_CHARACTERS],
@@ -186,14 +189,16 @@ def describe_error(error: BaseException) -> dict[str, str]:
 
 
 def restore_error(described: Any, kinds: Iterable[type[Exception]]) -> Exception:
-    """An error as it was described, if it is one of those kinds, or else a RuntimeError that names it.
+    """Returns the error described by `describe_error`.
+
+    Its class is one of `kinds`, or else RuntimeError with the original class in its text.
 
     Raises:
-        MalformedMessageError: it is no such description.
+        MalformedMessageError: The message does not describe an error.
     """
     names = validate(dict[str, str], described)
     if names.keys() != {"error", "message"} or len(names["message"]) > MAX_MESSAGE_CHARACTERS:
-        raise MalformedMessageError("an error is not described as it must be")
+        raise MalformedMessageError("the description of an error is malformed")
     for kind in kinds:
         if kind.__name__ == names["error"]:
             return kind(names["message"])
@@ -213,14 +218,16 @@ def _read(stream: Stream, length: int) -> bytearray:
 
 @functools.cache
 def _adapt(kind: Any) -> TypeAdapter[tuple[Any]]:
-    return TypeAdapter(
-        tuple[kind], config=CONFIG
-    )  # pydantic takes no configuration for a dataclass by itself
+    # A tuple, because pydantic accepts no configuration for a dataclass by itself.
+    return TypeAdapter(tuple[kind], config=CONFIG)
 
 
 @functools.cache
 def _parameters(function: Callable[..., Any]) -> list[tuple[Any, bool]]:
-    """The type of each parameter, and whether it must be given."""
+    """Returns the type of each parameter, and whether it is required."""
     hints = typing.get_type_hints(function, include_extras=True)
     parameters = inspect.signature(function).parameters.values()
-    return [(hints[one.name], one.default is inspect.Parameter.empty) for one in parameters]
+    return [
+        (hints[parameter.name], parameter.default is inspect.Parameter.empty)
+        for parameter in parameters
+    ]

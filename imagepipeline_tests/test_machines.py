@@ -1,4 +1,4 @@
-"""What two machines must share is compared, proven where it can be, and said without a secret."""
+"""The doctor compares what two machines must share, and shows no secret."""
 
 from contextlib import closing
 from dataclasses import asdict
@@ -13,7 +13,7 @@ from imagepipeline_tests.conftest import redis_server
 
 @pytest.fixture
 def here(tmp_path, redis_url, queue):
-    """The environment of a home that shares its catalogue, storage, index and Redis."""
+    """The environment of a home whose catalogue, storage, index and Redis are shared."""
     environment = {
         "IMAGEPIPELINE_HOME": str(tmp_path / "here"),
         "REDIS_URL": redis_url,
@@ -34,14 +34,12 @@ def compare(here, there):
         )
 
 
-def test_homes_of_their_own_on_shared_stores_differ_in_nothing_and_leave_nothing(
-    here, tmp_path, queue
-):
+def test_two_homes_on_shared_stores_do_not_differ(here, tmp_path, queue):
     assert compare(here, here | {"IMAGEPIPELINE_HOME": str(tmp_path / "there")}) == []
     assert list(tmp_path.rglob(".doctor-*")) == []
 
 
-def test_each_thing_that_is_not_shared_is_a_sentence(here, tmp_path):
+def test_each_difference_is_one_sentence(here, tmp_path):
     with closing(Catalogue(f"sqlite:///{tmp_path / 'other.sqlite'}")) as catalogue:
         catalogue.migrate()
         catalogue.bind("another Dagster")
@@ -50,15 +48,15 @@ def test_each_thing_that_is_not_shared_is_a_sentence(here, tmp_path):
             ({"DATABASE_URL": f"sqlite:///{tmp_path / 'other.sqlite'}"}, "another catalogue"),
             (
                 {"DATABASE_URL": "postgresql://u:canary@127.0.0.1:1/d"},
-                "does not reach its catalogue",
+                "cannot reach its catalogue",
             ),
             (
                 {"IMAGEPIPELINE_STORAGE_ROOT": str(tmp_path / "other")},
-                f"its storage in {tmp_path / 'other'}, this home",
+                f"its storage is {tmp_path / 'other'}, but this home",
             ),
             (
                 {"IMAGEPIPELINE_INDEX_ROOT": str(tmp_path / "other")},
-                f"its index in {tmp_path / 'other'}, this home",
+                f"its index is {tmp_path / 'other'}, but this home",
             ),
             ({"REDIS_URL": other_redis}, "another Redis"),
             ({"IMAGEPIPELINE_WEBP_QUALITY": "70"}, "makes variants with"),
@@ -70,23 +68,23 @@ def test_each_thing_that_is_not_shared_is_a_sentence(here, tmp_path):
             assert "canary" not in line
 
 
-def test_a_folder_of_the_same_name_that_is_another_one_is_found_out(here, tmp_path):
-    """As that of another host is."""
+def test_a_different_folder_at_the_same_path_is_detected(here, tmp_path):
+    """As on another host that does not share the folder."""
     settings = Settings.load(here)
     with leave_mark(settings) as mark:
         (tmp_path / "storage").rename(tmp_path / "of another host")
         answer = asdict(describe(settings, mark))
         (tmp_path / "of another host").rename(tmp_path / "storage")
     [line] = find_differences(settings, {"w": answer})
-    assert "does not find the files of this home" in line
+    assert "cannot find this home's files" in line
     assert "must be a folder that all machines share, or a bucket" in line
 
 
-def test_two_buckets_are_told_apart_and_no_password_is_shown(here, bucket_url):
+def test_two_buckets_are_distinguished_and_no_password_is_shown(here, bucket_url):
     there = here | {"IMAGEPIPELINE_STORAGE_ROOT": bucket_url + "/there"}
     assert compare(there, there) == []
     [line] = compare(here | {"IMAGEPIPELINE_STORAGE_ROOT": bucket_url + "/here"}, there)
-    assert f"its storage in {bucket_url}/there, this home in {bucket_url}/here" in line
+    assert f"its storage is {bucket_url}/there, but this home uses {bucket_url}/here" in line
     shown = describe(
         Settings.load(here | {"IMAGEPIPELINE_STORAGE_ROOT": "s3://u:canary@images/x?key=canary"}),
         "0" * 32,
@@ -94,14 +92,14 @@ def test_two_buckets_are_told_apart_and_no_password_is_shown(here, bucket_url):
     assert "canary" not in repr(shown)
 
 
-def test_an_answer_that_says_nothing_is_of_another_version(here):
+def test_a_worker_with_an_unknown_answer_has_another_version(here):
     for answer in ({"error": "No such control command"}, None, [], {"host": 1}):
         assert read_answer(answer) is None
         [line] = find_differences(Settings.load(here), {"w@host": answer})
-        assert "'w@host' is of another version" in line
+        assert "'w@host' runs another version" in line
 
 
 @pytest.mark.parametrize("mark", ["../../etc/passwd", "", "A" * 32, "0" * 33])
-def test_what_is_no_mark_is_not_looked_for(here, mark):
-    with pytest.raises(ValueError, match="no mark"):
+def test_an_invalid_mark_is_refused(here, mark):
+    with pytest.raises(ValueError, match="is not a mark"):
         describe(Settings.load(here), mark)

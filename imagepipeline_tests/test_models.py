@@ -1,4 +1,4 @@
-"""What is an image ID, an entry, a variant's path."""
+"""IDs, queue entries, paths and metadata are validated."""
 
 import json
 
@@ -35,7 +35,7 @@ def test_a_bare_id_is_an_upload(image_id):
 
 
 @pytest.mark.parametrize("image_id", BAD)
-def test_anything_else_is_refused_as_an_id(image_id):
+def test_an_invalid_id_is_refused(image_id):
     with pytest.raises(InvalidUploadError):
         Upload.from_entry(image_id.encode())
     with pytest.raises(InvalidUploadError):
@@ -92,13 +92,13 @@ def test_a_path_outside_the_originals_is_refused(path):
 
 
 @pytest.mark.parametrize("name", ["x" * 248, "é" * 124, "d/" * 230 + "x" * 20, "d" * 256 + "/x"])
-def test_a_path_that_is_too_long_for_a_disk_or_whose_variants_are_is_refused(name):
+def test_a_path_is_refused_if_it_or_its_variants_are_too_long_for_a_disk(name):
     with pytest.raises(InvalidUploadError, match="too long"):
         Upload("a", f"original/{name}.jpg")
 
 
 @pytest.mark.parametrize("name", ["x" * 247, "é" * 123, "d" * 255 + "/x"])
-def test_a_path_as_long_as_can_be_is_taken(name):
+def test_the_longest_possible_path_is_accepted(name):
     assert Upload("a", f"original/{name}.jpg").path
 
 
@@ -111,17 +111,17 @@ def test_a_path_as_long_as_can_be_is_taken(name):
         Upload("a", "original/b.png", -2),
     ],
 )
-def test_an_upload_survives_the_list(upload):
+def test_an_upload_survives_a_round_trip_through_the_queue(upload):
     assert Upload.from_entry(upload.to_entry().encode()) == upload
 
 
-def test_a_variant_lies_where_the_original_does_below_variants():
+def test_the_path_of_a_variant_mirrors_that_of_the_original():
     spec = VariantSpec("md", 1024, "avif", 80)
     assert spec.path_for("original/abc.jpg") == "variants/abc-md.avif"
     assert spec.path_for("original/2024/a.b.jpeg") == "variants/2024/a.b-md.avif"
 
 
-def test_metadata_accepts_the_names_the_web_product_reads():
+def test_metadata_is_read_and_written_with_the_web_products_names():
     answer = {
         "description": " A cat ",
         "tags": ["cat"],
@@ -150,7 +150,7 @@ def test_metadata_accepts_the_names_the_web_product_reads():
         {"status": "completed"},
     ],
 )
-def test_metadata_refuses_what_does_not_fit(change):
+def test_invalid_metadata_is_refused(change):
     answer = {
         "description": "A cat",
         "tags": ["cat"],
@@ -162,6 +162,6 @@ def test_metadata_refuses_what_does_not_fit(change):
         ImageMetadata.model_validate(answer | change)
 
 
-def test_a_recipe_is_one_word_for_what_made_a_result():
+def test_a_recipe_is_written_as_one_word():
     assert Recipe("openai", "gpt-4o-mini", "prompt-1").version == "openai:gpt-4o-mini:prompt-1"
     assert Recipe("local", "minilm").version == "local:minilm"

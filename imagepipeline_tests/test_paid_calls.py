@@ -1,4 +1,4 @@
-"""Paid calls: permitted, priced, written down; and what stops them."""
+"""Paid calls are permitted, priced and recorded; pauses, budgets and limits stop them."""
 
 from datetime import UTC, datetime, timedelta
 
@@ -31,7 +31,7 @@ class Clock:
 
 
 class Permits:
-    """A rate limit that gives what it was told."""
+    """A rate limiter with scripted answers."""
 
     def __init__(self, *answers):
         self.answers = list(answers)
@@ -82,7 +82,7 @@ def fail(error):
     return call
 
 
-def test_a_local_model_is_asked_at_once_and_nothing_is_written_down(make, ledger):
+def test_a_call_to_a_local_model_is_neither_limited_nor_recorded(make, ledger):
     answer, receipt = make(lambda: "answer", Recipe("local", "m"), Permits(False))
     assert answer == "answer"
     assert receipt.cost_usd is None
@@ -93,19 +93,22 @@ def test_a_local_model_is_asked_at_once_and_nothing_is_written_down(make, ledger
     ("model", "usage", "cost"),
     [
         ("priced-model", CallUsage(1_000_000, 100_000), 2.0),
-        ("priced-model", CallUsage(1_000_000, 100_000, 0.7), 0.7),  # the provider knows better
+        # A cost reported by the provider takes precedence.
+        ("priced-model", CallUsage(1_000_000, 100_000, 0.7), 0.7),
         ("other-model", CallUsage(100, 10), None),
         ("priced-model", None, None),
     ],
 )
-def test_a_call_costs_what_the_provider_says_or_the_price_table(make, ledger, model, usage, cost):
+def test_the_cost_is_the_providers_or_computed_from_the_price_table(
+    make, ledger, model, usage, cost
+):
     _, receipt = make(lambda: Answer(usage), Recipe("openai", model))
     assert receipt.cost_usd == cost
     [row] = ledger.summarize("model")
     assert (row["calls"], row["answered"], row["cost_usd"]) == (1, 1, cost or 0)
 
 
-def test_a_failed_call_is_written_down_with_what_it_is_charged(make, ledger):
+def test_a_failed_call_is_recorded_with_its_cost(make, ledger):
     charged = BadAnswerError("prose")
     charged.usage = CallUsage(1_000_000, 0)
     for error in (charged, ProviderUnavailableError("busy")):
@@ -115,16 +118,16 @@ def test_a_failed_call_is_written_down_with_what_it_is_charged(make, ledger):
     assert (row["calls"], row["answered"], row["cost_usd"]) == (2, 0, 1.0)
 
 
-def test_without_a_permit_the_image_waits_and_nothing_is_asked(make, ledger):
+def test_without_a_permit_the_image_waits_and_no_call_is_made(make, ledger):
     with pytest.raises(
         PostponedError,
-        match=r"rate limit .* \(10/minute\) is used up: it goes on at 2026-11-23 23:00:00",
+        match=r"rate limit .* \(10/minute\) is used up: paid work resumes at 2026-11-23 23:00:00",
     ):
         make(fail(AssertionError("asked")), limiter=Permits(False, False))
     assert ledger.summarize("model") == []
 
 
-def test_a_bad_key_pauses_everything_until_one_answer_comes(make, ledger, clock):
+def test_a_bad_key_pauses_all_calls_until_one_is_answered(make, ledger, clock):
     with pytest.raises(PausedError):
         make(fail(PausedError("auth", "bad key", 600)))
     with pytest.raises(PausedError, match="bad key"):
@@ -136,10 +139,10 @@ def test_a_bad_key_pauses_everything_until_one_answer_comes(make, ledger, clock)
     clock.now += timedelta(seconds=601)
     make(lambda: Answer(None))
     assert ledger.list_pauses() == []
-    assert len(ledger.list_untold("mail")) == 1  # one alert for it all
+    assert len(ledger.list_untold("mail")) == 1  # one alert in total
 
 
-def test_a_daily_budget_pauses_until_midnight_and_goes_on_by_itself(make, ledger, clock):
+def test_an_exhausted_daily_budget_pauses_until_midnight(make, ledger, clock):
     make(lambda: Answer(CallUsage(1_000_000)), daily_budget_usd=1.0)
     with pytest.raises(
         PausedError, match=r"daily budget of 1 USD is used up \(1.00 USD\): .* 2026-11-24 00:00"
@@ -152,7 +155,7 @@ def test_a_daily_budget_pauses_until_midnight_and_goes_on_by_itself(make, ledger
     assert ledger.list_pauses() == []
 
 
-def test_a_monthly_budget_pauses_until_the_first(make, ledger, clock):
+def test_an_exhausted_monthly_budget_pauses_until_the_next_month(make, ledger, clock):
     make(lambda: Answer(CallUsage(1_000_000)), monthly_budget_usd=1.0)
     clock.now = datetime(2026, 11, 30, tzinfo=UTC)
     with pytest.raises(PausedError, match=r"monthly budget .* 2026-12-01 00:00"):
@@ -161,7 +164,7 @@ def test_a_monthly_budget_pauses_until_the_first(make, ledger, clock):
     make(lambda: Answer(CallUsage(1)), monthly_budget_usd=1.0)
 
 
-def test_a_call_that_must_wait_says_so(make):
+def test_a_waiting_call_is_reported(make):
     lines = []
     make(lambda: Answer(None), limiter=Permits(True), report=lines.append)
     assert lines == []
@@ -169,7 +172,7 @@ def test_a_call_that_must_wait_says_so(make):
     assert lines == ["The call waits for the rate limit of paid calls (10/minute)."]
 
 
-def test_an_answer_ends_no_pause_that_lasts_and_none_of_another_stage(make, ledger, clock):
+def test_an_answer_ends_only_expired_pauses_of_its_own_stage(make, ledger, clock):
     ledger.pause("auth", "the embedding model answered 401", 600, "embedding")
 
     def answer_while_another_run_meets_the_budget():
@@ -187,7 +190,7 @@ def test_an_answer_ends_no_pause_that_lasts_and_none_of_another_stage(make, ledg
 @pytest.mark.parametrize(
     "model", ["priced-model-2024-07-18", "priced-model-20240718", "priced-model@2024-07-18"]
 )
-def test_a_version_of_a_model_costs_what_the_model_does(make, model):
+def test_a_dated_version_of_a_model_has_the_models_price(make, model):
     _, receipt = make(
         lambda: Answer(CallUsage(1_000_000)), Recipe("openai", model), daily_budget_usd=5.0
     )
@@ -195,17 +198,17 @@ def test_a_version_of_a_model_costs_what_the_model_does(make, model):
 
 
 @pytest.mark.parametrize("budget", ["daily_budget_usd", "monthly_budget_usd"])
-def test_with_a_budget_a_call_of_unknown_price_is_not_made(make, ledger, budget):
+def test_with_a_budget_a_call_without_a_price_is_not_made(make, ledger, budget):
     with pytest.raises(
         PostponedError,
-        match=r'price of other is not known: set IMAGEPIPELINE_PRICES to \{"other": \[',
+        match=r'price of other is unknown: set IMAGEPIPELINE_PRICES to \{"other": \[',
     ):
         make(fail(AssertionError("asked")), Recipe("openai", "other"), **{budget: 5.0})
     assert ledger.summarize("model") == []
-    make(lambda: Answer(CallUsage(5)), Recipe("openai", "other"))  # without a budget it is
+    make(lambda: Answer(CallUsage(5)), Recipe("openai", "other"))  # made if there is no budget
 
 
-def test_a_model_whose_cost_the_provider_reports_has_a_price(make):
+def test_a_model_with_reported_costs_needs_no_price(make):
     reporting = Recipe("openai", "reporting")
     make(lambda: Answer(CallUsage(5, 5, 0.01)), reporting)
     make(lambda: Answer(CallUsage(5, 5, 0.01)), reporting, daily_budget_usd=5.0)
@@ -213,7 +216,7 @@ def test_a_model_whose_cost_the_provider_reports_has_a_price(make):
 
 @pytest.fixture
 def update(ledger, clock):
-    """A tick's look at what follows from settings and ledger; gives the pauses after it."""
+    """A function that updates the pauses as a tick does, and returns their reasons."""
 
     def update(prices=None, budget_usd=5.0, vision=NEW, embedder=LOCAL):
         recipes = {"metadata": vision, "embedding": embedder}
@@ -238,24 +241,24 @@ def test_the_pause_for_prices_names_all_models_and_follows_the_settings(update, 
     update(embedder=Recipe("openrouter", "vendor/e"))
     [pause] = ledger.list_pauses()
     assert (
-        'of new and vendor/e is not known: set IMAGEPIPELINE_PRICES to {"new": [IN, OUT], "vendor/e": ['
+        'of new and vendor/e is unknown: set IMAGEPIPELINE_PRICES to {"new": [IN, OUT], "vendor/e": ['
         in pause.message
     )
     update(vision=Recipe("openai", "newer"))
     [pause] = ledger.list_pauses()
-    assert "of newer is not known" in pause.message
+    assert "of newer is unknown" in pause.message
 
 
-def test_a_budget_that_was_raised_ends_its_pause_without_a_person(update, make, ledger):
+def test_raising_a_budget_ends_its_pause(update, make, ledger):
     make(lambda: Answer(CallUsage(5_000_000)))
     free = {"new": (0.0, 0.0)}
-    assert update(free) == ["budget"]  # before any run has failed to find out
+    assert update(free) == ["budget"]  # before any run finds out
     assert update(free, budget_usd=6.0) == []
     assert update(free) == ["budget"]
     assert update(free, budget_usd=None) == []
 
 
-def test_a_pause_ends_when_its_model_is_not_asked_any_more(update, ledger, clock):
+def test_a_pause_ends_when_its_model_is_no_longer_used(update, ledger, clock):
     ledger.pause("auth", "the vision model answered 401", 600, "metadata")
     ledger.pause("auth", "the embedding model answered 401", 600, "embedding")
     update(budget_usd=None)
@@ -265,74 +268,70 @@ def test_a_pause_ends_when_its_model_is_not_asked_any_more(update, ledger, clock
     assert ledger.list_pauses() == []
 
 
-def test_a_price_that_was_taken_away_is_not_known_any_more(make):
+def test_a_model_that_stops_reporting_costs_needs_a_price(make):
     other = Recipe("openai", "other")
     make(lambda: Answer(CallUsage(5, 5, 0.01)), other)
-    make(
-        lambda: Answer(CallUsage(5, 5)), other, daily_budget_usd=5.0
-    )  # it has stopped reporting costs
-    with pytest.raises(PostponedError, match="price of other is not known"):
+    make(lambda: Answer(CallUsage(5, 5)), other, daily_budget_usd=5.0)  # without a cost
+    with pytest.raises(PostponedError, match="price of other is unknown"):
         make(fail(AssertionError("asked")), other, daily_budget_usd=5.0)
 
 
-def test_a_reported_cost_of_nothing_is_no_price(make):
+def test_a_reported_cost_of_zero_does_not_replace_a_price(make):
     other = Recipe("openai", "other")
     make(lambda: Answer(CallUsage(5, 5, 0.0)), other)
     with pytest.raises(PostponedError, match=r"\[0, 0\] if it is free"):
         make(fail(AssertionError("asked")), other, daily_budget_usd=5.0)
 
 
-def test_where_nothing_is_reported_as_cost_the_price_counts(make):
+def test_the_price_counts_if_the_reported_cost_is_zero(make):
     _, receipt = make(lambda: Answer(CallUsage(1_000_000, 0, 0.0)))
     assert receipt.cost_usd == 1.0
 
 
-def test_a_model_that_does_not_say_what_it_uses_is_asked_once_under_a_budget(make, ledger, clock):
+def test_a_model_that_reports_no_usage_is_called_only_once_under_a_budget(make, ledger, clock):
     make(lambda: Answer(None), daily_budget_usd=5.0)
-    with pytest.raises(PostponedError, match="calls to priced-model do not say what they use"):
+    with pytest.raises(PostponedError, match="calls to priced-model do not report their usage"):
         make(fail(AssertionError("asked")), daily_budget_usd=5.0)
     free = PaidCalls(ledger, Permits(), {"priced-model": (0.0, 0.0)}, 5.0, clock=clock)
     assert free.make(None, "search", REMOTE, lambda: Answer(None))
 
 
-def test_an_unpriced_past_does_not_stop_a_model_that_has_a_price_now(ledger, clock):
+def test_earlier_calls_without_a_price_do_not_stop_a_priced_model(ledger, clock):
     paid_calls = PaidCalls(ledger, Permits(), {}, clock=clock)
     paid_calls.make(None, "search", NEW, lambda: Answer(CallUsage(5)))
     priced = PaidCalls(ledger, Permits(), {"new": (1.0, 1.0)}, 5.0, clock=clock)
     assert priced.make(None, "search", NEW, lambda: Answer(CallUsage(5)))
 
 
-def test_a_search_that_is_forbidden_is_nobody_elses_trouble(ledger, clock):
+def test_a_forbidden_search_does_not_pause_other_calls(ledger, clock):
     paid_calls = PaidCalls(ledger, Permits(), {}, clock=clock)
     with pytest.raises(ForbiddenError):
         paid_calls.make(None, "search", REMOTE, fail(ForbiddenError("auth", "answered 403", 60)))
     assert ledger.list_pauses() == []
 
 
-def test_a_call_that_took_too_long_is_an_outcome_of_its_own(make, ledger, sqlite_catalogue_url):
+def test_a_call_that_timed_out_counts_as_unanswered(make, ledger, sqlite_catalogue_url):
     with pytest.raises(ProviderTimedOutError):
         make(fail(ProviderTimedOutError("too long")))
     assert ledger.count_unanswered("metadata") == {"a": 1}
 
 
-def test_a_picture_that_is_forbidden_when_others_are_answered_is_refused(make, ledger, clock):
+def test_an_image_that_is_forbidden_while_others_are_answered_is_refused(make, ledger, clock):
     forbidden = ForbiddenError("auth", "answered 403", 60)
     with pytest.raises(ForbiddenError):
         make(fail(forbidden))
     assert [pause.reason for pause in ledger.list_pauses()] == ["auth"]
     clock.now += timedelta(seconds=61)
-    with pytest.raises(ForbiddenError):  # nobody was answered since: it may be the key
+    with pytest.raises(ForbiddenError):  # no answer since, so it may be the key
         make(fail(forbidden))
     clock.now += timedelta(seconds=61)
     make(lambda: Answer(None), image_id="b")
-    with pytest.raises(RefusedError, match="answered 403 for this picture, and answers for others"):
+    with pytest.raises(RefusedError, match="answered 403 for this picture, but accepts others"):
         make(fail(forbidden))
     assert ledger.list_pauses() == []
 
 
-def test_a_key_that_is_bad_today_refuses_no_picture_that_met_another_bad_key_a_month_ago(
-    make, ledger, clock
-):
+def test_a_bad_key_does_not_refuse_an_image_that_was_forbidden_long_ago(make, ledger, clock):
     with pytest.raises(ForbiddenError):
         make(fail(ForbiddenError("auth", "answered 403", 60)))
     clock.now += timedelta(seconds=61)
@@ -343,7 +342,7 @@ def test_a_key_that_is_bad_today_refuses_no_picture_that_met_another_bad_key_a_m
         make(fail(ForbiddenError("auth", "answered 403", 60)))
 
 
-def test_a_provider_that_is_down_for_several_images_pauses_and_fails_none(make, ledger, clock):
+def test_a_provider_that_is_down_causes_a_pause_but_no_failed_image(make, ledger, clock):
     down = ProviderUnavailableError("answered 503")
     for image_id in "abcab":
         with pytest.raises(ProviderUnavailableError):
@@ -361,7 +360,7 @@ def test_a_provider_that_is_down_for_several_images_pauses_and_fails_none(make, 
     assert ledger.list_pauses() == []
 
 
-def test_an_image_that_alone_gets_no_answer_fails_by_its_attempts(make, ledger):
+def test_an_image_that_alone_gets_no_answer_uses_up_its_attempts(make, ledger):
     for image_id in "bc":
         with pytest.raises(ProviderUnavailableError):
             make(fail(ProviderUnavailableError("busy")), image_id=image_id)

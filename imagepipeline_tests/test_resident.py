@@ -1,4 +1,4 @@
-"""The resident does for a run what the run would do itself, and says so when it cannot."""
+"""The resident works for runs as their own models and index would, and reports its failures."""
 
 import contextlib
 import multiprocessing
@@ -26,6 +26,8 @@ from imagepipeline.settings import Settings
 from imagepipeline.stores.vectors import BatchingIndex, EmbeddingIndex
 from imagepipeline.wire import HEADER
 
+pytestmark = pytest.mark.stack
+
 
 def claim(image_id, fence=1):
     return Claim(image_id, 1, fence, None)
@@ -37,7 +39,7 @@ def embedding(*vector, version="local:m"):
 
 @pytest.fixture
 def resident(tmp_path):
-    """The address of a resident whose index is below `tmp_path`/index, and its process."""
+    """The address and the process of a resident with its index in `tmp_path`/index."""
     address = str(tmp_path / "resident.sock")
     context = multiprocessing.get_context("spawn")
     process = context.Process(target=serve, args=(address, str(tmp_path / "index")), daemon=True)
@@ -49,7 +51,7 @@ def resident(tmp_path):
     process.kill()
 
 
-def test_what_runs_write_through_it_is_in_the_index(resident, tmp_path):
+def test_embeddings_sent_to_the_resident_are_in_the_index(resident, tmp_path):
     index = ResidentIndex(resident[0])
     with ThreadPoolExecutor(8) as runs:
         list(
@@ -62,19 +64,19 @@ def test_what_runs_write_through_it_is_in_the_index(resident, tmp_path):
     assert index.get("i7", "local:m")["vector"] == [1.0, 7.0]
 
 
-def test_a_refusal_comes_back_as_it_is(resident):
+def test_a_refusal_reaches_the_caller_unchanged(resident):
     index = ResidentIndex(resident[0])
     index.upsert(claim("a", fence=2), embedding(1.0, 0.0))
     with pytest.raises(StaleClaimError, match="a later embedding of a"):
         index.upsert(claim("a", fence=1), embedding(0.0, 1.0))
 
 
-def test_its_models_say_what_ours_say(resident):
+def test_the_residents_models_give_the_same_results(resident):
     assert ResidentEmbedder(resident[0]).embed("a cat") == LocalEmbedder().embed("a cat")
 
 
-def test_without_it_an_image_waits_and_none_fails(resident, tmp_path):
-    with pytest.raises(ResidentDownError, match="the code server starts it again"):
+def test_without_a_resident_the_image_waits(resident, tmp_path):
+    with pytest.raises(ResidentDownError, match="the worker restarts it"):
         ResidentIndex(str(tmp_path / "nobody.sock")).get("a", "local:m")
     address, process = resident
     stopped = ResidentIndex(address)
@@ -92,7 +94,7 @@ class Attack:
         return open, (self.path, "w")
 
 
-def test_what_is_no_question_is_not_answered_and_runs_nothing(resident, tmp_path):
+def test_a_malformed_request_is_not_answered_and_runs_no_code(resident, tmp_path):
     address, process = resident
     attack = pickle.dumps(("get", (Attack(str(tmp_path / "attacked")),)))
     framed = HEADER.pack(len(attack), 0) + attack
@@ -101,7 +103,7 @@ def test_what_is_no_question_is_not_answered_and_runs_nothing(resident, tmp_path
             connection.connect(address)
             connection.sendall(data)
             connection.shutdown(socket.SHUT_WR)
-            with contextlib.suppress(ConnectionResetError):  # what it did not read, it lets fall
+            with contextlib.suppress(ConnectionResetError):  # the rest was not read
                 assert connection.recv(1) == b""
     for name, arguments in (
         ("nothing", ()),
@@ -116,7 +118,7 @@ def test_what_is_no_question_is_not_answered_and_runs_nothing(resident, tmp_path
     assert ResidentIndex(address).get("a", "local:m") is None
 
 
-def test_it_ends_with_the_process_that_started_it(tmp_path):
+def test_the_resident_ends_with_the_process_that_started_it(tmp_path):
     settings = Settings.load({"IMAGEPIPELINE_HOME": str(tmp_path)})
     services.prepare(settings)
     environment = os.environ | {"IMAGEPIPELINE_HOME": str(tmp_path)}
@@ -126,7 +128,7 @@ def test_it_ends_with_the_process_that_started_it(tmp_path):
             assert process.poll() is None
             time.sleep(0.02)
         assert ResidentIndex(settings.resident_address).get("a", "local:m") is None
-        process.stdin.close()  # as the kernel does for whoever dies
+        process.stdin.close()  # as the kernel does when a process ends
         assert process.wait(10) == 0
     finally:
         process.kill()
@@ -135,7 +137,7 @@ def test_it_ends_with_the_process_that_started_it(tmp_path):
         ResidentIndex(settings.resident_address).get("a", "local:m")
 
 
-def test_upserts_that_wait_share_a_commit_and_each_learns_its_own_fate(tmp_path):
+def test_waiting_upserts_share_a_commit_but_fail_separately(tmp_path):
     index = BatchingIndex(str(tmp_path))
     index.upsert(claim("taken", fence=9), embedding(1.0, 0.0))
     batches, may_write = [], threading.Event()
@@ -161,7 +163,7 @@ def test_upserts_that_wait_share_a_commit_and_each_learns_its_own_fate(tmp_path)
             time.sleep(0.01)
         may_write.set()
         assert [one.result() for one in (first, twice, *good[1:])] == [None] * 5
-        for stale in (late, good[0]):  # a later claim was there, or came in the same batch
+        for stale in (late, good[0]):  # a later claim was stored, or is in the same batch
             assert isinstance(stale.exception(), StaleClaimError)
     assert (len(batches), len(batches[1])) == (2, 6)
     assert index.get("i0", "local:m")["fence"] == 2
@@ -169,7 +171,7 @@ def test_upserts_that_wait_share_a_commit_and_each_learns_its_own_fate(tmp_path)
     assert index.count_rows() == 6
 
 
-def test_the_index_is_put_together_now_and_then(tmp_path):
+def test_the_index_is_compacted_regularly(tmp_path):
     index = BatchingIndex(str(tmp_path))
     for number in range(45):
         index.upsert(claim(f"i{number}"), embedding(1.0, float(number)))
@@ -178,7 +180,7 @@ def test_the_index_is_put_together_now_and_then(tmp_path):
     assert index.count_rows() == 45
 
 
-def test_a_commit_that_fails_fails_all_that_were_in_it(tmp_path):
+def test_a_failed_commit_fails_all_its_upserts(tmp_path):
     index = BatchingIndex(str(tmp_path))
 
     def fail(writes):

@@ -1,4 +1,4 @@
-"""Every setting is checked at the start, and a complaint names it."""
+"""Every setting is checked at start-up, and an error names the setting."""
 
 import os
 
@@ -8,7 +8,7 @@ from imagepipeline.errors import SettingsError
 from imagepipeline.settings import Settings, is_secret
 
 
-def test_nothing_needs_to_be_set(tmp_path, monkeypatch):
+def test_no_setting_is_required(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     settings = Settings.load({})
     assert settings.home == tmp_path / ".imagepipeline"
@@ -17,7 +17,7 @@ def test_nothing_needs_to_be_set(tmp_path, monkeypatch):
     assert settings.storage == str(tmp_path / ".imagepipeline" / "storage")
 
 
-def test_an_empty_variable_counts_as_not_set():
+def test_an_empty_variable_counts_as_unset():
     assert Settings.load({"REDIS_URL": "", "OPENAI_API_KEY": ""}) == Settings.load({})
 
 
@@ -34,29 +34,29 @@ def test_an_empty_variable_counts_as_not_set():
         ("IMAGEPIPELINE_WEBSERVER_PORT", "0"),
     ],
 )
-def test_a_malformed_setting_is_named_and_its_value_is_not_shown(name, value):
+def test_an_error_names_a_malformed_setting_but_hides_its_value(name, value):
     with pytest.raises(SettingsError) as caught:
         Settings.load({name: value})
     assert name in str(caught.value)
     assert value not in str(caught.value)
 
 
-def test_all_malformed_settings_are_named_at_once():
+def test_one_error_names_all_malformed_settings():
     with pytest.raises(SettingsError, match=r"REDIS_PORT.*OPENAI_BASE_URL"):
         Settings.load({"REDIS_PORT": "x", "OPENAI_BASE_URL": "y"})
 
 
-def test_a_misspelt_setting_is_told_its_right_name():
+def test_the_error_for_a_misspelt_setting_suggests_the_right_name():
     with pytest.raises(SettingsError, match="did you mean IMAGEPIPELINE_VISION_MODEL"):
         Settings.load({"IMAGEPIPELINE_VISON_MODEL": "gpt-4o"})
 
 
-def test_two_ways_to_name_redis_exclude_each_other():
+def test_redis_is_given_by_url_or_by_host_not_both():
     with pytest.raises(SettingsError, match="REDIS_HOST"):
         Settings.load({"REDIS_URL": "redis://h", "REDIS_HOST": "h"})
 
 
-def test_redis_may_be_named_by_host_and_port():
+def test_redis_may_be_given_by_host_and_port():
     assert Settings.load({"REDIS_HOST": "h"}).redis_url == "redis://h:6379/0"
     assert Settings.load({"REDIS_PORT": "7"}).redis_url == "redis://127.0.0.1:7/0"
     assert not Settings.load({"REDIS_HOST": "h"}).has_own_redis
@@ -74,7 +74,7 @@ def test_secrets_are_not_printed():
     assert settings.redis_url == "redis://:canary@h"
 
 
-def test_a_socket_fits_its_limit_wherever_the_home_is(tmp_path):
+def test_socket_paths_are_short_enough_wherever_the_home_is(tmp_path):
     deep = tmp_path / ("x" * 200)
     first, second = (
         Settings.load({"IMAGEPIPELINE_HOME": str(deep / name)}).socket_folder for name in "ab"
@@ -92,30 +92,28 @@ def secret_file(tmp_path):
     return write
 
 
-def test_a_secret_may_stand_in_a_file(secret_file):
+def test_a_secret_may_be_read_from_a_file(secret_file):
     settings = Settings.load({"DATABASE_URL_FILE": secret_file("postgresql://u:canary@h/d\n")})
     assert settings.database_url == "postgresql://u:canary@h/d"
 
 
-def test_a_secret_of_a_file_is_found_by_those_who_look_into_the_environment(
-    secret_file, monkeypatch
-):
+def test_a_secret_from_a_file_is_put_into_the_environment(secret_file, monkeypatch):
     monkeypatch.setenv("AWS_SECRET_ACCESS_KEY_FILE", secret_file("canary\n"))
     monkeypatch.delenv("AWS_SECRET_ACCESS_KEY", raising=False)
-    for _ in range(2):  # also for a child that loads them again
+    for _ in range(2):  # a child process loads the settings again
         Settings.load()
         assert os.environ.pop("AWS_SECRET_ACCESS_KEY_FILE", None) is None
         assert os.environ["AWS_SECRET_ACCESS_KEY"] == "canary"
     monkeypatch.delenv("AWS_SECRET_ACCESS_KEY")
 
 
-def test_an_empty_file_means_no_key_but_never_another_database(secret_file):
+def test_an_empty_file_means_no_key_but_is_refused_for_a_database(secret_file):
     assert Settings.load({"OPENAI_API_KEY_FILE": secret_file("\n")}).openai_api_key is None
     with pytest.raises(SettingsError, match=r"DATABASE_URL_FILE names .*, which is empty"):
         Settings.load({"DATABASE_URL_FILE": secret_file("\n")})
 
 
-def test_a_secret_is_given_once_and_only_from_files_that_can_be_read(secret_file):
+def test_a_secret_is_given_once_and_its_file_must_be_readable(secret_file):
     with pytest.raises(SettingsError, match="REDIS_URL and REDIS_URL_FILE exclude each other"):
         Settings.load({"REDIS_URL": "redis://h", "REDIS_URL_FILE": secret_file("redis://h")})
     with pytest.raises(
@@ -126,7 +124,7 @@ def test_a_secret_is_given_once_and_only_from_files_that_can_be_read(secret_file
         Settings.load({"IMAGEPIPELINE_HOME_FILE": "/nowhere"})
 
 
-def test_dagsters_database_is_named_for_the_driver_that_is_installed():
+def test_dagsters_database_url_names_the_installed_driver():
     url = Settings.load({"DAGSTER_DATABASE_URL": "postgres://u:p@h/d"}).dagster_database_url
     assert url.get_secret_value() == "postgresql+psycopg2://u:p@h/d"
 
@@ -137,7 +135,7 @@ def test_dagster_and_the_catalogue_do_not_share_a_database():
             Settings.load({"DATABASE_URL": "postgres://u:p@h/d", "DAGSTER_DATABASE_URL": url})
 
 
-def test_the_storage_root_is_a_folder_or_a_url_and_takes_the_index_along(tmp_path):
+def test_the_storage_root_is_a_folder_or_a_bucket_which_also_holds_the_index(tmp_path):
     bucket = Settings.load({"IMAGEPIPELINE_STORAGE_ROOT": "s3://bucket/prefix/"})
     assert (bucket.storage, bucket.index_uri) == (
         "s3://bucket/prefix",
@@ -164,12 +162,12 @@ LINKS = {
 }
 
 
-def test_what_kubernetes_tells_of_services_is_no_setting():
+def test_service_variables_of_kubernetes_are_not_taken_as_settings():
     assert Settings.load(LINKS) == Settings.load({})
     assert Settings.load(LINKS | {"REDIS_HOST": "h"}).redis_url == "redis://h:6379/0"
 
 
-def test_nobody_we_start_takes_a_service_for_a_setting(monkeypatch):
+def test_child_processes_do_not_get_service_variables(monkeypatch):
     for name, value in (
         LINKS | {"DAGSTER_GRPC_PORT": "tcp://10.0.0.4:1", "OTHER_PORT": "tcp://h:1"}
     ).items():
@@ -190,12 +188,12 @@ def test_nobody_we_start_takes_a_service_for_a_setting(monkeypatch):
         ("IMAGEPIPELINE_WEBSERVER_HOTS", "tcp://h:1"),
     ],
 )
-def test_what_only_resembles_a_service_is_still_refused(name, value):
+def test_a_setting_that_resembles_a_service_variable_is_refused(name, value):
     with pytest.raises(SettingsError, match=name):
         Settings.load({name: value})
 
 
-def test_no_proxy_stands_between_us_and_this_machine(monkeypatch):
+def test_no_proxy_is_used_for_this_machine(monkeypatch):
     monkeypatch.setenv("NO_PROXY", "intranet, 127.0.0.1")
     monkeypatch.setenv("no_proxy", ".example")
     Settings.load()
@@ -209,7 +207,7 @@ def test_no_proxy_stands_between_us_and_this_machine(monkeypatch):
     assert os.environ["NO_PROXY"] == "*"
 
 
-def test_a_home_may_have_any_name_but_one_with_a_question_mark():
+def test_a_home_may_have_any_name_without_question_mark_or_line_break():
     settings = Settings.load({"IMAGEPIPELINE_HOME": "/a b#c%2Fd"})
     assert settings.redis_url == "unix:///a%20b%23c%252Fd/sockets/valkey.sock?db=0"
     for name in ("/what?", "/two\nlines"):
@@ -217,9 +215,7 @@ def test_a_home_may_have_any_name_but_one_with_a_question_mark():
             Settings.load({"IMAGEPIPELINE_HOME": name})
 
 
-def test_a_default_home_in_a_folder_with_a_question_mark_is_refused_by_its_name(
-    tmp_path, monkeypatch
-):
+def test_a_default_home_below_a_folder_with_a_question_mark_is_refused(tmp_path, monkeypatch):
     (tmp_path / "what?").mkdir()
     monkeypatch.chdir(tmp_path / "what?")
     with pytest.raises(
@@ -228,12 +224,12 @@ def test_a_default_home_in_a_folder_with_a_question_mark_is_refused_by_its_name(
         Settings.load({})
 
 
-def test_the_length_of_a_socket_counts_bytes():
+def test_the_length_of_a_socket_path_is_counted_in_bytes():
     folder = Settings.load({"IMAGEPIPELINE_HOME": "/" + "é" * 40}).socket_folder
     assert len(os.fsencode(folder)) < 70
 
 
-def test_a_relative_sqlite_file_is_the_same_for_all_processes(tmp_path, monkeypatch):
+def test_a_relative_sqlite_path_is_made_absolute(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     assert (
         Settings.load({"DATABASE_URL": "sqlite:///a/b.db"}).database_url
@@ -246,20 +242,20 @@ def test_a_relative_sqlite_file_is_the_same_for_all_processes(tmp_path, monkeypa
 
 
 @pytest.mark.parametrize("url", ["sqlite:///", "sqlite:///:memory:", "sqlite:///file:x"])
-def test_a_catalogue_that_would_vanish_with_its_process_is_refused(url):
+def test_an_in_memory_catalogue_is_refused(url):
     with pytest.raises(SettingsError, match="must name a file"):
         Settings.load({"DATABASE_URL": url})
 
 
 @pytest.mark.parametrize("name", ["DATABASE_URL", "DAGSTER_DATABASE_URL"])
 @pytest.mark.parametrize("parameter", ["schema", "pgbouncer", "connection_limit"])
-def test_a_parameter_the_driver_does_not_know_is_named(name, parameter):
+def test_the_error_for_an_unknown_driver_parameter_names_it(name, parameter):
     with pytest.raises(SettingsError, match=f"{name}: has a parameter .*'{parameter}'") as caught:
         Settings.load({name: f"postgresql://u:canary@h/d?sslmode=require&{parameter}=x"})
     assert "canary" not in str(caught.value)
 
 
-def test_parameters_the_driver_knows_are_kept():
+def test_known_driver_parameters_are_kept():
     url = "postgresql://u@h/d?sslmode=require&application_name=a&host=/tmp"
     assert Settings.load({"DATABASE_URL": url}).database_url == url
     with pytest.raises(SettingsError, match="'mode'"):
@@ -270,7 +266,7 @@ def test_parameters_the_driver_knows_are_kept():
     "url",
     ["https://[canary/", "https://canary:70000/", "https://canary:x/", "canary", "https:///c"],
 )
-def test_a_webhook_without_a_whole_address_is_refused_at_start_and_not_shown(url):
+def test_an_invalid_webhook_url_is_refused_and_not_shown(url):
     environment = {"IMAGEPIPELINE_WEBHOOK_URL": url, "IMAGEPIPELINE_WEBHOOK_SECRET": "x" * 16}
     with pytest.raises(
         SettingsError, match="IMAGEPIPELINE_WEBHOOK_URL: must be an address such as"
@@ -280,7 +276,7 @@ def test_a_webhook_without_a_whole_address_is_refused_at_start_and_not_shown(url
 
 
 @pytest.mark.parametrize("name", ["OPENAI", "OPENROUTER"])
-def test_a_key_is_not_sent_unencrypted_unless_a_setting_says_so(name):
+def test_a_key_is_sent_without_tls_only_if_a_setting_allows_it(name):
     plain = {f"{name}_API_KEY": "canary", f"{name}_BASE_URL": "http://models.example/v1"}
     with pytest.raises(
         SettingsError, match=f"{name}_BASE_URL starts with http://.*ALLOW_PLAIN_HTTP"
@@ -288,12 +284,12 @@ def test_a_key_is_not_sent_unencrypted_unless_a_setting_says_so(name):
         Settings.load(plain)
     assert "canary" not in str(caught.value)
     Settings.load(plain | {"IMAGEPIPELINE_ALLOW_PLAIN_HTTP": "1"})
-    Settings.load({f"{name}_BASE_URL": "http://models.example/v1"})  # a server that needs no key
+    Settings.load({f"{name}_BASE_URL": "http://models.example/v1"})  # without a key
     for host in ("localhost", "127.0.0.1", "127.1.2.3", "[::1]"):
         Settings.load(plain | {f"{name}_BASE_URL": f"http://{host}:8000/v1"})
 
 
-def test_who_has_no_key_can_be_told_that_the_models_are_remote():
+def test_a_process_without_a_key_can_be_told_that_the_models_are_remote():
     assert not Settings.load({}).has_remote_vision
     told = Settings.load({"IMAGEPIPELINE_VISION": "remote", "IMAGEPIPELINE_EMBEDDING": "remote"})
     assert told.has_remote_vision
@@ -305,7 +301,7 @@ def test_who_has_no_key_can_be_told_that_the_models_are_remote():
 
 
 @pytest.mark.parametrize(
-    ("name", "is_one"),
+    ("name", "expected"),
     [
         *(
             (name, True)
@@ -318,5 +314,5 @@ def test_who_has_no_key_can_be_told_that_the_models_are_remote():
         ),
     ],
 )
-def test_a_secret_is_known_by_its_name(name, is_one):
-    assert is_secret(name) == is_one
+def test_a_secret_is_recognised_by_its_name(name, expected):
+    assert is_secret(name) == expected

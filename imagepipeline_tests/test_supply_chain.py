@@ -1,4 +1,4 @@
-"""What we ship is known by name and hash, and can be asked about."""
+"""Dependencies are listed in a bill of materials and audited for vulnerabilities."""
 
 import json
 import re
@@ -8,10 +8,12 @@ from pathlib import Path
 
 import pytest
 
+pytestmark = pytest.mark.stack
+
 ROOT = Path(__file__).parent.parent
 
 
-def test_the_bill_of_materials_names_all_we_install(tmp_path):
+def test_the_bill_of_materials_lists_all_dependencies(tmp_path):
     bill = tmp_path / "sbom.json"
     command = ["-m", "cyclonedx_py", "requirements", "requirements.txt", "--output-file", str(bill)]
     subprocess.run([sys.executable, *command], cwd=ROOT, check=True, capture_output=True)
@@ -40,10 +42,10 @@ def test_no_dependency_has_a_known_vulnerability():
         [sys.executable, *command], cwd=ROOT, capture_output=True, text=True, check=False
     )
     if not result.stdout:
-        pytest.skip(f"the network does not allow it: {result.stderr.strip()[-200:]}")
+        pytest.skip(f"the audit could not run: {result.stderr.strip()[-200:]}")
     audited = [
         part for part in json.loads(result.stdout)["dependencies"] if "skip_reason" not in part
     ]
     if not audited:
-        pytest.skip("the package index that is reached here knows no vulnerabilities")
+        pytest.skip("this package index has no data on vulnerabilities")
     assert [(part["name"], flaw["id"]) for part in audited for flaw in part["vulns"]] == []

@@ -1,4 +1,4 @@
-"""What others wrote never acts upon a terminal, a log, a header or a page; and it costs linear time to look at."""
+"""Texts by others cannot affect a terminal, log, header or page, and take linear time to parse."""
 
 import contextlib
 import inspect
@@ -32,7 +32,7 @@ EVIL = {
 
 
 @pytest.mark.parametrize("text", EVIL.values(), ids=EVIL)
-def test_what_is_made_printable_is(text):
+def test_texts_become_printable(text):
     assert make_printable(f"a{text}b").isprintable()
     assert len(make_printable(text)) == len(text)
     assert str(ImagePipelineError(f"no {text}")).isprintable()
@@ -40,26 +40,26 @@ def test_what_is_made_printable_is(text):
 
 
 @pytest.mark.parametrize("text", EVIL.values(), ids=EVIL)
-def test_json_keeps_the_exact_text_and_holds_no_control_character(text):
+def test_json_keeps_the_exact_text_without_control_characters(text):
     shown = to_json({"text": text})
     assert shown.isascii()
     assert shown.isprintable()
     assert json.loads(shown) == {"text": text}
 
 
-def test_words_of_all_scripts_are_left_as_they_are():
+def test_words_of_all_scripts_are_unchanged():
     text = "Größe, 東京, العربية, हिन्दी, 🦊, e\u0301"
     assert make_printable(text) == text
 
 
-def test_the_end_of_a_log_keeps_its_lines_and_nothing_else():
+def test_a_log_excerpt_keeps_line_breaks_but_no_control_characters():
     assert (
         str(StackError("it did not start:\n\x1b[31mred\nlast"))
         == "it did not start:\n [31mred\nlast"
     )
 
 
-def test_an_error_is_cleaned_with_all_that_led_to_it():
+def test_an_error_is_cleaned_together_with_its_causes():
     cause, error = ValueError("\x1b[31m", 7), MissingOriginalError("\x1b[32m")
     error.__cause__, cause.__context__ = cause, error
     clean_error(error)
@@ -67,7 +67,7 @@ def test_an_error_is_cleaned_with_all_that_led_to_it():
 
 
 @pytest.mark.parametrize("module", [cli, display])
-def test_the_command_line_prints_by_what_makes_text_printable(module):
+def test_the_command_line_prints_cleaned_texts_only(module):
     source = inspect.getsource(module)
     assert source.count("click.echo(") == (1 if module is cli else 0)
     assert "json.dumps(" not in source
@@ -75,7 +75,7 @@ def test_the_command_line_prints_by_what_makes_text_printable(module):
 
 
 def seconds(work):
-    """The least CPU time of three tries."""
+    """Returns the least CPU time of three tries."""
     times = []
     for _ in range(3):
         began = time.process_time()
@@ -88,7 +88,7 @@ SHORT, LONG = 2_000, 16_000
 PATTERNS = {
     "policy": openai_client.POLICY_TEXT.search,
     "caller": openai_client.CALLER_TEXT.search,
-    "picture": openai_client.PICTURE_TEXT.search,
+    "picture": openai_client.INPUT_VERDICT_TEXT.search,
     "separator": answers.SEPARATOR.split,
     "bullet": answers.BULLET.match,
     "color": answers.COLOR.findall,
@@ -97,12 +97,14 @@ PATTERNS = {
     "date": DATE.sub,
     "id": lambda text: Upload.from_entry(text[:4000].encode()),
 }
-ATTACKS = ["<!---->", "](", "[](", "<", "[a", "\\", "-", " ", "a", "1", "#", "http", "a:", "www.", "violat", "against ",
-           "policy ", "due to ", "content", '"reasons" ', "{", '"', "\u0301"]  # fmt: skip
+ATTACKS = [
+    *("<!---->", "](", "[](", "<", "[a", "\\", "-", " ", "a", "1", "#", "http", "a:", "www."),
+    *("violat", "against ", "policy ", "due to ", "content", '"reasons" ', "{", '"', "\u0301"),
+]
 
 
 @pytest.mark.parametrize("name", PATTERNS)
-def test_an_expression_takes_linear_time(name):
+def test_a_regular_expression_takes_linear_time(name):
     function = PATTERNS[name]
     call = (lambda text: function(" ", text)) if name in ("link", "markup", "date") else function
 
@@ -112,11 +114,10 @@ def test_an_expression_takes_linear_time(name):
 
     for attack in ATTACKS:
         texts = [(attack * length)[:length] for length in (SHORT, LONG)]
-        # Eight times the text: squared would be 64 times the time. What is too short to be measured is short.
-        assert (
-            seconds(lambda texts=texts: look(texts[1]))
-            < 24 * seconds(lambda texts=texts: look(texts[0])) + 0.005
-        ), attack
+        # The second text is eight times as long: quadratic time would be 64 times as long. The
+        # constant is for times too short to measure.
+        short, long = (seconds(lambda text=text: look(text)) for text in texts)
+        assert long < 24 * short + 0.005, attack
 
 
 class Vocabulary:
@@ -124,7 +125,7 @@ class Vocabulary:
     categories = tags
 
 
-def test_a_vocabulary_is_put_into_normal_form_once_an_answer(monkeypatch):
+def test_a_vocabulary_is_normalised_once_per_answer(monkeypatch):
     seen = []
     monkeypatch.setattr(answers, "to_word", lambda text: seen.append(text) or text)
     answers.choose_tags([f"tag{number}" for number in range(200)], Vocabulary.tags)
@@ -134,7 +135,7 @@ def test_a_vocabulary_is_put_into_normal_form_once_an_answer(monkeypatch):
 @pytest.mark.parametrize(
     "attack", ["<!---->" * 15_000, "](" * 50_000, "[" * 100_000, "1" * 100_000, "\u0301" * 9_000]
 )
-def test_an_answer_that_is_one_attack_is_looked_at_in_bounded_time(attack):
+def test_a_hostile_answer_is_parsed_in_bounded_time(attack):
     attack = attack[: answers.MAX_ANSWER_CHARACTERS - 200]
     answer = {
         "description": "d",

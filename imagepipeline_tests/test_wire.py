@@ -1,4 +1,4 @@
-"""Messages arrive as they were sent, or are refused; none is waited for longer than its deadline."""
+"""Messages arrive unchanged or are refused, and waiting for one ends at its deadline."""
 
 import pickle
 import socket
@@ -59,14 +59,14 @@ METADATA = ImageMetadata(
         (None, None),
     ],
 )
-def test_what_is_sent_arrives(pair, kind, value):
+def test_a_message_arrives_unchanged(pair, kind, value):
     assert validate(kind, send_and_read(value, pair)) == value
 
 
 @pytest.mark.parametrize(
     "value", [object(), {1, 2}, float("nan"), float("inf"), np.float32(1), "x" * 2_000_000]
 )
-def test_what_is_no_plain_value_or_too_long_is_not_sent(pair, value):
+def test_unsupported_or_oversized_values_are_not_sent(pair, value):
     with pytest.raises((TypeError, ValueError)):
         write_message(pair[0], [value])
 
@@ -85,12 +85,12 @@ def test_what_is_no_plain_value_or_too_long_is_not_sent(pair, value):
         (float, float("nan")),
     ],
 )
-def test_what_is_not_of_the_expected_type_is_refused(kind, value):
+def test_a_value_of_the_wrong_type_is_refused(kind, value):
     with pytest.raises(MalformedMessageError):
         validate(kind, value)
 
 
-def test_a_message_that_comes_byte_by_byte_is_not_waited_for(pair):
+def test_a_message_that_trickles_in_times_out(pair):
     stream, theirs = pair
     is_over = threading.Event()
 
@@ -111,14 +111,14 @@ def test_a_message_that_comes_byte_by_byte_is_not_waited_for(pair):
     thread.join()
 
 
-def test_a_peer_that_reads_nothing_is_not_waited_for(pair):
+def test_sending_to_a_peer_that_reads_nothing_times_out(pair):
     stream, _ = pair
     stream.allow(0.3)
     with pytest.raises(TimeoutError):
         write_message(stream, b"x" * 10_000_000)
 
 
-def test_a_pickle_is_no_message(pair):
+def test_a_pickle_is_refused(pair):
     stream, theirs = pair
     data = pickle.dumps([1, 2])
     theirs.send(HEADER.pack(len(data), 0) + data)
@@ -126,7 +126,7 @@ def test_a_pickle_is_no_message(pair):
         read_message(stream, 100)
 
 
-def test_an_error_comes_back_as_it_was_if_it_is_of_a_known_kind():
+def test_an_error_of_a_known_type_is_restored():
     described = describe_error(StaleClaimError("too late"))
     assert repr(restore_error(described, [StaleClaimError])) == "StaleClaimError('too late')"
     assert repr(restore_error(described, [])) == "RuntimeError('StaleClaimError: too late')"

@@ -1,4 +1,4 @@
-"""The three assets of an image. Each reads, calls, stores and reports; the work itself is done elsewhere."""
+"""The three assets of an image: they read, call, store and report; the work is elsewhere."""
 
 import base64
 import hashlib

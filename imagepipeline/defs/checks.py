@@ -98,8 +98,8 @@ class Recent:
         """Those of the day before `now`."""
         since = now - WINDOW
         return cls(
-            catalogue.count_recent("completed", since),
-            catalogue.list_recent("check_failed", since, MAX_PROBLEMS),
+            catalogue.count_events("completed", since),
+            catalogue.list_events("check_failed", since, MAX_PROBLEMS),
         )
 
     @property

@@ -1,1 +1,1 @@
-"""Bytes in, values out: decoding, rendering and measuring images with Pillow. No network, no stores."""
+"""Decodes, renders and measures images with Pillow: bytes in, values out, no network, no stores."""

@@ -1,4 +1,4 @@
-"""What a BMP is, read from its headers, and those kinds of it that Pillow does not read, or not rightly."""
+"""Reads the headers of a BMP, and decodes the variations that Pillow gets wrong or rejects."""
 
 from dataclasses import dataclass
 
@@ -13,7 +13,17 @@ DEFAULT_MASKS = {16: (0x7C00, 0x03E0, 0x001F, 0), 32: (0xFF0000, 0xFF00, 0xFF, 0
 
 @dataclass(frozen=True)
 class Bmp:
-    """The headers of a BMP. `masks` are those of red, green, blue and alpha; `start` is where its pixels lie."""
+    """The headers of a BMP.
+
+    Attributes:
+        width: pixels; 0 if the header has a negative one.
+        height: pixels, always positive.
+        is_top_down: the first row stored is the top one.
+        bits: bits per pixel.
+        compression: one of the constants above.
+        start: offset of the pixels in the file.
+        masks: bit masks of red, green, blue and alpha.
+    """
 
     width: int
     height: int
@@ -25,25 +35,19 @@ class Bmp:
 
     @property
     def row_bytes(self) -> int:
-        """The bytes of a row that is not compressed, to a multiple of four."""
+        """Bytes in an uncompressed row, which is padded to a multiple of four."""
         return (self.width * self.bits + 31) // 32 * 4
 
     @property
     def is_plausible(self) -> bool:
-        """Whether its header could be one: a known compression and number of bits."""
+        """Whether the compression and the bits per pixel are known ones."""
         is_wrapper = self.compression in (JPEG, PNG)
-        is_known = is_wrapper or self.compression in (
-            RGB,
-            RLE8,
-            RLE4,
-            BITFIELDS,
-            ALPHA_BITFIELDS,
-            *CMYK,
-        )
+        decoded_here = (RGB, RLE8, RLE4, BITFIELDS, ALPHA_BITFIELDS)
+        is_known = is_wrapper or self.compression in (*decoded_here, *CMYK)
         return is_known and (is_wrapper or self.bits in (1, 2, 4, 8, 16, 24, 32))
 
     def find_refusal(self, header_bytes: int) -> str | None:
-        """What kind it is if it is none that is read."""
+        """Returns a description of the BMP if this kind is not supported, else None."""
         if header_bytes in (16, 64) and self.compression > RLE4:
             return "an OS/2 bitmap with its own compression"
         if self.compression in (JPEG, PNG):
@@ -56,7 +60,10 @@ class Bmp:
 
 
 def read_bmp(content: bytes) -> tuple[Bmp, int] | None:
-    """The headers and the size of the second one in bytes; None where the file ends before."""
+    """Returns the headers, and the size in bytes of the second one, the info header.
+
+    Returns None if the file ends within the headers.
+    """
 
     def read(position: int, size: int = 4, signed: bool = False) -> int:
         return int.from_bytes(content[position : position + size], "little", signed=signed)
@@ -78,7 +85,7 @@ def read_bmp(content: bytes) -> tuple[Bmp, int] | None:
 
 
 def read_fields(content: bytes, bmp: Bmp) -> Image.Image | None:
-    """RGB or RGBA of a BMP whose pixels are made of bit fields; None if its masks are of no use."""
+    """Decodes a BMP with bit fields to RGB or RGBA; returns None if the masks are invalid."""
     if not any(bmp.masks[:3]) or max(mask.bit_length() for mask in bmp.masks) > bmp.bits:
         return None
     size = bmp.row_bytes * bmp.height
@@ -103,9 +110,13 @@ def read_fields(content: bytes, bmp: Bmp) -> Image.Image | None:
 def read_runs(
     content: bytes, bmp: Bmp, header_bytes: int
 ) -> tuple[Image.Image, NDArray[np.bool_], bool]:
-    """RGB of a BMP of run lengths, which pixels its runs leave free, and whether they come to an end.
+    """Decodes a run-length encoded BMP.
 
-    What is free is black, and runs that are longer than their row are cut, as in Chromium.
+    As in Chromium, pixels that no run covers are black, and a run stops at the end of its row.
+
+    Returns:
+        The image in RGB, the mask of pixels that no run covers, and whether the runs end
+        properly.
     """
     width, height, is_wide = bmp.width, bmp.height, bmp.compression == RLE8
     pixels, drawn = bytearray(width * height), bytearray(width * height)
@@ -120,9 +131,10 @@ def read_runs(
             has_end = True
             break
         if count == 0 and value == 2:
+            has_offsets = position + 2 <= len(content)
             x, y = (
                 x + content[position],
-                y + content[position + 1] if position + 2 <= len(content) else height,
+                y + content[position + 1] if has_offsets else height,
             )
             position += 2
             continue
@@ -161,11 +173,9 @@ def read_runs(
 
 
 def read_profile(content: bytes, header_bytes: int) -> bytes | None:
-    """The ICC profile embedded in a BMP of version 5."""
+    """Returns the ICC profile embedded in a BMP of version 5, or None."""
     if header_bytes != 124 or content[70:74] != b"DEBM":  # "MBED", least significant byte first
         return None
-    offset, size = (
-        int.from_bytes(content[126:130], "little"),
-        int.from_bytes(content[130:134], "little"),
-    )
+    offset = int.from_bytes(content[126:130], "little")
+    size = int.from_bytes(content[130:134], "little")
     return content[14 + offset : 14 + offset + size] or None

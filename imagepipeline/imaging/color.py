@@ -1,7 +1,8 @@
-"""From stored colours to sRGB, by what the file says of them: an ICC profile, or the code points of video (CICP).
+"""Converts stored colours to sRGB, using the file's ICC profile or its CICP code points.
 
-Of several statements the most exact counts, as in browsers: in PNG `cICP`, then an ICC profile, then `sRGB`, then
-`gAMA` with `cHRM`; in AVIF and HEIC an ICC profile, then `nclx`. Without any the numbers are taken as sRGB.
+If a file describes its colours in several ways, the most precise one counts, as in browsers. PNG:
+`cICP`, then an ICC profile, then `sRGB`, then `gAMA` with `cHRM`. AVIF and HEIC: an ICC profile,
+then `nclx`. Without a description, the colours are taken as sRGB.
 """
 
 import io
@@ -16,22 +17,14 @@ from PIL import Image, ImageCms
 
 Floats = NDArray[np.floating]
 SRGB = ImageCms.createProfile("sRGB")
-SRGB_PRIMARIES = (
-    0.640,
-    0.330,
-    0.300,
-    0.600,
-    0.150,
-    0.060,
-    0.3127,
-    0.3290,
-)  # x and y of red, green, blue, white
-D50 = np.array([0.9642, 1.0, 0.8249])  # of the profile connection space, ICC.1:2022, 7.2.16
+# x and y of red, green, blue and white.
+SRGB_PRIMARIES = (0.640, 0.330, 0.300, 0.600, 0.150, 0.060, 0.3127, 0.3290)
+D50 = np.array([0.9642, 1.0, 0.8249])  # white of the profile connection space, ICC.1:2022, 7.2.16
 BRADFORD = np.array(
     [[0.8951, 0.2664, -0.1614], [-0.7502, 1.7135, 0.0367], [0.0389, -0.0685, 1.0296]]
 )
 CURVE_ENTRIES = 4096
-# ITU-T H.273, table 2. 1, BT.709, and 2, unspecified, are sRGB's.
+# ITU-T H.273, table 2. The missing 1 (BT.709) and 2 (unspecified) have sRGB's primaries.
 PRIMARIES: dict[int, tuple[float, ...]] = {
     4: (0.67, 0.33, 0.21, 0.71, 0.14, 0.08, 0.310, 0.316),
     5: (0.64, 0.33, 0.29, 0.60, 0.15, 0.06, 0.3127, 0.3290),
@@ -47,22 +40,23 @@ PRIMARIES: dict[int, tuple[float, ...]] = {
 BT2020 = 9
 SRGB_CURVE, PQ, HLG = 13, 16, 18  # transfer characteristics, ITU-T H.273, table 3
 REFERENCE_WHITE_NITS = 203  # of HDR pictures, ITU-R BT.2408
-DEFAULT_PEAK_NITS = (
-    1000  # what HDR pictures are graded for, and HLG is defined at, if they do not say
-)
-KNEE = 0.65  # how sharply the curve of tone mapping bends at reference white
-SRGB_GAMMA = 45_455  # how sRGB is written as gAMA
-MAX_S15 = 32_000  # what an ICC profile can hold
+DEFAULT_PEAK_NITS = 1000  # the usual peak of PQ pictures, and the one HLG is defined for
+KNEE = 0.65  # how sharply the tone curve bends at reference white
+SRGB_GAMMA = 45_455  # the gAMA of an sRGB picture
+MAX_S15 = 32_000  # a little below the largest s15Fixed16Number of an ICC profile
 STRIP_ROWS = 128
 
 
 @dataclass(frozen=True)
 class ColorSpace:
-    """What the numbers of a picture mean; at most one of the first three is set, none stands for sRGB.
+    """The colour space of a picture: sRGB, unless one of the first three attributes is set.
 
-    `profile` is an ICC profile, `codes` are primaries and transfer characteristics of ITU-T H.273, `gamma` is the
-    exponent from stored to linear values. `chromaticities` go with `gamma`: x and y of red, green, blue, white.
-    `peak_nits` is the brightest a PQ picture says it gets.
+    Attributes:
+        profile: ICC profile.
+        codes: code points of the primaries and the transfer characteristics (ITU-T H.273).
+        gamma: exponent from stored to linear values.
+        chromaticities: x and y of red, green, blue and white; used with `gamma`.
+        peak_nits: brightness of the brightest pixel of a PQ picture.
     """
 
     profile: bytes | None = None
@@ -73,7 +67,7 @@ class ColorSpace:
 
 
 def to_srgb(image: Image.Image, space: ColorSpace) -> Image.Image:
-    """RGB in sRGB of an image in mode L, RGB, CMYK or LAB."""
+    """Converts an image in mode L, RGB, CMYK or LAB to mode RGB in sRGB."""
     if image.mode == "LAB":
         lab = ImageCms.ImageCmsProfile(ImageCms.createProfile("LAB")).tobytes()
         return _convert_profile(image, lab).convert("RGB")
@@ -87,7 +81,7 @@ def to_srgb(image: Image.Image, space: ColorSpace) -> Image.Image:
 
 
 def read_png_space(chunks: Mapping[bytes, bytes], profile: bytes | None) -> ColorSpace:
-    """What the colour chunks of a PNG say (W3C PNG, third edition, 4.3 and 11.3.2)."""
+    """Returns the colour space given by a PNG's chunks (W3C PNG, third edition, 4.3, 11.3.2)."""
     coded = chunks.get(b"cICP", b"")
     if len(coded) == 4 and coded[2] == 0 and coded[3] == 1 and _is_known(coded[0], coded[1]):
         levels, mastering = chunks.get(b"cLLI", b""), chunks.get(b"mDCV", b"")
@@ -107,11 +101,19 @@ def read_png_space(chunks: Mapping[bytes, bytes], profile: bytes | None) -> Colo
 
 
 def read_nclx(colr: bytes, clli: bytes | None, mdcv: bytes | None) -> ColorSpace:
-    """What `colr`, of type nclx, `clli` and `mdcv` in AVIF and HEIC say (ISO/IEC 14496-12, 12.1.5 to 12.1.7)."""
+    """Returns the colour space given by properties of an AVIF or HEIC.
+
+    See ISO/IEC 14496-12, 12.1.5 to 12.1.7.
+
+    Args:
+        colr: content of the `colr` property of type `nclx`.
+        clli: content of the `clli` property, the content light level.
+        mdcv: content of the `mdcv` property, the mastering display.
+    """
     primaries, transfer = _number(colr[4:6]), _number(colr[6:8])
     if not _is_known(primaries, transfer):
         return ColorSpace()
-    if transfer in VIDEO_CURVES:  # of pictures, not video: browsers take it as sRGB's
+    if transfer in VIDEO_CURVES:  # in still pictures, browsers take these curves as sRGB's
         transfer = SRGB_CURVE
     brightest = _number((clli or b"")[:2]) or _number((mdcv or b"")[16:20]) / 10_000
     return ColorSpace(codes=(primaries, transfer), peak_nits=brightest or DEFAULT_PEAK_NITS)
@@ -122,7 +124,7 @@ def _number(content: bytes) -> int:
 
 
 def _is_known(primaries: int, transfer: int) -> bool:
-    """Whether both code points are ones we can convert from."""
+    """Whether we can convert from both code points."""
     return (primaries in (1, 2) or primaries in PRIMARIES) and (
         transfer in (2, PQ, HLG) or transfer in TO_LINEAR
     )
@@ -136,7 +138,7 @@ def _from_xyz(primaries: tuple[float, ...]) -> Floats:
 
 
 def _to_xyz(primaries: tuple[float, ...]) -> Floats:
-    """The matrix from linear RGB to CIE XYZ (SMPTE RP 177)."""
+    """Returns the matrix from linear RGB to CIE XYZ (SMPTE RP 177)."""
     red_x, red_y, green_x, green_y, blue_x, blue_y, white_x, white_y = primaries
     x, y = np.array([red_x, green_x, blue_x]), np.array([red_y, green_y, blue_y])
     colors = np.stack([x, y, 1 - x - y])
@@ -151,15 +153,16 @@ def _power(exponent: float) -> Callable[[Floats], Floats]:
 def _with_toe(
     exponent: float, slope: float, offset: float, end: float
 ) -> Callable[[Floats], Floats]:
-    """A curve that is linear up to `end` and a shifted power above."""
+    """Returns a curve that is linear up to `end` and a shifted power above it."""
     return lambda value: np.where(
         value < end, value / slope, ((value + offset) / (1 + offset)) ** exponent
     )
 
 
-VIDEO_CURVES = (1, 6, 11, 14, 15)  # BT.709 and its like
-# From stored to linear values, 0 to 1, by code point (ITU-T H.273, table 3), as a display would show them: what a
-# camera encodes by BT.709 is made for one of gamma 2.4 (ITU-R BT.1886). 2, unspecified, is taken as sRGB's.
+VIDEO_CURVES = (1, 6, 11, 14, 15)  # BT.709 and similar curves
+# Curves from stored to linear values (0..1) by code point (ITU-T H.273, table 3). They describe the
+# display, not the camera: video encoded by BT.709 is made for a display of gamma 2.4 (ITU-R
+# BT.1886). The missing 2 (unspecified) is taken as sRGB's.
 TO_LINEAR: dict[int, Callable[[Floats], Floats]] = {
     **dict.fromkeys(VIDEO_CURVES, _power(2.4)),
     4: _power(2.2),
@@ -173,7 +176,10 @@ TO_LINEAR: dict[int, Callable[[Floats], Floats]] = {
 
 @lru_cache(maxsize=8)
 def _build_profile(space: ColorSpace) -> bytes | None:
-    """An ICC profile that says what `space` says without one; None if that is sRGB (ICC.1:2022, 8.3)."""
+    """Builds an ICC profile (ICC.1:2022, 8.3) from the codes or the gamma of a colour space.
+
+    Returns None if the space is sRGB, or if its chromaticities are impossible.
+    """
     if space.gamma:
         primaries, curve = space.chromaticities, _power(space.gamma)
     else:
@@ -183,7 +189,7 @@ def _build_profile(space: ColorSpace) -> bytes | None:
         if primaries is SRGB_PRIMARIES and curve is TO_LINEAR[SRGB_CURVE]:
             return None
     try:
-        with np.errstate(all="ignore"):  # chromaticities of no colours: told by what comes of them
+        with np.errstate(all="ignore"):  # impossible chromaticities show up in the result
             to_xyz = _to_xyz(primaries)
             white = to_xyz.sum(axis=1)
             scale = np.diag((BRADFORD @ D50) / (BRADFORD @ white))
@@ -228,11 +234,8 @@ def _convert_profile(image: Image.Image, profile: bytes) -> Image.Image:
     try:
         source = ImageCms.ImageCmsProfile(io.BytesIO(profile))
         converted = ImageCms.profileToProfile(image, source, SRGB, outputMode="RGB")
-    except (
-        ImageCms.PyCMSError,
-        OSError,
-    ):  # a broken or unfitting profile: take the numbers as sRGB, as browsers do
-        return image
+    except (ImageCms.PyCMSError, OSError):
+        return image  # the profile is broken or for other colours: assume sRGB, as browsers do
     return converted if converted is not None else image
 
 
@@ -240,7 +243,7 @@ def _convert_profile(image: Image.Image, profile: bytes) -> Image.Image:
 
 
 def _code_srgb() -> NDArray[np.uint8]:
-    """The sRGB bytes of 65,536 steps of linear light (IEC 61966-2-1)."""
+    """Returns a table of 65,536 steps of linear light as sRGB bytes (IEC 61966-2-1)."""
     linear = np.linspace(0, 1, 65_536)
     coded = np.where(linear <= 0.0031308, 12.92 * linear, 1.055 * linear ** (1 / 2.4) - 0.055)
     return (coded * 255).round().astype(np.uint8)
@@ -250,7 +253,10 @@ SRGB_BYTES = _code_srgb()
 
 
 def _map_tones(image: Image.Image, primaries: int, transfer: int, peak_nits: float) -> Image.Image:
-    """An RGB image of PQ or HLG values in sRGB; in strips, for the numbers take twelve times the image's bytes."""
+    """Converts an RGB image of PQ or HLG values to sRGB.
+
+    It works in strips, because the intermediate values take twelve times the image's memory.
+    """
     stored = np.asarray(image)
     shown = np.empty_like(stored)
     for row in range(0, len(stored), STRIP_ROWS):
@@ -263,11 +269,12 @@ def _map_tones(image: Image.Image, primaries: int, transfer: int, peak_nits: flo
 def tone_map(
     stored: NDArray[np.uint8], primaries: int, transfer: int, peak_nits: float
 ) -> NDArray[np.uint8]:
-    """SRGB bytes [n, 3] of PQ or HLG bytes [n, 3].
+    """Converts PQ or HLG bytes [n, 3] to sRGB bytes [n, 3], with the tone curve of Chromium.
 
-    By the brightest of the three channels, in BT.2020: what is as bright as paper (203 nits, ITU-R BT.2408) or less
-    loses one stop if the picture reaches 1,000 nits or more, less if it does not; what is brighter is bent into the
-    room that leaves, up to the picture's peak. It is the curve with which Chromium shows such pictures.
+    The curve scales each pixel by its brightest channel in BT.2020. Up to reference white (203
+    nits, ITU-R BT.2408) a picture that reaches 1,000 nits or more is darkened by one stop, and a
+    less bright one by less. The highlights above are compressed into the range this frees, up to
+    the picture's peak.
     """
     steps = np.linspace(0, 1, 256)
     to_wide = (
@@ -278,16 +285,12 @@ def tone_map(
     to_shown = (_from_xyz(SRGB_PRIMARIES) @ _to_xyz(PRIMARIES[BT2020])).astype(np.float32).T
     if transfer == PQ:
         linear = (_pq_to_nits(steps) / REFERENCE_WHITE_NITS).astype(np.float32)[stored] @ to_wide
-    else:  # HLG is graded for 1,000 nits whatever it says, ITU-R BT.2100, table 5
+    else:  # HLG is defined for 1,000 nits, whatever the file says (ITU-R BT.2100, table 5)
         peak_nits = DEFAULT_PEAK_NITS
         scene = _hlg_to_scene(steps).astype(np.float32)[stored] @ to_wide
         luminance = np.maximum(scene @ np.array([0.2627, 0.6780, 0.0593], dtype=np.float32), 1e-9)
-        linear = (
-            scene
-            * (luminance ** np.float32(0.2) * np.float32(DEFAULT_PEAK_NITS / REFERENCE_WHITE_NITS))[
-                :, None
-            ]
-        )
+        peak = np.float32(DEFAULT_PEAK_NITS / REFERENCE_WHITE_NITS)
+        linear = scene * (luminance ** np.float32(0.2) * peak)[:, None]
     brightest = np.maximum(linear.max(axis=1), 1e-9)
     linear *= (_bend(brightest, max(peak_nits / REFERENCE_WHITE_NITS, 1.0)) / brightest)[:, None]
     shown = np.clip(linear @ to_shown, 0, 1)
@@ -295,7 +298,11 @@ def tone_map(
 
 
 def _bend(value: Floats, peak: float) -> Floats:
-    """A straight line to reference white, then a quadratic Bézier curve to (peak, 1) that goes on in its direction."""
+    """Applies the tone curve to values relative to reference white.
+
+    The curve is a straight line up to reference white; a quadratic Bézier curve then continues it
+    smoothly to (peak, 1).
+    """
     if peak <= 1:
         return np.minimum(value, 1.0)
     white = 1 - 0.5 * min(
@@ -311,7 +318,7 @@ def _bend(value: Floats, peak: float) -> Floats:
 
 
 def _pq_to_nits(stored: Floats) -> Floats:
-    """ITU-R BT.2100, table 4."""
+    """Applies the PQ EOTF (ITU-R BT.2100, table 4)."""
     root = stored ** (1 / 78.84375)
     return np.asarray(
         10_000
@@ -320,7 +327,7 @@ def _pq_to_nits(stored: Floats) -> Floats:
 
 
 def _hlg_to_scene(stored: Floats) -> Floats:
-    """ITU-R BT.2100, table 5, the inverse of its OETF."""
+    """Applies the inverse of the HLG OETF (ITU-R BT.2100, table 5)."""
     return np.where(
         stored <= 0.5, stored**2 / 3, (np.exp((stored - 0.55991073) / 0.17883277) + 0.28466892) / 12
     )

@@ -1,7 +1,8 @@
-"""Confinement: what the kernel keeps from a process that decodes, before that sees a byte of an upload.
+"""Confines a decoding process with seccomp, Landlock and resource limits before it reads an upload.
 
-Without a library: what there is for Python needs libseccomp, which a bare Debian may not have, and a filter is a page
-of numbers (seccomp(2), landlock(7); system calls: syscalls(2), unistd.h of each architecture).
+We use no library, because those for Python need libseccomp, which a minimal Debian may lack, and a
+filter is only a page of numbers (seccomp(2), landlock(7); system calls: syscalls(2), unistd.h of
+each architecture).
 """
 
 import ctypes
@@ -17,21 +18,19 @@ from pathlib import Path
 
 PR_SET_PDEATHSIG, PR_SET_SECCOMP, PR_SET_NO_NEW_PRIVS = 1, 22, 38  # linux/prctl.h
 SECCOMP_MODE_FILTER = 2
-KILL_PROCESS, REFUSE, ALLOW = (
-    0x80000000,
-    0x00050000,
-    0x7FFF0000,
-)  # linux/seccomp.h; REFUSE holds the error's number
+# linux/seccomp.h. An errno is added to REFUSE.
+KILL_PROCESS, REFUSE, ALLOW = 0x80000000, 0x00050000, 0x7FFF0000
 LANDLOCK_CREATE_RULESET, LANDLOCK_RESTRICT_SELF = 444, 446  # the same on all architectures
-LANDLOCK_VERSION = 1  # a flag that asks for it
-# AUDIT_ARCH_X86_64 and AUDIT_ARCH_AARCH64 of linux/audit.h, by what `platform` calls them.
+LANDLOCK_VERSION = 1  # LANDLOCK_CREATE_RULESET_VERSION: return the version instead of a ruleset
+# AUDIT_ARCH_X86_64 and AUDIT_ARCH_AARCH64 of linux/audit.h, by their names in `platform`.
 ARCHITECTURES = {"x86_64": 0xC000003E, "aarch64": 0xC00000B7}
-X32 = 0x40000000  # system calls of x86_64 from here on are those of another ABI
+X32 = 0x40000000  # from this number on, system calls of x86_64 belong to the x32 ABI
 PROT_EXEC = 4
-# Flags with which glibc, and but for the second number musl too, starts a thread; no process can be started with them.
+# The clone flags with which glibc and musl start a thread; musl adds UNUSED_THREAD_FLAG. No new
+# process can be started with these flags.
 THREAD_FLAGS, UNUSED_THREAD_FLAG = 0x3D0F00, 0x400000
 
-# What may be called, by its numbers on x86_64 and aarch64. Why: docs/security.md.
+# Allowed system calls, by their numbers on x86_64 and aarch64. docs/security.md gives the reasons.
 ALLOWED = {
     "read": (0, 63),
     "write": (1, 64),
@@ -62,20 +61,21 @@ ALLOWED = {
     "exit": (60, 93),
     "exit_group": (231, 94),
 }
-# Allowed with some arguments only.
+# Allowed with certain arguments only.
 MMAP, MPROTECT, CLONE, TGKILL = (9, 222), (10, 226), (56, 220), (234, 131)
-CLONE3 = (435, 435)  # its flags cannot be looked at; when it is missing, libraries use clone
+# A filter cannot read the flags of clone3. If it seems to be missing, libraries use clone instead.
+CLONE3 = (435, 435)
 
 
 @dataclass(frozen=True)
 class Confinement:
-    """What the kernel offers here: whether it filters system calls, and its version of Landlock (0: none)."""
+    """What the kernel supports: seccomp filters, and a version of Landlock (0: none)."""
 
     has_seccomp: bool
     landlock_version: int
 
     def describe(self) -> str:
-        """What holds a decoder, in words."""
+        """Describes the confinement in words."""
         calls = (
             "its system calls are filtered"
             if self.has_seccomp
@@ -88,52 +88,71 @@ class Confinement:
 
 
 def confine(memory_bytes: int, cpu_seconds: int) -> Confinement:
-    """Takes from this process, for good, all but computing, its memory and the descriptors it holds.
+    """Confines this process for good to computing, to its memory and to its open descriptors.
 
-    Returns what the kernel offered for it; the limits are set everywhere.
+    The resource limits are set on every system, the rest only if the kernel supports it.
+
+    Args:
+        memory_bytes: memory that it may map in addition to what it has now.
+        cpu_seconds: CPU time it may use.
+
+    Returns:
+        What the kernel supports and is now in force.
     """
     _limit(memory_bytes, cpu_seconds)
     is_linux = sys.platform == "linux"
-    has_no_privileges = is_linux and _control(
-        PR_SET_NO_NEW_PRIVS, 1
-    )  # without that the kernel allows no filter
+    has_no_privileges = is_linux and _control(PR_SET_NO_NEW_PRIVS, 1)  # or neither works
     landlock_version = _close_file_system() if has_no_privileges else 0
-    resource.setrlimit(resource.RLIMIT_NOFILE, (0, 0))  # what is open stays open
+    resource.setrlimit(resource.RLIMIT_NOFILE, (0, 0))  # open descriptors stay open
     return Confinement(has_no_privileges and _filter_calls(), landlock_version)
 
 
 def end_with_parent(parent: int) -> None:
-    """Has the kernel kill this process when the one it was forked from, `parent`, ends; where it can."""
+    """Has the kernel kill this process when its parent process ends, on Linux.
+
+    Args:
+        parent: the process ID of the parent.
+    """
     if sys.platform == "linux":
         _control(PR_SET_PDEATHSIG, signal.SIGKILL)
-    if os.getppid() != parent:  # it ended before that
+    if os.getppid() != parent:  # it has already ended
         os._exit(1)
 
 
 def build_filter(architecture: str, process: int) -> bytes:
-    """The program that decides on each system call of that process, for the kernel's BPF machine.
+    """Builds the BPF program that decides on each system call of a process.
 
-    What is not allowed fails with EPERM: a library that only tries must not die of it. A call of another architecture,
-    whose numbers mean other calls, ends the process.
+    A call that is not allowed fails with EPERM, because some libraries only try a call and carry on
+    without it. A call of another architecture, where the numbers mean other calls, kills the
+    process.
+
+    Args:
+        architecture: a key of `ARCHITECTURES`.
+        process: the process ID; the process may send signals to itself alone.
     """
     column = list(ARCHITECTURES).index(architecture)
-    program = [_load(4), _jump_if(ARCHITECTURES[architecture], 1, 0), _give(KILL_PROCESS), _load(0)]
+    program = [
+        _load(4),
+        _jump_if(ARCHITECTURES[architecture], 1, 0),
+        _decide(KILL_PROCESS),
+        _load(0),
+    ]
     if architecture == "x86_64":
-        program += [_jump_if_at_least(X32, 0, 1), _give(KILL_PROCESS)]
+        program += [_jump_if_at_least(X32, 0, 1), _decide(KILL_PROCESS)]
     for numbers in ALLOWED.values():
-        program += [_jump_if(numbers[column], 0, 1), _give(ALLOW)]
+        program += [_jump_if(numbers[column], 0, 1), _decide(ALLOW)]
     for numbers in (MMAP, MPROTECT):
         program += [
             *(_jump_if(numbers[column], 0, 4), _load(16 + 8 * 2)),  # the third argument
-            *(_jump_if_any(PROT_EXEC, 0, 1), _give(REFUSE | errno.EPERM), _give(ALLOW)),
+            *(_jump_if_any(PROT_EXEC, 0, 1), _decide(REFUSE | errno.EPERM), _decide(ALLOW)),
         ]
     program += [
         *(_jump_if(CLONE[column], 0, 5), _load(16), _and(~UNUSED_THREAD_FLAG & 0xFFFFFFFF)),
-        *(_jump_if(THREAD_FLAGS, 0, 1), _give(ALLOW), _give(REFUSE | errno.EPERM)),
+        *(_jump_if(THREAD_FLAGS, 0, 1), _decide(ALLOW), _decide(REFUSE | errno.EPERM)),
         *(_jump_if(TGKILL[column], 0, 4), _load(16)),
-        *(_jump_if(process, 0, 1), _give(ALLOW), _give(REFUSE | errno.EPERM)),
-        *(_jump_if(CLONE3[column], 0, 1), _give(REFUSE | errno.ENOSYS)),
-        _give(REFUSE | errno.EPERM),
+        *(_jump_if(process, 0, 1), _decide(ALLOW), _decide(REFUSE | errno.EPERM)),
+        *(_jump_if(CLONE3[column], 0, 1), _decide(REFUSE | errno.ENOSYS)),
+        _decide(REFUSE | errno.EPERM),
     ]
     return b"".join(program)
 
@@ -142,7 +161,7 @@ def _limit(memory_bytes: int, cpu_seconds: int) -> None:
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     resource.setrlimit(resource.RLIMIT_CPU, (cpu_seconds, cpu_seconds + 5))
     statistics = Path("/proc/self/statm")
-    if statistics.exists():  # elsewhere (macOS) the kernel does not enforce a limit on memory
+    if statistics.exists():  # without it we are on macOS, whose kernel enforces no memory limit
         mapped_bytes = int(statistics.read_text().split()[0]) * resource.getpagesize()
         address_space = mapped_bytes + memory_bytes
         resource.setrlimit(resource.RLIMIT_AS, (address_space, address_space))
@@ -161,7 +180,7 @@ class _Ruleset(ctypes.Structure):
 
 
 def _control(option: int, *values: int) -> bool:
-    """prctl(2); whether it succeeded."""
+    """Calls prctl(2); returns whether it succeeded."""
     arguments = [ctypes.c_ulong(value) for value in (*values, 0, 0, 0, 0)[:4]]
     return bool(ctypes.CDLL(None).prctl(option, *arguments) == 0)
 
@@ -176,13 +195,14 @@ def _filter_calls() -> bool:
 
 
 def _close_file_system() -> int:
-    """Forbids all that this kernel's Landlock knows; gives its version, or 0."""
+    """Forbids everything that this kernel's Landlock can forbid; returns its version, or 0."""
     call = ctypes.CDLL(None).syscall
     call.restype = ctypes.c_long
     version = call(LANDLOCK_CREATE_RULESET, None, ctypes.c_size_t(0), LANDLOCK_VERSION)
     if version < 1:
         return 0
-    # Access to files by version 1: 13 bits, then one each in 2, 3 and 5; TCP since 4; signals and sockets since 6.
+    # Version 1 has 13 bits for access to files; 2, 3 and 5 add one each. Version 4 adds TCP, 6
+    # signals and sockets.
     files = {1: 13, 2: 14, 3: 15, 4: 15}.get(version, 16)
     rules = _Ruleset((1 << files) - 1, 3 if version >= 4 else 0, 3 if version >= 6 else 0)
     size = 8 if version < 4 else 16 if version < 6 else 24
@@ -195,7 +215,7 @@ def _close_file_system() -> int:
         os.close(ruleset)
 
 
-# ---- instructions of the BPF machine (linux/filter.h): code, jumps if true and if false, operand
+# ---- BPF instructions (linux/filter.h): code, jump if true, jump if false, operand
 
 
 def _instruction(code: int, if_true: int, if_false: int, operand: int) -> bytes:
@@ -203,7 +223,10 @@ def _instruction(code: int, if_true: int, if_false: int, operand: int) -> bytes:
 
 
 def _load(offset: int) -> bytes:
-    """Loads 32 bits of `struct seccomp_data`: 0 the call's number, 4 the architecture, 16 its first argument."""
+    """Loads 32 bits of `struct seccomp_data`.
+
+    At 0 is the call's number, at 4 the architecture, at 16 the first argument.
+    """
     return _instruction(0x20, 0, 0, offset)
 
 
@@ -223,5 +246,5 @@ def _jump_if_any(mask: int, if_true: int, if_false: int) -> bytes:
     return _instruction(0x45, if_true, if_false, mask)
 
 
-def _give(action: int) -> bytes:
+def _decide(action: int) -> bytes:
     return _instruction(0x06, 0, 0, action)

@@ -1,6 +1,6 @@
-"""From untrusted bytes to an upright sRGB image without metadata, or an error that says why not.
+"""Turns untrusted bytes into an upright sRGB image without metadata, or an error with a reason.
 
-Call it in a `Sandbox`: a decoder fed with hostile bytes may crash, or ask for more memory than there is.
+Call it in a `Sandbox`: hostile bytes may crash a decoder, or make it use up all memory.
 """
 
 import warnings
@@ -16,7 +16,7 @@ from imagepipeline.errors import (
 from imagepipeline.imaging import exif
 from imagepipeline.imaging.color import to_srgb
 from imagepipeline.imaging.formats import identify
-from imagepipeline.imaging.limits import Rules as Rules  # which callers import with `decode`
+from imagepipeline.imaging.limits import Rules as Rules  # re-exported for callers of `decode`
 from imagepipeline.imaging.limits import check_variants
 from imagepipeline.imaging.readers import READERS
 from imagepipeline.imaging.readers.source import Picture, Source, explain
@@ -25,12 +25,21 @@ from imagepipeline.imaging.scaling import resize
 
 @dataclass(frozen=True)
 class Decoded:
-    """An image ready to be drawn from: upright, sRGB, mode RGB or RGBA, nothing attached.
+    """A decoded original: upright, in sRGB, without metadata in the images.
 
-    `frames` holds one image, or those of an animation, all of one mode, with a duration each; they are at most
-    `Rules.max_width_px` wide, while `width` and `height` are the upright original's. `play_count` is how often an
-    animation is shown, 0 for ever. `camera`, `taken_on` (YYYY-MM-DD), `artist` and `copyright` are what EXIF said, in
-    printable characters. `flaw` says what is missing of a cut-off or damaged file.
+    Attributes:
+        frames: one image, or the frames of a kept animation, all in mode RGB or all in RGBA; at
+            most `Rules.max_width_px` wide.
+        format: format of the file.
+        width: pixels of the upright original.
+        height: pixels of the upright original.
+        durations_ms: duration of each frame; empty if there is one frame.
+        play_count: how often an animation is shown, 0 for ever.
+        camera: model, from EXIF; this text and the following are printable.
+        taken_on: date from EXIF, as YYYY-MM-DD.
+        artist: from EXIF.
+        copyright: from EXIF.
+        flaw: what is missing of a truncated or damaged file; None if nothing is.
     """
 
     frames: tuple[Image.Image, ...]
@@ -47,7 +56,7 @@ class Decoded:
 
     @property
     def image(self) -> Image.Image:
-        """The image, or the first frame."""
+        """The image, or the first frame of an animation."""
         return self.frames[0]
 
 
@@ -58,12 +67,14 @@ def decode(content: bytes, rules: Rules = DEFAULT_RULES) -> Decoded:
     """Decodes an original in full.
 
     Raises:
-        EmptyOriginalError: of 0 bytes.
-        TooLargeError: of more bytes than allowed.
-        UnsupportedFormatError: of no accepted format, or of a kind that would not be read rightly.
-        LimitError: its header exceeds a limit; told before pixels are decoded.
-        TruncatedImageError: the end is missing.
-        UnreadableImageError: damaged.
+        EmptyOriginalError: it has 0 bytes.
+        TooLargeError: it has more bytes than allowed.
+        UnsupportedFormatError: the format is not accepted, or this kind of it cannot be decoded
+            correctly.
+        LimitError: the header exceeds a limit; checked before pixels are decoded.
+        TruncatedImageError: the end of the file is missing.
+        UnreadableImageError: the file is damaged.
+        MemoryError: a decoder needed too much memory.
     """
     if not content:
         raise EmptyOriginalError(
@@ -75,21 +86,20 @@ def decode(content: bytes, rules: Rules = DEFAULT_RULES) -> Decoded:
         )
     format_ = identify(content)
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # what decoders say of odd tags
-        _bound_texts(rules)
+        warnings.simplefilter("ignore")  # warnings of decoders about odd tags
+        _set_pillow_limits(rules)
         try:
             return _finish(READERS[format_](content, rules), format_, rules)
         except (PermanentError, MemoryError):
             raise
-        except Exception as error:  # decoders raise whatever they stumble over
+        except Exception as error:  # decoders raise errors of any type
             raise explain(format_, error) from error
 
 
-def _bound_texts(rules: Rules) -> None:
-    # Pillow's own bounds on what it unpacks of a PNG.
+def _set_pillow_limits(rules: Rules) -> None:
     PngImagePlugin.MAX_TEXT_CHUNK = rules.max_text_bytes
     PngImagePlugin.MAX_TEXT_MEMORY = rules.max_text_bytes
-    Image.MAX_IMAGE_PIXELS = None  # our own limits count instead
+    Image.MAX_IMAGE_PIXELS = None  # we check our own limit
 
 
 def _finish(source: Source, format_: str, rules: Rules) -> Decoded:
@@ -110,7 +120,7 @@ def _finish(source: Source, format_: str, rules: Rules) -> Decoded:
         frames.append(_without_attachments(upright if turn is None else upright.transpose(turn)))
         durations_ms.append(picture.duration_ms)
         flaw = flaw or picture.flaw
-    if len({frame.mode for frame in frames}) > 1:  # encoders want them alike
+    if len({frame.mode for frame in frames}) > 1:  # encoders need frames of the same mode
         frames = [frame.convert("RGBA") for frame in frames]
     is_animation = len(frames) > 1
     return Decoded(
@@ -133,7 +143,7 @@ def _scale(picture: Picture, scale: float) -> Image.Image:
 
 
 def _to_rgb(image: Image.Image, source: Source) -> Image.Image:
-    """RGB, or RGBA if some of it is transparent."""
+    """Converts an image to RGB, or to RGBA if any pixel is transparent."""
     alpha = image.getchannel("A") if image.mode in ("RGBA", "LA") else None
     if alpha is not None:
         image = image.convert(image.mode[:-1])
@@ -144,7 +154,8 @@ def _to_rgb(image: Image.Image, source: Source) -> Image.Image:
 
 
 def _without_attachments(image: Image.Image) -> Image.Image:
-    # Encoders write EXIF, XMP, ICC and comments found here into the variant: GPS would leak.
+    # Encoders would copy EXIF, XMP, ICC profiles and comments from here into the variants, and so
+    # leak the GPS position.
     image.info = {}
     image.getexif().clear()
     return image

@@ -1,4 +1,9 @@
-"""Which pixels a decoder has drawn: the one thing that tells a whole picture from a part, whatever its colours are."""
+"""Finds the pixels that a decoder has not written, and so the missing parts of a picture.
+
+Pillow decodes the picture onto a background of one colour, and if that may show through, again onto
+a background of another. A pixel that shows both backgrounds was not written. This works for
+pictures of any colours.
+"""
 
 import os
 import re
@@ -13,23 +18,27 @@ from PIL import Image, ImageFile
 
 from imagepipeline.errors import TruncatedImageError, UnreadableImageError
 
-# Two grounds to draw on, by mode: a pixel that shows the first on the first and the second on the second was not drawn.
-GROUNDS: dict[str, tuple[float, float]] = {
+# The two backgrounds, by mode.
+BACKGROUNDS: dict[str, tuple[float, float]] = {
     "1": (0, 255),
     "I;16": (42_405, 23_130),
     "F": (-1.2345e30, 5.4321e30),
 }
-BYTE_GROUNDS = (165, 90)
-GREY = 128  # where nothing could be read
-ABOUT_TAGS = re.compile(
-    r"warning|Field|Directory|Tag\b", re.IGNORECASE
-)  # what libtiff says of anything but pixels
-EDGE_PX = 8  # what is looked at first: the right end of each row, which a decoder draws last
+BYTE_BACKGROUNDS = (165, 90)  # for all other modes
+GREY = 128  # replaces missing pixels
+ABOUT_TAGS = re.compile(r"warning|Field|Directory|Tag\b", re.IGNORECASE)  # not about pixels
+EDGE_PX = 8  # width of the right edge, which decoders write last and which is checked first
 
 
 @dataclass(frozen=True)
 class Drawn:
-    """An image in its stored mode. `missing` says, pixel by pixel, what was not drawn; None if nothing is missing."""
+    """A decoded image.
+
+    Attributes:
+        image: in its stored mode.
+        missing: mask of the pixels that were not drawn; None if none are missing.
+        flaw: what is wrong with the picture, in words; None if nothing is.
+    """
 
     image: Image.Image
     missing: NDArray[np.bool_] | None = None
@@ -43,36 +52,40 @@ def draw(
     is_interlaced: bool,
     is_part_kept: bool,
 ) -> Drawn:
-    """Has Pillow decode an image in full.
+    """Decodes an image with Pillow, and finds the pixels that are missing.
 
-    `is_cut` says that the file ends early, as its structure tells; `is_part_kept` that an image of which a part is
-    missing is wanted all the same.
+    Args:
+        open_image: opens the image anew; called up to three times.
+        format_: name of the format, for messages.
+        is_cut: the file ends early, according to its structure.
+        is_interlaced: missing pixels are spread over the picture.
+        is_part_kept: return a picture with missing pixels, instead of raising.
 
     Raises:
-        MemoryError: a codec asked for too much.
-        TruncatedImageError: the file ends early and pixels are missing.
-        UnreadableImageError: pixels are missing and the file does not end early.
+        MemoryError: a codec needed too much memory.
+        TruncatedImageError: pixels are missing and the file ends early.
+        UnreadableImageError: pixels are missing and the file does not end early, or no pixel could
+            be read, or libtiff reported damage.
     """
     error: Exception | None = None
     try:
-        with hear_libtiff() as complaints:
+        with capture_libtiff_errors() as complaints:
             image = _load(open_image(), 0)
         if complaints and not is_part_kept:
             raise UnreadableImageError(f"the {format_} data is damaged: {complaints[0]}")
         if not _may_be_missing(image):
-            return Drawn(
-                image, flaw=f"some of the picture is wrong: {complaints[0]}" if complaints else None
-            )
+            flaw = f"some of the picture is wrong: {complaints[0]}" if complaints else None
+            return Drawn(image, flaw=flaw)
     except UnreadableImageError:
         raise
-    except Exception as one:  # decoders raise whatever they stumble over
+    except Exception as one:  # decoders raise errors of any type
         error = one
-        if "memory" in str(one).lower():  # how codecs put it
+        if "memory" in str(one).lower():  # as codecs report it
             raise MemoryError from one
     first, second = _load_partly(open_image, 0), _load_partly(open_image, 1)
     if first is None or second is None:
         raise _explain(format_, is_cut, "no row could be read") from error
-    missing = _is_ground(first, 0) & _is_ground(second, 1)
+    missing = _is_background(first, 0) & _is_background(second, 1)
     if not missing.any():
         return Drawn(first)
     if missing.all():
@@ -87,25 +100,28 @@ def draw(
 
 
 @contextmanager
-def hear_libtiff() -> Iterator[list[str]]:
-    """What libtiff complains of meanwhile, known at the end: it tells standard error alone, and goes on."""
+def capture_libtiff_errors() -> Iterator[list[str]]:
+    """Collects the errors that libtiff prints in the block; the list is filled when it ends.
+
+    libtiff reports damaged pixels on standard error alone, and goes on.
+    """
     complaints: list[str] = []
     saved = os.dup(2)
-    with tempfile.TemporaryFile() as heard:
-        os.dup2(heard.fileno(), 2)
+    with tempfile.TemporaryFile() as captured:
+        os.dup2(captured.fileno(), 2)
         try:
             yield complaints
         finally:
             os.dup2(saved, 2)
             os.close(saved)
-            heard.seek(0)
-            lines = heard.read(4096).decode(errors="replace").splitlines()
+            captured.seek(0)
+            lines = captured.read(4096).decode(errors="replace").splitlines()
             texts = (clean(line, 100) for line in lines if not ABOUT_TAGS.search(line))
             complaints += [text for text in texts if text]
 
 
 def percent(share: float) -> str:
-    """A share in words, rounded down: what is incomplete is never "100 %"."""
+    """Formats a share, rounded down, so that an incomplete picture never has "100 %"."""
     return f"{int(share * 100)} %"
 
 
@@ -118,17 +134,14 @@ def _explain(format_: str, is_cut: bool, flaw: str) -> Exception:
 
 
 def clean(value: object, max_characters: int) -> str | None:
-    """The printable characters of a text; None if it is none or has none."""
-    text = (
-        "".join(c for c in value if c.isprintable()).strip()[:max_characters]
-        if isinstance(value, str)
-        else ""
-    )
-    return text or None
+    """Returns the printable characters of a text; None if there are none or it is not a text."""
+    if not isinstance(value, str):
+        return None
+    return "".join(c for c in value if c.isprintable()).strip()[:max_characters] or None
 
 
 def fill(image: Image.Image, missing: NDArray[np.bool_]) -> Image.Image:
-    """The image, in a mode of 8 bits a channel, with grey where it is missing."""
+    """Replaces the missing pixels of an image by grey; its mode must have 8 bits a channel."""
     color: tuple[int, ...] = (GREY,) * len(image.getbands())
     if image.mode in ("RGBA", "LA"):
         color = (*color[:-1], 255)
@@ -140,20 +153,22 @@ def fill(image: Image.Image, missing: NDArray[np.bool_]) -> Image.Image:
     return image
 
 
-def _load(image: ImageFile.ImageFile, ground: int) -> ImageFile.ImageFile:
-    size = getattr(image, "_tile_size", image.size)  # of a TIFF, before it is turned
-    value = GROUNDS.get(image.mode, BYTE_GROUNDS)[ground]
+def _load(image: ImageFile.ImageFile, background: int) -> ImageFile.ImageFile:
+    size = getattr(image, "_tile_size", image.size)  # of a TIFF, before its orientation is applied
+    value = BACKGROUNDS.get(image.mode, BYTE_BACKGROUNDS)[background]
     count = len(image.getbands())
     image.im = Image.new(image.mode, size, value if count == 1 else (int(value),) * count).im
     image.load()
     return image
 
 
-def _load_partly(open_image: Callable[[], ImageFile.ImageFile], ground: int) -> Image.Image | None:
+def _load_partly(
+    open_image: Callable[[], ImageFile.ImageFile], background: int
+) -> Image.Image | None:
     ImageFile.LOAD_TRUNCATED_IMAGES = True
     try:
-        return _load(open_image(), ground)
-    except Exception:  # not even that
+        return _load(open_image(), background)
+    except Exception:  # decoders raise errors of any type
         return None
     finally:
         ImageFile.LOAD_TRUNCATED_IMAGES = False
@@ -161,11 +176,11 @@ def _load_partly(open_image: Callable[[], ImageFile.ImageFile], ground: int) -> 
 
 def _may_be_missing(image: Image.Image) -> bool:
     edge = image.crop((max(0, image.width - EDGE_PX), 0, image.width, image.height))
-    return bool(_is_ground(edge, 0).all(axis=1).any())
+    return bool(_is_background(edge, 0).all(axis=1).any())
 
 
-def _is_ground(image: Image.Image, ground: int) -> NDArray[np.bool_]:
-    value = GROUNDS.get(image.mode, BYTE_GROUNDS)[ground]
+def _is_background(image: Image.Image, background: int) -> NDArray[np.bool_]:
+    value = BACKGROUNDS.get(image.mode, BYTE_BACKGROUNDS)[background]
     pixels = np.asarray(image)
     if image.mode == "1":
         return np.asarray(pixels == bool(value))

@@ -9,7 +9,7 @@ from PIL import ExifTags, Image
 
 from imagepipeline.imaging.drawing import clean
 
-# How to turn what the camera stored, by EXIF orientation (CIPA DC-008, 4.6.4).
+# By EXIF orientation: how to rotate or mirror the stored picture (CIPA DC-008, 4.6.4).
 TURNS = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
     3: Image.Transpose.ROTATE_180,

@@ -1,4 +1,4 @@
-"""What a file is, told from its bytes: the accepted formats, and the names of those that are not."""
+"""Identifies a file's format by its bytes, and names common formats that are not accepted."""
 
 import re
 from collections.abc import Callable
@@ -23,7 +23,7 @@ HEIF_BRANDS = {
     b"miaf",
 }
 
-# Ways to code the picture in a HEIF file that are not read here (MP4RA, codes of sample entries and items).
+# Codecs inside a HEIF file that cannot be read here (MP4RA: codes of sample entries and items).
 REFUSED_CODINGS = {
     b"unci": "of uncompressed pixels",
     b"jpeg": "that wraps a JPEG",
@@ -38,7 +38,8 @@ RAW_ADVICE = "a camera raw file: develop it and upload a JPEG"
 VIDEO_ADVICE = "a video: upload a picture"
 ARCHIVE_ADVICE = "an archive: unpack it and upload the pictures one by one"
 
-# What people upload by mistake: a pattern at the start of the file, what it is and what to do. The first counts.
+# Files that people upload by mistake: a pattern at the start of the file, and what to tell the
+# uploader. The first match counts.
 REFUSED: tuple[tuple[bytes, str], ...] = (
     (
         rb"\xef?\xbb?\xbf?\s*(<\?xml[^>]*>|<!--.*?-->|<!DOCTYPE svg[^>]*>|\s)*<svg\b",
@@ -56,12 +57,14 @@ REFUSED: tuple[tuple[bytes, str], ...] = (
     (rb"\xff\x0a|\x00\x00\x00\x0cJXL ", "a JPEG XL picture: export it as JPEG or PNG"),
     (rb"\x00\x00\x00\x0cjP|\xff\x4f\xff\x51", "a JPEG 2000 picture: export it as JPEG or PNG"),
     (
-        rb"....ftyp|....(moov|mdat|wide)|\x1a\x45\xdf\xa3|RIFF....AVI |FLV\x01|\x00\x00\x01[\xb3\xba]",
+        rb"....ftyp|....(moov|mdat|wide)|\x1a\x45\xdf\xa3|RIFF....AVI |FLV\x01"
+        rb"|\x00\x00\x01[\xb3\xba]",
         VIDEO_ADVICE,
     ),
     (rb"OggS|ID3|RIFF....WAVE|fLaC", "a sound or a video: upload a picture"),
     (
-        rb"PK\x03\x04|PK\x05\x06|Rar!|7z\xbc\xaf|\x1f\x8b|BZh|\xfd7zXZ|\x28\xb5\x2f\xfd|.{257}ustar",
+        rb"PK\x03\x04|PK\x05\x06|Rar!|7z\xbc\xaf|\x1f\x8b|BZh|\xfd7zXZ|\x28\xb5\x2f\xfd"
+        rb"|.{257}ustar",
         ARCHIVE_ADVICE,
     ),
     (rb"\x00\x00[\x01\x02]\x00", "a Windows icon or cursor: export it as PNG"),
@@ -70,13 +73,13 @@ REFUSED: tuple[tuple[bytes, str], ...] = (
 
 
 def identify(content: bytes) -> str:
-    """The member of FORMATS the bytes claim to be; a file's name plays no part.
+    """Returns the member of `FORMATS` that the bytes claim to be; the file's name is ignored.
 
     Raises:
-        UnsupportedFormatError: they are of another kind, which the message names where it is a common one.
+        UnsupportedFormatError: the format is not accepted. The message names it if it is common.
     """
-    for format_, is_meant in SIGNATURES.items():
-        if is_meant(content):
+    for format_, has_signature in SIGNATURES.items():
+        if has_signature(content):
             return format_
     accepted = ", ".join(FORMATS)
     coding = _coding(content)
@@ -95,9 +98,10 @@ def identify(content: bytes) -> str:
 
 
 def measure_webp(content: bytes) -> tuple[int, int]:
-    """Width and height in pixels by the header of a WebP file, (0, 0) if it is damaged (RFC 9649, sections 2.5 to 2.7).
+    """Returns the width and height in pixels from a WebP's header, or (0, 0) if it is damaged.
 
-    Read here because libwebp reserves its canvas, eight bytes a pixel, when it opens a file.
+    See RFC 9649, sections 2.5 to 2.7. The limits must be checked before libwebp opens the file,
+    because it then allocates the whole canvas, at eight bytes a pixel.
     """
     kind, header = content[12:16], content[20:30]
     if kind == b"VP8X":
@@ -106,19 +110,19 @@ def measure_webp(content: bytes) -> tuple[int, int]:
         bits = int.from_bytes(header[1:5], "little")
         return (bits & 0x3FFF) + 1, (bits >> 14 & 0x3FFF) + 1
     if kind == b"VP8 ":
-        return int.from_bytes(header[6:8], "little") & 0x3FFF, int.from_bytes(
-            header[8:10], "little"
-        ) & 0x3FFF
+        width = int.from_bytes(header[6:8], "little") & 0x3FFF
+        height = int.from_bytes(header[8:10], "little") & 0x3FFF
+        return width, height
     return 0, 0
 
 
 def _is_tiff(content: bytes) -> bool:
-    is_raw = content[8:10] == b"CR"  # Canon's; its first page is a preview
+    is_raw = content[8:10] == b"CR"  # Canon raw, whose first page is only a preview
     return content.startswith((b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")) and not is_raw
 
 
 def _coding(content: bytes) -> bytes:
-    """How the picture of an AVIF or HEIC file is coded: by what it says of its primary item, or by its brands."""
+    """Returns the codec of an AVIF or HEIC file, from its primary item or else its brands."""
     brands = read_brands(content)
     if not brands:
         return b""

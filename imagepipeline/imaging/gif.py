@@ -1,4 +1,4 @@
-"""What a GIF is made of, read block by block (GIF89a specification), and each of its frames as a file of its own."""
+"""Reads a GIF block by block (GIF89a specification), and extracts each frame as a GIF."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -8,10 +8,19 @@ LOOPS = (b"NETSCAPE2.0", b"ANIMEXTS1.0")
 
 @dataclass(frozen=True)
 class GifFrame:
-    """One frame: where it lies, and a GIF of that size which holds nothing but it.
+    """One frame of a GIF.
 
-    `clear_index` is the palette index that shows what lies below. `disposal` is 2 to clear its area afterwards, 3 to
-    restore what was there before. `is_cut`: the file ends within it.
+    Attributes:
+        content: a GIF of the frame's size that holds this frame alone.
+        left: pixels from the left edge of the canvas.
+        top: pixels from the top edge of the canvas.
+        width: pixels.
+        height: pixels.
+        is_interlaced: its rows are stored in four passes.
+        clear_index: index of the transparent palette entry.
+        disposal: 2 to clear its area before the next frame, 3 to restore what was there before.
+        duration_ms: how long it is shown.
+        is_cut: the file ends within it.
     """
 
     content: bytes
@@ -28,7 +37,14 @@ class GifFrame:
 
 @dataclass
 class Gif:
-    """A GIF's canvas in pixels, and how often it is shown: 0 for ever, None if it does not say, which is once."""
+    """The canvas of a GIF.
+
+    Attributes:
+        width: pixels.
+        height: pixels.
+        loop: how often the animation is repeated: 0 for ever; None if the GIF does not say, which
+            means that it is shown once.
+    """
 
     width: int
     height: int
@@ -36,9 +52,10 @@ class Gif:
 
 
 def read_gif(content: bytes) -> tuple[Gif, Iterator[GifFrame]] | None:
-    """The canvas and its frames, one after the other as they are asked for; None where the file ends before them.
+    """Returns the canvas and an iterator that parses the frames lazily.
 
-    `Gif.loop` is known once the first frame is.
+    `Gif.loop` is set once the first frame has been parsed. Returns None if the file ends within the
+    header.
     """
     if len(content) < 13:
         return None
@@ -113,12 +130,12 @@ def _walk(content: bytes, gif: Gif) -> Iterator[GifFrame]:
             position = end
         elif kind == 0x3B:  # the end
             return
-        else:  # what belongs to nothing is passed over, as browsers do
+        else:  # skip bytes that belong to no block, as browsers do
             position += 1
 
 
 def _read_blocks(content: bytes, position: int) -> tuple[bytes, int]:
-    """The contents of data sub-blocks joined, and where they end."""
+    """Returns the joined contents of data sub-blocks, and the offset after them."""
     found = []
     while position < len(content) and content[position]:
         found.append(content[position + 1 : position + 1 + content[position]])
@@ -127,7 +144,7 @@ def _read_blocks(content: bytes, position: int) -> tuple[bytes, int]:
 
 
 def _skip_blocks(content: bytes, position: int) -> int | None:
-    """Where data sub-blocks end; None if the file ends before."""
+    """Returns the offset after data sub-blocks, or None if the file ends within them."""
     while position < len(content):
         if not content[position]:
             return position + 1

@@ -1,21 +1,22 @@
-"""The size of a finished variant, read from its bytes by code that a file can do nothing to."""
+"""Reads the size of a finished variant from its header, in pure Python that is safe on any bytes.
+
+The run uses it to check what the sandboxed decoder claims.
+"""
 
 import struct
 from collections.abc import Iterator
 
-TURNING_BOXES = {b"irot", b"imir", b"clap"}  # with them an AVIF shows another size than it declares
-CONTAINERS = {
-    b"meta": 4,
-    b"iprp": 0,
-    b"ipco": 0,
-}  # boxes on the way to the sizes, and what precedes their content
+# Boxes that rotate, mirror or crop: the size shown then differs from the size declared.
+TRANSFORM_BOXES = {b"irot", b"imir", b"clap"}
+# Boxes that contain the size boxes, and the number of bytes before the first box they contain.
+CONTAINERS = {b"meta": 4, b"iprp": 0, b"ipco": 0}
 
 
 def measure_variant(content: bytes, format_: str) -> tuple[int, int]:
-    """Width and height in pixels of a WebP or AVIF.
+    """Returns the width and height in pixels of a WebP or AVIF.
 
     Raises:
-        ValueError: it is not of that format, or its header is not what our encoders write.
+        ValueError: the file has another format, or a header that our encoders do not write.
     """
     try:
         return {"webp": _measure_webp, "avif": _measure_avif}[format_](content)
@@ -24,13 +25,13 @@ def measure_variant(content: bytes, format_: str) -> tuple[int, int]:
 
 
 def measure_jpeg(content: bytes) -> tuple[int, int]:
-    """Width and height in pixels of a JPEG (ITU-T T.81, annex B).
+    """Returns the width and height in pixels of a JPEG (ITU-T T.81, annex B).
 
     Raises:
-        ValueError: it is none, or its header is not what our encoder writes.
+        ValueError: the file is not a JPEG, or has a header that our encoder does not write.
     """
     if not content.startswith(b"\xff\xd8") or not content.endswith(b"\xff\xd9"):
-        raise ValueError("it is no JPEG")
+        raise ValueError("it is not a JPEG")
     at = 2
     while at + 9 <= len(content) and content[at] == 0xFF:
         marker, length = struct.unpack_from(">BH", content, at + 1)
@@ -42,14 +43,14 @@ def measure_jpeg(content: bytes) -> tuple[int, int]:
 
 
 def _measure_webp(content: bytes) -> tuple[int, int]:
-    """RFC 9649: the extended format says it at once, the others at the start of their data."""
+    """Reads the size from the VP8X chunk, or else from the start of the pixel data (RFC 9649)."""
     riff, length, webp, kind = struct.unpack_from("<4sI4s4s", content)
     if (riff, webp) != (b"RIFF", b"WEBP") or length + 8 != len(content):
-        raise ValueError("it is no WebP, or not all of one")
+        raise ValueError("it is not a WebP, or is cut off")
     if kind == b"VP8X":
-        return 1 + int.from_bytes(content[24:27], "little"), 1 + int.from_bytes(
-            content[27:30], "little"
-        )
+        width = 1 + int.from_bytes(content[24:27], "little")
+        height = 1 + int.from_bytes(content[27:30], "little")
+        return width, height
     if kind == b"VP8L" and content[20] == 0x2F:
         (bits,) = struct.unpack_from("<I", content, 21)
         return 1 + (bits & 0x3FFF), 1 + (bits >> 14 & 0x3FFF)
@@ -60,12 +61,12 @@ def _measure_webp(content: bytes) -> tuple[int, int]:
 
 
 def _measure_avif(content: bytes) -> tuple[int, int]:
-    """ISO/IEC 23008-12, 6.5.3: all its pictures declare one size."""
+    """Reads the one size that all `ispe` boxes declare (ISO/IEC 23008-12, 6.5.3)."""
     if content[4:8] != b"ftyp" or not {b"avif", b"avis"} & {content[8:12]}:
-        raise ValueError("it is no AVIF")
+        raise ValueError("it is not an AVIF")
     boxes = list(_list_boxes(content, 0, len(content)))
-    if any(kind in TURNING_BOXES for kind, _ in boxes):
-        raise ValueError("an AVIF is turned or cut after its decoding")
+    if any(kind in TRANSFORM_BOXES for kind, _ in boxes):
+        raise ValueError("an AVIF asks to be rotated, mirrored or cropped after decoding")
     sizes = {
         struct.unpack_from(">II", content, start + 4) for kind, start in boxes if kind == b"ispe"
     }
@@ -76,11 +77,11 @@ def _measure_avif(content: bytes) -> tuple[int, int]:
 
 
 def _list_boxes(content: bytes, start: int, end: int) -> Iterator[tuple[bytes, int]]:
-    """Kind and start of the content of each box, and of those in the containers we look into."""
+    """Yields the type and the content's offset of each box, descending into `CONTAINERS`."""
     while start < end:
         length, kind = struct.unpack_from(">I4s", content, start)
         if length < 8 or start + length > end:
-            raise ValueError("a box of an AVIF is longer than what holds it")
+            raise ValueError("a box of an AVIF is longer than the box around it")
         yield kind, start + 8
         if kind in CONTAINERS:
             yield from _list_boxes(content, start + 8 + CONTAINERS[kind], start + length)

@@ -14,7 +14,8 @@ from imagepipeline.imaging.scaling import resize
 from imagepipeline.models import VariantSpec
 
 BLOCK_PX = 8
-COMPARED_PX = 640  # width at which larger variants are compared: what an encoder spoils shows in the small one
+# Width at which larger variants are compared. Encoder damage still shows at this size.
+COMPARED_PX = 640
 ALLOWED_TAGS = {ExifTags.Base.Artist, ExifTags.Base.Copyright}
 
 
@@ -97,10 +98,10 @@ def _list_attachments(image: Image.Image) -> tuple[str, ...]:
 
 
 def compare(reference: Image.Image, image: Image.Image) -> float:
-    """The mean structural similarity of two lumas of one size (-1..1).
+    """Returns the mean structural similarity (-1..1) of two greyscale images of the same size.
 
-    Wang et al., "Image quality assessment: from error visibility to structural similarity" (2004), equation 13,
-    over blocks of 8 x 8 px side by side instead of a sliding window.
+    See Wang et al., "Image quality assessment: from error visibility to structural similarity"
+    (2004), equation 13. We use adjacent blocks of 8 x 8 px instead of a sliding window.
     """
     a, b = _blocks(reference), _blocks(image)
     mean_a, mean_b = a.mean(axis=1), b.mean(axis=1)
@@ -112,7 +113,7 @@ def compare(reference: Image.Image, image: Image.Image) -> float:
 
 
 def _to_luma(image: Image.Image) -> Image.Image:
-    """The luma, over white where the image is transparent."""
+    """Converts an image to greyscale, on a white background if it is transparent."""
     image = image.convert("RGBA") if image.has_transparency_data else image
     if image.mode == "RGBA":
         image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
@@ -120,7 +121,7 @@ def _to_luma(image: Image.Image) -> Image.Image:
 
 
 def _blocks(image: Image.Image) -> NDArray[np.float32]:
-    """A luma as [blocks, 64], the picture continued by its last row and column to whole blocks."""
+    """Splits a greyscale image into blocks [n, 64], padded by repeating its last row and column."""
     luma = np.asarray(image, dtype=np.float32)
     luma = np.pad(luma, [(0, -length % BLOCK_PX) for length in luma.shape], mode="edge")
     rows, columns = (length // BLOCK_PX for length in luma.shape)

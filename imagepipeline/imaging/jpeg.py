@@ -1,4 +1,4 @@
-"""What a JPEG is made of, read marker by marker (ITU-T T.81, annex B), and what its decoder must get of it."""
+"""Reads a JPEG marker by marker (ITU-T T.81, annex B), and rebuilds a clean one to decode."""
 
 import re
 from dataclasses import dataclass
@@ -25,10 +25,11 @@ REFUSED_FRAMES = {
 }
 EXPORT_ADVICE = "export it as an ordinary JPEG"
 DAMAGED = "the JPEG data is damaged"
-ALL = (1 << 64) - 1
+ALL_COEFFICIENTS = (1 << 64) - 1  # one bit for each of the 64 in a block
 MAX_STRAY_BYTES = 4
 WITHOUT_LENGTH = {0x01, *range(0xD0, 0xD9)}
-# In coded data a marker is what follows 0xFF, unless that is a stuffed 0, a restart, or another 0xFF.
+# In coded data, 0xFF and another byte are a marker, unless that byte is a stuffed 0, a restart
+# marker, or another 0xFF.
 END_OF_SCAN = re.compile(rb"\xff[^\x00\xd0-\xd7\xff]", re.DOTALL)
 # What libjpeg-turbo says, in words for an uploader.
 FLAWS = {
@@ -46,9 +47,17 @@ FLAWS = {
 class Jpeg:
     """The first picture of a JPEG file.
 
-    `content` is all that its pixels depend on, without attachments and without what lies between and behind; it ends
-    with its end marker, whether the file has one or not. `scan_count` counts the scans that another marker follows.
-    `is_cut`: its end is missing. `is_covered`: its scans, if they are whole, make the whole picture.
+    Attributes:
+        content: a JPEG of only those segments that the pixels depend on, and an end marker.
+        width: pixels.
+        height: pixels.
+        component_count: 1 for grey, 3 for colours, 4 for CMYK.
+        is_progressive: whether it uses progressive coding.
+        is_cut: the end of the file is missing.
+        scan_count: complete scans, that is, those followed by another marker.
+        is_covered: the scans, if they are undamaged, contain all coefficients of the picture.
+        exif: content of the EXIF segment, b"" if there is none.
+        profile: ICC profile.
     """
 
     content: bytes
@@ -64,27 +73,25 @@ class Jpeg:
 
     @property
     def has_several_scans(self) -> bool:
-        """Whether the whole picture comes again and again, each time finer, or channel by channel."""
+        """Whether the picture is sent in several passes, each finer, or channel by channel."""
         return self.is_progressive or self.scan_count > 1
 
 
 def read_jpeg(content: bytes) -> Jpeg | None:
-    """What the markers say; None where the file ends before the size of its picture is told.
+    """Parses the first picture of a JPEG; returns None if the file ends before its size is known.
 
     Raises:
-        UnsupportedFormatError: of a kind that is hardly ever seen, which the message names.
-        UnreadableImageError: what stands where markers should is none.
+        UnsupportedFormatError: the JPEG is of a rare kind, which the message names.
+        UnreadableImageError: the sequence of markers is damaged.
     """
     parts: list[bytes | memoryview] = [b"\xff\xd8"]
     view = memoryview(content)
     frame: tuple[int, int, int, int] | None = None
     exif, profiles = b"", {}
     scan_count, position, has_end = 0, 2, False
-    unsent: dict[
-        int, int
-    ] = {}  # by component: which of its 64 coefficients were not sent in full, as bits
+    unsent: dict[int, int] = {}  # by component: bit mask of coefficients not yet sent in full
     while True:
-        position = content.find(b"\xff", position)  # past what does not belong there
+        position = content.find(b"\xff", position)  # skips junk between segments
         while 0 <= position < len(content) and content[position] == 0xFF:
             position += 1
         if position < 0 or position >= len(content):
@@ -99,7 +106,7 @@ def read_jpeg(content: bytes) -> Jpeg | None:
         length = int.from_bytes(content[position : position + 2], "big")
         segment = content[position + 2 : position + max(length, 2)]
         if length < 2:
-            raise UnreadableImageError(f"{DAMAGED}: one of its segments has no length")
+            raise UnreadableImageError(f"{DAMAGED}: one of its segments has an invalid length")
         if position + length > len(content):
             break
         if marker in REFUSED_FRAMES and frame is None:
@@ -113,8 +120,8 @@ def read_jpeg(content: bytes) -> Jpeg | None:
         if marker == APP1 and segment.startswith(b"Exif\0\0"):
             exif = exif or segment
         elif marker == APP2 and segment.startswith(b"ICC_PROFILE\0") and len(segment) > 14:
-            profiles[segment[12]] = segment[13:]  # its count, then its part
-        elif marker in FRAMES or marker in (DQT, DHT, DRI) or _tells_colors(marker, segment):
+            profiles[segment[12]] = segment[13:]  # the number of parts, then this part
+        elif marker in FRAMES or marker in (DQT, DHT, DRI) or _describes_colors(marker, segment):
             parts.append(b"\xff" + bytes([marker]))
             parts.append(view[position : position + length])
         if marker == SOS:
@@ -122,9 +129,8 @@ def read_jpeg(content: bytes) -> Jpeg | None:
             end = found.start() if found else len(content)
             header = content[position : position + length]
             _note_scan(segment, frame is not None and frame[0] == PROGRESSIVE, unsent)
-            if (
-                frame and frame[0] != PROGRESSIVE
-            ):  # some cameras write nonsense where only progressive ones need numbers
+            # Some cameras write nonsense in these bytes, which matter in progressive JPEGs only.
+            if frame and frame[0] != PROGRESSIVE:
                 header = header[:-3] + b"\0\x3f\0"
             parts += [b"\xff\xda", header, view[position + length : end]]
             scan_count += found is not None
@@ -135,7 +141,7 @@ def read_jpeg(content: bytes) -> Jpeg | None:
         position += length
     is_cut = not has_end and not content.rstrip(b"\0").endswith(b"\xff\xd9")
     if not has_end and not is_cut:
-        raise UnreadableImageError(f"{DAMAGED}: what lies between its parts is no JPEG")
+        raise UnreadableImageError(f"{DAMAGED}: there is other data between its segments")
     if frame is None:
         if has_end:
             raise UnreadableImageError(f"{DAMAGED}: it ends before its picture begins")
@@ -158,26 +164,25 @@ def read_jpeg(content: bytes) -> Jpeg | None:
 
 
 def _note_scan(header: bytes, is_progressive: bool, unsent: dict[int, int]) -> None:
-    """Notes which coefficients of which components a scan sends to their last bit (ITU-T T.81, B.2.3)."""
+    """Updates `unsent` with the coefficients that a scan sends (ITU-T T.81, B.2.3)."""
     count = header[0] if header else 0
     if len(header) < 4 + 2 * count:
         return
     first, last, bits = header[-3:]
-    sent = ((1 << last + 1) - 1) >> first << first if is_progressive else ALL
+    sent = ((1 << last + 1) - 1) >> first << first if is_progressive else ALL_COEFFICIENTS
+    is_last_bit = not is_progressive or bits & 15 == 0
     for component in header[1 : 1 + 2 * count : 2]:
-        before = unsent.get(component, ALL)
-        unsent[component] = (
-            before & ~sent if not is_progressive or bits & 15 == 0 else before | sent & ALL
-        )
+        before = unsent.get(component, ALL_COEFFICIENTS)
+        unsent[component] = before & ~sent if is_last_bit else before | sent & ALL_COEFFICIENTS
 
 
-def _tells_colors(marker: int, segment: bytes) -> bool:
+def _describes_colors(marker: int, segment: bytes) -> bool:
     is_jfif = marker == APP0 and segment.startswith(b"JFIF\0\x01") and len(segment) >= 14
     return is_jfif or (marker == APP14 and segment.startswith(b"Adobe") and len(segment) >= 12)
 
 
 def _read_frame(marker: int, segment: bytes) -> tuple[int, int, int, int]:
-    """Marker, height, width and number of components."""
+    """Returns the marker, height, width and number of components."""
     if len(segment) < 6:
         raise UnreadableImageError(f"{DAMAGED}: the description of its picture is too short")
     height, width = int.from_bytes(segment[1:3], "big"), int.from_bytes(segment[3:5], "big")
@@ -191,7 +196,7 @@ def _read_frame(marker: int, segment: bytes) -> tuple[int, int, int, int]:
         )
     if height == 0:
         raise UnsupportedFormatError(
-            f"the original is a JPEG that states no height where it should: {EXPORT_ADVICE}"
+            f"the original is a JPEG without a height in its header: {EXPORT_ADVICE}"
         )
     if width == 0:
         raise UnreadableImageError(f"{DAMAGED}: its picture is 0 px wide")
@@ -199,7 +204,10 @@ def _read_frame(marker: int, segment: bytes) -> tuple[int, int, int, int]:
 
 
 def _join_profile(parts: dict[int, bytes]) -> bytes | None:
-    """An ICC profile of its numbered parts, each behind the number of parts; None if one is missing (ICC.1, B.4)."""
+    """Joins the numbered parts of an ICC profile (ICC.1, B.4); returns None if one is missing.
+
+    Each part begins with one byte, the number of parts.
+    """
     counts = {part[0] for part in parts.values()}
     if counts != {len(parts)} or set(parts) != set(range(1, len(parts) + 1)):
         return None
@@ -207,10 +215,13 @@ def _join_profile(parts: dict[int, bytes]) -> bytes | None:
 
 
 def strip_padding(content: bytes, size: int) -> bytes:
-    """A `Jpeg.content` without so many bytes before its end, if they are but filler, as some cameras write it."""
-    filler = content[-2 - size : -2]
-    is_filler = size <= MAX_STRAY_BYTES or len(set(filler)) == 1
-    return content[: -2 - size] + content[-2:] if is_filler else content
+    """Removes `size` bytes before the end marker of `Jpeg.content` if they are only padding.
+
+    Some cameras write such padding. It is at most four bytes, or one byte value repeated.
+    """
+    padding = content[-2 - size : -2]
+    is_padding = size <= MAX_STRAY_BYTES or len(set(padding)) == 1
+    return content[: -2 - size] + content[-2:] if is_padding else content
 
 
 def explain_flaw(error: str) -> str:

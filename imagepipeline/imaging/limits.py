@@ -1,4 +1,4 @@
-"""The limits on an original, told from its header before pixels are decoded."""
+"""Limits on an original, checked against its header before any pixel is decoded."""
 
 from dataclasses import dataclass
 
@@ -10,13 +10,20 @@ MEMORY_BYTES, CPU_SECONDS = 2_000_000_000, 20  # of a process that decodes and e
 
 @dataclass(frozen=True)
 class Rules:
-    """What an original may be, and how it is taken.
+    """Limits on an original, and options for decoding it.
 
-    `max_pixels` is of what is decoded: a JPEG may be larger, as it is decoded at a part of its size; of an animation
-    that is kept it is over all frames. `max_side_px` is of the variants. `max_frames` counts where all are kept.
-    `max_text_bytes` bounds the texts of a PNG, unpacked. An image wider than `max_width_px` is scaled down to it.
-    `is_animation_kept`: all frames instead of the first. `is_truncated_accepted`: a cut-off or damaged file gives a
-    picture, with grey where nothing could be read.
+    Attributes:
+        max_bytes: size of the file.
+        max_pixels: pixels decoded, summed over all frames of a kept animation. A JPEG may have
+            more, because it can be decoded at a fraction of its size.
+        max_side_px: the longer side of a variant.
+        max_frames: frames of an animation; checked only if all of them are kept.
+        max_icc_bytes: size of the colour profile.
+        max_text_bytes: size of the decompressed text chunks of a PNG.
+        max_width_px: wider images are scaled down to this width.
+        is_animation_kept: decode all frames instead of the first only.
+        is_truncated_accepted: decode what is left of a truncated or damaged file, and fill the
+            missing pixels with grey.
     """
 
     max_bytes: int = 25_000_000
@@ -31,7 +38,7 @@ class Rules:
 
 
 def check_size(width: int, height: int, rules: Rules, frame_count: int = 1) -> None:
-    """Raises LimitError if so many pixels may not be decoded."""
+    """Raises LimitError if the image has more pixels than may be decoded."""
     if width * height * frame_count > rules.max_pixels:
         frames = f" in {frame_count} frames or more" if frame_count > 1 else ""
         megapixels = f"{rules.max_pixels / 1e6:g} megapixels"
@@ -49,7 +56,7 @@ def check_frames(width: int, height: int, frame_count: int, rules: Rules) -> Non
 
 
 def check_profile(profile: bytes | None, rules: Rules) -> bytes | None:
-    """The profile, None for an empty one; raises LimitError if it is too large."""
+    """Returns the profile, or None if it is empty; raises LimitError if it is too large."""
     if profile and len(profile) > rules.max_icc_bytes:
         raise LimitError(
             f"the colour profile has {len(profile):,} bytes, the limit is {rules.max_icc_bytes:,} "
@@ -59,11 +66,11 @@ def check_profile(profile: bytes | None, rules: Rules) -> bytes | None:
 
 
 def check_variants(width: int, height: int, rules: Rules) -> None:
-    """Raises LimitError if a variant would be longer than the formats written allow."""
+    """Raises LimitError if a side of a variant would be longer than WebP or AVIF allow."""
     scale = min(1.0, rules.max_width_px / width)
     largest = max(round(width * scale), round(height * scale))
     if largest > rules.max_side_px:
         raise LimitError(
-            f"the original is {width} x {height} px, its variants would be up to {largest:,} px long, "
-            f"{rules.max_side_px:,} are allowed (IMAGEPIPELINE_MAX_SIDE_PX)"
+            f"the original is {width} x {height} px, its variants would be up to {largest:,} px "
+            f"long, {rules.max_side_px:,} are allowed (IMAGEPIPELINE_MAX_SIDE_PX)"
         )

@@ -1,4 +1,7 @@
-"""What a run may ask of the process that decodes, and the warm-up after which that need open nothing more."""
+"""The operations that a run may call in its sandbox, and the zygote's warm-up.
+
+After the warm-up, a decoder needs to open no file.
+"""
 
 import io
 from collections.abc import Callable
@@ -13,27 +16,15 @@ from imagepipeline.imaging.preparation import prepare
 from imagepipeline.imaging.variants import render, render_and_inspect
 from imagepipeline.models import build_variant_specs
 
-MAKERS: tuple[Callable[..., Any], ...] = (decode,)  # of what a child holds
-CALLS: tuple[Callable[..., Any], ...] = (
-    prepare,
-    render,
-    render_and_inspect,
-    inspect,
-)  # on it, as first argument
-WARMED_FORMATS = (
-    "JPEG",
-    "PNG",
-    "WEBP",
-    "GIF",
-    "AVIF",
-    "TIFF",
-    "BMP",
-    "MPO",
-)  # MPO is a JPEG with a further picture
+MAKERS: tuple[Callable[..., Any], ...] = (decode,)  # each makes the value that a child holds
+# Each takes the held value as its first argument.
+CALLS: tuple[Callable[..., Any], ...] = (prepare, render, render_and_inspect, inspect)
+# MPO is a JPEG with more than one picture.
+WARMED_FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "AVIF", "TIFF", "BMP", "MPO")
 
 
 def warm_up() -> None:
-    """Does once what is done with uploads: libraries import and look up much when they are first used."""
+    """Processes an image of each format, because libraries load much on their first use."""
     profile = ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes()
     exif = Image.Exif()
     exif[ExifTags.Base.Orientation] = 6

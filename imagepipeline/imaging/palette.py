@@ -1,4 +1,4 @@
-"""Facts read off the pixels: dominant colours with names, brightness, contrast, saturation, warmth."""
+"""Measures pixels: dominant colours and their names, brightness, contrast, saturation, warmth."""
 
 from collections.abc import Iterable
 
@@ -11,9 +11,10 @@ from imagepipeline.models import PixelFacts
 
 SAMPLE_PX = 128
 PALETTE_COLORS = 16
-# In CIE76: twice what parts two shades of one name; models name colours loosely, but not blue for red (over 100).
+# CIE76 distance, twice that between two shades of one name. Models are loose about colours, but do
+# not confuse red and blue, which are more than 100 apart.
 MAX_COLOR_DISTANCE = 40
-# Thirty names people use. The 148 of CSS would call most photos "dimgray".
+# Thirty names in common use. With the 148 of CSS, most photos would be "dimgray".
 COLOR_NAMES = {
     "black": "#0b0b0b",
     "charcoal": "#36393d",
@@ -49,13 +50,18 @@ COLOR_NAMES = {
 
 
 def measure(decoded: Decoded, image: Image.Image) -> PixelFacts:
-    """The facts of a decoded image, whose colours are read off `image`, a copy of any size; alpha counts as white."""
+    """Measures a decoded image.
+
+    Args:
+        decoded: the original; the source of the size, the camera and the date.
+        image: a copy of it in any size; the source of the colours. Transparent pixels are
+            measured on a white background.
+    """
     sample = image.copy()
     sample.thumbnail((SAMPLE_PX, SAMPLE_PX), Image.Resampling.BOX)
     if sample.mode == "RGBA":
-        sample = Image.alpha_composite(Image.new("RGBA", sample.size, "white"), sample).convert(
-            "RGB"
-        )
+        white = Image.new("RGBA", sample.size, "white")
+        sample = Image.alpha_composite(white, sample).convert("RGB")
     lab = to_lab(np.asarray(sample).reshape(-1, 3))
     palette = sample.quantize(PALETTE_COLORS, Image.Quantize.MEDIANCUT).getpalette() or []
     return PixelFacts(
@@ -77,7 +83,10 @@ def measure(decoded: Decoded, image: Image.Image) -> PixelFacts:
 
 
 def choose_visible(colors: Iterable[str], facts: PixelFacts) -> list[str]:
-    """Of some `#rrggbb`, those that are near enough to a colour of the image; its own dominant ones if none is."""
+    """Returns those of the given `#rrggbb` colours that occur in the image, or nearly so.
+
+    Returns the image's dominant colours if none does.
+    """
     seen = to_lab(_to_rgb(facts.palette))
     visible = [
         color
@@ -92,7 +101,10 @@ def _to_rgb(colors: Iterable[str]) -> NDArray[np.uint8]:
 
 
 def to_lab(rgb: NDArray[np.uint8]) -> NDArray[np.float64]:
-    """SRGB bytes [n, 3] as CIE L*a*b* (D65) [n, 3]: IEC 61966-2-1 for the transfer curve and matrix, CIE 15 for Lab."""
+    """Converts sRGB bytes [n, 3] to CIE L*a*b* with white point D65 [n, 3].
+
+    The transfer curve and the matrix are from IEC 61966-2-1, L*a*b* from CIE 15.
+    """
     value = rgb.astype(np.float64) / 255
     linear = np.where(value <= 0.04045, value / 12.92, ((value + 0.055) / 1.055) ** 2.4)
     xyz = linear @ np.array(
@@ -105,7 +117,10 @@ def to_lab(rgb: NDArray[np.uint8]) -> NDArray[np.float64]:
 
 
 def _dominant_colors(sample: Image.Image) -> tuple[tuple[str, str, float], ...]:
-    """Up to 4 colours by share: median cut to 8 boxes, boxes of the same name merged."""
+    """Returns the name, `#rrggbb` and share (0..1) of up to four colours, the most common first.
+
+    Median cut finds eight colours; those with the same name are merged.
+    """
     quantized = sample.quantize(8, Image.Quantize.MEDIANCUT)
     palette = np.array(quantized.getpalette(), dtype=np.uint8).reshape(-1, 3)
     counts = np.bincount(np.asarray(quantized).ravel(), minlength=len(palette))[: len(palette)]

@@ -1,4 +1,4 @@
-"""What a PNG is made of, read chunk by chunk (W3C PNG, third edition, 5), and made whole for its decoder."""
+"""Reads a PNG chunk by chunk (W3C PNG, third edition, 5), and rebuilds a clean one to decode."""
 
 import zlib
 from dataclasses import dataclass, field
@@ -8,37 +8,30 @@ from imagepipeline.errors import UnreadableImageError, UnsupportedFormatError
 SIGNATURE = b"\x89PNG\r\n\x1a\n"
 GREY, RGB, PALETTE = 0, 2, 3  # colour types
 ANIMATION = (b"acTL", b"fcTL", b"fdAT")
-# What counts only before the pixels (W3C PNG, 5.6).
-BEFORE_PIXELS = (
-    b"PLTE",
-    b"tRNS",
-    b"cICP",
-    b"iCCP",
-    b"sRGB",
-    b"gAMA",
-    b"cHRM",
-    b"sBIT",
-    b"bKGD",
-    b"cLLI",
-    b"mDCV",
-)
-TEXTS = (
-    b"tEXt",
-    b"zTXt",
-    b"iTXt",
-)  # bounded where they come first; behind the pixels they are not unpacked at all
-# Ancillary chunks that change pixels, or that are bounded as Pillow unpacks them. Others, it stumbles over if they are
-# malformed.
+# Chunks that are valid only before the pixels (W3C PNG, 5.6).
+BEFORE_PIXELS = tuple(b"PLTE tRNS cICP iCCP sRGB gAMA cHRM sBIT bKGD cLLI mDCV".split())
+# Texts before the pixels reach Pillow, which limits them; later ones are dropped unread.
+TEXTS = (b"tEXt", b"zTXt", b"iTXt")
+# Ancillary chunks that Pillow gets: those that change pixels, and texts, whose size it limits. The
+# others are dropped, because Pillow fails if one of them is malformed.
 FOR_DECODER = (b"tRNS", *TEXTS, *ANIMATION)
 END = b"\0\0\0\0IEND\xaeB`\x82"
 
 
 @dataclass(frozen=True)
 class Png:
-    """The chunks of a PNG file.
+    """A parsed PNG.
 
-    `content` is what the decoder must get, with an end; `still` is that without an animation. `chunks` holds the first
-    one of each ancillary kind whose checksum is right. `is_cut`: the file ends before its end chunk.
+    Attributes:
+        width: pixels.
+        height: pixels.
+        bits: bits per sample.
+        color_type: one of the colour types of the standard.
+        is_interlaced: whether the pixels are stored in seven passes.
+        is_cut: the file ends before its end chunk.
+        content: a PNG of only those chunks that the decoder needs, and an end chunk.
+        still: the same without the animation.
+        chunks: the first chunk of each ancillary type that has a correct checksum.
     """
 
     width: int
@@ -53,11 +46,11 @@ class Png:
 
 
 def read_png(content: bytes) -> Png | None:
-    """What the chunks say; None where the file ends before the first.
+    """Parses a PNG; returns None if the file ends within its header.
 
     Raises:
-        UnsupportedFormatError: Apple's own kind of PNG.
-        UnreadableImageError: a checksum without which there is no picture is wrong, or what should be a chunk is none.
+        UnsupportedFormatError: the PNG is in Apple's own variation of the format.
+        UnreadableImageError: a critical chunk has a wrong checksum, or a chunk is malformed.
     """
     header = b""
     chunks: dict[bytes, bytes] = {}
@@ -66,13 +59,11 @@ def read_png(content: bytes) -> Png | None:
     after: list[tuple[bytes, bytes]] = []
     position, is_cut = len(SIGNATURE), True
     while position + 8 <= len(content):
-        length, kind = (
-            int.from_bytes(content[position : position + 4], "big"),
-            content[position + 4 : position + 8],
-        )
+        length = int.from_bytes(content[position : position + 4], "big")
+        kind = content[position + 4 : position + 8]
         if not kind.isalpha():
             raise UnreadableImageError(
-                "the PNG data is damaged: what should be one of its chunks is none"
+                "the PNG data is damaged: one of its chunks has no valid name"
             )
         body = content[position + 8 : position + 8 + length]
         checksum = content[position + 8 + length : position + 12 + length]
@@ -81,7 +72,7 @@ def read_png(content: bytes) -> Png | None:
             raise UnsupportedFormatError(
                 "the original is a PNG made for Apple's devices alone (CgBI): export it as PNG"
             )
-        if len(checksum) < 4:  # cut off here; of the pixels what is there counts
+        if len(checksum) < 4:  # the file is cut off here: keep what there is of the pixels
             if kind == b"IDAT" and header:
                 data.append(body)
             break
@@ -91,7 +82,7 @@ def read_png(content: bytes) -> Png | None:
                 raise UnreadableImageError(
                     f"the PNG data is damaged: the checksum of {kind.decode()} is wrong"
                 )
-            continue  # decoration, as browsers take it
+            continue  # like browsers, ignore a damaged chunk that no pixel depends on
         if kind == b"IEND":
             is_cut = False
             break
@@ -109,7 +100,7 @@ def read_png(content: bytes) -> Png | None:
             return None
         raise UnreadableImageError("the PNG data is damaged: it has no header")
     if len(header) != 13:
-        raise UnreadableImageError("the PNG data is damaged: its header has not 13 bytes")
+        raise UnreadableImageError("the PNG data is damaged: its header has the wrong length")
     width, height = int.from_bytes(header[:4], "big"), int.from_bytes(header[4:8], "big")
     if not width or not height:
         raise UnreadableImageError(f"the PNG data is damaged: its picture is {width} x {height} px")
@@ -136,9 +127,12 @@ def _chunk(kind: bytes, body: bytes) -> bytes:
 
 
 def unpack_profile(chunk: bytes, max_bytes: int) -> bytes | None:
-    """The ICC profile in an `iCCP` chunk, of one byte too many at most; None if there is none (W3C PNG, 11.3.2.3)."""
+    """Returns the ICC profile of an `iCCP` chunk (W3C PNG, 11.3.2.3), or None if there is none.
+
+    A profile larger than `max_bytes` is cut one byte above it, so that the caller notices.
+    """
     _, _, packed = chunk.partition(b"\0")
-    if packed[:1] != b"\0":  # the only way of packing there is
+    if packed[:1] != b"\0":  # 0, deflate, is the only compression method
         return None
     try:
         return zlib.decompressobj().decompress(packed[1:], max_bytes + 1) or None

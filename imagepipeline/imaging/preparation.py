@@ -1,4 +1,4 @@
-"""All that the assets need to know of a decoded original, small enough to be moved between processes."""
+"""Extracts what the assets need from a decoded original, small enough to send between processes."""
 
 from dataclasses import dataclass
 
@@ -7,16 +7,21 @@ from imagepipeline.imaging.palette import measure
 from imagepipeline.imaging.variants import render_placeholder, render_preview, render_square, shrink
 from imagepipeline.models import THUMBNAIL_PX, PixelFacts
 
-SMALL_PX = 1024  # long side of the copy that all smaller ones are made of
+SMALL_PX = 1024  # long side of the copy from which all smaller ones are made
 
 
 @dataclass(frozen=True)
 class Prepared:
-    """The facts of a decoded original and its small copies.
+    """Measurements and small copies of a decoded original.
 
-    `format` is that of the file, `flaw` as in `Decoded`. `preview` is what the vision model is shown: a JPEG, or the
-    raw RGB [224, 224, 3] of the central square for the offline one. `thumbnail` is the JPEG of at most 160 px for the
-    UI, `placeholder` a data URI.
+    Attributes:
+        format: format of the file.
+        flaw: see `Decoded`.
+        facts: size, colours and camera.
+        preview: the vision model's input: a JPEG, or for the offline model the central square as
+            raw RGB [224, 224, 3].
+        thumbnail: a JPEG of at most 160 px for the UI.
+        placeholder: a data URI for a page to show first.
     """
 
     format: str
@@ -28,7 +33,12 @@ class Prepared:
 
 
 def prepare(decoded: Decoded, preview_px: int | None = None) -> Prepared:
-    """Reads off an image what the assets need; `preview_px` is the preview's long side, None means the square."""
+    """Measures a decoded original and renders its small copies.
+
+    Args:
+        decoded: the original.
+        preview_px: long side of the preview; None for the raw square.
+    """
     small = shrink(decoded.image, SMALL_PX)
     return Prepared(
         decoded.format,

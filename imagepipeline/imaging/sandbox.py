@@ -1,7 +1,8 @@
-"""Sandbox: work on hostile bytes in a process that can do nothing else, and whose answers are not trusted.
+"""The sandbox: decodes hostile bytes in a confined process whose answers the run does not trust.
 
-The run asks a zygote (`imaging.zygote`), which it or the process it was forked from has started, for a child of its
-own, and speaks with that on a socket. Nothing but bytes crosses it (`wire`).
+A run asks a zygote (`imaging.zygote`) to fork a child, and talks to the child over a socket that
+carries bytes only (`wire`). The zygote was started by the run itself, or by a process from which
+the run was forked.
 """
 
 import contextlib
@@ -48,11 +49,12 @@ R = TypeVar("R")
 log = logging.getLogger(__name__)
 
 OPERATIONS = "imagepipeline.imaging.operations"
-START_SECONDS = 60  # for the zygote to be there: a busy machine imports slowly
+START_SECONDS = 60  # for the zygote to start: a busy machine imports slowly
 FORK_SECONDS = 20
-END_SECONDS = 5  # between the end of a child's connection and the news of its end
-MAX_ANSWER_BYTES = 256_000_000  # six variants of the largest originals take less
-# What a child may say of an image. Not of a claim, a pause or a store: the run acts on such errors.
+END_SECONDS = 5  # between the end of a child's connection and the report of its exit status
+MAX_ANSWER_BYTES = 256_000_000  # more than six variants of the largest originals take
+# Errors that a child may report. Errors about claims, pauses or stores are not among them, because
+# the run would act on them.
 VERDICTS = (
     EmptyOriginalError,
     TooLargeError,
@@ -65,7 +67,13 @@ VERDICTS = (
 
 @dataclass(frozen=True)
 class Usage:
-    """What a call took: CPU seconds, seconds by the clock, and the process's peak of resident bytes so far."""
+    """Resources used by a call.
+
+    Attributes:
+        cpu_seconds: CPU time.
+        wall_seconds: elapsed time.
+        peak_bytes: peak of the child's resident memory so far.
+    """
 
     cpu_seconds: Annotated[float, Field(ge=0, le=100_000)]
     wall_seconds: Annotated[float, Field(ge=0, le=100_000)]
@@ -73,12 +81,12 @@ class Usage:
 
 
 class Zygote:
-    """The process children are forked from: started when it is first needed, or before by `prepare`.
+    """The process from which children are forked, started by `prepare` or when it is first needed.
 
-    Processes that are forked from the one that prepared it share it. When the last of them has ended, it ends.
+    Processes forked from the one that started it share it. It ends when the last of them has ended.
 
     Args:
-        operations: the module that names what children can do.
+        operations: the module that lists the operations of the children.
     """
 
     def __init__(self, operations: str = OPERATIONS) -> None:
@@ -90,10 +98,10 @@ class Zygote:
         self._lock = threading.Lock()
 
     def prepare(self) -> Confinement:
-        """Starts it, unless it was started; what the kernel offers for its children.
+        """Starts the zygote if it is not running; returns the confinement of its children.
 
         Raises:
-            SandboxLostError: it could not be started.
+            SandboxLostError: the zygote could not be started.
         """
         with self._lock:
             if self._control is None:
@@ -102,25 +110,37 @@ class Zygote:
 
     @property
     def descriptor(self) -> int | None:
-        """What a forked process must keep open to share it; None where it was not started."""
+        """The descriptor that a forked process must keep open to share the zygote.
+
+        None if the zygote was not started.
+        """
         return self._control.fileno() if self._control else None
 
     def fork(self, memory_bytes: int, cpu_seconds: int) -> tuple[socket.socket, socket.socket, int]:
-        """A child: the socket to speak with it, the one that tells its end and ends it when closed, its number.
+        """Forks a child.
+
+        Args:
+            memory_bytes: memory the child may use.
+            cpu_seconds: CPU time the child may use.
+
+        Returns:
+            The socket to talk to the child; the socket on which the zygote reports the child's
+            exit status, and whose closing makes the zygote kill the child; the child's process ID.
 
         Raises:
-            SandboxLostError: there is none to be had.
+            SandboxLostError: no child could be forked.
         """
         from imagepipeline.imaging.zygote import PROCESS, REQUEST
 
         request = REQUEST.pack(memory_bytes, cpu_seconds)
-        for _ in range(2):  # it may have died: then the next one is asked
+        for _ in range(2):  # if the zygote has died, a second one is started
             self.prepare()
             session, theirs = socket.socketpair()
             life, watched = socket.socketpair()
             with theirs, watched, contextlib.suppress(OSError, AttributeError):
-                socket.send_fds(self._control, [request], [theirs.fileno(), watched.fileno()])  # type: ignore[arg-type]
-                watched.close()  # or its end would never come
+                descriptors = [theirs.fileno(), watched.fileno()]
+                socket.send_fds(self._control, [request], descriptors)  # type: ignore[arg-type]
+                watched.close()  # or we would never see that the other end is closed
                 life.settimeout(FORK_SECONDS)
                 answer = life.recv(PROCESS.size)
                 if len(answer) == PROCESS.size:
@@ -129,11 +149,11 @@ class Zygote:
             life.close()
             self.close()
         raise SandboxLostError(
-            "the process that decodes and encodes images could not be forked: is memory short?"
+            "the process that decodes and encodes images could not be forked: is memory low?"
         )
 
     def close(self) -> None:
-        """Lets go of it; if this process started it, it is ended, and so are its children."""
+        """Disconnects from the zygote; ends it and its children if this process started it."""
         with self._lock:
             if self._control is not None:
                 self._control.close()
@@ -146,7 +166,8 @@ class Zygote:
     def _start(self) -> None:
         from imagepipeline.imaging.zygote import MAX_FAILURE_BYTES, READY
 
-        # Where the system has them, sockets that keep messages apart. Without: one is shorter than is ever split.
+        # Sockets that preserve message boundaries, if the system has them. If not, our messages are
+        # too short to be split.
         kind = socket.SOCK_SEQPACKET if sys.platform == "linux" else socket.SOCK_STREAM
         ours, theirs = socket.socketpair(type=kind)
         command = [sys.executable, "-I", "-m", "imagepipeline.imaging.zygote", self._operations]
@@ -165,15 +186,15 @@ class Zygote:
             ours.close()
             self._process.kill()
             self._process.wait()
-            reason = answer.decode(errors="replace") or "it ended without a word"
+            reason = answer.decode(errors="replace") or "it ended without a message"
             raise SandboxLostError(
                 f"the process that decodes images could not be started: {reason}"
             )
         self._control, self._confinement = ours, Confinement(*READY.unpack(answer))
         if not self._confinement.has_seccomp:
             log.warning(
-                "The process that decodes images is not confined: %s. A decoder that an upload breaks into could do "
-                "what this user may. See docs/security.md.",
+                "The process that decodes images is not confined: %s. An upload that takes over a "
+                "decoder could do all that this user may do. See docs/security.md.",
                 self._confinement.describe(),
             )
 
@@ -183,10 +204,14 @@ DECODERS = Zygote()
 
 @dataclass(frozen=True)
 class Sandbox:
-    """Limits under which a child makes a value and works on it.
+    """Limits for the children that decode.
 
-    `cpu_seconds` is over the child's life, `wall_seconds` a call. `is_confinement_required`: where the kernel filters
-    no system calls, nothing is decoded. `zygote` is whose children are used.
+    Attributes:
+        memory_bytes: memory of a child.
+        cpu_seconds: CPU time over a child's life.
+        wall_seconds: elapsed time of one call.
+        is_confinement_required: decode nothing if the kernel cannot filter system calls.
+        zygote: the zygote that forks the children.
     """
 
     memory_bytes: int = MEMORY_BYTES
@@ -196,15 +221,17 @@ class Sandbox:
     zygote: Zygote = field(default=DECODERS, repr=False, compare=False)
 
     def open(self, make: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> "Session[T]":
-        """A session that holds `make(...)`, made and kept in the child; raises what `Session.call` raises.
+        """Opens a session whose child computes and holds `make(...)`.
 
         Raises:
-            SandboxMissingError: confinement is required, and the kernel does not offer it.
+            SandboxMissingError: confinement is required, but the kernel does not support it.
+            ImagePipelineError: any error that `Session.call` raises.
         """
         if self.is_confinement_required and not self.zygote.prepare().has_seccomp:
             raise SandboxMissingError(
-                "the kernel does not filter system calls here, and IMAGEPIPELINE_REQUIRE_CONFINEMENT forbids decoding "
-                "without: `imagepipeline doctor` says more"
+                "the kernel does not filter system calls here, and "
+                "IMAGEPIPELINE_REQUIRE_CONFINEMENT forbids decoding without: "
+                "`imagepipeline doctor` says more"
             )
         session: Session[T] = Session(self)
         try:
@@ -216,9 +243,12 @@ class Sandbox:
 
 
 class Session(Generic[T]):
-    """A child process that holds a value; it ends with `close`, or when the process that opened it does."""
+    """A child process that holds a value.
 
-    usage: Usage  # of making the value
+    The child ends with `close`, or when the process that opened the session ends.
+    """
+
+    usage: Usage  # for making the value
     process_id: int
 
     def __init__(self, sandbox: Sandbox) -> None:
@@ -233,7 +263,7 @@ class Session(Generic[T]):
     def begin(
         self, function: Callable[Concatenate[T, P], Any], *args: P.args, **kwargs: P.kwargs
     ) -> None:
-        """Has the child work on a call that will be made later; what goes wrong is told then."""
+        """Starts a call in the child; the same call to `call` later returns its result or error."""
         if self._begun is None:
             with contextlib.suppress(OSError, SandboxLostError):
                 self._send(function, args)
@@ -242,27 +272,36 @@ class Session(Generic[T]):
     def call(
         self, function: Callable[Concatenate[T, P], R], *args: P.args, **kwargs: P.kwargs
     ) -> tuple[R, Usage]:
-        """What the function gives of the held value, and what it took.
+        """Calls a function on the held value in the child.
 
-        The function is one of the zygote's operations; its annotations say what crosses the border. Arguments are
-        given by position. If the same call was begun before, that is the one whose answer is given.
+        If `begin` has already started the same call, its answer is returned.
+
+        Args:
+            function: one of the zygote's operations. Arguments and result are validated against
+                its annotations.
+            args: its arguments after the held value, by position.
+            kwargs: none; operations take positional arguments only.
+
+        Returns:
+            The function's result, and the resources used.
 
         Raises:
-            LimitError: it needed more memory or CPU time than allowed.
-            SandboxLostError: it crashed, or took too long by the clock: on a busy machine that may go well next time.
-            UnreadableImageError: the answer cannot be true, so that the image is not to be trusted.
-            PermanentError: the verdict on the image.
-            RuntimeError: whatever else the function raised.
+            LimitError: the call needed more memory or CPU time than allowed.
+            SandboxLostError: the child crashed, or the call took too long, which on a busy machine
+                may succeed when tried again.
+            UnreadableImageError: the answer is impossible, so the image is not trusted.
+            PermanentError: the image is refused.
+            RuntimeError: the function raised any other error.
         """
         return self.ask(function, args, result_kind(function))
 
     def ask(
         self, function: Callable[..., Any], args: tuple[Any, ...], kind: Any
     ) -> tuple[Any, Usage]:
-        """As `call`, for an answer of that type."""
+        """Does the same as `call` for a result of type `kind`."""
         begun, self._begun = self._begun, None
         if begun is not None and begun != (function, args):
-            with contextlib.suppress(Exception):  # of a call that nobody made after all
+            with contextlib.suppress(Exception):  # the answer to a call not made after all
                 self._receive(result_kind(begun[0]))
         if begun != (function, args):
             try:
@@ -275,14 +314,17 @@ class Session(Generic[T]):
 
     @property
     def is_open(self) -> bool:
-        """Whether the child is there, as far as is known."""
+        """Whether the child is running, as far as is known."""
         return self._is_open
 
     def distrust(self, what: str) -> NoReturn:
-        """Ends the child after an answer that cannot be true.
+        """Ends the child after an impossible answer.
+
+        Args:
+            what: the part of the answer that is impossible.
 
         Raises:
-            UnreadableImageError: always; it says what was wrong.
+            UnreadableImageError: always.
         """
         self.close()
         raise UnreadableImageError(
@@ -290,10 +332,10 @@ class Session(Generic[T]):
         )
 
     def close(self) -> None:
-        """Ends the child; safe to call twice."""
+        """Ends the child; may be called twice."""
         self._is_open = False
         self._connection.close()
-        self._life.close()  # the zygote kills the child when it sees that
+        self._life.close()  # which makes the zygote kill the child
 
     def __enter__(self) -> Self:
         return self
@@ -320,15 +362,12 @@ class Session(Generic[T]):
             self._give_up()
         except (EOFError, OSError):
             self._explain_end()
-        except (
-            MalformedMessageError,
-            RecursionError,
-        ) as problem:  # the latter of JSON that is nested very deep
+        except (MalformedMessageError, RecursionError) as problem:  # deeply nested JSON recurses
             self.distrust(str(problem))
         if isinstance(error, MemoryError):
             raise LimitError(
-                f"decoding or encoding took more than {self._sandbox.memory_bytes / 1e6:,.0f} MB of memory "
-                "(IMAGEPIPELINE_MAX_MEMORY_BYTES)"
+                f"decoding or encoding took more than {self._sandbox.memory_bytes / 1e6:,.0f} MB "
+                "of memory (IMAGEPIPELINE_MAX_MEMORY_BYTES)"
             )
         raise error
 
@@ -339,7 +378,7 @@ class Session(Generic[T]):
         )
 
     def _explain_end(self) -> NoReturn:
-        """The zygote knows how a child ended."""
+        """Raises the error for a child that has ended; the zygote reports its exit status."""
         from imagepipeline.imaging.zygote import FAILED_TO_CONFINE, STATUS
 
         answer = b""
@@ -349,7 +388,7 @@ class Session(Generic[T]):
         self.close()
         if len(answer) != STATUS.size:
             raise SandboxLostError(
-                "the process that decodes and encodes the image is gone, and nobody saw its end"
+                "the process that decodes and encodes the image has ended for an unknown reason"
             )
         (status,) = STATUS.unpack(answer)
         number = os.WTERMSIG(status) if os.WIFSIGNALED(status) else 0

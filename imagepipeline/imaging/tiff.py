@@ -1,4 +1,4 @@
-"""What the first page of a TIFF is, read from its tags (TIFF 6.0), and whether it is of a kind that is read rightly."""
+"""Reads the tags of a TIFF's first page (TIFF 6.0), and finds kinds that Pillow gets wrong."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -7,36 +7,14 @@ from typing import Literal
 NEW_SUBFILE_TYPE, BITS, COMPRESSION, PHOTOMETRIC, SAMPLES = 254, 258, 259, 262, 277
 PLANES, EXTRA_SAMPLES, SAMPLE_FORMAT, STRIPS, TILES = 284, 338, 339, (273, 279), (324, 325)
 WIDTH, HEIGHT = 256, 257
-VALUE_BYTES = {
-    3: 2,
-    4: 4,
-    5: 8,
-    8: 2,
-    9: 4,
-    10: 8,
-    11: 4,
-    12: 8,
-    13: 4,
-    16: 8,
-    17: 8,
-    18: 8,
-}  # by type; 1 for others
-MAX_VALUES = 200_000  # of one tag that are read
+# Bytes per value, by type; all other types take one.
+VALUE_BYTES = {3: 2, 4: 4, 5: 8, 8: 2, 9: 4, 10: 8, 11: 4, 12: 8, 13: 4, 16: 8, 17: 8, 18: 8}
+MAX_VALUES = 200_000  # per tag; further values are ignored
 RAW, JPEG = 1, 7
 JPEG_TABLES, SUBSAMPLING = 347, 530
-KEPT = (
-    WIDTH,
-    HEIGHT,
-    NEW_SUBFILE_TYPE,
-    BITS,
-    COMPRESSION,
-    PHOTOMETRIC,
-    SAMPLES,
-    PLANES,
-    EXTRA_SAMPLES,
-    SAMPLE_FORMAT,
-    JPEG_TABLES,
-    SUBSAMPLING,
+KEPT_TAGS = (
+    *(WIDTH, HEIGHT, NEW_SUBFILE_TYPE, BITS, COMPRESSION, PHOTOMETRIC, SAMPLES, PLANES),
+    *(EXTRA_SAMPLES, SAMPLE_FORMAT, JPEG_TABLES, SUBSAMPLING),
 )
 WHITE_IS_ZERO, BLACK_IS_ZERO, RGB, PALETTE, CMYK, YCBCR = 0, 1, 2, 3, 5, 6
 UNSIGNED, SIGNED, FLOAT = 1, 2, 3
@@ -58,8 +36,8 @@ PHOTOMETRICS = {
     32845: "LogLuv",
     34892: "camera raw",
 }
-# Compressions by name; those that libtiff has in Pillow's wheels are read.
-COMPRESSIONS = {
+# Compressions that the libtiff in Pillow's wheels cannot read.
+REFUSED_COMPRESSIONS = {
     32766: "NeXT",
     32809: "ThunderScan",
     34676: "SGI LogLuv",
@@ -75,9 +53,14 @@ COMPRESSIONS = {
 
 @dataclass(frozen=True)
 class Tiff:
-    """The first page of a TIFF file; `tags` are those of KEPT, `end` is where the last byte lies that it names.
+    """The first page of a TIFF file.
 
-    `pieces` are (offset, length) of its strips or tiles.
+    Attributes:
+        order: byte order.
+        is_big: whether the file is a BigTIFF.
+        end: the offset after the last byte of tags and pixels; beyond the file if it is cut off.
+        tags: values of the tags listed in `KEPT_TAGS`.
+        pieces: (offset, length) of the strips or tiles.
     """
 
     order: Literal["little", "big"]
@@ -87,7 +70,7 @@ class Tiff:
     pieces: tuple[tuple[int, int], ...] = ()
 
     def first(self, tag: int, default: int) -> int:
-        """The first value of a tag."""
+        """Returns the first value of a tag."""
         return (self.tags.get(tag) or (default,))[0]
 
     @property
@@ -97,32 +80,28 @@ class Tiff:
 
     @property
     def is_preview(self) -> bool:
-        """Whether the page says it is a smaller copy of another one, as in camera raw files."""
+        """Whether the page is a reduced copy of another, as in camera raw files."""
         return bool(self.first(NEW_SUBFILE_TYPE, 0) & 1)
 
     def find_refusal(self) -> str | None:
-        """What kind it is if it is one that would not be read rightly; None if it is read."""
+        """Returns a description of the page if it would be decoded wrongly or not at all."""
         if self.is_big and self.order == "big":
             return "a BigTIFF in big-endian byte order"
         bits = self.tags.get(BITS) or (1,)
         extra = self.tags.get(EXTRA_SAMPLES, ())
-        compression, photometric = (
-            self.first(COMPRESSION, RAW),
-            self.first(PHOTOMETRIC, BLACK_IS_ZERO),
-        )
+        compression = self.first(COMPRESSION, RAW)
+        photometric = self.first(PHOTOMETRIC, BLACK_IS_ZERO)
         sample_format = self.first(SAMPLE_FORMAT, UNSIGNED)
-        if compression in COMPRESSIONS:
-            return f"a TIFF compressed as {COMPRESSIONS[compression]}"
+        if compression in REFUSED_COMPRESSIONS:
+            return f"a TIFF compressed as {REFUSED_COMPRESSIONS[compression]}"
         if sample_format == SIGNED and max(bits) <= 8:
             return self.describe()
-        if (
-            photometric == YCBCR
-            and compression == RAW
-            and (self.tags.get(SUBSAMPLING) or (2, 2)) != (1, 1)
-        ):
+        is_subsampled = (self.tags.get(SUBSAMPLING) or (2, 2)) != (1, 1)
+        if photometric == YCBCR and compression == RAW and is_subsampled:
             return f"{self.describe()}, whose colours have fewer samples than its brightness"
         if self.first(PLANES, 1) == 2 and self.first(SAMPLES, 1) > 1:
-            # Uncompressed planes are read as if they held 8 bits and no alpha; grey ones with alpha never rightly.
+            # Pillow reads uncompressed planes as if they had 8 bits and no alpha, and never reads
+            # planes of grey with alpha correctly.
             is_grey = photometric in (WHITE_IS_ZERO, BLACK_IS_ZERO)
             if is_grey or (compression == RAW and (max(bits) > 8 or (extra and extra != (2,)))):
                 return self.describe()
@@ -130,7 +109,7 @@ class Tiff:
 
     @property
     def is_plausible(self) -> bool:
-        """Whether there may be such a picture; its tags are damaged otherwise."""
+        """Whether the tags are consistent; if not, they are damaged."""
         bits, count = self.tags.get(BITS) or (1,), self.first(SAMPLES, 1)
         is_counted = len(bits) in (1, count) and 1 <= count <= MAX_SAMPLES
         return (
@@ -140,7 +119,7 @@ class Tiff:
         )
 
     def describe(self) -> str:
-        """The kind of its pixels in words."""
+        """Describes the pixels in words, such as "a CMYK TIFF with 4 x 8-bit samples"."""
         bits, count = self.tags.get(BITS) or (1,), self.first(SAMPLES, 1)
         depth = str(bits[0]) if len(set(bits)) == 1 else "/".join(map(str, bits[:8]))
         kind = {SIGNED: " signed", FLOAT: " floating-point"}.get(
@@ -154,7 +133,7 @@ class Tiff:
 
 
 def read_tiff(content: bytes) -> Tiff | None:
-    """The first page; None where the file ends before its tags do."""
+    """Parses the first page; returns None if the file ends within its tags."""
     order: Literal["little", "big"] = "little" if content.startswith(b"II") else "big"
 
     def read(position: int, size: int) -> int:
@@ -175,7 +154,7 @@ def read_tiff(content: bytes) -> Tiff | None:
         size = VALUE_BYTES.get(kind, 1)
         inline = entry + 4 + word
         position = inline if size * count <= word else read(inline, word)
-        if tag in (*KEPT, *STRIPS, *TILES):
+        if tag in (*KEPT_TAGS, *STRIPS, *TILES):
             if position + size * count > len(content):
                 return None
             tags[tag] = tuple(
@@ -187,6 +166,5 @@ def read_tiff(content: bytes) -> Tiff | None:
         for piece in zip(tags.get(offsets, ()), tags.get(counts, ()), strict=False)
     )
     end = max(end, *(offset + count for offset, count in pieces), 0)
-    return Tiff(
-        order, is_big, end, {tag: values for tag, values in tags.items() if tag in KEPT}, pieces
-    )
+    kept = {tag: values for tag, values in tags.items() if tag in KEPT_TAGS}
+    return Tiff(order, is_big, end, kept, pieces)

@@ -1,4 +1,4 @@
-"""Rendering: the variants of an image, the small copy the vision model sees, and the placeholder of a page."""
+"""Renders the variants of an image, the preview for the vision model, and the placeholder."""
 
 import base64
 import io
@@ -21,7 +21,7 @@ from imagepipeline.imaging.verification import (
 from imagepipeline.models import CLASSIFIER_PX, OriginalFacts, Recipe, Variant, VariantSpec
 from imagepipeline.output_formats import OUTPUT_FORMATS
 
-CROP_SHARE = 0.875  # of the shorter side: the published EfficientNet-Lite0 evaluation
+CROP_SHARE = 0.875  # of the shorter side, as in the published evaluation of EfficientNet-Lite0
 PLACEHOLDER_PX = 16
 
 
@@ -47,7 +47,7 @@ class Renderer:
         self._compared_share = compared_share
         self.recipe = build_recipe(specs, is_animated, has_rights)
         self._has_rights = has_rights
-        self._inspections: dict[bytes, Inspection] = {}  # of what was rendered, by its bytes
+        self._inspections: dict[bytes, Inspection] = {}  # by the bytes of a rendered variant
 
     def begin(self, session: Session[Decoded], original: OriginalFacts) -> None:
         """Starts rendering in the sandbox while the run does something else; `render` collects it."""
@@ -77,9 +77,9 @@ class Renderer:
         return variants, usage
 
     def inspect(self, session: Session[Decoded], contents: Sequence[bytes]) -> list[Inspection]:
-        """What stored variants of the image are; raises what `Session.call` raises.
+        """Inspects stored variants of the image; raises any error that `Session.call` raises.
 
-        Those that are, byte for byte, what was rendered need no second look.
+        Variants with the same bytes as rendered ones have already been inspected.
         """
         if not all(content in self._inspections for content in contents):
             inspections, _ = session.call(inspect, contents)
@@ -102,7 +102,7 @@ class Renderer:
 def build_recipe(
     specs: Iterable[VariantSpec], is_animated: bool = False, has_rights: bool = False
 ) -> Recipe:
-    """What makes the variants: Pillow, the specs, and what is kept beside the first frame's pixels."""
+    """Returns the recipe of the variants: Pillow, the specs, and what else is kept."""
     settings = [f"{spec.width_px}-{spec.format}-{spec.quality}" for spec in specs]
     settings += ["animated"] * is_animated + ["rights"] * has_rights
     return Recipe("local", "pillow", ",".join(settings))
@@ -111,24 +111,26 @@ def build_recipe(
 def render(
     decoded: Decoded, specs: Iterable[VariantSpec], has_rights: bool = False
 ) -> list[Variant]:
-    """One variant per spec, in the order of `specs`: never enlarged, at least 1 px high, all frames of the image.
+    """Renders one variant per spec, with all frames of the image.
 
-    Without metadata, but for artist and copyright when it `has_rights`.
+    Variants are never enlarged, and at least 1 px high. They have no metadata, except for artist
+    and copyright if `has_rights`.
+
+    Returns:
+        The variants in the order of `specs`.
 
     Raises:
-        LimitError: an encoder gave up, which it does when memory is short.
+        LimitError: an encoder failed, which happens when it runs out of memory.
     """
     specs = list(specs)
     options = _animation_options(decoded) | (_rights_options(decoded) if has_rights else {})
     by_width: dict[int, Sequence[Image.Image]] = {}
     frames: Sequence[Image.Image] = decoded.frames
-    # From the widest down, each made of the one before: far fewer pixels to filter, and no visible difference
-    # as each step has more than enough pixels for the next.
+    # Each width is scaled from the next larger one, which has far fewer pixels to filter than the
+    # original. The difference is not visible.
     for width_px in sorted({spec.width_px for spec in specs}, reverse=True):
         frames = by_width[width_px] = [_scale_to_width(frame, width_px) for frame in frames]
-    made: dict[
-        tuple[int, str, int], bytes
-    ] = {}  # a small original has several variants of one size
+    made: dict[tuple[int, str, int], bytes] = {}  # variants of a small original may be equal
     variants = []
     for spec in specs:
         frames = by_width[spec.width_px]
@@ -154,7 +156,10 @@ def render_and_inspect(
 
 
 def render_preview(image: Image.Image, long_side_px: int = 1024) -> bytes:
-    """A JPEG of at most `long_side_px` for the vision model: fewer tokens, no metadata, alpha over white."""
+    """Renders a JPEG for the vision model, on white, without metadata.
+
+    It is at most `long_side_px` pixels long, to use fewer tokens.
+    """
     preview = shrink(image, long_side_px)
     if preview.mode == "RGBA":
         preview = Image.alpha_composite(Image.new("RGBA", preview.size, "white"), preview)
@@ -164,7 +169,10 @@ def render_preview(image: Image.Image, long_side_px: int = 1024) -> bytes:
 
 
 def render_square(image: Image.Image) -> bytes:
-    """Raw RGB [224, 224, 3] of the central square for the offline vision model, which need not decode anything."""
+    """Renders the central square as raw RGB [224, 224, 3] for the offline vision model.
+
+    So the model, which runs outside the sandbox, decodes nothing.
+    """
     side = int(CROP_SHARE * min(image.size))
     left, top = (image.width - side) // 2, (image.height - side) // 2
     box = (left, top, left + side, top + side)
@@ -182,7 +190,11 @@ def shrink(image: Image.Image, long_side_px: int) -> Image.Image:
 
 
 def render_placeholder(image: Image.Image) -> str:
-    """A data URI of some hundred characters: a WebP of at most 16 px, for a page to show until the image is there."""
+    """Renders a WebP of at most 16 px for a page to show until the image has loaded.
+
+    Returns:
+        A data URI of about a hundred characters.
+    """
     small = image.copy()
     small.thumbnail((PLACEHOLDER_PX, PLACEHOLDER_PX), Image.Resampling.BOX)
     buffer = io.BytesIO()
@@ -224,5 +236,5 @@ def _encode(frames: Sequence[Image.Image], spec: VariantSpec, options: dict[str,
         limit = f"the memory allowed (IMAGEPIPELINE_MAX_MEMORY_BYTES): {error}"
         raise LimitError(f"{size} cannot be encoded as {spec.format} in {limit}") from error
     if spec.format == "avif" and isinstance(plays := options.get("loop"), int):
-        return set_play_count(buffer.getvalue(), plays)  # which the plugin cannot
+        return set_play_count(buffer.getvalue(), plays)  # Pillow's plugin cannot set it
     return buffer.getvalue()

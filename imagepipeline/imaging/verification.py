@@ -1,4 +1,4 @@
-"""Whether what a decoding process says can be true: asked by the run, which trusts none of it."""
+"""Checks whether the answers of a decoding process, which the run does not trust, are possible."""
 
 import re
 from collections.abc import Sequence
@@ -8,7 +8,7 @@ from imagepipeline.imaging.formats import FORMATS
 from imagepipeline.imaging.headers import measure_jpeg, measure_variant
 from imagepipeline.models import CLASSIFIER_PX, THUMBNAIL_PX, PixelFacts, Variant, VariantSpec
 
-if TYPE_CHECKING:  # variants verify themselves, and preparation needs variants
+if TYPE_CHECKING:  # these modules import this one
     from imagepipeline.imaging.decoding import Rules
     from imagepipeline.imaging.inspection import Inspection
     from imagepipeline.imaging.preparation import Prepared
@@ -16,21 +16,26 @@ if TYPE_CHECKING:  # variants verify themselves, and preparation needs variants
 MAX_PREVIEW_BYTES = 20_000_000
 MAX_PLACEHOLDER_CHARACTERS = 4_000
 MAX_TEXT_CHARACTERS = 500
-ROUNDING_PX = 2  # each copy is made of the one before, and each rounds its height
+ROUNDING_PX = 2  # each copy is scaled from the next larger one, and its height rounded
 COLOR = re.compile(r"#[0-9a-f]{6}")
 NAME = re.compile(r"[a-z -]{1,30}")
 PLACEHOLDER = re.compile(r"data:image/[a-z]+;base64,[A-Za-z0-9+/]+={0,2}")
 
 
 class ImpossibleAnswerError(Exception):
-    """What was said cannot be true; the message says what."""
+    """The answer is impossible; the message names the impossible part."""
 
 
 def verify_prepared(prepared: "Prepared", rules: "Rules", preview_px: int | None) -> None:
-    """Checks what was read off an original; `preview_px` as it was asked for, None for the square.
+    """Checks the answer of `prepare`.
+
+    Args:
+        prepared: the answer.
+        rules: the limits on the original.
+        preview_px: the long side of the preview, or None for the square, as requested.
 
     Raises:
-        ImpossibleAnswerError: it cannot be true.
+        ImpossibleAnswerError: the answer is impossible.
     """
     _require(prepared.format in FORMATS, "its format")
     _require(len(prepared.flaw or "") <= MAX_TEXT_CHARACTERS, "its flaw")
@@ -50,10 +55,10 @@ def verify_prepared(prepared: "Prepared", rules: "Rules", preview_px: int | None
 def verify_variants(
     variants: Sequence[Variant], specs: Sequence[VariantSpec], size: tuple[int, int]
 ) -> None:
-    """Checks that variants are those asked for, of an original of that size; what they say by their own bytes.
+    """Checks variants against their specs, the size of the original, and their own headers.
 
     Raises:
-        ImpossibleAnswerError: they are not.
+        ImpossibleAnswerError: the variants are not the requested ones.
     """
     _require([variant.spec for variant in variants] == list(specs), "the list of variants")
     width, height = size

@@ -1,10 +1,11 @@
-"""The zygote: a small process that has imported the decoders, and forks a confined child for each image.
+"""The zygote: a small process that has imported the decoders and forks a confined child per image.
 
     python -I -m imagepipeline.imaging.zygote MODULE
 
-It is started by `imaging.sandbox` with an empty environment and one descriptor, 0: a socket on which it is asked for
-children. MODULE says what these can do: make a value by one of its `MAKERS`, and work on that by its `CALLS`. Its
-`warm_up` is called before. See docs/decisions/0006-decoding-in-a-child.md.
+`imaging.sandbox` starts it with an empty environment and one descriptor, 0: the socket on which it
+receives requests for children. MODULE lists what a child can do: one of its `MAKERS` makes a value,
+then its `CALLS` work on it. The zygote first calls the module's `warm_up`. See
+docs/decisions/0006-decoding-in-a-child.md.
 """
 
 import contextlib
@@ -26,8 +27,8 @@ from dataclasses import dataclass
 from types import FrameType
 from typing import Any, NoReturn, Self
 
-# OpenBLAS starts threads when it is imported; a process that forks must have none. Not in os.environ, which
-# /proc/self/environ would not show either.
+# OpenBLAS starts threads on import, but a process that forks must have none. os.putenv sets the
+# variable for C libraries only.
 os.putenv("OPENBLAS_NUM_THREADS", "1")
 
 from imagepipeline.imaging.confinement import Confinement, confine, end_with_parent
@@ -39,26 +40,26 @@ from imagepipeline.wire import (
     write_message,
 )
 
-REQUEST = struct.Struct("!QQ")  # what a child may use: memory in bytes, CPU time in seconds
-PROCESS = struct.Struct("!i")  # answers a request: the child's number
-STATUS = struct.Struct("!i")  # tells its end: the status as of waitpid
-READY = struct.Struct("!?i")  # what the kernel offers
+REQUEST = struct.Struct("!QQ")  # a child's limits: memory in bytes, CPU time in seconds
+PROCESS = struct.Struct("!i")  # the answer to a request: the child's process ID
+STATUS = struct.Struct("!i")  # the report of a child's end: the status from waitpid
+READY = struct.Struct("!?i")  # sent once the zygote is ready: the fields of Confinement
 MAX_FAILURE_BYTES = 1000
-MAX_DESCRIPTORS = 1024  # of which each child takes one
-MAX_REQUEST_BYTES = 2**40  # the run is trusted, and limits what it reads
+MAX_DESCRIPTORS = 1024  # one per child
+MAX_REQUEST_BYTES = 2**40  # no real limit, because the run is trusted
 M_TRIM_THRESHOLD, M_TOP_PAD, M_MMAP_THRESHOLD = -1, -2, -3
 FAILED_TO_CONFINE = 71  # exit code
 
 
 def main() -> None:
-    """Serves until nobody is left who could ask."""
+    """Forks children until all processes that could request one have ended."""
     control = socket.socket(fileno=os.dup(0))
     try:
         module = importlib.import_module(sys.argv[1])
         operations = Operations.of(module.MAKERS, module.CALLS)
         module.warm_up()
         if _count_threads() > 1:
-            raise RuntimeError("the warm-up left a thread, beside which nothing can be forked")
+            raise RuntimeError("the warm-up started a thread, so forking is not safe")
     except Exception as error:
         control.send(f"{type(error).__name__}: {error}".encode()[:MAX_FAILURE_BYTES])
         return
@@ -66,20 +67,20 @@ def main() -> None:
     resource.setrlimit(resource.RLIMIT_NOFILE, (min(MAX_DESCRIPTORS, limit),) * 2)
     _keep_freed_memory()
     gc.collect()
-    gc.freeze()  # a collection in a child would touch, and so copy, all of it
+    gc.freeze()  # a collection in a child would touch, and so copy, all this memory
     Zygote(control, operations).serve()
 
 
 @dataclass(frozen=True)
 class Operations:
-    """What children can do, by name."""
+    """The operations of children, by name."""
 
     makers: Mapping[str, Callable[..., Any]]
     calls: Mapping[str, Callable[..., Any]]
 
     @classmethod
     def of(cls, makers: Iterable[Callable[..., Any]], calls: Iterable[Callable[..., Any]]) -> Self:
-        """Those functions, and all that is needed to check their arguments."""
+        """Collects functions by name, and prepares the validation of their arguments."""
         found = cls({one.__name__: one for one in makers}, {one.__name__: one for one in calls})
         for function in found.makers.values():
             prepare_arguments(function)
@@ -89,15 +90,15 @@ class Operations:
 
 
 class Zygote:
-    """Forks children and tells those who asked for them how they ended; kills those whose asker has gone."""
+    """Forks children on request, reports how they ended, and kills them when the run has gone."""
 
     def __init__(self, control: socket.socket, operations: Operations) -> None:
         self._control = control
         self._operations = operations
         self._confinement = Confinement(False, 0)
-        self._watched: dict[
-            int, socket.socket
-        ] = {}  # by the child's number: whom to tell, and who may go
+        # By the child's process ID: the socket that tells the run how the child ended, and tells us
+        # when the run has gone.
+        self._watched: dict[int, socket.socket] = {}
         self._selector = selectors.DefaultSelector()
         self._woken, self._waker = socket.socketpair()
         for one in (self._woken, self._waker):
@@ -108,7 +109,7 @@ class Zygote:
         signal.set_wakeup_fd(self._waker.fileno())
 
     def serve(self) -> NoReturn:
-        """Answers until the last holder of the other end has gone; its children end with it."""
+        """Serves until all holders of the other end have gone, then kills all children."""
         self._confinement = _probe()
         self._control.send(
             READY.pack(self._confinement.has_seccomp, self._confinement.landlock_version)
@@ -135,7 +136,7 @@ class Zygote:
         parent = os.getpid()
         try:
             process = os.fork()
-        except OSError:  # whoever asked sees the end of the connection
+        except OSError:  # the run sees the end of the connection
             process = -1
         if process == 0:
             self._become_child(session, parent, *REQUEST.unpack(request))
@@ -149,9 +150,9 @@ class Zygote:
         self._tell(watched, PROCESS.pack(process))
 
     def _abandon(self, process: int) -> None:
-        """The run has closed its end or has gone: nobody wants the child any more."""
+        """Kills a child whose run has closed its end of the connection, or has ended."""
         self._selector.unregister(self._watched[process])
-        os.kill(process, signal.SIGKILL)  # it is reaped nowhere but here, so the number is its own
+        os.kill(process, signal.SIGKILL)  # not reaped yet, so the process ID is still its own
 
     def _reap(self) -> None:
         with contextlib.suppress(BlockingIOError):
@@ -171,7 +172,7 @@ class Zygote:
                 watched.close()
 
     def _tell(self, watched: socket.socket, message: bytes) -> None:
-        with contextlib.suppress(OSError):  # it has gone
+        with contextlib.suppress(OSError):  # the run has gone
             watched.send(message)
 
     def _become_child(
@@ -180,19 +181,19 @@ class Zygote:
         try:
             stream = _isolate(session, parent)
             if confine(memory_bytes, cpu_seconds) != self._confinement:
-                os._exit(FAILED_TO_CONFINE)  # never without what was there a moment ago
+                os._exit(FAILED_TO_CONFINE)  # never run with less than the probe found
             serve(stream, self._operations)
         finally:
             os._exit(0)
 
 
 def serve(stream: io.FileIO, operations: Operations) -> None:
-    """In a child: makes a value, and works on it as long as the run asks for it."""
+    """Makes a value and calls operations on it until the run disconnects; runs in a child."""
     held: list[Any] = []
     while True:
         try:
             name, arguments = read_message(stream, MAX_REQUEST_BYTES)
-        except EOFError:  # the run needs no more
+        except EOFError:  # the run has disconnected
             return
         started, before = time.monotonic(), resource.getrusage(resource.RUSAGE_SELF)
         answer: dict[str, Any]
@@ -203,7 +204,7 @@ def serve(stream: io.FileIO, operations: Operations) -> None:
             answer = {"value": value if held else None}
             if not held:
                 held.append(value)
-        except BaseException as error:  # the run decides what that means
+        except BaseException as error:  # the run handles it
             answer = describe_error(error)
         after = resource.getrusage(resource.RUSAGE_SELF)
         usage = {
@@ -220,12 +221,15 @@ def serve(stream: io.FileIO, operations: Operations) -> None:
 
 
 def _isolate(session: int, parent: int) -> io.FileIO:
-    """Leaves the child its session, as descriptor 0, /dev/null as 1 and 2, and no tie to the zygote but its life."""
+    """Cuts a child's ties to the zygote, except that the child ends when the zygote does.
+
+    Descriptor 0 becomes the session's socket, 1 and 2 remain /dev/null, and all others are closed.
+    """
     signal.set_wakeup_fd(-1)
     for number in (signal.SIGCHLD, signal.SIGTERM, signal.SIGINT, signal.SIGXCPU):
         signal.signal(number, signal.SIG_DFL)
     end_with_parent(parent)
-    faulthandler.disable()  # a decoder's crash is the run's to tell
+    faulthandler.disable()  # the run reports the crash of a decoder
     gc.disable()
     os.dup2(session, 0)
     os.closerange(3, MAX_DESCRIPTORS)
@@ -233,7 +237,7 @@ def _isolate(session: int, parent: int) -> io.FileIO:
 
 
 def _probe() -> Confinement:
-    """What the kernel offers here, tried in a child."""
+    """Finds out in a child what confinement the kernel supports."""
     ours, theirs = socket.socketpair()
     process = os.fork()
     if process == 0:
@@ -253,10 +257,12 @@ def _probe() -> Confinement:
 
 
 def _keep_freed_memory() -> None:
-    """Has malloc reuse the memory of pictures instead of giving it back: half the time in the kernel, 80 ms a photo."""
-    mallopt = getattr(
-        ctypes.CDLL(None), "mallopt", None
-    )  # glibc only; mallopt(3), malloc.h for the numbers
+    """Makes malloc keep freed memory for the next picture instead of returning it to the kernel.
+
+    This halves the time in the kernel and saves 80 ms per photo.
+    """
+    # glibc only: see mallopt(3), and malloc.h for the numbers.
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
     if mallopt is not None:
         for option, value in (
             (M_TRIM_THRESHOLD, 2**31 - 1),
@@ -271,7 +277,7 @@ def _count_threads() -> int:
 
 
 def _ignore(_number: int, _frame: FrameType | None) -> None:
-    """A signal with a handler wakes the selector; one without does not."""
+    """Does nothing; a signal wakes the selector only if it has a handler."""
 
 
 if __name__ == "__main__":

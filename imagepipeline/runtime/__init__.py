@@ -1,1 +1,1 @@
-"""Running it on one machine: our own Redis-compatible server, and the supervisor of all processes."""
+"""Starts and runs the pipeline's processes: services, supervisor and a local Valkey server."""

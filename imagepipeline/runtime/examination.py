@@ -1,7 +1,9 @@
-"""What Dagster's own database says of its daemon and our sensors: `python -m imagepipeline.runtime.examination`.
+"""Reports the state of the daemon and the sensors, as recorded in Dagster's database.
 
-Prints one line of JSON, in which an empty text means that all is well: `{"daemon": {part: problem}, "sensors":
-{name: problem}}`. A process of its own, because whoever asks should not have to import Dagster.
+    python -m imagepipeline.runtime.examination
+
+Prints one line of JSON: `{"daemon": {part: problem}, "sensors": {name: problem}}`. An empty string
+means that all is well. This is a separate process so that its callers need not import Dagster.
 """
 
 import json
@@ -15,7 +17,7 @@ SENSORS = ("upload_sensor", "reconciler", "notification_sensor")
 
 
 def main() -> None:
-    """Looks at the instance of DAGSTER_HOME."""
+    """Examines the Dagster instance in DAGSTER_HOME."""
     with DagsterInstance.get() as instance:
         print(
             json.dumps({"daemon": _examine_parts(instance), "sensors": _examine_sensors(instance)})
@@ -31,7 +33,7 @@ def _examine_parts(instance: DagsterInstance) -> dict[str, str]:
         problems[part] = (
             "has never run"
             if age_seconds is None
-            else f"has given no sign of life for {age_seconds:.0f} s"
+            else f"has sent no heartbeat for {age_seconds:.0f} s"
             if age_seconds > HEARTBEAT_TOLERANCE_SECONDS
             else ""
         )
@@ -46,12 +48,14 @@ def _examine_sensors(instance: DagsterInstance) -> dict[str, str]:
         if state is None:
             problems[name] = "has never run"
         elif state.status.value == "STOPPED":
-            problems[name] = "is stopped: start it in the UI, under Automation"
+            problems[name] = "is stopped: start it in the UI under Automation"
         else:
             ticks = instance.get_ticks(state.instigator_origin_id, state.selector_id, limit=2)
             ended = [tick.status.value for tick in ticks if tick.status.value != "STARTED"]
             problems[name] = (
-                "fails: the UI says why, under Automation" if ended[:1] == ["FAILURE"] else ""
+                "fails: see the UI under Automation for the reason"
+                if ended[:1] == ["FAILURE"]
+                else ""
             )
     return problems
 

@@ -1,6 +1,6 @@
-"""How Dagster hands runs to the workers: dagster-celery's launcher, with two of its answers changed.
+"""The run launcher, which hands runs to the workers: dagster-celery's launcher with our recovery.
 
-`dagster.yaml` names this class; the daemon launches with it, the webserver cancels with it.
+`dagster.yaml` names this class. The daemon launches runs with it, and the webserver cancels them.
 """
 
 import functools
@@ -14,20 +14,23 @@ from dagster_celery.launcher import CeleryRunLauncher
 from dagster_celery.tags import DAGSTER_CELERY_TASK_ID_TAG as TASK_ID_TAG
 from dagster_celery.tasks import create_execute_job_task
 
-# As shipped, each launch registers the task once more, with a warning and a little memory that is never given back.
+# Without the cache, each launch registers the task again, which logs a warning and leaks memory.
 vars(dagster_celery.launcher)["create_execute_job_task"] = functools.cache(create_execute_job_task)
 
 
 class RunLauncher(CeleryRunLauncher):
-    """Runs as Celery tasks, whose recovery is the reconciler's."""
+    """Launches runs as Celery tasks and leaves recovery to the reconciler."""
 
     @property
     def supports_resume_run(self) -> bool:
-        """False: to resume runs would be a second owner of recovery."""
+        """Always False: the reconciler must be the only owner of recovery."""
         return False
 
     def terminate(self, run_id: str) -> bool:
-        """Cancels a run, and tells Dagster first: without that, the run takes the signal for a crash."""
+        """Cancels a run and returns whether it could be cancelled.
+
+        Dagster is told first; otherwise the run would record the signal as a crash.
+        """
         run = self._instance.get_run_by_id(run_id)
         if run is None or run.is_finished or TASK_ID_TAG not in run.tags:
             return False
@@ -36,17 +39,20 @@ class RunLauncher(CeleryRunLauncher):
         return True
 
     def check_run_worker_health(self, run: DagsterRun) -> CheckRunHealthResult:
-        """Failed if its worker has said that the process died; else it runs, until the reconciler finds otherwise."""
+        """Returns FAILED if the run's worker reported that its process died, and else RUNNING.
+
+        All other losses are found by the reconciler.
+        """
         if TASK_ID_TAG in run.tags and self._find_result(run).state == states.FAILURE:
             return CheckRunHealthResult(
-                WorkerStatus.FAILED, "The process that executed the run has died."
+                WorkerStatus.FAILED, "The process that executed the run died."
             )
         return CheckRunHealthResult(WorkerStatus.RUNNING)
 
     def get_run_worker_debug_info(
         self, run: DagsterRun, include_container_logs: bool | None = True
     ) -> None:
-        """None: what Celery knows of a run that did not start is that it waits."""
+        """Returns None: all that Celery knows about a run that has not started is that it waits."""
 
     def _find_result(self, run: DagsterRun) -> AsyncResult:
         return self.celery.AsyncResult(run.tags[TASK_ID_TAG])

@@ -1,8 +1,9 @@
-"""The tables of catalogue and Dagster, created or brought up to date, and the catalogue tied to that Dagster instance.
+"""Creates or updates the tables of catalogue and Dagster, and binds the two to each other.
 
     python -m imagepipeline.runtime.migration [--take-over | --check]
 
-A process of its own, because whoever asks for it should not have to import Dagster.
+`--check` only checks the binding. `--take-over` rebinds a catalogue that belongs to another Dagster
+instance. This is a separate process so that its callers need not import Dagster.
 """
 
 import sys
@@ -23,10 +24,13 @@ INSTANCE_ID_KEY = "imagepipeline/instance_id"
 
 
 def main() -> None:
-    """Migrates the instance of DAGSTER_HOME, once per version of it on SQLite; while another process does, it waits.
+    """Migrates the catalogue and the Dagster instance in DAGSTER_HOME.
+
+    On SQLite, the instance is migrated once per Dagster version. On Postgres, concurrent migrations
+    wait for each other.
 
     Raises:
-        SystemExit: the catalogue belongs to another Dagster instance, or does not answer.
+        SystemExit: The catalogue belongs to another Dagster instance, or does not answer.
     """
     settings = Settings.load()
     if CHECK in sys.argv:
@@ -36,11 +40,14 @@ def main() -> None:
         with closing(Catalogue(settings.database_url)) as catalogue:
             catalogue.migrate()
     except sa.exc.DBAPIError as error:
-        sys.exit(f"the catalogue does not answer, or refuses ({type(error.orig).__name__})")
+        sys.exit(
+            "the catalogue does not answer or refuses the migration "
+            f"({type(error.orig).__name__}): check DATABASE_URL"
+        )
     except (StackError, PostponedError) as error:
         sys.exit(str(error))
     url = settings.dagster_database_url
-    if url is None:  # SQLite: only the supervisor is there, and it has a lock of its own
+    if url is None:  # SQLite: only the supervisor migrates, and its lock makes it the only one
         done = settings.home / "dagster" / f".migrated-{dagster_version}"
         if not done.exists():
             _upgrade()
@@ -51,16 +58,16 @@ def main() -> None:
         )
         with engine.connect() as connection:
             connection.exec_driver_sql("SELECT pg_advisory_lock(hashtext('imagepipeline migrate'))")
-            DagsterPostgresStorage(url.get_secret_value())  # makes the tables where there are none
+            DagsterPostgresStorage(url.get_secret_value())  # creates missing tables
             _upgrade()
     bind_catalogue(settings, is_taken_over=TAKE_OVER in sys.argv)
 
 
 def bind_catalogue(settings: Settings, is_taken_over: bool = False) -> None:
-    """Ties the catalogue to the Dagster instance of DAGSTER_HOME, or ends this process if it is tied to another one.
+    """Binds the catalogue to the Dagster instance in DAGSTER_HOME.
 
     Raises:
-        SystemExit: with the sentence that says so.
+        SystemExit: The catalogue belongs to another Dagster instance, or does not answer.
     """
     with DagsterInstance.get() as instance, closing(Catalogue(settings.database_url)) as catalogue:
         try:
@@ -71,7 +78,7 @@ def bind_catalogue(settings: Settings, is_taken_over: bool = False) -> None:
 
 
 def read_instance_id(instance: DagsterInstance) -> str:
-    """The ID of a Dagster instance: drawn when it is first asked for, and kept in Dagster's own database."""
+    """Returns the ID of a Dagster instance, created on first use and kept in Dagster's database."""
     storage = instance.daemon_cursor_storage
     known = storage.get_cursor_values({INSTANCE_ID_KEY})
     if INSTANCE_ID_KEY not in known:

@@ -1,4 +1,4 @@
-"""Child processes that do not outlive us, and cannot be hit by the terminal's Ctrl-C before we drain them."""
+"""Child processes that end with their parent and do not receive the terminal's Ctrl-C."""
 
 import contextlib
 import ctypes
@@ -23,28 +23,32 @@ PR_SET_PDEATHSIG = 1  # linux/prctl.h
 
 
 class Child(Protocol):
-    """A child process, as `subprocess.Popen` shows it."""
+    """A child process, with the interface of `subprocess.Popen`."""
 
     pid: int
 
     @property
     def returncode(self) -> int | None:
-        """Its exit code, or None while it runs, as `poll` found last."""
+        """The exit code that `poll` found last, or None while the process runs."""
 
     def poll(self) -> int | None:
-        """Its exit code, or None while it runs."""
+        """Returns the exit code, or None while the process runs."""
 
     def wait(self, timeout: float | None = None) -> int | None:
-        """Its exit code; raises subprocess.TimeoutExpired if it runs on."""
+        """Waits up to `timeout` seconds for the process to end and returns its exit code.
+
+        Raises:
+            subprocess.TimeoutExpired: The process still runs.
+        """
 
     def terminate(self) -> None:
-        """Sends it SIGTERM."""
+        """Sends SIGTERM to the process."""
 
 
 def start(
     arguments: Sequence[str], log: Path, environment: Mapping[str, str] | None = None
 ) -> subprocess.Popen[bytes]:
-    """Starts a process in a session of its own; its output is appended to `log`."""
+    """Starts a process in its own session and appends its output to `log`."""
     with _open_log(log) as output:
         return subprocess.Popen(
             arguments,
@@ -58,10 +62,14 @@ def start(
 
 
 class Service:
-    """A module run as `python -m MODULE ARGUMENTS`, in a session and with an environment of its own, as a `Child`.
+    """A `Child` that runs `python -m MODULE ARGUMENTS` in its own session and environment.
 
-    `context` says how it comes to be: of a forkserver, it shares what that has imported. Its variables stand in no
-    `/proc/PID/environ`. `name` is what `ps -o comm` shows; its output is appended to `log`.
+    Args:
+        context: Starts the process; with a forkserver context, it shares the forkserver's imports.
+        name: The process name that `ps -o comm` shows.
+        arguments: The module and its arguments.
+        log: The file to which output is appended.
+        environment: The environment variables. They do not appear in `/proc/PID/environ`.
     """
 
     def __init__(
@@ -72,37 +80,41 @@ class Service:
         log: Path,
         environment: Mapping[str, str],
     ) -> None:
-        # Typed loosely, as a context's Process is known to no stub.
+        # Any, because the type stubs of BaseContext lack Process.
         self._process: Any = context.Process(  # type: ignore[attr-defined]
-            target=_become, args=(name, list(arguments), log, dict(environment))
+            target=_run_module, args=(name, list(arguments), log, dict(environment))
         )
         self._process.start()
         self.pid: int = self._process.pid
 
     @property
     def returncode(self) -> int | None:
-        """As `poll`."""
+        """See `Child.returncode`."""
         return self.poll()
 
     def poll(self) -> int | None:
-        """As `Child.poll`."""
+        """See `Child.poll`."""
         code: int | None = self._process.exitcode
         return code
 
     def wait(self, timeout: float | None = None) -> int | None:
-        """As `Child.wait`."""
+        """See `Child.wait`."""
         self._process.join(timeout)
         if self.poll() is None:
             raise subprocess.TimeoutExpired(str(self.pid), timeout or 0)
         return self.poll()
 
     def terminate(self) -> None:
-        """As `Child.terminate`."""
+        """See `Child.terminate`."""
         self._process.terminate()
 
 
 def stop(process: Child, patience_seconds: float) -> bool:
-    """Asks a process to end and waits; gives False if it, and all it started, had to be killed."""
+    """Terminates a process, and kills all that is left of its process group.
+
+    Returns:
+        Whether the process ended by itself within `patience_seconds`.
+    """
     process.terminate()
     try:
         process.wait(patience_seconds)
@@ -116,7 +128,7 @@ def stop(process: Child, patience_seconds: float) -> bool:
 
 
 def read_tail(log: Path, lines: int = 15) -> str:
-    """The last lines of a log."""
+    """Returns the last lines of a log, or an empty string if it does not exist."""
     try:
         return "\n".join(log.read_text(errors="replace").splitlines()[-lines:])
     except FileNotFoundError:
@@ -124,19 +136,20 @@ def read_tail(log: Path, lines: int = 15) -> str:
 
 
 def rename(name: str) -> None:
-    """What `ps -o comm` and `top` show of this process; of its name, 15 characters."""
+    """Sets the name that `ps -o comm` and `top` show for this process, at most 15 characters."""
     with contextlib.suppress(OSError):
         Path("/proc/self/comm").write_text(name)
 
 
 def rotate(log: Path, limit_bytes: int = LOG_BYTES) -> None:
-    """Moves what a log holds to `.old.log` once it is longer than the limit; whoever writes to it need not know.
+    """Moves the content of a log to `.old.log` once it exceeds the limit.
 
-    It is copied and truncated, as logs are opened to append. Lines that arrive meanwhile may be lost.
+    The log is copied and truncated, so that writers, which append to it, can keep it open. Lines
+    written during the rotation may be lost.
     """
     if not log.exists() or log.stat().st_size <= limit_bytes:
         return
-    with contextlib.suppress(OSError):  # no room for a copy is one more reason to truncate
+    with contextlib.suppress(OSError):  # if the disk is full, truncating matters even more
         shutil.copyfile(log, log.with_suffix(".old.log"))
     os.truncate(log, 0)
 
@@ -147,12 +160,14 @@ def _open_log(log: Path) -> BinaryIO:
     return open(log, "ab")
 
 
-def _become(name: str, arguments: Sequence[str], log: Path, environment: Mapping[str, str]) -> None:
-    """In a new child: runs a module as a new Python would."""
+def _run_module(
+    name: str, arguments: Sequence[str], log: Path, environment: Mapping[str, str]
+) -> None:
+    """Runs a module in a new child as if in a newly started Python."""
     os.setsid()
     _prepare_child()
     _end_with_parent()
-    signal.signal(signal.SIGINT, signal.default_int_handler)  # as in a new Python
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # as in a newly started Python
     with _open_log(log) as output, open(os.devnull, "rb") as nothing:
         for descriptor, file in enumerate((nothing, output, output)):
             os.dup2(file.fileno(), descriptor)
@@ -166,31 +181,31 @@ def _become(name: str, arguments: Sequence[str], log: Path, environment: Mapping
 
 
 def _end_with_parent() -> None:
-    """Has the kernel send this process SIGTERM when whoever asked for it dies.
+    """Makes the kernel send SIGTERM to this process when the process that requested it dies.
 
-    A forkserver, whose child it may be, does not die with them: its children keep it alive.
+    PR_SET_PDEATHSIG is not enough: the parent may be a forkserver, which outlives its requester.
     """
     parent = multiprocessing.parent_process()
     if parent is None or sys.platform != "linux":
         return
-    # A pipe whose other end only they hold: a signal says that it was closed (fcntl(2), F_SETSIG).
+    # The sentinel is a pipe whose other end only the requester holds, so its death closes the pipe,
+    # and the kernel signals that (fcntl(2), F_SETSIG).
     fcntl.fcntl(parent.sentinel, fcntl.F_SETSIG, signal.SIGTERM)
     fcntl.fcntl(parent.sentinel, fcntl.F_SETOWN, os.getpid())
     fcntl.fcntl(
         parent.sentinel, fcntl.F_SETFL, fcntl.fcntl(parent.sentinel, fcntl.F_GETFL) | os.O_ASYNC
     )
-    if not parent.is_alive():  # they died before we asked to be told
+    if not parent.is_alive():  # it died before the signal was set up
         sys.exit()
 
 
 def _prepare_child() -> None:
-    # A shell that starts us with `&` ignores SIGINT for us and our children; Dagster's processes copy what they
-    # find there to SIGTERM, and would then ignore both.
+    # A shell that starts a command with `&` makes it and its children ignore SIGINT. Dagster's
+    # processes copy their SIGINT handler to SIGTERM and would then ignore both.
     signal.signal(signal.SIGINT, signal.SIG_DFL)
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
     if signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:  # under nohup it stays ignored
         signal.signal(signal.SIGHUP, signal.SIG_DFL)
-    if (
-        sys.platform == "linux"
-    ):  # elsewhere, `imagepipeline down` ends what a killed supervisor left behind
+    # On other systems, children survive a killed supervisor until `imagepipeline down` ends them.
+    if sys.platform == "linux":
         ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)

@@ -1,7 +1,8 @@
-"""The services of the stack, and what each is started with: by the supervisor, by compose, by hand.
+"""The services of the stack: their commands, environments, configuration files and health checks.
 
-Each has its own copy of `dagster.yaml` and `workspace.yaml`, written from the shipped ones and the settings when it
-starts, so that there is nothing to mount and nothing to keep in step.
+Used by the supervisor, and by `imagepipeline service`, which Docker Compose runs. Each service
+writes its own `dagster.yaml` and `workspace.yaml` when it starts, from the packaged files and the
+settings, so there are no configuration files to mount or to keep in sync.
 """
 
 import json
@@ -21,17 +22,19 @@ from urllib.parse import quote
 import yaml
 
 from imagepipeline.errors import RedisClusterError, StackError
-from imagepipeline.homes import make_home, make_socket_folder, told_of
+from imagepipeline.homes import explain_os_errors, make_home, make_socket_folder
 from imagepipeline.settings import BUCKET_SECRETS, NOTIFIERS, SECRETS, Settings, is_secret
 from imagepipeline.stores import broker
 from imagepipeline.stores.uploads import UploadQueue
 
 NAMES = ("code-server", "worker", "daemon", "webserver")
-# Celery reads them itself, so that those of another project in our environment would win over any other setting.
+# We always set these, because Celery prefers them to all other settings, and the environment may
+# contain another project's values.
 CELERY_URLS = ("CELERY_BROKER_URL", "CELERY_RESULT_BACKEND")
-# What Dagster's instance is opened with, in each service.
+# Every service needs these to open the Dagster instance.
 INSTANCE_SECRETS = {"DAGSTER_DATABASE_URL", "IMAGEPIPELINE_BROKER_URL", *CELERY_URLS}
-# The secrets of each process we start; all others are kept from it. The worker alone makes paid calls.
+# The secrets of each process we start. It gets no other variable that looks like a secret. Only
+# the worker makes paid calls.
 SECRETS_OF = {
     "code-server": {"DATABASE_URL", "REDIS_URL", *NOTIFIERS} | INSTANCE_SECRETS,
     "worker": (SECRETS - NOTIFIERS) | INSTANCE_SECRETS,
@@ -49,10 +52,10 @@ MIGRATION_COMMAND = [sys.executable, "-m", "imagepipeline.runtime.migration"]
 
 
 def check_redis(settings: Settings) -> None:
-    """Refuses a Redis that can never work; one that does not answer may yet.
+    """Checks that Redis is not a cluster; accepts a Redis that does not answer yet.
 
     Raises:
-        RedisClusterError: it runs as a cluster.
+        RedisClusterError: Redis runs as a cluster.
     """
     with closing(UploadQueue(settings.redis_url, settings.queue_prefix)) as queue:
         try:
@@ -64,13 +67,13 @@ def check_redis(settings: Settings) -> None:
 
 
 def build_command(settings: Settings, name: str) -> list[str]:
-    """The command line of a service."""
+    """Returns the command line of a service."""
     workspace = ["-w", str(_dagster_home(settings) / "workspace.yaml")]
     port = str(settings.webserver_port or DEFAULT_WEBSERVER_PORT)
     modules = {
         "code-server": [
             *("dagster", "api", "grpc", "--socket", _quote_for_grpc(settings.code_address)),
-            *("-m", "imagepipeline.definitions"),
+            *("-m", settings.definitions),
         ],
         "worker": ["imagepipeline.runtime.worker"],
         "daemon": ["imagepipeline.runtime.daemon", "run", "--log-level", "warning", *workspace],
@@ -87,15 +90,16 @@ def build_command(settings: Settings, name: str) -> list[str]:
 
 
 def prepare(settings: Settings) -> None:
-    """Makes the home, and writes Dagster's files into it.
+    """Creates the home and writes Dagster's configuration files into it.
 
     Raises:
-        StackError: the home cannot be written to, or it or its sockets are not ours alone; see `homes`.
+        StackError: The home cannot be written to, or other users have access to it or its sockets
+            (see `homes`).
     """
     make_home(settings)
     make_socket_folder(settings)
     home = _dagster_home(settings)
-    with told_of(settings.home):
+    with explain_os_errors(settings.home):
         home.mkdir(exist_ok=True, mode=0o700)
         _write(
             home / "dagster.yaml", yaml.safe_dump(_build_dagster_yaml(settings), sort_keys=False)
@@ -104,15 +108,15 @@ def prepare(settings: Settings) -> None:
 
 
 def build_environment(settings: Settings, name: str) -> dict[str, str]:
-    """The environment of one of the processes in SECRETS_OF, with the secrets it needs."""
+    """Returns the environment of a process in SECRETS_OF, with only the secrets it needs."""
     environment = settings.build_environment(
         DAGSTER_HOME=str(_dagster_home(settings)),
         IMAGEPIPELINE_CODE_SOCKET=str(settings.code_address),
         DAGSTER_DAEMON_HEARTBEAT_TOLERANCE=str(HEARTBEAT_TOLERANCE_SECONDS),
         OPENBLAS_NUM_THREADS="1",  # five runs share the machine
-        # That two machines compact the index at once, and one of them in vain, is no news.
+        # When two machines compact the index at once, one fails and logs a harmless warning.
         LANCEDB_LOG="warn,lance::dataset::optimize=error",
-        # Those without the keys cannot tell by themselves.
+        # Services without the API keys cannot find out whether the models are remote.
         IMAGEPIPELINE_VISION="remote" if settings.has_remote_vision else "local",
         IMAGEPIPELINE_EMBEDDING="remote" if settings.has_remote_embedder else "local",
         IMAGEPIPELINE_BROKER_URL=settings.broker_url,
@@ -128,22 +132,25 @@ def build_environment(settings: Settings, name: str) -> dict[str, str]:
 
 
 def migrate(settings: Settings, is_taken_over: bool = False) -> None:
-    """Creates or updates the tables of the catalogue and of Dagster; while another process does, it waits.
+    """Creates or updates the tables of the catalogue and of Dagster.
 
-    With `is_taken_over` a catalogue that belongs to another Dagster instance is this one's from now on.
+    If another process is migrating, waits for it first. `is_taken_over` rebinds a catalogue that
+    belongs to another Dagster instance to this one.
 
     Raises:
-        StackError: the home cannot be written to, or a database does not answer, or refuses; the message is the last
-            line that was printed.
+        StackError: The home cannot be written to, or a database does not answer or refuses. The
+            message ends with the last line that the migration printed.
     """
-    _run_migration(settings, ["--take-over"] * is_taken_over, "the tables could not be made")
+    _run_migration(
+        settings, ["--take-over"] * is_taken_over, "the tables could not be created or updated"
+    )
 
 
 def check_catalogue(settings: Settings) -> None:
-    """Refuses a catalogue that belongs to another Dagster instance, or does not answer.
+    """Checks that the catalogue answers and belongs to this Dagster instance.
 
     Raises:
-        StackError: with the sentence that says so.
+        StackError: The catalogue belongs to another Dagster instance, or does not answer.
     """
     _run_migration(settings, ["--check"], "the catalogue cannot be used")
 
@@ -159,7 +166,7 @@ def _run_migration(settings: Settings, options: list[str], failure: str) -> None
 
 
 def is_healthy(settings: Settings, name: str) -> bool:
-    """Whether a service answers; of the daemon, whether all its parts have given a sign of life of late."""
+    """Returns whether a service answers, or for the daemon, whether its heartbeats are recent."""
     if name == "code-server":
         return answers_grpc(settings.code_address)
     if name == "webserver":
@@ -183,10 +190,10 @@ def is_healthy(settings: Settings, name: str) -> bool:
 
 
 def examine_daemon(settings: Settings) -> dict[str, dict[str, str]]:
-    """What Dagster's database says of the daemon's parts and of the sensors; see `runtime.examination`.
+    """Returns the problems of the daemon's parts and of the sensors (see `runtime.examination`).
 
     Raises:
-        StackError: it cannot be asked.
+        StackError: Dagster's database cannot be read.
     """
     prepare(settings)
     command = [sys.executable, "-m", "imagepipeline.runtime.examination"]
@@ -194,20 +201,23 @@ def examine_daemon(settings: Settings) -> dict[str, dict[str, str]]:
     result = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
     if result.returncode != 0:
         last_line = (result.stderr.strip().splitlines() or ["no message"])[-1]
-        raise StackError(f"Dagster's database cannot be asked: {last_line.partition(':')[0]:.100}")
-    said: dict[str, dict[str, str]] = json.loads(result.stdout.splitlines()[-1])
-    return said
+        raise StackError(f"Dagster's database cannot be read: {last_line.partition(':')[0]:.100}")
+    problems: dict[str, dict[str, str]] = json.loads(result.stdout.splitlines()[-1])
+    return problems
 
 
 def answers_socket(path: Path) -> bool:
-    """Whether somebody listens there."""
+    """Returns whether a process listens on the Unix socket."""
     with socket.socket(socket.AF_UNIX) as client:
         return client.connect_ex(str(path)) == 0
 
 
 def answers_grpc(path: Path) -> bool:
-    """Whether Dagster's server there says that it serves; unlike `answers_socket`, it notices one that hangs."""
-    import grpc  # type: ignore[import-untyped]  # here, as most commands need none of it
+    """Returns whether the code server at the socket reports that it serves.
+
+    Unlike `answers_socket`, this detects a server that hangs.
+    """
+    import grpc  # type: ignore[import-untyped]  # imported here, because few commands need it
     from grpc_health.v1 import health_pb2, health_pb2_grpc  # type: ignore[import-untyped]
 
     with grpc.insecure_channel(f"unix:{_quote_for_grpc(path)}") as channel:
@@ -220,10 +230,10 @@ def answers_grpc(path: Path) -> bool:
 
 
 def list_workers(settings: Settings) -> list[str]:
-    """The names of the workers that answer Celery's ping, on all machines.
+    """Returns the names of all workers, on all machines, that answer Celery's ping.
 
     Raises:
-        StackError: Redis does not answer.
+        StackError: The workers' Redis does not answer.
     """
     return sorted(ask_workers(settings, "ping"))
 
@@ -235,19 +245,22 @@ def ask_workers(
     names: Sequence[str] = (),
     patience_seconds: float = ANSWER_SECONDS,
 ) -> dict[str, Any]:
-    """What workers answer to a command of Celery's remote control: all, or those of these names.
+    """Sends a remote-control command to the named workers, or to all, and returns their answers.
 
-    It waits until all that were named have answered, and no longer than its patience.
+    Returns as soon as all named workers have answered, or after `patience_seconds`.
+
+    Returns:
+        The answers, by worker name.
 
     Raises:
-        StackError: Redis does not answer.
+        StackError: The workers' Redis does not answer.
     """
     from celery import Celery
     from kombu.exceptions import OperationalError
 
     url = broker.build_url(settings.broker_url)
     app = Celery(broker=url, config_source=broker.build_config(settings.queue_prefix, WORK_SECONDS))
-    asked: dict[str, Any] = {"destination": names, "limit": len(names)} if names else {}
+    destination: dict[str, Any] = {"destination": names, "limit": len(names)} if names else {}
     with app.connection_for_write() as connection:
         try:
             connection.ensure_connection(max_retries=1, interval_start=0, interval_step=0.1)
@@ -257,7 +270,7 @@ def ask_workers(
                 connection=connection,
                 reply=True,
                 timeout=patience_seconds,
-                **asked,
+                **destination,
             )
         except (
             OperationalError,
@@ -267,11 +280,11 @@ def ask_workers(
             raise StackError(
                 f"the workers' Redis does not answer ({type(error).__name__})"
             ) from None
-    return {worker: said for answer in answers for worker, said in answer.items()}
+    return {worker: value for answer in answers for worker, value in answer.items()}
 
 
 def answers_http(url: str) -> bool:
-    """Whether there is a page; no proxy is asked for it."""
+    """Returns whether the URL answers with status 200, without using a proxy."""
     opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
     try:
         with opener.open(url, timeout=2) as answer:
@@ -281,7 +294,7 @@ def answers_http(url: str) -> bool:
 
 
 def build_webserver_url(settings: Settings) -> str:
-    """Where this machine reaches the webserver."""
+    """Returns the URL at which this machine reaches the webserver."""
     loopback = {"0.0.0.0": "127.0.0.1", "::": "::1"}  # noqa: S104
     host = loopback.get(settings.webserver_host, settings.webserver_host)
     port = settings.webserver_port or DEFAULT_WEBSERVER_PORT
@@ -289,7 +302,7 @@ def build_webserver_url(settings: Settings) -> str:
 
 
 def _write(path: Path, text: str) -> None:
-    """Writes a file that another service of this home may be reading."""
+    """Writes a file atomically, because another service of this home may be reading it."""
     part = path.with_name(f".{path.name}-{secrets.token_hex(4)}")
     part.write_text(text)
     part.replace(path)
@@ -300,7 +313,7 @@ def _dagster_home(settings: Settings) -> Path:
 
 
 def _build_dagster_yaml(settings: Settings) -> dict[str, Any]:
-    config: dict[str, Any] = yaml.safe_load(_read_shipped("dagster.yaml"))
+    config: dict[str, Any] = yaml.safe_load(_read_packaged("dagster.yaml"))
     config["concurrency"]["runs"]["max_concurrent_runs"] = settings.max_runs
     if settings.dagster_database_url:
         storage: dict[str, Any] = {
@@ -327,15 +340,15 @@ def _build_dagster_yaml(settings: Settings) -> dict[str, Any]:
 
 
 def _build_workspace_yaml(settings: Settings) -> dict[str, Any]:
-    config: dict[str, Any] = yaml.safe_load(_read_shipped("workspace.yaml"))
+    config: dict[str, Any] = yaml.safe_load(_read_packaged("workspace.yaml"))
     config["load_from"][0]["grpc_server"]["socket"] = _quote_for_grpc(settings.code_address)
     return config
 
 
 def _quote_for_grpc(path: Path) -> str:
-    """A socket's path as gRPC reads it: as part of a URI, without blanks, `#` or accents."""
+    """Escapes a socket's path for gRPC, which reads it as part of a URI."""
     return quote(str(path))
 
 
-def _read_shipped(name: str) -> str:
+def _read_packaged(name: str) -> str:
     return files("imagepipeline.runtime").joinpath(name).read_text()

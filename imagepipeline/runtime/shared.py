@@ -1,4 +1,4 @@
-"""What all services import: once, by the forkserver they are forked from, so that they share the memory it takes."""
+"""Imports what all services need, once, in the forkserver, so that they share the memory."""
 
 import gc
 import importlib
@@ -16,4 +16,4 @@ for module in (
 ):
     importlib.import_module(module)
 gc.collect()
-gc.freeze()  # a collection in a child would touch, and so copy, all of it
+gc.freeze()  # otherwise garbage collection in a child would copy the shared memory pages

@@ -1,8 +1,9 @@
-"""Dagster's own SQLite storages, with connections that stay open and all events in one database.
+"""Dagster's SQLite storages with pooled connections and a single database for all events.
 
-As shipped, Dagster makes an engine per query, which compiles every statement anew, and a database per run, which is
-created and stamped by Alembic: most of a run's CPU time (docs/decisions/0008-warm-processes.md). `imagepipeline up`
-names it in its `dagster.yaml`; without that entry Dagster uses its own. Tables and statements are Dagster's.
+The original storages create an engine per query, which compiles every statement again, and a
+database per run, which Alembic creates and stamps. Together this took most of a run's CPU time
+(docs/decisions/0008-warm-processes.md). Tables and statements are unchanged. `imagepipeline up`
+configures this storage in its `dagster.yaml`; without that entry, Dagster uses the original ones.
 """
 
 import functools
@@ -25,10 +26,10 @@ from imagepipeline.stores.database import create_sqlite_engine
 
 
 class PooledSqliteStorage(DagsterSqliteStorage):
-    """Runs, ticks and events, in a database each below `base_dir`."""
+    """Stores runs, ticks and events in one database each in `base_dir`."""
 
     def __init__(self, base_dir: str, inst_data: ConfigurableClassData | None = None) -> None:
-        os.umask(0o077)  # Dagster's own tools come in here, and load no settings of ours
+        os.umask(0o077)  # for Dagster's own tools, which do not load our settings
         self.base_dir = base_dir
         self._run_storage: Any = PooledRunStorage.from_local(base_dir)
         self._event_log_storage: Any = PooledEventLogStorage(base_dir)
@@ -38,48 +39,52 @@ class PooledSqliteStorage(DagsterSqliteStorage):
 
     @classmethod
     def from_config_value(cls, inst_data: ConfigurableClassData, config_value: Any) -> Self:
-        """The storage in the folder that `dagster.yaml` names."""
+        """Returns the storage that `dagster.yaml` configures."""
         return cls.from_local(inst_data=inst_data, **config_value)
 
 
 class PooledConnections:
-    """A storage whose queries share the connections of one engine per process."""
+    """A mixin that makes all queries of a storage share one engine per process."""
 
     _conn_string: str
 
     @contextmanager
     def connect(self) -> Iterator[sa.Connection]:
-        """A connection in a transaction."""
+        """Yields a connection in a transaction."""
         with _get_engine(self._conn_string).begin() as connection:
             yield connection
 
 
 class PooledRunStorage(PooledConnections, SqliteRunStorage):
-    """Dagster's runs."""
+    """Stores Dagster's runs."""
 
     @classmethod
     def from_local(cls, base_dir: str, inst_data: ConfigurableClassData | None = None) -> Self:
-        """The storage; where there is none, it is created."""
-        if Path(base_dir, "runs.db").exists():  # Dagster would have Alembic look into it: 60 ms
+        """Returns the storage, and creates its database if there is none."""
+        if Path(base_dir, "runs.db").exists():  # skips Alembic's check, which takes 60 ms
             return cls(create_db_conn_string(base_dir, "runs"), inst_data)
         return super().from_local(base_dir, inst_data)
 
 
 class PooledScheduleStorage(PooledConnections, SqliteScheduleStorage):
-    """Dagster's sensors and their ticks."""
+    """Stores the state of Dagster's sensors and their ticks."""
 
     @classmethod
     def from_local(
         cls, base_dir: str, inst_data: ConfigurableClassData | None = None
     ) -> SqliteScheduleStorage:
-        """The storage; where there is none, it is created."""
+        """Returns the storage, and creates its database if there is none."""
         if Path(base_dir, "schedules.db").exists():
             return cls(create_db_conn_string(base_dir, "schedules"), inst_data)
         return super().from_local(base_dir, inst_data)
 
 
 class PooledEventLogStorage(PooledConnections, ConsolidatedSqliteEventLogStorage):
-    """Dagster's events, followed as in Postgres by asking: the file changes rarely while it is kept open."""
+    """Stores Dagster's events, which watchers poll for.
+
+    The original storage watches the file for changes, but with connections kept open, the file
+    rarely changes.
+    """
 
     def __init__(self, base_dir: str, inst_data: ConfigurableClassData | None = None) -> None:
         super().__init__(base_dir, inst_data)
@@ -89,24 +94,28 @@ class PooledEventLogStorage(PooledConnections, ConsolidatedSqliteEventLogStorage
         return self.connect()
 
     def has_table(self, table_name: str) -> bool:
-        """Whether the table is there; asked some twenty times a run, and all are made at once."""
+        """Returns whether a table exists.
+
+        The answer is cached: Dagster asks about twenty times per run, and all tables are created at
+        once.
+        """
         return _has_table(self._conn_string, table_name)
 
     def watch(self, run_id: str, cursor: str | None, callback: Any) -> None:
-        """Calls `callback` with each new event of the run."""
+        """Calls `callback` for each new event of the run."""
         self._watcher.watch_run(run_id, cursor, callback)
 
     def end_watch(self, run_id: str, handler: Any) -> None:
-        """Ends that."""
+        """Stops calling `handler` for events of the run."""
         self._watcher.unwatch_run(run_id, handler)
 
     def dispose(self) -> None:
-        """Ends all watching."""
+        """Stops all watchers."""
         self._watcher.close()
 
 
 def close_connections() -> None:
-    """Closes those of all storages of this process; a later query opens new ones."""
+    """Closes the connections of all storages of this process; later queries open new ones."""
     for engine in _engines:
         engine.dispose()
 
@@ -128,6 +137,6 @@ def _has_table(url: str, name: str) -> bool:
 
 
 def _prepare_connection(connection: Any, _: Any) -> None:
-    # No fsync per event: a power cut may lose the last events, never the database, and the reconciler sets right
-    # what the catalogue and Dagster then disagree on.
+    # No fsync per event: a power cut may lose the latest events but cannot damage the database, and
+    # the reconciler repairs any disagreement between the catalogue and Dagster.
     connection.execute("PRAGMA synchronous = NORMAL")

@@ -1,4 +1,8 @@
-"""The local stack: our Redis, a worker, Dagster's code server, daemon and webserver, watched and drained as one."""
+"""The supervisor of the local stack: starts, restarts and drains all of its processes.
+
+The processes are a Redis-compatible server, a worker, and Dagster's code server, daemon and
+webserver.
+"""
 
 import contextlib
 import fcntl
@@ -27,21 +31,21 @@ from imagepipeline.stores.files import FileStore
 
 START_SECONDS = 90
 STOP_SECONDS = 15
-DRAIN_SECONDS = (
-    180  # for the runs that are under way; the longest takes three provider calls with their waits
-)
+DRAIN_SECONDS = 180  # long enough for a run with three provider calls and the waits between them
 RESTARTS_PER_MINUTE = 5
 LOG_CHECK_SECONDS = 5
 STATE_BYTES = 512
-# A socket's path has 107 bytes at most (unix(7)), of which multiprocessing adds /pymp-XXXXXXXX/listener-XXXXXXXX.
+# A socket's path has at most 107 bytes (unix(7)). Multiprocessing adds 32 of them:
+# /pymp-XXXXXXXX/listener-XXXXXXXX.
 MAX_TEMPORARY_FOLDER_BYTES = 107 - 32
 
 
 class Stack:
-    """The processes of one home, as a context manager: started on entering, drained on leaving.
+    """A context manager that starts all processes of one home on entry and drains them on exit.
 
-    Use `wait` to keep it up. Processes that die are started again. Ctrl-C, SIGTERM and the end of the
-    terminal (SIGHUP) raise KeyboardInterrupt; a second Ctrl-C or SIGTERM cuts the draining short.
+    Call `wait` to keep the stack running; it restarts processes that die. Ctrl-C, SIGTERM and a
+    closed terminal (SIGHUP) raise KeyboardInterrupt. A second Ctrl-C or SIGTERM stops everything
+    without draining.
     """
 
     def __init__(
@@ -51,8 +55,8 @@ class Stack:
         self._settings = settings
         self._report = report
         self._reloads_code = reloads_code
-        # The forkserver imports Dagster once for all services, which share it; elsewhere than on Linux, forking a
-        # process with such libraries is not safe, and code that is to be reloaded may not be shared.
+        # The forkserver imports Dagster once, and all services share it. This is not safe with such
+        # libraries on systems other than Linux, and would prevent code from being reloaded.
         is_shared = sys.platform == "linux" and not reloads_code
         self._context = multiprocessing.get_context("forkserver" if is_shared else "spawn")
         self._context.set_forkserver_preload(["imagepipeline.runtime.shared"])
@@ -61,21 +65,21 @@ class Stack:
         self._running: dict[str, processes.Child] = {}
         self._restarts: deque[float] = deque(maxlen=RESTARTS_PER_MINUTE)
         self._is_stopping = False
-        self._is_hurried = False
+        self._is_forced = False
         self._logs_checked_at = 0.0
 
     def __enter__(self) -> Self:
-        """Starts everything and returns when the UI and the worker answer.
+        """Starts all processes and returns when the webserver and the worker are ready.
 
         Raises:
-            StackError: another stack uses this home, or a process did not start; nothing is left running.
+            StackError: Another stack uses this home, or a process did not start. No process is left
+                running.
         """
         self._lock, self._last_port = _acquire_lock(self._settings)
         for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
-            if (
-                number != signal.SIGHUP or signal.getsignal(number) != signal.SIG_IGN
-            ):  # nohup ignores it
-                signal.signal(number, self._note_signal)
+            # Under nohup, SIGHUP stays ignored.
+            if number != signal.SIGHUP or signal.getsignal(number) != signal.SIG_IGN:
+                signal.signal(number, self._handle_signal)
         try:
             self._start_all()
         except BaseException:
@@ -89,15 +93,15 @@ class Stack:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
-        """Drains: no new run is started, those under way end, then every process is stopped."""
+        """Drains the stack: starts no new runs, finishes current ones, then stops all processes."""
         self._stop_all()
 
     def wait(self, seconds: float = math.inf) -> None:
-        """Watches over the processes for a while, or until a signal comes.
+        """Supervises the processes for some seconds, or until a signal arrives.
 
         Raises:
-            StackError: processes die again and again.
-            KeyboardInterrupt: the stack was asked to stop.
+            StackError: Processes keep dying.
+            KeyboardInterrupt: A signal asked the stack to stop.
         """
         deadline = time.monotonic() + seconds
         while True:
@@ -117,7 +121,7 @@ class Stack:
         environments = {
             name: services.build_environment(settings, name) for name in services.SECRETS_OF
         }
-        # What else is started from here, such as the forkserver that all services come from, needs no secret.
+        # Other children of this process, such as the forkserver, need no secrets.
         adopt_environment(
             {name: value for name, value in environments["daemon"].items() if not is_secret(name)}
         )
@@ -141,16 +145,18 @@ class Stack:
 
         start("code-server", settings)
         start("worker", settings)
-        self._until(lambda: services.answers_socket(settings.code_address), "code-server")
+        self._wait_until(lambda: services.answers_socket(settings.code_address), "code-server")
         start("daemon", settings)
-        # Late, lest another stack take it meanwhile.
+        # Chosen as late as possible, so that no other stack takes the port first.
         settings = settings.model_copy(
             update={"webserver_port": _choose_port(settings, self._last_port)}
         )
         self.webserver_url = services.build_webserver_url(settings)
         start("webserver", settings)
-        self._until(lambda: services.answers_http(self.webserver_url + "/server_info"), "webserver")
-        self._until(lambda: services.answers_socket(Path(settings.resident_address)), "worker")
+        self._wait_until(
+            lambda: services.answers_http(self.webserver_url + "/server_info"), "webserver"
+        )
+        self._wait_until(lambda: services.answers_socket(Path(settings.resident_address)), "worker")
         _write_state(self._lock, self.webserver_url, settings.webserver_port)
 
     def _launch(
@@ -162,11 +168,12 @@ class Stack:
         )
 
     def _migrate(self, environment: dict[str, str]) -> None:
-        """Makes or updates the tables, by a process of its own."""
+        """Creates or updates the tables in a separate process."""
         process = self._launch("migrate", services.MIGRATION_COMMAND, environment)
         if process.wait() != 0:
             raise StackError(
-                processes.read_tail(self._log("migrate"), 1) or "Dagster's tables could not be made"
+                processes.read_tail(self._log("migrate"), 1)
+                or "the tables could not be created or updated"
             )
 
     def _start(self, name: str, starter: Callable[[], processes.Child]) -> None:
@@ -174,7 +181,7 @@ class Stack:
         self._starters[name] = starter
         self._running[name] = starter()
 
-    def _until(self, is_ready: Callable[[], bool], name: str) -> None:
+    def _wait_until(self, is_ready: Callable[[], bool], name: str) -> None:
         deadline = time.monotonic() + START_SECONDS
         while not is_ready():
             if self._running[name].poll() is not None or time.monotonic() > deadline:
@@ -190,10 +197,11 @@ class Stack:
                 and time.monotonic() - self._restarts[0] < 60
             ):
                 raise StackError(
-                    f"{name} dies again and again:\n{processes.read_tail(self._log(name))}"
+                    f"{name} keeps dying; its last log lines:\n"
+                    f"{processes.read_tail(self._log(name))}"
                 )
             self._restarts.append(time.monotonic())
-            self._report(f"{name} ended with code {process.returncode}")
+            self._report(f"{name} exited with code {process.returncode}")
             self._start(name, self._starters[name])
 
     def _rotate_logs(self) -> None:
@@ -210,7 +218,7 @@ class Stack:
             return
         self._code_state = state
         self._report("the code has changed")
-        # The daemon first: a run that it hands to a draining code server fails.
+        # The daemon stops first, because a run that it hands to a draining code server would fail.
         for name in ("daemon", "worker", "code-server"):
             processes.stop(self._running[name], DRAIN_SECONDS)
         for name in ("code-server", "worker", "daemon"):
@@ -218,38 +226,38 @@ class Stack:
 
     def _stop_all(self) -> None:
         self._is_stopping = True
-        # In this order: nothing new is dequeued, runs under way end, then what they needed goes.
+        # The daemon stops first, so that no new run is dequeued; then the worker, whose runs need
+        # the other processes.
         for name in ("daemon", "worker", "code-server", "webserver", "redis"):
             process = self._running.pop(name, None)
             if process is None:
                 continue
             is_draining = name == "worker"
             self._report(
-                "stopping worker, after the uploads under way"
-                if is_draining
-                else f"stopping {name}"
+                "stopping worker after its current uploads" if is_draining else f"stopping {name}"
             )
             if not self._stop(process, DRAIN_SECONDS if is_draining else STOP_SECONDS):
-                self._report(f"{name} did not end and was killed")
-        if self._starters:  # else the folder may not be ours
+                self._report(f"{name} did not stop in time and was killed")
+        if self._starters:  # if nothing was started, the folder may not be ours
             shutil.rmtree(self._settings.socket_folder, ignore_errors=True)
 
     def _stop(self, process: processes.Child, patience_seconds: float) -> bool:
-        """Stops a process; gives False if it had to be killed."""
+        """Stops a process; returns False if it had to be killed."""
         process.terminate()
         deadline = time.monotonic() + patience_seconds
-        while process.poll() is None and time.monotonic() < deadline and not self._is_hurried:
+        while process.poll() is None and time.monotonic() < deadline and not self._is_forced:
             time.sleep(0.05)
         return processes.stop(process, patience_seconds=0.1)
 
-    def _note_signal(self, number: int, frame: FrameType | None) -> None:
+    def _handle_signal(self, number: int, frame: FrameType | None) -> None:
         if self._is_stopping:
-            # A closing terminal sends SIGHUP more than once.
-            self._is_hurried = self._is_hurried or number != signal.SIGHUP
+            # A closing terminal may send SIGHUP repeatedly, so only other signals force the stop.
+            self._is_forced = self._is_forced or number != signal.SIGHUP
             return
         self._is_stopping = True
         self._report(
-            "draining: uploads under way are finished, the rest waits; once more to stop at once"
+            "draining: finishing current uploads, the others stay queued; "
+            "press Ctrl-C again to stop at once"
         )
         raise KeyboardInterrupt
 
@@ -258,13 +266,16 @@ class Stack:
 
 
 def _keep_socket_names_short(settings: Settings) -> None:
-    """Has multiprocessing put the forkserver's socket beside ours where TMPDIR is too long for one."""
+    """Moves the forkserver's socket to our socket folder if the path of TMPDIR is too long."""
     if len(os.fsencode(tempfile.gettempdir())) > MAX_TEMPORARY_FOLDER_BYTES:
         tempfile.tempdir = str(settings.socket_folder)
 
 
 def find_running(settings: Settings) -> dict[str, Any] | None:
-    """The `pid` and `webserver_url` (None while it starts) of the stack that uses this home, if there is one."""
+    """Returns the state of the stack that uses this home, or None if no stack does.
+
+    The state has the supervisor's `pid` and the `webserver_url`, which is None during the start.
+    """
     try:
         with open(_lock_path(settings)) as lock:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -277,22 +288,23 @@ def find_running(settings: Settings) -> dict[str, Any] | None:
 
 
 def stop_running(settings: Settings, pid: int) -> None:
-    """Asks a stack to drain and waits until it is gone."""
+    """Asks the stack with this supervisor to drain and waits until it has ended."""
     os.kill(pid, signal.SIGTERM)
     while find_running(settings) is not None:
         time.sleep(0.1)
 
 
 def _acquire_lock(settings: Settings) -> tuple[int, int | None]:
-    """A descriptor that is never closed, so that the lock is held exactly as long as the process lives.
+    """Locks the home; returns the lock's descriptor and the webserver's last port in this home.
 
-    Also gives the port of the UI when the home was last used.
+    The descriptor is never closed, so the lock lasts exactly as long as this process.
     """
     make_home(settings)
     lock = hold_lock(_lock_path(settings))
     if lock is None:
         raise StackError(
-            f"a stack already uses {settings.home}: stop it with `imagepipeline down`, or set IMAGEPIPELINE_HOME"
+            f"another stack already uses {settings.home}: stop it with `imagepipeline down`, "
+            "or set another IMAGEPIPELINE_HOME"
         )
     port = _read_last_port(settings)
     _write_state(lock, None, port)
@@ -301,7 +313,7 @@ def _acquire_lock(settings: Settings) -> tuple[int, int | None]:
 
 def _write_state(lock: int, webserver_url: str | None, webserver_port: int | None) -> None:
     state = {"pid": os.getpid(), "webserver_url": webserver_url, "webserver_port": webserver_port}
-    # All are of one length, so that whoever reads meanwhile finds one of them whole.
+    # All states have the same length, so that a concurrent reader always finds a complete one.
     os.pwrite(lock, json.dumps(state).encode().ljust(STATE_BYTES), 0)
     os.ftruncate(lock, STATE_BYTES)
 
@@ -309,7 +321,7 @@ def _write_state(lock: int, webserver_url: str | None, webserver_port: int | Non
 def _read_last_port(settings: Settings) -> int | None:
     try:
         port = json.loads(_lock_path(settings).read_text())["webserver_port"]
-    except (OSError, ValueError, KeyError, TypeError):  # a new home, or one of an older version
+    except (OSError, ValueError, KeyError, TypeError):  # a new home, or one from an older version
         return None
     return port if isinstance(port, int) and 0 < port < 65536 else None
 
@@ -324,7 +336,14 @@ def _read_code_state() -> dict[str, int]:
 
 
 def _choose_port(settings: Settings, last_port: int | None) -> int:
-    """The port that is set; else the last one, else 3000, else any, of which the first where nobody listens."""
+    """Chooses the webserver's port.
+
+    A port that is set is the only choice. Otherwise, returns the first free one of: the last port,
+    3000, any port.
+
+    Raises:
+        StackError: The webserver cannot listen on any of them.
+    """
     host = settings.webserver_host
     wanted = settings.webserver_port
     for port in (wanted,) if wanted else (last_port, services.DEFAULT_WEBSERVER_PORT, 0):
@@ -332,12 +351,12 @@ def _choose_port(settings: Settings, last_port: int | None) -> int:
             continue
         try:
             family = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0][0]
-            # It sets SO_REUSEADDR, as the webserver does: connections of the last one may linger for a minute.
+            # Sets SO_REUSEADDR like the webserver, because old connections may linger for a minute.
             with socket.create_server((host, port), family=family) as candidate:
                 return int(candidate.getsockname()[1])
         except OSError as error:
             problem = error.strerror or type(error).__name__
     raise StackError(
-        f"the webserver cannot listen on {host}, port {wanted or 'of any number'} ({problem}): "
-        "set IMAGEPIPELINE_WEBSERVER_PORT, or see who does"
+        f"the webserver cannot listen on {host}, {f'port {wanted}' if wanted else 'any port'} "
+        f"({problem}): set another IMAGEPIPELINE_WEBSERVER_PORT, or stop the process that uses it"
     )

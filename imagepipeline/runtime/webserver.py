@@ -1,8 +1,10 @@
-"""Dagster's webserver, answering its own pages only: `python -m imagepipeline.runtime.webserver -p PORT -w FILE`.
+"""Dagster's webserver, protected from cross-site requests.
 
-Takes the arguments of `dagster-webserver`. As shipped, that runs whatever mutation a foreign page hides in an address
-or sends as plain text, for whoever opens such a page on the machine where it listens. `deploy/Caddyfile` checks the
-same for a production stack.
+    python -m imagepipeline.runtime.webserver -p PORT -w FILE
+
+Takes the arguments of `dagster-webserver`. The original webserver executes GraphQL mutations that
+any website sends through a visitor's browser, as a URL or as plain text, if the visitor's machine
+can reach the webserver. In a production stack, `deploy/Caddyfile` makes the same checks.
 """
 
 import posixpath
@@ -20,18 +22,19 @@ Send = Callable[[Message], Awaitable[None]]
 App = Callable[[Message, Receive, Send], Awaitable[None]]
 
 METHODS = ("GET", "HEAD", "POST")
-WRONG_HOST, FOREIGN, DISGUISED, WRONG_METHOD = (
-    (421, "This server answers for this machine only: open it as localhost."),
-    (403, "This page may not ask that."),
-    (405, "Queries are JSON, sent by POST."),
-    (405, "Only GET, HEAD and POST are answered."),
+WRONG_HOST, CROSS_ORIGIN, NOT_JSON, WRONG_METHOD = (
+    (421, "This server answers only to the names of this machine: open it as localhost."),
+    (403, "Cross-origin requests are refused."),
+    (405, "GraphQL queries must be JSON, sent by POST."),
+    (405, "Only GET, HEAD and POST are supported."),
 )
 
 
-class OwnPagesOnly:
-    """An ASGI application that passes on what its own pages ask, and refuses the rest.
+class SameOriginMiddleware:
+    """ASGI middleware that passes on requests of the webserver's own pages and refuses all others.
 
-    With `is_local` only names of this machine are answered to, as a foreign name may be made to point here.
+    With `is_local`, the Host header must name this machine, because an attacker can make any other
+    name resolve to its address (DNS rebinding).
     """
 
     def __init__(self, served: App, is_local: bool) -> None:
@@ -39,7 +42,7 @@ class OwnPagesOnly:
         self._is_local = is_local
 
     async def __call__(self, scope: Message, receive: Receive, send: Send) -> None:
-        """Answers one request, or lets one socket be opened."""
+        """Handles one request, or the opening of one websocket."""
         refusal = self.find_refusal(scope) if scope["type"] in ("http", "websocket") else None
         if refusal is None:
             await self._app(scope, receive, send)
@@ -52,7 +55,7 @@ class OwnPagesOnly:
             await send({"type": "http.response.body", "body": text.encode()})
 
     def find_refusal(self, scope: Message) -> tuple[int, str] | None:
-        """The status and sentence a request is refused with, or None."""
+        """Returns the status and text with which a request is refused, or None if it is allowed."""
         headers = {
             name.decode("latin-1"): value.decode("latin-1") for name, value in scope["headers"]
         }
@@ -60,27 +63,26 @@ class OwnPagesOnly:
         if self._is_local and not is_loopback(urlsplit(f"//{host}").hostname or ""):
             return WRONG_HOST
         if origin is not None and urlsplit(origin).netloc != host:
-            return FOREIGN
+            return CROSS_ORIGIN
         is_query = posixpath.normpath("/" + scope["path"].lstrip("/")).startswith("/graphql")
-        if scope["type"] == "websocket":  # a browser says where it comes from
-            return None if origin is not None else FOREIGN
+        if scope["type"] == "websocket":  # browsers always send an Origin when they open one
+            return None if origin is not None else CROSS_ORIGIN
         if scope["method"] not in METHODS:
             return WRONG_METHOD
         is_json = headers.get("content-type", "").startswith("application/json")
-        return DISGUISED if is_query and not (scope["method"] == "POST" and is_json) else None
+        return NOT_JSON if is_query and not (scope["method"] == "POST" and is_json) else None
 
 
 def main() -> None:
-    """Serves until it is stopped."""
+    """Serves the UI until it is stopped."""
     make = app.create_app_from_workspace_process_context
     is_local = is_loopback(Settings.load().webserver_host)
 
-    def make_guarded(*args: Any, **kwargs: Any) -> OwnPagesOnly:
-        return OwnPagesOnly(make(*args, **kwargs), is_local)
+    def make_protected(*args: Any, **kwargs: Any) -> SameOriginMiddleware:
+        return SameOriginMiddleware(make(*args, **kwargs), is_local)
 
-    vars(cli)["create_app_from_workspace_process_context"] = (
-        make_guarded  # there is no setting for middleware
-    )
+    # Dagster has no setting for middleware.
+    vars(cli)["create_app_from_workspace_process_context"] = make_protected
     cli.main()  # type: ignore[no-untyped-call]
 
 

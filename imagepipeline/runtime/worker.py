@@ -1,9 +1,10 @@
-"""The worker: a Celery worker whose children have everything imported, and execute Dagster's runs.
+"""The worker: a Celery worker that executes Dagster runs in pre-forked, warmed-up children.
 
     python -m imagepipeline.runtime.worker
 
-As many as wanted, on as many machines as wanted, each with a home of its own. A worker keeps one resident, for the
-index and the offline models, and one zygote, from which the decoders are forked.
+You can start any number of workers on any number of machines; each needs its own home. A worker
+manages one resident process, which serves the index and the offline models, and one zygote, from
+which decoders are forked.
 """
 
 import functools
@@ -30,7 +31,7 @@ from dagster._serdes import unpack_value
 from dagster_celery.config import TASK_EXECUTE_JOB_NAME
 from dagster_celery.make_app import make_app
 
-from imagepipeline import definitions, machines
+from imagepipeline import machines
 from imagepipeline.homes import hold_lock
 from imagepipeline.imaging.sandbox import DECODERS
 from imagepipeline.runtime import services
@@ -38,7 +39,8 @@ from imagepipeline.runtime.processes import rename
 from imagepipeline.settings import Settings
 from imagepipeline.stores import broker
 
-# What runs import late; the children share it. What LanceDB and onnxruntime import starts threads: never here.
+# Modules that runs would otherwise import lazily; preloading lets the children share their memory.
+# Never add LanceDB or onnxruntime: they start threads, which do not survive a fork.
 PRELOADED = (
     *(
         "imagepipeline.services.openai_client",
@@ -48,26 +50,26 @@ PRELOADED = (
     *("httpcore2", "upath"),
 )
 RESIDENT_COMMAND = [sys.executable, "-m", "imagepipeline.resident"]
-LOOK_SECONDS = 0.5
-# A process that is stopped while it writes holds the lock of SQLite, for which all others wait 30 s before they fail.
+HOUSEKEEPING_INTERVAL_SECONDS = 0.5
+# A process stopped during a write holds the SQLite lock; the others give up waiting after 30 s.
 STOPPED_SECONDS = 15
-# A run in a child that has done one costs a third less CPU time than the first (docs/performance.md).
+# After its first run, a child needs a third less CPU time per run (docs/performance.md).
 RUNS_PER_CHILD = 20
-# A child that has worked keeps some 70 MB, a fresh one shares nearly all it has with the worker.
+# A used child holds about 70 MB of its own; a fresh one shares nearly all its memory.
 IDLE_SECONDS = 10
 DESCRIBE_SECONDS = 10
 
 
 def main() -> None:
-    """Works until it is stopped; SIGTERM lets runs under way end.
+    """Runs the worker until it is stopped; on SIGTERM, it finishes its current runs first.
 
     Raises:
-        SystemExit: another worker uses this home.
+        SystemExit: Another worker already uses this home.
     """
     settings = Settings.load()
     acquire_lock(settings)
     settings.publish_resident_socket()
-    preload()
+    preload(settings.definitions)
     build_app(settings).worker_main(
         [
             *(
@@ -87,49 +89,57 @@ def main() -> None:
     )
 
 
-def preload() -> None:
-    """Imports and makes what runs need, so that the children share it."""
-    for module in PRELOADED:
-        importlib.import_module(module)
-    made = definitions.defs()
+def preload(definitions: str) -> None:
+    """Imports what runs need and builds the definitions of a module once, so that children share them."""
+    for name in PRELOADED:
+        importlib.import_module(name)
+    module = importlib.import_module(definitions)
+    made = module.defs()
     made.get_repository_def().load_all_definitions()
-    vars(definitions)["defs"] = made  # where Dagster looks for them
+    vars(module)["defs"] = made  # Dagster looks for them here
     DECODERS.prepare()
 
 
 def acquire_lock(settings: Settings) -> int:
-    """A descriptor that is never closed: it holds the home for one worker as long as this process lives."""
+    """Locks the home for this worker and returns the lock's file descriptor.
+
+    The descriptor is never closed, so the lock lasts as long as this process.
+
+    Raises:
+        SystemExit: Another worker already uses this home.
+    """
     lock = hold_lock(settings.home / "worker.lock")
     if lock is None:
-        sys.exit(
-            f"another worker uses {settings.home}: give this one an IMAGEPIPELINE_HOME of its own"
-        )
+        sys.exit(f"another worker already uses {settings.home}: set a different IMAGEPIPELINE_HOME")
     return lock
 
 
 def build_app(settings: Settings) -> Celery:
-    """The Celery app, with the task that dagster-celery's launcher asks for and our housekeeping."""
+    """Returns the Celery app, with the task that dagster-celery's launcher sends."""
     url = broker.build_url(settings.broker_url)
     app = make_app(
         {"broker": url, "backend": url, "config_source": broker.build_config(settings.queue_prefix)}
     )  # type: ignore[no-untyped-call]
     app.task(execute_run, name=TASK_EXECUTE_JOB_NAME)
-    keeper = Housekeeper(settings)
+    housekeeper = Housekeeper(settings)
 
     class Housekeeping(bootsteps.StartStopStep):  # type: ignore[misc]
-        """Has the worker's event loop call the housekeeper."""
+        """Makes the worker's event loop call the housekeeper at regular intervals."""
 
         requires = ("celery.worker.components:Pool", "celery.worker.components:Timer")
 
         def start(self, worker: Any) -> None:
-            keeper.look(worker.pool)
-            worker.timer.call_repeatedly(LOOK_SECONDS, keeper.look, (worker.pool,))
+            housekeeper.check(worker.pool)
+            worker.timer.call_repeatedly(
+                HOUSEKEEPING_INTERVAL_SECONDS, housekeeper.check, (worker.pool,)
+            )
 
     app.steps["worker"].add(Housekeeping)
 
     @inspect_command(name=machines.COMMAND, args=[("mark", str)])  # type: ignore[untyped-decorator]
     def describe_machine(_: Any, mark: str) -> Any:
-        # By a process of its own: what object stores and databases leave here, such as threads, children would inherit.
+        # In a separate process: clients of object stores and databases start threads, and children
+        # that are forked later must not inherit them.
         command = [sys.executable, "-m", machines.__name__, mark]
         return json.loads(
             subprocess.run(
@@ -139,19 +149,19 @@ def build_app(settings: Settings) -> Celery:
 
     @signals.worker_before_create_process.connect(weak=False)  # type: ignore[untyped-decorator]
     def share_memory(**_: Any) -> None:
-        gc.freeze()  # a collection in the child would touch, and so copy, all that was made so far
+        gc.freeze()  # otherwise garbage collection in a child would copy the shared memory pages
 
     @signals.worker_process_init.connect(weak=False)  # type: ignore[untyped-decorator]
-    def note_child(**_: Any) -> None:
+    def rename_child(**_: Any) -> None:
         rename("run")
 
     return app
 
 
 def execute_run(execute_job_args_packed: Any) -> None:
-    """Executes a run as dagster-celery's own task does, but with one Dagster instance for all runs of this child.
+    """Executes a run like dagster-celery's own task, but reuses one Dagster instance per child.
 
-    An instance of its own for each run would leave three more connections to Postgres open, and take 80 ms to make.
+    A new instance for each run would take 80 ms and leave three Postgres connections open.
     """
     run_id = unpack_value(execute_job_args_packed, as_type=ExecuteRunArgs).run_id
     _execute_run_command_body(
@@ -161,12 +171,12 @@ def execute_run(execute_job_args_packed: Any) -> None:
 
 @functools.cache
 def open_instance() -> DagsterInstance:
-    """The Dagster instance of this process, open as long as it lives."""
+    """Returns this process's Dagster instance, which stays open until the process ends."""
     return DagsterInstance.get()
 
 
 class Housekeeper:
-    """Keeps the resident alive, ends processes that were stopped (SIGSTOP), replaces children that have worked."""
+    """Restarts the resident, kills stopped (SIGSTOP) processes and replaces used children."""
 
     def __init__(self, settings: Settings) -> None:
         self._environment = services.build_environment(settings, "resident")
@@ -175,16 +185,16 @@ class Housekeeper:
         self._runs_seen = 0
         self._idle_since_seconds = math.inf
 
-    def look(self, pool: Any) -> None:
-        """One look at all processes of this worker."""
-        self._keep_resident()
-        self._end_stopped()
-        self._renew_when_idle(pool)
+    def check(self, pool: Any) -> None:
+        """Checks all processes of this worker once."""
+        self._ensure_resident()
+        self._kill_stopped()
+        self._replace_idle_children(pool)
 
-    def _renew_when_idle(self, pool: Any) -> None:
-        """Gives back the memory of the children's runs, once after each time of work.
+    def _replace_idle_children(self, pool: Any) -> None:
+        """Frees the memory of used children, once after each busy period.
 
-        The worker's event loop calls this, so that no task reaches a child meanwhile.
+        The worker's event loop makes this call, so no task can reach a child in the meantime.
         """
         now_seconds = time.monotonic()
         runs = state.total_count.total()
@@ -195,12 +205,12 @@ class Housekeeper:
             children, count = billiard.active_children(), pool.num_processes
             pool.shrink(count)
             for child in children:
-                os.kill(child.pid, signal.SIGKILL)  # asked by the pool, it would end a second later
+                os.kill(child.pid, signal.SIGKILL)  # a shutdown by the pool takes a second longer
                 child.join()
             pool.grow(count)
             pool.maintain_pool()
 
-    def _end_stopped(self) -> None:
+    def _kill_stopped(self) -> None:
         pids = [
             process.pid
             for process in (*billiard.active_children(), self._resident)
@@ -212,29 +222,32 @@ class Housekeeper:
         }
         for pid, since_seconds in self._stopped.items():
             if now_seconds - since_seconds >= STOPPED_SECONDS:
-                _say(f"Process {pid} stood still for {STOPPED_SECONDS} s and is killed.")
+                _log(
+                    f"Killing process {pid}: it has been stopped (SIGSTOP) for {STOPPED_SECONDS} s."
+                )
                 os.kill(pid, signal.SIGKILL)
 
-    def _keep_resident(self) -> None:
+    def _ensure_resident(self) -> None:
         if self._resident is not None:
             if self._resident.poll() is None:
                 return
-            _say(f"The resident ended with code {self._resident.returncode} and is started again.")
-        # A Python of its own: LanceDB's threads do not survive a fork. It ends when its standard input does.
+            _log(f"The resident exited with code {self._resident.returncode}; restarting it.")
+        # A new Python process, because LanceDB's threads do not survive a fork. The resident exits
+        # when its standard input is closed.
         self._resident = subprocess.Popen(
             RESIDENT_COMMAND, stdin=subprocess.PIPE, env=self._environment
         )
 
 
 def is_stopped(pid: int) -> bool:
-    """Whether a process is stopped by a signal; False where there is no /proc to tell."""
+    """Returns whether a signal has stopped the process; always False on systems without /proc."""
     try:
         return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] == "T"
     except OSError:
         return False
 
 
-def _say(line: str) -> None:
+def _log(line: str) -> None:
     print(line, file=sys.stderr, flush=True)
 
 

@@ -1,1 +1,4 @@
-"""Remote and local models: what an image shows, what a text means. No stores, no Dagster."""
+"""Remote and local models that describe images and embed texts, and the notifiers.
+
+Nothing here depends on the stores or on Dagster.
+"""

@@ -1,6 +1,7 @@
-"""From what a vision model wrote to metadata: parsed with patience, cleaned, put into the words of the vocabulary.
+"""Turns a vision model's answer into metadata.
 
-The answer is untrusted: a picture may hold text that tells the model what to write.
+Parses the answer leniently, cleans it and applies the vocabulary. The answer is untrusted: text in
+a picture may tell the model what to write.
 """
 
 import json
@@ -16,19 +17,21 @@ from imagepipeline.errors import BadAnswerError
 from imagepipeline.models import ImageMetadata
 
 MAX_TAGS, MAX_COLORS, MAX_WORD_CHARACTERS = 20, 8, 80
-# Far above any honest answer. What is longer is refused, or cut, before an expression or a parser looks at it.
+# Far above any genuine answer. Longer input is refused or cut before a regex or parser sees it.
 MAX_ANSWER_CHARACTERS, MAX_TEXT_CHARACTERS, MAX_ITEMS = 100_000, 4_000, 200
-# Some models write a list as text: with commas of any script, a bullet or number a line, or a hash before each tag.
+# Some models write a list as text: separated by commas of any script, as bulleted or numbered
+# lines, or as hashtags.
 SEPARATOR = re.compile(r"[,;\n|•·،、，；]|\s(?=#)")
 BULLET = re.compile(r"\s*(?:[-*–]|\d{1,2}[.)])\s+")
 COLOR = re.compile(r"#[0-9a-fA-F]{6}\b")
-# Links, then markup; what a template or a chat window might act upon. Their time is linear.
+# Links and markup that a template or a chat window might interpret. Both run in linear time.
 LINK = re.compile(
-    r"\]\((?:(?!\]\()[^)])*\)+|(?:\b[a-z][a-z0-9+.-]{1,20}://|\bwww\.|\bmailto:|\bjavascript:|\bdata:)\S*",
+    r"\]\((?:(?!\]\()[^)])*\)+"
+    r"|(?:\b[a-z][a-z0-9+.-]{1,20}://|\bwww\.|\bmailto:|\bjavascript:|\bdata:)\S*",
     re.IGNORECASE,
 )
 MARKUP = re.compile(r"<[^<>]*>|[<>`{}\[\]|\\]|\*\*|\]\(")
-# Singular words that end like plurals; those in -ss, -us, -is are told by their ending.
+# Singular words that end like plurals. Those in -ss, -us and -is are recognised by their ending.
 SINGULAR = frozenset(
     {
         "christmas",
@@ -47,7 +50,7 @@ SINGULAR = frozenset(
 
 
 class Vocabulary(Protocol):
-    """The words an answer must keep to; empty for any."""
+    """The words that an answer may use; empty if any are allowed."""
 
     @property
     def tags(self) -> tuple[str, ...]:
@@ -58,24 +61,25 @@ class Vocabulary(Protocol):
         """The allowed categories."""
 
 
-class AnyWords:
-    """No vocabulary."""
+class NoVocabulary:
+    """A vocabulary that allows any words."""
 
     tags: tuple[str, ...] = ()
     categories: tuple[str, ...] = ()
 
 
 def read_answer(text: str, vocabulary: Vocabulary) -> ImageMetadata:
-    """The metadata in a model's answer, which may be wrapped in prose or a code fence.
+    """Returns the metadata in a model's answer, which may be wrapped in prose or a code fence.
 
     Raises:
-        BadAnswerError: there is no such object in it, or it does not fit the schema; the message quotes nothing.
+        BadAnswerError: The answer contains no JSON object, or the object does not fit the schema.
+            The message quotes nothing of the answer.
     """
     if len(text) > MAX_ANSWER_CHARACTERS:
-        raise BadAnswerError(f"the vision model's answer has {len(text):,} characters")
+        raise BadAnswerError(f"the vision model's answer is too long: {len(text):,} characters")
     start, end = text.find("{"), text.rfind("}")
     if start < 0 or end < start:
-        raise BadAnswerError("the vision model's answer holds no JSON object")
+        raise BadAnswerError("the vision model's answer contains no JSON object")
     try:
         answer = json.loads(text[start : end + 1])
         return ImageMetadata.model_validate(clean(answer, vocabulary))
@@ -95,10 +99,12 @@ def read_answer(text: str, vocabulary: Vocabulary) -> ImageMetadata:
 
 
 def clean(answer: Any, vocabulary: Vocabulary) -> dict[str, Any]:
-    """The fields asked for, and no others: without markup, links and control characters, the words normalised.
+    """Returns only the requested fields, with normalised words.
+
+    Markup, links and control characters are removed.
 
     Raises:
-        BadAnswerError: a field is missing or of the wrong type.
+        BadAnswerError: A field is missing or has the wrong type.
     """
     if not isinstance(answer, dict):
         raise BadAnswerError("the vision model's answer is not the JSON object it was asked for")
@@ -120,13 +126,15 @@ def clean(answer: Any, vocabulary: Vocabulary) -> dict[str, Any]:
 
 
 def clean_metadata(metadata: ImageMetadata) -> ImageMetadata:
-    """Metadata from a process that is not trusted, cleaned as a model's answer is.
+    """Cleans metadata from an untrusted process in the same way as a model's answer.
 
     Raises:
-        BadAnswerError: nothing is left of it.
+        BadAnswerError: A field is empty after cleaning.
     """
     try:
-        return ImageMetadata.model_validate(clean(metadata.model_dump(by_alias=True), AnyWords()))
+        return ImageMetadata.model_validate(
+            clean(metadata.model_dump(by_alias=True), NoVocabulary())
+        )
     except ValidationError:
         raise BadAnswerError("the local model's answer is empty") from None
 
@@ -135,18 +143,21 @@ def _read_text(answer: dict[str, Any], name: str) -> str:
     value = answer.get(name)
     if not isinstance(value, str):
         raise BadAnswerError(
-            f"the vision model's answer does not fit the schema: {name} is no text"
+            f"the vision model's answer does not fit the schema: {name} is not a string"
         )
     return value
 
 
 def _read_list(answer: dict[str, Any], name: str) -> list[str]:
-    """The texts of a list, each of which may be a list written as text; or of a text that is one."""
+    """Returns the items of a list field.
+
+    The field may be a list or a string, and each string may itself contain a written list.
+    """
     value = answer.get(name)
     texts = [value] if isinstance(value, str) else value
     if not isinstance(texts, list) or not all(isinstance(text, str) for text in texts):
         raise BadAnswerError(
-            f"the vision model's answer does not fit the schema: {name} is no list of texts"
+            f"the vision model's answer does not fit the schema: {name} is not a list of strings"
         )
     items = [
         item for text in texts[:MAX_ITEMS] for item in SEPARATOR.split(text[:MAX_TEXT_CHARACTERS])
@@ -160,7 +171,10 @@ def _without_bullet(item: str) -> str:
 
 
 def to_plain(text: str) -> str:
-    """The text on one line: no markup, no links, no control or direction characters; what is far too long is cut."""
+    """Returns the text on one line, without markup, links, and control or bidirectional characters.
+
+    Far too long texts are cut.
+    """
     text = unicodedata.normalize("NFC", text[:MAX_TEXT_CHARACTERS])
     text = MARKUP.sub(" ", LINK.sub(" ", text))
     text = "".join(
@@ -170,7 +184,7 @@ def to_plain(text: str) -> str:
 
 
 def to_word(text: str) -> str:
-    """A tag or category in its normal form: plain, lower case, its last word singular."""
+    """Returns a tag or category in normal form: plain, lower case, with its last word singular."""
     *first, last = to_plain(text).lower().strip("#.,;:!?\"' ").split() or [""]
     if not (last.endswith(("ss", "us", "is")) or last in SINGULAR):
         last = inflection.singularize(last)
@@ -178,21 +192,24 @@ def to_word(text: str) -> str:
 
 
 def choose_tags(tags: Iterable[str], allowed: Sequence[str]) -> list[str]:
-    """The tags in normal form, each once, those of the vocabulary if there is one."""
+    """Returns the tags in normal form without duplicates.
+
+    If `allowed` is not empty, only its tags are kept, as it spells them.
+    """
     words = [to_word(tag) for tag in tags]
     if allowed:
-        meant = _by_normal_form(allowed)
-        words = [meant.get(word, "") for word in words]
+        spellings = _by_normal_form(allowed)
+        words = [spellings.get(word, "") for word in words]
     return list(dict.fromkeys(word for word in words if 0 < len(word) <= MAX_WORD_CHARACTERS))[
         :MAX_TAGS
     ]
 
 
 def choose(word: str, allowed: Sequence[str]) -> str | None:
-    """The word of the vocabulary that a word in normal form means, as the vocabulary spells it."""
+    """Returns the allowed word with this normal form, as the vocabulary spells it, or None."""
     return _by_normal_form(allowed).get(word)
 
 
 def _by_normal_form(allowed: Sequence[str]) -> dict[str, str]:
-    """The words of a vocabulary by what they are compared as; of two that are the same, the first counts."""
+    """Returns the words of a vocabulary by normal form; if two share one, the first wins."""
     return {to_word(entry): entry for entry in reversed(allowed)}

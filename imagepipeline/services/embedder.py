@@ -1,4 +1,7 @@
-"""Text embedders: a text as a vector. A remote one, and a local one that needs neither key nor network."""
+"""Text embedders, which turn a text into a vector.
+
+One is remote; the other is local and needs neither key nor network.
+"""
 
 import math
 from typing import Protocol
@@ -9,23 +12,23 @@ from imagepipeline.usage import CallUsage
 
 
 class Embedder(Protocol):
-    """What the `embedding` asset and `search` ask."""
+    """The embedding model used by the `embedding` asset and by `search`."""
 
     @property
     def recipe(self) -> Recipe:
-        """What makes the vectors."""
+        """The provider and model that make the vectors."""
 
     def embed(self, text: str) -> Embedding:
-        """The vector of a non-empty text.
+        """Returns the embedding of a non-empty text.
 
         Raises:
-            RetryableError: another attempt may succeed.
-            PermanentError: the provider rejects the request.
+            RetryableError: Another attempt may succeed.
+            PermanentError: The provider rejects the request.
         """
 
 
 def openrouter_recipe(model: str) -> Recipe:
-    """The recipe of `OpenRouterEmbedder`."""
+    """Returns the recipe of `OpenRouterEmbedder`."""
     return Recipe("openrouter", model)
 
 
@@ -33,23 +36,24 @@ LOCAL_RECIPE = Recipe("local", "all-MiniLM-L6-v2-int8")
 
 
 class OpenRouterEmbedder:
-    """An embedding model behind an OpenAI-compatible embeddings endpoint; OpenRouter's by default."""
+    """An embedding model at an OpenAI-compatible endpoint, which is OpenRouter's by default."""
 
     def __init__(self, api_key: str, base_url: str, model: str) -> None:
-        from imagepipeline.services.openai_client import ProviderClient  # here: 0.6 s of imports
+        # Imported here, because it takes 0.6 s.
+        from imagepipeline.services.openai_client import ProviderClient
 
         self.recipe = openrouter_recipe(model)
         self._provider = ProviderClient("the embedding model", api_key, base_url)
 
     def embed(self, text: str) -> Embedding:
-        """One call; the vector is scaled to unit length."""
+        """Makes one call and scales the vector to unit length."""
         from openai.types import CreateEmbeddingResponse
 
         from imagepipeline.services.openai_client import read_usage
 
         usage = None
         with self._provider.call() as ask:
-            # Raw, because the client would look at the type of each of some thousand numbers.
+            # Raw, because the client would check the type of each of the thousands of numbers.
             raw = ask(
                 lambda client: client.embeddings.with_raw_response.create(
                     model=self.recipe.model, input=text, encoding_format="float"
@@ -59,7 +63,7 @@ class OpenRouterEmbedder:
             numbers = answer.data[0].embedding
             length = math.sqrt(sum(number * number for number in numbers))
             if not length or not math.isfinite(length):
-                raise BadAnswerError("the embedding model sent a vector without a direction")
+                raise BadAnswerError("the embedding model sent a vector of zero or infinite length")
             usage = read_usage(answer.usage)
         return Embedding(
             text, tuple(number / length for number in numbers), self.recipe.version, usage
@@ -67,13 +71,13 @@ class OpenRouterEmbedder:
 
 
 class LocalEmbedder:
-    """all-MiniLM-L6-v2 on this machine: 384 dimensions."""
+    """Runs all-MiniLM-L6-v2, with 384 dimensions, on this machine."""
 
     recipe = LOCAL_RECIPE
 
     def embed(self, text: str) -> Embedding:
-        """About 10 ms for a caption, after half a second for the first one."""
-        # Here, because onnxruntime and the weights are not needed where a remote model is used.
+        """Takes about 10 ms for a caption; the first call loads the model, which takes 0.5 s."""
+        # Imported here, because onnxruntime and the weights are not needed with a remote model.
         from imagepipeline.services.local import minilm
 
         vector, tokens_in = minilm.embed(text)

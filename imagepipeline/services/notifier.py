@@ -1,6 +1,6 @@
-"""Telling the administrators that images have failed for good: by webhook, by mail.
+"""Notifies the administrators of final failures and pauses, by webhook and by mail.
 
-What to tell is decided elsewhere; a notifier sends one message or raises.
+Other modules decide what to send; a notifier sends one message or raises.
 """
 
 import contextlib
@@ -24,22 +24,22 @@ from imagepipeline.text import make_printable, to_json
 
 TIMEOUT_SECONDS = 3.0
 SMTP_TIMEOUT_SECONDS = 10.0
-# For a whole conversation: five notices and a pause by webhook and by mail fit into the minute a tick may take.
+# Deadlines for a whole exchange. They limit the time that one tick of the sensor can take.
 WEBHOOK_SECONDS, MAIL_SECONDS = 5.0, 15.0
-# https://www.iana.org/assignments/ipv6-address-space: of all IPv6 addresses, those that are given out.
+# The only allocated IPv6 addresses: https://www.iana.org/assignments/ipv6-address-space
 GLOBAL_UNICAST = ipaddress.ip_network("2000::/3")
 NAT64 = ipaddress.ip_network("64:ff9b::/96")  # RFC 6052: an IPv4 address in the last 32 bits
-# What Python's `is_global` lets through, in one version or another.
+# Networks that are not public, although `is_global` says so in some versions of Python.
 # https://www.iana.org/assignments/iana-ipv4-special-registry and iana-ipv6-special-registry
 NOT_PUBLIC = tuple(
     ipaddress.ip_network(network)
     for network in (
-        "100.64.0.0/10",  # behind a carrier's NAT, RFC 6598; clouds have their metadata there, too
-        "168.63.129.16/32",  # Azure's own services, the same in each of its networks
-        "192.0.0.0/24",  # of protocols, RFC 6890
-        "192.88.99.0/24",  # once 6to4's relays, RFC 7526
-        "198.18.0.0/15",  # measurements, RFC 2544
-        "2001::/23",  # of protocols, RFC 2928; Teredo among them, which wraps an IPv4 address
+        "100.64.0.0/10",  # carrier-grade NAT, RFC 6598; some clouds serve metadata there
+        "168.63.129.16/32",  # Azure's platform services, in every virtual network
+        "192.0.0.0/24",  # protocol assignments, RFC 6890
+        "192.88.99.0/24",  # formerly 6to4 relays, RFC 7526
+        "198.18.0.0/15",  # benchmarking, RFC 2544
+        "2001::/23",  # protocol assignments, RFC 2928, such as Teredo, which wraps an IPv4 address
         "2001:db8::/32",  # documentation, RFC 3849
         "2002::/16",  # 6to4, RFC 3056, which wraps an IPv4 address
         "3fff::/20",  # documentation, RFC 9637
@@ -49,7 +49,7 @@ LAST_PRIVILEGED_PORT = 1023
 
 
 class Notifier(Protocol):
-    """A way to tell; `channel` is its name in the outbox."""
+    """A channel to the administrators; `channel` is its name in the outbox."""
 
     channel: str
 
@@ -57,18 +57,22 @@ class Notifier(Protocol):
         """Sends one message about one failure, or a digest of several.
 
         Args:
-            failures: rows of the outbox: image_id, generation, reason, error, attempts, failed_at.
+            failures: Rows of the outbox: image_id, generation, reason, error, attempts, failed_at.
 
         Raises:
-            NotificationError: it was not taken; it may be sent again, with the same event ID.
+            NotificationError: The message was not accepted. It may be sent again, with the same
+                event ID.
         """
 
     def send_pause(self, pause: Pause) -> None:
-        """Sends one message that nothing is worked on; raises as `send`."""
+        """Sends one message about a pause of paid work; raises like `send`."""
 
 
 def build_message(failures: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    """The JSON of a message. The same failures have the same `eventId`, by which a receiver knows a repetition."""
+    """Returns the JSON of a message about failures.
+
+    The same failures always have the same `eventId`, so that receivers can recognise repetitions.
+    """
     images = [
         {
             "imageId": failure["image_id"],
@@ -97,7 +101,7 @@ def build_message(failures: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
 
 
 def build_pause_message(pause: Pause) -> dict[str, Any]:
-    """The JSON of the message that nothing is worked on; its `eventId` is the same when it is repeated."""
+    """Returns the JSON of a message about a pause; repetitions have the same `eventId`."""
     return {
         "type": "image-processing-paused",
         "eventId": f"pause:{pause.seq}",
@@ -109,13 +113,14 @@ def build_pause_message(pause: Pause) -> dict[str, Any]:
 
 
 class WebhookNotifier:
-    """A POST of JSON, signed. Redirects are not followed.
+    """Sends signed JSON by POST, without following redirects.
 
-    Unless private addresses are allowed, it goes by https to a public address, at port 443 or one above 1023: the
-    others belong to other services.
+    Unless private addresses are allowed, the webhook must use https and have a public address and
+    port 443 or one above 1023, because lower ports belong to other services.
 
-    `X-Imagepipeline-Signature` is `sha256=` and the HMAC-SHA256, in hex, of timestamp, dot and body under the secret;
-    `X-Imagepipeline-Timestamp` is that timestamp, in Unix seconds.
+    `X-Imagepipeline-Timestamp` is the time in Unix seconds. `X-Imagepipeline-Signature` is
+    `sha256=` followed by the hexadecimal HMAC-SHA256, keyed with the secret, of timestamp, dot and
+    body.
     """
 
     channel = "webhook"
@@ -126,11 +131,11 @@ class WebhookNotifier:
         self._allows_private = allows_private
 
     def send(self, failures: Sequence[Mapping[str, Any]]) -> None:
-        """Tries once, for at most 3 s to connect, 3 s between two signs of life, and 5 s in all."""
+        """Tries once; times out after 3 s without a connection or data, and after 5 s in total."""
         self._post(build_message(failures))
 
     def send_pause(self, pause: Pause) -> None:
-        """As `send`."""
+        """See `send`."""
         self._post(build_pause_message(pause))
 
     def _post(self, content: Mapping[str, Any]) -> None:
@@ -161,28 +166,28 @@ class WebhookNotifier:
             raise NoticeRefusedError(f"the webhook answered {status}")
 
     def _connect(self) -> http.client.HTTPConnection:
-        """To the very address that was checked: a name could mean another one when it is looked up again."""
+        """Connects to the address that was checked, as a second lookup could return another one."""
         host, is_https = self._url.hostname or "", self._url.scheme == "https"
         if not is_https and not (self._allows_private and self._url.scheme == "http"):
-            raise NotificationError("the webhook must be https")
+            raise NotificationError("the webhook must use https")
         try:
             port = self._url.port or (443 if is_https else 80)
             found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)
-        except ValueError:  # of a port beyond 65535, or of a name that IDNA cannot encode
+        except ValueError:  # a port above 65535, or a name that IDNA cannot encode
             raise NotificationError(
                 "the webhook's address is malformed: correct IMAGEPIPELINE_WEBHOOK_URL"
             ) from None
         except OSError as error:
             raise NotificationError(
-                f"the webhook's name means no address: {type(error).__name__}"
+                f"the webhook's host name cannot be resolved: {type(error).__name__}"
             ) from None
         addresses = [str(entry[4][0]) for entry in found]
         if not self._allows_private:
-            # A name that has a private address beside a public one is not trusted with either.
+            # A host that has both private and public addresses is not trusted at all.
             if not all(is_public(address) for address in addresses):
-                raise NotificationError("the webhook is at a private address")
+                raise NotificationError("the webhook has a private address")
             if port <= LAST_PRIVILEGED_PORT and port != 443:
-                raise NotificationError("the webhook must be at port 443, or at one above 1023")
+                raise NotificationError("the webhook's port must be 443 or above 1023")
         address = addresses[0]
         if is_https:
             return _NamedConnection(host, address, port)
@@ -190,7 +195,7 @@ class WebhookNotifier:
 
 
 class _NamedConnection(http.client.HTTPSConnection):
-    """A connection to an address whose certificate must be that of a name."""
+    """An HTTPS connection to an address, whose certificate must be valid for a given host name."""
 
     def __init__(self, name: str, address: str, port: int) -> None:
         self._tls = ssl.create_default_context()
@@ -202,42 +207,48 @@ class _NamedConnection(http.client.HTTPSConnection):
         self.sock = self._tls.wrap_socket(
             plain, server_hostname=self._name, do_handshake_on_connect=False
         )
-        self.sock.do_handshake()  # only now, so that a deadline finds the socket
+        self.sock.do_handshake()  # after `sock` is set, so that a deadline can shut it down
 
 
 def _ask(
     connection: http.client.HTTPConnection, path: str, body: bytes, headers: Mapping[str, str]
 ) -> int:
-    """The status of the answer. Its body is not read, however long or packed it is; redirects are not followed."""
+    """Returns the status of the response.
+
+    Does not read its body, which may be long or compressed, and does not follow redirects.
+    """
     connection.request("POST", path, body, headers)
     return connection.getresponse().status
 
 
 def _cut_off(connection: socket.socket | None) -> None:
-    """Ends a conversation that another thread is in."""
+    """Shuts down a connection that another thread is using."""
     if connection is not None:
         with contextlib.suppress(OSError):
             connection.shutdown(socket.SHUT_RDWR)
 
 
 def is_public(address: str) -> bool:
-    """Whether an IP address is on the public Internet.
+    """Returns whether an IP address is on the public Internet.
 
-    An IPv6 address that wraps an IPv4 one is public where NAT64 leads to a public one, and else is not.
+    Of the IPv6 addresses that wrap an IPv4 address, only NAT64 ones can be public, and only if the
+    IPv4 address is.
     """
     ip = ipaddress.ip_address(address.partition("%")[0])
     if isinstance(ip, ipaddress.IPv6Address):
         if ip in NAT64:
             return is_public(str(ipaddress.IPv4Address(int(ip) & 0xFFFFFFFF)))
-        if (
-            ip not in GLOBAL_UNICAST
-        ):  # mapped, compatible, translated and site-local addresses among them
+        # This excludes IPv4-mapped, IPv4-compatible, translated and site-local addresses, too.
+        if ip not in GLOBAL_UNICAST:
             return False
     return ip.is_global and not ip.is_multicast and not any(ip in network for network in NOT_PUBLIC)
 
 
 class MailNotifier:
-    """A plain-text mail. `smtps://` is encrypted from the start, `smtp://` as soon as the server offers it."""
+    """Sends plain-text mails.
+
+    `smtps://` is encrypted from the start, `smtp://` by STARTTLS if the server offers it.
+    """
 
     channel = "mail"
 
@@ -247,7 +258,7 @@ class MailNotifier:
         self._recipients = recipients
 
     def send(self, failures: Sequence[Mapping[str, Any]]) -> None:
-        """Tries once, for at most 10 s between two signs of life, and 15 s in all."""
+        """Tries once; times out after 10 s without data, and after 15 s in total."""
         is_digest = len(failures) > 1
         subject = (
             f"{len(failures)} images failed"
@@ -258,11 +269,11 @@ class MailNotifier:
         self._mail(subject, text, build_message(failures)["eventId"])
 
     def send_pause(self, pause: Pause) -> None:
-        """As `send`."""
+        """See `send`."""
         until = (
             f"until {pause.until.isoformat(timespec='minutes')}"
             if pause.until
-            else "until you resume"
+            else "until you run `imagepipeline resume`"
         )
         text = f"Nothing has failed; images wait {until}.\n{make_printable(pause.message)}"
         self._mail(
@@ -288,11 +299,11 @@ class MailNotifier:
             )
         except (smtplib.SMTPDataError, smtplib.SMTPRecipientsRefused) as error:
             raise NoticeRefusedError(
-                f"the mail server refused it: {type(error).__name__}"
+                f"the mail server refused the message: {type(error).__name__}"
             ) from None
         except (smtplib.SMTPException, OSError, ValueError) as error:
             raise NotificationError(
-                f"the mail server did not take it: {type(error).__name__}"
+                f"the mail server did not accept the message: {type(error).__name__}"
             ) from None
 
     def _deliver(self, server: smtplib.SMTP, message: email.message.EmailMessage) -> None:
@@ -309,4 +320,7 @@ class MailNotifier:
 
 def _describe(failure: Mapping[str, Any]) -> str:
     at = failure["failed_at"].isoformat(timespec="seconds")
-    return f"{at}  {failure['image_id']}  {failure['reason']}, attempt {failure['attempts']}: {failure['error']}"
+    return (
+        f"{at}  {failure['image_id']}  {failure['reason']}, attempt {failure['attempts']}: "
+        f"{failure['error']}"
+    )

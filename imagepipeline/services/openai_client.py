@@ -1,6 +1,6 @@
-"""The openai client as we use it: no retries of its own, bounds on time and size, and its errors made ours.
+"""A wrapper of the openai client that adds limits on time and size, and raises our own errors.
 
-Both remote models stand on it: any provider that speaks the OpenAI wire format will do.
+Both remote models use it. It works with any provider that speaks the OpenAI wire format.
 """
 
 import email.utils
@@ -31,16 +31,15 @@ from imagepipeline.errors import (
 )
 from imagepipeline.usage import CallUsage
 
-TIMEOUT_SECONDS = 60.0  # between two signs of life
-CALL_SECONDS = 90.0  # for a whole call, however many signs of life there are
+TIMEOUT_SECONDS = 60.0  # without any data received
+CALL_SECONDS = 90.0  # for a whole call, even if data keeps arriving
 MAX_ANSWER_BYTES = 4_000_000  # an embedding of 4,096 dimensions has 100 kB
-MAX_TOKENS, MAX_COST_USD = 1e9, 1e3  # of one call, that are believed
+MAX_TOKENS, MAX_COST_USD = 1e9, 1e3  # higher values for one call are considered wrong
 MAX_RETRY_AFTER_SECONDS, MAX_PAUSE_SECONDS = 120, 86_400
-# How long nothing is asked after a bad key or an empty account; then one image tries whether it was mended.
+# Length of the pause after a bad key or an empty account. Then one image probes the provider.
 PROBE_SECONDS = 600
-FORBIDDEN_PROBE_SECONDS = (
-    60  # a 403 may be about the picture, and then it should not keep the others for long
-)
+# Shorter, because a 403 may be about one picture and should not delay the others for long.
+FORBIDDEN_PROBE_SECONDS = 60
 RETRYABLE_STATUSES = frozenset({408, 409, 429})
 FORBIDDING_STATUSES = frozenset({403, 451})
 QUOTA_CODES = frozenset(
@@ -61,22 +60,26 @@ POLICY_CODES = frozenset(
         "ResponsibleAIPolicyViolation",
     }
 )
-# Where no code says so: how providers write that they object to what they were sent.
+# How providers express a content policy violation without one of these codes.
 POLICY_STATUSES = frozenset({400, 403, 422, 451})
 POLICY_TEXT = re.compile(
-    r"flagged|moderat(ed|ion)|nsfw|unsafe|inappropriate|prohibited[_ ]content|responsible ?ai|not allowed by our"
-    r"|content.{0,3}(polic|filter|manage|violat|restrict)|(polic|guideline|terms|rules).{0,30}violat"
+    r"flagged|moderat(ed|ion)|nsfw|unsafe|inappropriate|prohibited[_ ]content"
+    r"|responsible ?ai|not allowed by our"
+    r"|content.{0,3}(polic|filter|manage|violat|restrict)"
+    r"|(polic|guideline|terms|rules).{0,30}violat"
     r"|(violat|against)\w{0,10}.{0,30}(polic|guideline|terms|rules)|usage (polic|guideline)"
     r"|safety.{0,3}(polic|system|filter|check|reason|violat)|(due to|reason).{0,5}safety",
     re.IGNORECASE,
 )
-# The same words may be about the caller. Then nothing can be said of the picture, unless the body quotes it.
+# The same words may be about the caller's account and then tell nothing about the picture, unless
+# the body contains a verdict on the input.
 CALLER_TEXT = re.compile(
-    r"\b(account|organi[sz]ation|api.?key|subscription|billing|region|country|territory|suspended|deactivated|banned)\b",
+    r"\b(account|organi[sz]ation|api.?key|subscription|billing|region|country|territory"
+    r"|suspended|deactivated|banned)\b",
     re.IGNORECASE,
 )
-PICTURE_TEXT = re.compile(r"flagged_input|\"reasons\"\s*:\s*\[")
-POLICY_ENDS = (
+INPUT_VERDICT_TEXT = re.compile(r"flagged_input|\"reasons\"\s*:\s*\[")
+POLICY_FINISH_REASONS = (
     "content_filter",
     "safety",
     "image_safety",
@@ -84,7 +87,7 @@ POLICY_ENDS = (
     "refusal",
     "blocklist",
 )
-MAX_ERROR_CHARACTERS = 4_000  # of an error's body, that are looked at
+MAX_ERROR_CHARACTERS = 4_000  # the rest of an error's body is ignored
 IMAGE_CODES = frozenset(
     {
         "invalid_image",
@@ -94,14 +97,14 @@ IMAGE_CODES = frozenset(
         "invalid_base64",
     }
 )
-# Only these are quoted: whatever else a provider writes may repeat our key.
+# Only these are quoted in messages; any other text of a provider may contain our key.
 KNOWN_CODES = (
     QUOTA_CODES
     | POLICY_CODES
     | IMAGE_CODES
     | {"invalid_api_key", "model_not_found", "rate_limit_exceeded"}
 )
-# Parameters that some providers and models do not know; the vision model then asks in another way.
+# Parameters that some providers and models do not support; the vision model then does without them.
 OPTIONAL_PARAMETERS = (
     "response_format",
     "json_schema",
@@ -112,7 +115,7 @@ OPTIONAL_PARAMETERS = (
 )
 
 
-# What the client lets through when the body is not what it expects.
+# Errors that the client raises for a body it cannot read.
 UNREADABLE = (
     *(
         openai.OpenAIError,
@@ -127,23 +130,23 @@ UNREADABLE = (
 
 
 class RawAnswer(Protocol):
-    """What the client gives by `with_raw_response`, as far as it is used here."""
+    """The part of a response from the client's `with_raw_response` that is used here."""
 
     http_response: httpx2.Response
 
     @property
     def content(self) -> bytes:
-        """The body, unpacked."""
+        """The decompressed body."""
 
 
 A = TypeVar("A", bound=RawAnswer)
 
 
 class ProviderClient:
-    """A provider under the name errors call it by.
+    """A client for one provider; `name` is what error messages call it.
 
-    It tries once: attempts are the pipeline's business, and a client's own retries would multiply them. It follows no
-    redirect, which would take the picture and the key elsewhere.
+    It does not retry, because the pipeline does. It does not follow redirects, which would send the
+    picture and the key elsewhere.
     """
 
     def __init__(self, name: str, api_key: str, base_url: str) -> None:
@@ -153,25 +156,26 @@ class ProviderClient:
 
     @contextmanager
     def call(self) -> Iterator[Callable[[Callable[[openai.OpenAI], A]], A]]:
-        """Gives what asks with the client. What it raises becomes one of our errors, which never quote the answer."""
+        """Yields a function that makes a request with the client.
+
+        Errors in the context become our own errors, which never quote the response.
+        """
         try:
             yield self._ask
         except openai.APIStatusError as error:
             text = f"{error.param or ''} {error.message}"
             raise _classify(
-                self._name, _Complaint(error.status_code, error.code, text, error.response)
+                self._name, _ProviderError(error.status_code, error.code, text, error.response)
             ) from None
-        except UnboundedAnswerError as error:
+        except AnswerTooLargeError as error:
             raise BadAnswerError(f"{self._name} sent {error}") from None
         except openai.APIConnectionError as error:  # includes timeouts
-            cause = (
-                error.__cause__
-            )  # where there is one, it came up before the client had the status
-            if isinstance(cause, UnboundedAnswerError):
+            cause = error.__cause__  # if set, raised before the client had the status
+            if isinstance(cause, AnswerTooLargeError):
                 raise BadAnswerError(f"{self._name} sent {cause}") from None
             if isinstance(cause, httpx2.DecodingError):
                 raise BadAnswerError(
-                    f"{self._name} sent an answer that cannot be unpacked"
+                    f"{self._name} sent an answer that cannot be decompressed"
                 ) from None
             raise ProviderUnavailableError(
                 f"{self._name} did not answer: {type(error).__name__}"
@@ -182,26 +186,26 @@ class ProviderClient:
             ) from None
 
     def _ask(self, request: Callable[[openai.OpenAI], A]) -> A:
-        """The answer to a request, if it comes in time.
+        """Makes a request and returns the answer, if it arrives in time.
 
-        One that is late is left behind with its client. To close its connection from here could close a file that has
-        been given the same number by then.
+        A late request is abandoned together with its client. Closing its connection from this
+        thread could close another file that has since been given the same descriptor.
         """
         client = self._client
         try:
             raw = call_within(CALL_SECONDS, lambda: request(client))
         except TimeoutError:
             self._client = self._open()
-            message = f"{self._name} did not answer in full within {CALL_SECONDS:g} s"
+            message = f"{self._name} did not complete its answer within {CALL_SECONDS:g} s"
             raise ProviderTimedOutError(message) from None
-        if complaint := _find_complaint(raw):
-            raise _classify(self._name, complaint)
+        if error := _find_error(raw):
+            raise _classify(self._name, error)
         return raw
 
 
 def _open_client(api_key: str, base_url: str) -> openai.OpenAI:
     http_client = openai.DefaultHttpxClient(
-        verify=load_certificates(), follow_redirects=False, event_hooks={"response": [_bound]}
+        verify=load_certificates(), follow_redirects=False, event_hooks={"response": [_limit_size]}
     )
     return openai.OpenAI(
         api_key=api_key,
@@ -213,71 +217,76 @@ def _open_client(api_key: str, base_url: str) -> openai.OpenAI:
     )
 
 
-class UnboundedAnswerError(Exception):
-    """An answer is too large, as it comes or unpacked."""
+class AnswerTooLargeError(Exception):
+    """An answer is too large, before or after decompression."""
 
 
-class _BoundedStream(httpx2.SyncByteStream):
-    """The bytes of an answer, unpacked piece by piece, up to a limit."""
+class _SizeLimitedStream(httpx2.SyncByteStream):
+    """Streams the bytes of an answer, decompressed, up to a limit."""
 
     def __init__(self, response: httpx2.Response) -> None:
         headers = {"Content-Encoding": response.headers.pop("content-encoding", "identity")}
-        self._packed = httpx2.Response(200, headers=headers, stream=response.stream)
+        self._compressed = httpx2.Response(200, headers=headers, stream=response.stream)
 
     def __iter__(self) -> Iterator[bytes]:
         length = 0
-        for chunk in self._packed.iter_bytes():
+        for chunk in self._compressed.iter_bytes():
             length += len(chunk)
             if length > MAX_ANSWER_BYTES:
-                raise UnboundedAnswerError(f"an answer of more than {MAX_ANSWER_BYTES:,} bytes")
+                raise AnswerTooLargeError(f"an answer of more than {MAX_ANSWER_BYTES:,} bytes")
             yield chunk
 
     def close(self) -> None:
-        self._packed.close()
+        self._compressed.close()
 
 
-def _bound(response: httpx2.Response) -> None:
-    """Before the body of an answer is read: has its bytes counted, also where it is packed, though we do not ask so.
+def _limit_size(response: httpx2.Response) -> None:
+    """Limits the size of a response's body, before it is read.
 
-    It is UTF-8, as JSON is, whatever its header says: of the encodings it could name, some take quadratic time.
+    The limit applies to the decompressed body, as a provider may compress it although we ask for
+    none. The body is always decoded as UTF-8, like any JSON, because the header could name an
+    encoding that takes quadratic time.
     """
     response.encoding = "utf-8"
-    response.stream = _BoundedStream(response)
+    response.stream = _SizeLimitedStream(response)
 
 
 @functools.cache
 def load_certificates() -> ssl.SSLContext:
-    """The authorities we trust, read once a process: that takes 20 ms."""
+    """Returns the trusted certificates, which are loaded once per process, as it takes 20 ms."""
     return httpx2.create_ssl_context()
 
 
 def read_usage(usage: Any) -> CallUsage | None:
-    """What an answer says it used, or None if it says nothing that can be; OpenRouter adds the cost in US dollars."""
+    """Returns the usage that an answer reports, or None if it reports none that is plausible.
+
+    OpenRouter also reports the cost in US dollars.
+    """
     names = (
         ("prompt_tokens", MAX_TOKENS),
         ("completion_tokens", MAX_TOKENS),
         ("cost", MAX_COST_USD),
     )
     tokens_in, tokens_out, cost_usd = (
-        _read_number(getattr(usage, name, None), most) for name, most in names
+        _read_number(getattr(usage, name, None), maximum) for name, maximum in names
     )
-    if not tokens_in and not cost_usd:  # no call uses nothing
+    if not tokens_in and not cost_usd:  # every call uses something
         return None
     return CallUsage(int(tokens_in or 0), int(tokens_out or 0), cost_usd)
 
 
-def _read_number(value: Any, most: float) -> float | None:
-    """A number from 0 to that; some servers write numbers as text."""
+def _read_number(value: Any, maximum: float) -> float | None:
+    """Returns a number from 0 to `maximum`, or None; some servers send numbers as strings."""
     try:
         number = None if isinstance(value, bool) else float(value)
     except (ValueError, TypeError, OverflowError):
         return None
-    return number if number is not None and 0 <= number <= most else None
+    return number if number is not None and 0 <= number <= maximum else None
 
 
 @dataclass(frozen=True)
-class _Complaint:
-    """What a provider objects to: an HTTP status, its own code, and the text in which parameters are named."""
+class _ProviderError:
+    """An error response: the HTTP status, the provider's code, and a text that names parameters."""
 
     status: int
     code: Any
@@ -285,8 +294,11 @@ class _Complaint:
     response: httpx2.Response
 
 
-def _find_complaint(raw: RawAnswer) -> _Complaint | None:
-    """The error in an answer whose status says that all is well, as routers send it when they have begun to answer."""
+def _find_error(raw: RawAnswer) -> _ProviderError | None:
+    """Returns the error in a response with status 200.
+
+    Routers send such responses when an error occurs after they have begun to answer.
+    """
     if b'"error"' not in raw.content:
         return None
     answer = json.loads(raw.content)
@@ -297,57 +309,58 @@ def _find_complaint(raw: RawAnswer) -> _Complaint | None:
         code = error.get("code")
         status = int(_read_number(code, 599) or 0)
         if status >= 400 or code in KNOWN_CODES:
-            return _Complaint(status or 400, code, str(error.get("message")), raw.http_response)
+            return _ProviderError(status or 400, code, str(error.get("message")), raw.http_response)
     return None
 
 
-def _classify(provider: str, complaint: _Complaint) -> ImagePipelineError:
-    status, code, headers = complaint.status, str(complaint.code or ""), complaint.response.headers
+def _classify(provider: str, error: _ProviderError) -> ImagePipelineError:
+    status, code, headers = error.status, str(error.code or ""), error.response.headers
     summary = f"{provider} answered {status}" + (f" ({code})" if code in KNOWN_CODES else "")
-    body = complaint.response.text[:MAX_ERROR_CHARACTERS]
-    speaks_of_content = status in POLICY_STATUSES and bool(
-        POLICY_TEXT.search(body) or PICTURE_TEXT.search(body)
+    body = error.response.text[:MAX_ERROR_CHARACTERS]
+    mentions_policy = status in POLICY_STATUSES and bool(
+        POLICY_TEXT.search(body) or INPUT_VERDICT_TEXT.search(body)
     )
-    speaks_of_caller = CALLER_TEXT.search(body) and not PICTURE_TEXT.search(body)
-    if code in POLICY_CODES or (speaks_of_content and not speaks_of_caller):
-        return RefusedError(f"{summary}: the image is against its content policy")
+    mentions_caller = CALLER_TEXT.search(body) and not INPUT_VERDICT_TEXT.search(body)
+    if code in POLICY_CODES or (mentions_policy and not mentions_caller):
+        return RefusedError(f"{summary}: the image violates its content policy")
     if code in QUOTA_CODES or status == 402:
-        advice = "top up the account, or raise its limit; `imagepipeline resume` tries at once"
+        advice = "top up the account or raise its limit; `imagepipeline resume` retries at once"
         return PausedError("quota", f"{summary}: {advice}", PROBE_SECONDS)
-    advice = "check the key; `imagepipeline resume` tries at once"
+    advice = "check the key; `imagepipeline resume` retries at once"
     if status == 401:
         return PausedError("auth", f"{summary}: {advice}", PROBE_SECONDS)
-    if status in FORBIDDING_STATUSES or speaks_of_content:
+    if status in FORBIDDING_STATUSES or mentions_policy:
         return ForbiddenError("auth", f"{summary}: {advice}", FORBIDDEN_PROBE_SECONDS)
     if status in RETRYABLE_STATUSES or status >= 500:
         wait_seconds = read_retry_after(headers)
         if wait_seconds is not None and wait_seconds > MAX_RETRY_AFTER_SECONDS:
-            asked = f"{summary} and asked for {wait_seconds:.0f} s of quiet"
-            return PausedError("rate_limited", asked, min(wait_seconds, MAX_PAUSE_SECONDS))
+            message = f"{summary} and asked to wait for {wait_seconds:.0f} s"
+            return PausedError("rate_limited", message, min(wait_seconds, MAX_PAUSE_SECONDS))
         return ProviderUnavailableError(summary, wait_seconds)
     if code in IMAGE_CODES:
         return InputInvalidError(f"{summary}: it cannot read the picture")
-    parameter = _refused_parameter(complaint)
+    parameter = _find_refused_parameter(error)
     if parameter:
-        return FormatRefusedError(f"{summary}: it does not know {parameter}", parameter)
+        return FormatRefusedError(f"{summary}: it does not support {parameter}", parameter)
     if 300 <= status < 400:
         return ProviderRejectedError(
-            f"{summary}, and redirects are not followed: set the address it redirects to"
+            f"{summary}, and redirects are not followed: set the URL that it redirects to"
         )
-    return ProviderRejectedError(f"{summary}: check the model's name and the address")
+    return ProviderRejectedError(f"{summary}: check the model's name and the base URL")
 
 
-def _refused_parameter(complaint: _Complaint) -> str | None:
-    """The optional parameter a 400 or 422 complains of."""
-    if complaint.status not in (400, 422):
+def _find_refused_parameter(error: _ProviderError) -> str | None:
+    """Returns the optional parameter that a 400 or 422 response names."""
+    if error.status not in (400, 422):
         return None
-    return next((name for name in OPTIONAL_PARAMETERS if name in complaint.text), None)
+    return next((name for name in OPTIONAL_PARAMETERS if name in error.text), None)
 
 
 def read_retry_after(headers: Mapping[str, str]) -> float | None:
-    """How long to wait, in seconds: `retry-after-ms`, else `Retry-After` as seconds or as a date (RFC 9110, 10.2.3).
+    """Returns how many seconds to wait, or None if the headers do not say so.
 
-    A date counts from the answer's own Date. None if there is none that can be read.
+    Reads `retry-after-ms`, or else `Retry-After` as seconds or as a date (RFC 9110, 10.2.3). A date
+    is relative to the response's own Date.
     """
     for name, unit_seconds in (("retry-after-ms", 0.001), ("retry-after", 1)):
         try:

@@ -120,7 +120,7 @@ class Catalogue:
             migrations.upgrade(connection)
 
     def bind(self, dagster_instance_id: str, is_taken_over: bool = False) -> None:
-        """Ties the catalogue to the first Dagster instance that asks, or if taken over, to this one.
+        """Ties the catalogue to the first Dagster instance that asks, or to this one by force.
 
         Raises:
             CatalogueTakenError: it is tied to another one.
@@ -136,8 +136,8 @@ class Catalogue:
             raise CatalogueTakenError(
                 "the catalogue belongs to another Dagster instance "
                 f"({owner.dagster_instance_id}, since {owner.since:%F %R} UTC), and each would "
-                "take the other's runs for dead: give this stack a DATABASE_URL and a storage root of "
-                "its own, or if the other one is gone for good, run "
+                "take the other's runs for dead: give this stack a DATABASE_URL and a storage root "
+                "of its own, or if the other one is gone for good, run "
                 "`imagepipeline migrate --take-over`"
             )
 
@@ -542,8 +542,8 @@ class Catalogue:
             self._record(connection, image_id, "prioritized", str(priority))
             return True
 
-    def list_recent(self, event: str, since: datetime, limit: int) -> list[dict[str, Any]]:
-        """Up to `limit` events of that name and of all images since then, newest first."""
+    def list_events(self, event: str, since: datetime, limit: int) -> list[dict[str, Any]]:
+        """Up to `limit` events of that name since then, of all images, newest first."""
         query = (
             sa.select(image_history)
             .where(image_history.c.event == event, image_history.c.at >= since)
@@ -553,7 +553,7 @@ class Catalogue:
         with self._database.transaction() as connection:
             return [{**row} for row in connection.execute(query).mappings()]
 
-    def count_recent(self, event: str, since: datetime) -> int:
+    def count_events(self, event: str, since: datetime) -> int:
         """How many events of that name there were since then, of all images."""
         query = sa.select(sa.func.count()).where(
             image_history.c.event == event, image_history.c.at >= since

@@ -1,4 +1,4 @@
-"""An ephemeral Dagster instance, and the resources as plain objects."""
+"""Fixtures: an ephemeral Dagster instance, and the resources as plain objects."""
 
 import uuid
 from contextlib import closing
@@ -6,7 +6,8 @@ from contextlib import closing
 import dagster as dg
 import pytest
 
-from imagepipeline.defs.assets import embedding, metadata, variants
+from imagepipeline import models
+from imagepipeline.defs import assets as pipeline
 from imagepipeline.defs.attempts import GENERATION_TAG
 from imagepipeline.defs.jobs import process_upload
 from imagepipeline.imaging.decoding import Rules
@@ -22,7 +23,7 @@ from imagepipeline.stores.ledger import Ledger
 from imagepipeline.stores.limiter import CallLimiter
 from imagepipeline_tests.conftest import PHOTOS
 
-ASSETS = [metadata, variants, embedding]
+ASSETS = [getattr(pipeline, name) for name in models.ASSETS]
 
 
 @pytest.fixture
@@ -33,7 +34,7 @@ def instance():
 
 @pytest.fixture
 def tasks(redis_url):
-    """The queue of the workers, on a real server."""
+    """The queue of the workers, on a real Redis."""
     with closing(TaskQueue(redis_url, "test")) as tasks:
         yield tasks
 
@@ -58,7 +59,7 @@ def paid_calls(ledger, limiter):
 
 @pytest.fixture
 def run(instance, catalogue, files, index, paid_calls):
-    """Runs assets of one image as a sensor's run (with a generation) or one started by hand (without)."""
+    """A function that runs assets of one image, manually or, with a generation, like the sensor."""
 
     def run(image_id, generation=None, assets=ASSETS, **resources):
         instance.add_dynamic_partitions("uploads", [image_id])
@@ -87,14 +88,14 @@ def run(instance, catalogue, files, index, paid_calls):
 
 @pytest.fixture
 def cat(files):
-    """An image ID whose original is in place."""
+    """The ID of an image whose original is stored."""
     files.put_original("cat", (PHOTOS / "cat.jpg").read_bytes(), "jpg")
     return "cat"
 
 
 @pytest.fixture
 def start_run(instance):
-    """Records a run of the upload job, as Dagster would, without running it."""
+    """A function that records a run of the upload job without executing it."""
 
     def start_run(image_id, generation=1, status=dg.DagsterRunStatus.STARTED):
         run = dg.DagsterRun(

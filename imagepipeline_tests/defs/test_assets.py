@@ -1,4 +1,4 @@
-"""What a run does to the catalogue, the files and the index; and what its failures mean."""
+"""A run updates the catalogue, the files and the index, and its failures have the right effect."""
 
 import errno
 import hashlib
@@ -14,7 +14,14 @@ from imagepipeline.defs.assets import embedding, metadata, variants
 from imagepipeline.errors import BadAnswerError, PausedError, ProviderUnavailableError, RefusedError
 from imagepipeline.imaging.decoding import Rules
 from imagepipeline.imaging.sandbox import Sandbox
-from imagepipeline.models import Claim, ImageMetadata, Recipe, Upload, VisionAnswer
+from imagepipeline.models import (
+    ASSETS,
+    Claim,
+    ImageMetadata,
+    Recipe,
+    Upload,
+    VisionAnswer,
+)
 from imagepipeline.originals import Originals
 from imagepipeline.services.embedder import LocalEmbedder
 from imagepipeline.services.vision import LocalVision
@@ -22,6 +29,8 @@ from imagepipeline.stores.files import FileStore
 from imagepipeline.usage import CallUsage
 from imagepipeline_tests.conftest import PHOTOS
 from imagepipeline_tests.imaging.odd_files import SAMPLES
+
+pytestmark = pytest.mark.stack
 
 ANSWER = VisionAnswer(
     ImageMetadata(
@@ -32,7 +41,7 @@ ANSWER = VisionAnswer(
 
 
 class ScriptedVision:
-    """Raises or answers what it was told, in order."""
+    """Returns or raises the given outcomes in order."""
 
     recipe = Recipe("openai", "scripted", "prompt-1")
 
@@ -67,7 +76,7 @@ def test_an_upload_becomes_metadata_variants_and_an_embedding(
     assert row["metadata"]["category"] == "cat"
     assert row["path"] == "original/cat.jpg"
     assert {asset: made["provider"] for asset, made in row["made_by"].items()} == dict.fromkeys(
-        ("metadata", "variants", "embedding"), "local"
+        ASSETS, "local"
     )
     assert sorted(variant["path"] for variant in row["variants"]) == sorted(
         f"variants/cat-{suffix}.{format_}"
@@ -84,11 +93,11 @@ def test_an_upload_becomes_metadata_variants_and_an_embedding(
             variant["height"],
         )
     assert index.get(cat, "local:all-MiniLM-L6-v2-int8")["text"].startswith("Landscape picture")
-    for asset in ("metadata", "variants", "embedding"):
+    for asset in ASSETS:
         assert instance.get_materialized_partitions(dg.AssetKey(asset)) == {cat}
 
 
-def test_what_was_made_is_told_in_the_ui(run, cat, instance):
+def test_results_are_shown_in_the_ui(run, cat, instance):
     run(cat, vision=ScriptedVision(ANSWER))
     event = instance.get_latest_materialization_event(dg.AssetKey("metadata"))
     shown = {name: value.value for name, value in event.asset_materialization.metadata.items()}
@@ -104,7 +113,7 @@ def test_what_was_made_is_told_in_the_ui(run, cat, instance):
     assert len(shown["picture"]) < 12_000
 
 
-def test_the_same_text_leaves_the_embedding_fresh(run, cat, instance):
+def test_an_unchanged_text_leaves_the_embedding_fresh(run, cat, instance):
     versions = []
     for _ in range(2):
         run(cat, vision=ScriptedVision(ANSWER))
@@ -113,7 +122,7 @@ def test_the_same_text_leaves_the_embedding_fresh(run, cat, instance):
     assert versions[0] == versions[1]
 
 
-def test_a_retryable_error_is_tried_again_after_one_and_two_seconds(run, cat, catalogue):
+def test_a_retryable_error_is_retried_after_one_and_two_seconds(run, cat, catalogue):
     vision = ScriptedVision(ProviderUnavailableError("busy"), BadAnswerError("prose"), ANSWER)
     result = run(cat, vision=vision)
     assert result.success
@@ -141,7 +150,7 @@ def test_after_three_attempts_the_image_has_failed(run, cat, catalogue, files, e
     assert len(retry_waits(result)) == 2
 
 
-def test_a_refusal_is_final_at_once(run, cat, catalogue):
+def test_a_refusal_is_final(run, cat, catalogue):
     result = run(cat, vision=ScriptedVision(RefusedError("no")))
     row = catalogue.get(cat)
     assert (row["status"], row["reason"], row["attempts"]) == ("failed", "refused", 1)
@@ -152,14 +161,14 @@ def test_a_refusal_is_final_at_once(run, cat, catalogue):
     ("content", "reason"),
     [(b"", "empty"), (b"<html>", "unsupported"), (b"\xff" * 25_000_001, "too_large")],
 )
-def test_a_file_that_is_no_image_fails_without_a_call(run, catalogue, files, content, reason):
+def test_a_file_that_is_not_an_image_fails_without_a_call(run, catalogue, files, content, reason):
     files.put_original("bad", content, "jpg")
     run("bad", vision=ScriptedVision())
     row = catalogue.get("bad")
     assert (row["status"], row["reason"], row["attempts"]) == ("failed", reason, 1)
 
 
-def test_a_missing_original_is_a_clear_failure(run, catalogue):
+def test_an_image_without_an_original_fails(run, catalogue):
     catalogue.accept([Upload("ghost")])
     run("ghost", generation=1)
     row = catalogue.get("ghost")
@@ -167,7 +176,7 @@ def test_a_missing_original_is_a_clear_failure(run, catalogue):
     assert "original/ghost.*" in row["error"]
 
 
-def test_a_run_whose_generation_is_over_does_nothing_and_succeeds(run, cat, catalogue, instance):
+def test_a_run_of_a_claimed_generation_does_nothing_and_succeeds(run, cat, catalogue, instance):
     catalogue.accept([Upload(cat)])
     catalogue.claim(cat, 1, "another run")
     before = catalogue.get(cat)
@@ -177,7 +186,9 @@ def test_a_run_whose_generation_is_over_does_nothing_and_succeeds(run, cat, cata
     assert instance.get_materialized_partitions(dg.AssetKey("metadata")) == set()
 
 
-def test_a_run_that_is_succeeded_midway_writes_nothing_more(run, cat, catalogue, files, index):
+def test_a_run_writes_nothing_after_another_run_has_taken_its_image(
+    run, cat, catalogue, files, index
+):
     class Thief(LocalVision):
         def describe(self, preview, facts):
             row = catalogue.get(cat)
@@ -198,7 +209,7 @@ def test_a_run_that_is_succeeded_midway_writes_nothing_more(run, cat, catalogue,
     assert not (files.root / "variants").exists()
 
 
-def test_a_run_by_hand_does_a_completed_image_again(run, cat, catalogue, index):
+def test_a_manual_run_processes_a_completed_image_again(run, cat, catalogue, index):
     run(cat)
     run(cat, vision=ScriptedVision(ANSWER))
     row = catalogue.get(cat)
@@ -208,7 +219,7 @@ def test_a_run_by_hand_does_a_completed_image_again(run, cat, catalogue, index):
     assert index.get(cat, "local:all-MiniLM-L6-v2-int8")["text"].startswith("A cat")
 
 
-def test_a_run_by_hand_may_do_one_asset_only(run, cat, catalogue):
+def test_a_manual_run_may_make_one_asset_only(run, cat, catalogue):
     run(cat)
     assert run(cat, assets=[metadata], vision=ScriptedVision(ANSWER)).success
     row = catalogue.get(cat)
@@ -220,19 +231,19 @@ def test_a_run_by_hand_may_do_one_asset_only(run, cat, catalogue):
     }
 
 
-def test_one_asset_of_a_new_image_leaves_the_rest_to_the_queue(run, cat, catalogue):
+def test_a_new_image_with_one_asset_made_goes_back_to_the_queue(run, cat, catalogue):
     assert run(cat, assets=[variants]).success
     assert [image.image_id for image in catalogue.list_pending(9)] == [cat]
 
 
-def test_an_embedding_without_metadata_says_what_to_do(run, cat, catalogue):
+def test_the_error_for_an_embedding_without_metadata_says_what_to_do(run, cat, catalogue):
     assert not run(cat, assets=[embedding]).success
     row = catalogue.get(cat)
     assert row["reason"] == "missing_metadata"
     assert "materialize `metadata`" in row["error"]
 
 
-def test_a_run_by_hand_names_the_run_that_holds_the_image(run, cat, catalogue):
+def test_the_error_of_a_manual_run_names_the_run_that_has_the_image(run, cat, catalogue):
     catalogue.claim_anew(cat, "the-other-run")
     result = run(cat)
     assert not result.success
@@ -243,7 +254,9 @@ def test_a_run_by_hand_names_the_run_that_holds_the_image(run, cat, catalogue):
     assert catalogue.get(cat)["status"] == "processing"
 
 
-def test_originals_that_share_a_stem_do_not_overwrite_each_other(run, catalogue, files, cat):
+def test_originals_with_the_same_stem_do_not_overwrite_each_others_variants(
+    run, catalogue, files, cat
+):
     run(cat)
     before = files.read("variants/cat-sm.webp")
     files.write("original/cat.png", files.read("original/cat.jpg"))
@@ -253,7 +266,9 @@ def test_originals_that_share_a_stem_do_not_overwrite_each_other(run, catalogue,
     assert files.read("variants/cat-sm.webp") == before
 
 
-def test_a_full_disk_uses_no_attempt_and_the_image_waits(run, cat, catalogue, files, monkeypatch):
+def test_on_a_full_disk_the_image_waits_and_uses_no_attempt(
+    run, cat, catalogue, files, monkeypatch
+):
     def fail(descriptor):
         raise OSError(errno.ENOSPC, "No space left on device")
 
@@ -265,12 +280,12 @@ def test_a_full_disk_uses_no_attempt_and_the_image_waits(run, cat, catalogue, fi
     assert (row["status"], row["generation"], row["reason"]) == ("pending", 2, None)
     assert (row["not_before"] - row["updated_at"]).total_seconds() == 60
     assert "no room" in row["history"][-1]["detail"]
-    assert catalogue.list_pending(9) == []  # not yet
-    assert run(cat).success  # by hand, at once
+    assert catalogue.list_pending(9) == []  # pending, but not yet due
+    assert run(cat).success  # a manual run does not wait
     assert catalogue.get(cat)["status"] == "completed"
 
 
-def test_attempts_and_waits_are_in_the_history(run, cat, catalogue):
+def test_attempts_and_waits_are_recorded_in_the_history(run, cat, catalogue):
     run(cat, vision=ScriptedVision(ProviderUnavailableError("busy"), ANSWER))
     row = catalogue.get(cat)
     assert [event["event"] for event in row["history"]] == [
@@ -285,7 +300,7 @@ def test_attempts_and_waits_are_in_the_history(run, cat, catalogue):
     assert row["error"] is None
 
 
-def test_the_row_has_what_a_page_shows_first(run, cat, catalogue):
+def test_the_row_has_size_placeholder_and_dominant_colour(run, cat, catalogue):
     run(cat)
     row = catalogue.get(cat)
     assert (row["width"], row["height"], row["original_bytes"], row["flaw"]) == (
@@ -298,7 +313,7 @@ def test_the_row_has_what_a_page_shows_first(run, cat, catalogue):
     assert row["dominant_color"].startswith("#")
 
 
-def test_all_assets_of_a_run_see_the_same_original(run, cat, catalogue, files):
+def test_all_assets_of_a_run_use_the_same_original(run, cat, catalogue, files):
     class Replacer(LocalVision):
         def describe(self, preview, facts):
             files.put_original(cat, b"another file", "jpg")
@@ -312,19 +327,20 @@ def test_all_assets_of_a_run_see_the_same_original(run, cat, catalogue, files):
     } == {row["original_sha256"]}
 
 
-def test_an_original_that_disappears_is_a_clear_failure(run, cat, catalogue, files):
+def test_an_image_whose_original_was_deleted_fails(run, cat, catalogue, files):
     catalogue.accept([Upload(cat, f"original/{cat}.jpg")])
     (files.root / "original" / "cat.jpg").unlink()
     result = run(cat, generation=1)
     row = catalogue.get(cat)
     assert (row["status"], row["reason"], row["attempts"]) == ("failed", "missing", 3)
     assert row["error"] == (
-        "original/cat.jpg cannot be opened below the storage root: No such file or directory (after 3 attempts)"
+        "original/cat.jpg cannot be opened below the storage root: No such file or directory "
+        "(after 3 attempts)"
     )
     assert retry_waits(result) == [1, 2]
 
 
-def test_an_original_that_comes_after_its_id_is_waited_for(run, catalogue, files):
+def test_a_run_waits_for_an_original_that_arrives_after_its_id(run, catalogue, files):
     class LateStore(FileStore):
         looks = 0
 
@@ -341,7 +357,7 @@ def test_an_original_that_comes_after_its_id_is_waited_for(run, catalogue, files
     assert (catalogue.get("late")["status"], catalogue.get("late")["attempts"]) == ("completed", 3)
 
 
-def test_a_bare_id_means_the_one_file_that_is_there_now(run, cat, catalogue, files):
+def test_a_bare_id_means_the_one_original_stored_now(run, cat, catalogue, files):
     for generation, extension in enumerate(("jpg", "png"), start=1):
         catalogue.accept([Upload(cat)])
         files.delete("original/cat.jpg")
@@ -349,14 +365,14 @@ def test_a_bare_id_means_the_one_file_that_is_there_now(run, cat, catalogue, fil
         run(cat, generation=generation)
         assert catalogue.get(cat)["path"] == f"original/cat.{extension}"
     assert catalogue.get(cat)["status"] == "completed"
-    run(cat)  # by hand, as a backfill does
+    run(cat)  # a manual run, like a backfill
     assert (catalogue.get(cat)["status"], catalogue.get(cat)["path"]) == (
         "completed",
         "original/cat.png",
     )
 
 
-def test_two_originals_of_one_id_fail_with_their_names(run, cat, catalogue, files):
+def test_the_error_for_two_originals_of_one_id_names_both(run, cat, catalogue, files):
     catalogue.accept([Upload(cat)])
     run(cat, generation=1)
     files.write("original/cat.png", b"another")
@@ -367,7 +383,7 @@ def test_two_originals_of_one_id_fail_with_their_names(run, cat, catalogue, file
     assert row["error"] == "cat has 2 originals (cat.jpg, cat.png): keep one (after 3 attempts)"
 
 
-def test_a_bare_id_of_an_original_elsewhere_means_the_one_it_had(run, catalogue, files):
+def test_a_bare_id_without_an_original_means_the_earlier_path(run, catalogue, files):
     files.write("original/2026/x.jpg", (PHOTOS / "cat.jpg").read_bytes())
     catalogue.accept([Upload("a", "original/2026/x.jpg")])
     run("a", generation=1)
@@ -383,7 +399,7 @@ def test_a_bare_id_of_an_original_elsewhere_means_the_one_it_had(run, catalogue,
     assert catalogue.get("a")["path"] == "original/a.jpg"
 
 
-def test_an_extension_on_disk_that_no_upload_may_name_is_refused(run, catalogue, files):
+def test_an_original_with_an_invalid_extension_is_refused(run, catalogue, files):
     files.write("original/a.j\x1b[2Jpg", b"x")
     catalogue.accept([Upload("a")])
     run("a", generation=1)
@@ -391,7 +407,7 @@ def test_an_extension_on_disk_that_no_upload_may_name_is_refused(run, catalogue,
     assert catalogue.get("a")["error"].isprintable()
 
 
-def test_a_picture_that_is_replaced_and_pushed_while_its_run_works_is_done_again(
+def test_an_image_replaced_and_pushed_during_its_run_is_processed_again(
     run, cat, catalogue, files, ledger
 ):
     class Uploader(ScriptedVision):
@@ -412,7 +428,7 @@ def test_a_picture_that_is_replaced_and_pushed_while_its_run_works_is_done_again
     )
 
 
-def test_looking_again_at_the_same_picture_costs_nothing(run, cat, catalogue, ledger):
+def test_processing_the_same_picture_again_makes_no_paid_call(run, cat, catalogue, ledger):
     class Remote(LocalEmbedder):
         recipe = Recipe("openrouter", "m")
 
@@ -435,7 +451,7 @@ def test_looking_again_at_the_same_picture_costs_nothing(run, cat, catalogue, le
     }
 
 
-def test_a_cut_off_original_says_how_much_of_it_arrived(run, catalogue, files):
+def test_the_error_for_a_truncated_original_states_how_much_could_be_read(run, catalogue, files):
     whole = (PHOTOS / "cat.jpg").read_bytes()
     files.put_original("cut", whole[: len(whole) // 2], "jpg")
     run("cut", vision=ScriptedVision())
@@ -444,7 +460,7 @@ def test_a_cut_off_original_says_how_much_of_it_arrived(run, catalogue, files):
     assert "% of the rows could be read" in row["error"]
 
 
-def test_a_file_that_crashes_its_decoder_fails_and_the_run_lives(run, catalogue, files):
+def test_a_file_that_crashes_its_decoder_fails_but_the_run_survives(run, catalogue, files):
     files.put_original("killer", (SAMPLES / "crash-1.bin").read_bytes(), "heic")
     result = run("killer", vision=ScriptedVision())
     assert not result.success
@@ -468,9 +484,7 @@ def test_a_child_that_dies_between_two_assets_is_replaced(run, cat, catalogue, f
     originals.close()
 
 
-def test_the_queue_does_not_pay_twice_for_the_same_picture_model_and_prompt(
-    run, cat, catalogue, ledger
-):
+def test_the_same_picture_model_and_prompt_are_paid_for_once(run, cat, catalogue, ledger):
     vision = ScriptedVision(ANSWER)
     catalogue.accept([Upload(cat)])
     assert run(cat, generation=1, vision=vision).success
@@ -480,7 +494,9 @@ def test_the_queue_does_not_pay_twice_for_the_same_picture_model_and_prompt(
     assert [row["calls"] for row in ledger.summarize("stage")] == [1]
 
 
-def test_another_picture_or_prompt_or_a_person_is_paid_for(run, cat, catalogue, files, ledger):
+def test_another_picture_another_prompt_and_a_manual_run_are_paid_for(
+    run, cat, catalogue, files, ledger
+):
     vision = ScriptedVision(ANSWER, ANSWER, ANSWER, ANSWER)
     catalogue.accept([Upload(cat)])
     run(cat, generation=1, vision=vision)
@@ -490,7 +506,7 @@ def test_another_picture_or_prompt_or_a_person_is_paid_for(run, cat, catalogue, 
     vision.recipe = Recipe("openai", "scripted", "prompt-2")
     catalogue.accept([Upload(cat)])
     run(cat, generation=3, vision=vision)
-    run(cat, vision=vision)  # by hand
+    run(cat, vision=vision)  # a manual run
     assert [row["calls"] for row in ledger.summarize("stage")] == [4]
 
 
@@ -513,7 +529,7 @@ def test_an_unchanged_text_is_not_embedded_again(run, cat, catalogue, ledger):
     }
 
 
-def test_a_bad_key_fails_nothing_and_uses_no_attempt(run, cat, catalogue, ledger):
+def test_a_bad_key_fails_no_image_and_uses_no_attempt(run, cat, catalogue, ledger):
     catalogue.accept([Upload(cat)])
     run(cat, generation=1, vision=ScriptedVision(PausedError("auth", "answered 401", 600)))
     row = catalogue.get(cat)
@@ -522,18 +538,18 @@ def test_a_bad_key_fails_nothing_and_uses_no_attempt(run, cat, catalogue, ledger
     assert [pause.reason for pause in ledger.list_pauses()] == ["auth"]
 
 
-def test_what_a_call_took_is_told_in_the_ui(run, cat, instance, limiter):
+def test_the_cost_of_a_call_is_shown_in_the_ui(run, cat, instance, limiter):
     limiter.set_limits("1/second")
     run(cat, vision=ScriptedVision(BadAnswerError("prose"), ANSWER))
     event = instance.get_latest_materialization_event(dg.AssetKey("metadata"))
     shown = {name: value.value for name, value in event.asset_materialization.metadata.items()}
-    assert shown["cost_usd"] == 0.0014  # 800 in at 1 USD and 60 out at 10 USD per million
+    assert shown["cost_usd"] == 0.0014  # 800 tokens in at 1 USD and 60 out at 10 USD per million
     assert shown["attempt"] == 2
     assert shown["rate_limit_wait_seconds"] >= 0
     assert shown["call_seconds"] >= 0
 
 
-def test_colours_that_are_not_in_the_picture_are_dropped(run, cat, catalogue):
+def test_colours_that_do_not_occur_in_the_picture_are_dropped(run, cat, catalogue):
     answer = replace(
         ANSWER,
         metadata=ANSWER.metadata.model_copy(update={"dominant_colors": ["#a07850", "#0000ff"]}),

@@ -1,4 +1,4 @@
-"""The asset checks of an image's variants."""
+"""The asset checks find problems with an image's variants."""
 
 from contextlib import closing
 
@@ -21,10 +21,12 @@ from imagepipeline.models import Claim, Variant, build_variant_specs
 from imagepipeline.originals import Originals
 from imagepipeline_tests.imaging.odd_files import encode
 
+pytestmark = pytest.mark.stack
+
 
 @pytest.fixture
 def check(catalogue, files):
-    """The checks of an image, made now: {name: what is wrong}."""
+    """A function that runs the checks of an image; returns {name: problem, or ""}."""
 
     def check(image_id, specs=build_variant_specs()):  # noqa: B008
         with closing(Originals(files, Sandbox(), Rules())) as originals:
@@ -151,7 +153,7 @@ def test_the_sensor_reports_new_problems_at_once_and_the_rest_hourly(
     assert len(tick(an_hour_ago.model_dump_json()).asset_events) == 4
 
 
-def test_a_missing_and_a_damaged_variant_are_named(run, cat, check, files):
+def test_missing_and_damaged_variants_are_named(run, cat, check, files):
     run(cat)
     (files.root / "variants" / "cat-sm.webp").unlink()
     files.write("variants/cat-md.avif", files.read("variants/cat-md.avif")[:300])
@@ -161,21 +163,21 @@ def test_a_missing_and_a_damaged_variant_are_named(run, cat, check, files):
         assert path in description
 
 
-def test_what_was_attached_later_is_found(run, cat, check, files):
+def test_metadata_added_to_a_variant_is_found(run, cat, check, files):
     run(cat)
     image = Image.open(files.root / "variants" / "cat-lg.webp")
     files.write("variants/cat-lg.webp", encode(image, "WEBP", xmp=b"<gps/>"))
     assert check(cat)["clean"] == "variants/cat-lg.webp: xmp"
 
 
-def test_another_picture_is_found(run, cat, check, files):
+def test_a_variant_of_another_picture_is_found(run, cat, check, files):
     run(cat)
     image = Image.open(files.root / "variants" / "cat-lg.webp")
     files.write("variants/cat-lg.webp", encode(Image.new("RGB", image.size, "red"), "WEBP"))
     assert check(cat)["similar"].startswith("variants/cat-lg.webp has a similarity of 0.")
 
 
-def test_a_variant_larger_than_its_original_is_noted(run, check, files):
+def test_a_variant_larger_than_its_original_is_reported(run, check, files):
     noise = Image.effect_noise((300, 300), 60)
     files.put_original("noise", encode(noise, "JPEG", quality=5), "jpg")
     run("noise")
@@ -183,7 +185,7 @@ def test_a_variant_larger_than_its_original_is_noted(run, check, files):
 
 
 @pytest.mark.parametrize(("avif_quality", "is_asked_for"), [(80, True), (65, False)])
-def test_an_avif_larger_than_its_webp_is_noted_unless_asked_for(
+def test_an_avif_larger_than_its_webp_is_reported_unless_its_quality_is_as_high(
     run, check, files, catalogue, avif_quality, is_asked_for
 ):
     noise = Image.effect_noise((300, 300), 60)

@@ -1,4 +1,4 @@
-"""The code location as Dagster sees it."""
+"""The code location is complete, and shows recipes but no secrets."""
 
 import inspect
 import json
@@ -20,7 +20,7 @@ DEFINITIONS = (
 )
 
 
-def test_nothing_in_defs_is_left_out():
+def test_everything_defined_in_defs_is_in_the_definitions():
     modules = [
         import_module(f"imagepipeline.defs.{info.name}")
         for info in pkgutil.iter_modules(imagepipeline.defs.__path__)
@@ -41,7 +41,7 @@ def test_nothing_in_defs_is_left_out():
     assert repository.has_job("process_upload")
 
 
-def test_assets_say_what_they_are():
+def test_assets_have_descriptions_owners_and_versions():
     for key, node in defs().get_repository_def().assets_defs_by_key.items():
         spec = node.get_asset_spec(key)
         assert spec.group_name == "images"
@@ -67,7 +67,7 @@ def test_assets_say_what_they_are():
         ),
     ],
 )
-def test_a_key_switches_to_the_remote_model_and_shows_in_the_code_version(
+def test_a_key_selects_the_remote_model_and_changes_the_code_version(
     environment, metadata, embedding
 ):
     recipes = build_recipes(Settings.load(environment))
@@ -75,7 +75,7 @@ def test_a_key_switches_to_the_remote_model_and_shows_in_the_code_version(
     assert recipes["embedding"].version.startswith(embedding)
 
 
-def test_the_recipe_of_the_code_version_is_the_one_the_model_reports(monkeypatch):
+def test_the_recipe_in_the_code_version_is_the_models_own(monkeypatch):
     environment = {
         "OPENAI_API_KEY": "k",
         "OPENROUTER_API_KEY": "k",
@@ -90,7 +90,7 @@ def test_the_recipe_of_the_code_version_is_the_one_the_model_reports(monkeypatch
                 assert getattr(built, resource).recipe == recipes[asset]
 
 
-def test_no_secret_is_in_what_dagster_stores_or_shows(monkeypatch):
+def test_dagster_neither_stores_nor_shows_secrets(monkeypatch):
     secrets = {
         "OPENAI_API_KEY": "canary1",
         "OPENROUTER_API_KEY": "canary2",
@@ -108,10 +108,10 @@ def test_no_secret_is_in_what_dagster_stores_or_shows(monkeypatch):
     assert json.loads(snapshot)
 
 
-def test_the_shipped_dagster_yaml_is_read_with_five_runs_at_a_time(tmp_path):
-    from imagepipeline.runtime.services import _read_shipped
+def test_the_shipped_dagster_yaml_allows_five_runs_at_a_time(tmp_path):
+    from imagepipeline.runtime.services import _read_packaged
 
-    (tmp_path / "dagster.yaml").write_text(_read_shipped("dagster.yaml"))
+    (tmp_path / "dagster.yaml").write_text(_read_packaged("dagster.yaml"))
     with dg.DagsterInstance.from_config(str(tmp_path)) as instance:
         assert instance.get_concurrency_config().run_queue_config.max_concurrent_runs == 5
         assert instance.run_monitoring_enabled

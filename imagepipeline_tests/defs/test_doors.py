@@ -1,4 +1,4 @@
-"""IDs and paths from anywhere: the queue, partitions made by hand, rows of earlier versions."""
+"""Hostile IDs and paths are refused, from the queue, manual partitions and existing rows."""
 
 import io
 import json
@@ -17,6 +17,8 @@ from imagepipeline.models import Upload
 from imagepipeline.services.vision import LocalVision
 from imagepipeline.storage import open_storage
 from imagepipeline.stores.files import FileStore
+
+pytestmark = pytest.mark.stack
 
 
 def draw(color):
@@ -51,8 +53,8 @@ class CountingVision(LocalVision):
         return super().describe(preview, facts)
 
 
-def say(result):
-    """What the failed steps of a run say."""
+def list_errors(result):
+    """Returns the errors of a run's failed steps."""
     return [event.step_failure_data.error.to_string() for event in result.get_step_failure_events()]
 
 
@@ -60,21 +62,19 @@ def say(result):
     "key", ["../../etc/passwd", "a b", "a\nb", "\x1b[31ma", "é", "a" * 65, "'; DROP TABLE images"]
 )
 @pytest.mark.parametrize("generation", [None, 1])
-def test_a_partition_made_by_hand_passes_the_check_of_the_queue(run, catalogue, key, generation):
+def test_the_key_of_a_manual_partition_is_validated_like_an_entry(run, catalogue, key, generation):
     result = run(key, generation)
     assert not result.success
-    [said, *_] = say(result)
+    [said, *_] = list_errors(result)
     assert "is not an image ID: 1 to 64 letters, digits" in said
     assert "\x1b" not in said
     assert catalogue.get(key) is None
     assert sum(catalogue.count().values()) == 0
 
 
-def test_a_generation_that_is_no_number_is_a_clear_error_and_costs_no_tick(
-    run, instance, tick, queue, catalogue
-):
+def test_a_malformed_generation_fails_its_run_but_no_tick(run, instance, tick, queue, catalogue):
     result = run("cat", "ten")
-    assert "the run's tag imagepipeline/generation is not a number" in say(result)[0]
+    assert "the run's tag imagepipeline/generation is not a number" in list_errors(result)[0]
     for tags in ({GENERATION_TAG: "ten", "dagster/partition": "a"}, {GENERATION_TAG: "1"}):
         dg_run = dg.DagsterRun(
             job_name="process_upload", tags=tags, status=dg.DagsterRunStatus.STARTED
@@ -85,18 +85,18 @@ def test_a_generation_that_is_no_number_is_a_clear_error_and_costs_no_tick(
     assert [request.run_key for request in tick().run_requests] == ["good:1"]
 
 
-def test_a_row_whose_id_is_invalid_ends_and_costs_no_other(
+def test_a_row_with_an_invalid_id_fails_without_affecting_others(
     tick, catalogue, outbox, sqlite_catalogue_url, instance, tasks
 ):
     catalogue.accept([Upload(f"victim{number}") for number in range(20)])
     evil = "evil\n\x1b[31mSubject: x"
     with sa.create_engine(sqlite_catalogue_url).begin() as connection:
-        for number in range(16):  # more than there is room for runs
+        for number in range(16):  # more than may run at a time
             connection.execute(
                 sa.text("UPDATE images SET id = :evil, priority = 9 WHERE id = :id"),
                 {"evil": f"{evil}{number}", "id": f"victim{number}"},
             )
-    assert tick().skip_message  # there was room for fifteen, and none of them may run
+    assert tick().skip_message  # the first fifteen, all invalid
     keys = [request.run_key for request in tick().run_requests]
     assert sorted(keys) == [f"victim{number}:1" for number in range(16, 20)]
     assert catalogue.get(f"{evil}0")["reason"] == "invalid_id"
@@ -113,7 +113,7 @@ def test_a_row_whose_id_is_invalid_ends_and_costs_no_other(
     assert reconcile(catalogue, instance, tasks, StandstillWatch()) == []
 
 
-def test_a_row_that_cannot_be_looked_at_costs_no_other(
+def test_a_row_that_cannot_be_reconciled_does_not_affect_others(
     catalogue, instance, tasks, start_run, monkeypatch
 ):
     for image_id in ("bad", "good"):
@@ -138,14 +138,14 @@ THEFTS = [
 ]
 
 
-def known_victims(catalogue):
-    """Images as they are today: one by its ID alone, one by a path in a folder."""
+def accept_victims(catalogue):
+    """Accepts two images: one by its ID alone, one by a path in a folder."""
     catalogue.accept([Upload("victim"), Upload("other", "original/2026/theirs.jpg")])
 
 
 @pytest.mark.parametrize("path", THEFTS)
 def test_an_entry_cannot_name_another_images_original(queue, catalogue, path):
-    known_victims(catalogue)
+    accept_victims(catalogue)
     queue.enqueue("thief", path)
     queue.enqueue("neighbour", "original/2026/mine.jpg")
     take_in(queue, catalogue)
@@ -160,7 +160,9 @@ def test_an_entry_cannot_name_another_images_original(queue, catalogue, path):
 
 @pytest.mark.parametrize("path", THEFTS)
 @pytest.mark.parametrize("is_first", [True, False])
-def test_nor_in_the_same_tick(queue, catalogue, path, is_first):
+def test_an_entry_cannot_name_the_original_of_another_entry_in_the_same_tick(
+    queue, catalogue, path, is_first
+):
     pushes = [("victim", None), ("other", "original/2026/theirs.jpg")]
     pushes.insert(0 if is_first and "2026" not in path else 2, ("thief", path))
     for push in pushes:
@@ -172,12 +174,23 @@ def test_nor_in_the_same_tick(queue, catalogue, path, is_first):
 
 @pytest.mark.parametrize(
     "path",
-    ["original/./victim.jpg", "original//victim.jpg", "original/x/../victim.jpg", "./original/victim.jpg",
-     "/original/victim.jpg", "original\\victim.jpg", "original/victim.jpg/", "original/victim.jpg\n",
-     "original/victim\u200b.jpg", "Original/victim.jpg", "original/victim.jpg\x00.png", "file:///original/victim.jpg"],
-)  # fmt: skip
-def test_a_path_has_one_way_to_be_written(queue, catalogue, path):
-    known_victims(catalogue)
+    [
+        "original/./victim.jpg",
+        "original//victim.jpg",
+        "original/x/../victim.jpg",
+        "./original/victim.jpg",
+        "/original/victim.jpg",
+        "original\\victim.jpg",
+        "original/victim.jpg/",
+        "original/victim.jpg\n",
+        "original/victim\u200b.jpg",
+        "Original/victim.jpg",
+        "original/victim.jpg\x00.png",
+        "file:///original/victim.jpg",
+    ],
+)
+def test_a_path_must_be_in_its_normal_form(queue, catalogue, path):
+    accept_victims(catalogue)
     queue.redis.lpush(queue.wait_key, json.dumps({"imageId": "thief", "path": path}))
     take_in(queue, catalogue)
     assert catalogue.get("thief") is None
@@ -188,7 +201,7 @@ def test_a_path_has_one_way_to_be_written(queue, catalogue, path):
     "path",
     ["original/%76ictim.jpg", "original/VICTIM.jpg", "original/link.jpg", "original/vıctim.jpg"],
 )
-def test_what_only_looks_like_anothers_original_leads_nowhere(storage, path):
+def test_a_path_that_resembles_anothers_original_finds_no_file(storage, path):
     storage.put_original("victim", CAT, "jpg")
     if isinstance(storage, FileStore):
         (storage.root / "original" / "link.jpg").symlink_to("victim.jpg")
@@ -198,11 +211,11 @@ def test_what_only_looks_like_anothers_original_leads_nowhere(storage, path):
 
 
 @pytest.mark.parametrize("path", ["original/victim.jpg", "original/2026/theirs.jpg"])
-def test_a_thief_that_was_first_is_told_when_its_run_begins(run, catalogue, files, path):
-    """The owner is known, or has read its file, only after the thief was taken in."""
+def test_the_run_of_an_image_that_names_anothers_original_fails(run, catalogue, files, path):
+    """The owner is known, or has read its file, only after the thief was accepted."""
     files.write(path, CAT)
     catalogue.accept([Upload("thief", path)])
-    if "2026" in path:  # by a version that did not ask
+    if "2026" in path:  # as an earlier version did, which did not check
         claim = catalogue.claim_anew("victim", "its run")
         with catalogue._database.transaction() as connection:
             catalogue._update(connection, claim, path=path)
@@ -219,7 +232,7 @@ def test_a_thief_that_was_first_is_told_when_its_run_begins(run, catalogue, file
     assert f"{path} is the original of victim, not of thief" in row["error"]
 
 
-def test_the_name_of_a_file_that_another_image_was_given_is_no_way_to_it(run, catalogue, files):
+def test_an_id_equal_to_the_name_of_anothers_original_does_not_give_access(run, catalogue, files):
     files.write("original/IMG_1.jpg", CAT)
     catalogue.accept([Upload("abc", "original/IMG_1.jpg")])
     assert run("abc", 1).success
@@ -227,11 +240,11 @@ def test_the_name_of_a_file_that_another_image_was_given_is_no_way_to_it(run, ca
     vision = CountingVision()
     assert not run("IMG_1", 1, vision=vision).success
     assert (catalogue.get("IMG_1")["reason"], vision.calls) == ("path_taken", 0)
-    catalogue.accept([Upload("abc", "original/IMG_1.jpg")])  # its owner goes on
+    catalogue.accept([Upload("abc", "original/IMG_1.jpg")])  # its owner still has access
     assert run("abc", 2).success
 
 
-def test_what_users_do_today_goes_on(run, queue, catalogue, files):
+def test_legitimate_pushes_are_accepted_again_and_again(run, queue, catalogue, files):
     files.write("original/2026/photo.jpg", CAT)
     files.write("original/IMG_7.jpg", BOAT)
     files.put_original("bare", CAT, "jpg")
@@ -245,29 +258,30 @@ def test_what_users_do_today_goes_on(run, queue, catalogue, files):
     for generation in (1, 2):
         for push in pushes:
             queue.enqueue(*push)
-            queue.enqueue(*push)  # a client that repeats itself
+            queue.enqueue(*push)  # a duplicate
         take_in(queue, catalogue)
         assert queue.list_dead() == []
         if generation == 1:
             assert all(run(image_id, 1).success for image_id in ("a", "b"))
 
 
-def test_whose_a_path_is_is_asked_of_an_index(catalogue, sqlite_catalogue_url):
+def test_the_owner_of_a_path_is_found_by_a_database_index(catalogue, sqlite_catalogue_url):
     with sa.create_engine(sqlite_catalogue_url).connect() as connection:
         plan = connection.exec_driver_sql(
-            "EXPLAIN QUERY PLAN SELECT id FROM images WHERE requested_path IN ('a', 'b') OR path IN ('a', 'b')"
+            "EXPLAIN QUERY PLAN SELECT id FROM images "
+            "WHERE requested_path IN ('a', 'b') OR path IN ('a', 'b')"
         ).all()
     assert all("SCAN" not in str(row) for row in plan)
 
 
-def test_a_bucket_is_asked_for_the_very_name(bucket_url):
+def test_originals_in_a_bucket_are_found_by_their_exact_name(bucket_url):
     storage = open_storage(bucket_url)
     storage.put_original("victim", CAT, "jpg")
     assert storage.list_originals_of("victim") == ["original/victim.jpg"]
     assert storage.list_originals_of("VICTIM") == []
 
 
-def test_what_nobody_classified_is_written_down_printable(run, catalogue, files, instance):
+def test_unclassified_errors_are_stored_in_printable_form(run, catalogue, files, instance):
     files.put_original("cat", CAT, "jpg")
     catalogue.accept([Upload("cat")])
     evil = "\x1b[31m\u202e\x9b\u2028\ud83d"
@@ -285,7 +299,7 @@ def test_what_nobody_classified_is_written_down_printable(run, catalogue, files,
     assert not any(mark in written for mark in ("u001b", "u202e", "\x1b", "\u202e", "\x9b"))
 
 
-def test_of_a_stored_variant_no_more_is_read_than_was_written(run, catalogue, files, monkeypatch):
+def test_a_stored_variant_is_read_only_up_to_its_recorded_size(run, catalogue, files, monkeypatch):
     files.put_original("cat", CAT, "jpg")
     catalogue.accept([Upload("cat")])
     sizes = []
@@ -299,7 +313,7 @@ def test_of_a_stored_variant_no_more_is_read_than_was_written(run, catalogue, fi
 
 
 @pytest.mark.parametrize("path", [None, "original/victim.jpg"])
-def test_a_thief_that_was_first_keeps_no_owner_from_its_own_file(
+def test_an_owner_keeps_its_original_even_if_another_image_named_it_first(
     run, queue, catalogue, files, path
 ):
     files.put_original("victim", CAT, "jpg")

@@ -1,4 +1,4 @@
-"""An image whose decoder was broken into ends as failed, whatever that decoder says."""
+"""An image whose decoder is compromised fails, whatever the decoder answers."""
 
 from contextlib import closing
 
@@ -10,11 +10,13 @@ from imagepipeline.originals import Originals
 from imagepipeline_tests.conftest import PHOTOS
 from imagepipeline_tests.imaging import lying_operations
 
+pytestmark = pytest.mark.stack
+
 
 @pytest.mark.parametrize(
     ("lie", "status"), [("", "completed"), ("preview", "failed"), ("no picture", "failed")]
 )
-def test_an_image_whose_decoder_lies_fails_and_is_not_tried_again(
+def test_an_image_whose_decoder_lies_fails_without_a_retry(
     run, catalogue, files, monkeypatch, lie, status
 ):
     monkeypatch.setattr("imagepipeline.originals.decode", lying_operations.decode)

@@ -1,4 +1,4 @@
-"""Once per failure, none lost while the other end is down, and a digest when many fail at once."""
+"""Administrators get one message per failure, or a digest; none is lost while a channel is down."""
 
 import dagster as dg
 import pytest
@@ -44,7 +44,7 @@ def fail(catalogue):
     return fail
 
 
-def test_every_failure_is_told_once_on_every_channel(tick, fail):
+def test_every_failure_is_sent_once_on_every_channel(tick, fail):
     webhook, mail = ScriptedNotifier(), ScriptedNotifier("mail")
     fail("a")
     for _ in range(3):
@@ -52,7 +52,7 @@ def test_every_failure_is_told_once_on_every_channel(tick, fail):
     assert webhook.sent == mail.sent == [["a"]]
 
 
-def test_a_new_generation_that_fails_is_told_again(tick, fail):
+def test_a_failure_of_a_new_generation_is_sent_again(tick, fail):
     webhook = ScriptedNotifier()
     for _ in range(2):
         fail("a")
@@ -60,7 +60,7 @@ def test_a_new_generation_that_fails_is_told_again(tick, fail):
     assert webhook.sent == [["a"], ["a"]]
 
 
-def test_nothing_is_lost_while_the_other_end_is_down(tick, fail):
+def test_no_failure_is_lost_while_a_channel_is_down(tick, fail):
     webhook, mail = ScriptedNotifier(), ScriptedNotifier("mail")
     webhook.is_down = True
     fail("a")
@@ -71,7 +71,7 @@ def test_nothing_is_lost_while_the_other_end_is_down(tick, fail):
     assert webhook.sent == mail.sent == [["a"]]
 
 
-def test_many_at_once_are_one_message(tick, fail):
+def test_many_failures_at_once_are_one_message(tick, fail):
     webhook = ScriptedNotifier()
     names = [f"i{number}" for number in range(DIGEST_ABOVE + 1)]
     for name in names:
@@ -80,7 +80,7 @@ def test_many_at_once_are_one_message(tick, fail):
     assert webhook.sent == [names]
 
 
-def test_completed_images_are_not_told_of(tick, catalogue):
+def test_completed_images_send_no_message(tick, catalogue):
     webhook = ScriptedNotifier()
     catalogue.hand_back(catalogue.claim_anew("a", "run"), "x")
     tick(webhook)
@@ -93,7 +93,7 @@ def test_without_a_notifier_failures_wait_in_the_outbox(tick, fail, outbox):
     assert len(outbox.list_unsent("mail")) == 1
 
 
-def test_a_pause_is_told_once_on_every_channel(tick, ledger):
+def test_a_pause_is_sent_once_on_every_channel(tick, ledger):
     webhook, mail = ScriptedNotifier("webhook"), ScriptedNotifier("mail")
     ledger.pause("quota", "no credit", 600)
     for _ in range(2):
@@ -101,7 +101,7 @@ def test_a_pause_is_told_once_on_every_channel(tick, ledger):
     assert (webhook.sent, mail.sent) == (["quota"], ["quota"])
 
 
-def test_a_notice_that_is_refused_costs_no_other_and_is_tried_again(tick, fail, ledger):
+def test_a_refused_message_is_retried_without_delaying_others(tick, fail, ledger):
     webhook = ScriptedNotifier()
     webhook.refused = ("a",)
     ledger.pause("quota", "no credit", 600)
@@ -114,7 +114,7 @@ def test_a_notice_that_is_refused_costs_no_other_and_is_tried_again(tick, fail, 
     assert webhook.sent == ["quota", ["b"], ["c"], ["a"]]
 
 
-def test_a_pause_that_cannot_be_told_keeps_no_failure_from_being_told(tick, fail, ledger):
+def test_failures_are_sent_even_if_a_pause_cannot_be(tick, fail, ledger):
     webhook = ScriptedNotifier()
 
     def refuse(pause):
@@ -127,7 +127,7 @@ def test_a_pause_that_cannot_be_told_keeps_no_failure_from_being_told(tick, fail
     assert webhook.sent == [["a"]]
 
 
-def test_a_channel_that_breaks_down_costs_the_other_nothing(tick, fail):
+def test_an_error_on_one_channel_does_not_affect_the_other(tick, fail):
     webhook, mail = ScriptedNotifier("webhook"), ScriptedNotifier("mail")
     webhook.send = lambda failures: 1 / 0
     fail("a")

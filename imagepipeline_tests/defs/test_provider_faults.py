@@ -1,7 +1,7 @@
-"""Many images against a provider of which three answers in ten go wrong: all end, and the money adds up.
+"""Many images are processed with a provider that fails 30 % of its calls, is down, or limits them.
 
-And days on which it is down, or permits only few calls.
-12 images here; `PROVIDER_FAULT_IMAGES=200 pytest imagepipeline_tests/defs/test_provider_faults.py` for more.
+All images end, and the costs add up. The test uses 12 images; for more, run
+`PROVIDER_FAULT_IMAGES=200 pytest imagepipeline_tests/defs/test_provider_faults.py`.
 """
 
 import json
@@ -27,16 +27,18 @@ from imagepipeline_tests.imaging.odd_files import encode
 from imagepipeline_tests.services.test_embedder import answer_of
 from imagepipeline_tests.services.test_vision import METADATA, completion
 
+pytestmark = pytest.mark.stack
+
 IMAGE_COUNT = int(os.environ.get("PROVIDER_FAULT_IMAGES", "12"))
 FAULT_SHARE = 0.3
 REASONS = {"provider_unavailable", "bad_output", "refused", "provider_rejected"}
 
 
 class Provider:
-    """Answers well or badly by a seed, and counts what it would charge for."""
+    """Answers or fails at random with a fixed seed, and counts what it would charge."""
 
     def __init__(self):
-        self.chance = random.Random(5)
+        self.rng = random.Random(5)
         self.calls = Counter()
         self.tokens = Counter()
 
@@ -45,7 +47,7 @@ class Provider:
         stage = "metadata" if is_chat else "embedding"
         self.calls[stage] += 1
         faults = ["429", "500", "404", "html"] + ["prose", "missing", "refusal"] * is_chat
-        fault = self.chance.choice(faults) if self.chance.random() < FAULT_SHARE else None
+        fault = self.rng.choice(faults) if self.rng.random() < FAULT_SHARE else None
         if fault in ("429", "500", "404"):
             return Response(
                 json.dumps({"error": {"message": "no"}}), int(fault), {"Retry-After": "0"}
@@ -66,7 +68,7 @@ class Provider:
         return Response(json.dumps(answer), content_type="application/json")
 
 
-def test_all_images_end_within_bounds_and_the_cost_adds_up(
+def test_all_images_end_after_few_calls_and_the_costs_add_up(
     httpserver, run, catalogue, files, ledger, limiter
 ):
     provider = Provider()
@@ -103,16 +105,19 @@ def test_all_images_end_within_bounds_and_the_cost_adds_up(
     print(dict(outcomes), dict(provider.calls), f"{cost_usd:.4f} USD")
 
 
-class Days:
-    """A pipeline with one slot, whose sensor and runs are real, before a provider that a test tells what to answer."""
+class Pipeline:
+    """A pipeline with real sensors and runs, a scripted provider, and a clock that can be advanced.
+
+    Attributes:
+        answer: takes the number of a call for a description, from 1; returns the status to answer
+            with, or None for 200.
+    """
 
     def __init__(self, httpserver, run, instance, queue, catalogue, files, limiter, database_url):
-        self.answer = lambda number: (
-            None
-        )  # to the 1st, 2nd, … request for a description: a status, None for 200
+        self.answer = lambda number: None
         self.calls = Counter()
         self.ends = Counter()
-        self.passed = timedelta(0)
+        self.elapsed = timedelta(0)
         self.instance, self.queue, self.catalogue, self.files, self.limiter = (
             instance,
             queue,
@@ -121,7 +126,7 @@ class Days:
             limiter,
         )
         self._run = run
-        self.ledger = Ledger(database_url, lambda: now_utc() + self.passed)
+        self.ledger = Ledger(database_url, lambda: now_utc() + self.elapsed)
         httpserver.expect_request("/v1/chat/completions").respond_with_handler(self._describe)
         httpserver.expect_request("/v1/embeddings").respond_with_handler(self._embed)
         url = httpserver.url_for("/v1")
@@ -131,7 +136,7 @@ class Days:
         }
         recipes = {"metadata": Recipe("openai", "m"), "embedding": Recipe("openrouter", "e")}
         self.paid_calls = PaidCalls(
-            self.ledger, limiter, {}, clock=lambda: now_utc() + self.passed, recipes=recipes
+            self.ledger, limiter, {}, clock=lambda: now_utc() + self.elapsed, recipes=recipes
         )
 
     def push(self, count):
@@ -141,7 +146,7 @@ class Days:
             self.queue.enqueue(f"image-{number}")
 
     def tick(self):
-        """One tick and the runs it asks for, one after the other; gives how many, or why there is none."""
+        """Runs a tick and the runs it requests; returns their number, or why there are none."""
         resources = {"queue": self.queue, "catalogue": self.catalogue, "ledger": self.ledger}
         context = dg.build_sensor_context(
             instance=self.instance, resources={**resources, "paid_calls": self.paid_calls}
@@ -172,71 +177,73 @@ class Days:
 
 
 @pytest.fixture
-def days(httpserver, run, instance, queue, catalogue, files, limiter, sqlite_catalogue_url):
-    days = Days(httpserver, run, instance, queue, catalogue, files, limiter, sqlite_catalogue_url)
-    with closing(days.ledger):
-        yield days
+def pipeline(httpserver, run, instance, queue, catalogue, files, limiter, sqlite_catalogue_url):
+    pipeline = Pipeline(
+        httpserver, run, instance, queue, catalogue, files, limiter, sqlite_catalogue_url
+    )
+    with closing(pipeline.ledger):
+        yield pipeline
 
 
-def test_a_provider_that_is_down_for_a_while_fails_no_image_and_tells_nobody_of_any(days, outbox):
-    days.push(4)
-    days.answer = lambda number: 503
-    assert days.tick() == 4  # two fail before it is known whose trouble it is, the third finds out
-    assert days.catalogue.count()["failed"] == 2
-    assert "provider_down" in days.tick()
-    assert days.catalogue.count()["pending"] == 4
+def test_a_provider_outage_fails_no_image_and_sends_no_failure(pipeline, outbox):
+    pipeline.push(4)
+    pipeline.answer = lambda number: 503
+    assert pipeline.tick() == 4  # two fail before the third shows that the provider is down
+    assert pipeline.catalogue.count()["failed"] == 2
+    assert "provider_down" in pipeline.tick()
+    assert pipeline.catalogue.count()["pending"] == 4
     assert outbox.list_unsent("mail") == []
-    known = days.calls["metadata"]
+    known = pipeline.calls["metadata"]
     for probes in (1, 2):
-        days.passed += timedelta(seconds=31)
-        assert days.tick() == 1
-        assert "provider_down" in days.tick()
-        assert days.calls["metadata"] == known + probes
-    days.answer = lambda number: None
-    days.passed += timedelta(seconds=31)
-    assert days.tick() == 1
-    assert days.tick() == 3
-    assert days.catalogue.count()["completed"] == 4
-    assert days.ledger.list_pauses() == []
+        pipeline.elapsed += timedelta(seconds=31)
+        assert pipeline.tick() == 1
+        assert "provider_down" in pipeline.tick()
+        assert pipeline.calls["metadata"] == known + probes
+    pipeline.answer = lambda number: None
+    pipeline.elapsed += timedelta(seconds=31)
+    assert pipeline.tick() == 1
+    assert pipeline.tick() == 3
+    assert pipeline.catalogue.count()["completed"] == 4
+    assert pipeline.ledger.list_pauses() == []
 
 
-def test_a_provider_that_answers_others_fails_the_image_it_does_not_answer(days):
-    days.push(4)
-    days.answer = lambda number: 503 if number <= 3 else None
-    assert days.tick() == 4
-    assert days.catalogue.count() | {"completed": 3, "failed": 1} == days.catalogue.count()
-    assert days.catalogue.get("image-0")["reason"] == "provider_unavailable"
-    assert days.ledger.list_pauses() == []
+def test_an_image_that_alone_gets_no_answer_fails(pipeline):
+    pipeline.push(4)
+    pipeline.answer = lambda number: 503 if number <= 3 else None
+    assert pipeline.tick() == 4
+    assert pipeline.catalogue.count() | {"completed": 3, "failed": 1} == pipeline.catalogue.count()
+    assert pipeline.catalogue.get("image-0")["reason"] == "provider_unavailable"
+    assert pipeline.ledger.list_pauses() == []
 
 
-def test_twelve_images_under_ten_calls_a_day_make_no_run_that_fails(days):
-    days.limiter.set_limits("10/day")
-    days.push(12)
-    days.tick()
+def test_no_run_fails_because_of_a_daily_rate_limit(pipeline):
+    pipeline.limiter.set_limits("10/day")
+    pipeline.push(12)
+    pipeline.tick()
     for _ in range(5):
-        assert "(10/day) is used up: it goes on at " in days.tick()
-    assert (days.ends, days.calls.total()) == ({True: 5}, 10)
-    days.limiter.set_limits("metadata=4/day,embedding=100/minute")
-    days.tick()
+        assert "(10/day) is used up: paid work resumes at " in pipeline.tick()
+    assert (pipeline.ends, pipeline.calls.total()) == ({True: 5}, 10)
+    pipeline.limiter.set_limits("metadata=4/day,embedding=100/minute")
+    pipeline.tick()
     for _ in range(5):
-        assert "is used up" in days.tick()
-    days.limiter.set_limits("off")  # at once
-    days.tick()
-    assert days.ends == {True: 12}
-    assert days.catalogue.count()["completed"] == 12
+        assert "is used up" in pipeline.tick()
+    pipeline.limiter.set_limits("off")  # takes effect at once
+    pipeline.tick()
+    assert pipeline.ends == {True: 12}
+    assert pipeline.catalogue.count()["completed"] == 12
 
 
-def test_calls_that_were_not_counted_on_cost_a_run_and_no_image(days):
-    days.limiter.set_limits("5/day")
-    days.push(4)
-    days.answer = lambda number: 500 if number == 1 else None  # so that one image takes three calls
-    while not isinstance(days.tick(), str):
+def test_unexpected_calls_over_the_rate_limit_fail_a_run_but_no_image(pipeline):
+    pipeline.limiter.set_limits("5/day")
+    pipeline.push(4)
+    pipeline.answer = lambda number: 500 if number == 1 else None  # so one image needs three calls
+    while not isinstance(pipeline.tick(), str):
         pass
-    assert days.calls.total() == 5
-    assert days.ends[False] == 1
-    assert days.catalogue.count()["failed"] == 0
-    days.limiter.set_limits("off")
-    while not isinstance(days.tick(), str):
+    assert pipeline.calls.total() == 5
+    assert pipeline.ends[False] == 1
+    assert pipeline.catalogue.count()["failed"] == 0
+    pipeline.limiter.set_limits("off")
+    while not isinstance(pipeline.tick(), str):
         pass
-    assert days.catalogue.count()["completed"] == 4
-    assert days.calls["metadata"] == 5  # what was answered is not asked again
+    assert pipeline.catalogue.count()["completed"] == 4
+    assert pipeline.calls["metadata"] == 5  # answered calls are not repeated

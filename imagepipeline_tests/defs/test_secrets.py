@@ -1,4 +1,7 @@
-"""A canary in every secret, and a provider that repeats what it is sent: none of it is found anywhere afterwards."""
+"""Secrets and pictures leak nowhere, even if the provider echoes them.
+
+Every secret contains a canary, which the tests then look for.
+"""
 
 import json
 
@@ -16,6 +19,8 @@ from imagepipeline_tests.conftest import PHOTOS
 from imagepipeline_tests.services.test_embedder import answer_of
 from imagepipeline_tests.services.test_vision import METADATA, completion
 
+pytestmark = pytest.mark.stack
+
 VISION_KEY, EMBEDDING_KEY, REDIS_PASSWORD = (
     "canary-of-vision",
     "canary-of-embedding",
@@ -31,7 +36,7 @@ def test_no_secret_and_no_picture_is_stored_or_shown(
     pictures = []
 
     def repeat(request):
-        """Answers with what it was sent, as a careless proxy might."""
+        """Echoes the request, as a careless proxy might."""
         sent = request.get_data(as_text=True)
         if "image_url" in sent:
             pictures.append(sent.partition("base64,")[2][3000:3060])
@@ -86,7 +91,7 @@ def test_no_secret_and_no_picture_is_stored_or_shown(
                 repr(instance.get_run_by_id(result.run_id))
             ]
         row = catalogue.get("cat")
-    except ImagePipelineError as error:  # a message is a leak like any other
+    except ImagePipelineError as error:  # a secret in a message is a leak too
         told, row = [str(error)], {}
     finally:
         queue.redis.config_set("requirepass", "")

@@ -1,4 +1,4 @@
-"""Ticks of the upload sensor, against a real queue and catalogue."""
+"""The upload sensor takes in uploads from a real queue and requests runs."""
 
 import json
 import threading
@@ -54,12 +54,12 @@ def test_an_idle_tick_lasts_until_an_upload_arrives(tick, queue):
     assert keys(tick()) == ["late:1"]
 
 
-def test_an_idle_tick_says_so(tick, monkeypatch):
+def test_an_idle_tick_is_reported_as_such(tick, monkeypatch):
     monkeypatch.setattr("imagepipeline.defs.sensors.MAX_WAIT_SECONDS", 0.1)
     assert tick().skip_message == "No upload waits."
 
 
-def test_a_bad_entry_costs_its_neighbours_nothing(tick, queue):
+def test_a_malformed_entry_does_not_affect_others(tick, queue):
     queue.enqueue("a")
     queue.redis.lpush(queue.wait_key, b"../etc/passwd", b"\xff\x00", b"{", b"")
     queue.enqueue("b")
@@ -69,13 +69,13 @@ def test_a_bad_entry_costs_its_neighbours_nothing(tick, queue):
     assert all(letter["reason"] and letter["at"] for letter in letters)
 
 
-def test_every_tick_asks_again_for_all_pending_images(tick, catalogue):
-    catalogue.accept([Upload("a")])  # by a tick that died before Dagster stored its requests
+def test_every_tick_requests_runs_for_all_pending_images(tick, catalogue):
+    catalogue.accept([Upload("a")])  # by a tick that crashed before Dagster stored its requests
     assert keys(tick()) == ["a:1"]
     assert keys(tick()) == ["a:1"]
 
 
-def test_an_image_with_a_run_in_flight_is_not_asked_for_twice(tick, queue, start_run):
+def test_no_second_run_is_requested_for_an_image_with_an_unfinished_run(tick, queue, start_run):
     queue.enqueue("a")
     queue.enqueue("b")
     start_run("a", 1)
@@ -89,7 +89,7 @@ def test_a_finished_run_of_an_older_generation_does_not_count(tick, catalogue, s
     assert keys(tick()) == ["a:2"]
 
 
-def test_higher_priorities_run_first_also_when_they_come_later(tick, queue):
+def test_higher_priorities_run_first_even_if_pushed_later(tick, queue):
     queue.enqueue("first")
     queue.enqueue("urgent", priority=9)
     assert keys(tick()) == ["urgent:1", "first:1"]
@@ -105,14 +105,14 @@ def test_the_backlog_waits_in_the_catalogue_not_in_dagsters_queue(tick, catalogu
     assert "room" in tick().skip_message
 
 
-def test_while_redis_is_down_pending_images_still_get_their_runs(tick, catalogue):
+def test_pending_images_get_their_runs_even_while_redis_is_down(tick, catalogue):
     down = UploadQueue("redis://127.0.0.1:9/0")
     assert "does not answer" in tick(down).skip_message
     catalogue.accept([Upload("a")])
     assert keys(tick(down)) == ["a:1"]
 
 
-def test_nothing_leaves_the_list_before_the_catalogue_has_it(queue, catalogue, monkeypatch):
+def test_an_entry_leaves_the_list_only_after_it_is_in_the_catalogue(queue, catalogue, monkeypatch):
     queue.enqueue("a")
 
     def die(uploads):
@@ -127,7 +127,7 @@ def test_nothing_leaves_the_list_before_the_catalogue_has_it(queue, catalogue, m
     assert queue.count()["waiting"] == 0
 
 
-def test_a_crash_after_the_commit_repeats_without_harm(queue, catalogue, monkeypatch):
+def test_a_crash_after_the_commit_is_harmless(queue, catalogue, monkeypatch):
     queue.enqueue("a")
 
     def die(entries):
@@ -145,7 +145,7 @@ def test_a_crash_after_the_commit_repeats_without_harm(queue, catalogue, monkeyp
     assert queue.count()["waiting"] == 0
 
 
-def test_what_a_run_works_on_is_what_active_counts(tick, queue, catalogue):
+def test_the_active_list_has_the_images_in_progress(tick, queue, catalogue):
     queue.enqueue("a")
     tick()
     catalogue.claim("a", 1, "run")
@@ -154,7 +154,7 @@ def test_what_a_run_works_on_is_what_active_counts(tick, queue, catalogue):
     assert queue.redis.llen("image-processing:active") == 1
 
 
-def test_a_full_redis_drains_and_costs_an_unreadable_entry_nothing(tick, queue):
+def test_a_full_redis_is_drained_and_keeps_unreadable_entries(tick, queue):
     queue.enqueue("a")
     queue.redis.lpush(queue.wait_key, b"../x")
     queue.enqueue("b")
@@ -168,7 +168,7 @@ def test_a_full_redis_drains_and_costs_an_unreadable_entry_nothing(tick, queue):
     assert queue.count() == {"waiting": 0, "dead": 1}
 
 
-def test_two_ticks_at_once_take_in_once(tick, queue, catalogue, monkeypatch):
+def test_two_simultaneous_ticks_take_in_an_upload_once(tick, queue, catalogue, monkeypatch):
     queue.enqueue("a")
     accept, accepted = catalogue.accept, []
 
@@ -186,7 +186,7 @@ def test_two_ticks_at_once_take_in_once(tick, queue, catalogue, monkeypatch):
     assert accepted == [[Upload("a")]]
 
 
-def test_entries_as_many_clients_write_them_are_understood(queue, catalogue):
+def test_entries_of_many_clients_are_understood(queue, catalogue):
     written = {
         *(
             b" one ",
@@ -217,7 +217,7 @@ def test_entries_as_many_clients_write_them_are_understood(queue, catalogue):
     ]
 
 
-def test_a_hundred_copies_are_one_upload(queue, catalogue, tick):
+def test_a_hundred_copies_of_an_entry_are_one_upload(queue, catalogue, tick):
     for _ in range(100):
         queue.enqueue("a")
     assert keys(tick()) == ["a:1"]
@@ -225,7 +225,8 @@ def test_a_hundred_copies_are_one_upload(queue, catalogue, tick):
     assert catalogue.get("a")["generation"] == 1
 
 
-def test_ten_thousand_pushes_half_of_them_twice_drain_steadily(queue, catalogue, tick):
+@pytest.mark.stack
+def test_ten_thousand_pushes_half_of_them_duplicates_are_drained(queue, catalogue, tick):
     with queue.redis.pipeline() as pipe:
         for number in range(5000):
             pipe.lpush(queue.wait_key, f"i{number}", f"i{(number * 7) % 5000}")
@@ -324,7 +325,7 @@ MALFORMED = [
 ]
 
 
-def test_sixty_kinds_of_malformed_entries_cost_the_good_ones_nothing(queue, catalogue, tick):
+def test_sixty_kinds_of_malformed_entries_do_not_affect_good_ones(queue, catalogue, tick):
     assert len(set(MALFORMED)) >= 60
     for number, entry in enumerate(MALFORMED):
         queue.redis.lpush(queue.wait_key, entry)
@@ -342,7 +343,7 @@ def test_sixty_kinds_of_malformed_entries_cost_the_good_ones_nothing(queue, cata
     assert sum(catalogue.count().values()) == len(range(0, len(MALFORMED), 6))
 
 
-def test_in_a_pause_nothing_is_started_and_the_tick_says_why(tick, queue, catalogue, ledger):
+def test_during_a_pause_no_run_is_requested_and_the_tick_says_why(tick, queue, catalogue, ledger):
     queue.enqueue("a")
     ledger.pause("auth", "the vision model answered 401", 600)
     assert tick().skip_message == "Paused (auth): the vision model answered 401."
@@ -362,7 +363,7 @@ def test_after_a_pause_one_image_is_tried_first(tick, queue, sqlite_catalogue_ur
 
 @pytest.fixture
 def build_paid_calls(ledger, limiter):
-    """The maker of paid calls for two remote models, with these limits."""
+    """A function that builds the paid calls of two remote models with the given limits."""
 
     def build(limits, **options):
         limiter.set_limits(limits)
@@ -372,21 +373,21 @@ def build_paid_calls(ledger, limiter):
     return build
 
 
-def test_no_run_begins_that_the_rate_limit_of_a_day_has_no_call_for(
+def test_runs_are_requested_only_for_the_calls_left_under_a_daily_limit(
     tick, catalogue, limiter, build_paid_calls
 ):
     catalogue.accept([Upload(f"i{number}") for number in range(12)])
     paid_calls = build_paid_calls("10/day")
-    assert len(keys(tick(paid_calls=paid_calls))) == 5  # two calls each
+    assert len(keys(tick(paid_calls=paid_calls))) == 5  # each needs two calls
     for _ in range(9):
         assert limiter.acquire("metadata", 0)
     assert len(keys(tick(paid_calls=paid_calls))) == 1
     assert limiter.acquire("embedding", 0)
     message = tick(paid_calls=paid_calls).skip_message
     assert message.startswith(
-        "Paused: the rate limit of paid calls (10/day) is used up: it goes on at 20"
+        "Paused: the rate limit of paid calls (10/day) is used up: paid work resumes at 20"
     )
-    limiter.set_limits("20/day")  # at once
+    limiter.set_limits("20/day")  # takes effect at once
     assert len(keys(tick(paid_calls=paid_calls))) == 5
 
 
@@ -395,28 +396,30 @@ def test_no_run_begins_that_the_rate_limit_of_a_day_has_no_call_for(
     [
         ("metadata=4/hour,embedding=100/minute", 4),
         ("metadata=100/minute,embedding=3/day", 3),
-        ("1/minute", 2),  # three calls in the three minutes that a run waits at most
+        ("1/minute", 2),  # three calls in the three minutes that a run may wait
         ("2/minute", 3),
         ("10/minute", 12),
         ("100/minute,3/day", 2),
         ("off", 12),
     ],
 )
-def test_as_many_runs_begin_as_have_their_calls_in_time(
+def test_runs_are_requested_only_if_their_calls_will_be_permitted_in_time(
     tick, catalogue, build_paid_calls, limits, count
 ):
     catalogue.accept([Upload(f"i{number}") for number in range(12)])
     assert len(keys(tick(paid_calls=build_paid_calls(limits)))) == count
 
 
-def test_no_run_begins_while_a_budget_is_set_and_a_price_unknown(tick, catalogue, build_paid_calls):
+def test_no_run_is_requested_while_a_budget_is_set_and_a_price_is_unknown(
+    tick, catalogue, build_paid_calls
+):
     catalogue.accept([Upload("a")])
     message = tick(paid_calls=build_paid_calls("off", daily_budget_usd=5.0)).skip_message
-    assert "the price of m and e is not known" in message
+    assert "the price of m and e is unknown" in message
     assert keys(tick(paid_calls=build_paid_calls("off"))) == ["a:1"]
 
 
-def test_the_image_that_is_tried_after_a_pause_is_not_always_the_same(
+def test_after_a_pause_a_different_image_is_tried_first_each_time(
     tick, catalogue, sqlite_catalogue_url, ledger
 ):
     catalogue.accept([Upload("a", priority=9), Upload("b"), Upload("c")])
@@ -439,7 +442,7 @@ def test_the_image_that_is_tried_after_a_pause_is_not_always_the_same(
     assert keys(tick()) == ["new:1"]
 
 
-def test_what_failed_before_a_provider_was_known_to_be_down_waits_again(
+def test_images_that_failed_shortly_before_an_outage_was_noticed_wait_again(
     tick, catalogue, outbox, ledger, sqlite_catalogue_url
 ):
     for image_id, reason in (

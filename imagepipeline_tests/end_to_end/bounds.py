@@ -1,9 +1,9 @@
-"""What a stack keeps while it processes many small images: connections to Postgres, and keys in Redis.
+"""Checks that many images do not use up connections to Postgres or leave keys in Redis.
 
     python -m imagepipeline_tests.end_to_end.bounds                # 250 images, about 8 minutes
 
-Prints the most connections the stack had before, in the first and the second half, and every key that is
-left in Redis at the end, with its time to live.
+It prints the number of connections at rest, and the maximum in the first and the second half, and
+every key left in Redis at the end, with its time to live.
 """
 
 import argparse
@@ -22,13 +22,13 @@ MAX_TTL_SECONDS = 3600
 
 
 def count_connections(server: sa.Connection) -> int:
-    """How many connections to Postgres the whole stack has; of a socket's, nobody tells whose they are."""
+    """Counts the connections to Postgres of the whole stack."""
     query = "SELECT count(*) FROM pg_stat_activity WHERE datname LIKE 'test_%%'"
     return int(server.exec_driver_sql(query).scalar_one())
 
 
 def list_keys(stack: Drill) -> dict[str, int]:
-    """The keys of the tasks in Redis, each with its time to live in seconds, or -1 where it stays."""
+    """Returns the keys of tasks in Redis and their time to live in seconds, -1 for ever."""
     with closing(stack.redis()) as client:
         return {
             key: client.ttl(key)
@@ -37,7 +37,11 @@ def list_keys(stack: Drill) -> dict[str, int]:
 
 
 def measure(stack: Drill, images: int) -> tuple[list[int], dict[str, int], dict[str, int]]:
-    """Processes so many images; gives connections over time, and the keys before and after a killed worker."""
+    """Processes the images, then more with a worker that is killed.
+
+    Returns:
+        The number of connections over time, and the keys before and after the kill.
+    """
     server = sa.create_engine(
         stack.settings.dagster_database_url.get_secret_value(), isolation_level="AUTOCOMMIT"
     )
@@ -59,7 +63,7 @@ def measure(stack: Drill, images: int) -> tuple[list[int], dict[str, int], dict[
 
 
 def check(counts: list[int], before: dict[str, int], after: dict[str, int]) -> None:
-    """Flat connections, and nothing that stays in Redis but the names of the queues."""
+    """Checks that connections do not grow and only the names of queues stay in Redis."""
     half = len(counts) // 2
     assert max(counts[half:]) <= max(counts[:half]) + MAX_CONNECTIONS_PER_SLOT, counts
     for keys in (before, after):
@@ -73,20 +77,20 @@ def check(counts: list[int], before: dict[str, int], after: dict[str, int]) -> N
 
 
 def main() -> None:
-    """Measures, prints and checks."""
+    """Measures, prints the results and checks them."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument(
-        "--images", type=int, default=250
-    )  # an image's number is its color, of which there are 256
+    # The colour of an image encodes its number, which must be below 256.
+    parser.add_argument("--images", type=int, default=250)
     options = parser.parse_args()
     slots = {"IMAGEPIPELINE_WORKER_SLOTS": str(SLOTS), "IMAGEPIPELINE_MAX_RUNS": str(SLOTS)}
     with databases(True) as urls, drill(call_seconds=0.05, **slots, **urls) as stack:
         counts, before, after = measure(stack, options.images)
     half = len(counts) // 2
     print(
-        f"connections: {counts[0]} at rest, at most {max(counts[:half])} in the first half, {max(counts[half:])} later"
+        f"connections: {counts[0]} at rest, at most {max(counts[:half])} in the first half, "
+        f"{max(counts[half:])} in the second"
     )
     for name, keys in (("after the burst", before), ("after a killed worker", after)):
         print(

@@ -1,7 +1,8 @@
-"""The services of docker-compose.yml as plain processes: the same commands with the same settings, no container engine.
+"""Runs the services of docker-compose.yml as plain processes, with the same commands and settings.
 
-What a container would give them is put in place by renaming: secrets, volumes and the names of other hosts. Postgres is
-the tests' own, set up by the same script. Not the same: users, limits, networks and read-only roots.
+Paths of secrets and volumes, and the names of other hosts, are replaced by local ones. Postgres is
+the tests' own, set up by the same script. Users, limits, networks and read-only file systems are
+not reproduced.
 """
 
 import os
@@ -25,7 +26,13 @@ STARTED = ("redis", "code-server", "worker", "daemon", "webserver", "proxy")
 
 
 class Composed:
-    """The stack in a short `folder`; `settings` are what a user would put into `imagepipeline.env`."""
+    """The stack.
+
+    Args:
+        folder: holds its files; the path must be short because of sockets.
+        postgres_url: of the superuser.
+        settings: those that a user would put into `imagepipeline.env`.
+    """
 
     def __init__(self, folder: Path, postgres_url: str, settings: Mapping[str, str]) -> None:
         self.folder = folder
@@ -46,14 +53,14 @@ class Composed:
             secret.write_text(re.sub(r"@postgres:5432/(\w+)", rf"@/\1?host={host}", text))
 
     def start(self) -> None:
-        """Sets Postgres up, and starts the rest in the order and on the conditions of the file."""
+        """Sets up Postgres, and starts the other services in the order of the Compose file."""
         self.call("postgres", ["sh", str(ROOT / "deploy" / "postgres-init.sh")])
         self.call("migrate", self.services["migrate"]["command"])
         for name in STARTED:
             self.start_service(name)
 
     def start_service(self, name: str) -> None:
-        """Starts one and waits for its health check."""
+        """Starts a service and waits until it is healthy."""
         command = self.services[name]["command"]
         if name == "redis":
             command = [valkey.find_binary(), "--port", str(self.ports["redis"]), *command[1:]]
@@ -73,7 +80,7 @@ class Composed:
             time.sleep(0.3)
 
     def is_healthy(self, name: str) -> bool:
-        """By the file's own health check; of what is not ours, whether the port is open."""
+        """Runs the Compose file's health check; for Redis and the proxy, connects to the port."""
         if name in ("redis", "proxy"):
             with socket.socket() as client:
                 return client.connect_ex(("127.0.0.1", self.ports[name])) == 0
@@ -84,7 +91,7 @@ class Composed:
         return result.returncode == 0
 
     def stop_service(self, name: str) -> int:
-        """Stops one as compose would: SIGTERM, and SIGKILL at the end of its grace period; gives its exit code."""
+        """Stops a service by SIGTERM, later by SIGKILL, as Compose does; returns its exit code."""
         process = self.running.pop(name)
         process.terminate()
         grace_seconds = int(self.services[name].get("stop_grace_period", "10s").removesuffix("s"))
@@ -96,11 +103,11 @@ class Composed:
                 process.wait()
 
     def stop(self) -> dict[str, int]:
-        """Stops what runs, in reverse order; gives the exit codes."""
+        """Stops the running services in reverse order; returns their exit codes."""
         return {name: self.stop_service(name) for name in reversed(STARTED) if name in self.running}
 
     def call(self, name: str, command: list[str]) -> str:
-        """What a command prints in a service's environment, as by `docker compose exec`."""
+        """Runs a command like `docker compose exec`; returns its output."""
         result = subprocess.run(
             self._rename(name, command),
             env=self.build_environment(name),
@@ -112,7 +119,7 @@ class Composed:
         return result.stdout
 
     def build_environment(self, name: str) -> dict[str, str]:
-        """The environment of a service: what the file says, renamed."""
+        """Returns the environment of a service in the Compose file, with local paths and hosts."""
         bare = {
             "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",
             "HOME": str(self.folder),
@@ -149,16 +156,16 @@ class Composed:
         )
 
     def read_secret(self, name: str) -> str:
-        """One of the secrets that were made."""
+        """Returns a generated secret."""
         return (self.folder / "secrets" / name).read_text().strip()
 
     def read_log(self, name: str) -> str:
-        """What a service has printed."""
+        """Returns the output of a service."""
         return (self.folder / f"{name}.log").read_text(errors="replace")
 
     def _rename(self, name: str, words: list[str]) -> list[str]:
         script = str(ROOT / "deploy" / "postgres-init.sh")
-        if script in words:  # it names its secrets itself
+        if script in words:  # it contains the paths of its secrets
             here = self.folder / "postgres-init.sh"
             here.write_text(
                 Path(script).read_text().replace("/run/secrets", str(self.folder / "secrets"))
@@ -166,7 +173,7 @@ class Composed:
             words = [str(here) if word == script else word for word in words]
         renamed = []
         for word in words:
-            while "${" in word:  # the innermost first
+            while "${" in word:  # innermost first
                 word = re.sub(
                     r"\$\{(\w+):-([^${}]*)\}",
                     lambda found: self._settings.get(found[1], found[2]),

@@ -1,4 +1,4 @@
-"""A stack that works on small images and pays a stand-in provider, so that drills can break it and look at the rest."""
+"""A stack for drills to break and examine, with small images and a stand-in for the provider."""
 
 import base64
 import io
@@ -32,18 +32,19 @@ from imagepipeline_tests.end_to_end.processes import find_children, find_port, f
 
 COMMAND = Path(sys.executable).parent / "imagepipeline"
 PATIENCE_SECONDS = 240
-LEVELS = 16  # of red and of green, which together are an image's number
+LEVELS = 16  # of red and of green, which together encode an image's number
 RUNS = """{ runsOrError(limit: 1000) { ... on Runs { results {
     runId status tags { key value } eventConnection(limit: 1000) { events {
-        ... on RunFailureEvent { eventType message } ... on RunCanceledEvent { eventType message } } } } } } }"""
+        ... on RunFailureEvent { eventType message }
+        ... on RunCanceledEvent { eventType message } } } } } } }"""
 CANCEL = """mutation { terminateRun(runId: "%s", terminatePolicy: %s) { __typename
     ... on TerminateRunFailure { message } ... on PythonError { message } } }"""
 STARTED = """{ runsOrError(filter: { statuses: [STARTED] }) { ... on Runs { results {
     eventConnection(limit: 20) { events { ... on EngineEvent { message } } } } } } }"""
 ENDED = ("SUCCESS", "FAILURE", "CANCELED")
 LOGS = ("worker", "daemon", "code-server")
-# What may end a run without a result: its worker's word that it died, the reconciler, the run itself, whoever
-# cancelled it, and the daemon that could not hand it over.
+# Acceptable ends of a run without a result: its worker reports its death, the reconciler ends it,
+# it fails, it is cancelled, or the daemon cannot launch it.
 LEGAL_ENDS = re.compile(
     r"The process that executed the run has died|Ended by the reconciler|[Ss]teps failed|cancel"
     r"|^This run has been marked as failed from outside the execution context\.$"
@@ -51,7 +52,7 @@ LEGAL_ENDS = re.compile(
 
 
 class Provider:
-    """Speaks the OpenAI format, and counts who was described and embedded, and when; each call takes a while."""
+    """A slow provider with OpenAI's API that records all calls: stage, image and time."""
 
     def __init__(self, call_seconds: float) -> None:
         self.call_seconds = call_seconds
@@ -74,7 +75,7 @@ class Provider:
             def handle(self) -> None:
                 try:
                     super().handle()
-                except ConnectionError:  # whoever asked was killed
+                except ConnectionError:  # the caller was killed
                     self.close_connection = True
 
             def log_message(self, *_: Any) -> None:
@@ -85,7 +86,7 @@ class Provider:
         threading.Thread(target=self._server.serve_forever, daemon=True).start()
 
     def answer(self, asked: dict[str, Any]) -> dict[str, Any]:
-        """The answer to one question, which is written down."""
+        """Records a request and returns the answer."""
         usage = {"prompt_tokens": 1, "completion_tokens": 1, "total_tokens": 2}
         if "input" in asked:
             text = asked["input"] if isinstance(asked["input"], str) else asked["input"][0]
@@ -121,13 +122,13 @@ class Provider:
         }
 
     def close(self) -> None:
-        """Answers nobody any more."""
+        """Stops the server."""
         self._server.shutdown()
         self._server.server_close()
 
 
 class Drill:
-    """A stack with the environment that tests of `os.environ` have set, and what can be asked of it and done to it."""
+    """A stack with the environment in `os.environ`, and operations to break and examine it."""
 
     def __init__(self, home: Path, provider: Provider) -> None:
         self.home = home
@@ -147,7 +148,7 @@ class Drill:
         self.catalogue = Catalogue(self.settings.database_url)
 
     def start_services(self) -> None:
-        """Starts each service by its command, as compose does, and waits until all are up."""
+        """Starts each service by its command, as Compose does, and waits until all are up."""
         subprocess.run([COMMAND, "migrate"], check=True, stdout=self.log, stderr=self.log)
         for name in services.NAMES:
             self.start_service(name)
@@ -162,7 +163,7 @@ class Drill:
         )
 
     def stop_service(self, name: str) -> None:
-        """Asks a service to end and waits until it has."""
+        """Terminates a service and waits until it has ended."""
         process = self._processes.pop(name)
         process.terminate()
         process.wait(60)
@@ -173,7 +174,7 @@ class Drill:
             process.terminate()
         if "up" in self._processes:
             time.sleep(0.3)
-            self._processes["up"].terminate()  # once more: without draining
+            self._processes["up"].terminate()  # the second signal skips draining
         for process in self._processes.values():
             try:
                 process.wait(30)
@@ -184,7 +185,7 @@ class Drill:
         self.log.close()
 
     def show_logs(self) -> None:
-        """Prints what the supervisor, the worker and the daemon have written last."""
+        """Prints the ends of the logs."""
         for log in (
             self.home.parent / "up.log",
             *(self.home / "logs" / f"{name}.log" for name in LOGS),
@@ -192,11 +193,11 @@ class Drill:
             print(f"--- {log.name}", read_tail(log, 200), sep="\n", flush=True)
 
     def redis(self) -> redis.Redis:
-        """A client of the Redis that the stack uses."""
+        """Returns a client of the stack's Redis."""
         return redis.Redis.from_url(self.settings.redis_url, decode_responses=True)
 
     def push(self, count: int) -> list[str]:
-        """Pushes so many new images; gives their IDs."""
+        """Pushes `count` new images; returns their IDs."""
         folder = self.home / "storage" / "original"
         folder.mkdir(parents=True, exist_ok=True)
         image_ids = []
@@ -215,19 +216,19 @@ class Drill:
 
     @property
     def worker(self) -> int:
-        """The worker's own process."""
+        """The process ID of the worker."""
         return self.find("worker")
 
     def find(self, name: str) -> int:
-        """The process of a service."""
+        """Returns the process ID of a service."""
         return find_service(self.home, name)
 
     def children(self) -> list[int]:
-        """The worker's children that execute runs, or wait for one."""
+        """Returns the worker's children that execute runs or wait for one."""
         return find_children(self.worker, b"run\n")
 
     def busy_children(self) -> list[int]:
-        """Those of them that execute a run, as the run's page names them."""
+        """Returns the children that execute a run, according to the run's events."""
         asked = self.ask(STARTED)["runsOrError"]["results"]
         messages = " ".join(
             event.get("message", "") for run in asked for event in run["eventConnection"]["events"]
@@ -238,12 +239,12 @@ class Drill:
         return sorted(named.intersection(self.children()))
 
     def tell(self, number: int, *pids: int) -> None:
-        """Sends a signal."""
+        """Sends a signal to processes."""
         for pid in pids:
             os.kill(pid, number)
 
     def ask(self, query: str) -> dict[str, Any]:
-        """What the webserver's GraphQL answers."""
+        """Sends a GraphQL query to the webserver; returns the data of its answer."""
         request = urllib.request.Request(
             f"{self.webserver_url}/graphql",
             json.dumps({"query": query}).encode(),
@@ -255,7 +256,7 @@ class Drill:
             return json.load(answer)["data"]
 
     def runs(self) -> list[dict[str, Any]]:
-        """All runs: `id`, `status`, `image`, `end` (what ended it other than success), and its tags."""
+        """Returns all runs: `id`, `status`, `image`, `end` (why it did not succeed), and tags."""
         found = []
         for run in self.ask(RUNS)["runsOrError"]["results"]:
             tags = {tag["key"]: tag["value"] for tag in run["tags"]}
@@ -273,7 +274,7 @@ class Drill:
         return found
 
     def run_of(self, image_id: str, *statuses: str) -> str:
-        """The ID of an image's run, once it has one of these statuses."""
+        """Waits until an image's run has one of the statuses; returns its ID."""
 
         def find() -> str | None:
             return next(
@@ -288,21 +289,23 @@ class Drill:
         return self.wait_for(find)
 
     def cancel(self, run_id: str, is_forced: bool = False) -> None:
-        """As the button of the UI, with or without its box "Force termination immediately"."""
+        """Cancels a run like the UI; `is_forced` is its box "Force termination immediately"."""
         policy = "MARK_AS_CANCELED_IMMEDIATELY" if is_forced else "SAFE_TERMINATE"
         answer = self.ask(CANCEL % (run_id, policy))["terminateRun"]
         assert answer["__typename"] == "TerminateRunSuccess", answer
 
     def wait_for(self, find: Callable[[], Any], patience_seconds: float = PATIENCE_SECONDS) -> Any:
-        """The first true value."""
+        """Waits until `find` returns a true value; returns it."""
         deadline = time.monotonic() + patience_seconds
         while not (value := find()):
-            assert time.monotonic() < deadline, f"not in {patience_seconds} s: {self.describe()}"
+            assert time.monotonic() < deadline, (
+                f"not within {patience_seconds} s: {self.describe()}"
+            )
             time.sleep(0.05)
         return value
 
     def describe(self) -> str:
-        """How things stand, for a message."""
+        """Describes the state of the stack, for messages."""
         return json.dumps(
             {
                 "counts": self.catalogue.count(),
@@ -311,24 +314,23 @@ class Drill:
         )
 
     def count(self, *statuses: str) -> int:
-        """How many images have one of these statuses."""
+        """Counts the images with one of the statuses."""
         counts = self.catalogue.count()
         return sum(counts[status] for status in statuses)
 
     def wait_until_working(self, count: int = 2) -> None:
-        """Returns once so many images are being processed."""
+        """Waits until at least `count` images are being processed."""
         self.wait_for(lambda: self.count("processing") >= count)
 
     def measure_completion(self, since: float) -> float:
-        """Waits until all that was pushed has ended; gives the seconds."""
+        """Waits until all pushed images have ended; returns the seconds since `since`."""
         self.wait_for(lambda: self.count("completed", "failed") == self._pushed)
         return time.monotonic() - since
 
     def check(self) -> None:
-        """Nothing is lost, done twice or paid twice, and no run that waited or worked was failed."""
-        self.wait_for(
-            lambda: all(run["status"] in ENDED for run in self.runs())
-        )  # a run ends after its image
+        """Checks that no image was lost, processed or paid twice, and no healthy run failed."""
+        # A run ends after its image.
+        self.wait_for(lambda: all(run["status"] in ENDED for run in self.runs()))
         counts = self.catalogue.count()
         assert counts["completed"] == self._pushed - self.cancelled
         calls = Counter((asset, number) for asset, number, _ in self.provider.calls)
@@ -341,7 +343,7 @@ class Drill:
                 claims = events.count("claimed")
                 number = int(row["id"].removeprefix("image"))
                 for asset in ("metadata", "embedding"):
-                    # An answer that a dead run had not yet stored is asked for again, and nothing else is.
+                    # A call is repeated only if a run died before it stored the answer.
                     assert calls[asset, number] <= claims, (
                         row["id"],
                         asset,
@@ -360,7 +362,7 @@ class Drill:
 
 
 def is_made(event: dict[str, Any], asset: str) -> bool:
-    """Whether a line of a history says that an asset's result was stored."""
+    """Returns whether an event in the history says that an asset's result was stored."""
     return event["event"] == "made" and event["detail"].startswith(f"{asset} by ")
 
 
@@ -368,7 +370,10 @@ def is_made(event: dict[str, Any], asset: str) -> bool:
 def drill(
     call_seconds: float = 1.0, has_services: bool = False, **environment: str
 ) -> Iterator[Drill]:
-    """A stack in a home of its own, with these variables set; services by hand have another one's Redis."""
+    """Starts a stack in a new home, with the given environment variables.
+
+    With `has_services`, each service is started by its command and uses an external Redis.
+    """
     with ExitStack() as exits:
         folder = Path(exits.enter_context(tempfile.TemporaryDirectory(prefix="ip", dir="/tmp")))
         provider = Provider(call_seconds)

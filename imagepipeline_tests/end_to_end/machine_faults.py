@@ -1,10 +1,11 @@
-"""Loses one of two machines in every way, and says how long it took until all images were completed.
+"""Makes one of two machines fail in several ways, and measures the time until all images complete.
 
-    python -m imagepipeline_tests.end_to_end.machine_faults              # five minutes; in a bucket
-    python -m imagepipeline_tests.end_to_end.machine_faults --folder     # in a shared folder
+    python -m imagepipeline_tests.end_to_end.machine_faults              # five minutes; a bucket
+    python -m imagepipeline_tests.end_to_end.machine_faults --folder     # a shared folder
 
-A machine is lost while both have runs that wait for their provider. In the end each image was completed once, has one
-row in the index, and was described again only if a lost run was waiting for its description.
+The machine fails while both have runs that wait for the provider. In the end each image has been
+completed once, has one row in the index, and was described again only if a lost run was waiting for
+its description.
 """
 
 import argparse
@@ -17,13 +18,13 @@ from contextlib import ExitStack, contextmanager
 from imagepipeline_tests.conftest import postgres_server, s3_bucket
 from imagepipeline_tests.end_to_end.two_machines import MAX_RUNS, Pair, open_pair
 
-COMPLETE_SECONDS = 90  # after the cause's end
+COMPLETE_SECONDS = 90  # from the end of the fault
 IMAGES = 8
-BRIEFLY_SECONDS = 20  # less than it takes to give a machine up
+BRIEFLY_SECONDS = 20  # shorter than the time after which a machine counts as lost
 
 
 def lose_killed(pair: Pair) -> float:
-    """`kill -9` of all processes; another machine with that home takes its place when the work is done."""
+    """Kills all processes; a new machine with the same home starts after the work is done."""
     pair.beta.kill()
     pair.provider.release()
     seconds = pair.wait_until_completed(COMPLETE_SECONDS)
@@ -32,7 +33,7 @@ def lose_killed(pair: Pair) -> float:
 
 
 def lose_frozen(pair: Pair) -> float:
-    """SIGSTOP of all processes, which go on when their work was done by others."""
+    """Stops all processes, and continues them after others have done their work."""
     pair.beta.freeze()
     pair.provider.release()
     seconds = pair.wait_until_completed(COMPLETE_SECONDS)
@@ -41,7 +42,7 @@ def lose_frozen(pair: Pair) -> float:
 
 
 def lose_frozen_briefly(pair: Pair) -> float:
-    """SIGSTOP of all processes, which go on before they are given up."""
+    """Stops all processes, and continues them before they count as lost."""
     pair.beta.freeze()
     pair.provider.release()
     pair.stand_still(BRIEFLY_SECONDS)
@@ -50,7 +51,7 @@ def lose_frozen_briefly(pair: Pair) -> float:
 
 
 def lose_cut_off(pair: Pair) -> float:
-    """No packet passes between the machine and Redis and Postgres until its work was done by others."""
+    """Cuts the machine off from Redis and Postgres until others have done its work."""
     pair.cut_off()
     pair.provider.release()
     seconds = pair.wait_until_completed(COMPLETE_SECONDS)
@@ -59,7 +60,7 @@ def lose_cut_off(pair: Pair) -> float:
 
 
 def lose_cut_off_briefly(pair: Pair) -> float:
-    """No packet passes until before it is given up."""
+    """Cuts the machine off from Redis and Postgres, until shortly before it counts as lost."""
     pair.cut_off()
     pair.provider.release()
     pair.stand_still(BRIEFLY_SECONDS)
@@ -77,9 +78,11 @@ FAULTS: dict[str, Callable[[Pair], float]] = {
 
 
 def lose(pair: Pair, fault: str) -> float:
-    """Loses the second machine while both are at work, and has it work again.
+    """Makes the second machine fail while both are at work, and has it work again.
 
-    Gives the seconds from the fault, or of a short one from its end, until all images were completed.
+    Returns:
+        The seconds until all images were completed, from the start of the fault, or from the end
+        of a brief one.
     """
     pair.provider.hold()
     calls = pair.provider.calls.total()
@@ -90,7 +93,7 @@ def lose(pair: Pair, fault: str) -> float:
     assert 0 < lost_count < MAX_RUNS
     seconds = FAULTS[fault](pair)
     assert pair.provider.calls.total() - calls <= IMAGES + lost_count
-    # That it works again shows when more is done at once than the other one can do.
+    # More runs at a time than one machine has slots show that it works again.
     pair.wait_for_workers({"alpha", "beta"})
     pair.provider.hold()
     image_ids += pair.push(f"after-{name}", IMAGES)
@@ -105,7 +108,7 @@ def lose(pair: Pair, fault: str) -> float:
 
 @contextmanager
 def open_root(is_folder: bool) -> Iterator[str]:
-    """A place for files and index, in a folder or in a bucket whose keys are then in our environment."""
+    """Yields a root for files and index: a folder, or a bucket with its keys in our environment."""
     if is_folder:
         with tempfile.TemporaryDirectory(prefix="ip", dir="/tmp") as folder:
             yield folder
@@ -116,7 +119,7 @@ def open_root(is_folder: bool) -> Iterator[str]:
 
 
 def main() -> None:
-    """Goes through all faults on one pair of machines."""
+    """Tries the faults one after the other on one pair of machines."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )

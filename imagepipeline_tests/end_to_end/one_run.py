@@ -1,4 +1,9 @@
-"""One run of an image `cat` as a process: FOLDER GENERATION [EFFECT before|after SIGNAL]; catalogue: DATABASE_URL."""
+"""Executes one run of the image `cat`, for tests that kill it.
+
+    python -m imagepipeline_tests.end_to_end.one_run FOLDER GENERATION [EFFECT before|after SIGNAL]
+
+DATABASE_URL names the catalogue.
+"""
 
 import os
 import signal
@@ -27,7 +32,7 @@ from imagepipeline_tests.end_to_end.test_crashes import EFFECTS
 
 
 def signal_at(effect: str, moment: str, name: str) -> None:
-    """Has the process send itself a signal the first time it comes to the effect."""
+    """Makes the process send itself a signal before or after the first call of an effect."""
     owner, method = EFFECTS[effect]
     original = getattr(owner, method)
     sent = []
@@ -49,7 +54,7 @@ def signal_at(effect: str, moment: str, name: str) -> None:
 
 
 def main() -> None:
-    """Exits with 0 if Dagster calls the run a success."""
+    """Executes the run; the exit code is 0 if it succeeds."""
     folder, generation = Path(sys.argv[1]), sys.argv[2]
     if len(sys.argv) > 3:
         signal_at(*sys.argv[3:])

@@ -1,4 +1,4 @@
-"""Which process is which, in a stack that runs."""
+"""Finds the processes of a running stack."""
 
 import os
 import socket
@@ -6,7 +6,7 @@ from pathlib import Path
 
 
 def find_service(home: Path, name: str) -> int:
-    """The process of a service of `imagepipeline up`: the leader of its session, whose output goes to its log."""
+    """Returns the process ID of a service: the session leader whose output goes to its log."""
     log = str(home / "logs" / f"{name}.log")
     for path in Path("/proc").glob("[0-9]*"):
         try:
@@ -21,7 +21,7 @@ def find_service(home: Path, name: str) -> int:
 
 
 def find_children(parent: int, word: bytes) -> list[int]:
-    """The processes a process has started that have the word in their name or command line, oldest first."""
+    """Returns children with a word in their name or command line, oldest first."""
     found = []
     for path in Path("/proc").glob("[0-9]*"):
         try:
@@ -35,7 +35,7 @@ def find_children(parent: int, word: bytes) -> list[int]:
 
 
 def list_tree(root: int) -> list[int]:
-    """A process and all that it and they have started, parents first."""
+    """Returns a process and all its descendants, parents first."""
     tree = [root]
     for pid in tree:
         tree += find_children(pid, b"")
@@ -43,7 +43,7 @@ def list_tree(root: int) -> list[int]:
 
 
 def find_process(home: Path, word: bytes) -> int:
-    """A process of that home with the word in its name or command line."""
+    """Returns a process of a home with a word in its name or command line."""
     for path in Path("/proc").glob("[0-9]*"):
         try:
             names = (path / "comm").read_bytes() + (path / "cmdline").read_bytes()
@@ -51,11 +51,11 @@ def find_process(home: Path, word: bytes) -> int:
                 return int(path.name)
         except OSError:
             continue
-    raise AssertionError(f"no process of {home} is called {word!r}")
+    raise AssertionError(f"no process of {home} has {word!r} in its name or command line")
 
 
 def find_port() -> int:
-    """A port that was free a moment ago."""
+    """Returns a free port."""
     with socket.socket() as candidate:
         candidate.bind(("127.0.0.1", 0))
         return int(candidate.getsockname()[1])

@@ -1,4 +1,4 @@
-"""The production stack: what its files say, and what happens when it runs as they say."""
+"""The production stack: its files are correct, and it works when it runs as they say."""
 
 import http.client
 import json
@@ -22,7 +22,7 @@ import sqlalchemy as sa
 import yaml
 from celery import Celery
 
-from imagepipeline.runtime.services import SECRETS_OF
+from imagepipeline.runtime.services import SERVICE_SECRETS
 from imagepipeline.settings import is_secret
 from imagepipeline.stores import broker
 from imagepipeline_tests.conftest import PHOTOS
@@ -30,19 +30,21 @@ from imagepipeline_tests.end_to_end.composed import ROOT, Composed
 from imagepipeline_tests.end_to_end.processes import list_tree
 
 SERVICES = yaml.safe_load((ROOT / "docker-compose.yml").read_text())["services"]
-# One stack for all of them, in this order.
-pytestmark = pytest.mark.xdist_group("compose")
+# All tests share one stack, and run in this order.
+pytestmark = [pytest.mark.stack, pytest.mark.xdist_group("compose")]
+# Set, but not used.
 API_KEYS = {
     "OPENAI_API_KEY": "sk-composed-openai",
     "OPENROUTER_API_KEY": "sk-composed-openrouter",
-}  # there, not used
+}
 ATTACK = (
-    'mutation { addDynamicPartition(partitionsDefName: "uploads", partitionKey: "KEY", repositorySelector: '
-    '{repositoryName: "__repository__", repositoryLocationName: "imagepipeline"}) { __typename } }'
+    'mutation { addDynamicPartition(partitionsDefName: "uploads", partitionKey: "KEY", '
+    'repositorySelector: {repositoryName: "__repository__", '
+    'repositoryLocationName: "imagepipeline"}) { __typename } }'
 )
 
 
-def test_the_compose_file_is_one():
+def test_the_compose_file_is_valid():
     command = [
         "-m",
         "check_jsonschema",
@@ -53,7 +55,7 @@ def test_the_compose_file_is_one():
     subprocess.run([sys.executable, *command], check=True)
 
 
-def test_no_service_is_more_open_than_it_must_be():
+def test_services_have_minimal_privileges():
     assert {name for name, service in SERVICES.items() if "ports" in service} == {"proxy"}
     for name, service in SERVICES.items():
         assert service["read_only"], name
@@ -65,9 +67,8 @@ def test_no_service_is_more_open_than_it_must_be():
         for key in service.get("environment", {}):  # secrets come from files
             assert not re.search("PASSWORD|KEY|SECRET|_URL", key) or key.endswith("_FILE"), key
     assert SERVICES["daemon"]["deploy"]["replicas"] == 1
-    assert (
-        not {"container_name", "hostname", "ports"} & SERVICES["worker"].keys()
-    )  # there may be several
+    # There may be several workers.
+    assert not {"container_name", "hostname", "ports"} & SERVICES["worker"].keys()
     assert not any(volume.startswith("sockets:") for volume in SERVICES["worker"]["volumes"])
 
 
@@ -77,14 +78,15 @@ def test_each_service_is_given_the_secrets_it_needs_and_no_more():
         given = {
             variable.removesuffix("_FILE") for variable in variables[name] if is_secret(variable)
         }
-        assert given <= SECRETS_OF[name] | {"DAGSTER_DATABASE_URL", "IMAGEPIPELINE_BROKER_URL"}, (
-            name
-        )
+        assert given <= SERVICE_SECRETS[name] | {
+            "DAGSTER_DATABASE_URL",
+            "IMAGEPIPELINE_BROKER_URL",
+        }, name
         assert len(given) == len(SERVICES[name]["secrets"]), name
     assert not {"OPENAI_API_KEY_FILE", "OPENROUTER_API_KEY_FILE"} & variables["migrate"]
 
 
-def test_secrets_of_an_earlier_version_are_brought_up_to_date(tmp_path):
+def test_secrets_of_an_earlier_version_are_updated(tmp_path):
     def make():
         command = [sys.executable, ROOT / "deploy" / "make-secrets.py", tmp_path]
         return subprocess.run(command, check=True, capture_output=True, text=True).stdout
@@ -148,7 +150,7 @@ def bucket(s3_server):
 
 
 def push(stack, bucket, name, photo):
-    """What an uploader does: the original into the bucket, the ID onto the list."""
+    """Uploads an original to the bucket and pushes its ID to the list."""
     bucket.put_object(Bucket="images", Key=f"composed/original/{name}.jpg", Body=photo.read_bytes())
     redis.Redis.from_url(stack.read_secret("redis_uploader_url")).lpush(
         "image-processing:wait", name
@@ -166,15 +168,18 @@ def wait_for(stack, **counts):
 
 
 def list_runs(stack, status):
-    """The runs of a status, as the UI asks for them."""
-    query = f"{{ runsOrError(filter: {{statuses: [{status}]}}) {{ ... on Runs {{ results {{ runId }} }} }} }}"
+    """Returns the IDs of runs with a status, from the UI's API."""
+    query = (
+        f"{{ runsOrError(filter: {{statuses: [{status}]}}) "
+        "{ ... on Runs { results { runId } } } }"
+    )
     user = ("admin", stack.read_secret("ui_password"))
     answer = json.loads(ask(stack.site + "/graphql", query, user, Origin=stack.site)[1])
     return [run["runId"] for run in answer["data"]["runsOrError"]["results"]]
 
 
 def ask(url, query=None, user=None, **headers):
-    """The status and body of an answer; a query goes as JSON by POST, as the UI's do."""
+    """Returns the status and body of an answer; a query is posted as JSON, like the UI's."""
     if user:
         headers["Authorization"] = "Basic " + b64encode(":".join(user).encode()).decode()
     body = (
@@ -194,7 +199,7 @@ def ask(url, query=None, user=None, **headers):
         return error.code, error.read().decode()
 
 
-def test_photos_go_through_and_a_dead_worker_and_code_server_cost_time_only(
+def test_photos_are_processed_even_if_worker_and_code_server_are_killed(
     stack, bucket, postgres_url
 ):
     photos = sorted(PHOTOS.glob("*.jpg"))
@@ -224,7 +229,10 @@ def test_photos_go_through_and_a_dead_worker_and_code_server_cost_time_only(
     wait_for(stack, completed=10, failed=0, processing=0, pending=0)
 
     with sa.create_engine(postgres_url).connect() as connection:
-        query = "SELECT usename, datname, count(*) FROM pg_stat_activity WHERE usename <> 'postgres' GROUP BY 1, 2"
+        query = (
+            "SELECT usename, datname, count(*) FROM pg_stat_activity "
+            "WHERE usename <> 'postgres' GROUP BY 1, 2"
+        )
         used = connection.exec_driver_sql(query).all()
         limits = dict(
             connection.exec_driver_sql("SELECT rolname, rolconnlimit FROM pg_roles").all()
@@ -238,9 +246,8 @@ def test_photos_go_through_and_a_dead_worker_and_code_server_cost_time_only(
 
 def test_a_run_cancelled_in_the_ui_is_cancelled(stack):
     uploader = redis.Redis.from_url(stack.read_secret("redis_uploader_url"))
-    uploader.lpush(
-        "image-processing:wait", "awaited"
-    )  # it has no original, for which its run waits some seconds
+    # It has no original, so its run waits for one for some seconds.
+    uploader.lpush("image-processing:wait", "awaited")
     while not (runs := list_runs(stack, "STARTED")):
         time.sleep(0.02)
     cancel = f'mutation {{ terminateRun(runId: "{runs[0]}") {{ __typename }} }}'
@@ -252,7 +259,7 @@ def test_a_run_cancelled_in_the_ui_is_cancelled(stack):
     assert awaited["reason"] == "cancelled"
 
 
-def test_a_run_that_a_dead_worker_had_taken_goes_back_on_the_list_with_a_workers_rights(stack):
+def test_a_worker_may_put_the_task_of_a_dead_worker_back_on_the_list(stack):
     config = broker.build_config("image-processing")
     with Celery(
         broker=stack.read_secret("redis_pipeline_url"), config_source=config
@@ -270,7 +277,7 @@ def test_a_run_that_a_dead_worker_had_taken_goes_back_on_the_list_with_a_workers
         queue.close()
 
 
-def test_no_service_lacks_a_right_in_redis(stack):
+def test_no_service_lacks_a_permission_in_redis(stack):
     admin = redis.Redis(
         port=stack.ports["redis"],
         username="admin",
@@ -279,7 +286,7 @@ def test_no_service_lacks_a_right_in_redis(stack):
     assert [(entry["username"], entry["object"]) for entry in admin.acl_log()] == []
 
 
-def test_keys_are_in_the_environment_of_workers_and_nowhere_else(stack, s3_server):
+def test_only_workers_have_keys_in_their_environment(stack, s3_server):
     environments = {}
     for name in ("code-server", "worker", "daemon", "webserver"):
         for pid in list_tree(stack.running[name].pid):
@@ -349,15 +356,16 @@ def test_each_redis_user_can_do_its_work_and_no_more(stack):
     stack.call("worker", ["imagepipeline", "limit", "100/minute"])
 
 
-def test_a_foreign_page_can_change_nothing_through_the_proxy(stack):
+def test_a_foreign_page_cannot_change_anything_through_the_proxy(stack):
     bare, site = f"http://127.0.0.1:{stack.ports['webserver']}", stack.site
     user = ("admin", stack.read_secret("ui_password"))
     by_get = "/graphql?" + urllib.parse.urlencode({"query": ATTACK.replace("KEY", "by-get")})
     foreign = {"Origin": "https://evil.example", "Host": "evil.example"}
     as_text = "/graphql?" + urllib.parse.urlencode({"query": ATTACK.replace("KEY", "as-text")})
     as_json = json.dumps({"query": ATTACK.replace("KEY", "as-json")}).encode()
-    simple_json = "text/plain; application/json"  # for which browsers need no leave
-    # The webserver refuses it, too, whoever reaches it without the proxy.
+    # Browsers send this type without a preflight request.
+    simple_json = "text/plain; application/json"
+    # The webserver itself refuses it, too.
     assert ask(bare + by_get, **foreign)[0] == 421
     assert ask(bare + as_text, b"", Content_Type="text/plain", **foreign)[0] == 421
     assert ask(bare + "/graphql", as_json, Content_Type=simple_json, **foreign)[0] == 421
@@ -407,8 +415,11 @@ def test_a_foreign_page_can_change_nothing_through_the_proxy(stack):
     assert ask(
         site + "/graphql", text, user, Content_Type="application/json", Host="evil.example"
     ) == (200, "")
-    query = '{ assetNodeOrError(assetKey: {path: ["metadata"]}) { ... on AssetNode { partitionKeys } } }'
-    # As the UI itself asks: it may do what the others tried.
+    query = (
+        '{ assetNodeOrError(assetKey: {path: ["metadata"]}) '
+        "{ ... on AssetNode { partitionKeys } } }"
+    )
+    # The UI itself may make the change.
     assert (
         "AddDynamicPartitionSuccess"
         in ask(site + "/graphql", ATTACK.replace("KEY", "own"), user, Origin=site)[1]
@@ -421,9 +432,7 @@ def test_a_foreign_page_can_change_nothing_through_the_proxy(stack):
 @pytest.mark.parametrize(
     ("origin", "status"), [(None, 101), ("https://evil.example", 403), ("", 405)]
 )
-def test_the_live_pages_of_the_ui_get_their_socket_and_a_foreign_page_gets_none(
-    stack, origin, status
-):
+def test_only_the_ui_itself_may_open_a_websocket(stack, origin, status):
     connection = http.client.HTTPConnection("127.0.0.1", stack.ports["proxy"], timeout=30)
     user = b64encode(f"admin:{stack.read_secret('ui_password')}".encode()).decode()
     headers = {
@@ -441,7 +450,7 @@ def test_the_live_pages_of_the_ui_get_their_socket_and_a_foreign_page_gets_none(
     connection.close()
 
 
-def test_there_is_one_daemon(stack):
+def test_a_second_daemon_is_refused(stack):
     command = SERVICES["daemon"]["command"]
     second = subprocess.run(
         command,
@@ -452,13 +461,16 @@ def test_there_is_one_daemon(stack):
         timeout=60,
     )
     assert second.returncode == 1
-    assert "Another daemon works for this database" in second.stderr
+    assert "Another daemon already uses this database" in second.stderr
     assert stack.running["daemon"].poll() is None
 
 
-def test_no_secret_is_logged_or_shown(stack):
+def test_secrets_are_neither_logged_nor_shown(stack):
     user = ("admin", stack.read_secret("ui_password"))
-    query = "{ runsOrError { ... on Runs { results { runId runConfigYaml tags { key value } } } } instance { info } }"
+    query = (
+        "{ runsOrError { ... on Runs { results { runId runConfigYaml tags { key value } } } } "
+        "instance { info } }"
+    )
     shown = ask(stack.site + "/graphql", query, user, Origin=stack.site)[1]
     shown += "".join(log.read_text(errors="replace") for log in stack.folder.glob("*.log"))
     assert "composed" in shown or "imagepipeline" in shown
@@ -466,7 +478,7 @@ def test_no_secret_is_logged_or_shown(stack):
         assert secret.read_text().strip() not in shown, secret.name
 
 
-def test_a_missing_secret_is_named(stack):
+def test_the_error_for_a_missing_secret_names_it(stack):
     environment = stack.build_environment("daemon") | {"DAGSTER_DATABASE_URL_FILE": "/nowhere/url"}
     result = subprocess.run(
         SERVICES["daemon"]["command"], env=environment, capture_output=True, text=True, check=False
@@ -475,7 +487,7 @@ def test_a_missing_secret_is_named(stack):
     assert "DAGSTER_DATABASE_URL_FILE names /nowhere/url, which cannot be read" in result.stderr
 
 
-def test_a_backup_brings_everything_back_as_the_operations_page_says(stack, bucket, tmp_path):
+def test_a_backup_made_by_the_operations_page_restores_everything(stack, bucket, tmp_path):
     def list_keys():
         pages = bucket.get_paginator("list_objects_v2").paginate(
             Bucket="images", Prefix="composed/"
@@ -498,7 +510,7 @@ def test_a_backup_brings_everything_back_as_the_operations_page_says(stack, buck
             name,
         ]
         stack.call("postgres", dump)
-    # The worst that can be: it was not noticed that one more run ended before files and index were copied.
+    # The worst case: more runs end, unnoticed, before files and index are copied.
     stack.start_service("daemon")
     for generation in (2, 3):
         push(stack, bucket, "kept", PHOTOS / "coffee.jpg")
@@ -544,7 +556,7 @@ def test_a_backup_brings_everything_back_as_the_operations_page_says(stack, buck
     )
     findings = [json.loads(line) for line in asked.stdout.splitlines()]
     unwell = {finding["name"] for finding in findings if not finding["is_well"]}
-    assert unwell <= {"code server"}, asked.stdout  # which a worker cannot reach
+    assert unwell <= {"code server"}, asked.stdout  # which the worker cannot reach
     push(stack, bucket, "kept", PHOTOS / "cat.jpg")
     push(stack, bucket, "new", PHOTOS / "rocket.jpg")
     wait_for(

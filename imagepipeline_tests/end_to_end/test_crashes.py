@@ -1,7 +1,8 @@
-"""Runs that are killed, and runs that come back from the dead, at every effect they have on the world.
+"""Runs are killed or frozen before and after each of their effects; images still complete once.
 
-A run is a forked process that executes Dagster's job on a real instance. It dies or freezes by a signal it sends itself
-right before or after an effect; the reconciler then hands the image over, and a second run does it again.
+A run is a process that executes Dagster's job on a real instance. It kills or stops itself with a
+signal right before or after an effect. The reconciler then hands the image over, and a second run
+processes it again.
 """
 
 import io
@@ -29,6 +30,8 @@ from imagepipeline.stores.vectors import EmbeddingIndex
 from imagepipeline_tests.conftest import PHOTOS
 from imagepipeline_tests.end_to_end.processes import find_children, find_port, find_service
 
+pytestmark = pytest.mark.drills
+
 ROOT = Path(__file__).parent.parent.parent
 EFFECTS = {
     "claim": (Catalogue, "claim"),
@@ -42,8 +45,9 @@ EFFECTS = {
     "result": (Catalogue, "record_result"),
     "final status": (Catalogue, "finish"),
 }
-TASKS = TaskQueue("redis://nobody-asks-it", "test")  # these runs have no task
-LEGAL = {  # which event may follow which, in one image's history
+# Never contacted, because these runs have no task.
+TASKS = TaskQueue("redis://unused", "test")
+LEGAL = {  # the events that may follow an event in an image's history
     None: {"accepted"},
     "accepted": {"claimed"},
     "claimed": {"made", "recovered", "handed_back", "failed", "completed"},
@@ -56,7 +60,10 @@ LEGAL = {  # which event may follow which, in one image's history
 
 @pytest.fixture(params=["sqlite", "postgres"])
 def database_urls(request):
-    """Those of the catalogue and of Dagster, once on SQLite (Dagster's below its home: None) and once on Postgres."""
+    """The URLs of the catalogue and of Dagster, once on SQLite and once on Postgres.
+
+    Dagster's is None on SQLite, where it uses files in its home.
+    """
     is_postgres = request.param == "postgres"
     dagster_url = request.getfixturevalue("dagster_postgres_url") if is_postgres else None
     return request.getfixturevalue(f"{request.param}_catalogue_url"), dagster_url
@@ -64,7 +71,7 @@ def database_urls(request):
 
 @pytest.fixture
 def world(tmp_path, database_urls):
-    """The stores of one image `cat`, pending, and a Dagster instance."""
+    """The stores of one pending image, `cat`, and a Dagster instance."""
     return World(tmp_path, *database_urls)
 
 
@@ -88,7 +95,7 @@ class World:
         (folder / "dagster.yaml").write_text(yaml.safe_dump(config))
 
     def start_run(self, *arguments: str) -> subprocess.Popen:
-        """A run of the image's present generation as a process of its own."""
+        """Starts a process that executes a run of the image's current generation."""
         generation = str(self.catalogue.get("cat")["generation"])
         command = [
             sys.executable,
@@ -104,7 +111,7 @@ class World:
         )
 
     def hand_over(self) -> list[str]:
-        """What the reconciler does once the run has stood still for long enough."""
+        """Runs the reconciler after the run has had no heartbeat for long enough."""
         now = [0.0]
         watch = StandstillWatch(lambda: now[0])
         with dg.DagsterInstance.from_config(str(self.folder)) as instance:
@@ -113,7 +120,7 @@ class World:
             return reconcile(self.catalogue, instance, TASKS, watch)
 
     def check(self) -> None:
-        """The invariants of a completed image, over its whole history."""
+        """Checks the invariants of a completed image and of its history."""
         row = self.catalogue.get("cat")
         assert row["status"] == "completed"
         assert len(row["variants"]) == 6
@@ -127,7 +134,7 @@ class World:
                 variant["height"],
             )
         leftovers = list((self.files.root / "variants").rglob("*.tmp"))
-        assert len(leftovers) <= 1  # of the killed process: nobody reads it
+        assert len(leftovers) <= 1  # left by the killed process, and never read
         index = EmbeddingIndex(str(self.folder / "lancedb"))
         embedded = index.nearest(LocalEmbedder().embed("cat"), 9)
         assert [neighbour.image_id for neighbour in embedded] == ["cat"]
@@ -144,7 +151,7 @@ class World:
 
 @pytest.mark.parametrize("effect", EFFECTS)
 @pytest.mark.parametrize("moment", ["before", "after"])
-def test_a_killed_run_is_succeeded_and_its_image_is_done_once(world, effect, moment):
+def test_the_image_of_a_killed_run_is_completed_once_by_another_run(world, effect, moment):
     process = world.start_run(effect, moment, "SIGKILL")
     assert process.wait() == -signal.SIGKILL
     world.hand_over()
@@ -157,7 +164,7 @@ def test_a_killed_run_is_succeeded_and_its_image_is_done_once(world, effect, mom
     "effect",
     ["store the answer", "variant rows", "rename", "index commit", "result", "final status"],
 )
-def test_a_frozen_run_that_wakes_after_its_succession_changes_nothing(world, effect):
+def test_a_frozen_run_that_continues_after_its_replacement_changes_nothing(world, effect):
     zombie = world.start_run(effect, "before", "SIGSTOP")
     assert os.WIFSTOPPED(os.waitpid(zombie.pid, os.WUNTRACED)[1])
     assert world.hand_over()
@@ -174,15 +181,14 @@ def test_a_frozen_run_that_wakes_after_its_succession_changes_nothing(world, eff
     world.check()
 
 
-def test_dead_and_frozen_workers_and_a_dead_code_server_cost_time_only(
+def test_killed_and_frozen_runs_workers_and_code_servers_lose_nothing(
     tmp_path, monkeypatch, database_urls
 ):
     home = tmp_path / "home"
     monkeypatch.setenv("IMAGEPIPELINE_HOME", str(home))
     catalogue_url, dagster_url = database_urls
-    monkeypatch.setenv(
-        "IMAGEPIPELINE_WEBSERVER_PORT", str(find_port())
-    )  # other tests have stacks at the same time
+    # Other tests run stacks at the same time.
+    monkeypatch.setenv("IMAGEPIPELINE_WEBSERVER_PORT", str(find_port()))
     monkeypatch.setenv("DATABASE_URL", catalogue_url)
     monkeypatch.setenv("DAGSTER_DATABASE_URL", dagster_url or "")
     command = Path(sys.executable).parent / "imagepipeline"
@@ -190,9 +196,8 @@ def test_dead_and_frozen_workers_and_a_dead_code_server_cost_time_only(
 
     def wait_until(condition: Callable[[dict], bool]) -> float:
         began = time.monotonic()
-        while not condition(
-            catalogue.count()
-        ):  # not by the command, which starts more slowly than five images end
+        # The `status` command would take longer to start than five images to process.
+        while not condition(catalogue.count()):
             assert time.monotonic() - began < 240, catalogue.count()
             time.sleep(0.02)
         return time.monotonic() - began
@@ -216,16 +221,17 @@ def test_dead_and_frozen_workers_and_a_dead_code_server_cost_time_only(
             os.kill(killed, signal.SIGKILL)
             seconds = wait_until(lambda counts: counts["completed"] == 5)
             print(f"one run killed, one frozen: all five images completed {seconds:.0f} s later")
-            # It may have held what all others need. Its image may have been done when it was stopped.
+            # Its image may have been complete before it was stopped.
             wait_until(lambda _: not Path(f"/proc/{frozen}").exists())
 
             push_and_wait_for_work()
             lost = catalogue.count()["processing"]
-            os.kill(find_service(home, "worker"), signal.SIGKILL)  # and with it all runs
+            os.kill(find_service(home, "worker"), signal.SIGKILL)  # all its runs end with it
             os.kill(find_service(home, "code-server"), signal.SIGKILL)
             seconds = wait_until(lambda counts: counts["completed"] == 5)
             print(
-                f"{lost} runs killed with worker and code server: all five images completed {seconds:.0f} s later"
+                f"{lost} runs killed with worker and code server: "
+                f"all five images completed {seconds:.0f} s later"
             )
             assert catalogue.count()["failed"] == 0
         finally:

@@ -1,4 +1,4 @@
-"""What fences the servers of docker-compose.yml: the same commands and files, with real servers and real attacks."""
+"""The servers of docker-compose.yml withstand attacks when run with its commands and files."""
 
 import contextlib
 import http.client
@@ -20,7 +20,7 @@ from imagepipeline.stores.uploads import UploadQueue
 from imagepipeline_tests.end_to_end.composed import ROOT, Composed
 
 COMPOSE = yaml.safe_load((ROOT / "docker-compose.yml").read_text())
-pytestmark = pytest.mark.xdist_group("fences")
+pytestmark = [pytest.mark.stack, pytest.mark.xdist_group("fences")]
 
 
 @pytest.fixture(scope="module")
@@ -56,7 +56,7 @@ def admin(stack):
     )
 
 
-def test_there_is_one_database(stack, admin):
+def test_redis_has_one_database(stack, admin):
     url = stack.read_secret("redis_uploader_url")
     assert url.endswith("/0")
     with pytest.raises(redis.ResponseError, match="DB index is out of range"):
@@ -64,11 +64,11 @@ def test_there_is_one_database(stack, admin):
     assert admin.config_get("databases") == {"databases": "1"}
 
 
-def test_entries_and_messages_fit_and_what_is_far_longer_is_refused(uploader, pipeline_queue):
-    for length in (
-        4_096,
-        300_000,
-    ):  # an entry's limit; thrice what a message between our processes has
+def test_entries_and_messages_are_accepted_but_far_longer_values_are_refused(
+    uploader, pipeline_queue
+):
+    # The limit of an entry, and three times the size of a message between our processes.
+    for length in (4_096, 300_000):
         uploader.lpush("image-processing:wait", b"x" * length)
     with pytest.raises((redis.ResponseError, redis.ConnectionError)):
         uploader.lpush("image-processing:wait", b"x" * 1_100_000)
@@ -76,7 +76,7 @@ def test_entries_and_messages_fit_and_what_is_far_longer_is_refused(uploader, pi
 
 
 def test_one_command_cannot_fill_the_server(uploader, admin, pipeline_queue):
-    """Of an uploader whose one command is longer than the container's memory."""
+    """The command is longer than the memory of the container."""
     admin.config_resetstat()
     with pytest.raises((redis.ResponseError, redis.ConnectionError, OSError)):
         uploader.lpush("image-processing:wait", *([b"x" * 900_000] * 400))
@@ -84,7 +84,7 @@ def test_one_command_cannot_fill_the_server(uploader, admin, pipeline_queue):
     assert pipeline_queue.count()["waiting"] == 0
 
 
-def test_a_list_full_of_the_longest_entries_drains_within_the_containers_memory(
+def test_a_list_full_of_the_longest_entries_is_drained_within_the_containers_memory(
     uploader, admin, pipeline_queue
 ):
     admin.config_resetstat()
@@ -98,7 +98,9 @@ def test_a_list_full_of_the_longest_entries_drains_within_the_containers_memory(
     assert admin.info("memory")["used_memory_peak"] < 270_000_000
 
 
-def test_an_administrator_has_a_user_that_no_service_is_given(admin, uploader, pipeline_queue):
+def test_no_service_has_the_password_of_the_administrators_redis_user(
+    admin, uploader, pipeline_queue
+):
     assert admin.acl_whoami() == "admin"
     assert admin.info("memory")["maxmemory_policy"] == "noeviction"
     assert set(admin.acl_users()) == {"admin", "dagster", "default", "pipeline", "uploader"}
@@ -120,7 +122,9 @@ def test_an_administrator_has_a_user_that_no_service_is_given(admin, uploader, p
     assert not [name for name in COMPOSE["secrets"] if "admin" in name]
 
 
-def test_the_pipelines_user_may_bound_the_list_of_unreadable_entries(pipeline_queue, monkeypatch):
+def test_the_pipelines_redis_user_may_trim_the_list_of_unreadable_entries(
+    pipeline_queue, monkeypatch
+):
     monkeypatch.setattr(uploads, "MAX_DEAD", 2)
     for number in range(5):
         pipeline_queue.dead_letter(b"?%d" % number, 1, "why")
@@ -139,7 +143,7 @@ def ask(connection, password):
 
 
 def find_caddy(process):
-    """The shell has become Caddy."""
+    """Waits until the shell has executed Caddy; returns the process ID."""
     while Path(f"/proc/{process.pid}/comm").read_text() != "caddy\n":
         time.sleep(0.01)
     return process.pid
@@ -151,22 +155,21 @@ def count_cpu_seconds(pid):
 
 
 @pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="CPU time is read from /proc")
-def test_a_flood_of_wrong_passwords_costs_little(stack):
-    assert len(stack.read_secret("ui_password")) >= 32  # drawn, so that a cheap hash is no weakness
+def test_a_flood_of_wrong_passwords_uses_little_cpu_time(stack):
+    assert len(stack.read_secret("ui_password")) >= 32  # random, so a fast hash is safe
     pid = find_caddy(stack.running["proxy"])
     before_seconds = count_cpu_seconds(pid)
     connection = http.client.HTTPConnection("127.0.0.1", stack.ports["proxy"], timeout=60)
     assert {ask(connection, f"wrong{number}").status for number in range(50)} == {401}
     assert (count_cpu_seconds(pid) - before_seconds) / 50 < 0.02
-    assert (
-        ask(connection, stack.read_secret("ui_password")).status == 502
-    )  # let in; there is nothing behind it
+    # Accepted, but the webserver behind the proxy is not running.
+    assert ask(connection, stack.read_secret("ui_password")).status == 502
     connection.close()
 
 
-@pytest.mark.parametrize(("host", "is_told"), [("images.localhost", True), ("localhost", False)])
-def test_a_browser_is_told_to_come_by_https_only(host, is_told):
-    """By Caddy's own certificate, on loopback and without its helper on port 80."""
+@pytest.mark.parametrize(("host", "has_hsts"), [("images.localhost", True), ("localhost", False)])
+def test_browsers_are_told_to_use_only_https_for_a_real_host(host, has_hsts):
+    """Uses Caddy's own certificate, on loopback, and without its redirects on port 80."""
     with tempfile.TemporaryDirectory(prefix="ip", dir="/tmp") as folder:
         stack = Composed(Path(folder), "postgresql://?host=/nowhere", {})
         port = stack.ports["proxy"]
@@ -192,14 +195,14 @@ def test_a_browser_is_told_to_come_by_https_only(host, is_told):
             answer = ask(connection, "wrong")
             assert answer.status == 401
             assert answer.headers["Strict-Transport-Security"] == (
-                "max-age=31536000" if is_told else None
+                "max-age=31536000" if has_hsts else None
             )
             connection.close()
         finally:
             stack.stop()
 
 
-def test_each_image_can_be_pinned_by_its_digest_and_the_operations_page_says_how():
+def test_the_operations_page_pins_each_image_by_its_digest():
     images = {name: service["image"] for name, service in COMPOSE["services"].items()}
     ours = [name for name, service in COMPOSE["services"].items() if "build" in service]
     argument = COMPOSE["x-ours"]["build"]["args"]["PYTHON"]

@@ -1,4 +1,4 @@
-"""Which process of a running stack holds which secret, by its environment and by all of its memory."""
+"""Each process of a running stack holds only its own secrets, in its environment and memory."""
 
 import os
 import subprocess
@@ -8,6 +8,8 @@ from pathlib import Path
 import pytest
 
 from imagepipeline_tests.end_to_end.processes import find_port, list_tree
+
+pytestmark = pytest.mark.stack
 
 COMMAND = Path(sys.executable).parent / "imagepipeline"
 SECRETS = {
@@ -36,7 +38,7 @@ ALLOWED = {
 
 
 def read_memory(pid):
-    """All that a process could write to, and its environment as the kernel shows it."""
+    """Returns the writable memory of a process, and its initial environment."""
     chunks = [Path(f"/proc/{pid}/environ").read_bytes()]
     with open(f"/proc/{pid}/maps") as maps, open(f"/proc/{pid}/mem", "rb", buffering=0) as memory:
         for line in maps:
@@ -49,7 +51,7 @@ def read_memory(pid):
             memory.seek(start)
             try:
                 chunks.append(memory.read(end - start))
-            except OSError:  # unmapped since
+            except OSError:  # unmapped in the meantime
                 continue
     return b"".join(chunks)
 
@@ -68,7 +70,7 @@ def name_process(path):
     )
 
 
-@pytest.mark.skipif(sys.platform != "linux", reason="there is no /proc")
+@pytest.mark.skipif(sys.platform != "linux", reason="needs /proc")
 def test_each_process_holds_the_secrets_it_needs_and_no_others(tmp_path):
     environment = {
         **os.environ,
@@ -95,7 +97,7 @@ def test_each_process_holds_the_secrets_it_needs_and_no_others(tmp_path):
                     continue
                 assert held <= ALLOWED[name], (name, held - ALLOWED[name])
                 assert held or not ALLOWED[name], (
-                    f"{name} lacks what it needs, or was not looked at"
+                    f"{name} lacks its secrets, or its memory was not read"
                 )
                 told.add(name)
             assert told == set(ALLOWED)

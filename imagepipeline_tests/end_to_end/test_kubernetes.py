@@ -1,4 +1,4 @@
-"""The manifests for Kubernetes: by the schemas of Kubernetes, and by what our services need and may have."""
+"""The manifests for Kubernetes are valid, and give each service what it needs but no more."""
 
 import json
 import os
@@ -19,15 +19,17 @@ import yaml
 from click.testing import CliRunner
 
 from imagepipeline import cli
-from imagepipeline.runtime.services import INSTANCE_SECRETS, NAMES, SECRETS_OF
+from imagepipeline.runtime.services import INSTANCE_SECRETS, NAMES, SERVICE_SECRETS
 from imagepipeline.settings import BUCKET_SECRETS, Settings, is_secret
 from imagepipeline.stores.broker import QUEUE
 from imagepipeline_tests.conftest import PHOTOS, postgres_database, redis_server
 from imagepipeline_tests.end_to_end.composed import ROOT
 from imagepipeline_tests.end_to_end.processes import find_port
 
+pytestmark = pytest.mark.stack
+
 FOLDER = ROOT / "deploy" / "kubernetes"
-CLOUD_SETTINGS = {"AWS_REGION", "AWS_ENDPOINT_URL"}  # which the cloud's libraries read
+CLOUD_SETTINGS = {"AWS_REGION", "AWS_ENDPOINT_URL"}  # read by the libraries of the cloud
 OF_KEDA = "keda.sh/v1alpha1"
 
 
@@ -61,17 +63,17 @@ def find_secrets(container):
 @pytest.mark.parametrize(
     "name", [name for name, manifest in MANIFESTS.items() if manifest["apiVersion"] != OF_KEDA]
 )
-def test_a_manifest_is_what_kubernetes_knows(name, version):
+def test_a_manifest_is_valid(name, version):
     kubernetes_validate.validate(MANIFESTS[name], version, strict=True)
 
 
-def test_an_unknown_field_would_be_noticed():
+def test_an_unknown_field_is_detected():
     manifest = MANIFESTS["worker.yaml-0"] | {"specification": {}}
     with pytest.raises(kubernetes_validate.ValidationError):
         kubernetes_validate.validate(manifest, kubernetes_validate.latest_version(), strict=True)
 
 
-def test_the_kustomization_names_all_manifests_but_the_examples():
+def test_the_kustomization_lists_all_manifests_except_examples():
     resources = read("kustomization.yaml")[0]["resources"]
     files = {path.name for path in FOLDER.glob("*.yaml")} - {"kustomization.yaml"}
     assert {*resources} == {name for name in files if not name.endswith(".example.yaml")}
@@ -79,7 +81,7 @@ def test_the_kustomization_names_all_manifests_but_the_examples():
     assert {container["image"] for container in CONTAINERS.values()} == images
 
 
-def test_what_services_are_told_are_settings():
+def test_variables_in_manifests_are_settings():
     known = {field.alias for field in Settings.model_fields.values()} | CLOUD_SETTINGS
     assert SETTINGS.keys() <= known
     assert not any(is_secret(name) for name in SETTINGS)
@@ -97,8 +99,8 @@ def test_each_service_is_given_the_secrets_it_needs_and_no_more():
     assert CONTAINERS.keys() == {*NAMES, "migrate"}
     for name in NAMES:
         given = find_secrets(CONTAINERS[name])
-        assert given <= SECRETS_OF[name] | INSTANCE_SECRETS, name
-        assert given >= (SECRETS_OF[name] - INSTANCE_SECRETS) & SECRET.keys(), name
+        assert given <= SERVICE_SECRETS[name] | INSTANCE_SECRETS, name
+        assert given >= (SERVICE_SECRETS[name] - INSTANCE_SECRETS) & SECRET.keys(), name
         assert "DAGSTER_DATABASE_URL" in given, name
     assert find_secrets(CONTAINERS["migrate"]) == {"DATABASE_URL", "DAGSTER_DATABASE_URL"}
     for container in CONTAINERS.values():
@@ -109,7 +111,7 @@ def test_each_service_is_given_the_secrets_it_needs_and_no_more():
                 assert entry["name"] in SECRET
 
 
-def test_no_pod_may_do_more_than_it_must():
+def test_pods_have_minimal_privileges():
     for name, pod in PODS.items():
         assert pod["securityContext"]["runAsNonRoot"], name
         assert pod["securityContext"]["runAsUser"] == 10001, name  # as in the Dockerfile
@@ -125,7 +127,7 @@ def test_no_pod_may_do_more_than_it_must():
             assert container["resources"]["limits"]["memory"]
             mounts = [mount["mountPath"] for mount in container["volumeMounts"]]
             assert any(Path(SETTINGS["IMAGEPIPELINE_HOME"]).is_relative_to(path) for path in mounts)
-            # The folder of a volume is root's; the home is made below it, by its user.
+            # A volume's folder belongs to root, so each user creates its home in it.
             assert SETTINGS["IMAGEPIPELINE_HOME"] not in mounts
     open_ports = {name for name, container in CONTAINERS.items() if "ports" in container}
     assert open_ports == {"webserver"}
@@ -139,7 +141,7 @@ def test_no_pod_may_do_more_than_it_must():
             assert labels <= manifest["spec"]["template"]["metadata"]["labels"].items()
 
 
-def test_services_are_started_and_asked_as_our_command_line_knows_it():
+def test_commands_and_probes_exist_in_our_command_line():
     for name, container in CONTAINERS.items():
         commands = [container["command"]]
         commands += [
@@ -175,9 +177,7 @@ def test_the_autoscaler_counts_the_runs_that_wait_for_a_worker():
     (trigger,) = spec["triggers"]
     assert trigger["type"] == "redis"
     assert trigger["metadata"]["listName"] == f"{Settings.load({}).queue_prefix}:runs:{QUEUE}"
-    assert all(
-        isinstance(value, str) for value in trigger["metadata"].values()
-    )  # as KEDA wants them
+    assert all(isinstance(value, str) for value in trigger["metadata"].values())  # needed by KEDA
     assert trigger["authenticationRef"]["name"] == authentication["metadata"]["name"]
     slots = int(SETTINGS["IMAGEPIPELINE_WORKER_SLOTS"])
     text = (FOLDER / "autoscaling.example.yaml").read_text()
@@ -188,7 +188,10 @@ def test_the_autoscaler_counts_the_runs_that_wait_for_a_worker():
 
 
 class Pods:
-    """The containers as plain processes, each with the environment its manifest gives it; a pod shares its home."""
+    """Runs the containers as plain processes with the environments of their manifests.
+
+    Containers of one pod share a home.
+    """
 
     def __init__(self, folder, secret, settings):
         self.folder, self.secret, self.settings = folder, secret, settings
@@ -242,7 +245,7 @@ class Pods:
 
 @contextmanager
 def pods(postgres_url, s3_server):
-    """Their databases and Redis are there; no container is started."""
+    """Starts databases and Redis, but no container."""
     with (
         tempfile.TemporaryDirectory(prefix="ip", dir="/tmp") as folder,
         postgres_database(postgres_url) as catalogue_url,
@@ -272,13 +275,11 @@ def pods(postgres_url, s3_server):
             assert set(codes.values()) == {0}, codes
 
 
-def test_a_pod_that_shares_its_home_and_a_worker_with_its_own_process_an_image(
-    postgres_url, s3_server
-):
+def test_a_pod_and_a_worker_process_an_image(postgres_url, s3_server):
     with pods(postgres_url, s3_server) as stack:
         migrated = stack.call("migrate", CONTAINERS["migrate"]["command"])
         assert migrated.returncode == 0, migrated.stderr
-        stack.start("code-server", "daemon", "webserver", "worker")  # at once, as in a pod
+        stack.start("code-server", "daemon", "webserver", "worker")  # at the same time, as in a pod
         keys = {
             name: s3_server[name.upper()] for name in ("aws_access_key_id", "aws_secret_access_key")
         }

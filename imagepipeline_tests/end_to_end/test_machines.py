@@ -1,4 +1,4 @@
-"""Two machines share one queue, and what is bounded is bounded over both; one that is lost costs time only."""
+"""Two machines share the work and its limits, and the loss of one loses no image."""
 
 import json
 from collections import Counter
@@ -8,17 +8,19 @@ import pytest
 from imagepipeline.defs.attempts import MACHINE_TAG
 from imagepipeline_tests.conftest import IS_CI
 from imagepipeline_tests.end_to_end.machine_faults import COMPLETE_SECONDS
-from imagepipeline_tests.end_to_end.two_machines import MAX_RUNS, may_name_hosts, open_pair
+from imagepipeline_tests.end_to_end.two_machines import MAX_RUNS, can_set_host_names, open_pair
+
+pytestmark = pytest.mark.drills
 
 LIMIT = 6
 
 
 @pytest.fixture
 def pair_in(postgres_url):
-    """Opens two machines with files and index at some place."""
-    if not may_name_hosts():
+    """A function that starts two machines with files and index below a root."""
+    if not can_set_host_names():
         assert not IS_CI
-        pytest.skip("no process may have a host name of its own here")
+        pytest.skip("this system does not allow UTS namespaces")
     return lambda root: open_pair(postgres_url, root)
 
 
@@ -27,13 +29,12 @@ def read_findings(machine, code=0):
     return {finding["name"]: finding for finding in map(json.loads, lines)}
 
 
-def test_two_machines_share_the_work_its_bounds_and_its_results(pair_in, bucket_url):
+def test_two_machines_share_the_work_its_limits_and_its_results(pair_in, bucket_url):
     with pair_in(bucket_url) as pair:
         pair.provider.hold()
         pair.push("first", 12)
-        pair.wait_until(
-            lambda: pair.provider.at_once == MAX_RUNS, COMPLETE_SECONDS
-        )  # more than one machine has slots
+        # One machine has fewer slots.
+        pair.wait_until(lambda: pair.provider.at_once == MAX_RUNS, COMPLETE_SECONDS)
         assert pair.count()["pending"] == 12 - MAX_RUNS
         pair.provider.release()
         pair.wait_until_completed(COMPLETE_SECONDS)

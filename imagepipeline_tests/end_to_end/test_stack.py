@@ -1,4 +1,4 @@
-"""The whole stack as separate processes, driven as an uploader and an operator would drive it."""
+"""The local stack works from the first push to a clean stop, as used by people."""
 
 import io
 import json
@@ -20,13 +20,15 @@ from imagepipeline.stores.vectors import EmbeddingIndex
 from imagepipeline_tests.conftest import PHOTOS
 from imagepipeline_tests.end_to_end.processes import find_port, find_process, find_service
 
+pytestmark = pytest.mark.stack
+
 COMMAND = Path(sys.executable).parent / "imagepipeline"
 PATIENCE_SECONDS = 180
 
 
 @pytest.fixture
 def home(monkeypatch):
-    """As unlucky as homes come, in an environment that is no better; short enough to have its sockets."""
+    """A home with an awkward name and environment, but a path short enough for sockets."""
     with tempfile.TemporaryDirectory(prefix="ip", dir="/tmp") as folder:
         home = Path(folder, "a b#c%2Fdé'\"")
         (Path(folder) / ("t" * 110)).mkdir()
@@ -36,9 +38,8 @@ def home(monkeypatch):
         monkeypatch.setenv("REDIS_PORT", "tcp://10.0.0.1:6379")
         monkeypatch.setenv("DAGSTER_GRPC_PORT", "tcp://10.0.0.1:4000")
         monkeypatch.setenv("IMAGEPIPELINE_HOME", str(home))
-        monkeypatch.setenv(
-            "IMAGEPIPELINE_WEBSERVER_PORT", str(find_port())
-        )  # other tests have stacks at the same time
+        # Other tests run stacks at the same time.
+        monkeypatch.setenv("IMAGEPIPELINE_WEBSERVER_PORT", str(find_port()))
         yield home
         assert {path.name for path in Path(folder).iterdir()} == {home.name, "t" * 110}
 
@@ -79,12 +80,15 @@ def stop_sensor(url, name):
     )
     [repository] = nodes["repositoriesOrError"]["nodes"]
     [identity] = [sensor["id"] for sensor in repository["sensors"] if sensor["name"] == name]
-    stop = "mutation { stopSensor(id: %s) { ... on StopSensorMutationResult { instigationState { status } } } }"
+    stop = (
+        "mutation { stopSensor(id: %s) "
+        "{ ... on StopSensorMutationResult { instigationState { status } } } }"
+    )
     return ask(url, stop % json.dumps(identity))
 
 
 def processes_of(home):
-    """The processes whose environment names this home: all that a stack starts."""
+    """Returns the command lines of all processes whose environment contains the home."""
     found = []
     for path in Path("/proc").glob("[0-9]*"):
         try:
@@ -105,7 +109,7 @@ def test_from_a_plain_push_to_a_search_and_a_clean_stop(home):
     ) as stack:
         try:
             addresses = json.loads(stack.stdout.readline())
-            assert run("up", check=False).returncode == 4  # this home is taken
+            assert run("up", check=False).returncode == 4  # the home is in use
 
             originals.mkdir(parents=True)
             (originals / "cat.jpg").write_bytes((PHOTOS / "cat.jpg").read_bytes())
@@ -157,7 +161,8 @@ def test_from_a_plain_push_to_a_search_and_a_clean_stop(home):
 
             asked = ask(
                 addresses["webserver_url"],
-                """{ assetNodes { assetKey { path } partitionStats { numMaterialized numFailed numPartitions } } }""",
+                "{ assetNodes { assetKey { path } partitionStats "
+                "{ numMaterialized numFailed numPartitions } } }",
             )
             stats = {
                 node["assetKey"]["path"][0]: node["partitionStats"] for node in asked["assetNodes"]
@@ -169,7 +174,7 @@ def test_from_a_plain_push_to_a_search_and_a_clean_stop(home):
             assert found[0]["image_id"] == "cup"
 
             resident = find_process(home, b"imagepipeline.resident")
-            os.kill(resident, signal.SIGKILL)  # it is started again, and nobody notices
+            os.kill(resident, signal.SIGKILL)  # restarted without a failure
             pushed = run("push", str(PHOTOS / "rocket.jpg"), "--id", "rocket", "--wait", "--json")
             assert find_process(home, b"imagepipeline.resident") != resident
             assert json.loads(pushed.stdout)["images"][0]["status"] == "completed"
@@ -185,20 +190,20 @@ def test_from_a_plain_push_to_a_search_and_a_clean_stop(home):
                 json.loads(line)
                 for line in run("doctor", "--json", check=False).stdout.splitlines()
             ]
-            [ill] = [finding for finding in found if not finding["is_well"]]
-            assert ill["name"] == "sensors"
-            assert "notification_sensor is stopped" in ill["sentence"]
+            [problem] = [finding for finding in found if not finding["is_well"]]
+            assert problem["name"] == "sensors"
+            assert "notification_sensor is stopped" in problem["sentence"]
 
-            for _ in range(2):  # as a closing terminal does
+            for _ in range(2):  # as when a terminal is closed
                 os.kill(stack.pid, signal.SIGHUP)
             assert stack.wait(60) == 0
         finally:
             stack.kill()
-    wait_until(lambda: not processes_of(home))  # the forkserver ends when it finds that we have
+    wait_until(lambda: not processes_of(home))  # the forkserver ends last
     assert json.loads((run("status", "broken", "--json")).stdout)["generation"] == 2
 
 
-def test_a_stopped_stack_finishes_what_runs_and_goes_on_later_with_what_waits(home):
+def test_a_stopped_stack_finishes_its_runs_and_later_continues_with_the_rest(home):
     def start():
         stack = subprocess.Popen([COMMAND, "up"], stdout=subprocess.PIPE, stderr=subprocess.PIPE)
         assert stack.stdout.readline()
@@ -217,15 +222,13 @@ def test_a_stopped_stack_finishes_what_runs_and_goes_on_later_with_what_waits(ho
     stack = start()
     try:
         webserver = find_service(home, "webserver")
-        os.kill(webserver, signal.SIGKILL)  # that it is started again is told to nobody
+        os.kill(webserver, signal.SIGKILL)  # restarted without a message
         wait_until(lambda: is_up() and find_service(home, "webserver") != webserver)
         assert stack.poll() is None
         run("push", *(str(photo) for photo in PHOTOS.glob("*.jpg")))
         for number in range(4):
             run("push", str(PHOTOS / "galaxies.jpg"), "--id", f"galaxy{number}")
-        wait_until(
-            lambda: counts()["processing"] or counts()["completed"]
-        )  # a quick machine may be done
+        wait_until(lambda: counts()["processing"] or counts()["completed"])
         assert run("down").stdout == "stopped\n"
         assert stack.wait(10) == 0
         wait_until(lambda: not processes_of(home))
@@ -235,7 +238,7 @@ def test_a_stopped_stack_finishes_what_runs_and_goes_on_later_with_what_waits(ho
         stack = start()
         wait_until(lambda: counts()["completed"] == 9)
         assert counts()["failed"] == 0
-        os.kill(stack.pid, signal.SIGKILL)  # and nothing is left behind
+        os.kill(stack.pid, signal.SIGKILL)  # the kernel ends all services
         stack.wait()
         if sys.platform == "linux":
             wait_until(lambda: not processes_of(home))

@@ -1,4 +1,4 @@
-"""The short form of the kill matrix: every crash point and signal once, with a batch of five."""
+"""Runs the kill matrix with each crash point and signal once, and a batch of five."""
 
 import json
 import subprocess
@@ -8,9 +8,11 @@ import pytest
 
 from imagepipeline_tests.end_to_end.test_crashes import ROOT
 
+pytestmark = pytest.mark.drills
+
 
 @pytest.mark.parametrize("database", [[], ["--postgres"]], ids=["sqlite", "postgres"])
-def test_a_tick_that_is_killed_anywhere_loses_and_doubles_nothing(database):
+def test_a_tick_killed_anywhere_loses_and_duplicates_nothing(database):
     command = [
         sys.executable,
         "-m",

@@ -1,4 +1,4 @@
-"""The drills that are short, on SQLite; see `worker_drills` for all of them on both databases, and `bounds`."""
+"""Runs the short drills on SQLite; `worker_drills` has more, and runs on both databases."""
 
 import pytest
 
@@ -6,10 +6,10 @@ from imagepipeline_tests.end_to_end import bounds
 from imagepipeline_tests.end_to_end.drill import drill
 from imagepipeline_tests.end_to_end.worker_drills import LIMIT_SECONDS, databases, perform
 
-pytestmark = pytest.mark.xdist_group("drills")
+pytestmark = [pytest.mark.drills, pytest.mark.xdist_group("drills")]
 
 
-def test_whatever_breaks_nothing_is_lost_done_twice_or_paid_twice():
+def test_faults_cause_no_image_to_be_lost_processed_twice_or_paid_twice():
     with (
         databases(False) as urls,
         drill(IMAGEPIPELINE_WORKER_SLOTS="3", **urls) as stack,
@@ -25,7 +25,7 @@ def test_whatever_breaks_nothing_is_lost_done_twice_or_paid_twice():
             assert seconds <= LIMIT_SECONDS
 
 
-def test_connections_and_keys_do_not_grow_with_the_runs():
+def test_connections_and_keys_do_not_grow_with_the_number_of_runs():
     slots = {"IMAGEPIPELINE_WORKER_SLOTS": "2", "IMAGEPIPELINE_MAX_RUNS": "2"}
     with databases(True) as urls, drill(call_seconds=0.05, **slots, **urls) as stack:
         bounds.check(*bounds.measure(stack, images=16))

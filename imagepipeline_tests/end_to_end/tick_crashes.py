@@ -1,10 +1,10 @@
-"""Kills the daemon's sensor tick at every step, lets the next ticks repair it, and counts what was lost or doubled.
+"""Kills the sensor tick at every step, and counts uploads lost or duplicated after later ticks.
 
-    python -m imagepipeline_tests.end_to_end.tick_crashes --repeat 10      # 540 trials; writes docs/kill-matrix.md
+    python -m imagepipeline_tests.end_to_end.tick_crashes --repeat 10
 
-Each trial is a process of its own that runs Dagster's real sensor iteration on SQLite, or with `--postgres` on
-Postgres, with a real Redis-compatible server, and dies by a real signal: at Dagster's own six crash points, and at
-three of ours.
+This runs 540 trials and writes docs/kill-matrix.md. Each trial is a process that runs Dagster's
+real sensor iteration on SQLite, or with `--postgres` on Postgres, with a real Redis-compatible
+server. A signal ends it at one of Dagster's own six crash points or one of our three.
 """
 
 import argparse
@@ -31,7 +31,7 @@ from dagster._core.workspace.context import WorkspaceProcessContext
 from dagster._daemon.sensor import execute_sensor_iteration
 from dagster._utils.interrupts import setup_interrupt_handlers
 
-import imagepipeline.definitions  # noqa: F401  (before the fork, so that no trial pays for it)
+import imagepipeline.definitions  # noqa: F401  (before the fork, to import it only once)
 from imagepipeline.defs.sensors import DEFAULT_SLOTS, RUNS_PER_SLOT
 from imagepipeline.runtime import services
 from imagepipeline.settings import Settings
@@ -64,13 +64,13 @@ Databases = Callable[[], AbstractContextManager[dict[str, str]]]
 
 @contextmanager
 def on_sqlite() -> Iterator[dict[str, str]]:
-    """The environment of a trial on SQLite."""
+    """Yields the environment of a trial on SQLite."""
     yield {"DATABASE_URL": "", "DAGSTER_DATABASE_URL": ""}
 
 
 @contextmanager
 def on_postgres(server_url: str, template: str) -> Iterator[dict[str, str]]:
-    """The environment of a trial on two new databases."""
+    """Yields the environment of a trial on two new databases."""
     with (
         postgres_database(server_url) as catalogue_url,
         postgres_database(server_url, template) as dagster_url,
@@ -80,7 +80,7 @@ def on_postgres(server_url: str, template: str) -> Iterator[dict[str, str]]:
 
 @contextmanager
 def choose_databases(has_postgres: bool) -> Iterator[Databases]:
-    """What makes the databases of each trial."""
+    """Yields the function that creates the databases of a trial."""
     if not has_postgres:
         yield on_sqlite
         return
@@ -91,7 +91,7 @@ def choose_databases(has_postgres: bool) -> Iterator[Databases]:
 def run_trial(
     redis_url: str, databases: Databases, point: str, signal_number: int, batch: int
 ) -> dict[str, Any]:
-    """Pushes a batch, kills the tick that takes it in, runs two more ticks, and looks at what there is.
+    """Pushes a batch, kills the tick that takes it in, runs two more ticks, and checks the result.
 
     Returns:
         `was_killed`, `lost` and `double` (numbers of IDs), and `left` (entries still on a list).
@@ -113,7 +113,7 @@ def run_trial(
         image_ids = [f"image{number}" for number in range(batch)]
         for image_id in image_ids:
             queue.enqueue(image_id)
-        if batch > 1:  # a duplicate and an entry that cannot be read, in between
+        if batch > 1:  # add a duplicate and an unreadable entry
             queue.enqueue(image_ids[0])
             queue.redis.lpush(queue.wait_key, BAD_ENTRY)
         began = datetime.now(UTC)
@@ -122,7 +122,7 @@ def run_trial(
         runs = _in_child_json(_list_partitions_of_runs)
         counts = Counter(runs)
         states = catalogue.get_states(image_ids)
-        # Of more than there is room for in Dagster's queue, the rest is safe in the catalogue.
+        # Images beyond the limit on requested runs wait in the catalogue.
         has_room = len(counts) < min(batch, RUNS_PER_SLOT * DEFAULT_SLOTS)
         lost = [
             image_id
@@ -143,7 +143,7 @@ def run_trial(
 
 
 def _tick(at: datetime, point: str | None = None, signal_number: int = 0) -> None:
-    """One iteration of the sensor daemon at a time of day, dying at `point`."""
+    """Runs one iteration of the sensor daemon at the given time; dies at `point`."""
     flags: dict[str, dict[str, int]] = {}
     if point in DAGSTER_POINTS:
         flags = {"upload_sensor": {point: signal_number}}
@@ -166,7 +166,7 @@ def _tick(at: datetime, point: str | None = None, signal_number: int = 0) -> Non
 def _die_at(point: str, signal_number: int) -> None:
     def die(*_: Any) -> None:
         os.kill(os.getpid(), signal_number)
-        time.sleep(1)  # a signal that raises does so here
+        time.sleep(1)  # the handler of a signal may raise here
 
     if point == "after LRANGE":
         _wrap(UploadQueue, "read", after=die)
@@ -209,7 +209,7 @@ def _logger() -> Any:
 
 
 def _in_child(action: Callable[[], object]) -> int:
-    """Runs an action in a forked process; gives the status that `os.waitpid` gives."""
+    """Runs an action in a forked process; returns its status from `os.waitpid`."""
     assert threading.active_count() == 1, "fork before threads"
     pid = os.fork()
     if pid == 0:
@@ -218,7 +218,8 @@ def _in_child(action: Callable[[], object]) -> int:
             devnull = os.open(os.devnull, os.O_WRONLY)
             os.dup2(devnull, 1)
             os.dup2(devnull, 2)
-            # As the daemon does. Started by a shell's `&` we inherit a SIGINT that is ignored, which it would copy.
+            # As in the daemon. If a shell starts us with `&`, we inherit an ignored SIGINT, which
+            # Dagster's handlers would keep.
             signal.signal(signal.SIGINT, signal.default_int_handler)
             setup_interrupt_handlers()
             action()
@@ -237,7 +238,7 @@ def _in_child_json(action: Callable[[], Any]) -> Any:
 
 
 def main() -> None:
-    """Runs the matrix and writes it down; exits with 1 if anything was lost, doubled or left."""
+    """Runs the matrix and writes it; the exit code is 1 if anything was lost, doubled or left."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -288,15 +289,15 @@ def _format(
     lines = [
         "# The kill matrix",
         "",
-        f"The sensor tick on {database}, killed at every step: {total['trials']} trials in {seconds / 60:.0f} minutes.",
-        "Written by `python -m imagepipeline_tests.end_to_end.tick_crashes --repeat 10`.",
+        f"For anyone who doubts that uploads survive a crash: the sensor tick on {database},",
+        f"killed at every step, {total['trials']} trials in {seconds / 60:.0f} minutes. Written by",
+        "`python -m imagepipeline_tests.end_to_end.tick_crashes --repeat 10`.",
         "",
-        "Each trial pushes a batch (of "
-        + ", ".join(map(str, BATCHES))
-        + "; in the larger ones an ID twice and an",
-        "entry that cannot be read), kills the tick, runs two more ticks, and counts the IDs without a row or a run",
-        "(lost), with two runs or a second generation (double), and the entries still on a list (left). Of 50 IDs,",
-        "fifteen get their run at once; the others must have their row, and wait in the catalogue.",
+        f"Each trial pushes a batch of {', '.join(map(str, BATCHES))} entries (the larger ones",
+        "contain an ID twice and an entry that cannot be read), kills the tick, and runs two more",
+        "ticks. It then counts the IDs without a row or a run (lost), the IDs with two runs or a",
+        "second generation (double), and the entries still on a list (left). Of 50 IDs, fifteen",
+        "get their run at once; the others must have their row and wait in the catalogue.",
         "",
         "| killed at | by | trials | killed | lost | double | left |",
         "|---|---|---|---|---|---|---|",

@@ -1,7 +1,8 @@
-"""Two machines: two workers with homes and host names of their own, whose network can be cut.
+"""Simulates two machines: workers with their own homes and host names, and a network that fails.
 
-Both are on this one. A host name of its own comes from a UTS namespace, the network between a machine and the shared
-servers is a process of ours that passes on bytes, and a machine's processes are those that its worker has started.
+Both run on this machine. UTS namespaces give them host names, a relay in this process is the
+network between a machine and the shared servers, and a machine consists of the processes that its
+services have started.
 """
 
 import contextlib
@@ -41,22 +42,22 @@ from imagepipeline.stores.vectors import EmbeddingIndex
 from imagepipeline_tests.conftest import postgres_database, redis_server
 from imagepipeline_tests.end_to_end.processes import list_tree
 
-SLOTS, MAX_RUNS = 3, 4  # that is reached by both machines together only
+SLOTS, MAX_RUNS = 3, 4  # only both machines together reach MAX_RUNS
 NAMESPACE = (
     ["unshare", "--uts"] if os.geteuid() == 0 else ["unshare", "--user", "--map-root-user", "--uts"]
 )
 
 
-def may_name_hosts() -> bool:
-    """Whether this machine lets us give a process a host name of its own."""
+def can_set_host_names() -> bool:
+    """Returns whether this system lets us give processes their own host name."""
     command = [*NAMESPACE, "hostname", "alpha"]
     return subprocess.run(command, capture_output=True, check=False).returncode == 0
 
 
 class Provider:
-    """Both paid APIs, that count what they are asked: by picture, and at a time.
+    """Both paid APIs; counts the calls per picture, and those at the same time.
 
-    While it is held, it looks at pictures and answers none.
+    While it is held, it receives requests but does not answer them.
     """
 
     def __init__(self) -> None:
@@ -90,7 +91,7 @@ class Provider:
                 self.send_header("Content-Type", "application/json")
                 self.send_header("Content-Length", str(len(answer)))
                 self.end_headers()
-                with contextlib.suppress(OSError):  # of a run that was killed
+                with contextlib.suppress(OSError):  # the run was killed
                     self.wfile.write(answer)
 
         self._server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
@@ -98,15 +99,15 @@ class Provider:
         threading.Thread(target=self._server.serve_forever, daemon=True).start()
 
     def hold(self) -> None:
-        """Lets callers wait."""
+        """Stops answering."""
         self._is_answering.clear()
 
     def release(self) -> None:
-        """Answers all."""
+        """Answers all waiting and future requests."""
         self._is_answering.set()
 
     def close(self) -> None:
-        """Stops."""
+        """Stops the server."""
         self.release()
         self._server.shutdown()
         self._server.server_close()
@@ -140,9 +141,10 @@ EMBEDDED = {
 
 
 class Link:
-    """A port of this machine behind which a server's Unix socket is, until the link is cut.
+    """A local port that relays to a server's Unix socket until the link is cut.
 
-    While it is cut nothing passes and nothing is refused, as where packets vanish; what was on its way comes later.
+    While the link is cut, nothing is relayed or refused, as if packets were dropped; data in
+    transit arrives later.
     """
 
     def __init__(self, target: Path) -> None:
@@ -154,15 +156,15 @@ class Link:
         threading.Thread(target=self._accept, daemon=True).start()
 
     def cut(self) -> None:
-        """From now on nothing passes."""
+        """Cuts the link."""
         self._is_whole.clear()
 
     def mend(self) -> None:
-        """All passes again."""
+        """Restores the link."""
         self._is_whole.set()
 
     def close(self) -> None:
-        """Takes no more connections."""
+        """Closes the port."""
         self._listener.close()
 
     def _accept(self) -> None:
@@ -192,7 +194,7 @@ class Link:
 
 
 class Machine:
-    """A home, a host name and the services that are started there."""
+    """A home, a host name and the services started there."""
 
     def __init__(self, folder: Path, host: str, settings: Mapping[str, str]) -> None:
         self.host = host
@@ -207,7 +209,7 @@ class Machine:
         self._running: dict[str, subprocess.Popen[bytes]] = {}
 
     def run(self, *arguments: str, code: int = 0) -> str:
-        """What a command of ours prints there."""
+        """Runs one of our commands on the machine; returns its output."""
         command = [sys.executable, "-m", "imagepipeline.cli", *arguments]
         result = subprocess.run(
             command, env=self.environment, capture_output=True, text=True, check=False
@@ -217,7 +219,7 @@ class Machine:
 
     def start(self, name: str) -> None:
         """Starts a service."""
-        # It ends with us, whatever ends us.
+        # The service ends with us, however we end.
         named = [
             *NAMESPACE,
             "sh",
@@ -237,22 +239,22 @@ class Machine:
             )
 
     def signal_all(self, number: int) -> None:
-        """Sends a signal to all processes of the machine at once: none may run while others are found."""
+        """Sends a signal to all processes of the machine."""
         tree = [pid for process in self._running.values() for pid in list_tree(process.pid)]
         for pid in tree:
             with contextlib.suppress(ProcessLookupError):
                 os.kill(pid, number)
 
     def freeze(self) -> None:
-        """Stops all processes, until `thaw`."""
+        """Stops all processes until `thaw`."""
         self.signal_all(signal.SIGSTOP)
 
     def thaw(self) -> None:
-        """Lets them go on."""
+        """Continues all processes."""
         self.signal_all(signal.SIGCONT)
 
     def kill(self) -> None:
-        """Ends all processes at once, as when power fails."""
+        """Kills all processes at once, as a power failure would."""
         self.freeze()
         self.signal_all(signal.SIGKILL)
         for process in self._running.values():
@@ -260,12 +262,15 @@ class Machine:
         self._running.clear()
 
     def read_log(self) -> str:
-        """What its services have printed."""
+        """Returns the output of the services."""
         return "".join(path.read_text(errors="replace") for path in self.home.glob("*.log"))
 
 
 class Pair:
-    """Two machines on shared servers. The first has code server and daemon; the second has a worker, behind links."""
+    """Two machines with shared servers.
+
+    The first runs all services that are needed once; the second runs a worker behind links.
+    """
 
     def __init__(
         self,
@@ -313,7 +318,7 @@ class Pair:
         )
 
     def start(self) -> None:
-        """Makes the tables and starts all services; returns when both workers answer."""
+        """Creates the tables and starts all services; returns when both workers answer."""
         self.alpha.run("migrate")
         for name in ("code-server", "worker", "daemon"):
             self.alpha.start(name)
@@ -321,7 +326,7 @@ class Pair:
         self.wait_for_workers({"alpha", "beta"})
 
     def wait_for_workers(self, hosts: set[str]) -> None:
-        """Returns when workers of just these hosts answer."""
+        """Waits until workers on exactly these hosts answer."""
 
         def list_hosts() -> set[str]:
             return {name.rpartition("@")[2] for name in services.list_workers(self.alpha.settings)}
@@ -329,7 +334,7 @@ class Pair:
         self.wait_until(lambda: list_hosts() == hosts, 60)
 
     def push(self, name: str, count: int) -> list[str]:
-        """Pushes new images, each another picture; gives their IDs."""
+        """Pushes new images with different pictures; returns their IDs."""
         image_ids = [f"{name}{number}" for number in range(count)]
         for image_id in image_ids:
             buffer = io.BytesIO()
@@ -341,11 +346,11 @@ class Pair:
         return image_ids
 
     def count(self) -> dict[str, int]:
-        """The images by status."""
+        """Returns the number of images by status."""
         return {str(status): number for status, number in self.catalogue.count().items()}
 
     def wait_until(self, condition: Callable[[], Any], seconds: float) -> float:
-        """Returns, when the condition holds, how long that took."""
+        """Waits until the condition holds; returns the seconds."""
         began = time.monotonic()
         while not condition():
             if time.monotonic() - began > seconds:
@@ -355,20 +360,20 @@ class Pair:
         return time.monotonic() - began
 
     def wait_until_completed(self, seconds: float) -> float:
-        """Returns, when all images that were pushed are completed, how long that took."""
+        """Waits until all pushed images are completed; returns the seconds."""
         return self.wait_until(lambda: self.count()["completed"] == len(self.image_ids), seconds)
 
     def stand_still(self, seconds: float) -> None:
-        """Lets a fault last."""
+        """Waits while a fault lasts."""
         time.sleep(seconds)
 
     def list_runs(self) -> list[dg.DagsterRun]:
-        """All runs, newest first."""
+        """Returns all runs, newest first."""
         with dg.DagsterInstance.from_config(str(self._write_dagster_yaml())) as instance:
             return list(instance.get_runs())
 
     def list_unfinished_on(self, host: str) -> list[dg.DagsterRun]:
-        """The runs that a machine executes."""
+        """Returns the runs that a machine executes."""
         return [
             run
             for run in self.list_runs()
@@ -376,7 +381,7 @@ class Pair:
         ]
 
     def check(self) -> None:
-        """Each image was completed once, and has one row in the index, of the fence that the catalogue has."""
+        """Checks that each image was completed once and has one index row with its fence."""
         for image_id in self.image_ids:
             row = self.catalogue.get(image_id)
             assert row is not None
@@ -397,12 +402,12 @@ class Pair:
             link.cut()
 
     def mend(self) -> None:
-        """Ends the cut."""
+        """Reconnects the second machine."""
         for link in self._links:
             link.mend()
 
     def stop(self) -> None:
-        """Ends everything."""
+        """Stops all services and servers."""
         self.mend()
         for machine in (self.alpha, self.beta):
             machine.kill()
@@ -427,9 +432,9 @@ class Pair:
 
 @contextlib.contextmanager
 def open_pair(postgres_url: str, root: str) -> Iterator[Pair]:
-    """Two machines at work, with files and index below `root`.
+    """Starts two machines with files and index below `root`.
 
-    With a bucket, its keys and address are in our environment.
+    If `root` is in a bucket, our environment must have its keys and address.
     """
     with contextlib.ExitStack() as stack:
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="ip", dir="/tmp")))

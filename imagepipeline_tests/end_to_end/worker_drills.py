@@ -1,10 +1,11 @@
-"""Breaks workers, their children and Redis while images are processed, and measures how long it costs.
+"""Breaks workers, their children and Redis while images are processed, and measures the delay.
 
-    python -m imagepipeline_tests.end_to_end.worker_drills              # all, on SQLite: about 25 minutes
+    python -m imagepipeline_tests.end_to_end.worker_drills      # all, on SQLite: about 25 minutes
     python -m imagepipeline_tests.end_to_end.worker_drills --postgres killed_child lost_task
 
-Each drill pushes images, breaks something, and looks whether all images end: none lost, none done twice, none paid
-twice, no run failed that waited or worked. It prints the seconds from the end of the cause until all was completed.
+Each drill pushes images, breaks something, and checks that no image is lost, processed twice or
+paid twice, and that no healthy run is failed. It prints the seconds from the end of the fault until
+all images have ended.
 """
 
 import argparse
@@ -28,21 +29,21 @@ NO_WORKER_SECONDS = 300
 
 
 def cancelled_in_the_queue(stack: Drill) -> float:
-    """Cancels a run that Dagster has not handed over."""
+    """Cancels a run that Dagster has not launched."""
     return _cancel_of(12, stack, "QUEUED")
 
 
 def cancelled_while_it_waits_for_a_worker(stack: Drill) -> float:
-    """Cancels a run whose task is on the list, as all slots are taken."""
+    """Cancels a run whose task is on the list, because all slots are taken."""
     stack.push(8)
     stack.wait_until_working(3)
     with closing(stack.redis()) as client:
         stack.wait_for(lambda: client.llen(f"{stack.settings.queue_prefix}:runs:dagster"))
-    return _cancel(stack, "STARTING", is_forced=True)  # the UI offers nothing else
+    return _cancel(stack, "STARTING", is_forced=True)  # the UI's only way in this state
 
 
 def cancelled_while_it_starts(stack: Drill) -> float:
-    """Cancels a run that a child was given and has not begun."""
+    """Cancels a run that a child has received but not begun."""
     children = stack.children()
     stack.tell(signal.SIGSTOP, *children)
     [image_id] = stack.push(1)
@@ -53,17 +54,17 @@ def cancelled_while_it_starts(stack: Drill) -> float:
 
 
 def cancelled_while_it_works(stack: Drill) -> float:
-    """Cancels a run that waits for its provider."""
+    """Cancels a run that waits for the provider."""
     return _cancel_of(3, stack, "STARTED")
 
 
 def cancelled_by_force(stack: Drill) -> float:
-    """Cancels a run that works, and has it marked as cancelled at once."""
+    """Cancels a working run by force, which marks it as cancelled at once."""
     return _cancel_of(3, stack, "STARTED", is_forced=True)
 
 
 def _cancel_of(images: int, stack: Drill, status: str, is_forced: bool = False) -> float:
-    """Cancels one of so many new runs, once three of them work."""
+    """Pushes images, and cancels one of their runs once three are working."""
     stack.push(images)
     stack.wait_until_working(3)
     return _cancel(stack, status, is_forced)
@@ -97,7 +98,7 @@ def killed_child(stack: Drill) -> float:
 
 
 def killed_worker(stack: Drill) -> float:
-    """Kills the worker, and with it all its children and their runs."""
+    """Kills the worker, with which all its children and their runs end."""
     stack.push(6)
     stack.wait_until_working(3)
     stack.tell(signal.SIGKILL, stack.worker)
@@ -105,7 +106,7 @@ def killed_worker(stack: Drill) -> float:
 
 
 def killed_redis(stack: Drill) -> float:
-    """Kills our Valkey, which the supervisor starts again."""
+    """Kills the local Valkey, which the supervisor restarts."""
     stack.push(8)
     stack.wait_until_working()
     stack.tell(signal.SIGKILL, stack.find("redis"))
@@ -113,7 +114,7 @@ def killed_redis(stack: Drill) -> float:
 
 
 def restarted_redis(stack: Drill) -> float:
-    """Stops our Valkey as an administrator would; it is started again."""
+    """Shuts the local Valkey down like an administrator; the supervisor restarts it."""
     stack.push(8)
     stack.wait_until_working()
     stack.tell(signal.SIGTERM, stack.find("redis"))
@@ -121,7 +122,7 @@ def restarted_redis(stack: Drill) -> float:
 
 
 def frozen_redis(stack: Drill) -> float:
-    """Stops our Valkey for 20 s, so that it accepts connections and answers nothing."""
+    """Freezes the local Valkey for 20 s: it accepts connections but does not answer."""
     stack.push(8)
     stack.wait_until_working()
     redis = stack.find("redis")
@@ -132,7 +133,7 @@ def frozen_redis(stack: Drill) -> float:
 
 
 def frozen_child(stack: Drill) -> float:
-    """Stops a child that executes a run, for good."""
+    """Freezes a child that executes a run, for good."""
     stack.push(6)
     stack.wait_until_working()
     frozen = stack.busy_children()[0]
@@ -143,7 +144,7 @@ def frozen_child(stack: Drill) -> float:
 
 
 def frozen_worker(stack: Drill) -> float:
-    """Stops the worker and all its processes for 100 s; then they go on as if nothing had been."""
+    """Freezes the worker and all its processes for 100 s."""
     stack.push(6)
     stack.wait_until_working(3)
     frozen = list_tree(stack.worker)
@@ -156,7 +157,7 @@ def frozen_worker(stack: Drill) -> float:
 
 
 def drained_worker(stack: Drill) -> float:
-    """Asks the worker to end: its runs are finished by it, the rest waits for the next one."""
+    """Terminates the worker: it finishes its runs, and the rest waits for the next worker."""
     stack.push(8)
     stack.wait_until_working(3)
     worker = stack.worker
@@ -173,7 +174,7 @@ def drained_worker(stack: Drill) -> float:
 
 
 def full_redis(stack: Drill) -> float:
-    """Fills Redis while runs are handed over and a child is killed; space is there after 20 s."""
+    """Fills Redis for 20 s, while runs are launched and a child is killed."""
     stack.push(12)
     stack.wait_until_working()
     worker = stack.worker
@@ -187,7 +188,7 @@ def full_redis(stack: Drill) -> float:
 
 
 def lost_task(stack: Drill) -> float:
-    """Deletes the list of the tasks that wait."""
+    """Deletes the list of waiting tasks."""
     stack.push(8)
     stack.wait_until_working(3)
     key = f"{stack.settings.queue_prefix}:runs:dagster"
@@ -198,7 +199,7 @@ def lost_task(stack: Drill) -> float:
 
 
 def flushed_redis(stack: Drill) -> float:
-    """Deletes all there is in Redis, as a restart without its data would."""
+    """Deletes all data in Redis, as a restart without persistence would."""
     stack.push(8)
     stack.wait_until_working(3)
     with closing(stack.redis()) as client:
@@ -208,7 +209,7 @@ def flushed_redis(stack: Drill) -> float:
 
 
 def no_worker(stack: Drill) -> float:
-    """Has no worker for five minutes; runs wait all the while and are begun in their first generation."""
+    """Runs no worker for five minutes; the runs wait, and begin in their first generation."""
     stack.stop_service("worker")
     image_ids = stack.push(6)
     time.sleep(NO_WORKER_SECONDS)
@@ -247,7 +248,7 @@ DRILLS: dict[str, Callable[[Drill], float]] = {
 
 @contextmanager
 def databases(has_postgres: bool) -> Iterator[dict[str, str]]:
-    """The environment of a stack on SQLite, or on two new databases of a Postgres."""
+    """Yields the environment of a stack on SQLite, or on two new Postgres databases."""
     if not has_postgres:
         yield {}
         return
@@ -261,14 +262,14 @@ def databases(has_postgres: bool) -> Iterator[dict[str, str]]:
 
 
 def perform(name: str, stack: Drill) -> float:
-    """One drill; gives its seconds once all was checked."""
+    """Performs a drill and checks the result; returns its seconds."""
     seconds = DRILLS[name](stack)
     stack.check()
     return seconds
 
 
 def main() -> None:
-    """Performs the drills named, or all; exits with 1 if one failed or took too long."""
+    """Performs the named drills, or all; the exit code is 1 if one fails or takes too long."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -277,7 +278,8 @@ def main() -> None:
     options = parser.parse_args()
     has_failed = False
     for name in options.names or DRILLS:
-        slots = {"IMAGEPIPELINE_WORKER_SLOTS": "3"}  # of five runs, so that two wait for a worker
+        # Fewer slots than the five runs, so two of them wait for a worker.
+        slots = {"IMAGEPIPELINE_WORKER_SLOTS": "3"}
         with (
             databases(options.postgres) as urls,
             drill(has_services=name == "no_worker", **slots, **urls) as stack,

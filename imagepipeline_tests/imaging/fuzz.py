@@ -1,11 +1,11 @@
-"""Damaged files by the thousand: does every one end, and does nothing die of it?
+"""Decodes thousands of damaged files, to find some that crash, hang or use too much memory.
 
     python -m imagepipeline_tests.imaging.fuzz --cases 10000 [--seed 1] [--keep FOLDER]
 
-Real files of every format are bent: bits turned over, pieces cut out, repeated, zeroed, replaced by noise or spliced
-from another file, and the interesting numbers of headers put where lengths and sizes may lie. Each is decoded and
-rendered as an upload would be. A file that crashed its child is kept in FOLDER. Exits with 1 if a file did not end as
-intended, took more than 10 s, or 512 MB.
+The fuzzer mutates real files of every format: it flips bits, deletes, repeats or zeroes parts,
+replaces them by noise or by parts of other files, and writes edge cases where headers may have
+lengths and sizes. Each file is decoded and rendered like an upload. Files that crash a child are
+kept in FOLDER. The exit code is 1 if a file ended unexpectedly, or took more than 10 s or 512 MB.
 """
 
 import hashlib
@@ -39,7 +39,7 @@ NUMBERS = [
 
 
 def seeds() -> list[bytes]:
-    """Good files to bend: every format, with profiles, texts, alpha, frames and photographic detail."""
+    """Returns intact files of every format, with profiles, texts, alpha, frames and detail."""
     exif = Image.Exif()
     exif[0x0110] = "Spy 3000"
     exif.get_ifd(0x8825)[1] = "N"
@@ -67,31 +67,31 @@ def seeds() -> list[bytes]:
     return files + [path.read_bytes() for path in sorted(SAMPLES.glob("*.heic"))]
 
 
-def bend(content: bytes, others: Sequence[bytes], chance: random.Random) -> bytes:
-    """The file with one to eight changes, more of them near its start, where the headers are."""
+def mutate(content: bytes, others: Sequence[bytes], rng: random.Random) -> bytes:
+    """Makes one to eight changes, most of them near the start, where the headers are."""
     data = bytearray(content)
-    for _ in range(chance.choice((1, 1, 2, 4, 8))):
+    for _ in range(rng.choice((1, 1, 2, 4, 8))):
         if not data:
             break
-        at = int(len(data) * chance.random() ** chance.choice((1, 2, 4)))
-        length = chance.randint(1, max(1, min(len(data) - at, chance.choice((4, 64, 2048)))))
-        kind = chance.randrange(8)
+        at = int(len(data) * rng.random() ** rng.choice((1, 2, 4)))
+        length = rng.randint(1, max(1, min(len(data) - at, rng.choice((4, 64, 2048)))))
+        kind = rng.randrange(8)
         if kind == 0:
-            data[at] ^= 1 << chance.randrange(8)
+            data[at] ^= 1 << rng.randrange(8)
         elif kind == 1:
-            data[at : at + length] = chance.randbytes(length)
+            data[at : at + length] = rng.randbytes(length)
         elif kind == 2:
             del data[at : at + length]
         elif kind == 3:
-            data[at:at] = data[at : at + length] * chance.randint(1, 9)
+            data[at:at] = data[at : at + length] * rng.randint(1, 9)
         elif kind == 4:
             data[at : at + length] = bytes(length)
         elif kind == 5:
-            number = chance.choice(NUMBERS)
+            number = rng.choice(NUMBERS)
             data[at : at + len(number)] = number
         elif kind == 6:
-            other = chance.choice(others)
-            start = chance.randrange(len(other))
+            other = rng.choice(others)
+            start = rng.randrange(len(other))
             data[at : at + length] = other[start : start + length]
         else:
             del data[at:]
@@ -99,10 +99,10 @@ def bend(content: bytes, others: Sequence[bytes], chance: random.Random) -> byte
 
 
 def fuzz(case_count: int, seed: int) -> Iterator[tuple[bytes, Result, float]]:
-    """Each bent file, what became of it, and in how many seconds by the clock."""
-    chance, files = random.Random(seed), seeds()
+    """Yields each mutated file, its result, and the elapsed seconds."""
+    rng, files = random.Random(seed), seeds()
     for _ in range(case_count):
-        content = bend(chance.choice(files), files, chance)
+        content = mutate(rng.choice(files), files, rng)
         started = time.monotonic()
         result = process(content)
         yield content, result, time.monotonic() - started
@@ -114,7 +114,7 @@ def fuzz(case_count: int, seed: int) -> Iterator[tuple[bytes, Result, float]]:
 @click.option(
     "--keep",
     type=click.Path(file_okay=False, path_type=Path),
-    help="Where to keep files that killed.",
+    help="Where to keep files that crash a child.",
 )
 def main(case_count: int, seed: int, keep: Path | None) -> None:
     counts: Counter[str] = Counter()

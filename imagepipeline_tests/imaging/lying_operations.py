@@ -1,4 +1,4 @@
-"""A decoder that was broken into: it is honest but for the lie whose name stands at the end of the original."""
+"""A compromised decoder: it tells the one lie whose name is appended to the original."""
 
 from collections.abc import Callable
 from dataclasses import replace
@@ -18,7 +18,7 @@ told: list[str] = []
 
 
 def nest(depth: int) -> object:
-    """Lists in lists."""
+    """Returns nested lists."""
     return [nest(depth - 1)] if depth else []
 
 

@@ -1,15 +1,15 @@
-"""The odd and hostile files people upload, made in code, each with what must become of it; and two commands.
+"""The odd and hostile files that people upload, generated in code, each with its expected result.
 
-python -m imagepipeline_tests.imaging.odd_files                 what becomes of them, as a table
-python -m imagepipeline_tests.imaging.odd_files FOLDER          the same for the files of a folder
-… --sheet sheet.png                                             and a contact sheet of those that give a picture
+python -m imagepipeline_tests.imaging.odd_files           processes them and prints a table
+python -m imagepipeline_tests.imaging.odd_files FOLDER    does the same with the files of a folder
+… --sheet sheet.png                                       also draws a contact sheet
 """
 
 import io
 import struct
 import zipfile
 import zlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -36,10 +36,10 @@ JPEGS: dict[str, dict[str, object]] = {
     "restarting": {"restart_marker_rows": 1},
     "grey": {},
 }
-# Upper left, upper right, lower left, lower right: each turn and each mix-up of channels shows.
+# Upper left, upper right, lower left, lower right. Any wrong rotation or swap of channels shows.
 CORNERS = ((200, 40, 40), (40, 180, 60), (50, 60, 200), (230, 230, 220))
-# Code points of ITU-T H.273 with what the corners then show.
-STATED: tuple[tuple[str, tuple[int, int], tuple[tuple[int, ...], ...]], ...] = (
+# Code points of ITU-T H.273, and the colours of the corners with them.
+STATED_COLORS: tuple[tuple[str, tuple[int, int], tuple[tuple[int, ...], ...]], ...] = (
     ("Display P3", (12, 13), ((218, 0, 26), (0, 183, 30), (47, 60, 208), (230, 230, 219))),
     ("BT.2020", (9, 13), ((249, 0, 27), (0, 190, 14), (0, 58, 210), (231, 230, 219))),
     ("linear", (1, 8), ((229, 110, 110), (110, 219, 133), (122, 133, 229), (244, 244, 239))),
@@ -47,7 +47,9 @@ STATED: tuple[tuple[str, tuple[int, int], tuple[tuple[int, ...], ...]], ...] = (
     ("HLG", (9, 18), ((230, 0, 13), (0, 170, 0), (0, 40, 177), (235, 234, 211))),
     ("BT.709", (1, 1), ((197, 28, 28), (28, 176, 49), (39, 49, 197), (229, 229, 218))),
 )
-TURNS = {  # what the camera stored, so that turning it by the orientation gives the picture (CIPA DC-008, 4.6.4)
+# By EXIF orientation: the transformation from the picture to what a camera stores (CIPA DC-008,
+# 4.6.4).
+TURNS = {
     1: None,
     2: Image.Transpose.FLIP_LEFT_RIGHT,
     3: Image.Transpose.ROTATE_180,
@@ -61,10 +63,15 @@ TURNS = {  # what the camera stored, so that turning it by the orientation gives
 
 @dataclass(frozen=True)
 class Case:
-    """A file and its fate: `completed`, or the reason of its failure.
+    """A file and its expected result.
 
-    `colors` are what the four corners must show, as RGB or RGBA; None where the picture is another one. `sentence` is a
-    part of what its uploader must be told.
+    Attributes:
+        name: describes the file.
+        content: the bytes of the file.
+        outcome: `completed`, or the reason for the failure.
+        colors: RGB or RGBA of the four corners; None for a different picture.
+        sentence: a part of the error message.
+        rules: the rules for decoding.
     """
 
     name: str
@@ -75,15 +82,15 @@ class Case:
     rules: Rules = field(default_factory=Rules)
 
 
-def cases() -> Iterator[Case]:
-    """All of them."""
-    for group in (
+def list_groups() -> tuple[Callable[[], Iterator[Case]], ...]:
+    """The functions that make them, a kind of file each."""
+    return (
         modes,
         orientations,
         profiles,
         stated_colors,
-        clear_colors,
-        partly_covered,
+        transparent_colors,
+        partial_frames,
         kinds_of_tiff,
         kinds_of_bmp,
         kinds_of_jpeg,
@@ -94,11 +101,16 @@ def cases() -> Iterator[Case]:
         large,
         bombs,
         truncated,
-        whole_all_the_same,
+        harmless_flaws,
         damaged,
         found_by_fuzzing,
         refused,
-    ):
+    )
+
+
+def cases() -> Iterator[Case]:
+    """Yields all cases; a name begins with the name of the group."""
+    for group in list_groups():
         for case in group():
             yield replace(case, name=f"{group.__name__}: {case.name}")
 
@@ -107,7 +119,7 @@ def cases() -> Iterator[Case]:
 
 
 def picture(mode: str = "RGB") -> Image.Image:
-    """The four corners, in a mode of Pillow."""
+    """Draws the four corners in a mode of Pillow."""
     image = Image.new("RGB", SIZE)
     for index, color in enumerate(CORNERS):
         x, y = index % 2 * SIZE[0] // 2, index // 2 * SIZE[1] // 2
@@ -135,14 +147,14 @@ def picture(mode: str = "RGB") -> Image.Image:
 
 
 def encode(image: Image.Image, format_: str, **options: object) -> bytes:
-    """The image as a file."""
+    """Encodes the image as a file."""
     buffer = io.BytesIO()
     image.save(buffer, format_, **options)
     return buffer.getvalue()
 
 
 def photo_as(format_: str, **options: object) -> bytes:
-    """A photo with detail in every row."""
+    """Encodes a photo with detail in every row."""
     image = Image.open(PHOTO).convert("RGB")
     return encode(image.quantize() if format_ == "GIF" else image, format_, **options)
 
@@ -151,22 +163,22 @@ def _grey() -> tuple[tuple[int, ...], ...]:
     return tuple((round(0.299 * r + 0.587 * g + 0.114 * b),) * 3 for r, g, b in CORNERS)
 
 
-def _clear_last(colors: tuple[tuple[int, ...], ...]) -> tuple[tuple[int, ...], ...]:
+def _with_transparent_corner(colors: tuple[tuple[int, ...], ...]) -> tuple[tuple[int, ...], ...]:
     return (*((*color, 255) for color in colors[:3]), (0, 0, 0, 0))
 
 
 def _stretched(colors: tuple[tuple[int, ...], ...]) -> tuple[tuple[int, ...], ...]:
-    """What becomes of values without an agreed white: darkest to black, lightest to white."""
+    """Stretches values with no agreed white: the darkest become black, the lightest white."""
     values = [color[0] for color in colors]
     low, high = min(values), max(values)
     return tuple((round((value - low) * 255 / (high - low)),) * 3 for value in values)
 
 
-# ---- pictures that must come out right
+# ---- pictures that must be decoded correctly
 
 
 def modes() -> Iterator[Case]:
-    """Every mode a format can hold."""
+    """Yields every mode of every format."""
     colored = {
         "PNG": ("RGB", "P"),
         "JPEG": ("RGB", "CMYK"),
@@ -183,11 +195,19 @@ def modes() -> Iterator[Case]:
         yield Case(f"{format_} L", encode(picture("L"), format_), colors=_grey())
     for format_ in ("PNG", "TIFF"):
         yield Case(f"{format_} I;16", encode(picture("I;16"), format_), colors=_grey())
-        yield Case(f"{format_} LA", encode(picture("LA"), format_), colors=_clear_last(_grey()))
+        yield Case(
+            f"{format_} LA",
+            encode(picture("LA"), format_),
+            colors=_with_transparent_corner(_grey()),
+        )
     for mode in ("I", "F"):
         yield Case(f"TIFF {mode}", encode(picture(mode), "TIFF"), colors=_stretched(_grey()))
     for format_ in ("PNG", "WEBP", "AVIF", "TIFF"):
-        yield Case(f"{format_} RGBA", encode(picture("RGBA"), format_), colors=_clear_last(CORNERS))
+        yield Case(
+            f"{format_} RGBA",
+            encode(picture("RGBA"), format_),
+            colors=_with_transparent_corner(CORNERS),
+        )
     for format_ in ("PNG", "TIFF", "BMP", "GIF"):
         yield Case(
             f"{format_} 1", encode(picture("1"), format_), colors=(*((0,) * 3,) * 3, (255,) * 3)
@@ -196,18 +216,20 @@ def modes() -> Iterator[Case]:
     clear = palette.getpixel((SIZE[0] - 9, SIZE[1] - 9))
     for format_ in ("PNG", "GIF"):
         yield Case(
-            f"{format_} P with a clear colour",
+            f"{format_} P with a transparent colour",
             encode(palette, format_, transparency=clear),
-            colors=_clear_last(CORNERS),
+            colors=_with_transparent_corner(CORNERS),
         )
     yield Case(
-        "PNG RGB with a clear colour",
+        "PNG RGB with a transparent colour",
         encode(picture(), "PNG", transparency=CORNERS[3]),
-        colors=_clear_last(CORNERS),
+        colors=_with_transparent_corner(CORNERS),
     )
     yield Case("PNG RGB of 16 bits", _png_of_16_bits())
     yield Case("TIFF RGB of 16 bits", _tiff_of_16_bits())
-    yield Case("TIFF with premultiplied alpha", _premultiplied(), colors=_clear_last(CORNERS))
+    yield Case(
+        "TIFF with premultiplied alpha", _premultiplied(), colors=_with_transparent_corner(CORNERS)
+    )
     yield Case("JPEG progressive", encode(picture(), "JPEG", progressive=True))
     yield Case("JPEG 4:4:4", encode(picture(), "JPEG", subsampling=0))
     yield Case("WEBP lossless", encode(picture(), "WEBP", lossless=True))
@@ -218,15 +240,15 @@ def modes() -> Iterator[Case]:
         encode(Image.new("RGB", (1, 1), CORNERS[0]), "PNG"),
         colors=CORNERS[:1] * 4,
     )
-    yield Case("a JPEG called .png", encode(picture(), "JPEG"))  # no name is read, only bytes
-    yield Case("a JPEG that is a ZIP as well", encode(picture(), "JPEG") + _archive())
+    yield Case("a JPEG called .png", encode(picture(), "JPEG"))  # only the bytes count
+    yield Case("a JPEG that is also a ZIP", encode(picture(), "JPEG") + _archive())
     yield Case(
-        "a GIF with a script behind it", encode(picture("P"), "GIF") + b"<script>alert(1)</script>"
+        "a GIF followed by a script", encode(picture("P"), "GIF") + b"<script>alert(1)</script>"
     )
 
 
 def orientations() -> Iterator[Case]:
-    """Every orientation in every format that has one."""
+    """Yields every orientation in every format that has one."""
     for format_ in ("JPEG", "PNG", "WEBP", "TIFF", "AVIF"):
         for orientation, turn in TURNS.items():
             stored = picture() if turn is None else picture().transpose(turn)
@@ -236,10 +258,10 @@ def orientations() -> Iterator[Case]:
 
 
 def profiles() -> Iterator[Case]:
-    """Colour profiles: wide, grey, broken and unfitting."""
+    """Yields files with colour profiles: wide gamut, grey, broken, and for other colours."""
     wide = wide_profile()
-    # By hand: to linear by 2.2, P3 to sRGB (1.2249 -0.2247 0; -0.0420 1.0419 0; -0.0197 -0.0786 1.0979), and the
-    # sRGB curve of IEC 61966-2-1; what falls outside sRGB is cut off.
+    # Computed by hand: to linear by gamma 2.2, P3 to sRGB (1.2249 -0.2247 0; -0.0420 1.0419 0;
+    # -0.0197 -0.0786 1.0979), the sRGB curve of IEC 61966-2-1; colours outside sRGB are clipped.
     in_srgb = tuple(_p3_to_srgb(color) for color in CORNERS)
     for format_ in ("PNG", "JPEG", "WEBP", "TIFF", "AVIF"):
         yield Case(
@@ -249,20 +271,20 @@ def profiles() -> Iterator[Case]:
         "PNG palette, wide gamut", encode(picture("P"), "PNG", icc_profile=wide), colors=in_srgb
     )
     alpha = encode(picture("RGBA"), "PNG", icc_profile=wide)
-    yield Case("PNG with alpha, wide gamut", alpha, colors=_clear_last(in_srgb))
+    yield Case("PNG with alpha, wide gamut", alpha, colors=_with_transparent_corner(in_srgb))
     yield Case(
-        "JPEG grey with a profile for colours",
+        "grey JPEG with an RGB profile",
         encode(picture("L"), "JPEG", icc_profile=wide),
         colors=_grey(),
     )
     lab = ImageCms.ImageCmsProfile(ImageCms.createProfile("LAB")).tobytes()
     yield Case("JPEG with a LAB profile", encode(picture(), "JPEG", icc_profile=lab))
     yield Case("JPEG with a broken profile", encode(picture(), "JPEG", icc_profile=b"no profile"))
-    yield Case("JPEG with a cut profile", encode(picture(), "JPEG", icc_profile=wide[:200]))
+    yield Case("JPEG with a truncated profile", encode(picture(), "JPEG", icc_profile=wide[:200]))
 
 
 def many_frames() -> Iterator[Case]:
-    """More than one picture in a file: the first counts."""
+    """Yields files of several pictures, of which the first counts."""
     others = [Image.new("RGB", SIZE, "black"), Image.new("RGB", SIZE, "white")]
     for format_ in ("GIF", "PNG", "WEBP", "AVIF", "TIFF"):
         content = encode(
@@ -273,16 +295,16 @@ def many_frames() -> Iterator[Case]:
 
 
 def heif_samples() -> Iterator[Case]:
-    """HEIC, which no free library here can write: made once with pillow-heif."""
+    """Yields HEIC files made with pillow-heif, because no library used here can write HEIC."""
     for path in sorted(SAMPLES.glob("*.heic")):
-        colors = _clear_last(CORNERS) if path.stem == "alpha" else CORNERS
+        colors = _with_transparent_corner(CORNERS) if path.stem == "alpha" else CORNERS
         yield Case(path.stem, path.read_bytes(), colors=colors)
     plain = (SAMPLES / "plain.heic").read_bytes()
     avif = encode(picture(), "AVIF")
     for brand in (b"mif1", b"mif2", b"miaf", b"msf1", b"heix", b"hevc", b"heis", b"1pic"):
         yield Case(f"HEIC of brand {brand.decode()}", plain[:8] + brand + plain[12:])
         yield Case(f"AVIF of brand {brand.decode()}", avif[:8] + brand + avif[12:])
-    for name, codes, colors in STATED:
+    for name, codes, colors in STATED_COLORS:
         if codes[1] != 1 and b"colrnclx" in plain:
             yield Case(f"HEIC nclx {name}", _with_nclx(plain, *codes), colors=colors)
     for coding, sentence in (
@@ -295,27 +317,28 @@ def heif_samples() -> Iterator[Case]:
         yield Case(f"HEIF of {coding.decode()}", changed, "unsupported", sentence=sentence)
 
 
-# ---- files of every kind, each with what it must show
+# ---- files of every kind, with the colours that they must show
 
 
 def stated_colors() -> Iterator[Case]:
-    """Colours stated otherwise than by an ICC profile; the values are what Chromium shows, measured to 1 of 255."""
-    for name, codes, colors in STATED:
+    """Yields files that state their colours without an ICC profile.
+
+    The expected values are what Chromium shows, measured to 1 of 255.
+    """
+    for name, codes, colors in STATED_COLORS:
         yield Case(
             f"PNG cICP {name}",
             _with_chunks(_png_of(picture()), (b"cICP", bytes([*codes, 0, 1]))),
             colors=colors,
         )
-        if codes[1] != 1:  # BT.709's curve is a display's in PNG and sRGB's in AVIF
+        if codes[1] != 1:  # see docs/formats.md: BT.709 differs between PNG and AVIF
             yield Case(
                 f"AVIF nclx {name}",
                 _with_nclx(encode(picture(), "AVIF", subsampling="4:4:4"), *codes),
                 colors=colors,
             )
-    gamma, wide = (
-        struct.pack(">I", 100_000),
-        struct.pack(">8I", 31270, 32900, 68000, 32000, 26500, 69000, 15000, 6000),
-    )
+    gamma = struct.pack(">I", 100_000)
+    wide = struct.pack(">8I", 31270, 32900, 68000, 32000, 26500, 69000, 15000, 6000)
     linear = tuple(tuple(_code_srgb(value / 255) for value in color) for color in CORNERS)
     yield Case("PNG gAMA", _with_chunks(_png_of(picture()), (b"gAMA", gamma)), colors=linear)
     yield Case("PNG cHRM alone", _with_chunks(_png_of(picture()), (b"cHRM", wide)))
@@ -333,7 +356,7 @@ def stated_colors() -> Iterator[Case]:
     yield Case(
         "PNG cICP over iCCP",
         _with_chunks(_png_of(picture()), of_p3, (b"iCCP", profile)),
-        colors=STATED[0][2],
+        colors=STATED_COLORS[0][2],
     )
     wide_gamma = (b"gAMA", struct.pack(">I", 45_455)), (b"cHRM", wide)
     yield Case("PNG gAMA and cHRM", _with_chunks(_png_of(picture()), *wide_gamma), colors=in_srgb)
@@ -344,7 +367,7 @@ def stated_colors() -> Iterator[Case]:
         colors=grey_linear,
     )
     grey = _grey_profile()
-    for mode, colors in (("L", grey_linear), ("LA", _clear_last(grey_linear))):
+    for mode, colors in (("L", grey_linear), ("LA", _with_transparent_corner(grey_linear))):
         yield Case(
             f"PNG {mode} with a linear grey profile",
             encode(picture(mode), "PNG", icc_profile=grey),
@@ -352,8 +375,8 @@ def stated_colors() -> Iterator[Case]:
         )
 
 
-def clear_colors() -> Iterator[Case]:
-    """PNGs with a colour that is transparent, at every number of bits."""
+def transparent_colors() -> Iterator[Case]:
+    """Yields PNGs with a transparent colour, at every bit depth."""
     for bits in (1, 2, 4, 8, 16):
         steps = 2**bits - 1
         values = [0, steps, 0, steps] if bits == 1 else [0, steps // 3, steps * 2 // 3, steps]
@@ -377,20 +400,19 @@ def clear_colors() -> Iterator[Case]:
         yield Case(
             f"RGB of {bits} bits",
             _png_chunks(SIZE, bits, 2, data, (b"tRNS", clear)),
-            colors=_clear_last(CORNERS),
+            colors=_with_transparent_corner(CORNERS),
         )
     near = np.asarray(picture()).astype(np.uint16) * 257
-    clear = struct.pack(
-        ">3H", *(int(value) ^ 1 for value in near[-1, -1])
-    )  # the same in its upper bytes
+    # Differs from the colour in the lowest bit only.
+    clear = struct.pack(">3H", *(int(value) ^ 1 for value in near[-1, -1]))
     data = b"".join(b"\0" + row.astype(">u2").tobytes() for row in near)
     yield Case(
-        "RGB of 16 bits, nearly the colour", _png_chunks(SIZE, 16, 2, data, (b"tRNS", clear))
+        "RGB of 16 bits, one bit off the colour", _png_chunks(SIZE, 16, 2, data, (b"tRNS", clear))
     )
 
 
-def partly_covered() -> Iterator[Case]:
-    """GIFs whose first frame leaves a part of the canvas free."""
+def partial_frames() -> Iterator[Case]:
+    """Yields GIFs whose first frame does not cover the canvas."""
     for left, top in ((0, 0), (SIZE[0] // 2, SIZE[1] // 2)):
         frame = encode(Image.new("P", (SIZE[0] // 2, SIZE[1] // 2), 1), "GIF")
         at = frame.index(b",")
@@ -409,7 +431,7 @@ def partly_covered() -> Iterator[Case]:
 
 
 def kinds_of_tiff() -> Iterator[Case]:
-    """TIFFs that are read rightly, and those that are called by their name."""
+    """Yields TIFFs that are read correctly, and kinds that are refused by name."""
     rgb = np.asarray(picture())
     grey = np.asarray(picture("L"))
     for bits, kind in ((8, "u1"), (16, "u2")):
@@ -478,7 +500,7 @@ def kinds_of_tiff() -> Iterator[Case]:
         ),
         "WebP inside": (_tiff(8, 3, bytes(99), {259: (3, 50001)}), "compressed as WebP"),
         "JPEG XL inside": (_tiff(8, 3, bytes(99), {259: (3, 50002)}), "compressed as JPEG XL"),
-        "a BigTIFF of the other order": (_big_tiff(">"), "BigTIFF in big-endian"),
+        "a big-endian BigTIFF": (_big_tiff(">"), "BigTIFF in big-endian"),
     }
     for name, (content, sentence) in refused.items():
         yield Case(name, content, "unsupported", sentence=sentence)
@@ -487,7 +509,7 @@ def kinds_of_tiff() -> Iterator[Case]:
 
 
 def kinds_of_bmp() -> Iterator[Case]:
-    """BMPs with bit fields, which Pillow mostly refuses."""
+    """Yields BMPs with bit fields, most of which Pillow refuses, and other rare kinds."""
     for name, bits, masks in (
         ("565", 16, (0xF800, 0x07E0, 0x001F, 0)),
         ("555", 16, (0x7C00, 0x03E0, 0x001F, 0)),
@@ -497,7 +519,7 @@ def kinds_of_bmp() -> Iterator[Case]:
         ("the other way round", 32, (0xFF, 0xFF00, 0xFF0000, 0)),
     ):
         for is_top_down in (False, True):
-            colors = _clear_last(CORNERS) if masks[3] else CORNERS
+            colors = _with_transparent_corner(CORNERS) if masks[3] else CORNERS
             yield Case(
                 f"{name}{', top down' * is_top_down}",
                 _bmp_of_fields(bits, masks, is_top_down),
@@ -520,7 +542,7 @@ def kinds_of_bmp() -> Iterator[Case]:
 
 
 def kinds_of_jpeg() -> Iterator[Case]:
-    """JPEGs of other processes than the usual three, by their headers."""
+    """Yields JPEGs whose headers state a rare coding process, and common variations."""
     content = encode(picture(), "JPEG")
     at = content.index(b"\xff\xc0")
     for name, marker, sentence in (
@@ -550,7 +572,7 @@ def kinds_of_jpeg() -> Iterator[Case]:
 
 
 def cropped() -> Iterator[Case]:
-    """AVIF that shows a part of what it stores (clap), alone and turned; and one that only EXIF or XMP turn."""
+    """Yields AVIFs cropped by `clap`, with and without rotation, and files rotated by XMP alone."""
     wide = Image.new("RGB", (SIZE[0] + 32, SIZE[1] + 16), "magenta")
     wide.paste(picture(), (32, 0))
     exif = Image.Exif()
@@ -562,27 +584,33 @@ def cropped() -> Iterator[Case]:
     turned.paste(picture().transpose(TURNS[3]), (32, 0))
     content = encode(turned, "AVIF", subsampling="4:4:4", exif=exif)
     yield Case("AVIF with clap and irot", _with_clap(content, SIZE, (16, -8)))
-    xmp = b'<x:xmpmeta xmlns:x="adobe:ns:meta/"><rdf:RDF xmlns:rdf="http://www.w3.org/1999/02/22-rdf-syntax-ns#">'
-    xmp += b'<rdf:Description xmlns:tiff="http://ns.adobe.com/tiff/1.0/" tiff:Orientation="6"/></rdf:RDF></x:xmpmeta>'
+    xmp = b'<x:xmpmeta xmlns:x="adobe:ns:meta/">'
+    xmp += b'<rdf:RDF xmlns:rdf="http://www.w3.org/1999/02/22-rdf-syntax-ns#">'
+    xmp += b'<rdf:Description xmlns:tiff="http://ns.adobe.com/tiff/1.0/" tiff:Orientation="6"/>'
+    xmp += b"</rdf:RDF></x:xmpmeta>"
     for format_ in ("AVIF", "JPEG", "WEBP"):
-        yield Case(f"{format_} turned by XMP alone", encode(picture(), format_, xmp=xmp))
+        yield Case(f"{format_} rotated by XMP alone", encode(picture(), format_, xmp=xmp))
 
 
 def kept_animations() -> Iterator[Case]:
-    """Animations of which all frames are kept."""
+    """Yields animations whose frames are all kept, and long ones with only the first kept."""
     clear = picture("RGBA")
     for format_ in ("GIF", "PNG", "WEBP", "AVIF"):
-        other = picture("RGBA") if format_ == "AVIF" else picture()  # which wants them alike
+        # AVIF needs frames of the same mode.
+        other = picture("RGBA") if format_ == "AVIF" else picture()
         content = encode(clear, format_, save_all=True, append_images=[other], duration=100, loop=3)
         yield Case(
-            f"{format_}, transparent and not", content, colors=_clear_last(CORNERS), rules=KEEP
+            f"{format_}, transparent then opaque",
+            content,
+            colors=_with_transparent_corner(CORNERS),
+            rules=KEEP,
         )
         content = encode(other, format_, save_all=True, append_images=[clear], duration=100, loop=3)
-        yield Case(f"{format_}, opaque and not", content, colors=None, rules=KEEP)
+        yield Case(f"{format_}, opaque then transparent", content, colors=None, rules=KEEP)
     frames = [Image.new("RGB", SIZE, (index * 2, 0, 0)) for index in range(99)]
     for format_ in ("GIF", "PNG", "WEBP"):
         content = encode(picture(), format_, save_all=True, append_images=frames)
-        yield Case(f"{format_} of 100 frames, the first alone", content)
+        yield Case(f"{format_} of 100 frames, only the first kept", content)
     yield Case(
         "TIFF of 100 pages",
         encode(picture(), "TIFF", save_all=True, append_images=frames),
@@ -591,7 +619,7 @@ def kept_animations() -> Iterator[Case]:
 
 
 def large() -> Iterator[Case]:
-    """What phones and scanners make: large in number, small in what is decoded."""
+    """Yields the large pictures of phones and scanners, which are decoded at a reduced size."""
     for name, size in (
         ("50 MP of a phone", (8160, 6144)),
         ("the same upright", (6144, 8160)),
@@ -612,20 +640,26 @@ def large() -> Iterator[Case]:
 
 
 def bombs() -> Iterator[Case]:
-    """Small files that would be large pictures, or much else."""
+    """Yields small files that would need much memory or CPU time."""
     yield Case(
         "PNG of 169 megapixels in 20 kB", encode(Image.new("1", (13_000, 13_000)), "PNG"), "limits"
     )
-    yield Case("PNG one pixel too many", encode(Image.new("1", (10_000, 5_001)), "PNG"), "limits")
+    yield Case(
+        "PNG slightly over the pixel limit",
+        encode(Image.new("1", (10_000, 5_001)), "PNG"),
+        "limits",
+    )
     yield Case(
         "PNG whose variants would be too long", encode(Image.new("1", (1, 16_384)), "PNG"), "limits"
     )
     yield Case(
         "PNG that claims 2 billion px", _png_chunks((2**31 - 1, 2**31 - 1), 8, 2, b""), "limits"
     )
-    yield Case("JPEG of 65500 x 65500 by its header", _resized_jpeg(65_500, 65_500), "limits")
-    yield Case("WebP of 16383 x 16383 by its header", _resized_webp(), "limits")
-    yield Case("BMP of a billion pixels by its header", _resized_bmp(), "limits")
+    yield Case(
+        "JPEG of 65500 x 65500 according to its header", _resized_jpeg(65_500, 65_500), "limits"
+    )
+    yield Case("WebP of 16383 x 16383 according to its header", _resized_webp(), "limits")
+    yield Case("BMP of a billion pixels according to its header", _resized_bmp(), "limits")
     tiff = encode(Image.new("1", (15_000, 15_000)), "TIFF", compression="group4")
     yield Case("TIFF of 225 megapixels", tiff, "limits")
     frame = Image.new("RGB", (16, 16))
@@ -648,7 +682,7 @@ def bombs() -> Iterator[Case]:
         "limits",
         sentence="60000 px",
     )
-    yield Case("TIFF whose pages go in a circle", _circular_tiff(), "completed", None)
+    yield Case("TIFF whose pages form a cycle", _circular_tiff(), "completed", None)
     text = PngImagePlugin.PngInfo()
     text.add_text("comment", "a" * 20_000_000, zip=True)
     yield Case("PNG with 20 MB of text in 20 kB", encode(picture(), "PNG", pnginfo=text), "limits")
@@ -667,7 +701,7 @@ def bombs() -> Iterator[Case]:
 
 
 def truncated() -> Iterator[Case]:
-    """Files cut at 1 to 99 %."""
+    """Yields files cut off at 1 to 99 %."""
     files = {
         "JPEG": photo_as("JPEG"),
         "progressive JPEG": photo_as("JPEG", progressive=True),
@@ -696,9 +730,10 @@ def truncated() -> Iterator[Case]:
             f"{format_} of two colours {options}", content[: len(content) // 2], "truncated", None
         )
     zeros = photo_as("JPEG")
-    zeros = zeros[: len(zeros) // 2].ljust(len(zeros), b"\0")  # reserved, and never written
+    # As if the space had been reserved but not written.
+    zeros = zeros[: len(zeros) // 2].ljust(len(zeros), b"\0")
     yield Case(
-        "JPEG with zeros where its second half was",
+        "JPEG with zeros in place of its second half",
         zeros,
         "truncated",
         None,
@@ -706,11 +741,11 @@ def truncated() -> Iterator[Case]:
     )
     whole = photo_as("JPEG")
     assert whole.endswith(b"\xff\xd9")
-    yield Case("JPEG of which only the end marker is missing", whole[:-2], "completed", None)
+    yield Case("JPEG without its end marker", whole[:-2], "completed", None)
 
 
-def whole_all_the_same() -> Iterator[Case]:
-    """Files with a flaw that takes nothing from their picture."""
+def harmless_flaws() -> Iterator[Case]:
+    """Yields files with flaws that do not affect the picture."""
     margin = picture()
     margin.paste((128, 128, 128), (SIZE[0] - 8, 0, *SIZE))
     for name, image in (
@@ -742,11 +777,13 @@ def whole_all_the_same() -> Iterator[Case]:
     for options in ({}, {"progressive": True}, {"subsampling": 0}):
         content = encode(picture(), "JPEG", **options)
         yield Case(f"JPEG {options}, no end", content[:-2])
-        yield Case(f"JPEG {options}, noise behind", content + np.random.default_rng(5).bytes(500))
+        yield Case(
+            f"JPEG {options}, followed by noise", content + np.random.default_rng(5).bytes(500)
+        )
         yield Case(f"JPEG {options}, zeros before its end", content[:-2] + bytes(40) + content[-2:])
     text = b"comment\0\0" + zlib.compress(bytes(20_000_000))
     yield Case(
-        "PNG, 20 MB of text behind its pixels",
+        "PNG, 20 MB of text after its pixels",
         _with_chunks(_png_of(picture()), (b"zTXt", text), is_late=True),
     )
     for name in (b"pHYs", b"cHRM", b"sRGB", b"gAMA", b"iCCP", b"tIME", b"eXIf"):
@@ -758,19 +795,19 @@ def whole_all_the_same() -> Iterator[Case]:
     yield Case("JPEG, junk between its segments", content[:at] + b"junk" + content[at:])
     scan = content.index(b"\xff\xda")
     nonsense = content[: scan + 11] + b"\x01\x05\x11" + content[scan + 14 :]
-    yield Case("JPEG, nonsense where only a progressive one needs numbers", nonsense)
+    yield Case("JPEG, nonsense in bytes used by progressive ones only", nonsense)
     exif = Image.Exif()
     exif[ExifTags.Base.Model] = "x" * 100
     thumbnail = exif.tobytes() + encode(Image.new("RGB", (8, 8)), "JPEG")
     yield Case(
-        "JPEG with a thumbnail that has an end of its own",
+        "JPEG with a thumbnail that has its own end marker",
         encode(picture(), "JPEG", exif=thumbnail),
     )
     yield Case("GIF, no end", encode(picture("P"), "GIF")[:-1])
 
 
 def damaged() -> Iterator[Case]:
-    """Files whose start is right and whose middle is not."""
+    """Yields files that are damaged after an intact start."""
     yield Case("nothing", b"", "empty")
     png = bytearray(photo_as("PNG"))
     png[2000:2100] = bytes(100)
@@ -785,7 +822,7 @@ def damaged() -> Iterator[Case]:
         middle = len(whole) // 2
         for kind, hole in (("noise", noise), ("zeros", bytes(4096)), ("nothing", b"")):
             changed = whole[:middle] + hole + whole[middle + 4096 :]
-            yield Case(f"{name} JPEG with {kind} inside", changed, "corrupt", None)
+            yield Case(f"{name} JPEG, a part replaced by {kind}", changed, "corrupt", None)
     for start in (-9000, -6000, -2000, -200):
         avif = bytearray(photo_as("AVIF"))
         avif[start : start + 6000 if start == -9000 else None] = bytes(
@@ -817,15 +854,16 @@ def damaged() -> Iterator[Case]:
 
 
 def found_by_fuzzing() -> Iterator[Case]:
-    """Files that killed a decoder (libheif's, in 1.21)."""
+    """Yields files that crashed a decoder (libheif 1.21)."""
     for path in sorted(SAMPLES.glob("crash*")):
         yield Case(path.stem, path.read_bytes(), "crashed")
 
 
 def refused() -> Iterator[Case]:
-    """What is no picture of ours, called by its name."""
+    """Yields files of other formats, most of which the error names."""
     files = {
-        "SVG": b'<?xml version="1.0"?>\n<!-- x -->\n<svg xmlns="http://www.w3.org/2000/svg"><script>alert(1)</script></svg>',
+        "SVG": b'<?xml version="1.0"?>\n<!-- x -->\n'
+        b'<svg xmlns="http://www.w3.org/2000/svg"><script>alert(1)</script></svg>',
         "SVG without a prologue": b"<svg xmlns='x'/>",
         "HTML": b"<!DOCTYPE html><html><body>404</body></html>",
         "EPS": b"%!PS-Adobe-3.0 EPSF-3.0\n(/etc/passwd) (r) file",
@@ -852,11 +890,11 @@ def refused() -> Iterator[Case]:
         yield Case(name, content, "unsupported")
 
 
-# ---- files no library writes
+# ---- files that no library writes
 
 
 def wide_profile() -> bytes:
-    """An RGB matrix profile with the primaries of Display P3 (D50) and a gamma of 2.2 (ICC.1:2010)."""
+    """Builds a profile with the primaries of Display P3 (D50) and gamma 2.2 (ICC.1:2010)."""
 
     def s15(value: float) -> bytes:
         return round(value * 65536).to_bytes(4, "big", signed=True)
@@ -911,13 +949,13 @@ def _png_of(image: Image.Image) -> bytes:
 def _with_chunks(
     content: bytes, *chunks: tuple[bytes, bytes], is_late: bool = False, is_wrong: bool = False
 ) -> bytes:
-    """A PNG with chunks behind its header, or before its end."""
+    """Adds chunks to a PNG, after its header or before its end."""
     at = len(content) - 12 if is_late else 33
     return content[:at] + b"".join(_chunk(*chunk, is_wrong) for chunk in chunks) + content[at:]
 
 
 def _rows_of(values: list[int], bits: int) -> bytes:
-    """The rows of a grey PNG whose four corners have these values."""
+    """Returns the rows of a grey PNG whose four corners have these values."""
     rows = b""
     for y in range(SIZE[1]):
         left, right = values[y * 2 // SIZE[1] * 2 :][:2]
@@ -937,7 +975,7 @@ def _code_srgb(linear: float) -> int:
 
 
 def _grey_profile() -> bytes:
-    """A grey profile whose values are linear light (ICC.1:2010, 8.3.3)."""
+    """Builds a grey profile with linear values (ICC.1:2010, 8.3.3)."""
     white = b"XYZ \0\0\0\0" + b"".join(
         round(value * 65_536).to_bytes(4, "big") for value in (0.9642, 1.0, 0.8249)
     )
@@ -959,13 +997,16 @@ def _grey_profile() -> bytes:
 
 
 def _with_nclx(content: bytes, primaries: int, transfer: int) -> bytes:
-    """An AVIF or HEIC file that says its colours are those."""
+    """Sets the colour code points of an AVIF or HEIC."""
     at = content.index(b"colrnclx") + 8
     return content[:at] + struct.pack(">HH", primaries, transfer) + content[at + 4 :]
 
 
 def _with_clap(content: bytes, size: tuple[int, int], offset: tuple[int, int]) -> bytes:
-    """An AVIF that shows a part of that size; its middle lies so far right and below the middle of the whole."""
+    """Crops an AVIF with a `clap` property.
+
+    `offset` is the distance, right and down, from the centre of the whole to that of the part.
+    """
     values = [(size[0], 1), (size[1], 1), (offset[0], 1), (offset[1], 1)]
     box = b"\0\0\0\x28clap" + b"".join(struct.pack(">iI", *value) for value in values)
     changed = bytearray(content)
@@ -978,7 +1019,7 @@ def _with_clap(content: bytes, size: tuple[int, int], offset: tuple[int, int]) -
             count + 1,
         )
     ipma = content.index(b"ipma")
-    entry = ipma + 4 + 4 + 4 + 2  # version and flags, number of entries, item
+    entry = ipma + 4 + 4 + 4 + 2  # after version and flags, number of entries, item
     place = entry + 1 + content[entry]
     turns = [
         at
@@ -1010,7 +1051,10 @@ def _property_at(content: bytes, ipco: int, index: int) -> bytes:
 
 
 def _offsets_of(content: bytes, iloc: int) -> Iterator[int]:
-    """Where the offsets of the items stand in a box of libavif's: version 0, offsets and lengths of 4 bytes."""
+    """Yields the positions of the items' offsets in an `iloc` box written by libavif.
+
+    Its version is 0, and its offsets and lengths have 4 bytes.
+    """
     assert content[iloc + 4 : iloc + 10] in (b"\0\0\0\0\x44\0", b"\0\0\0\0\x44\x40")
     base = content[iloc + 9] >> 4
     position = iloc + 12
@@ -1023,7 +1067,7 @@ def _offsets_of(content: bytes, iloc: int) -> Iterator[int]:
 
 
 def _bmp_of_fields(bits: int, masks: tuple[int, ...], is_top_down: bool) -> bytes:
-    """A BMP of version 4 with these masks."""
+    """Builds a BMP of version 4 with the given bit masks."""
     pixels = np.asarray(picture("RGBA")).astype(np.uint64)
     packed = np.zeros(pixels.shape[:2], np.uint64)
     for channel, mask in enumerate(masks):
@@ -1048,7 +1092,7 @@ def _bmp_of_fields(bits: int, masks: tuple[int, ...], is_top_down: bool) -> byte
 
 
 def _bmp_of_runs(compression: int, is_skipping: bool) -> bytes:
-    """A BMP of run lengths, a row a line, from the lowest up; it may leave its last corner free."""
+    """Builds a run-length encoded BMP, stored bottom-up; `is_skipping` leaves one corner empty."""
     palette = b"".join(bytes([*color[::-1], 0]) for color in CORNERS)
     data, half = b"", SIZE[0] // 2
     for y in reversed(range(SIZE[1])):
@@ -1073,7 +1117,7 @@ def _absolute(index: int, compression: int, count: int) -> bytes:
 
 
 def _big_tiff(order: str) -> bytes:
-    """A grey BigTIFF of one strip."""
+    """Builds a grey BigTIFF of one strip."""
     data = np.asarray(picture("L")).tobytes()
     tags = {
         256: SIZE[0],
@@ -1110,7 +1154,7 @@ def _png_of_16_bits() -> bytes:
 def _tiff(
     bits: int, samples: int, data: bytes, extra: dict[int, tuple[int, int]] | None = None
 ) -> bytes:
-    """An uncompressed RGB TIFF of one strip; `extra` are further tags as {tag: (type, value)}."""
+    """Builds an uncompressed RGB TIFF of one strip; `extra` is {tag: (type, value)}."""
     tags = {
         256: (4, SIZE[0]),
         257: (4, SIZE[1]),
@@ -1125,7 +1169,7 @@ def _tiff(
     }
     content = b"II*\0\x08\0\0\0" + struct.pack("<H", len(tags))
     for tag, (kind, value) in sorted(tags.items()):
-        if tag == 258 and samples > 2:  # one per sample, behind the directory
+        if tag == 258 and samples > 2:  # one per sample, after the directory
             content += struct.pack("<HHII", tag, kind, samples, 900)
         elif tag == 258:
             content += struct.pack("<HHI", tag, kind, samples) + (
@@ -1193,7 +1237,15 @@ def _archive() -> bytes:
 
 @dataclass(frozen=True)
 class Result:
-    """What became of a file: `outcome` as in `Case`, the error's sentence, what it took, and what was made."""
+    """The result for a file.
+
+    Attributes:
+        outcome: see `Case`.
+        sentence: the error message, or "".
+        cpu_seconds: CPU time used.
+        peak_bytes: peak memory of the decoding process.
+        variants: the rendered variants.
+    """
 
     outcome: str
     sentence: str = ""
@@ -1202,8 +1254,13 @@ class Result:
     variants: tuple[Variant, ...] = ()
 
 
-def process(content: bytes, sandbox: Sandbox = Sandbox(), rules: Rules = Rules()) -> Result:  # noqa: B008
-    """Does with a file what the assets do with an original."""
+DEFAULT_SANDBOX, DEFAULT_RULES = Sandbox(), Rules()
+
+
+def process(
+    content: bytes, sandbox: Sandbox = DEFAULT_SANDBOX, rules: Rules = DEFAULT_RULES
+) -> Result:
+    """Processes a file as the assets process an original."""
     try:
         with sandbox.open(decode, content, rules) as session:
             _, preparing = session.call(prepare)
@@ -1238,10 +1295,10 @@ def main(folder: Path | None, sheet: Path | None) -> None:
     table = Table(
         "outcome",
         "files",
-        "CPU s at most",
-        "memory at most",
-        "an example",
-        "what its uploader is told",
+        "max. CPU s",
+        "max. memory",
+        "example",
+        "message for the uploader",
     )
     for outcome in sorted({result.outcome for _, result in results}):
         group = [(case, result) for case, result in results if result.outcome == outcome]
@@ -1269,7 +1326,7 @@ def main(folder: Path | None, sheet: Path | None) -> None:
 
 
 def draw_sheet(pictures: list[tuple[str, Result]], path: Path) -> None:
-    """Each picture's small WebP and AVIF over a chequered ground, with its name."""
+    """Draws the smallest WebP and AVIF of each picture on a checkerboard, with its name."""
     columns, cell, caption = 10, 110, 26
     rows = -(-len(pictures) // columns)
     sheet = Image.new("RGB", (columns * 2 * cell, rows * (cell + caption)), "white")

@@ -1,4 +1,4 @@
-"""What the children of the sandbox's tests can do: small honest calls, attacks, and lies."""
+"""Operations for the tests of the sandbox: small honest calls, attacks, and lies."""
 
 import ctypes
 import errno
@@ -22,7 +22,7 @@ libc = ctypes.CDLL(None, use_errno=True)
 
 
 def warm_up() -> None:
-    """Nothing is imported late here."""
+    """Does nothing, because no import here is late."""
 
 
 # ---- honest
@@ -82,7 +82,7 @@ def shout(held: list[int]) -> int:
 
 
 def start_threads(held: list[int], count: int) -> int:
-    """What HEIC does."""
+    """Starts threads, as the decoder of HEIC does."""
     done: list[int] = []
     threads = [threading.Thread(target=done.append, args=(number,)) for number in range(count)]
     for thread in threads:
@@ -96,20 +96,20 @@ def start_threads(held: list[int], count: int) -> int:
 
 
 def say(held: list[int], data: bytes) -> None:
-    """Writes bytes of its own where an answer belongs, and ends."""
+    """Writes bytes instead of an answer, and ends."""
     os.write(0, data)
     os._exit(0)
 
 
 def dribble(held: list[int], data: bytes) -> None:
-    """Writes an answer a byte at a time."""
+    """Writes an answer one byte at a time."""
     for index in range(len(data)):
         os.write(0, data[index : index + 1])
         time.sleep(0.05)
 
 
 def raise_named(held: list[int], name: str, message: str) -> None:
-    """Fails with an error of that name."""
+    """Raises an error with the given name."""
     raise type(name, (Exception,), {})(message)
 
 
@@ -121,7 +121,7 @@ def claim_usage(held: list[int]) -> float:
 
 
 def call(number: int, *arguments: Any) -> Any:
-    """A system call by its number on x86_64; raises OSError."""
+    """Makes a system call by its number on x86_64; raises OSError if it fails."""
     values = [ctypes.c_long(one) if isinstance(one, int) else one for one in arguments]
     result = libc.syscall(ctypes.c_long(number), *values)
     must_succeed(result)
@@ -167,7 +167,7 @@ buffer = ctypes.create_string_buffer(256)
 ATTACKS: dict[str, Callable[[], object]] = {
     "read a file": lambda: os.close(os.open("/etc/passwd", os.O_RDONLY)),
     "write a file": write_file,
-    "ask whether a file is there": lambda: os.stat("/etc/passwd"),
+    "stat a file": lambda: os.stat("/etc/passwd"),
     "list a folder": lambda: os.listdir("/"),
     "read the environment": lambda: os.close(os.open("/proc/self/environ", os.O_RDONLY)),
     "read the environment of its parent": lambda: os.close(
@@ -178,7 +178,7 @@ ATTACKS: dict[str, Callable[[], object]] = {
     ),
     "reach the network": reach_network,
     "reach a Unix socket": reach_socket,
-    "make a pair of sockets": lambda: [one.close() for one in socket.socketpair()],
+    "create a pair of sockets": lambda: [one.close() for one in socket.socketpair()],
     "fork": fork,
     "spawn": lambda: os.posix_spawn("/bin/true", ["true"], {}),
     "signal its parent": lambda: os.kill(os.getppid(), 0),
@@ -191,7 +191,7 @@ ATTACKS: dict[str, Callable[[], object]] = {
     ),
     "outlive its parent": lambda: must_succeed(libc.prctl(PR_SET_PDEATHSIG, 0, 0, 0, 0)),
 }
-HARMLESS = tuple(ATTACKS)  # where they succeed
+HARMLESS = tuple(ATTACKS)  # they do no harm even if they succeed
 if platform.machine() == "x86_64":
     ATTACKS |= {
         "clone a process": lambda: start_process(56, int(signal.SIGCHLD), 0, 0, 0, 0),
@@ -208,21 +208,21 @@ if platform.machine() == "x86_64":
         "be traced": lambda: call(101, 0, 0, 0, 0),
         "read the memory of its parent": lambda: call(310, os.getppid(), buffer, 1, buffer, 1, 0),
         "write the memory of its parent": lambda: call(311, os.getppid(), buffer, 1, buffer, 1, 0),
-        "take hold of its parent": lambda: call(434, os.getppid(), 0),  # pidfd_open
+        "open a handle of its parent": lambda: call(434, os.getppid(), 0),  # pidfd_open
         "take a descriptor of its parent": lambda: call(438, 0, 0, 0),
         "compare with its parent": lambda: call(312, os.getpid(), os.getppid(), 0, 0, 0),
         "io_uring": lambda: call(425, 1, buffer),
         "mount": lambda: call(165, b"none", b"/nothing", b"tmpfs", 0, 0),
         "open a tree": lambda: call(428, -100, b"/", 0),
-        "keys of the kernel": lambda: call(250, 0, -3, 0),
+        "kernel keyring": lambda: call(250, 0, -3, 0),
         "bpf": lambda: call(321, 0, buffer, 8),
         "userfaultfd": lambda: call(323, 1),
         "perf events": lambda: call(298, buffer, 0, -1, -1, 0),
-        "a file in memory": lambda: call(319, b"x", 0),
+        "memfd": lambda: call(319, b"x", 0),
         "shared memory": lambda: call(29, 0, 4096, 0o1600),
-        "a queue of messages": lambda: call(68, 0, 0o1600),
+        "message queue": lambda: call(68, 0, 0o1600),
         "new namespaces": lambda: call(272, 0),
-        "another root": lambda: call(161, b"/"),
+        "chroot": lambda: call(161, b"/"),
         "load a module": lambda: call(175, buffer, 0, b""),
         "another filter": lambda: call(317, 0, 0, 0),
         "inject terminal input": lambda: call(16, 0, 0x5412, buffer),
@@ -235,14 +235,14 @@ if platform.machine() == "x86_64":
         "delete": lambda: call(87, b"/nothing"),
         "another scheduler": lambda: call(144, 0, 0, buffer),
         "another personality": lambda: call(135, 0xFFFFFFFF),
-        "the time": lambda: call(227, 99, buffer),
-        "memory of other nodes": lambda: call(256, 0, 0, 0, 0),
+        "set the time": lambda: call(227, 99, buffer),
+        "NUMA pages": lambda: call(256, 0, 0, 0, 0),
     }
 FOREIGN = 0x40000000 | 39  # getpid of x32: another ABI
 
 
 def attack(held: list[int], name: str) -> str:
-    """Tries it; gives the name of the error, or `done`."""
+    """Tries an attack; returns the name of the error, or `done`."""
     try:
         ATTACKS[name]()
     except OSError as error:

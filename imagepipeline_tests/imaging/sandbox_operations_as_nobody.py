@@ -1,4 +1,4 @@
-"""The same operations for children that are not root's."""
+"""The same operations in children that do not run as root."""
 
 import os
 

@@ -1,4 +1,4 @@
-"""Animations that are kept: their frames, as a browser composes them, and how often they are shown."""
+"""Kept animations have the frames and the number of plays that a browser would show."""
 
 import io
 import struct
@@ -25,7 +25,7 @@ def animation(format_, **options):
     return encode(first, format_, save_all=True, append_images=others, duration=100, **options)
 
 
-# How often each is shown. What a GIF says is how often it is shown again, as browsers, libvips and gif2webp read it.
+# A GIF states the number of repetitions after the first play: browsers, libvips and gif2webp agree.
 @pytest.mark.parametrize(
     ("format_", "options", "play_count"),
     [
@@ -41,7 +41,7 @@ def animation(format_, **options):
         ("PNG", {"loop": 3}, 3),
     ],
 )
-def test_an_animation_is_shown_as_often_as_it_was(format_, options, play_count):
+def test_variants_play_as_often_as_the_original(format_, options, play_count):
     decoded = decode(animation(format_, **options), KEEP)
     assert decoded.play_count == play_count
     webp, avif = render(decoded, SPECS)
@@ -51,7 +51,10 @@ def test_an_animation_is_shown_as_often_as_it_was(format_, options, play_count):
 
 
 def count_plays(content):
-    """How often an AVIF is shown: the duration of its track in rounds of its edit list; 0 for ever."""
+    """Returns how often an AVIF is played, 0 for ever.
+
+    This is the duration of its track, divided by the duration of a round in its edit list.
+    """
     boxes = {kind: content[start:end] for kind, start, end in walk_in(content, 0, len(content))}
     duration = int.from_bytes(boxes[b"tkhd"][28:36], "big")
     round_duration = int.from_bytes(boxes[b"elst"][8:16], "big")
@@ -65,7 +68,7 @@ def walk_in(content, start, end):
             yield from walk_in(content, first, last)
 
 
-def test_the_picture_for_those_who_show_one_is_no_frame():
+def test_the_default_image_of_an_apng_is_not_a_frame():
     first, *others = frames()
     content = encode(
         Image.new("RGB", (32, 24)),
@@ -87,7 +90,7 @@ def gif(*blocks, size=(32, 24)):
 
 
 def block(index, box, disposal=0, clear=None):
-    """A frame of one colour of the palette."""
+    """Returns the block of a frame in one colour of the palette."""
     left, top, width, height = box
     image = Image.new("P", (width, height), index)
     image.putpalette(bytes([255, 0, 0, 0, 255, 0, 0, 0, 255, 9, 9, 9]))
@@ -101,7 +104,7 @@ def block(index, box, disposal=0, clear=None):
     ("disposal", "left_behind"),
     [(0, (255, 0, 0, 255)), (1, (255, 0, 0, 255)), (2, (0, 0, 0, 0)), (3, (0, 0, 0, 0))],
 )
-def test_a_gif_frame_leaves_behind_what_it_says(disposal, left_behind):
+def test_the_disposal_of_a_gif_frame_is_followed(disposal, left_behind):
     content = gif(block(0, (0, 0, 16, 12), disposal), block(1, (16, 12, 16, 12)))
     first, second = decode(content, KEEP).frames
     assert first.getpixel((5, 5)) == (255, 0, 0, 255)
@@ -110,14 +113,14 @@ def test_a_gif_frame_leaves_behind_what_it_says(disposal, left_behind):
     assert second.getpixel((20, 20)) == (0, 255, 0, 255)
 
 
-def test_a_clear_colour_shows_what_lies_below():
+def test_a_transparent_colour_shows_the_frame_below():
     content = gif(block(0, (0, 0, 32, 24)), block(2, (0, 0, 32, 24), clear=2))
     assert [frame.convert("RGB").getpixel((5, 5)) for frame in decode(content, KEEP).frames] == [
         (255, 0, 0)
     ] * 2
 
 
-def test_frames_with_and_without_transparency_become_variants():
+def test_variants_mix_transparent_and_opaque_frames():
     content = gif(block(0, (0, 0, 16, 12), 2), block(1, (0, 0, 32, 24)))
     decoded = decode(content, KEEP)
     assert {frame.mode for frame in decoded.frames} == {"RGBA"}
@@ -125,12 +128,12 @@ def test_frames_with_and_without_transparency_become_variants():
         assert Image.open(io.BytesIO(variant.content)).n_frames == 2
 
 
-def test_the_first_frame_alone_is_looked_at_when_it_alone_is_shown():
+def test_later_frames_are_ignored_if_only_the_first_is_kept():
     content = gif(block(0, (0, 0, 32, 24)), *[block(1, (0, 0, 32, 24))] * 500)
     assert len(decode(content).frames) == 1
     assert decode(content[: len(content) // 2]).flaw is None
 
 
-def test_pages_are_no_animation():
+def test_pages_of_a_tiff_are_not_an_animation():
     content = encode(picture(), "TIFF", save_all=True, append_images=frames())
     assert len(decode(content, KEEP).frames) == 1

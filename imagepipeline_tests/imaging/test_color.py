@@ -1,4 +1,4 @@
-"""Colours against formulas written down a second time, and against what Chromium showed of the same files."""
+"""Converted colours agree with independent formulas and with what Chromium shows."""
 
 import struct
 
@@ -17,7 +17,7 @@ from imagepipeline.imaging.color import (
 )
 
 GREYS = (33, 66, 132, 197, 255)
-# What Chromium 156 shows of a PNG with cICP, for GREYS. PQ and HLG with primaries of BT.2020.
+# GREYS as Chromium 156 shows them in a PNG with cICP. PQ and HLG have the primaries of BT.2020.
 SHOWN = {
     (1, 1): (21, 56, 125, 194, 255),
     (1, 4): (27, 64, 133, 198, 255),
@@ -29,7 +29,7 @@ SHOWN = {
     (9, 16): (5, 32, 142, 255, 255),
     (9, 18): (15, 45, 103, 198, 255),
 }
-# What it shows of (197, 0, 0) in other primaries with the curve of sRGB.
+# (197, 0, 0) in other primaries with the curve of sRGB, as Chromium 156 shows it.
 REDS = {
     4: (235, 0, 0),
     5: (201, 0, 0),
@@ -48,20 +48,20 @@ def show(rgb, space):
 
 
 @pytest.mark.parametrize("codes", SHOWN)
-def test_each_curve_is_that_of_a_browser(codes):
+def test_each_curve_agrees_with_a_browser(codes):
     shown = show([(grey,) * 3 for grey in GREYS], ColorSpace(codes=codes))
     assert abs(shown - np.array(SHOWN[codes])[:, None]).max() <= 1
 
 
 @pytest.mark.parametrize("primaries", REDS)
-def test_each_set_of_primaries_is_that_of_a_browser(primaries):
+def test_each_set_of_primaries_agrees_with_a_browser(primaries):
     assert (
         abs(show([(197, 0, 0)], ColorSpace(codes=(primaries, 13)))[0] - REDS[primaries]).max() <= 1
     )
 
 
 def test_display_p3_agrees_with_its_matrix():
-    # P3-D65 to sRGB of linear values, from the primaries in SMPTE EG 432-1 and IEC 61966-2-1.
+    # Linear P3-D65 to linear sRGB, from the primaries in SMPTE EG 432-1 and IEC 61966-2-1.
     matrix = np.array(
         [[1.22494, -0.22494, 0], [-0.04206, 1.04206, 0], [-0.01964, -0.07864, 1.09828]]
     )
@@ -76,25 +76,23 @@ def test_display_p3_agrees_with_its_matrix():
     assert abs(show(pixels, ColorSpace(codes=(12, 13))) - expected).max() <= 1
 
 
-def test_hdr_white_loses_a_stop_and_the_peak_becomes_white():
+def test_hdr_white_loses_one_stop_and_the_peak_becomes_white():
     def code_pq(nits):  # SMPTE ST 2084, equation 5.2
         power = (nits / 10_000) ** 0.1593017578125
         return round(255 * ((0.8359375 + 18.8515625 * power) / (1 + 18.6875 * power)) ** 78.84375)
 
     greys = np.array([[code_pq(nits)] * 3 for nits in (203, 1000, 4000)], dtype=np.uint8)
     white, peak, beyond = tone_map(greys, 9, PQ, 1000)[:, 0]
-    assert white == pytest.approx(188, abs=3)  # half of the light, coded as sRGB
+    assert white == pytest.approx(188, abs=3)  # half the light, encoded as sRGB
     assert peak == pytest.approx(255, abs=1)
     assert beyond == 255
     brighter = tone_map(greys, 9, PQ, 4000)[:, 0]
-    assert (
-        brighter[1] < brighter[2] == 255
-    )  # a picture that gets brighter keeps what lies between apart
+    assert brighter[1] < brighter[2] == 255  # a higher peak keeps the highlights distinct
     dim = tone_map(greys, 9, PQ, 203)[:, 0]
-    assert dim[0] >= 253  # and one that does not get brighter than white is left alone
+    assert dim[0] >= 253  # a picture without highlights is not darkened
 
 
-def test_hdr_keeps_the_order_of_brightness_and_greys_grey():
+def test_tone_mapping_preserves_order_and_keeps_greys_neutral():
     greys = np.repeat(np.arange(256, dtype=np.uint8)[:, None], 3, axis=1)
     for transfer in (PQ, HLG):
         for peak in (100, 400, 1000, 10_000):
@@ -103,11 +101,9 @@ def test_hdr_keeps_the_order_of_brightness_and_greys_grey():
             assert abs(shown - shown[:, :1]).max() <= 1
 
 
-def test_a_png_is_what_its_most_exact_chunk_says():
-    gamma, wide = (
-        struct.pack(">I", 50_000),
-        struct.pack(">8I", 31270, 32900, 68000, 32000, 26500, 69000, 15000, 6000),
-    )
+def test_the_most_precise_colour_chunk_of_a_png_counts():
+    gamma = struct.pack(">I", 50_000)
+    wide = struct.pack(">8I", 31270, 32900, 68000, 32000, 26500, 69000, 15000, 6000)
     chunks = {b"cICP": bytes([12, 13, 0, 1]), b"sRGB": b"\0", b"gAMA": gamma, b"cHRM": wide}
     assert read_png_space(chunks, b"icc").codes == (12, 13)
     del chunks[b"cICP"]
@@ -123,18 +119,18 @@ def test_a_png_is_what_its_most_exact_chunk_says():
 
 
 @pytest.mark.parametrize("codes", [b"\xff\xff\0\1", b"\0\0\0\1", b"\x0c\x0d\1\1", b"\x0c"])
-def test_what_is_not_known_is_srgb(codes):
+def test_unknown_code_points_are_taken_as_srgb(codes):
     assert read_png_space({b"cICP": codes}, None) == ColorSpace()
 
 
-def test_chromaticities_of_no_colours_are_srgb():
+def test_impossible_chromaticities_are_taken_as_srgb():
     for values in ((0,) * 8, (1,) * 8, (31270, 0, 1, 1, 1, 1, 1, 1), (2**31,) * 8):
         chunks = {b"gAMA": struct.pack(">I", 100_000), b"cHRM": struct.pack(">8I", *values)}
         shown = show([(10, 100, 200)], read_png_space(chunks, None))
         assert shown.shape == (1, 3)
 
 
-def test_the_peak_comes_from_the_picture():
+def test_the_peak_is_read_from_the_file():
     def nclx(codes):
         return b"nclx" + struct.pack(">HHHB", *codes, 9, 0x80)
 
@@ -142,8 +138,6 @@ def test_the_peak_comes_from_the_picture():
     assert read_nclx(nclx((9, 16)), struct.pack(">HH", 4000, 400), None).peak_nits == 4000
     mastering = bytes(16) + struct.pack(">II", 600 * 10_000, 50)
     assert read_nclx(nclx((9, 16)), None, mastering).peak_nits == 600
-    assert read_nclx(nclx((1, 1)), None, None).codes == (
-        1,
-        13,
-    )  # video's curve in a picture is sRGB's
+    codes = read_nclx(nclx((1, 1)), None, None).codes
+    assert codes == (1, 13)  # in a still picture, the curve of video is taken as sRGB's
     assert read_nclx(nclx((255, 255)), None, None) == ColorSpace()

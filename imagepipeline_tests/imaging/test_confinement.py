@@ -1,4 +1,4 @@
-"""A decoder that was broken into gets nothing, and what it says is believed only as far as it can be checked."""
+"""A compromised decoder can do no harm, and its answers are checked."""
 
 import ast
 import ctypes
@@ -32,6 +32,8 @@ from imagepipeline.originals import Originals
 from imagepipeline.wire import HEADER, MAX_JSON_BYTES
 from imagepipeline_tests.conftest import PHOTOS
 from imagepipeline_tests.imaging import lying_operations, sandbox_operations
+
+pytestmark = pytest.mark.stack
 
 OPERATIONS = "imagepipeline_tests.imaging.sandbox_operations"
 LIES = [
@@ -69,12 +71,12 @@ def test_an_attack_is_refused(attacked, name):
     with open_session(attacked) as session:
         result, _ = session.call(sandbox_operations.attack, name)
         assert result == ("ENOSYS" if name == "clone3" else "EPERM")
-        assert session.call(sandbox_operations.get, 0)[0] == 1  # a library that only tried goes on
+        assert session.call(sandbox_operations.get, 0)[0] == 1  # the process survives
 
 
-@pytest.mark.skipif(not IS_ROOT, reason="not all of them succeed for others")
+@pytest.mark.skipif(not IS_ROOT, reason="some of the attacks need root")
 @pytest.mark.parametrize("name", sandbox_operations.HARMLESS)
-def test_the_attacks_succeed_where_nothing_is_confined(name):
+def test_the_attacks_succeed_without_confinement(name):
     code = f"from {OPERATIONS} import attack; print(attack([], {name!r}))"
     result = subprocess.run(
         [sys.executable, "-c", code], capture_output=True, text=True, check=True
@@ -82,7 +84,7 @@ def test_the_attacks_succeed_where_nothing_is_confined(name):
     assert result.stdout == "done\n"
 
 
-def test_a_call_of_another_architecture_ends_the_process(zygote):
+def test_a_system_call_of_another_architecture_kills_the_process(zygote):
     with open_session(zygote) as session, pytest.raises(SandboxLostError, match="SIGSYS"):
         session.call(sandbox_operations.call_foreign)
 
@@ -94,16 +96,16 @@ def test_threads_can_be_started(attacked):
 
 def test_the_filters_of_both_architectures_allow_the_same_calls():
     lengths = {name: len(build_filter(name, 1)) for name in ARCHITECTURES}
-    assert lengths["x86_64"] - lengths["aarch64"] == 16  # x32 has no twin
+    assert lengths["x86_64"] - lengths["aarch64"] == 16  # two instructions for x32
     for column in (0, 1):
         assert len({numbers[column] for numbers in ALLOWED.values()}) == len(ALLOWED)
 
 
-def test_the_numbers_of_the_calls_are_those_libseccomp_knows():
+def test_system_call_numbers_agree_with_libseccomp():
     try:
         resolve = ctypes.CDLL("libseccomp.so.2").seccomp_syscall_resolve_name_arch
     except OSError:
-        pytest.skip("there is no libseccomp here")
+        pytest.skip("libseccomp is not installed")
     partly = {
         "mmap": MMAP,
         "mprotect": MPROTECT,
@@ -115,7 +117,7 @@ def test_the_numbers_of_the_calls_are_those_libseccomp_knows():
         assert tuple(resolve(one, name.encode()) for one in ARCHITECTURES.values()) == numbers, name
 
 
-def test_nothing_of_the_run_is_in_the_child(tmp_path):
+def test_a_child_has_none_of_the_runs_memory(tmp_path):
     canary = f"canary-{os.urandom(8).hex()}"
     code = (
         "import sys\n"
@@ -148,19 +150,19 @@ def test_nothing_of_the_run_is_in_the_child(tmp_path):
             "/dev/null",
             "socket",
         ]
-        assert canary.encode() in read_memory(
-            Path("/proc", str(run.pid))
-        )  # it would have been found
+        # The search works: it finds the canary in the run itself.
+        assert canary.encode() in read_memory(Path("/proc", str(run.pid)))
     finally:
         run.communicate("")
 
 
-def test_what_children_are_forked_from_has_imported_imaging_alone():
+def test_the_zygote_imports_only_imaging_and_what_it_needs():
     code = (
         "import sys\n"
         "from imagepipeline.imaging import operations, zygote\n"
         "operations.warm_up()\n"
-        "print([name for name in sys.modules if name.startswith('imagepipeline.') and name.count('.') == 1])\n"
+        "print([name for name in sys.modules\n"
+        "    if name.startswith('imagepipeline.') and name.count('.') == 1])\n"
         "print({'dagster', 'redis', 'sqlalchemy', 'openai', 'lancedb', 'ssl'} & set(sys.modules))\n"
     )
     result = subprocess.run(
@@ -184,7 +186,7 @@ def read_memory(process):
     return b"".join(contents)
 
 
-# ---- lies on the wire
+# ---- malformed messages
 
 
 def frame(text, content=b""):
@@ -204,48 +206,46 @@ class Attack:
     [
         pytest.param(struct.pack("!i", 40) + pickle.dumps((Attack(), None, None)), id="a pickle"),
         pytest.param(frame(pickle.dumps(Attack())), id="a pickle in a frame"),
-        pytest.param(HEADER.pack(MAX_JSON_BYTES + 1, 0), id="too long a text"),
+        pytest.param(HEADER.pack(MAX_JSON_BYTES + 1, 0), id="text too long"),
         pytest.param(HEADER.pack(2, MAX_ANSWER_BYTES + 1), id="too many bytes"),
-        pytest.param(frame(b"[" * 500_000), id="nested too deep"),
-        pytest.param(frame(b"9" * 500_000), id="a number without end"),
-        pytest.param(frame(b"[1]"), id="no answer"),
-        pytest.param(frame(b'{"value": [1], ' + USAGE + b', "more": 1}'), id="more than an answer"),
-        pytest.param(frame(b'{"value": ["x"], ' + USAGE + b"}"), id="another type"),
-        pytest.param(frame(b'{"value": [1], "usage": {"cpu_seconds": -1}}'), id="no usage"),
+        pytest.param(frame(b"[" * 500_000), id="nested too deeply"),
+        pytest.param(frame(b"9" * 500_000), id="endless number"),
+        pytest.param(frame(b"[1]"), id="not an answer"),
+        pytest.param(frame(b'{"value": [1], ' + USAGE + b', "more": 1}'), id="unknown field"),
+        pytest.param(frame(b'{"value": ["x"], ' + USAGE + b"}"), id="wrong type"),
+        pytest.param(frame(b'{"value": [1], "usage": {"cpu_seconds": -1}}'), id="incomplete usage"),
         pytest.param(
             frame(b'{"value": [1], ' + USAGE.replace(b"0", b"NaN") + b"}"), id="not a number"
         ),
         pytest.param(
             frame(b'{"value": [1], ' + USAGE.replace(b"0", b"1e300") + b"}"), id="out of range"
         ),
+        pytest.param(frame(b'{"value": {"$bytes": 5}, ' + USAGE + b"}"), id="missing bytes"),
         pytest.param(
-            frame(b'{"value": {"$bytes": 5}, ' + USAGE + b"}"), id="bytes that are not there"
+            frame(b'{"value": {"$bytes": -5}, ' + USAGE + b"}", b"12345"), id="negative bytes"
         ),
-        pytest.param(
-            frame(b'{"value": {"$bytes": -5}, ' + USAGE + b"}", b"12345"), id="fewer than no bytes"
-        ),
-        pytest.param(frame(b'{"value": [1], ' + USAGE + b"}", b"12345"), id="bytes without use"),
+        pytest.param(frame(b'{"value": [1], ' + USAGE + b"}", b"12345"), id="unused bytes"),
         pytest.param(
             frame(b'{"error": "LimitError", "message": 5, ' + USAGE + b"}"),
-            id="an error that says a number",
+            id="error with a number as message",
         ),
         pytest.param(
             frame(b'{"error": "LimitError", "message": "' + b"x" * 9000 + b'", ' + USAGE + b"}"),
-            id="an endless error",
+            id="error too long",
         ),
     ],
 )
-def test_what_is_no_answer_ends_the_image_for_good(zygote, data):
+def test_a_malformed_answer_fails_the_image_for_good(zygote, data):
     with (
         open_session(zygote) as session,
         pytest.raises(UnreadableImageError, match="cannot be true"),
     ):
-        session.call(sandbox_operations.say, data)  # of which None is expected
+        session.call(sandbox_operations.say, data)  # should return None
     assert not session.is_open
     assert not os.path.exists("/tmp/attacked")
 
 
-def test_an_answer_that_comes_byte_by_byte_is_not_waited_for(zygote):
+def test_an_answer_that_trickles_in_times_out(zygote):
     started = time.monotonic()
     with (
         open_session(zygote, wall_seconds=0.5) as session,
@@ -258,12 +258,12 @@ def test_an_answer_that_comes_byte_by_byte_is_not_waited_for(zygote):
 @pytest.mark.parametrize(
     "name", ["StaleClaimError", "CatalogueDownError", "PausedError", "SystemExit", "OSError"]
 )
-def test_a_child_cannot_raise_what_the_run_acts_on(zygote, name):
+def test_a_child_cannot_raise_errors_on_which_the_run_acts(zygote, name):
     with open_session(zygote) as session, pytest.raises(RuntimeError, match=f"{name}: x"):
         session.call(sandbox_operations.raise_named, name, "x")
 
 
-def test_what_a_child_says_has_no_control_characters(zygote):
+def test_control_characters_are_removed_from_a_childs_message(zygote):
     message = rb"\u001b[31mred\r\nBcc: a\u202eb\ud800c"
     data = frame(
         b'{"error": "UnreadableImageError", "message": "' + message + b'", ' + USAGE + b"}"
@@ -276,7 +276,7 @@ def test_what_a_child_says_has_no_control_characters(zygote):
     assert str(raised.value) == " [31mred  Bcc: a b c"
 
 
-# ---- lies about an image
+# ---- false answers about an image
 
 
 @pytest.fixture(scope="module")
@@ -287,7 +287,7 @@ def liar():
 
 @pytest.fixture
 def process(liar, files, catalogue, monkeypatch):
-    """Does with an original whose decoder tells a lie what the assets do."""
+    """Processes an original as the assets do, with a decoder that tells the given lie."""
     monkeypatch.setattr("imagepipeline.originals.decode", lying_operations.decode)
 
     def process(lie):
@@ -314,22 +314,24 @@ def test_an_honest_decoder_is_believed(process):
         *lying_operations.ABOUT_INSPECTIONS,
     ],
 )
-def test_a_decoder_that_lies_ends_its_image(process, lie):
+def test_a_lie_of_the_decoder_fails_the_image(process, lie):
     with pytest.raises(UnreadableImageError, match="cannot be true"):
         process(lie)
 
 
-# ---- where the kernel offers nothing
+# ---- without support by the kernel
 
-# As a container's own filter would: seccomp(2), prctl(PR_SET_SECCOMP) and Landlock are refused.
+# Refuses seccomp(2), prctl(PR_SET_SECCOMP) and Landlock, as the filter of a container might.
 FORBID = """
 import ctypes, errno, sys
 from imagepipeline.imaging import confinement as c
-refuse = c._give(c.REFUSE | errno.EPERM)
+refuse = c._decide(c.REFUSE | errno.EPERM)
 seccomp, prctl = (317, 157) if __import__("platform").machine() == "x86_64" else (277, 167)
 program = b"".join([
-    c._load(0), *(part for number in (seccomp, 444, 446) for part in (c._jump_if(number, 0, 1), refuse)),
-    c._jump_if(prctl, 0, 3), c._load(16), c._jump_if(c.PR_SET_SECCOMP, 0, 1), refuse, c._give(c.ALLOW),
+    c._load(0),
+    *(part for number in (seccomp, 444, 446) for part in (c._jump_if(number, 0, 1), refuse)),
+    c._jump_if(prctl, 0, 3), c._load(16),
+    c._jump_if(c.PR_SET_SECCOMP, 0, 1), refuse, c._decide(c.ALLOW),
 ])
 assert c._control(c.PR_SET_NO_NEW_PRIVS, 1)
 described = c._Program(len(program) // 8, program)
@@ -337,7 +339,7 @@ assert c._control(c.PR_SET_SECCOMP, c.SECCOMP_MODE_FILTER, ctypes.addressof(desc
 """
 
 
-def run_where_it_is_forbidden(code, **environment):
+def run_without_kernel_support(code, **environment):
     result = subprocess.run(
         [sys.executable, "-c", FORBID + code],
         env=os.environ | environment,
@@ -358,8 +360,8 @@ for _ in range(2):
 """
 
 
-def test_without_the_kernels_help_the_log_says_so_once_and_images_are_decoded():
-    result = run_where_it_is_forbidden(DECODE_TWICE % str(PHOTOS / "cat.jpg"))
+def test_without_kernel_support_images_are_decoded_and_the_log_warns_once():
+    result = run_without_kernel_support(DECODE_TWICE % str(PHOTOS / "cat.jpg"))
     assert result.stdout == "decoded\n" * 2
     assert (
         result.stderr.count(
@@ -369,7 +371,7 @@ def test_without_the_kernels_help_the_log_says_so_once_and_images_are_decoded():
     )
 
 
-def test_without_the_kernels_help_the_setting_lets_images_wait(tmp_path):
+def test_without_kernel_support_images_wait_if_confinement_is_required(tmp_path):
     code = """
 from imagepipeline.definitions import build_resources
 from imagepipeline.doctor import _examine_sandbox
@@ -385,13 +387,13 @@ except PostponedError as error:
     print(error)
 """
     environment = {"IMAGEPIPELINE_HOME": str(tmp_path), "IMAGEPIPELINE_REQUIRE_CONFINEMENT": "1"}
-    printed = run_where_it_is_forbidden(code, **environment).stdout
+    printed = run_without_kernel_support(code, **environment).stdout
     assert "is_well=False" in printed
     assert "images wait" in printed
     assert "IMAGEPIPELINE_REQUIRE_CONFINEMENT forbids decoding without" in printed
 
 
-def test_where_the_kernel_helps_the_setting_changes_nothing():
+def test_with_kernel_support_images_are_decoded_if_confinement_is_required():
     content = (PHOTOS / "cat.jpg").read_bytes()
     with Sandbox(is_confinement_required=True).open(decode, content, Rules()) as session:
         assert session.is_open

@@ -1,4 +1,4 @@
-"""What is read off an original beside its pixels, and what the rules change. Odd files: test_odd_files.py."""
+"""Decoding reads metadata, follows the rules and reports damage; see also test_odd_files.py."""
 
 import numpy as np
 import pytest
@@ -24,7 +24,7 @@ from imagepipeline_tests.imaging.odd_files import (
 )
 
 
-def test_nothing_but_pixels_is_left():
+def test_only_pixels_are_kept():
     exif = Image.Exif()
     exif[ExifTags.Base.Model] = "Spy 3000"
     exif.get_ifd(ExifTags.IFD.GPSInfo)[1] = "N"
@@ -34,7 +34,7 @@ def test_nothing_but_pixels_is_left():
     assert not decoded.image.getexif()
 
 
-def test_exif_text_is_cleaned_and_bounded():
+def test_exif_texts_are_cleaned_and_cut_to_length():
     exif = Image.Exif()
     exif[ExifTags.Base.Model] = "A\x07B\x1b[31m" + "x" * 500
     exif[ExifTags.Base.DateTime] = "2024:02:03 04:05:06"
@@ -48,7 +48,7 @@ def test_exif_text_is_cleaned_and_bounded():
 
 
 @pytest.mark.parametrize("orientation", [1, 6])
-def test_a_wide_image_is_scaled_down_and_keeps_its_size_on_record(orientation):
+def test_a_wide_image_is_scaled_down_but_its_size_is_recorded(orientation):
     turn = TURNS[orientation]
     stored = picture().resize((960, 640))
     exif = Image.Exif()
@@ -59,23 +59,23 @@ def test_a_wide_image_is_scaled_down_and_keeps_its_size_on_record(orientation):
     assert decoded.image.size == (300, 200)
 
 
-def rows_of(error):
+def percentage_in(error):
     return int(str(error.value).split(" %")[0])
 
 
 @pytest.mark.parametrize("format_", ["JPEG", "PNG", "BMP", "TIFF", "GIF"])
 @pytest.mark.parametrize("percent", [20, 50, 83])
-def test_a_cut_off_file_says_how_much_of_it_could_be_read(format_, percent):
-    noise = Image.effect_noise((400, 400), 80)  # as many bytes in each row
+def test_the_error_for_a_truncated_file_states_the_share_of_rows_read(format_, percent):
+    noise = Image.effect_noise((400, 400), 80)  # rows of similar size
     whole = encode(noise, format_)
     with pytest.raises(TruncatedImageError, match="upload it again") as error:
         decode(whole[: len(whole) * percent // 100])
-    assert rows_of(error) == pytest.approx(percent, abs=5)
+    assert percentage_in(error) == pytest.approx(percent, abs=5)
 
 
 @pytest.mark.parametrize("format_", ["PNG", "BMP", "TIFF"])
 @pytest.mark.parametrize("percent", [20, 50, 83])
-def test_rows_are_counted_whatever_their_colours_are(format_, percent):
+def test_missing_rows_are_counted_in_pictures_of_any_colours(format_, percent):
     noise = np.random.default_rng(1).integers(0, 2, (400, 400), dtype=np.uint8)
     for image in (
         Image.fromarray(noise * 255).convert("1"),
@@ -85,11 +85,11 @@ def test_rows_are_counted_whatever_their_colours_are(format_, percent):
         whole = encode(image, format_, **({"compress_level": 0} if format_ == "PNG" else {}))
         with pytest.raises(TruncatedImageError) as error:
             decode(whole[: len(whole) * percent // 100])
-        assert rows_of(error) == pytest.approx(percent, abs=5)
+        assert percentage_in(error) == pytest.approx(percent, abs=5)
 
 
 @pytest.mark.parametrize(("scans", "percent"), [(2, 25), (5, 50), (9, 99)])
-def test_a_progressive_jpeg_says_of_how_many_scans_its_picture_is(scans, percent):
+def test_the_error_for_a_truncated_progressive_jpeg_counts_its_scans(scans, percent):
     whole = photo_as("JPEG", progressive=True)
     content = whole[: len(whole) * percent // 100]
     with pytest.raises(
@@ -101,7 +101,7 @@ def test_a_progressive_jpeg_says_of_how_many_scans_its_picture_is(scans, percent
     assert decoded.image.size == decode(whole).image.size
 
 
-def test_a_damaged_jpeg_is_kept_with_its_flaw_where_that_is_asked_for():
+def test_a_damaged_jpeg_is_kept_with_a_flaw_if_the_rules_accept_it():
     whole = photo_as("JPEG")
     middle = len(whole) // 2
     damaged = whole[:middle] + whole[middle + 4096 :]
@@ -123,7 +123,7 @@ def test_a_damaged_jpeg_is_kept_with_its_flaw_where_that_is_asked_for():
         ("jpeg", "L"),
     ],
 )
-def test_damage_in_a_compressed_tiff_is_heard(compression, mode):
+def test_damage_in_a_compressed_tiff_is_detected(compression, mode):
     page = encode(Image.open(PHOTO).convert(mode), "TIFF", compression=compression)
     damaged = bytearray(page)
     middle = len(damaged) // 2
@@ -134,15 +134,15 @@ def test_damage_in_a_compressed_tiff_is_heard(compression, mode):
 
 
 @pytest.mark.parametrize("format_", ["WEBP", "AVIF"])
-def test_where_no_row_can_be_read_it_says_how_much_arrived(format_):
+def test_if_no_row_can_be_read_the_error_states_the_share_of_bytes(format_):
     whole = photo_as(format_)
     with pytest.raises(TruncatedImageError, match="no row could be read") as error:
         decode(whole[: len(whole) * 83 // 100])
-    assert rows_of(error) == pytest.approx(83, abs=1)
+    assert percentage_in(error) == pytest.approx(83, abs=1)
 
 
 @pytest.mark.parametrize("format_", ["JPEG", "PNG"])
-def test_the_best_can_be_made_of_a_cut_off_file(format_):
+def test_a_truncated_file_is_filled_with_grey_if_the_rules_accept_it(format_):
     whole = photo_as(format_)
     decoded = decode(whole[: len(whole) // 2], Rules(is_truncated_accepted=True))
     complete = decode(whole)
@@ -153,13 +153,13 @@ def test_the_best_can_be_made_of_a_cut_off_file(format_):
     assert (made[-20:] == 128).all()
 
 
-def test_nothing_can_be_made_of_a_header_alone():
+def test_a_header_alone_is_refused_even_if_the_rules_accept_truncation():
     with pytest.raises(TruncatedImageError):
         decode(photo_as("PNG")[:200], Rules(is_truncated_accepted=True))
 
 
 @pytest.mark.parametrize("format_", ["GIF", "PNG", "WEBP", "AVIF"])
-def test_all_frames_of_an_animation_are_kept_when_asked_for(format_):
+def test_all_frames_are_kept_if_the_rules_say_so(format_):
     colors = ["red", "lime", "blue"]
     frames = [Image.new("RGB", (600, 400), color) for color in colors]
     content = encode(
@@ -196,13 +196,13 @@ def test_each_limit_is_a_setting_and_the_error_names_it(rules, error, name):
         decode(content, rules)
 
 
-def test_what_a_phone_adds_to_a_picture_is_no_frame():
+def test_further_pictures_in_a_phones_jpeg_are_not_frames():
     content = encode(picture(), "MPO", save_all=True, append_images=[picture(), picture()])
     assert decode(content, Rules(max_frames=1, max_pixels=7_000)).format == "JPEG"
 
 
 @pytest.mark.parametrize("format_", FORMATS)
-def test_a_start_alone_is_never_taken_for_a_picture(format_):
+def test_a_signature_alone_is_not_a_picture(format_):
     starts = {
         "JPEG": b"\xff\xd8\xff",
         "PNG": b"\x89PNG\r\n\x1a\n",
@@ -220,14 +220,14 @@ def test_a_start_alone_is_never_taken_for_a_picture(format_):
         assert error.value.reason in ("truncated", "corrupt")
 
 
-def test_patterns_of_refused_files_look_at_the_start_only():
+def test_patterns_of_refused_files_match_only_at_the_start():
     with pytest.raises(UnsupportedFormatError, match="no picture of a known format"):
         decode(b"a note about <svg> and %!PS, PK and all that" * 50)
     assert len(REFUSED) > 10
 
 
 @pytest.mark.parametrize("orientation", [1, 6])
-def test_a_very_large_jpeg_is_decoded_smaller_without_visible_loss(orientation):
+def test_a_large_jpeg_is_decoded_at_a_reduced_size_without_visible_loss(orientation):
     turn = TURNS[orientation]
     large = Image.open(PHOTO).resize((2000, 1330))
     exif = Image.Exif()
@@ -245,7 +245,7 @@ def test_a_very_large_jpeg_is_decoded_smaller_without_visible_loss(orientation):
 @pytest.mark.parametrize(
     ("size", "is_turned"), [((8160, 6144), False), ((8160, 6144), True), ((6144, 8160), False)]
 )
-def test_a_jpeg_over_the_limit_is_decoded_at_a_part_of_its_size(size, is_turned):
+def test_a_jpeg_over_the_pixel_limit_is_decoded_at_a_reduced_size(size, is_turned):
     exif = Image.Exif()
     exif[ExifTags.Base.Orientation] = 6 if is_turned else 1
     content = encode(picture("L").resize(size), "JPEG", quality=30, exif=exif)
@@ -254,7 +254,7 @@ def test_a_jpeg_over_the_limit_is_decoded_at_a_part_of_its_size(size, is_turned)
     assert decoded.image.width == 1920
 
 
-def test_what_must_be_decoded_in_full_is_limited_in_full():
+def test_the_pixel_limit_applies_to_the_size_that_is_decoded():
     content = encode(picture("L").resize((1000, 700)), "PNG")
     assert decode(content, Rules(max_pixels=700_000))
     with pytest.raises(LimitError, match="IMAGEPIPELINE_MAX_PIXELS"):
@@ -266,13 +266,13 @@ def test_what_must_be_decoded_in_full_is_limited_in_full():
         )
 
 
-def test_the_limit_on_a_side_is_that_of_the_variants():
+def test_the_limit_on_a_side_applies_to_the_variants():
     assert decode(encode(Image.new("L", (20_000, 30)), "PNG")).image.size == (1920, 3)
     with pytest.raises(LimitError, match="variants would be up to 16,384 px"):
         decode(encode(Image.new("L", (30, 16_384)), "PNG"))
     assert decode(encode(Image.new("L", (4000, 8000)), "PNG")).image.height == 3840
 
 
-def test_exif_turns_a_heic_no_second_time():
+def test_exif_does_not_rotate_a_heic_a_second_time():
     content = (SAMPLES / "orientation-6.heic").read_bytes()
     assert decode(content).image.size == SIZE

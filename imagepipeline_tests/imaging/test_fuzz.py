@@ -1,10 +1,14 @@
-"""A short run of the fuzzer; the long one is a command (fuzz.py). What it found is in odd_files.py."""
+"""Runs the fuzzer briefly; fuzz.py is the command for long runs, odd_files.py has what it found."""
 
 import subprocess
 import sys
 
+import pytest
 
-def test_every_bent_file_ends_within_bounds_and_nothing_dies():
+pytestmark = pytest.mark.stack
+
+
+def test_fuzzed_files_end_within_limits_and_crash_nothing():
     command = [
         sys.executable,
         "-m",

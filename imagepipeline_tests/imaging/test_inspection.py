@@ -1,4 +1,4 @@
-"""Inspection tells right variants from wrong ones."""
+"""Inspection distinguishes good variants from bad ones."""
 
 import numpy as np
 import pytest
@@ -16,7 +16,7 @@ def photo():
     return decode(PHOTO.read_bytes())
 
 
-def test_our_own_variants_are_right(photo):
+def test_rendered_variants_pass(photo):
     variants = render(photo, build_variant_specs())
     for variant, inspection in zip(
         variants, inspect(photo, [v.content for v in variants]), strict=True
@@ -51,13 +51,13 @@ def test_only_the_chosen_variants_are_compared(photo):
     ]
 
 
-def test_what_cannot_be_decoded_is_a_fault(photo):
+def test_undecodable_bytes_are_a_fault(photo):
     whole = render(photo, build_variant_specs())[0].content
     for content in (b"", b"<html>", whole[:500]):
         assert inspect(photo, [content])[0].fault
 
 
-def test_what_is_attached_is_named(photo):
+def test_attachments_are_listed(photo):
     exif = Image.Exif()
     exif[ExifTags.Base.Artist] = "Ann"
     assert inspect(photo, [encode(photo.image, "WEBP", exif=exif)])[0].attachments == ()
@@ -76,9 +76,10 @@ def test_similarity_falls_with_damage(photo):
     assert compare(image, black) < 0.2
 
 
-def test_similarity_is_that_of_the_formula():
-    # Two 8 x 8 blocks by hand: means 100 and 110, the same variance v = 100 and full correlation, so that the
-    # structure term is 1 and luminance (2 * 100 * 110 + 6.5025) / (100^2 + 110^2 + 6.5025).
+def test_similarity_follows_the_published_formula():
+    # Two blocks of 8 x 8 px with means 100 and 110, the same variance of 100, and full correlation.
+    # So the structure term is 1, and luminance is (2 * 100 * 110 + 6.5025) / (100^2 + 110^2 +
+    # 6.5025).
     pattern = np.tile([90, 110], (8, 4)).astype(np.uint8)
     a, b = Image.fromarray(pattern), Image.fromarray(pattern + 10)
     assert compare(a, b) == pytest.approx(22006.5025 / 22106.5025, abs=1e-4)

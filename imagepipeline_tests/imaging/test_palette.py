@@ -1,4 +1,4 @@
-"""Facts read off pixels, against colours whose numbers are known."""
+"""Measurements agree with published values and known colours."""
 
 import numpy as np
 import pytest
@@ -12,7 +12,7 @@ def facts_of(image):
     return measure(Decoded((image,), "PNG", *image.size), image)
 
 
-# CIE Lab (D65) of the sRGB corners, as published by Lindbloom.
+# CIE Lab (D65) of the corners of sRGB, as published by Lindbloom.
 @pytest.mark.parametrize(
     ("rgb", "lab"),
     [
@@ -41,7 +41,7 @@ def test_a_plain_image_has_one_colour_with_its_name(color, name):
     assert facts_of(Image.new("RGB", (300, 200), color)).colors == ((name, color, 1.0),)
 
 
-def test_colours_come_by_share():
+def test_colours_are_sorted_by_share():
     image = Image.new("RGB", (100, 100), "#2040c0")
     image.paste("#e02020", (0, 0, 100, 30))
     (first, _, share), (second, _, _) = facts_of(image).colors
@@ -49,7 +49,7 @@ def test_colours_come_by_share():
     assert share == pytest.approx(0.7, abs=0.02)
 
 
-def test_light_and_warmth_have_the_right_sign():
+def test_brightness_and_warmth_have_the_right_sign():
     assert (
         facts_of(Image.new("RGB", (9, 9), "#ffcc66")).warmth
         > 20

@@ -1,4 +1,4 @@
-"""Whatever is done in a sandbox, its caller lives on and learns what happened."""
+"""Whatever happens in a sandbox, the caller survives and learns what it was."""
 
 import os
 import signal
@@ -36,7 +36,7 @@ def has_ended(process):
 def assert_ends(process):
     deadline = time.monotonic() + SECONDS
     while not has_ended(process):
-        assert time.monotonic() < deadline, f"process {process} goes on"
+        assert time.monotonic() < deadline, f"process {process} is still running"
         time.sleep(0.01)
 
 
@@ -55,7 +55,7 @@ def do(zygote, function, *args, **limits):
         return session.call(function, *args)
 
 
-def test_a_value_is_made_and_worked_on_in_one_other_process(zygote):
+def test_a_value_is_made_and_used_in_one_child_process(zygote):
     with open_session(zygote, [5, 6]) as session:
         session.call(ops.append, 7)
         value, usage = session.call(ops.identity)
@@ -65,24 +65,24 @@ def test_a_value_is_made_and_worked_on_in_one_other_process(zygote):
     assert 5_000_000 < usage.peak_bytes < 2_000_000_000
 
 
-def test_bytes_cross_as_they_are(zygote):
+def test_bytes_arrive_unchanged(zygote):
     content = os.urandom(3_000_000)
     assert do(zygote, ops.echo, content)[0] == content
     assert do(zygote, ops.echo, b"")[0] == b""
 
 
-def test_a_call_that_was_begun_is_answered_when_it_is_made(zygote):
+def test_a_begun_call_is_answered_by_the_later_call(zygote):
     with open_session(zygote) as session:
         session.begin(ops.append, 1)
-        session.begin(ops.append, 2)  # one at a time: the first stays the one begun
+        session.begin(ops.append, 2)  # ignored, because one has begun
         assert session.call(ops.append, 1)[0] is None
         assert session.call(ops.identity)[0] == [1]
         session.begin(ops.append, 3)
-        assert session.call(ops.get, 0)[0] == 1  # another call: that of the one begun is dropped
+        assert session.call(ops.get, 0)[0] == 1  # a different call: the begun one is discarded
         assert session.call(ops.identity)[0] == [1, 3]
 
 
-def test_what_went_wrong_in_a_call_that_was_begun_is_told_when_it_is_made(zygote):
+def test_the_error_of_a_begun_call_is_raised_by_the_later_call(zygote):
     with open_session(zygote, [1]) as session:
         session.begin(ops.get, 5)
         with pytest.raises(RuntimeError, match="IndexError"):
@@ -96,32 +96,32 @@ def test_what_went_wrong_in_a_call_that_was_begun_is_told_when_it_is_made(zygote
             session.call(ops.identity)
 
 
-def test_another_error_names_itself_and_the_session_goes_on(zygote):
+def test_other_errors_are_named_and_the_session_continues(zygote):
     with open_session(zygote, [1]) as session:
         with pytest.raises(RuntimeError, match="IndexError: list index out of range"):
             session.call(ops.get, 5)
         assert session.call(ops.get, 0)[0] == 1
 
 
-def test_a_value_that_cannot_be_made_leaves_nothing_behind(zygote):
+def test_a_failed_maker_leaves_nothing_behind(zygote):
     before = len(os.listdir("/proc/self/fd"))
     with pytest.raises(UnreadableImageError, match="no"):
         Sandbox(zygote=zygote).open(ops.fail, "no")
     assert len(os.listdir("/proc/self/fd")) == before
 
 
-def test_too_much_memory_is_a_limit_and_names_its_setting(zygote):
+def test_the_error_for_too_much_memory_names_its_setting(zygote):
     assert do(zygote, ops.allocate, 10_000_000, memory_bytes=200_000_000)[0] == 10_000_000
     with pytest.raises(LimitError, match=r"200 MB.*IMAGEPIPELINE_MAX_MEMORY_BYTES"):
         do(zygote, ops.allocate, 300_000_000, memory_bytes=200_000_000)
 
 
-def test_too_much_cpu_time_is_a_limit_and_names_its_setting(zygote):
+def test_the_error_for_too_much_cpu_time_names_its_setting(zygote):
     with pytest.raises(LimitError, match=r"1 s of CPU time.*IMAGEPIPELINE_MAX_CPU_SECONDS"):
         do(zygote, ops.spin, cpu_seconds=1)
 
 
-def test_too_long_by_the_clock_may_go_well_next_time(zygote):
+def test_a_call_that_takes_too_long_may_be_retried(zygote):
     with open_session(zygote, wall_seconds=0.2) as session:
         with pytest.raises(SandboxLostError, match=r"longer than 0\.2 s"):
             session.call(ops.sleep, 60.0)
@@ -130,14 +130,14 @@ def test_too_long_by_the_clock_may_go_well_next_time(zygote):
 
 
 @pytest.mark.parametrize("number", [signal.SIGSEGV, signal.SIGKILL, signal.SIGTERM, signal.SIGABRT])
-def test_a_crash_is_told_by_the_name_of_its_signal(zygote, number):
+def test_the_error_for_a_crash_names_the_signal(zygote, number):
     with open_session(zygote) as session:
         with pytest.raises(SandboxLostError, match=number.name):
             session.call(ops.die, int(number))
         assert not session.is_open
 
 
-def test_a_crash_between_two_calls_is_told_by_the_second(zygote):
+def test_a_crash_between_two_calls_is_reported_by_the_second(zygote):
     with open_session(zygote) as session:
         os.kill(session.process_id, signal.SIGKILL)
         assert_ends(session.process_id)
@@ -145,7 +145,7 @@ def test_a_crash_between_two_calls_is_told_by_the_second(zygote):
             session.call(ops.identity)
 
 
-def test_an_exit_is_a_crash_too(zygote):
+def test_an_exit_counts_as_a_crash(zygote):
     with pytest.raises(SandboxLostError, match="exit code 3"):
         do(zygote, ops.leave, 3)
 
@@ -155,18 +155,18 @@ def test_a_value_that_cannot_be_sent_is_an_error(zygote):
         do(zygote, ops.give_lock)
 
 
-def test_what_is_not_among_the_operations_cannot_be_called(zygote):
-    for function in (ops.make_list, ops.must_succeed):  # a maker is no call, a helper neither
+def test_only_listed_operations_can_be_called(zygote):
+    for function in (ops.make_list, ops.must_succeed):  # a maker and a helper
         with pytest.raises(RuntimeError, match="KeyError"), open_session(zygote) as session:
             session.ask(function, (), None)
 
 
-def test_what_is_printed_in_it_goes_nowhere(zygote, capfd):
+def test_output_of_a_child_is_discarded(zygote, capfd):
     assert do(zygote, ops.shout)[0] == 2
     assert capfd.readouterr() == ("", "")
 
 
-def test_no_child_and_no_descriptor_is_left_behind(zygote):
+def test_no_child_or_descriptor_is_left_behind(zygote):
     zygote.prepare()
     before = len(os.listdir("/proc/self/fd"))
     for _ in range(5):
@@ -186,7 +186,7 @@ def test_no_child_and_no_descriptor_is_left_behind(zygote):
 
 @contextmanager
 def forked(work):
-    """A process that does the work and then sleeps; gives its number and what it reported."""
+    """Forks a process that works, then sleeps; yields its process ID and the work's result."""
     reader, writer = os.pipe()
     process = os.fork()
     if process == 0:
@@ -208,13 +208,13 @@ kept = []
 
 
 def start_spinning(zygote):
-    """In a run: a child that is busy for longer than the test takes."""
+    """Starts a child that stays busy for the whole test; runs in a forked process."""
     kept.append(open_session(zygote))
     kept[-1].begin(ops.spin)
     return kept[-1].process_id
 
 
-def test_a_child_that_is_busy_ends_with_its_run_and_no_other_does(zygote):
+def test_a_busy_child_ends_with_its_run_and_no_other_child_does(zygote):
     zygote.prepare()
     with open_session(zygote, [1]) as other:
         with forked(lambda: start_spinning(zygote)) as (_, child):
@@ -223,7 +223,7 @@ def test_a_child_that_is_busy_ends_with_its_run_and_no_other_does(zygote):
         assert other.call(ops.get, 0)[0] == 1
 
 
-def test_a_run_that_stands_still_holds_up_no_other(zygote):
+def test_a_stopped_run_does_not_hold_up_others(zygote):
     zygote.prepare()
     with forked(lambda: start_spinning(zygote)) as (run, child):
         os.kill(run, signal.SIGSTOP)
@@ -231,7 +231,7 @@ def test_a_run_that_stands_still_holds_up_no_other(zygote):
         assert not has_ended(child)
 
 
-def test_children_end_with_the_zygote_and_the_next_call_starts_another():
+def test_children_end_with_the_zygote_and_the_next_session_starts_another():
     with closing(Zygote(OPERATIONS)) as zygote, open_session(zygote) as session:
         session.begin(ops.spin)
         parent = int(
@@ -244,7 +244,7 @@ def test_children_end_with_the_zygote_and_the_next_call_starts_another():
         assert do(zygote, ops.echo, b"x")[0] == b"x"
 
 
-def test_a_zygote_that_stands_still_is_replaced(monkeypatch):
+def test_a_stopped_zygote_is_replaced(monkeypatch):
     monkeypatch.setattr("imagepipeline.imaging.sandbox.FORK_SECONDS", 0.2)
     with closing(Zygote(OPERATIONS)) as zygote:
         zygote.prepare()
@@ -263,7 +263,7 @@ def restore_patience(monkeypatch, start):
     return patient_start
 
 
-def test_a_zygote_serves_the_forked_and_ends_with_the_last_of_them():
+def test_a_zygote_serves_forked_processes_and_ends_with_the_last():
     zygote = Zygote(OPERATIONS)
     zygote.prepare()
     with forked(lambda: zygote._process.pid if do(zygote, ops.echo, b"x") else 0) as (_, process):
@@ -278,7 +278,7 @@ def test_a_zygote_that_cannot_start_says_why():
         Zygote("nothing").prepare()
 
 
-def test_it_works_beside_threads_that_hold_locks(zygote):
+def test_threads_that_hold_locks_do_not_block_the_sandbox(zygote):
     lock, is_over = threading.Lock(), threading.Event()
 
     def hold():
@@ -294,7 +294,7 @@ def test_it_works_beside_threads_that_hold_locks(zygote):
         thread.join()
 
 
-# Fed with the corpus on its standard input: what it asks the import system for.
+# Reads the corpus from standard input, and prints the modules imported for it after the warm-up.
 AFTER_THE_WARM_UP = """
 import sys
 from imagepipeline.imaging import operations
@@ -318,6 +318,7 @@ print(sorted(asked))
 """
 
 
+@pytest.mark.stack
 def test_no_file_of_the_corpus_needs_an_import_after_the_warm_up():
     contents = [case.content for case in cases() if case.content and case.outcome != "crashed"]
     stream = b"".join(len(content).to_bytes(4, "big") + content for content in contents) + bytes(4)

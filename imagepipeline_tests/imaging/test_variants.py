@@ -1,4 +1,4 @@
-"""Variants: right size, right format, nothing attached, close to the original."""
+"""Variants have the right size and format, no metadata, and look like the original."""
 
 import base64
 import io
@@ -30,7 +30,7 @@ def reopened(variant):
     return image
 
 
-def test_six_variants_are_made_and_none_is_enlarged(photo):
+def test_six_variants_are_rendered_and_none_is_enlarged(photo):
     variants = render(photo, SPECS)
     assert [(v.spec.suffix, v.spec.format, v.width) for v in variants] == [
         ("sm", "webp", 640),
@@ -93,7 +93,7 @@ def test_rendering_twice_gives_the_same_bytes(photo):
     assert [v.content for v in first] == [v.content for v in second]
 
 
-def test_the_preview_is_a_small_jpeg_over_white():
+def test_the_preview_is_a_small_jpeg_on_white():
     preview = Image.open(
         io.BytesIO(render_preview(Image.new("RGBA", (4000, 100), (0, 0, 0, 0)), 1024))
     )
@@ -119,7 +119,7 @@ def test_each_format_has_its_quality(photo):
     assert sizes(40, 80)["webp"] < usual["webp"]
 
 
-def test_artist_and_copyright_stay_only_when_asked_for():
+def test_artist_and_copyright_are_kept_only_on_request():
     exif = Image.Exif()
     exif[ExifTags.Base.Model] = "Spy 3000"
     exif[ExifTags.Base.Artist] = "Ann"
@@ -164,5 +164,5 @@ def test_the_placeholder_is_a_tiny_picture_of_the_same_shape():
     assert tiny.getpixel((13, 2))[1] > 150
 
 
-def test_a_wide_original_is_decoded_to_the_width_of_the_widest_variant():
+def test_a_wide_original_is_decoded_at_the_width_of_the_widest_variant():
     assert Rules().max_width_px == max(spec.width_px for spec in SPECS)

@@ -1,8 +1,8 @@
-"""What Dagster's database is asked about."""
+"""The examination of a running stack covers all sensors."""
 
 from imagepipeline.definitions import defs
 from imagepipeline.runtime.examination import SENSORS
 
 
-def test_the_sensors_that_are_looked_at_are_those_there_are():
+def test_all_sensors_are_examined():
     assert sorted(SENSORS) == sorted(sensor.name for sensor in defs().sensors)

@@ -1,4 +1,4 @@
-"""Services: modules in processes of their own, and their logs."""
+"""Services run as child processes with rotated logs."""
 
 import os
 import subprocess
@@ -10,6 +10,8 @@ import pytest
 
 from imagepipeline.runtime import processes
 
+pytestmark = pytest.mark.stack
+
 ROOT = Path(__file__).parents[2]
 
 PARENT = """
@@ -20,8 +22,9 @@ from imagepipeline.runtime.processes import Service
 if __name__ == "__main__":
     folder = Path(sys.argv[1])
     context = multiprocessing.get_context(sys.argv[2])
-    environment = {"PATH": os.environ["PATH"], "PYTHONPATH": os.environ["PYTHONPATH"], "PASSWORD": "canary"}
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)  # the child must not inherit that
+    environment = {name: os.environ[name] for name in ("PATH", "PYTHONPATH")}
+    environment["PASSWORD"] = "canary"
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)  # the child must not inherit this
     lock = os.open(folder / "lock", os.O_CREAT | os.O_RDWR)
     os.set_inheritable(lock, True)
 
@@ -41,10 +44,11 @@ if __name__ == "__main__":
     except subprocess.TimeoutExpired:
         pass
     else:
-        raise AssertionError("it still runs")
+        raise AssertionError("wait did not time out")
     assert b"canary" not in Path(f"/proc/{lasting.pid}/environ").read_bytes()
     assert b"canary" not in Path(f"/proc/{lasting.pid}/cmdline").read_bytes()
-    assert folder / "lock" not in {path.readlink() for path in Path(f"/proc/{lasting.pid}/fd").iterdir()}
+    descriptors = Path(f"/proc/{lasting.pid}/fd").iterdir()
+    assert folder / "lock" not in {path.readlink() for path in descriptors}
     lasting.terminate()
     assert lasting.wait(30) == -signal.SIGTERM
     left = start("three")
@@ -55,18 +59,17 @@ if __name__ == "__main__":
 """
 CHILD = """
 import os, sys, time
-print(__name__, sys.argv[1:], open('/proc/self/comm').read().strip(), os.getsid(0) == os.getpid(), end=' ')
+print(__name__, sys.argv[1:], open('/proc/self/comm').read().strip(), end=' ')
+print(os.getsid(0) == os.getpid(), end=' ')
 print(os.environ.get("HOME"), os.environ["PASSWORD"], sys.stdin.read() == "", flush=True)
 if len(sys.argv) > 1: sys.exit(int(sys.argv[1]) if sys.argv[1].isdigit() else sys.argv[1])
 time.sleep(600)
 """
 
 
-@pytest.mark.skipif(
-    not Path("/proc/self/environ").exists(), reason="processes are looked at in /proc"
-)
+@pytest.mark.skipif(not Path("/proc/self/environ").exists(), reason="needs /proc")
 @pytest.mark.parametrize("method", ["forkserver", "spawn"])
-def test_a_service_runs_as_if_started_by_python_m_and_ends_with_its_parent(tmp_path, method):
+def test_a_service_runs_like_python_m_and_ends_with_its_parent(tmp_path, method):
     (tmp_path / "child.py").write_text(CHILD)
     (tmp_path / "parent.py").write_text(PARENT)
     environment = os.environ | {
@@ -83,11 +86,11 @@ def test_a_service_runs_as_if_started_by_python_m_and_ends_with_its_parent(tmp_p
     orphan = Path(f"/proc/{int(parent.stdout)}/status")
     deadline = time.monotonic() + 10
     while orphan.exists() and "State:\tZ" not in orphan.read_text():
-        assert time.monotonic() < deadline, "the child has outlived its parent"
+        assert time.monotonic() < deadline, "the child outlived its parent"
         time.sleep(0.01)
 
 
-def test_a_log_is_rotated_while_its_process_writes(tmp_path):
+def test_a_log_is_rotated_while_a_process_writes_to_it(tmp_path):
     log = tmp_path / "one.log"
     script = "import sys\nfor line in sys.stdin: print(line, end='', flush=True)"
     with open(log, "ab") as output:
@@ -100,7 +103,7 @@ def test_a_log_is_rotated_while_its_process_writes(tmp_path):
         writer.stdin.flush()
         deadline = time.monotonic() + 10
         while log.stat().st_size != size + len(line) + 1:
-            assert time.monotonic() < deadline, "the line is not where it should be"
+            assert time.monotonic() < deadline, "the log does not have the expected size"
             time.sleep(0.01)
 
     write("a" * 100)
@@ -116,7 +119,7 @@ def test_a_log_is_rotated_while_its_process_writes(tmp_path):
     assert writer.wait(10) == 0
 
 
-def test_a_log_that_cannot_be_copied_is_cut_all_the_same(tmp_path):
+def test_a_log_that_cannot_be_copied_is_truncated_anyway(tmp_path):
     log = tmp_path / "one.log"
     log.write_text("x" * 300)
     (tmp_path / "one.old.log").mkdir()

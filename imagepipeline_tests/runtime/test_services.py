@@ -1,4 +1,4 @@
-"""Services are prepared alike wherever they run, and tables are made once."""
+"""Services are prepared in the same way wherever they run, and tables are created once."""
 
 import json
 import os
@@ -26,7 +26,8 @@ def migrate(environment):
     )
 
 
-def test_tables_are_made_once_however_many_ask_for_them_at_once(postgres_url, tmp_path):
+@pytest.mark.stack
+def test_tables_are_created_once_by_simultaneous_migrations(postgres_url, tmp_path):
     with (
         postgres_database(postgres_url) as catalogue_url,
         postgres_database(postgres_url) as dagster_url,
@@ -52,9 +53,8 @@ def test_tables_are_made_once_however_many_ask_for_them_at_once(postgres_url, tm
             assert connection.exec_driver_sql("SELECT count(*) FROM runs").scalar_one() == 0
 
 
-def test_a_second_dagster_on_the_same_catalogue_ends_at_once_with_a_sentence(
-    catalogue_url, tmp_path
-):
+@pytest.mark.stack
+def test_a_second_dagster_on_the_same_catalogue_is_refused(catalogue_url, tmp_path):
     def call(home, *arguments):
         environment = os.environ | {
             "DATABASE_URL": catalogue_url,
@@ -77,16 +77,17 @@ def test_a_second_dagster_on_the_same_catalogue_ends_at_once_with_a_sentence(
     assert "another Dagster instance" in call("first", "migrate")[1]
 
 
+@pytest.mark.stack
 @pytest.mark.parametrize("database", ["DATABASE_URL", "DAGSTER_DATABASE_URL"])
-def test_a_database_that_is_not_there_is_named_without_its_address(tmp_path, monkeypatch, database):
+def test_a_missing_database_is_named_without_its_address(tmp_path, monkeypatch, database):
     monkeypatch.setenv("IMAGEPIPELINE_HOME", str(tmp_path))
     monkeypatch.setenv(database, "postgresql://u:canary@127.0.0.1:1/d")
-    with pytest.raises(StackError, match="tables could not be made") as caught:
+    with pytest.raises(StackError, match="tables could not be created") as caught:
         services.migrate(Settings.load())
     assert "canary" not in str(caught.value)
 
 
-def test_a_service_finds_dagsters_files_as_the_settings_want_them(tmp_path):
+def test_dagsters_files_follow_the_settings(tmp_path):
     settings = {"IMAGEPIPELINE_HOME": str(tmp_path), "IMAGEPIPELINE_MAX_RUNS": "7"}
     on_postgres = Settings.load(settings | {"DAGSTER_DATABASE_URL": "postgres://u:canary@h/d"})
     services.prepare(on_postgres)
@@ -106,14 +107,15 @@ def test_a_service_finds_dagsters_files_as_the_settings_want_them(tmp_path):
         assert find_limit(instance) == 7 * RUNS_PER_SLOT
 
 
-def test_a_service_that_does_not_answer_is_not_healthy(tmp_path):
+@pytest.mark.stack
+def test_a_service_that_does_not_answer_is_unhealthy(tmp_path):
     settings = Settings.load(
         {"IMAGEPIPELINE_HOME": str(tmp_path), "IMAGEPIPELINE_WEBSERVER_PORT": "1"}
     )
     assert not any(services.is_healthy(settings, name) for name in services.NAMES)
 
 
-def test_health_is_asked_without_a_proxy(httpserver, monkeypatch):
+def test_health_checks_bypass_the_proxy(httpserver, monkeypatch):
     httpserver.expect_request("/server_info").respond_with_json({})
     for name in ("HTTP_PROXY", "http_proxy", "ALL_PROXY"):
         monkeypatch.setenv(name, "http://127.0.0.1:9")
@@ -129,13 +131,13 @@ def test_health_is_asked_without_a_proxy(httpserver, monkeypatch):
         ("10.0.0.9", "http://10.0.0.9:3000"),
     ],
 )
-def test_the_webserver_is_asked_where_it_listens(host, url):
+def test_health_checks_use_an_address_on_which_the_webserver_listens(host, url):
     assert (
         services.build_webserver_url(Settings.load({"IMAGEPIPELINE_WEBSERVER_HOST": host})) == url
     )
 
 
-def test_a_home_that_cannot_be_made_is_one_sentence(tmp_path):
+def test_a_home_that_cannot_be_created_is_reported_in_one_sentence(tmp_path):
     (tmp_path / "file").write_text("x")
     for home in (tmp_path / "file", tmp_path / "file" / "home"):
         with pytest.raises(

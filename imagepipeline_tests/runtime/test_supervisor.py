@@ -1,4 +1,4 @@
-"""The supervisor's choices; that it starts, watches and drains is shown end to end."""
+"""The supervisor chooses a port and keeps its state; end_to_end tests a running stack."""
 
 import json
 import socket
@@ -16,28 +16,28 @@ def settings(tmp_path):
     return Settings.load({"IMAGEPIPELINE_HOME": str(tmp_path / "home")})
 
 
-def leave_lingering():
-    """A port where nobody listens any more, with a connection that TIME_WAIT keeps."""
+def leave_connection_in_time_wait():
+    """Returns a port with a connection in TIME_WAIT, on which no process listens."""
     with closing(socket.create_server(("127.0.0.1", 0))) as server:
         port = server.getsockname()[1]
         with closing(socket.create_connection(("127.0.0.1", port))) as client:
             accepted, _ = server.accept()
-            accepted.close()  # whoever closes first keeps it
+            accepted.close()  # the side that closes first has TIME_WAIT
             assert client.recv(1) == b""
     with closing(socket.socket()) as strict, pytest.raises(OSError, match="in use"):
         strict.bind(("127.0.0.1", port))
     return port
 
 
-def test_the_ui_keeps_its_port_though_old_connections_linger(settings):
-    port = leave_lingering()
+def test_the_ui_keeps_its_port_despite_connections_in_time_wait(settings):
+    port = leave_connection_in_time_wait()
     assert supervisor._choose_port(settings, port) == port
     assert (
         supervisor._choose_port(settings.model_copy(update={"webserver_port": port}), None) == port
     )
 
 
-def test_the_ui_moves_only_where_somebody_listens(settings):
+def test_the_ui_changes_its_port_only_if_another_process_listens_there(settings):
     for host in ("127.0.0.1", "0.0.0.0"):
         with closing(socket.create_server((host, 0))) as server:
             taken = server.getsockname()[1]
@@ -64,7 +64,7 @@ def test_the_port_of_a_home_is_remembered(settings):
 @pytest.mark.parametrize(
     "content", ["", "x", "[]", '{"webserver_port": "3000"}', '{"pid": 1}', "\udcff"]
 )
-def test_a_lock_file_of_another_version_does_not_matter(settings, content):
+def test_a_lock_file_of_another_version_is_accepted(settings, content):
     settings.home.mkdir()
     (settings.home / "stack.lock").write_text(content, errors="surrogateescape")
     lock, port = supervisor._acquire_lock(settings)

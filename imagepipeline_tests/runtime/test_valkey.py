@@ -1,4 +1,4 @@
-"""Our own Redis-compatible server: it loses nothing and leaves nothing behind."""
+"""The local Redis-compatible server loses nothing and leaves nothing behind."""
 
 import os
 import signal
@@ -28,7 +28,7 @@ def start(folder):
     )
 
 
-def test_what_was_pushed_survives_a_kill(folder):
+def test_pushed_entries_survive_a_kill(folder):
     process, client = start(folder)
     client.lpush("l", *range(2000))
     os.kill(process.pid, signal.SIGKILL)
@@ -39,7 +39,7 @@ def test_what_was_pushed_survives_a_kill(folder):
     assert process.returncode == 0
 
 
-def test_no_port_is_open_and_only_the_owner_may_connect(folder):
+def test_no_port_is_open_and_only_the_owner_can_connect(folder):
     process, client = start(folder)
     assert client.config_get("port") == {"port": "0"}
     assert client.config_get("appendonly") == {"appendonly": "yes"}
@@ -48,7 +48,7 @@ def test_no_port_is_open_and_only_the_owner_may_connect(folder):
     processes.stop(process, patience_seconds=10)
 
 
-def test_ctrl_c_in_the_terminal_does_not_reach_it(folder):
+def test_ctrl_c_in_the_terminal_does_not_reach_the_server(folder):
     process, _ = start(folder)
     assert os.getpgid(process.pid) != os.getpgid(0)
     processes.stop(process, patience_seconds=10)
@@ -63,7 +63,7 @@ def test_a_server_that_cannot_start_says_why(folder):
         valkey.start_server(folder / "other", long / "valkey.sock", folder / "log")
 
 
-@pytest.mark.skipif(sys.platform != "linux", reason="only Linux ends children with their parent")
+@pytest.mark.skipif(sys.platform != "linux", reason="only Linux can end children with their parent")
 def test_children_end_when_their_parent_is_killed(tmp_path):
     script = (
         "import sys, time; from pathlib import Path; from imagepipeline.runtime import processes;"

@@ -1,4 +1,4 @@
-"""The webserver answers its own pages and nobody else's."""
+"""The webserver answers requests from its own pages only."""
 
 import http.client
 import inspect
@@ -10,13 +10,13 @@ import pytest
 import uvicorn
 from dagster_webserver import cli
 
-from imagepipeline.runtime.webserver import OwnPagesOnly
+from imagepipeline.runtime.webserver import SameOriginMiddleware
 
 JSON = {"Content-Type": "application/json"}
 
 
 async def answer(scope, receive, send):
-    """Says what was asked, as an application that checks nothing."""
+    """Answers every request with its path: an application that checks nothing."""
     if scope["type"] == "websocket":
         await receive()
         await send({"type": "websocket.accept"})
@@ -28,7 +28,7 @@ async def answer(scope, receive, send):
 @contextmanager
 def serving(is_local):
     server = uvicorn.Server(
-        uvicorn.Config(OwnPagesOnly(answer, is_local), lifespan="off", log_level="error")
+        uvicorn.Config(SameOriginMiddleware(answer, is_local), lifespan="off", log_level="error")
     )
     listener = socket.create_server(("127.0.0.1", 0))
     thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]})
@@ -64,7 +64,7 @@ def ask(port, method, path, headers=(), body=b""):
         ("POST", "/graphql", {"Content-Type": "application/json; charset=utf-8"}),
     ],
 )
-def test_its_own_pages_and_scripts_are_answered(port, method, path, headers):
+def test_requests_of_its_own_pages_and_of_scripts_are_answered(port, method, path, headers):
     assert ask(port, method, path, headers) == 200
 
 
@@ -90,7 +90,7 @@ def test_its_own_pages_and_scripts_are_answered(port, method, path, headers):
         ("OPTIONS", "/graphql", {"Origin": "https://evil.example"}, 403),
     ],
 )
-def test_what_a_foreign_page_can_ask_is_refused(port, method, path, headers, status):
+def test_requests_that_a_foreign_page_can_make_are_refused(port, method, path, headers, status):
     assert ask(port, method, path, headers) == status
 
 
@@ -98,7 +98,7 @@ def test_what_a_foreign_page_can_ask_is_refused(port, method, path, headers, sta
     ("origin", "status"),
     [("http://localhost:3000", 101), ("https://evil.example", 403), (None, 403)],
 )
-def test_a_socket_is_opened_for_its_own_pages_only(port, origin, status):
+def test_websockets_are_opened_for_its_own_pages_only(port, origin, status):
     headers = {
         "Host": "localhost:3000",
         "Upgrade": "websocket",
@@ -109,7 +109,7 @@ def test_a_socket_is_opened_for_its_own_pages_only(port, origin, status):
     assert ask(port, "GET", "/graphql", headers | ({"Origin": origin} if origin else {})) == status
 
 
-def test_behind_a_proxy_the_host_is_the_proxys_to_check():
+def test_behind_a_proxy_the_host_is_not_checked():
     with serving(is_local=False) as port:
         headers = {"Host": "images.example.com", "Origin": "https://images.example.com"}
         assert ask(port, "POST", "/graphql", JSON | headers) == 200
@@ -119,6 +119,6 @@ def test_behind_a_proxy_the_host_is_the_proxys_to_check():
         )
 
 
-def test_dagsters_webserver_still_makes_its_application_where_we_guard_it():
+def test_dagsters_webserver_still_creates_its_application_where_we_wrap_it():
     source = inspect.getsource(cli.host_dagster_ui_with_workspace_process_context)
     assert "app = create_app_from_workspace_process_context(" in source

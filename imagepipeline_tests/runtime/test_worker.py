@@ -1,4 +1,4 @@
-"""Workers: what stood still is killed, a home has one, and Dagster and Celery are still built as we use them."""
+"""Workers kill stopped children, a home has one worker, and Dagster and Celery work as assumed."""
 
 import inspect
 import os
@@ -27,12 +27,14 @@ from imagepipeline.settings import Settings
 from imagepipeline.stores import broker
 from imagepipeline.stores.broker import TaskQueue
 
+pytestmark = pytest.mark.stack
+
 TASK = "execute_job"
 
 
 @pytest.fixture
 def settings(tmp_path, redis_url, monkeypatch):
-    """Those of a home whose runs go through a real Redis."""
+    """Settings of a home whose runs go through a real Redis."""
     monkeypatch.setenv("IMAGEPIPELINE_HOME", str(tmp_path))
     monkeypatch.setenv("REDIS_URL", redis_url)
     settings = Settings.load()
@@ -44,7 +46,7 @@ def settings(tmp_path, redis_url, monkeypatch):
 
 @pytest.fixture
 def instance(settings):
-    """The Dagster instance of that home."""
+    """The Dagster instance of the home."""
     with dg.DagsterInstance.from_config(str(settings.home / "dagster")) as instance:
         yield instance
 
@@ -55,7 +57,7 @@ def stop_while_writing(path: str) -> None:
     os.kill(os.getpid(), signal.SIGSTOP)
 
 
-def test_a_child_that_is_stopped_while_it_writes_is_killed_before_the_others_lose_patience(
+def test_a_child_stopped_in_a_transaction_is_killed_before_others_time_out(
     settings, tmp_path, monkeypatch
 ):
     now = [0.0]
@@ -71,17 +73,17 @@ def test_a_child_that_is_stopped_while_it_writes_is_killed_before_the_others_los
     try:
         while not worker.is_stopped(process.pid):
             time.sleep(0.05)
-        keeper.look(pool=None)
+        keeper.check(pool=None)
         with closing(
             sqlite3.connect(tmp_path / "db", timeout=0, isolation_level=None)
         ) as connection:
             with pytest.raises(sqlite3.OperationalError, match="locked"):
                 connection.execute("BEGIN IMMEDIATE")
             now[0] = worker.STOPPED_SECONDS - 1
-            keeper.look(pool=None)
-            assert process.is_alive()  # it may be let go on
+            keeper.check(pool=None)
+            assert process.is_alive()  # it may still be continued
             now[0] = worker.STOPPED_SECONDS
-            keeper.look(pool=None)
+            keeper.check(pool=None)
             process.join(10)
             assert process.exitcode == -signal.SIGKILL
             connection.execute("BEGIN IMMEDIATE")
@@ -94,18 +96,20 @@ def test_a_child_that_is_stopped_while_it_writes_is_killed_before_the_others_los
 
 def test_a_home_has_one_worker(settings):
     lock = worker.acquire_lock(settings)
-    with pytest.raises(SystemExit, match=r"another worker uses .*IMAGEPIPELINE_HOME of its own"):
+    with pytest.raises(
+        SystemExit, match=r"another worker already uses .*set a different IMAGEPIPELINE_HOME"
+    ):
         worker.acquire_lock(settings)
     os.close(lock)
     os.close(worker.acquire_lock(settings))
 
 
-def test_a_worker_preloads_no_thread(settings):
+def test_preloading_starts_no_thread(settings):
     code = (
         "import threading\n"
         "from pathlib import Path\n"
         "from imagepipeline.runtime.worker import preload\n"
-        "preload()\n"
+        "preload('imagepipeline.definitions')\n"
         "assert threading.active_count() == len(list(Path('/proc/self/task').iterdir())) == 1"
     )
     environment = services.build_environment(settings, "worker")
@@ -113,7 +117,7 @@ def test_a_worker_preloads_no_thread(settings):
 
 
 def launch(instance, redis_url):
-    """Hands a run to whichever worker comes; gives the run as Dagster has it then."""
+    """Launches a run for any worker; returns it as stored by Dagster."""
     run = instance.create_run_for_job(dg.GraphDefinition("g").to_job())
     launcher = instance.run_launcher
     task = launcher.celery.tasks.get(TASK) or dagster_celery.tasks.create_execute_job_task(
@@ -123,9 +127,7 @@ def launch(instance, redis_url):
     return instance.get_run_by_id(run.run_id)
 
 
-def test_a_run_that_waits_for_a_worker_is_on_the_list_and_counts_as_alive(
-    settings, instance, redis_url
-):
+def test_a_run_that_waits_for_a_worker_is_listed_and_healthy(settings, instance, redis_url):
     assert isinstance(instance.run_launcher, RunLauncher)
     run = launch(instance, redis_url)
     with closing(TaskQueue(redis_url, settings.queue_prefix)) as tasks:
@@ -143,9 +145,7 @@ def test_a_run_that_waits_for_a_worker_is_on_the_list_and_counts_as_alive(
     assert not instance.run_launcher.supports_resume_run
 
 
-def test_a_run_whose_process_died_by_its_workers_word_counts_as_failed(
-    settings, instance, redis_url
-):
+def test_a_run_whose_worker_reports_its_death_has_failed(settings, instance, redis_url):
     run = launch(instance, redis_url)
     backend = instance.run_launcher.celery.backend
     backend.store_result(run.tags[TASK_ID_TAG], RuntimeError("signal 9"), states.FAILURE)
@@ -155,17 +155,15 @@ def test_a_run_whose_process_died_by_its_workers_word_counts_as_failed(
     assert 0 < backend.client.ttl(key) <= broker.KEEP_FAILURES_SECONDS
 
 
-def test_a_cancelled_run_is_told_to_dagster_before_it_is_told_to_its_worker(
-    settings, instance, redis_url
-):
+def test_a_cancelled_run_is_marked_in_dagster(settings, instance, redis_url):
     run = launch(instance, redis_url)
     assert instance.run_launcher.terminate(run.run_id)
     assert instance.get_run_by_id(run.run_id).status == dg.DagsterRunStatus.CANCELING
     instance.report_run_canceled(run)
-    assert not instance.run_launcher.terminate(run.run_id)  # it has ended
+    assert not instance.run_launcher.terminate(run.run_id)  # because it has ended
 
 
-def test_dagster_celery_is_built_as_the_launcher_and_the_worker_use_it(settings):
+def test_dagster_celery_has_the_parts_that_launcher_and_worker_use(settings):
     assert dagster_celery.config.TASK_EXECUTE_JOB_NAME == TASK
     assert DAGSTER_CELERY_TASK_ID_TAG == TASK_ID_TAG
     assert "celery" in CeleryRunLauncher.__annotations__
@@ -174,11 +172,11 @@ def test_dagster_celery_is_built_as_the_launcher_and_the_worker_use_it(settings)
     assert TASK in app.tasks
     assert app.conf.task_queues[0].name == broker.QUEUE
     assert app.conf.worker_disable_prefetch
-    assert app.conf.broker_channel_error_retry  # else a full Redis would end the worker
+    assert app.conf.broker_channel_error_retry  # otherwise a full Redis would end the worker
 
 
-def test_dagsters_daemon_and_webserver_are_built_as_ours_use_them():
-    assert daemon.sensor.MIN_INTERVAL_LOOP_TIME == daemon.SHIPPED_TICK_SECONDS
+def test_dagsters_daemon_and_webserver_have_the_parts_that_ours_use():
+    assert daemon.sensor.MIN_INTERVAL_LOOP_TIME == daemon.ORIGINAL_TICK_SECONDS
     assert daemon.controller.QueuedRunCoordinatorDaemon is daemon.QueuedRunCoordinatorDaemon
     assert "QueuedRunCoordinatorDaemon(" in inspect.getsource(daemon.controller)
     assert "MIN_INTERVAL_LOOP_TIME" in inspect.getsource(
@@ -198,11 +196,13 @@ def test_dagsters_daemon_and_webserver_are_built_as_ours_use_them():
         ("redis://h:1/3", "redis://h:1/3"),
     ],
 )
-def test_celery_is_given_the_same_redis_in_its_own_spelling(redis_url, celery_url):
+def test_redis_urls_are_translated_for_celery(redis_url, celery_url):
     assert broker.build_url(redis_url) == celery_url
 
 
-def test_threads_and_processes_share_dagsters_sqlite_without_losing_an_event(settings, instance):
+def test_threads_and_processes_share_dagsters_sqlite_storage_without_losing_events(
+    settings, instance
+):
     code = (
         "import sys, dagster as dg\n"
         "with dg.DagsterInstance.from_config(sys.argv[1]) as instance:\n"

@@ -1,4 +1,4 @@
-"""What a model wrote becomes plain text and normal words."""
+"""A model's answer is cleaned to plain text and normalised words."""
 
 import contextlib
 import json
@@ -60,12 +60,12 @@ def test_words_are_lower_case_and_singular(written, word):
     assert to_word(written) == word
 
 
-def test_tags_are_each_there_once_in_their_order():
+def test_tags_are_unique_and_keep_their_order():
     assert choose_tags(["Cats", "dog", "cat", " Dogs ", "", "x" * 81], ()) == ["cat", "dog"]
     assert len(choose_tags([f"tag{index}" for index in range(1000)], ())) == 20
 
 
-def test_of_a_vocabulary_only_its_words_are_kept_as_it_spells_them():
+def test_tags_are_limited_to_the_vocabulary_and_its_spelling():
     assert choose_tags(["cats", "Night Sky", "spam"], ("Cat", "night skies")) == [
         "Cat",
         "night skies",
@@ -76,7 +76,7 @@ def test_of_a_vocabulary_only_its_words_are_kept_as_it_spells_them():
     "evil", ["<!---->", "](", "[](", "<", "[", "a", "aa-", "www.", "http://", "#", "e\u0301", "- "]
 )
 @pytest.mark.parametrize("field", ["description", "tags"])
-def test_no_answer_takes_long_to_read(field, evil):
+def test_hostile_answers_are_parsed_quickly(field, evil):
     text = evil * (MAX_ANSWER_CHARACTERS // (2 * len(evil)))
     pieces = [text[start : start + 4000] for start in range(0, len(text), 4000)]
     answer = {"description": "d", "tags": ["t"], "category": "c", "dominantColors": [], "mood": "m"}
@@ -90,7 +90,7 @@ def test_no_answer_takes_long_to_read(field, evil):
 HOSTILE = "<script>[x](http://evil)\x1b[31m\u202e `rm` www.evil.example"
 
 
-def test_what_a_camera_is_called_is_cleaned_as_a_models_answer():
+def test_the_name_of_a_camera_is_cleaned_like_a_models_answer():
     facts = PixelFacts(
         40, 30, (("red", "#ff0000", 1.0),), 40, 0, 50, 50, camera=HOSTILE, taken_on="data:x"
     )
@@ -100,7 +100,7 @@ def test_what_a_camera_is_called_is_cleaned_as_a_models_answer():
     assert not any(part in shown for part in ("<", "](", "evil", "`", "data:", "u001b", "\u202e"))
 
 
-def test_what_the_resident_answers_is_cleaned_once_more():
+def test_the_residents_answer_is_cleaned_again():
     metadata = ImageMetadata(
         description=f"A boat {HOSTILE}",
         tags=["Boats", HOSTILE],

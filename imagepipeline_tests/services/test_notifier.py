@@ -1,4 +1,4 @@
-"""Webhooks against a real HTTP server, mails against a real SMTP server, and addresses that must not be reached."""
+"""Webhooks and mails reach real servers, but never private addresses."""
 
 import contextlib
 import email
@@ -49,7 +49,7 @@ def received(httpserver):
     return request, request.get_json()
 
 
-def test_one_failure_is_one_message_of_the_old_shape_and_more(httpserver, webhook):
+def test_one_failure_is_one_message_in_the_old_format_with_additions(httpserver, webhook):
     httpserver.expect_request("/hook", method="POST", query_string="team=1").respond_with_data("")
     webhook.send([failure()])
     _, body = received(httpserver)
@@ -85,7 +85,7 @@ def test_several_failures_are_one_digest_with_a_stable_id(httpserver, webhook):
 
 
 @pytest.mark.parametrize("status", [301, 302, 307, 400, 500])
-def test_anything_but_success_is_an_error_and_redirects_are_not_followed(
+def test_any_status_but_success_is_an_error_and_redirects_are_not_followed(
     httpserver, webhook, status
 ):
     httpserver.expect_request("/hook").respond_with_response(
@@ -96,7 +96,7 @@ def test_anything_but_success_is_an_error_and_redirects_are_not_followed(
     assert len(httpserver.log) == 1
 
 
-def test_a_webhook_that_is_not_there_is_an_error_without_its_address():
+def test_the_error_for_an_unreachable_webhook_hides_its_address():
     webhook = WebhookNotifier("http://127.0.0.1:9/canary", "s", allows_private=True)
     with pytest.raises(NotificationError) as caught:
         webhook.send([failure()])
@@ -114,7 +114,7 @@ def test_a_webhook_that_is_not_there_is_an_error_without_its_address():
         ("https://[::1]/", "private"),
     ],
 )
-def test_by_default_only_https_to_public_addresses_is_used(url, why):
+def test_by_default_only_https_to_public_addresses_is_allowed(url, why):
     with pytest.raises(NotificationError, match=why):
         WebhookNotifier(url, "s", allows_private=False).send([failure()])
 
@@ -174,13 +174,13 @@ def test_by_default_only_https_to_public_addresses_is_used(url, why):
         ("240.0.0.1", False),
     ],
 )
-def test_private_addresses_are_known_in_every_disguise(address, expected):
+def test_private_addresses_are_recognised_in_every_notation(address, expected):
     assert is_public(address) is expected
 
 
 @pytest.fixture
 def name_server(monkeypatch):
-    """Answers for `hook.test`, with the next of the lists it is given each time it is asked."""
+    """Resolves `hook.test`, each time to the next of the given lists of addresses."""
     answers = []
     look_up = socket.getaddrinfo
 
@@ -195,14 +195,14 @@ def name_server(monkeypatch):
     return answers
 
 
-def test_a_name_with_a_private_address_beside_a_public_one_is_refused(name_server):
+def test_a_name_with_both_a_public_and_a_private_address_is_refused(name_server):
     for addresses in (["93.184.216.34", "127.0.0.1"], ["127.0.0.1", "93.184.216.34"]):
         name_server.append(addresses)
         with pytest.raises(NotificationError, match="private"):
             WebhookNotifier("https://hook.test/", "s", allows_private=False).send([failure()])
 
 
-def test_a_name_is_looked_up_once_and_that_address_is_connected_to(name_server, httpserver):
+def test_a_name_is_resolved_only_once(name_server, httpserver):
     httpserver.expect_request("/hook").respond_with_data("")
     name_server.extend([["127.0.0.1"], ["127.0.0.2"]])
     webhook = WebhookNotifier(f"http://hook.test:{httpserver.port}/hook", "s", allows_private=True)
@@ -214,7 +214,7 @@ def test_a_name_is_looked_up_once_and_that_address_is_connected_to(name_server, 
 
 @pytest.mark.parametrize("port", [22, 25, 80, 444, 465, 1023])
 def test_ports_of_other_services_are_refused(port):
-    with pytest.raises(NotificationError, match="port 443"):
+    with pytest.raises(NotificationError, match="port must be 443"):
         WebhookNotifier(f"https://93.184.216.34:{port}/", "s", allows_private=False).send(
             [failure()]
         )
@@ -223,9 +223,9 @@ def test_ports_of_other_services_are_refused(port):
 @pytest.mark.parametrize(
     "url", ["https://example.com:70000/", "https://example.com:x/", "https://a..b/", "https:///"]
 )
-def test_a_malformed_address_is_an_error_of_the_notifier(url):
+def test_a_malformed_address_raises_a_notification_error(url):
     with pytest.raises(
-        NotificationError, match=r"malformed|did not answer|private|means no address"
+        NotificationError, match=r"malformed|did not answer|private|cannot be resolved"
     ) as caught:
         WebhookNotifier(url, "s", allows_private=False).send([failure()])
     assert "example" not in str(caught.value)
@@ -252,7 +252,7 @@ def mailbox():
     controller.stop()
 
 
-def test_a_mail_says_what_failed_and_why(mailbox):
+def test_a_mail_states_what_failed_and_why(mailbox):
     MailNotifier(
         f"smtp://127.0.0.1:{mailbox.port}", "us@example.org", ["a@example.org", "b@example.org"]
     ).send([failure(1), failure(2)])
@@ -263,7 +263,7 @@ def test_a_mail_says_what_failed_and_why(mailbox):
     assert "image1  corrupt, attempt 1: cut off" in text
 
 
-def test_a_mail_server_that_is_not_there_is_an_error():
+def test_an_unreachable_mail_server_is_an_error():
     with pytest.raises(NotificationError, match="mail server"):
         MailNotifier("smtp://u:canary@127.0.0.1:9", "us", ["a"]).send([failure()])
 
@@ -276,7 +276,7 @@ def test_the_signed_body_is_json(httpserver, webhook):
 
 
 @pytest.mark.parametrize("status", [307, 308])
-def test_nothing_is_sent_on_to_where_a_webhook_redirects(httpserver, webhook, status):
+def test_redirects_of_a_webhook_are_not_followed(httpserver, webhook, status):
     httpserver.expect_request("/hook").respond_with_response(
         Response("", status, {"Location": "/elsewhere"})
     )
@@ -288,7 +288,10 @@ def test_nothing_is_sent_on_to_where_a_webhook_redirects(httpserver, webhook, st
 
 @pytest.fixture
 def trickling():
-    """A server that begins as told and then sends a part now and then, for ever; gives its port, and what it sent."""
+    """A function that starts a server and returns its port, and the list of the parts it sent.
+
+    The server sends a beginning, and then a part every 20 ms for ever.
+    """
     ended = threading.Event()
     sent = []
 
@@ -298,7 +301,7 @@ def trickling():
         def serve():
             connection, _ = listener.accept()
             with listener, connection, contextlib.suppress(OSError):
-                if part not in MAIL_PARTS:  # a mail server speaks first
+                if part not in MAIL_PARTS:  # a mail server sends first
                     connection.recv(65536)
                 connection.sendall(beginning)
                 while not ended.wait(0.02):
@@ -319,7 +322,7 @@ MAIL_PARTS = [b"220-still here\r\n", b"2"]
     ("beginning", "part"),
     [(b"", b"H"), (b"HTTP/1.1 200 OK\r\n", b"a"), (b"HTTP/1.1 100 C\r\n\r\n", b"H")],
 )
-def test_a_webhook_that_trickles_its_head_is_given_up(trickling, monkeypatch, beginning, part):
+def test_a_webhook_that_trickles_its_headers_times_out(trickling, monkeypatch, beginning, part):
     monkeypatch.setattr(notifier, "WEBHOOK_SECONDS", 0.5)
     start, _ = trickling
     threads = threading.active_count()
@@ -327,12 +330,10 @@ def test_a_webhook_that_trickles_its_head_is_given_up(trickling, monkeypatch, be
         WebhookNotifier(
             f"http://127.0.0.1:{start(beginning, part)}/", "s", allows_private=True
         ).send([failure()])
-    wait_for(
-        lambda: threading.active_count() <= threads + 1
-    )  # none but the server's is left behind
+    wait_for(lambda: threading.active_count() <= threads + 1)  # only the server's is left
 
 
-def test_of_a_webhooks_answer_only_the_status_is_read(trickling):
+def test_only_the_status_of_a_webhooks_answer_is_read(trickling):
     start, sent = trickling
     head = b"HTTP/1.1 200 OK\r\nContent-Encoding: gzip\r\nContent-Length: 99999999999\r\n\r\n"
     WebhookNotifier(
@@ -342,7 +343,7 @@ def test_of_a_webhooks_answer_only_the_status_is_read(trickling):
 
 
 @pytest.mark.parametrize("part", MAIL_PARTS)
-def test_a_mail_server_that_trickles_is_given_up(trickling, monkeypatch, part):
+def test_a_mail_server_that_trickles_times_out(trickling, monkeypatch, part):
     monkeypatch.setattr(notifier, "MAIL_SECONDS", 0.5)
     start, _ = trickling
     url = f"smtp://127.0.0.1:{start(b'', part)}"
@@ -352,9 +353,9 @@ def test_a_mail_server_that_trickles_is_given_up(trickling, monkeypatch, part):
     wait_for(lambda: threading.active_count() <= threads)
 
 
-def wait_for(is_so, seconds=5):
+def wait_for(condition, seconds=5):
     deadline = time.monotonic() + seconds
-    while not is_so():
+    while not condition():
         assert time.monotonic() < deadline
         time.sleep(0.01)
 
@@ -362,7 +363,7 @@ def wait_for(is_so, seconds=5):
 EVIL = "a\r\nBcc: all@example.org\x1b[31m\u202e\u2028\x9b\x7f\ud83d"
 
 
-def test_no_header_or_line_can_be_forged_in_a_mail(mailbox):
+def test_headers_and_lines_of_a_mail_cannot_be_forged(mailbox):
     mails = MailNotifier(f"smtp://127.0.0.1:{mailbox.port}", "us@example.org", ["a@example.org"])
     mails.send([failure() | {"image_id": EVIL, "error": EVIL}])
     mails.send([failure(1), failure(2) | {"image_id": EVIL, "error": EVIL, "reason": EVIL}])
@@ -378,7 +379,7 @@ def test_no_header_or_line_can_be_forged_in_a_mail(mailbox):
         assert not any(line.startswith("Bcc") for line in lines)
 
 
-def test_a_webhook_gets_the_exact_text_and_no_control_character(httpserver, webhook):
+def test_a_webhook_gets_the_exact_text_without_control_characters(httpserver, webhook):
     httpserver.expect_request("/hook").respond_with_data("")
     webhook.send([failure() | {"error": EVIL}])
     [(request, _)] = httpserver.log
@@ -386,7 +387,7 @@ def test_a_webhook_gets_the_exact_text_and_no_control_character(httpserver, webh
     assert json.loads(request.get_data())["error"] == EVIL
 
 
-def test_a_refused_mail_says_that_it_is_this_one(mailbox, monkeypatch):
+def test_a_refused_mail_raises_its_own_error(mailbox, monkeypatch):
     monkeypatch.setattr(Mailbox, "handle_DATA", refuse)
     with pytest.raises(NoticeRefusedError, match="SMTPDataError"):
         MailNotifier(f"smtp://127.0.0.1:{mailbox.port}", "us@example.org", ["a@example.org"]).send(
@@ -399,7 +400,7 @@ async def refuse(self, server, session, envelope):
 
 
 def make_certificate(folder, name):
-    """The files of a certificate that vouches for itself under a name, and of its key."""
+    """Creates a self-signed certificate for a name; returns the paths of it and of its key."""
     key = ec.generate_private_key(ec.SECP256R1())
     subject = x509.Name([x509.NameAttribute(x509.NameOID.COMMON_NAME, name)])
     now = datetime.now(UTC)
@@ -421,8 +422,8 @@ def make_certificate(folder, name):
     return folder / "certificate", folder / "key"
 
 
-@pytest.mark.parametrize(("name", "is_taken"), [("localhost", True), ("elsewhere.example", False)])
-def test_over_https_the_certificate_must_be_that_of_the_name(monkeypatch, tmp_path, name, is_taken):
+@pytest.mark.parametrize(("name", "is_valid"), [("localhost", True), ("elsewhere.example", False)])
+def test_the_certificate_must_match_the_name(monkeypatch, tmp_path, name, is_valid):
     certificate, key = make_certificate(tmp_path, name)
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
     context.load_cert_chain(certificate, key)
@@ -430,17 +431,17 @@ def test_over_https_the_certificate_must_be_that_of_the_name(monkeypatch, tmp_pa
     with HTTPServer(ssl_context=context) as server:
         server.expect_request("/hook").respond_with_data("")
         webhook = WebhookNotifier(f"https://localhost:{server.port}/hook", "s", allows_private=True)
-        if is_taken:
+        if is_valid:
             webhook.send([failure()])
         else:
             with pytest.raises(NotificationError, match="SSLCertVerificationError"):
                 webhook.send([failure()])
-        assert len(server.log) == is_taken
+        assert len(server.log) == is_valid
 
 
-def test_a_webhook_that_does_not_finish_its_tls_handshake_is_given_up(trickling, monkeypatch):
+def test_a_webhook_that_does_not_finish_its_tls_handshake_times_out(trickling, monkeypatch):
     monkeypatch.setattr(notifier, "WEBHOOK_SECONDS", 0.5)
     start, _ = trickling
-    port = start(b"\x16\x03\x03\x40\x00", b"\x00")  # a record of 16 kB, byte by byte
+    port = start(b"\x16\x03\x03\x40\x00", b"\x00")  # a record of 16 kB, one byte at a time
     with pytest.raises(NotificationError, match="TimeoutError"):
         WebhookNotifier(f"https://127.0.0.1:{port}/", "s", allows_private=True).send([failure()])

@@ -1,4 +1,4 @@
-"""Vision models: the remote one against a real HTTP server, the local one on real photos."""
+"""The remote vision model is tested against a real HTTP server, the local one on real photos."""
 
 import base64
 import gzip
@@ -70,7 +70,7 @@ def vision(httpserver):
     )
 
 
-def test_the_image_goes_out_as_a_data_url_and_the_answer_comes_back_typed(httpserver, vision):
+def test_the_image_is_sent_as_a_data_url_and_the_answer_is_parsed(httpserver, vision):
     requests = []
 
     def answer(request: Request) -> Response:
@@ -106,7 +106,7 @@ def coded(code, **more):
 
 
 def at(seconds):
-    """A wait until a date, which is filled in when it is sent; the test's server puts its own Date beside it."""
+    """Returns a header that `dated` turns into a date, `seconds` after the answer is sent."""
     return {"Retry-After": f"in {seconds}"}
 
 
@@ -118,7 +118,7 @@ def dated(headers):
     return {"Retry-After": format_datetime(when, usegmt=True)}
 
 
-# Status, body, headers; the class of the error, and the wait before another attempt, or of the pause.
+# Status, body, headers; the error's class, and the seconds until another attempt or of the pause.
 PROVIDER_TABLE = [
     (429, ERROR, {"Retry-After": "7"}, ProviderUnavailableError, 7),
     (429, ERROR, {"Retry-After": "7.5"}, ProviderUnavailableError, 7.5),
@@ -211,7 +211,7 @@ PROVIDER_TABLE = [
         RefusedError,
         None,
     ),
-    # Of the caller, in the same words: no image may fail for that.
+    # About the caller, in similar words: no image may fail because of it.
     (
         403,
         {"error": {"message": "Your account was suspended for violating usage policies"}},
@@ -272,7 +272,7 @@ PROVIDER_TABLE = [
     (200, completion('{"a":' * 100_000), {}, BadAnswerError, None),
     (200, completion(None), {}, BadAnswerError, None),
     (200, {"error": SECRET}, {}, BadAnswerError, None),
-    # Routers that have begun to answer send their errors like this.
+    # Errors of routers that have already begun to answer.
     (200, {"error": {**SECRET, "code": 502}}, {}, ProviderUnavailableError, None),
     (200, {"error": {**SECRET, "code": "429"}}, {"Retry-After": "7"}, ProviderUnavailableError, 7),
     (200, {"error": {**SECRET, "code": 402}}, {}, PausedError, 600),
@@ -322,7 +322,7 @@ PROVIDER_TABLE = [
 
 
 @pytest.mark.parametrize(("status", "body", "headers", "error", "wait"), PROVIDER_TABLE)
-def test_every_way_to_fail_is_one_of_our_errors_after_one_call(
+def test_every_kind_of_failure_raises_one_of_our_errors_after_one_call(
     httpserver, vision, status, body, headers, error, wait
 ):
     text = body if isinstance(body, str | bytes) else json.dumps(body)
@@ -360,7 +360,7 @@ def test_every_way_to_fail_is_one_of_our_errors_after_one_call(
         ("", []),
     ],
 )
-def test_a_list_written_as_text_is_split_and_not_spelled(httpserver, vision, tags, read):
+def test_a_list_written_as_text_is_split_into_words_not_letters(httpserver, vision, tags, read):
     answer = METADATA | {"tags": tags, "dominantColors": "#AABBCC and #112233"}
     httpserver.expect_request("/v1/chat/completions").respond_with_json(completion(answer))
     metadata = vision.describe(b"x", FACTS).metadata
@@ -370,7 +370,7 @@ def test_a_list_written_as_text_is_split_and_not_spelled(httpserver, vision, tag
 
 @pytest.fixture
 def trickling_server():
-    """Sends a byte every tenth of a second, of a header or of the body, for as long as somebody listens."""
+    """The URL of a server that sends one byte of a body or a header every tenth of a second."""
     server = socket.create_server(("127.0.0.1", 0))
     is_over = threading.Event()
     heads = [
@@ -397,26 +397,24 @@ def trickling_server():
     server.close()
 
 
-def test_a_provider_that_trickles_is_given_up_when_the_time_of_a_call_is_over(
-    trickling_server, monkeypatch
-):
+def test_a_call_to_a_provider_that_trickles_times_out(trickling_server, monkeypatch):
     monkeypatch.setattr("imagepipeline.services.openai_client.CALL_SECONDS", 0.5)
     vision = OpenAIVision("k", trickling_server, "m", "Describe it.", VisionOptions())
-    for _ in range(2):  # once it trickles the body, once a header
+    for _ in range(2):  # first the body trickles in, then a header
         started = time.monotonic()
-        with pytest.raises(ProviderTimedOutError, match=r"in full within 0\.5 s"):
+        with pytest.raises(ProviderTimedOutError, match=r"complete its answer within 0\.5 s"):
             vision.describe(b"x", FACTS)
         assert time.monotonic() - started < 10
 
 
-def test_an_answer_that_cannot_be_used_is_still_charged(httpserver, vision):
+def test_an_unusable_answer_is_still_charged(httpserver, vision):
     httpserver.expect_request("/v1/chat/completions").respond_with_json(completion("prose"))
     with pytest.raises(BadAnswerError) as caught:
         vision.describe(b"x", FACTS)
     assert caught.value.usage == CallUsage(800, 60)
 
 
-def test_an_answer_that_comes_packed_is_unpacked(httpserver, vision):
+def test_a_compressed_answer_is_decompressed(httpserver, vision):
     packed = gzip.compress(json.dumps(completion(METADATA)).encode())
     response = Response(packed, 200, {"Content-Encoding": "gzip"}, content_type="application/json")
     httpserver.expect_request(
@@ -437,14 +435,14 @@ def test_an_answer_that_comes_packed_is_unpacked(httpserver, vision):
         *((usage, None) for usage in (None, {}, [], "x", 5)),
     ],
 )
-def test_of_what_an_answer_used_only_what_can_be_is_believed(httpserver, vision, said, read):
+def test_only_plausible_usage_is_accepted(httpserver, vision, said, read):
     httpserver.expect_request("/v1/chat/completions").respond_with_json(
         completion(METADATA) | {"usage": said}
     )
     assert vision.describe(b"x", FACTS).usage == read
 
 
-def test_the_provider_says_what_it_costs(httpserver, vision):
+def test_the_cost_reported_by_the_provider_is_used(httpserver, vision):
     answer = completion(METADATA)
     answer["usage"]["cost"] = 0.00123
     httpserver.expect_request("/v1/chat/completions").respond_with_json(answer)
@@ -460,13 +458,13 @@ def test_the_provider_says_what_it_costs(httpserver, vision):
         json.dumps(METADATA | {"dominantColors": ["#AABBCC", "red", "#aabbcc", "#12345"]}),
     ],
 )
-def test_wrapped_and_talkative_answers_are_understood(httpserver, vision, text):
+def test_answers_wrapped_in_other_text_are_parsed(httpserver, vision, text):
     httpserver.expect_request("/v1/chat/completions").respond_with_json(completion(text))
     assert vision.describe(b"x", FACTS).metadata.model_dump(by_alias=True) == METADATA
 
 
-def test_what_a_provider_does_not_know_is_left_out_at_the_next_attempt(httpserver):
-    """Like a small local server: no JSON schema, no JSON mode, no new name of the length parameter, no detail."""
+def test_options_unknown_to_a_provider_are_left_out_of_the_next_attempt(httpserver):
+    """Imitates a small local server without JSON schemas, JSON mode or `max_completion_tokens`."""
     bodies = []
 
     def answer(request):
@@ -496,7 +494,7 @@ def test_what_a_provider_does_not_know_is_left_out_at_the_next_attempt(httpserve
     assert "keys: description, tags" in bodies[-1]["messages"][0]["content"][0]["text"]
 
 
-def test_a_cut_off_answer_is_asked_for_again_with_twice_the_room(httpserver, vision):
+def test_after_a_truncated_answer_the_token_limit_is_doubled(httpserver, vision):
     bodies = []
 
     def answer(request):
@@ -512,7 +510,7 @@ def test_a_cut_off_answer_is_asked_for_again_with_twice_the_room(httpserver, vis
     assert bodies[1] == 2 * bodies[0]
 
 
-def test_the_vocabulary_is_asked_for_and_kept_to(httpserver):
+def test_the_vocabulary_is_requested_and_enforced(httpserver):
     requests = []
 
     def answer(request):
@@ -532,10 +530,8 @@ def test_the_vocabulary_is_asked_for_and_kept_to(httpserver):
     assert "Use only these tags: Cat, dogs." in requests[0]
 
 
-def test_a_provider_on_this_machine_is_reached_directly_and_any_other_through_the_proxy(
-    httpserver, monkeypatch
-):
-    """The test's server is provider and proxy at once: what came through a proxy names its host in the first line."""
+def test_only_providers_on_other_machines_are_reached_through_the_proxy(httpserver, monkeypatch):
+    """The test's server is both provider and proxy; the Host header tells them apart."""
     for name in ("HTTP_PROXY", "http_proxy"):
         monkeypatch.setenv(name, httpserver.url_for("/"))
     for name in ("NO_PROXY", "no_proxy"):
@@ -548,7 +544,7 @@ def test_a_provider_on_this_machine_is_reached_directly_and_any_other_through_th
     assert hosts == [f"{httpserver.host}:{httpserver.port}", "provider.example"]
 
 
-def test_a_server_that_is_not_there_may_be_tried_again():
+def test_an_unreachable_server_may_be_retried():
     vision = OpenAIVision("k", "http://127.0.0.1:9/v1", "m", "p", VisionOptions())
     with pytest.raises(ProviderUnavailableError, match="did not answer"):
         vision.describe(b"x", FACTS)
@@ -589,9 +585,7 @@ def describe(photo):
         ("astronaut.jpg", "picture", "silver", "warm"),
     ],
 )
-def test_the_local_model_says_what_is_there_and_nothing_it_is_unsure_of(
-    photo, category, color, mood
-):
+def test_the_local_model_states_only_what_it_is_sure_of(photo, category, color, mood):
     metadata = describe(photo)
     assert metadata.category == category
     assert color in metadata.tags
@@ -600,8 +594,8 @@ def test_the_local_model_says_what_is_there_and_nothing_it_is_unsure_of(
 
 
 @pytest.mark.parametrize("charset", ["punycode", "utf-7", "unicode_escape", "idna", "utf-16"])
-def test_an_answer_is_read_as_utf_8_whatever_its_header_says(httpserver, vision, charset):
-    """Some of Python's encodings take quadratic time: punycode would take hours for four million bytes."""
+def test_an_answer_is_read_as_utf_8_whatever_charset_it_declares(httpserver, vision, charset):
+    """Some of Python's codecs take quadratic time: punycode would take hours for 4 MB."""
     kind = f"application/json; charset={charset}"
     body = (
         json.dumps({"error": {"message": "flagged", "code": "content_filter"}}).encode()

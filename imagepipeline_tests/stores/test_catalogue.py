@@ -1,4 +1,4 @@
-"""The catalogue's promises, on SQLite and on Postgres."""
+"""The catalogue keeps its guarantees on both SQLite and Postgres."""
 
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
@@ -21,6 +21,7 @@ from imagepipeline.errors import (
     StaleClaimError,
 )
 from imagepipeline.models import (
+    ASSETS,
     ImageMetadata,
     OriginalFacts,
     Recipe,
@@ -70,15 +71,15 @@ def outbox(catalogue_url):
 
 
 def make(catalogue, claim):
-    """Does all that a run does."""
+    """Writes all results of a run."""
     catalogue.save_original(claim, ORIGINAL)
     catalogue.save_metadata(claim, METADATA, Recipe("local", "m"), "0" * 64)
     catalogue.save_variants(claim, VARIANTS)
-    for asset in ("metadata", "variants", "embedding"):
+    for asset in ASSETS:
         catalogue.record_result(claim, asset, RECIPE, "0" * 64)
 
 
-def test_the_migrations_make_the_tables_the_code_expects(catalogue, catalogue_url):
+def test_migrations_create_the_tables_that_the_code_expects(catalogue, catalogue_url):
     catalogue.migrate()
     catalogue.check()
     with sa.create_engine(catalogue_url).connect() as connection:
@@ -89,7 +90,7 @@ def test_the_migrations_make_the_tables_the_code_expects(catalogue, catalogue_ur
 
 
 def make_tables_of_0_1_0(url):
-    """The tables of that version, with two images in them, and its version where it kept it."""
+    """Creates the tables of version 0.1.0 with two images, and its own version table."""
     config = Config()
     config.set_main_option("script_location", "imagepipeline.stores:migrations")
     with sa.create_engine(url).begin() as connection:
@@ -98,8 +99,9 @@ def make_tables_of_0_1_0(url):
         for image_id, path in (("a_b", "original/a_b.jpg"), ("axb", "original/a_b.png")):
             connection.execute(
                 sa.text(
-                    "INSERT INTO images (id, status, generation, fence, priority, attempts, path, beat, accepted_at, "
-                    "updated_at) VALUES (:id, 'pending', 1, 0, 0, 0, :path, 0, '2026-01-01', '2026-01-01')"
+                    "INSERT INTO images (id, status, generation, fence, priority, attempts, path, "
+                    "beat, accepted_at, updated_at) VALUES (:id, 'pending', 1, 0, 0, 0, :path, "
+                    "0, '2026-01-01', '2026-01-01')"
                 ),
                 {"id": image_id, "path": path},
             )
@@ -117,7 +119,7 @@ def read_versions(url):
         }
 
 
-def test_tables_of_the_version_before_are_taken_over_and_it_can_be_gone_back_to(catalogue_url):
+def test_tables_of_an_earlier_version_are_migrated_and_keep_its_version_table(catalogue_url):
     make_tables_of_0_1_0(catalogue_url)
     catalogue = Catalogue(catalogue_url)
     catalogue.migrate()
@@ -130,7 +132,7 @@ def test_tables_of_the_version_before_are_taken_over_and_it_can_be_gone_back_to(
     catalogue.check()
 
 
-def test_the_version_table_of_another_program_is_left_alone(catalogue_url):
+def test_another_programs_version_table_is_left_alone(catalogue_url):
     with sa.create_engine(catalogue_url).begin() as connection:
         connection.exec_driver_sql(
             "CREATE TABLE alembic_version (version_num VARCHAR(32) NOT NULL)"
@@ -141,7 +143,7 @@ def test_the_version_table_of_another_program_is_left_alone(catalogue_url):
     assert read_versions(catalogue_url) == {"alembic_version": ["0003"], VERSION_TABLE: ["0006"]}
 
 
-def test_tables_that_a_newer_version_has_added_to_are_used_as_they_are(catalogue, catalogue_url):
+def test_tables_with_additions_of_a_newer_version_are_used_as_they_are(catalogue, catalogue_url):
     with sa.create_engine(catalogue_url).begin() as connection:
         connection.exec_driver_sql("ALTER TABLE images ADD COLUMN invented VARCHAR(9)")
         connection.exec_driver_sql(f"UPDATE {VERSION_TABLE} SET version_num = '9999'")
@@ -150,9 +152,7 @@ def test_tables_that_a_newer_version_has_added_to_are_used_as_they_are(catalogue
     assert read_versions(catalogue_url)[VERSION_TABLE] == ["9999"]
 
 
-def test_tables_that_a_newer_version_has_taken_from_are_refused_with_a_sentence(
-    catalogue, catalogue_url
-):
+def test_tables_with_columns_removed_by_a_newer_version_are_refused(catalogue, catalogue_url):
     with sa.create_engine(catalogue_url).begin() as connection:
         connection.exec_driver_sql("ALTER TABLE images DROP COLUMN flaw")
         connection.exec_driver_sql(f"UPDATE {VERSION_TABLE} SET version_num = '9999'")
@@ -160,7 +160,7 @@ def test_tables_that_a_newer_version_has_taken_from_are_refused_with_a_sentence(
         catalogue.migrate()
 
 
-def test_what_was_compiled_for_one_sqlite_database_serves_all(tmp_path):
+def test_compiled_statements_are_shared_by_all_sqlite_databases(tmp_path):
     def read(name):
         with create_sqlite_engine(f"sqlite:///{tmp_path / name}").connect() as connection:
             return connection.execute(
@@ -189,7 +189,7 @@ def test_an_upload_is_pending_in_its_first_generation(catalogue):
     assert catalogue.get("b") is None
 
 
-def test_a_push_while_the_image_waits_is_seen_by_the_run_that_comes(catalogue):
+def test_a_push_while_the_image_waits_is_part_of_the_next_run(catalogue):
     catalogue.accept([Upload("a", priority=3)])
     assert catalogue.accept([Upload("a", "original/x.jpg")]) == set()
     claim = catalogue.claim("a", 1, "run")
@@ -201,7 +201,7 @@ def test_a_push_while_the_image_waits_is_seen_by_the_run_that_comes(catalogue):
 
 @pytest.mark.parametrize("pushes", [1, 3])
 @pytest.mark.parametrize("ends", ["completed", "failed"])
-def test_pushes_while_a_run_works_begin_one_more_generation_when_it_ends(
+def test_pushes_during_a_run_begin_one_more_generation_when_it_ends(
     catalogue, outbox, pushes, ends
 ):
     catalogue.accept([Upload("a")])
@@ -214,7 +214,7 @@ def test_pushes_while_a_run_works_begin_one_more_generation_when_it_ends(
         assert catalogue.finish(claim) is Status.PENDING
     else:
         catalogue.fail(claim, "corrupt", "cut off")
-        assert outbox.list_unsent("webhook") == []  # what it failed for may be mended by now
+        assert outbox.list_unsent("webhook") == []  # the new generation may succeed
     row = catalogue.get("a")
     assert (row["status"], row["generation"], row["reason"], row["attempts"]) == (
         "pending",
@@ -230,17 +230,17 @@ def test_pushes_while_a_run_works_begin_one_more_generation_when_it_ends(
     assert catalogue.get("a")["generation"] == 2
 
 
-def test_a_push_is_not_forgotten_by_a_run_that_is_lost_or_gives_the_image_back(catalogue):
+def test_a_push_during_a_run_that_is_handed_back_is_part_of_the_next_run(catalogue):
     catalogue.accept([Upload("a")])
     claim = catalogue.claim("a", 1, "run")
     catalogue.accept([Upload("a")])
     catalogue.hand_back(claim, "a stop")
-    claim = catalogue.claim("a", 2, "run2")  # it began after the push
+    claim = catalogue.claim("a", 2, "run2")  # begins after the push
     make(catalogue, claim)
     assert catalogue.finish(claim) is Status.COMPLETED
 
 
-def test_a_bare_push_forgets_the_path_an_earlier_one_named(catalogue):
+def test_a_push_without_a_path_resets_an_earlier_path(catalogue):
     catalogue.accept([Upload("a", "original/x.jpg")])
     claim = catalogue.claim("a", 1, "run")
     make(catalogue, claim)
@@ -250,7 +250,7 @@ def test_a_bare_push_forgets_the_path_an_earlier_one_named(catalogue):
     assert (claim.path, claim.last_path) == (None, "original/a.jpg")
 
 
-def test_results_of_two_originals_are_not_completed(catalogue):
+def test_an_image_with_results_of_two_originals_is_not_completed(catalogue):
     catalogue.accept([Upload("a")])
     claim = catalogue.claim("a", 1, "run")
     make(catalogue, claim)
@@ -260,7 +260,7 @@ def test_results_of_two_originals_are_not_completed(catalogue):
     assert "different originals" in catalogue.get("a")["history"][-1]["detail"]
 
 
-def test_a_catalogue_belongs_to_the_dagster_instance_that_came_first(catalogue):
+def test_a_catalogue_belongs_to_the_first_dagster_instance(catalogue):
     catalogue.bind("one")
     catalogue.bind("one")
     with pytest.raises(
@@ -286,7 +286,7 @@ def test_a_push_after_the_end_begins_a_new_generation(catalogue):
     assert row["requested_path"] == "original/x.jpg"
 
 
-def test_pending_images_come_by_priority_then_age(catalogue):
+def test_pending_images_are_sorted_by_priority_then_age(catalogue):
     catalogue.accept([Upload("old")])
     catalogue.accept([Upload("new")])
     catalogue.accept([Upload("urgent", priority=5)])
@@ -313,7 +313,7 @@ def test_a_generation_is_claimed_by_one_run_only(catalogue):
     assert catalogue.claim("b", 1, "fourth") is None
 
 
-def test_of_many_runs_at_once_one_gets_the_claim(catalogue):
+def test_only_one_of_many_simultaneous_runs_gets_the_claim(catalogue):
     for round_ in range(10):
         catalogue.accept([Upload(f"i{round_}")])
         with ThreadPoolExecutor(8) as pool:
@@ -321,7 +321,7 @@ def test_of_many_runs_at_once_one_gets_the_claim(catalogue):
         assert len([claim for claim in claims if claim]) == 1
 
 
-def test_an_image_is_completed_when_all_its_results_are_in_place(catalogue):
+def test_an_image_is_completed_once_it_has_all_results(catalogue):
     catalogue.accept([Upload("a")])
     claim = catalogue.claim("a", 1, "run")
     make(catalogue, claim)
@@ -342,14 +342,14 @@ def test_an_image_is_completed_when_all_its_results_are_in_place(catalogue):
     assert catalogue.get_states(["a", "b"]) == {"a": State(1, Status.COMPLETED, 1, 1)}
 
 
-def test_an_image_that_lacks_a_result_goes_back_to_the_queue(catalogue):
+def test_an_image_without_all_results_goes_back_to_the_queue(catalogue):
     claim = catalogue.claim_anew("a", "run")
     catalogue.record_result(claim, "metadata", RECIPE, "0" * 64)
     assert catalogue.finish(claim) is Status.PENDING
     assert [(image.image_id, image.generation) for image in catalogue.list_pending(9)] == [("a", 2)]
 
 
-def test_doing_it_again_replaces_the_rows(catalogue):
+def test_processing_an_image_again_replaces_its_results(catalogue):
     for _ in range(2):
         claim = catalogue.claim_anew("a", "run")
         make(catalogue, claim)
@@ -358,7 +358,7 @@ def test_doing_it_again_replaces_the_rows(catalogue):
     assert catalogue.get("a")["generation"] == 2
 
 
-def test_a_path_of_another_image_is_refused(catalogue):
+def test_the_path_of_another_images_original_is_refused(catalogue):
     make(catalogue, catalogue.claim_anew("a", "run"))
     other = catalogue.claim_anew("b", "run2")
     with pytest.raises(PathTakenError, match=r"variants/a-sm\.webp"):
@@ -387,7 +387,7 @@ def test_a_stale_claim_can_change_nothing(catalogue):
     assert fresh.fence > stale.fence
 
 
-def test_a_run_started_by_hand_takes_an_image_in_any_status_but_anothers(catalogue):
+def test_a_manual_run_claims_an_image_in_any_status_unless_another_run_has_it(catalogue):
     assert catalogue.claim_anew("a", "r1").generation == 1  # unknown
     with pytest.raises(ImageBusyError, match="r1"):
         catalogue.claim_anew("a", "r2")
@@ -399,23 +399,23 @@ def test_a_run_started_by_hand_takes_an_image_in_any_status_but_anothers(catalog
     assert catalogue.claim_anew("b", "r4").generation == 1  # pending
 
 
-def test_attempts_are_the_most_any_asset_needed(catalogue):
+def test_attempts_are_the_maximum_over_the_assets(catalogue):
     claim = catalogue.claim_anew("a", "run")
     for attempt in (1, 2, 1):
         catalogue.record_attempt(claim, attempt)
     assert catalogue.get("a")["attempts"] == 2
 
 
-def test_a_catalogue_that_is_down_postpones_and_keeps_its_password(tmp_path):
+def test_a_catalogue_that_is_down_postpones_without_showing_its_password(tmp_path):
     down = Catalogue("postgresql://user:canary@127.0.0.1:9/db")
     for call in (down.count, lambda: down.accept([Upload("a")]), lambda: down.claim("a", 1, "run")):
         with pytest.raises(CatalogueDownError, match="does not answer") as caught:
             call()
         assert "canary" not in str(caught.value)
-        assert caught.value.__suppress_context__  # nor in a traceback
+        assert caught.value.__suppress_context__  # not in a traceback either
 
 
-def test_a_database_that_restarts_is_used_again(postgres_url, postgres_catalogue_url):
+def test_the_catalogue_reconnects_after_the_database_restarts(postgres_url, postgres_catalogue_url):
     catalogue = Catalogue(postgres_catalogue_url)
     catalogue.migrate()
     catalogue.accept([Upload("a")])
@@ -430,9 +430,7 @@ IMPOSSIBLE = ["{", "[" * 100_000, "1" * 10_000, "[1]", "7", '"text"', '{"a": ' *
 
 
 @pytest.mark.parametrize("text", IMPOSSIBLE, ids=range(len(IMPOSSIBLE)))
-def test_impossible_json_costs_its_row_the_metadata_and_no_other_row_anything(
-    sqlite_catalogue_url, text
-):
+def test_invalid_json_in_a_row_affects_only_the_metadata_of_that_row(sqlite_catalogue_url, text):
     catalogue = Catalogue(sqlite_catalogue_url)
     catalogue.migrate()
     for image_id in ("bad", "good"):
@@ -447,7 +445,7 @@ def test_impossible_json_costs_its_row_the_metadata_and_no_other_row_anything(
 
 
 @pytest.mark.parametrize("text", ["\x1b[31m\n\u202e\x7f", "half \ud83d", "nothing \x00"])
-def test_any_text_can_be_written_down_and_is_printable(catalogue_url, text):
+def test_any_text_can_be_stored_and_becomes_printable(catalogue_url, text):
     catalogue = Catalogue(catalogue_url)
     catalogue.migrate()
     claim = catalogue.claim_anew("a", "run")
@@ -473,9 +471,16 @@ def test_an_original_belongs_to_the_image_that_named_it_first(catalogue_url):
     catalogue.accept(
         [Upload("a", "original/2026/x.jpg"), Upload("b"), Upload("c", "original/b.png")]
     )
-    uploads = [Upload("a", "original/2026/x.jpg"), Upload("d", "original/2026/x.jpg"), Upload("d", "original/b.gif"),
-               Upload("b", "original/b.png"), Upload("d", "original/2026/y.jpg"), Upload("e", "original/2026/y.jpg"),
-               Upload("e"), Upload("f", "original/f.jpg")]  # fmt: skip
+    uploads = [
+        Upload("a", "original/2026/x.jpg"),
+        Upload("d", "original/2026/x.jpg"),
+        Upload("d", "original/b.gif"),
+        Upload("b", "original/b.png"),
+        Upload("d", "original/2026/y.jpg"),
+        Upload("e", "original/2026/y.jpg"),
+        Upload("e"),
+        Upload("f", "original/f.jpg"),
+    ]
     assert catalogue.find_owners(dict(enumerate(uploads))) == {1: "a", 2: "b", 5: "d"}
     claim = catalogue.claim("c", 1, "run")
     with pytest.raises(PathTakenError, match=r"original/b\.png is the original of b, not of c"):

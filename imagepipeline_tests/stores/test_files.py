@@ -1,4 +1,4 @@
-"""Files and objects appear whole, and nothing outside the storage root is opened."""
+"""Files and objects are replaced atomically, and nothing outside the storage root is opened."""
 
 import contextlib
 import os
@@ -25,14 +25,14 @@ def test_an_original_is_found_by_its_id(storage):
     assert storage.read(path) == b"x"
 
 
-def test_a_file_that_is_not_there_is_named(storage):
+def test_the_error_for_a_missing_file_names_it(storage):
     assert storage.list_originals_of("a") == []
     storage.put_original("b", b"x", "jpg")
     with pytest.raises(MissingOriginalError, match=r"original/a\.jpg"):
         storage.read("original/a.jpg")
 
 
-def test_an_original_of_another_kind_stays_beside_the_new_one(storage):
+def test_an_original_with_another_extension_is_kept_beside_the_new_one(storage):
     storage.put_original("a", b"1", "jpg")
     storage.put_original("a", b"2", "png")
     storage.put_original("a", b"3", "png")
@@ -40,7 +40,7 @@ def test_an_original_of_another_kind_stays_beside_the_new_one(storage):
     assert [storage.read(path) for path in storage.list_originals_of("a")] == [b"1", b"3"]
 
 
-def test_an_id_that_is_none_never_reaches_the_disk(storage):
+def test_an_invalid_id_never_reaches_the_disk(storage):
     for image_id in ("*", "../x", "a/b", ""):
         with pytest.raises(InvalidUploadError):
             storage.list_originals_of(image_id)
@@ -49,7 +49,7 @@ def test_an_id_that_is_none_never_reaches_the_disk(storage):
 
 
 @pytest.mark.parametrize("kind", ["link", "link to a folder", "fifo", "folder"])
-def test_only_plain_files_are_read(files, tmp_path, kind):
+def test_only_regular_files_are_read(files, tmp_path, kind):
     secret = tmp_path / "secret"
     secret.mkdir()
     (secret / "a.jpg").write_bytes(b"secret")
@@ -82,7 +82,7 @@ def test_an_original_is_found_among_longer_ids(storage):
     assert storage.list_originals_of("a") == ["original/a.webp"]
 
 
-def test_deleting_twice_is_once(storage):
+def test_deleting_a_file_twice_succeeds(storage):
     storage.write("variants/a.webp", b"")
     storage.delete("variants/a.webp")
     storage.delete("variants/a.webp")
@@ -90,7 +90,7 @@ def test_deleting_twice_is_once(storage):
         storage.read("variants/a.webp")
 
 
-def test_originals_that_have_settled_are_listed(storage, monkeypatch):
+def test_only_originals_that_are_not_recent_are_listed(storage, monkeypatch):
     for name in ("a.jpg", "b.png", "no id.jpg", "c", "sub/d.jpg"):
         storage.write(f"original/{name}", b"")
     assert storage.list_originals() == {}
@@ -100,7 +100,7 @@ def test_originals_that_have_settled_are_listed(storage, monkeypatch):
     assert storage.list_leftovers() == []
 
 
-def test_readers_of_a_bucket_see_the_old_content_or_the_new(bucket_url):
+def test_readers_of_a_bucket_see_either_the_old_or_the_new_content(bucket_url):
     storage = ObjectStore(bucket_url)
     contents = [letter * 3_000_000 for letter in (b"a", b"b")]
     storage.write("variants/a.webp", contents[0])
@@ -113,7 +113,7 @@ def test_readers_of_a_bucket_see_the_old_content_or_the_new(bucket_url):
             assert storage.read("variants/a.webp") in contents
 
 
-def test_what_browsers_are_told_of_an_object_does_not_come_from_its_uploader(bucket_url):
+def test_the_content_type_of_an_object_does_not_come_from_its_uploader(bucket_url):
     storage = ObjectStore(bucket_url)
     kinds = {}
     for path in ("original/a.html", "variants/a-sm.avif", "variants/a-sm.webp"):
@@ -122,7 +122,9 @@ def test_what_browsers_are_told_of_an_object_does_not_come_from_its_uploader(buc
     assert list(kinds.values()) == ["application/octet-stream", "image/avif", "image/webp"]
 
 
-def test_a_bucket_that_does_not_answer_makes_images_wait_and_is_not_quoted(bucket_url, monkeypatch):
+def test_images_wait_for_a_bucket_that_is_down_and_its_address_is_not_shown(
+    bucket_url, monkeypatch
+):
     monkeypatch.setenv("AWS_ENDPOINT_URL", "http://127.0.0.1:1")
     monkeypatch.setattr("imagepipeline.stores.objects.RETRIES", 0)
     for act in (
@@ -136,14 +138,14 @@ def test_a_bucket_that_does_not_answer_makes_images_wait_and_is_not_quoted(bucke
         assert "127.0.0.1" not in str(caught.value)
 
 
-def test_the_index_is_kept_in_the_same_bucket_and_survives_writers_at_once(bucket_url):
+def test_the_index_in_a_bucket_supports_concurrent_writers(bucket_url):
     embedding = Embedding("a cat", (0.6, 0.8), "test:model")
 
     def upsert(fence):
         with contextlib.suppress(StaleClaimError):
             EmbeddingIndex(f"{bucket_url}/lancedb").upsert(Claim("cat", 1, fence, None), embedding)
 
-    upsert(1)  # makes the table
+    upsert(1)  # creates the table
     with ThreadPoolExecutor() as pool:
         list(pool.map(upsert, [3, 1, 6, 2, 5, 4]))
     index = EmbeddingIndex(f"{bucket_url}/lancedb")
@@ -151,14 +153,14 @@ def test_the_index_is_kept_in_the_same_bucket_and_survives_writers_at_once(bucke
     assert index.get("cat", "test:model")["fence"] == 6
 
 
-def test_a_file_is_replaced_whole_and_nothing_is_left_beside(files):
+def test_a_file_is_replaced_and_no_temporary_file_is_left(files):
     files.write("variants/a/b.webp", b"old")
     files.write("variants/a/b.webp", b"new")
     assert files.read("variants/a/b.webp") == b"new"
     assert [path.name for path in (files.root / "variants" / "a").iterdir()] == ["b.webp"]
 
 
-def test_a_failed_write_leaves_the_old_file_and_no_rest(files, monkeypatch):
+def test_a_failed_write_keeps_the_old_file_and_leaves_no_temporary_file(files, monkeypatch):
     files.write("variants/b.webp", b"old")
 
     def fail(descriptor):
@@ -172,7 +174,7 @@ def test_a_failed_write_leaves_the_old_file_and_no_rest(files, monkeypatch):
 
 
 @pytest.mark.parametrize("folder", ["original", "variants"])
-def test_nothing_is_written_or_listed_through_a_link(files, tmp_path, folder):
+def test_links_are_followed_neither_for_writing_nor_for_listing(files, tmp_path, folder):
     outside = tmp_path / "outside"
     outside.mkdir()
     (outside / "a.jpg").write_bytes(b"theirs")
@@ -186,7 +188,7 @@ def test_nothing_is_written_or_listed_through_a_link(files, tmp_path, folder):
             files.list_originals_of("a")
 
 
-def test_a_file_that_goes_while_they_are_listed_costs_no_other(files, monkeypatch):
+def test_a_file_deleted_during_a_listing_does_not_affect_the_others(files, monkeypatch):
     for name in ("a", "b", "c"):
         files.put_original(name, b"x", "jpg")
         os.utime(files.root / "original" / f"{name}.jpg", (0, 0))
@@ -210,7 +212,7 @@ def test_only_files_are_leftovers(files):
     assert files.list_leftovers() == ["variants/.y.tmp"]
 
 
-def test_nothing_is_written_to_where_an_object_store_redirects(httpserver, monkeypatch):
+def test_neither_content_nor_keys_are_sent_to_the_target_of_a_redirect(httpserver, monkeypatch):
     for name, value in {
         "ACCESS_KEY_ID": "k",
         "SECRET_ACCESS_KEY": "s",

@@ -1,4 +1,4 @@
-"""Paid calls and pauses, on SQLite and on Postgres."""
+"""The ledger records paid calls and pauses on both SQLite and Postgres."""
 
 from datetime import UTC, datetime, timedelta
 
@@ -38,7 +38,7 @@ def call(stage="metadata", model="m", outcome="answered", tokens=(100, 10), cost
     return PaidCall("a", 1, stage, "openai", model, outcome, *tokens, cost, 1.0, 0.0)
 
 
-def test_costs_add_up_by_model_stage_and_day(ledger, clock):
+def test_costs_are_summed_by_model_stage_and_day(ledger, clock):
     ledger.record(call())
     ledger.record(call(outcome="bad_output"))
     ledger.record(call(outcome="provider_unavailable", tokens=(None, None), cost=None))
@@ -71,7 +71,7 @@ def test_costs_add_up_by_model_stage_and_day(ledger, clock):
     assert ledger.sum_cost_usd(NOON + timedelta(hours=1)) == 0
 
 
-def test_days_are_those_of_utc_whatever_the_session_thinks(postgres_catalogue_url, clock):
+def test_days_are_in_utc_whatever_the_sessions_time_zone(postgres_catalogue_url, clock):
     catalogue = Catalogue(postgres_catalogue_url)
     catalogue.migrate()
     catalogue.close()
@@ -81,7 +81,7 @@ def test_days_are_those_of_utc_whatever_the_session_thinks(postgres_catalogue_ur
     ledger.close()
 
 
-def test_a_pause_lasts_until_its_time_and_is_then_on_probation(ledger, clock):
+def test_a_pause_is_over_after_its_time_but_stays_until_it_is_resumed(ledger, clock):
     ledger.pause("auth", "bad key", 600)
     [pause] = ledger.list_pauses()
     assert (pause.reason, pause.message, pause.is_over) == ("auth", "bad key", False)
@@ -92,7 +92,7 @@ def test_a_pause_lasts_until_its_time_and_is_then_on_probation(ledger, clock):
     assert ledger.list_pauses() == []
 
 
-def test_pausing_again_prolongs_and_tells_nobody_again(ledger, clock):
+def test_pausing_again_extends_the_pause_without_another_alert(ledger, clock):
     ledger.pause("auth", "bad key", 600)
     ledger.mark_told("webhook", ledger.list_untold("webhook"))
     clock.now += timedelta(seconds=700)
@@ -105,7 +105,7 @@ def test_pausing_again_prolongs_and_tells_nobody_again(ledger, clock):
     assert len(ledger.list_untold("webhook")) == 1
 
 
-def test_a_pause_without_an_end_waits_for_a_person(ledger, clock):
+def test_a_pause_without_an_end_must_be_resumed_by_a_person(ledger, clock):
     ledger.pause("quota", "no credit", None)
     clock.now += timedelta(days=365)
     assert [pause.is_over for pause in ledger.list_pauses()] == [False]

@@ -1,4 +1,4 @@
-"""The rate limit, shared by real processes through a real server."""
+"""The rate limit is shared by all processes through a real Redis."""
 
 import subprocess
 import sys
@@ -27,7 +27,7 @@ def limiter(redis_url, queue):
     limiter.close()
 
 
-def test_limits_are_read_as_written():
+def test_limits_are_parsed():
     assert parse_limits("off") == ()
     assert parse_limits("10/minute") == (CallLimit(10, 60),)
     assert parse_limits("metadata=10/minute, embedding=5/second") == (
@@ -39,12 +39,12 @@ def test_limits_are_read_as_written():
 @pytest.mark.parametrize(
     "text", ["", "10", "10/year", "0/minute", "-1/minute", "thing=1/minute", "1/minute;2/minute"]
 )
-def test_what_is_no_limit_says_what_one_looks_like(text):
+def test_the_error_for_a_malformed_limit_shows_the_format(text):
     with pytest.raises(SettingsError, match="10/minute"):
         parse_limits(text)
 
 
-def test_calls_beyond_the_limit_wait(limiter):
+def test_calls_over_the_limit_wait(limiter):
     assert limiter.acquire("metadata", 1)
     assert limiter.acquire("embedding", 1)
     assert not limiter.acquire("metadata", 0.2)
@@ -57,7 +57,7 @@ def test_each_stage_may_have_its_own_limit(limiter):
     assert limiter.acquire("search", 0.1)
 
 
-def test_another_limit_is_in_force_at_once_in_every_process(limiter, redis_url):
+def test_a_new_limit_takes_effect_at_once_in_every_process(limiter, redis_url):
     other = CallLimiter(redis_url, "test", "2/hour")
     assert [limiter.acquire("metadata", 0.1) for _ in range(3)] == [True, True, False]
     other.set_limits("3/hour")
@@ -72,7 +72,7 @@ def test_another_limit_is_in_force_at_once_in_every_process(limiter, redis_url):
     other.close()
 
 
-def test_a_server_that_forgot_its_scripts_still_counts(limiter):
+def test_counting_continues_after_the_server_loses_its_scripts(limiter):
     limiter.acquire("metadata", 1)
     limiter._redis.script_flush()
     assert [limiter.acquire("metadata", 0.1) for _ in range(2)] == [True, False]
@@ -84,13 +84,13 @@ def test_a_server_that_is_down_permits_nothing():
 
 
 @pytest.mark.parametrize("limits", ["3/second,5/day", "5/day,3/second"])
-def test_two_limits_of_one_stage_both_hold(redis_url, queue, limits):
+def test_two_limits_of_one_stage_are_both_enforced(redis_url, queue, limits):
     limiter = CallLimiter(redis_url, "two", limits)
     assert [limiter.acquire("metadata", 0) for _ in range(4)] == [True, True, True, False]
     assert [limiter.acquire("metadata", 2) for _ in range(3)] == [True, True, False]
 
 
-def test_a_call_that_one_limit_refuses_is_counted_by_none(redis_url, queue):
+def test_a_call_refused_by_one_limit_does_not_count_for_the_others(redis_url, queue):
     limiter = CallLimiter(redis_url, "none", "3/day,metadata=1/day")
     assert [limiter.acquire("metadata", 0) for _ in range(4)] == [True, False, False, False]
     assert [limiter.acquire("embedding", 0) for _ in range(3)] == [True, True, False]
@@ -132,7 +132,7 @@ def test_a_full_redis_still_counts(limiter, queue):
         queue.redis.config_set("maxmemory", 0)
 
 
-def test_what_is_left_can_be_looked_at_without_taking_any(limiter):
+def test_looking_at_the_remaining_calls_uses_none(limiter):
     limiter.set_limits("metadata=2/hour,5/day,100/minute")
     assert limiter.look("metadata") == Permits(2, 0, False)
     limiter.acquire("metadata", 0)

@@ -1,4 +1,4 @@
-"""The contract with the uploader, against a real Redis-compatible server."""
+"""The upload queue keeps the contract with the uploader, on a real Redis-compatible server."""
 
 import json
 import threading
@@ -11,7 +11,7 @@ from imagepipeline.models import Upload
 from imagepipeline.stores.uploads import MAX_DEAD, UploadQueue
 
 
-def test_waiting_ends_with_an_entry_and_moves_none(queue):
+def test_waiting_ends_when_an_entry_arrives_and_does_not_move_it(queue):
     queue.wait(0.05)
     threading.Timer(0.2, queue.redis.lpush, (queue.wait_key, "late")).start()
     started = time.monotonic()
@@ -22,7 +22,7 @@ def test_waiting_ends_with_an_entry_and_moves_none(queue):
     assert queue.redis.lrange(queue.wait_key, 0, -1) == [b"later", b"late"]
 
 
-def test_the_keys_are_those_of_the_contract(queue):
+def test_the_keys_have_the_agreed_names(queue):
     queue.redis.lpush("image-processing:wait", "a")
     assert queue.read(10) == {b"a": 1}
     queue.show_active({"a": "run"})
@@ -32,7 +32,7 @@ def test_the_keys_are_those_of_the_contract(queue):
     assert queue.redis.llen("image-processing:wait") == 0
 
 
-def test_active_counts_what_is_being_processed(queue):
+def test_the_active_list_has_one_entry_per_image_in_progress(queue):
     queue.show_active({"b": "run2", "a": "run1"})
     shown = [json.loads(entry) for entry in queue.redis.lrange(queue.active_key, 0, -1)]
     assert shown == [{"imageId": "a", "runId": "run1"}, {"imageId": "b", "runId": "run2"}]
@@ -41,7 +41,7 @@ def test_active_counts_what_is_being_processed(queue):
     assert queue.redis.llen(queue.active_key) == 0
 
 
-def test_entries_that_an_earlier_version_left_in_active_are_read_first_and_forgotten(queue):
+def test_active_entries_of_an_earlier_version_are_read_first_and_removed(queue):
     queue.enqueue("new")
     queue.redis.lpush(queue.active_key, "old", '{"imageId": "older", "priority": 1}')
     queue.redis.rpush(queue.active_key, '{"imageId": "x", "runId": "run"}')
@@ -54,7 +54,7 @@ def test_entries_that_an_earlier_version_left_in_active_are_read_first_and_forgo
 
 @pytest.fixture
 def full_queue(queue):
-    """A queue with a hundred entries on a server whose memory is full."""
+    """A queue with 100 entries on a server that is out of memory."""
     for number in range(100):
         queue.enqueue(f"i{number}", f"original/{'x' * 200}{number}.jpg")
     queue.redis.config_set("maxmemory-policy", "noeviction")
@@ -63,7 +63,7 @@ def full_queue(queue):
     queue.redis.config_set("maxmemory", 0)
 
 
-def test_a_full_redis_drains(full_queue):
+def test_a_full_redis_can_be_drained(full_queue):
     with pytest.raises(StackError, match="Redis is full"):
         full_queue.enqueue("one-more")
     full_queue.wait(4)
@@ -73,7 +73,7 @@ def test_a_full_redis_drains(full_queue):
     assert full_queue.count()["waiting"] == 0
 
 
-def test_a_full_redis_costs_no_unreadable_entry_and_no_count_of_what_is_processed(full_queue):
+def test_a_full_redis_keeps_unreadable_entries_waiting(full_queue):
     full_queue.show_active({"a": "run"})
     entry = next(iter(full_queue.read(1)))
     with pytest.raises(StackError, match="Redis is full"):
@@ -82,20 +82,20 @@ def test_a_full_redis_costs_no_unreadable_entry_and_no_count_of_what_is_processe
     full_queue.show_active({})
 
 
-def test_uploads_come_out_in_the_order_they_went_in(queue):
+def test_uploads_are_read_in_the_order_they_were_pushed(queue):
     for image_id in "abc":
         queue.enqueue(image_id)
     assert list(queue.read(2)) == [b"a", b"b"]
 
 
 @pytest.mark.parametrize("limit", [1, 24, 25, 26, 60, 100, 500])
-def test_so_many_are_read_and_the_oldest_first(queue, limit):
+def test_the_oldest_entries_are_read_first_up_to_the_limit(queue, limit):
     names = [b"i%d" % number for number in range(60)]
     queue.redis.lpush(queue.wait_key, *names)
     assert list(queue.read(limit)) == names[:limit]
 
 
-def test_of_long_entries_fewer_are_read(queue):
+def test_fewer_entries_are_read_if_they_are_long(queue):
     for number in range(100):
         queue.redis.lpush(queue.wait_key, b"%d" % number + b"x" * 1_000_000)
     assert len(queue.read(500)) == 25
@@ -103,22 +103,22 @@ def test_of_long_entries_fewer_are_read(queue):
     assert next(iter(queue.read(500))).startswith(b"25x")
 
 
-def test_enqueue_and_the_sensor_speak_the_same_language(queue):
+def test_an_enqueued_upload_is_read_unchanged(queue):
     queue.enqueue("a", "original/x.jpg", priority=7)
     [entry] = queue.read(1)
     assert Upload.from_entry(entry) == Upload("a", "original/x.jpg", 7)
 
 
-def test_a_malformed_upload_is_not_pushed(queue):
+def test_an_invalid_upload_is_not_pushed(queue):
     with pytest.raises(InvalidUploadError):
         queue.enqueue("../a")
     assert queue.count() == {"waiting": 0, "dead": 0}
 
 
-def test_what_was_read_stays_until_it_is_acknowledged(queue):
+def test_an_entry_stays_until_it_is_acknowledged(queue):
     for image_id in "abc":
         queue.enqueue(image_id)
-    queue.read(2)  # and then the sensor died
+    queue.read(2)  # after which the sensor crashes
     assert list(queue.read(3)) == [b"a", b"b", b"c"]
     assert queue.count()["waiting"] == 3
 
@@ -131,7 +131,7 @@ def test_copies_are_counted_and_acknowledged_together(queue):
     assert queue.redis.lrange(queue.wait_key, 0, -1) == [b"b"]
 
 
-def test_of_copies_the_last_one_says_what_holds(queue):
+def test_the_position_of_the_last_copy_counts(queue):
     for path in ("original/old.jpg", "original/new.jpg", "original/old.jpg"):
         queue.enqueue("a", path)
     assert [Upload.from_entry(entry).path for entry in queue.read(10)] == [
@@ -140,7 +140,7 @@ def test_of_copies_the_last_one_says_what_holds(queue):
     ]
 
 
-def test_acknowledging_leaves_a_copy_that_was_pushed_meanwhile(queue):
+def test_acknowledging_keeps_a_copy_pushed_in_the_meantime(queue):
     queue.enqueue("a")
     entries = queue.read(10)
     queue.enqueue("a")
@@ -148,7 +148,7 @@ def test_acknowledging_leaves_a_copy_that_was_pushed_meanwhile(queue):
     assert queue.read(10) == {b"a": 1}
 
 
-def test_a_dead_letter_is_escaped_cut_and_says_why(queue):
+def test_a_dead_letter_is_escaped_shortened_and_has_a_reason(queue):
     entry = b"\x00\xff<script>\n" + b"x" * 2_000_000
     queue.redis.lpush(queue.wait_key, entry)
     queue.read(1)
@@ -160,7 +160,7 @@ def test_a_dead_letter_is_escaped_cut_and_says_why(queue):
     assert queue.count() == {"waiting": 0, "dead": 1}
 
 
-def test_of_unreadable_entries_the_newest_are_kept_and_the_others_counted(queue):
+def test_the_newest_unreadable_entries_are_kept_and_the_others_are_counted(queue):
     for number in range(MAX_DEAD + 3):
         queue.redis.lpush(queue.wait_key, f"?{number}")
         queue.dead_letter(f"?{number}".encode(), 1, "why")
@@ -176,21 +176,21 @@ def test_of_unreadable_entries_the_newest_are_kept_and_the_others_counted(queue)
     assert queue.count() == {"waiting": 1, "dead": 0}
 
 
-def test_a_flood_of_long_unreadable_entries_takes_a_bounded_memory(queue):
+def test_a_flood_of_long_unreadable_entries_uses_bounded_memory(queue):
     before_bytes = queue.redis.info("memory")["used_memory"]
     for number in range(2 * MAX_DEAD):
         queue.dead_letter(b"%d" % number + b"\xff" * 1000, 1, "why " * 50)
     assert queue.redis.info("memory")["used_memory"] - before_bytes < 5_000_000
 
 
-def test_prefixes_do_not_see_each_other(queue, redis_url):
+def test_queues_with_different_prefixes_are_separate(queue, redis_url):
     other = UploadQueue(redis_url, "other")
     other.enqueue("a")
     assert queue.read(10) == {}
     assert other.count()["waiting"] == 1
 
 
-def test_a_server_that_is_down_is_a_clear_error_without_the_password():
+def test_the_error_for_a_server_that_is_down_hides_its_password():
     queue = UploadQueue("redis://:canary@127.0.0.1:9/0")
     for call in (lambda: queue.enqueue("a"), lambda: queue.read(1), queue.count):
         with pytest.raises(StackError, match="does not answer") as caught:
@@ -198,7 +198,7 @@ def test_a_server_that_is_down_is_a_clear_error_without_the_password():
         assert "canary" not in str(caught.value)
 
 
-def test_a_key_of_another_type_is_a_clear_error_and_is_left_alone(queue):
+def test_a_key_of_another_type_is_reported_and_left_alone(queue):
     queue.redis.set(queue.wait_key, "oops")
     with pytest.raises(StackError, match="WRONGTYPE"):
         queue.read(1)
@@ -213,7 +213,7 @@ STRANGE_LETTERS = [
 
 
 @pytest.mark.parametrize("stored", STRANGE_LETTERS)
-def test_what_is_no_dead_letter_costs_the_others_nothing_and_can_be_let_go(queue, stored):
+def test_an_invalid_dead_letter_can_be_discarded_and_does_not_affect_the_others(queue, stored):
     queue.redis.lpush(queue.wait_key, b"{")
     queue.dead_letter(b"{", 1, "the reason")
     queue.redis.lpush(queue.dead_key, stored)

@@ -1,4 +1,4 @@
-"""One row per image, the latest claim wins, and the nearest come first."""
+"""The index has one row per image, the latest claim wins, and searches rank by similarity."""
 
 import contextlib
 import logging
@@ -22,7 +22,7 @@ def embedding(*vector, text="t", version="local:m"):
     return Embedding(text, vector, version)
 
 
-def test_the_nearest_come_first_with_their_cosine(index):
+def test_the_nearest_images_come_first_with_their_cosine_similarity(index):
     index.upsert(claim("east"), embedding(1.0, 0.0))
     index.upsert(claim("north"), embedding(0.0, 1.0))
     index.upsert(claim("west"), embedding(-1.0, 0.0))
@@ -35,7 +35,7 @@ def test_the_nearest_come_first_with_their_cosine(index):
     assert index.nearest_other("east", "local:m").image_id == "north"
 
 
-def test_an_image_has_one_row_and_it_is_the_latest(index):
+def test_an_image_has_only_its_latest_row(index):
     index.upsert(claim("a"), embedding(1.0, 0.0, text="old"))
     index.upsert(claim("a", fence=2), embedding(0.0, 1.0, text="new"))
     assert [neighbour.text for neighbour in index.nearest(embedding(1.0, 0.0), 9)] == ["new"]
@@ -43,7 +43,7 @@ def test_an_image_has_one_row_and_it_is_the_latest(index):
     assert (row["fence"], row["model"]) == (2, "local:m")
 
 
-def test_the_same_claim_may_write_twice_and_an_older_one_never(index):
+def test_a_claim_may_write_twice_but_an_older_one_may_not(index):
     index.upsert(claim("a", fence=5), embedding(1.0, 0.0))
     index.upsert(claim("a", fence=5), embedding(1.0, 0.0, text="again"))
     with pytest.raises(StaleClaimError):
@@ -51,7 +51,7 @@ def test_the_same_claim_may_write_twice_and_an_older_one_never(index):
     assert index.get("a", "local:m")["text"] == "again"
 
 
-def test_models_are_kept_apart_and_one_that_changes_its_width_is_refused(index):
+def test_models_are_separate_and_a_change_of_dimensions_is_refused(index):
     index.upsert(claim("a"), embedding(1.0, 0.0))
     index.upsert(claim("b"), embedding(1.0, 0.0, version="openai:x"))
     with pytest.raises(ProviderRejectedError, match="3 dimensions, the index holds 2"):
@@ -60,13 +60,13 @@ def test_models_are_kept_apart_and_one_that_changes_its_width_is_refused(index):
     assert index.get("b", "local:m") is None
 
 
-def test_an_empty_index_has_no_answers(index):
+def test_an_empty_index_returns_nothing(index):
     assert index.nearest(embedding(1.0, 0.0), 9) == []
     assert index.get("a", "local:m") is None
     assert index.nearest_other("a", "local:m") is None
 
 
-def test_an_id_that_is_none_never_reaches_a_query(index):
+def test_an_invalid_id_never_reaches_a_query(index):
     index.upsert(claim("a"), embedding(1.0, 0.0))
     with pytest.raises(InvalidUploadError):
         index.get("a' OR 1=1 --", "local:m")
@@ -76,7 +76,7 @@ WRITERS, IMAGES = 3, 12
 
 
 def write(uri, number, begin, log_path):
-    """What a machine's resident does: images of its own, and one in turn that all write under fences of their own."""
+    """Writes like the resident of a machine: its own images, and shared ones with its own fence."""
     logging.basicConfig(filename=log_path, level=logging.WARNING)
     index = BatchingIndex(uri)
     begin.wait()
@@ -95,9 +95,8 @@ def uri(request, tmp_path):
     )
 
 
-def test_machines_that_begin_and_compact_an_index_together_lose_no_row_and_leave_one_an_image(
-    uri, tmp_path
-):
+@pytest.mark.stack
+def test_machines_that_create_and_compact_an_index_together_lose_no_row(uri, tmp_path):
     context = multiprocessing.get_context("spawn")
     begin = context.Barrier(WRITERS)
     arguments = [(uri, number, begin, tmp_path / f"{number}.log") for number in range(WRITERS)]
@@ -112,18 +111,15 @@ def test_machines_that_begin_and_compact_an_index_together_lose_no_row_and_leave
     table = index._database.open_table(name)
     rows = table.search().select(["image_id", "fence"]).limit(1000).to_list()
     own = {(f"own-{number}-{image}", 1) for number in range(WRITERS) for image in range(IMAGES)}
-    shared = {
-        (f"shared-{image}", WRITERS) for image in range(IMAGES)
-    }  # the highest fence, whoever came last
+    shared = {(f"shared-{image}", WRITERS) for image in range(IMAGES)}  # the highest fence wins
     assert sorted((row["image_id"], row["fence"]) for row in rows) == sorted(own | shared)
     assert table.stats()["fragment_stats"]["num_fragments"] < WRITERS * IMAGES
-    assert [path.read_text() for *_, path in arguments] == [
-        ""
-    ] * WRITERS  # a compaction in vain is no news
+    # A compaction that loses a race is not logged.
+    assert [path.read_text() for *_, path in arguments] == [""] * WRITERS
 
 
-def test_a_table_that_many_create_at_once_is_created_once(uri):
-    """Also if each has seen that there is none."""
+def test_a_table_created_by_many_at_once_is_created_once(uri):
+    """This also holds if each has found that there is no table."""
     index = EmbeddingIndex(uri)
     with ThreadPoolExecutor(8) as creators:
         begin = threading.Barrier(8)

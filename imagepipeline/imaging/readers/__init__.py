@@ -1,4 +1,4 @@
-"""Each accepted format: what its header says, the limits on it, and how its pixels are decoded."""
+"""For each accepted format: reads the header, checks the limits, and decodes the pixels."""
 
 from collections.abc import Callable
 

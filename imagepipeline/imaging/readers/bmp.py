@@ -24,7 +24,7 @@ from imagepipeline.imaging.readers.source import (
 
 
 def read_bmp(content: bytes, rules: Rules) -> Source:
-    """BMP."""
+    """Reads a BMP."""
     found = bmp.read_bmp(content)
     if found is None:
         raise miss_start("BMP")

@@ -15,7 +15,7 @@ from imagepipeline.imaging.readers.source import Picture, Source, miss_start, op
 
 
 def read_gif(content: bytes, rules: Rules) -> Source:
-    """GIF; what its frames do not cover is transparent, as in browsers."""
+    """Reads a GIF; pixels that its frames do not cover are transparent, as in browsers."""
     found = gif.read_gif(content)
     first = next(found[1], None) if found else None
     if found is None or first is None:
@@ -52,7 +52,8 @@ def read_gif(content: bytes, rules: Rules) -> Source:
             elif below:
                 shown = below
 
-    # What is written is how often it is shown again; browsers, libvips and gif2webp agree on that.
+    # A GIF states the number of repetitions after the first play: browsers, libvips and gif2webp
+    # agree.
     return Source(
         width,
         height,
@@ -62,7 +63,7 @@ def read_gif(content: bytes, rules: Rules) -> Source:
 
 
 def _draw_gif(frame: gif.GifFrame, shown: Image.Image, rules: Rules) -> str | None:
-    """Draws a frame over what is shown; the flaw it has."""
+    """Draws a frame onto the canvas; returns its flaw, or None."""
     if not frame.width or not frame.height:
         return None
     check_size(frame.width, frame.height, rules)

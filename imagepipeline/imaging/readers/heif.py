@@ -30,7 +30,7 @@ pi_heif.register_heif_opener(
     thumbnails=False, depth_images=False, aux_images=False, decode_threads=1
 )
 
-# The brands by which the decoders know their files; `formats` knows more.
+# The brands that the decoders accept; `formats` accepts more.
 PILLOW_AVIF_BRANDS = (b"avif", b"avis")
 PILLOW_HEIF_BRANDS = (
     b"heic",
@@ -44,11 +44,11 @@ PILLOW_HEIF_BRANDS = (
     b"mif1",
     b"msf1",
 )
-ZEROS = {b"av01": bytes(64), b"hvc1": bytes(16)}  # longer runs of zeros no encoder writes
+ZEROS = {b"av01": bytes(64), b"hvc1": bytes(16)}  # encoders do not write so many zeros
 
 
 def read_avif(content: bytes, rules: Rules) -> Source:
-    """AVIF; it is turned and cropped by its own properties, not by EXIF (ISO/IEC 23000-22, 7.3.6.7)."""
+    """Reads an AVIF; properties rotate and crop it, not EXIF (ISO/IEC 23000-22, 7.3.6.7)."""
     item, is_cut = _check_boxes(content, "AVIF")
     try:
         header = open_image(_with_brand(content, PILLOW_AVIF_BRANDS), "AVIF")
@@ -80,7 +80,7 @@ def read_avif(content: bytes, rules: Rules) -> Source:
 
 
 def read_heif(content: bytes, rules: Rules) -> Source:
-    """HEIC; libheif turns and crops it, so that EXIF must not."""
+    """Reads a HEIC; libheif rotates and crops it, so EXIF must not be applied."""
     item, is_cut = _check_boxes(content, "HEIF")
     try:
         header = open_image(_with_brand(content, PILLOW_HEIF_BRANDS), "HEIF")
@@ -110,7 +110,7 @@ def read_heif(content: bytes, rules: Rules) -> Source:
 
 
 def _explain_heif(content: bytes, error: Exception) -> Exception:
-    """Why a header cannot be opened; Pillow keeps that to itself."""
+    """Returns the reason why a header cannot be read, which Pillow does not report."""
     try:
         pi_heif.open_heif(io.BytesIO(_with_brand(content, PILLOW_HEIF_BRANDS)))
     except Exception as one:
@@ -119,9 +119,11 @@ def _explain_heif(content: bytes, error: Exception) -> Exception:
 
 
 def _check_boxes(content: bytes, format_: str) -> tuple[Item, bool]:
-    """The primary item, and whether the file ends early.
+    """Returns the primary item, and whether the file is cut off.
 
-    What is coded is checked for runs of zeros: no encoder writes them, and decoders draw something for them.
+    Raises:
+        UnreadableImageError: the coded data has a long run of zeros. No encoder writes such runs,
+            but decoders do not report them.
     """
     item = read_primary_item(content)
     is_cut = find_end(content) > len(content) or any(
@@ -138,7 +140,7 @@ def _check_boxes(content: bytes, format_: str) -> tuple[Item, bool]:
 
 
 def _with_brand(content: bytes, known: tuple[bytes, ...]) -> bytes:
-    """The file with a major brand that its reader knows: what is in it was told by its coding, which says more."""
+    """Replaces a major brand that the decoder does not accept; `identify` has checked the codec."""
     return content if content[8:12] in known else content[:8] + known[0] + content[12:]
 
 
@@ -157,7 +159,10 @@ def _read_space(item: Item, profile: bytes | None, rules: Rules) -> ColorSpace:
 
 
 def _read_crop(item: Item, width: int, height: int) -> tuple[int, int, int, int] | None:
-    """Left, top, right and bottom of what is shown, by the property `clap` (ISO/IEC 14496-12, 12.1.4)."""
+    """Returns left, top, right and bottom of the property `clap` (ISO/IEC 14496-12, 12.1.4).
+
+    Returns None if the picture is not cropped.
+    """
     box = item.find(b"clap")
     if box is None or len(box) < 32:
         return None

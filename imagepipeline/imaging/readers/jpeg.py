@@ -21,13 +21,13 @@ from imagepipeline.imaging.limits import Rules, check_profile
 from imagepipeline.imaging.readers.source import Picture, Source, miss_start, open_image, to_picture
 
 EXTRANEOUS = re.compile(r"(\d+) extraneous bytes before marker 0xd9")
-# A JPEG is decoded at an eighth to all of its size. Even at an eighth its coded data is read in full, so that it may be
-# no larger than this many times what is decoded.
+# A JPEG is decoded at one to eight eighths of its size. All of its coded data is read even then, so
+# it may have at most this many times the pixels that may be decoded.
 MAX_JPEG_REDUCTION = 5
 
 
 def read_jpeg(content: bytes, rules: Rules) -> Source:
-    """JPEG, and of a phone's MPO the first picture."""
+    """Reads a JPEG, or the first picture of an MPO from a phone."""
     found = jpeg.read_jpeg(content)
     if found is None:
         raise miss_start("JPEG")
@@ -48,10 +48,14 @@ def read_jpeg(content: bytes, rules: Rules) -> Source:
 
 
 def _choose_size(width: int, height: int, is_on_its_side: bool, rules: Rules) -> tuple[int, int]:
-    """The size at which a JPEG is decoded, one to eight eighths of its own.
+    """Returns the size at which to decode a JPEG: one to eight eighths of its own.
 
-    At half, a quarter or an eighth where that leaves twice what is needed: a third of the time, no visible loss.
-    Smaller if it has too many pixels otherwise, as long as it leaves what is needed.
+    It is a half, a quarter or an eighth if this leaves twice the width needed, which takes a third
+    of the time and has no visible effect. It is smaller if the JPEG would have too many pixels, but
+    not smaller than the width needed.
+
+    Raises:
+        LimitError: the JPEG has too many pixels even so.
     """
     across = height if is_on_its_side else width
     eighths = next((part for part in (1, 2, 4) if across * part // 8 >= 2 * rules.max_width_px), 8)
@@ -63,8 +67,9 @@ def _choose_size(width: int, height: int, is_on_its_side: bool, rules: Rules) ->
         size = _scale_by_eighths(width, height, eighths)
     if size[0] * size[1] > rules.max_pixels:
         raise LimitError(
-            f"the original is {width} x {height} px and must be decoded at {size[0]} x {size[1]} px, "
-            f"the limit is {rules.max_pixels / 1e6:g} megapixels (IMAGEPIPELINE_MAX_PIXELS)"
+            f"the original is {width} x {height} px and must be decoded at "
+            f"{size[0]} x {size[1]} px, the limit is {rules.max_pixels / 1e6:g} megapixels "
+            "(IMAGEPIPELINE_MAX_PIXELS)"
         )
     return size
 
@@ -74,7 +79,7 @@ def _scale_by_eighths(width: int, height: int, eighths: int) -> tuple[int, int]:
 
 
 def _decode_jpeg(found: jpeg.Jpeg, size: tuple[int, int], rules: Rules) -> Picture:
-    """By simplejpeg, which passes on what the decoder warns of; Pillow does not."""
+    """Decodes a JPEG with simplejpeg, because Pillow drops the decoder's warnings of damage."""
     if found.is_cut and not found.is_covered:
         return _salvage_jpeg(found, size, rules)
     mode, layout = {1: ("L", "GRAY"), 3: ("RGB", "RGB"), 4: ("CMYK", "CMYK")}[found.component_count]
@@ -91,14 +96,20 @@ def _from_pixels(
     pixels: "np.ndarray[tuple[int, ...], np.dtype[np.uint8]]", mode: str
 ) -> Image.Image:
     height, width = pixels.shape[:2]
-    if mode == "CMYK":  # Adobe writes it turned over, and so does everybody
+    if mode == "CMYK":  # stored inverted, by Adobe and so by everyone
         pixels = 255 - pixels
     return Image.frombytes(mode, (width, height), pixels)
 
 
 def _explain_jpeg(found: jpeg.Jpeg, size: tuple[int, int], error: str, rules: Rules) -> Picture:
-    """The picture if the decoder's complaint is none of the picture, or if parts are wanted; raises otherwise."""
-    if "subsampling" in error:  # a kind that only Pillow decodes
+    """Returns the picture despite a decoder's error, if it is harmless or the rules accept damage.
+
+    Raises:
+        MemoryError: the decoder needed too much memory.
+        TruncatedImageError: the end of the file is missing.
+        UnreadableImageError: the data is damaged.
+    """
+    if "subsampling" in error:  # a subsampling that only Pillow supports
         drawn = draw(
             lambda: _draft(found.content, size),
             "JPEG",
@@ -135,7 +146,13 @@ def _load_leniently(content: bytes, size: tuple[int, int]) -> Image.Image:
 
 
 def _salvage_jpeg(found: jpeg.Jpeg, size: tuple[int, int], rules: Rules) -> Picture:
-    """What there is of a JPEG without an end: its first rows, or if it comes in scans, the whole but coarse."""
+    """Decodes what is left of a truncated JPEG.
+
+    These are the first rows, or if it has several scans, the whole picture with less detail.
+
+    Raises:
+        TruncatedImageError: nothing could be read, or the rules do not accept truncated files.
+    """
     advice = "the end of the JPEG file is missing: upload it again"
     if found.has_several_scans:
         if not found.scan_count:

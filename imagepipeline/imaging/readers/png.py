@@ -17,7 +17,7 @@ from imagepipeline.imaging.readers.source import Picture, Source, miss_start, op
 
 
 def read_png(content: bytes, rules: Rules) -> Source:
-    """PNG; of an animated one the still picture, or if asked for, the frames."""
+    """Reads a PNG, and if animations are kept, the frames of an APNG."""
     found = png.read_png(content)
     if found is None:
         raise miss_start("PNG")
@@ -39,16 +39,15 @@ def read_png(content: bytes, rules: Rules) -> Source:
     except ValueError as error:
         if "MAX_TEXT" in str(error):
             raise LimitError(
-                f"a text in the original unpacks to more than {rules.max_text_bytes:,} bytes, or all of them do "
-                "(IMAGEPIPELINE_MAX_TEXT_BYTES)"
+                f"a text in the original unpacks to more than {rules.max_text_bytes:,} bytes, "
+                "or all of them do (IMAGEPIPELINE_MAX_TEXT_BYTES)"
             ) from None
         raise
     profile = check_profile(
         png.unpack_profile(found.chunks.get(b"iCCP", b""), rules.max_icc_bytes), rules
     )
-    first = (
-        1 if is_animation and header.info.get("default_image") else 0
-    )  # which is for those that show one picture
+    # The default image of an APNG is for viewers without animation, and not a frame.
+    first = 1 if is_animation and header.info.get("default_image") else 0
     frame_count = getattr(header, "n_frames", 1) - first if is_animation else 1
     if is_animation:
         check_frames(found.width, found.height, frame_count, rules)
@@ -96,7 +95,7 @@ def _draw_png(found: png.Png, rules: Rules) -> Picture:
 
 
 def _to_bytes(image: Image.Image) -> Image.Image:
-    """Grey of 16 bits by its upper eight."""
+    """Reduces grey of 16 bits to its upper eight."""
     return (
         Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
         if image.mode.startswith("I")
@@ -105,13 +104,16 @@ def _to_bytes(image: Image.Image) -> Image.Image:
 
 
 def _with_clear_color(image: Image.Image, found: png.Png, lower: Image.Image | None) -> Image.Image:
-    """With an alpha channel where grey or RGB has a colour that is transparent (W3C PNG, 11.3.1.1).
+    """Adds an alpha channel if a colour of grey or RGB is transparent (W3C PNG, 11.3.1.1).
 
-    `lower` holds the lower bytes of an RGB image of 16 bits.
+    Args:
+        image: as drawn.
+        found: the PNG.
+        lower: the lower bytes of an RGB image of 16 bits.
     """
     clear = found.chunks.get(b"tRNS", b"")
     if found.color_type in (png.GREY, png.RGB):
-        image.info.pop("transparency", None)  # which Pillow compares with numbers of another depth
+        image.info.pop("transparency", None)  # Pillow compares it at the wrong bit depth
     values = [int.from_bytes(clear[at : at + 2], "big") for at in range(0, len(clear) - 1, 2)]
     if found.color_type == png.GREY and len(values) == 1 and image.mode in ("1", "L", "I;16", "I"):
         stored = np.asarray(image.convert("L") if image.mode == "1" else image)

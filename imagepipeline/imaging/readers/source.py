@@ -4,7 +4,7 @@ import io
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 
-# Named one by one, or Pillow would import all its 43 readers, some of which start other programs.
+# Imported one by one. Otherwise Pillow imports all its 43 readers, some of which run programs.
 from PIL import (
     BmpImagePlugin,  # noqa: F401
     GifImagePlugin,  # noqa: F401
@@ -30,7 +30,13 @@ EXPORT_ADVICE = "export it as PNG"
 
 @dataclass(frozen=True)
 class Picture:
-    """A decoded picture in mode L, LA, RGB, RGBA, CMYK or LAB of 8 bits a channel, as stored; its colours as well."""
+    """A decoded picture, in the orientation and the colours in which it is stored.
+
+    Attributes:
+        image: in mode L, LA, RGB, RGBA, CMYK or LAB, with 8 bits a channel.
+        duration_ms: how long it is shown, if it is a frame of an animation.
+        flaw: what is missing or wrong, in words; None if nothing is.
+    """
 
     image: Image.Image
     duration_ms: int = 0
@@ -39,10 +45,17 @@ class Picture:
 
 @dataclass(frozen=True)
 class Source:
-    """An original whose header was found to be in order; nothing is decoded yet.
+    """An original whose header is valid and within the limits, but not decoded yet.
 
-    `width` and `height` are as stored. `load` gives its picture, or the frames of an animation; it is told whether
-    the picture lies on its side. `count_plays`: how often an animation is shown, 0 for ever; known once it is loaded.
+    Attributes:
+        width: pixels, before the orientation is applied.
+        height: pixels, before the orientation is applied.
+        load: decodes the picture, or the frames of a kept animation. Its argument says whether
+            the picture must be rotated by 90 or 270 degrees.
+        space: colour space.
+        exif: EXIF, empty if there is none.
+        is_turned_by_exif: whether the caller must apply the orientation in `exif`.
+        count_plays: returns how often an animation is shown, 0 for ever; call it after `load`.
     """
 
     width: int
@@ -65,16 +78,17 @@ def miss_end(format_: str, arrived: int, declared: int) -> TruncatedImageError:
     """The error of a file of which fewer bytes arrived than it declares, and no row was read."""
     share = percent(arrived / declared)
     return TruncatedImageError(
-        f"{share} of the bytes arrived, no row could be read; the end of the {format_} file is missing: upload it again"
+        f"{share} of the bytes arrived, no row could be read; "
+        f"the end of the {format_} file is missing: upload it again"
     )
 
 
 def explain(format_: str, error: Exception) -> Exception:
-    """What a decoder's own error means."""
+    """Translates an error of a decoder into one of ours, or a MemoryError."""
     text = clean(str(error), 200) or type(error).__name__
-    if "security limit" in text.lower():  # libheif's, which are about a bad header or a giant
+    if "security limit" in text.lower():  # of libheif: a broken header, or a huge picture
         return LimitError(f"the {format_} file exceeds a limit of its decoder: {text}")
-    if "memory" in text.lower():  # how codecs put it
+    if "memory" in text.lower():  # as codecs report it
         return MemoryError(text)
     if "not implemented" in text.lower() or "unsupported" in text.lower():
         kind = f"of a kind of {format_} that cannot be read here"
@@ -90,7 +104,7 @@ def open_image(content: bytes, format_: str) -> ImageFile.ImageFile:
 
 
 def to_picture(drawn: Drawn, duration_ms: int = 0) -> Picture:
-    """Of what was drawn in a mode for colours of 8 bits."""
+    """Converts a drawn image to one of the modes of `Picture`."""
     image = drawn.image
     if image.has_transparency_data and image.mode not in ("RGBA", "LA"):
         image = image.convert("RGBA")

@@ -26,7 +26,7 @@ from imagepipeline.imaging.readers.source import (
 
 
 def read_tiff(content: bytes, rules: Rules) -> Source:
-    """The first page of a TIFF."""
+    """Reads the first page of a TIFF."""
     page = tiff.read_tiff(content)
     if page is None:
         raise miss_start("TIFF")
@@ -79,13 +79,12 @@ def read_tiff(content: bytes, rules: Rules) -> Source:
         yield to_picture(Drawn(image, drawn.missing, drawn.flaw))
 
     exif = header.getexif()
-    return Source(
-        *header.size, load, ColorSpace(profile), exif, is_turned_by_exif=False
-    )  # Pillow turns it itself
+    # Pillow applies the orientation of a TIFF itself.
+    return Source(*header.size, load, ColorSpace(profile), exif, is_turned_by_exif=False)
 
 
 def _is_known(page: tiff.Tiff) -> bool:
-    """Whether Pillow reads pixels of that kind, so that it must be something else that it stumbles over."""
+    """Returns whether Pillow supports this kind of pixels, so that the file must be damaged."""
     bits, extra = page.tags.get(tiff.BITS) or (1,), page.tags.get(tiff.EXTRA_SAMPLES, ())
     photometric, kind = (
         page.first(tiff.PHOTOMETRIC, tiff.BLACK_IS_ZERO),
@@ -99,7 +98,7 @@ def _is_known(page: tiff.Tiff) -> bool:
 
 
 def _check_jpeg_pieces(content: bytes, page: tiff.Tiff) -> None:
-    """Raises UnreadableImageError if a JPEG in a TIFF is damaged: libtiff does not tell."""
+    """Raises UnreadableImageError if a JPEG in a TIFF is damaged, which libtiff does not report."""
     tables = bytes(page.tags.get(tiff.JPEG_TABLES, ()))
     for offset, size in page.pieces:
         found = jpeg.read_jpeg(tables[:-2] + content[offset + 2 * bool(tables) : offset + size])
@@ -116,7 +115,7 @@ def _check_jpeg_pieces(content: bytes, page: tiff.Tiff) -> None:
 
 
 def _unmultiply(image: Image.Image) -> Image.Image:
-    """LA of grey multiplied by its alpha."""
+    """Converts grey with premultiplied alpha to LA."""
     pixels = np.asarray(image).astype(np.uint16)
     alpha = np.maximum(pixels[:, :, 1], 1)
     grey = np.minimum((pixels[:, :, 0] * 255 + alpha // 2) // alpha, 255).astype(np.uint8)
@@ -126,7 +125,10 @@ def _unmultiply(image: Image.Image) -> Image.Image:
 
 
 def _to_eight_bits(image: Image.Image, page: tiff.Tiff) -> Image.Image:
-    """Grey of 12 or 16 bits by its upper eight; of 32, which has no agreed white, from its darkest to its lightest."""
+    """Reduces grey of 12 or 16 bits to its upper eight bits.
+
+    Grey of 32 bits or floats has no agreed white, so its range is stretched from black to white.
+    """
     values = np.asarray(image)
     is_inverted = page.first(tiff.PHOTOMETRIC, tiff.BLACK_IS_ZERO) == tiff.WHITE_IS_ZERO
     if image.mode.startswith("I;16"):

@@ -13,7 +13,7 @@ from imagepipeline.imaging.readers.source import Picture, Source, load_frames, m
 
 
 def read_webp(content: bytes, rules: Rules) -> Source:
-    """WebP."""
+    """Reads a WebP."""
     declared = int.from_bytes(content[4:8], "little") + 8
     is_cut = declared > len(content)
     check_size(*measure_webp(content), rules)

