@@ -65,9 +65,8 @@ def _check_database_url(value: SecretStr) -> SecretStr:
     path, mark, query = url.removeprefix("sqlite:///").partition("?")
     if not path or path.startswith((":memory:", "file:")):
         raise ValueError("must name a file: sqlite:////folder/catalogue.sqlite")
-    return SecretStr(
-        f"sqlite:///{Path(path).absolute()}{mark}{query}"
-    )  # the same file for whoever works elsewhere
+    # Absolute, as our processes have different working directories.
+    return SecretStr(f"sqlite:///{Path(path).absolute()}{mark}{query}")
 
 
 def _check_parameters(url: str) -> None:
