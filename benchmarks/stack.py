@@ -124,7 +124,12 @@ def run_provider(
 
 
 def run_peer(
-    photos: Path, count: int, effort: int, provider_url: str, out: Path | None = None
+    photos: Path,
+    count: int,
+    effort: int,
+    provider_url: str,
+    concurrency: int = 5,
+    out: Path | None = None,
 ) -> dict[str, float]:
     """Runs one burst through the reference worker (BullMQ, sharp); returns its figures."""
     with tempfile.TemporaryDirectory() as folder:
@@ -135,14 +140,8 @@ def run_peer(
         try:
             time.sleep(1)
             arguments = [
-                "--photos",
-                photos,
-                "--n",
-                count,
-                "--effort",
-                effort,
-                "--out",
-                out or Path(folder, "out"),
+                *("--photos", photos, "--n", count, "--effort", effort),
+                *("--concurrency", concurrency, "--out", out or Path(folder, "out")),
             ]
             environment = {**os.environ, "REDIS_PORT": str(port), "AI_URL": provider_url}
             worker = ["node", "worker.mjs", *map(str, arguments)]

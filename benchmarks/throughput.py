@@ -2,7 +2,8 @@
 
 Measures images per minute, the time to the first result, and CPU time by process.
 
-python -m benchmarks.throughput PHOTOS [--count 60] [--rounds 3] [--as-written]
+python -m benchmarks.throughput PHOTOS [--count 60] [--rounds 3] [--runs 5 10]
+    [--peer-concurrency 5 20] [--as-written]
 """
 
 import argparse
@@ -77,31 +78,39 @@ def collect(folder: Path, count: int) -> Path:
     return target
 
 
-def measure(folder: Path, count: int, rounds: int, has_peer_as_written: bool) -> dict[str, Any]:
-    """Alternates between the reference worker and our stack; ratios are ours over the worker's."""
-    machine, photos = describe_machine(), collect(folder, count)
-    peer, ours, as_written = [], [], None
+def measure(folder: Path, options: argparse.Namespace) -> dict[str, Any]:
+    """Alternates between the reference worker, at each concurrency, and our stack."""
+    machine, photos = describe_machine(), collect(folder, options.count)
+    peer: dict[int, list[Any]] = {concurrency: [] for concurrency in options.peer_concurrency}
+    ours: dict[int, list[Any]] = {runs: [] for runs in options.runs}
+    as_written = None
     with run_provider(CHAT_SECONDS, EMBED_SECONDS) as provider:
-        for _ in range(rounds):
-            peer.append(run_peer(photos, count, 0, provider["OPENAI_BASE_URL"]))
-            with run_stack(provider | MATCHED) as stack:
-                ours.append(measure_burst(stack, sorted(photos.iterdir())))
-        if has_peer_as_written:
-            as_written = run_peer(photos, count, 4, provider["OPENAI_BASE_URL"])
+        url = provider["OPENAI_BASE_URL"]
+        for _ in range(options.rounds):
+            for concurrency, bursts in peer.items():
+                bursts.append(run_peer(photos, options.count, 0, url, concurrency))
+            for runs, bursts in ours.items():
+                changes = {"IMAGEPIPELINE_MAX_RUNS": str(runs)}
+                with run_stack(provider | MATCHED | changes) as stack:
+                    bursts.append(measure_burst(stack, sorted(photos.iterdir())))
+        if options.as_written:
+            as_written = run_peer(photos, options.count, 4, url)
     shutil.rmtree(photos)
-    speed = statistics.median(burst["images_per_minute"] for burst in ours)
     return {
         "machine": machine,
-        "images": count,
-        "ours": ours,
-        "peer_tuned": peer,
+        "images": options.count,
+        "ours_by_runs": ours,
+        "peer_by_concurrency": peer,
         "peer_as_written": as_written,
-        "ratio_to_tuned": statistics.median(
-            burst["images_per_minute"] / other["images_per_minute"]
-            for burst, other in zip(ours, peer, strict=True)
-        ),
-        "ratio_to_as_written": speed / as_written["images_per_minute"] if as_written else None,
+        "images_per_minute": {
+            "ours": {runs: _median(bursts) for runs, bursts in ours.items()},
+            "peer": {concurrency: _median(bursts) for concurrency, bursts in peer.items()},
+        },
     }
+
+
+def _median(bursts: list[dict[str, Any]]) -> float:
+    return statistics.median(burst["images_per_minute"] for burst in bursts)
 
 
 if __name__ == "__main__":
@@ -109,11 +118,8 @@ if __name__ == "__main__":
     parser.add_argument("photos", type=Path)
     parser.add_argument("--count", type=int, default=60)
     parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--runs", type=int, nargs="+", default=[5])
+    parser.add_argument("--peer-concurrency", type=int, nargs="+", default=[5, 20])
     parser.add_argument("--as-written", action="store_true")
     arguments = parser.parse_args()
-    print(
-        json.dumps(
-            measure(arguments.photos, arguments.count, arguments.rounds, arguments.as_written),
-            indent=2,
-        )
-    )
+    print(json.dumps(measure(arguments.photos, arguments), indent=2))

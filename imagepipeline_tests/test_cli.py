@@ -381,7 +381,7 @@ def test_search_finds_by_meaning(invoke, catalogue, tmp_path):
 
 
 def test_search_in_an_empty_index_says_so(invoke, catalogue):
-    assert "No image" in invoke("search", "a cat")[1]
+    assert "This model has not embedded any image yet." in invoke("search", "a cat")[1]
     assert invoke("search", "a cat", "--json")[1] == "[]\n"
 
 

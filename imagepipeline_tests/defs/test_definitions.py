@@ -104,7 +104,7 @@ def test_dagster_neither_stores_nor_shows_secrets(monkeypatch):
 
     snapshot = dg.serialize_value(RepositorySnap.from_def(repository))
     assert "canary" not in snapshot
-    assert "The Redis lists uploads arrive on." in snapshot
+    assert "The Redis lists on which uploads arrive." in snapshot
     assert json.loads(snapshot)
 
 
