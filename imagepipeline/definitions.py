@@ -97,7 +97,7 @@ def build_resources(settings: Settings) -> dict[str, dg.ResourceDefinition]:
         "catalogue": resources.made(lambda: Catalogue(database), "The SQL record of all images."),
         "ledger": resources.made(lambda: Ledger(database), "What paid calls cost, and the pauses."),
         "outbox": resources.made(
-            lambda: Outbox(database), "The failures the administrators have yet to be told of."
+            lambda: Outbox(database), "Notices of final failures for the administrators."
         ),
         "paid_calls": resources.entered(
             lambda: open_paid_calls(settings),

@@ -1,4 +1,4 @@
-"""The embedding index, through which images are found by meaning. A backend is written from this page.
+"""The embedding index, for search by meaning. A backend can be written from this module alone.
 
 `stores.vectors.EmbeddingIndex` (LanceDB) is the one there is; `resident.ResidentIndex` passes on
 what runs need of it.

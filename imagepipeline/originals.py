@@ -1,4 +1,4 @@
-"""Originals as the assets see them: read, hashed and decoded once per run, however many assets need them."""
+"""Originals: read, hashed and decoded once in a run, for all its assets."""
 
 import hashlib
 from dataclasses import dataclass
@@ -15,7 +15,10 @@ from imagepipeline.stores.catalogue import Catalogue
 
 @dataclass(frozen=True)
 class Original:
-    """One original: what the catalogue keeps of it, what was read off it and took, and its pixels in a sandbox."""
+    """An original: its facts for the catalogue, what was prepared, and its pixels in a sandbox.
+
+    `usage` is the CPU time and memory that decoding took.
+    """
 
     facts: OriginalFacts
     prepared: Prepared
@@ -24,11 +27,17 @@ class Original:
 
 
 class Originals:
-    """Reads originals from the file store and decodes them in a sandbox, by the rules.
+    """Reads originals from the storage and decodes them in a sandbox.
 
-    `preview_px` is the long side of the JPEG for the vision model; None prepares the offline one's square instead.
+    It holds the last one, so that all assets of a run use the same bytes, even if the file is
+    replaced meanwhile.
 
-    Holds the last one, so that all assets of a run see the same bytes, also when the file is replaced meanwhile.
+    Args:
+        files: where originals are.
+        sandbox: where they are decoded.
+        rules: what is accepted.
+        preview_px: the long side of the JPEG for a remote vision model; None prepares the offline
+            model's square instead.
     """
 
     def __init__(
@@ -41,14 +50,15 @@ class Originals:
         self._held: tuple[str, Original] | None = None
 
     def load(self, claim: Claim, catalogue: Catalogue) -> Original:
-        """The original at the path the upload named, or else the one file `original/<image_id>.*` that is there now.
+        """The original at the path that the upload named, or else `original/<image_id>.*`.
 
-        Before it is read, the catalogue is asked whether it is another image's.
+        Before reading it, the catalogue checks that it belongs to the image.
 
         Raises:
-            MissingOriginalError: it is not there.
-            PermanentError: it is no picture we accept; the message is for its uploader.
-            SandboxLostError: decoding crashed or took too long by the clock.
+            MissingOriginalError: it is missing, or there is more than one.
+            PathTakenError: it belongs to another image.
+            PermanentError: it is not accepted; the message is for the uploader.
+            SandboxLostError: decoding crashed or timed out.
         """
         image_id = claim.image_id
         if self._held is None or self._held[0] != image_id or not self._held[1].session.is_open:
@@ -59,13 +69,13 @@ class Originals:
         return self._held[1]
 
     def close(self) -> None:
-        """Ends the sandbox of the one held."""
+        """Ends the sandbox of the original it holds."""
         if self._held:
             self._held[1].session.close()
             self._held = None
 
     def _find(self, image_id: str, last_path: str | None) -> str:
-        """Where the original of an image is whose upload named no path: as a file of its own, or where it was last."""
+        """The path if the upload named none: the image's own file, or where it was last read."""
         found = self._files.list_originals_of(image_id)
         if not found and last_path and not last_path.startswith(f"original/{image_id}."):
             return last_path

@@ -55,7 +55,7 @@ def build_embedder(settings: Settings) -> Embedder:
 
 
 def build_index(settings: Settings) -> EmbeddingStore:
-    """The index of embeddings, through the resident if there is one: it writes for all runs here."""
+    """The embedding index, through the resident if there is one: it writes for all runs here."""
     resident = settings.resident_socket
     return ResidentIndex(str(resident)) if resident else open_index(settings.index_uri)
 

@@ -9,7 +9,8 @@ DEFAULT_RATE_LIMIT = "10/minute"
 EXAMPLES = "10/minute, metadata=10/minute,embedding=100/minute, or off"
 UNITS_SECONDS = {"second": 1, "minute": 60, "hour": 3600, "day": 86_400}
 LIMIT = re.compile(
-    rf"(?:(?P<stage>metadata|embedding)=)?(?P<count>[1-9]\d{{0,6}})/(?P<unit>{'|'.join(UNITS_SECONDS)})"
+    r"(?:(?P<stage>metadata|embedding)=)?(?P<count>[1-9]\d{0,6})/"
+    rf"(?P<unit>{'|'.join(UNITS_SECONDS)})"
 )
 
 

@@ -97,11 +97,11 @@ class ResidentIndex(Resident):
     """The index in the resident; upserts that arrive together share a commit."""
 
     def upsert(self, claim: Claim, embedding: Embedding) -> None:
-        """See `EmbeddingIndex.upsert`."""
+        """See `EmbeddingStore.upsert`."""
         self.call("upsert", None, claim, embedding)
 
     def get(self, image_id: str, version: str) -> dict[str, Any] | None:
-        """See `EmbeddingIndex.get`."""
+        """See `EmbeddingStore.get`."""
         row: dict[str, Any] | None = self.call(
             "get", result_kind(EmbeddingIndex.get), image_id, version
         )

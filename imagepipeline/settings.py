@@ -1,6 +1,6 @@
 """Every knob, validated once. The only module that reads the environment.
 
-A setting's alias is its environment variable; the field's description is the text of docs/settings.md.
+A setting's alias is its environment variable; its description is the text of docs/settings.md.
 """
 
 import difflib
@@ -32,16 +32,17 @@ from imagepipeline.rates import DEFAULT_RATE_LIMIT, EXAMPLES, parse_limits
 
 OPENAI_URL, OPENROUTER_URL = "https://api.openai.com/v1", "https://openrouter.ai/api/v1"
 NO_KEY = "none"  # what servers that need no key are sent as one
-# macOS allows 104 bytes for a socket's whole path, Linux 108; the longest name there is multiprocessing's, of 32.
+# macOS allows 104 bytes for a socket's path, Linux 108; the longest name there, multiprocessing's,
+# has 32.
 MAX_SOCKET_FOLDER_BYTES = 70
 LOOPBACK = ("localhost", "127.0.0.1", "::1")
-# What Kubernetes (and Docker's links) set for each service beside us; one called redis brings REDIS_PORT=tcp://….
+# Kubernetes and Docker links set these for each service; one named redis sets REDIS_PORT=tcp://….
 # https://kubernetes.io/docs/concepts/services-networking/service/#environment-variables
 LINK_NAME = re.compile(
     r"_SERVICE_HOST$|_SERVICE_PORT(_[A-Z0-9_]+)?$|_PORT_\d+_(TCP|UDP|SCTP)(_(ADDR|PORT|PROTO))?$"
 )
 LINK_ADDRESS = re.compile(r"(tcp|udp|sctp)://[^/]+:\d+")
-# Of whom: us, and Dagster's commands, which would read DAGSTER_GRPC_PORT as a number.
+# The prefixes to ignore: ours, and Dagster's, which would parse DAGSTER_GRPC_PORT as a number.
 LINKED = ("IMAGEPIPELINE_", "REDIS_", "DAGSTER_")
 SQLITE_PARAMETERS = {"timeout", "check_same_thread", "cached_statements"}
 
@@ -64,20 +65,17 @@ def _check_database_url(value: SecretStr) -> SecretStr:
     path, mark, query = url.removeprefix("sqlite:///").partition("?")
     if not path or path.startswith((":memory:", "file:")):
         raise ValueError("must name a file: sqlite:////folder/catalogue.sqlite")
-    return SecretStr(
-        f"sqlite:///{Path(path).absolute()}{mark}{query}"
-    )  # the same file for whoever works elsewhere
+    # Absolute, as our processes have different working directories.
+    return SecretStr(f"sqlite:///{Path(path).absolute()}{mark}{query}")
 
 
 def _check_parameters(url: str) -> None:
-    """Refuses what the driver would only complain of when it connects, such as the `schema` of other tools."""
+    """Refuses parameters that the driver rejects only when it connects, such as `schema`."""
     names = [name for name, _ in parse_qsl(url.partition("?")[2], keep_blank_values=True)]
     is_known = SQLITE_PARAMETERS.__contains__ if url.startswith("sqlite") else _is_known_to_postgres
     unknown = [name for name in names if not is_known(name)]
     if unknown:
-        raise ValueError(
-            f"has a parameter the driver does not know, {unknown[0]!r:.40}: leave it out"
-        )
+        raise ValueError(f"has a parameter the driver does not know, {unknown[0]!r:.40}: remove it")
 
 
 def _is_known_to_postgres(name: str) -> bool:
@@ -104,7 +102,7 @@ def _check_postgres_url(value: SecretStr) -> SecretStr:
     if not url.startswith(("postgresql://", "postgres://", "postgresql+psycopg2://")):
         raise ValueError("must start with postgresql://")
     _check_parameters(url)
-    # SQLAlchemy knows no postgres://, and from 2.1 reads postgresql:// as another driver than Dagster installs.
+    # SQLAlchemy has no postgres://, and from 2.1 another driver for postgresql:// than Dagster.
     return SecretStr(re.sub("^[a-z0-9+]+", "postgresql+psycopg2", url))
 
 
@@ -493,18 +491,19 @@ class Settings(BaseModel):
 
     @classmethod
     def load(cls, environment: Mapping[str, str] = os.environ) -> Self:
-        """The settings of this process, whose files are private from now on; an empty variable counts as not set.
+        """The settings of this process; an empty variable counts as unset.
+
+        It also sets the umask, so that all files of the process are private from now on.
 
         Raises:
-            SettingsError: names every variable that is malformed, and what is wrong, but never its value.
+            SettingsError: names every malformed variable and what is wrong, but never its value.
         """
         known = {field.alias for field in cls.model_fields.values() if field.alias}
         secrets = _read_secrets(environment)
         links = {name for name, value in environment.items() if _is_service_link(name, value)}
-        if environment is os.environ:  # Dagster, the cloud's libraries and our children look there
-            os.umask(
-                0o077
-            )  # each way in comes by here: what it makes, and what libraries make for it, is its owner's
+        if environment is os.environ:  # Dagster, cloud libraries and our children read it
+            # Every entry point calls this: its files, and those of libraries, are its owner's only.
+            os.umask(0o077)
             os.environ.update(secrets | _build_no_proxy(environment))
             for name in {f"{name}_FILE" for name in SECRETS} | links:
                 os.environ.pop(name, None)
@@ -543,7 +542,8 @@ class Settings(BaseModel):
             )
         if _is_same_database(settings.dagster_database_url, settings.explicit_database_url):
             raise SettingsError(
-                "DAGSTER_DATABASE_URL and DATABASE_URL must be two databases: each has its migrations"
+                "DAGSTER_DATABASE_URL and DATABASE_URL must be two databases: each has its own "
+                "migrations"
             )
         settings._check_keys()
         home = settings.home.expanduser().absolute()
@@ -560,12 +560,13 @@ class Settings(BaseModel):
         ):
             if key and is_plain_http(url) and not self.allow_plain_http:
                 raise SettingsError(
-                    f"{name}_BASE_URL starts with http://, so {name}_API_KEY would be sent unencrypted: use https://, "
-                    "unset the key, or set IMAGEPIPELINE_ALLOW_PLAIN_HTTP=1"
+                    f"{name}_BASE_URL starts with http://, so {name}_API_KEY would be sent "
+                    "unencrypted: use https://, unset the key, or set "
+                    "IMAGEPIPELINE_ALLOW_PLAIN_HTTP=1"
                 )
 
     def build_environment(self, **changes: str) -> dict[str, str]:
-        """The environment of a process of this stack: ours, with the same home wherever it runs."""
+        """The environment for a process of this stack: ours, with the home's absolute path."""
         return {**os.environ, "IMAGEPIPELINE_HOME": str(self.home), **changes}
 
     def publish_resident_socket(self) -> None:
@@ -574,14 +575,14 @@ class Settings(BaseModel):
 
     @property
     def has_remote_vision(self) -> bool:
-        """Whether a remote model describes images: there is a key, or an address that may need none."""
+        """Whether a remote model describes images: a key is set, or an address that needs none."""
         if self.vision == "auto":
             return self.openai_api_key is not None or self.openai_base_url != OPENAI_URL
         return self.vision == "remote"
 
     @property
     def has_remote_embedder(self) -> bool:
-        """Whether a remote model embeds texts: there is a key, or an address that may need none."""
+        """Whether a remote model embeds texts: a key is set, or an address that needs none."""
         if self.embedding == "auto":
             return self.openrouter_api_key is not None or self.openrouter_base_url != OPENROUTER_URL
         return self.embedding == "remote"
@@ -640,7 +641,7 @@ class Settings(BaseModel):
 
     @property
     def index_uri(self) -> str:
-        """Where LanceDB keeps the embeddings: where the setting says, else below the home or in the bucket."""
+        """Where LanceDB keeps the embeddings: as set, or else in the home or in the bucket."""
         if self.index_root:
             root = self.index_root.rstrip("/").removeprefix("file://")
             return root if "://" in root else str(Path(root).expanduser().absolute())
@@ -658,12 +659,13 @@ class Settings(BaseModel):
 
     @property
     def socket_folder(self) -> Path:
-        """The folder for the stack's sockets: below the home, or where that is too long for a socket, in /tmp."""
+        """The folder of the stack's sockets: in the home, or in /tmp if that path is too long."""
         folder = self.home / "sockets"
         if len(os.fsencode(folder)) <= MAX_SOCKET_FOLDER_BYTES:
             return folder
         digest = hashlib.sha256(str(self.home).encode()).hexdigest()[:12]
-        return Path(f"/tmp/imagepipeline-{os.getuid()}-{digest}")  # noqa: S108  (`up` checks its owner)
+        # `up` checks its owner.
+        return Path(f"/tmp/imagepipeline-{os.getuid()}-{digest}")  # noqa: S108
 
 
 BUCKET_SECRETS = {
@@ -693,7 +695,7 @@ def is_loopback(host: str) -> bool:
 
 
 def is_plain_http(url: str) -> bool:
-    """Whether what is sent to the address crosses a network unencrypted."""
+    """Whether requests to the address cross a network unencrypted."""
     parts = urlsplit(url)
     return parts.scheme == "http" and not is_loopback(parts.hostname or "")
 
@@ -720,13 +722,13 @@ def _is_same_database(one: SecretStr | None, other: SecretStr | None) -> bool:
 
 
 def _is_service_link(name: str, value: str) -> bool:
-    """Whether the variable tells of a service beside us and is no setting, though it is called like one of ours."""
+    """Whether the variable describes a neighbouring service, though its name looks like ours."""
     is_link = LINK_NAME.search(name) or (name.endswith("_PORT") and LINK_ADDRESS.fullmatch(value))
     return bool(is_link) and name.startswith(LINKED)
 
 
 def _build_no_proxy(environment: Mapping[str, str]) -> dict[str, str]:
-    """NO_PROXY in both spellings, with loopback added: no proxy reaches what listens on this machine only."""
+    """NO_PROXY in both spellings, with loopback added: a proxy cannot reach our local services."""
     said = ",".join(environment.get(name, "") for name in ("NO_PROXY", "no_proxy")).split(",")
     hosts = dict.fromkeys(host.strip() for host in [*said, *LOOPBACK] if host.strip())
     text = "*" if "*" in hosts else ",".join(hosts)
@@ -734,7 +736,7 @@ def _build_no_proxy(environment: Mapping[str, str]) -> dict[str, str]:
 
 
 def _read_secrets(environment: Mapping[str, str]) -> dict[str, str]:
-    """What stands in the files that `<NAME>_FILE` names, for every secret `<NAME>`."""
+    """The contents of the files that `<NAME>_FILE` names, for every secret `<NAME>`."""
     secrets = {}
     for name in SECRETS:
         path = environment.get(f"{name}_FILE")

@@ -1,4 +1,4 @@
-"""Storage: where originals and variants are kept. A backend is written from this page alone.
+"""Storage of originals and variants. A backend can be written from this module alone.
 
 `FileStore` (a folder) and `ObjectStore` (a bucket) are the two there are.
 """
@@ -86,7 +86,7 @@ class Storage(Protocol):
         """
 
     def list_leftovers(self) -> list[str]:
-        """Paths of temporary files that killed writers left over an hour ago; `delete` takes them."""
+        """Temporary files of killed writers, over an hour old; `delete` accepts their paths."""
 
 
 def open_storage(root: str) -> Storage:

@@ -1,4 +1,4 @@
-"""Uploads from the command line: storing originals and pushing their IDs, and sweeping up lost ones."""
+"""Uploads from the command line: stores originals, pushes their IDs, and finds lost ones."""
 
 import hashlib
 import re
@@ -62,7 +62,7 @@ def _replace_others(
 
 @dataclass(frozen=True)
 class Swept:
-    """The IDs that were enqueued, and the temporary files that were deleted, as people find them."""
+    """The enqueued IDs, and the deleted temporary files by their absolute paths or URLs."""
 
     enqueued: list[str]
     deleted: list[str]

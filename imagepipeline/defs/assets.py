@@ -1,4 +1,4 @@
-"""The three assets of an image. Each reads, calls, stores and reports; the work itself is done elsewhere."""
+"""The three assets of an image: they read, call, store and report; the work is elsewhere."""
 
 import base64
 import hashlib
@@ -52,11 +52,12 @@ def metadata(
     paid_calls: dg.ResourceParam[PaidCalls],
     renderer: dg.ResourceParam[Renderer],
 ) -> Iterator[dg.MaterializeResult[None]]:
-    """What the image shows: description, tags, category, dominant colours and mood, by a vision model.
+    """A vision model's description, tags, category, dominant colours and mood of the image.
 
-    Made from a small JPEG copy of the original; the original itself is decoded in full first, in a process of its
-    own, so a file that is no image, too large or damaged fails here, at once and without a paid call. A provider
-    that is down or asks to slow down is tried three times in all. Stored in the catalogue's row of the image.
+    The original is decoded in full first, in a process of its own, so a file that is not an image,
+    too large or damaged fails here, without a paid call. The model gets a small JPEG copy. A
+    provider that is down or overloaded is tried three times. The answer is in the image's row of
+    the catalogue.
     """
     with attempt(context, catalogue) as claim:
         if claim is None:
@@ -68,9 +69,7 @@ def metadata(
             Receipt(),
         )
         is_reused = answer is not None
-        renderer.begin(
-            original.session, original.facts
-        )  # the variants are made while the model is waited for
+        renderer.begin(original.session, original.facts)  # while the model answers
         if answer is None:
             prepared = original.prepared
             answer, receipt = paid_calls.make(
@@ -121,10 +120,10 @@ def variants(
 ) -> Iterator[dg.MaterializeResult[None]]:
     """The image at 640, 1024 and 1920 px width, each as WebP and AVIF; never enlarged.
 
-    Upright, in sRGB, with its transparency and without EXIF, GPS or comments. Each file appears in
-    one piece below `variants/` of the storage root, and has a row in the catalogue. The stored files
-    are read back and checked; wrong ones are made again. Needs no provider: if it fails, look at the
-    original and at the disk.
+    They are upright, in sRGB, with transparency, and without EXIF, GPS or comments. Each file
+    appears whole below `variants/` in the storage, and has a row in the catalogue. The stored files
+    are read back and checked; wrong ones are made again. No provider is involved: if this fails,
+    check the original and the disk.
     """
     with attempt(context, catalogue) as claim:
         if claim is None:
@@ -133,7 +132,7 @@ def variants(
         catalogue.save_original(claim, original.facts)
         made, usage = renderer.render(original.session, original.facts)
         rendered = [(variant.spec.path_for(original.facts.path), variant) for variant in made]
-        # Rows first: they refuse a path that is another image's before its file is overwritten.
+        # Rows first: they refuse another image's path before its file is overwritten.
         catalogue.save_variants(claim, rendered)
         for variant_path, variant in rendered:
             files.write(variant_path, variant.content)
@@ -186,9 +185,9 @@ def embedding(
     index: dg.ResourceParam[EmbeddingStore],
     paid_calls: dg.ResourceParam[PaidCalls],
 ) -> Iterator[dg.MaterializeResult[None]]:
-    """The vector by which the image is found: of its description, tags, category and mood, kept in LanceDB.
+    """The vector for search by meaning, from description, tags, category and mood; in LanceDB.
 
-    One row per image and embedding model, replaced when the image is done again. After it the image is
+    The index has one row for each image and embedding model. After this asset the image is
     `completed`. If it fails with `missing_metadata`, materialize `metadata` of the partition first.
     """
     with attempt(context, catalogue) as claim:
@@ -234,9 +233,10 @@ def known_answer(
     recipe: Recipe,
     original: Original,
 ) -> VisionAnswer | None:
-    """What this model, asked this way, has said of these very bytes: the queue does not pay for it twice.
+    """The stored answer of the same model and prompt to the same bytes, or None.
 
-    A person who materializes `metadata` by hand wants to hear the model again.
+    So runs of the queue do not pay twice. For a run that a person started, the model is asked
+    again.
     """
     if GENERATION_TAG not in context.run.tags:
         return None
@@ -252,7 +252,7 @@ def known_answer(
             if is_same and row["metadata"]
             else None
         )
-    except ValueError:  # of whoever's writing: the model is asked again
+    except ValueError:  # the stored answer is malformed: the model is asked again
         return None
 
 
@@ -263,7 +263,7 @@ def _with_visible_colors(metadata: ImageMetadata, facts: PixelFacts) -> ImageMet
 
 
 def _picture(original: Original) -> dg.MetadataValue:
-    """A thumbnail in Markdown, a few kB, for where the operator looks."""
+    """A thumbnail of a few kB in Markdown, for the UI."""
     thumbnail = base64.b64encode(original.prepared.thumbnail).decode()
     return dg.MetadataValue.md(f"![the image](data:image/jpeg;base64,{thumbnail})")
 
@@ -281,7 +281,7 @@ def _describe_original(original: Original) -> dict[str, str | int]:
 
 
 def _describe_usage(usage: Usage) -> dict[str, float | int]:
-    """What decoding or encoding took."""
+    """The CPU time and memory that decoding or encoding took."""
     return {"cpu_seconds": round(usage.cpu_seconds, 3), "peak_memory_bytes": usage.peak_bytes}
 
 
@@ -316,5 +316,5 @@ def _describe_receipt(receipt: Receipt) -> dict[str, float]:
 
 
 def _data_version(content: str) -> dg.DataVersion:
-    # By content, so that an answer that did not change leaves what is made of it fresh.
+    # By content, so that an unchanged answer leaves the later assets fresh.
     return dg.DataVersion(hashlib.sha256(content.encode()).hexdigest()[:16])

@@ -1,4 +1,4 @@
-"""An attempt at one asset of one image: the claim it needs, and what its failure means to Dagster and the catalogue."""
+"""An attempt at one asset of one image: its claim, and what a failure means to Dagster and us."""
 
 import re
 import socket
@@ -25,28 +25,24 @@ MACHINE_TAG = "imagepipeline/machine"  # the host name of the worker that execut
 GENERATION_TAG = "imagepipeline/generation"
 GENERATION = re.compile(r"[0-9]{1,9}")
 MAX_ATTEMPTS = 3
-# For errors nobody classified. Dagster waits (2^n - 1) x delay: 1 s, then 3 s.
+# For unclassified errors. Dagster waits (2^n - 1) x delay: 1 s, then 3 s.
 RETRY_POLICY = dg.RetryPolicy(max_retries=MAX_ATTEMPTS - 1, delay=1, backoff=dg.Backoff.EXPONENTIAL)
 BEAT_SECONDS = 10
-CANCELLED = (
-    dg.DagsterRunStatus.CANCELING,
-    dg.DagsterRunStatus.CANCELED,
-)  # the latter at once, by force
+# A run that is terminated by force is CANCELED at once.
+CANCELLED = (dg.DagsterRunStatus.CANCELING, dg.DagsterRunStatus.CANCELED)
 
 
 @contextmanager
 def attempt(context: dg.AssetExecutionContext, catalogue: Catalogue) -> Iterator[Claim | None]:
-    """Claims the partition's image for the asset in the body and ends the claim after the run's last asset.
+    """Claims the partition's image for the body, and ends the claim after the run's last asset.
 
-    Gives None where another run has taken the image over: the asset then yields nothing, its step succeeds and
-    those behind it are skipped. A retryable error is tried again after 1 s, 2 s, or what the provider asked for;
-    a permanent one, or the last attempt, ends the image as failed.
+    Yields None if another run has taken over the image: the asset then yields nothing, its step
+    succeeds and later steps are skipped. A retryable error is retried after 1 s, 2 s, or the time
+    that the provider asked for. A permanent error, or the last attempt, fails the image.
     """
     claim = _claim(context, catalogue)
     if claim is None:
-        context.log.info(
-            f"{context.partition_key} is not this run's to process any more: nothing was done."
-        )
+        context.log.info(f"{context.partition_key} belongs to another run now: nothing was done.")
         yield None
         return
     number = context.retry_number + 1
@@ -78,10 +74,10 @@ def attempt(context: dg.AssetExecutionContext, catalogue: Catalogue) -> Iterator
     except PostponedError as error:
         raise _handed_back(catalogue, claim, str(error), error.wait_seconds) from error
     except DagsterExecutionInterruptedError as interrupt:
-        # Raised again as it is, Dagster would take it for a reason to retry and swallow the stop.
+        # If it were re-raised, Dagster would retry the step and ignore the stop.
         raise _interrupted(context, catalogue, claim) from interrupt
     except Exception as error:
-        clean_error(error)  # Dagster writes it down as it is
+        clean_error(error)  # Dagster stores its text
         description = f"{type(error).__name__}: {error}"
         if number == MAX_ATTEMPTS:
             raise _failed(context, catalogue, claim, "unexpected", description) from error
@@ -92,12 +88,12 @@ def attempt(context: dg.AssetExecutionContext, catalogue: Catalogue) -> Iterator
 def _claim(context: dg.AssetExecutionContext, catalogue: Catalogue) -> Claim | None:
     is_re_execution = context.run.parent_run_id is not None  # of a run whose generation has ended
     try:
-        image_id = check_image_id(context.partition_key)  # Dagster itself takes any text for a key
+        image_id = check_image_id(context.partition_key)  # Dagster accepts any text as a key
         if GENERATION_TAG in context.run.tags and not is_re_execution:
             generation = read_generation(context.run.tags)
             if generation is None:
                 raise InvalidUploadError(
-                    f"the run's tag {GENERATION_TAG} is no number: start it without that tag"
+                    f"the run's tag {GENERATION_TAG} is not a number: start it without that tag"
                 )
             return catalogue.claim(image_id, generation, context.run.run_id)
         return catalogue.claim_anew(image_id, context.run.run_id)
@@ -106,7 +102,7 @@ def _claim(context: dg.AssetExecutionContext, catalogue: Catalogue) -> Claim | N
 
 
 def read_generation(tags: Mapping[str, str]) -> int | None:
-    """The generation a run is of by its tags, which anyone may write; None if they name none."""
+    """The generation in a run's tags, which anyone may write; None if there is none."""
     text = tags.get(GENERATION_TAG, "")
     return int(text) if GENERATION.fullmatch(text) else None
 
@@ -115,9 +111,10 @@ _beating: dict[tuple[str, int], threading.Event] = {}
 
 
 def _start_heartbeat(catalogue: Catalogue, claim: Claim) -> bool:
-    """Keeps the row's beat rising as long as this process holds the claim, also while it waits between attempts.
+    """Raises the row's beat while this process holds the claim, also between attempts.
 
-    By its standing still the reconciler tells a run whose process died unseen. Gives whether it was not beating yet.
+    A beat that stops tells the reconciler that the process died. Returns False if the heartbeat
+    runs already.
     """
     key = (claim.image_id, claim.fence)
     if key in _beating:
@@ -137,7 +134,7 @@ def _beat(catalogue: Catalogue, claim: Claim, ended: threading.Event) -> None:
     while not ended.wait(BEAT_SECONDS):
         try:
             catalogue.beat(claim)
-        except StaleClaimError:  # it ended, or another run took over
+        except StaleClaimError:  # the image ended, or another run took over
             _stop_heartbeat(claim)
             return
         except PostponedError:
@@ -145,7 +142,7 @@ def _beat(catalogue: Catalogue, claim: Claim, ended: threading.Event) -> None:
 
 
 def _is_last_asset(context: dg.AssetExecutionContext) -> bool:
-    """Whether no later asset of this image belongs to the run: runs started by hand may select any of them."""
+    """Whether the run has no later asset of this image; runs started by hand may select any."""
     steps = context.run.step_keys_to_execute
     selection = context.run.asset_selection
     names = (
@@ -169,10 +166,7 @@ def _note_failure(
     asset = context.asset_key.to_user_string()
     try:
         catalogue.record_failure(claim, asset, context.retry_number + 1, wait_seconds, error)
-    except (
-        StaleClaimError,
-        PostponedError,
-    ) as problem:  # the next attempt will meet it, and decide
+    except (StaleClaimError, PostponedError) as problem:  # the next attempt handles it
         context.log.warning(str(problem))
 
 
@@ -196,7 +190,7 @@ def _failed(
 def _handed_back(catalogue: Catalogue, claim: Claim, cause: str, wait_seconds: float) -> dg.Failure:
     try:
         catalogue.hand_back(claim, cause, wait_seconds)
-    except (StaleClaimError, PostponedError) as problem:  # the reconciler gives it back
+    except (StaleClaimError, PostponedError) as problem:  # the reconciler hands it back
         return dg.Failure(f"{cause}; {problem}.", allow_retries=False)
     return dg.Failure(f"{cause}; {claim.image_id} waits for another run.", allow_retries=False)
 
@@ -204,7 +198,7 @@ def _handed_back(catalogue: Catalogue, claim: Claim, cause: str, wait_seconds: f
 def _interrupted(
     context: dg.AssetExecutionContext, catalogue: Catalogue, claim: Claim
 ) -> dg.Failure:
-    """A person who cancels means it; any other stop gives the image back to the queue."""
+    """Fails the image if a person cancelled the run; any other stop hands the image back."""
     run = context.instance.get_run_by_id(context.run.run_id)
     if run is not None and run.status in CANCELLED:
         return _failed(

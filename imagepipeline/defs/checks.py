@@ -1,4 +1,4 @@
-"""Checks of stored variants: each image's own, made in its run, and Dagster's, of the last day's images."""
+"""Checks of stored variants: of one image in its run, and of the last day's images for Dagster."""
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -18,7 +18,7 @@ from imagepipeline.stores.catalogue import Catalogue
 
 MIN_SIMILARITY = 0.8
 MAX_ATTACHED_BYTES = 1_000_000
-# AVIF reaches the look of WebP at some 17 points less; above that it is asked to look better, and may be larger.
+# AVIF looks like WebP at a quality 17 points lower. Above that it looks better, and may be larger.
 AVIF_QUALITY_MARGIN = 15
 CHECKS = {
     "complete": "All six variants exist and have the size and format of their rows.",
@@ -45,7 +45,7 @@ Problems = dict[str, list[str]]
 
 @dg.multi_asset_check(name="variant_checks", specs=SPECS)
 def variant_checks(catalogue: dg.ResourceParam[Catalogue]) -> Iterator[dg.AssetCheckResult]:
-    """The checks of all images of the last day; each image's own are in its materialization."""
+    """The checks of all images of the last day; each materialization has its image's own."""
     for evaluation in evaluate(Recent.load(catalogue, now_utc())):
         yield dg.AssetCheckResult(
             passed=evaluation.passed,
@@ -60,10 +60,9 @@ def variant_checks(catalogue: dg.ResourceParam[Catalogue]) -> Iterator[dg.AssetC
 def check_sensor(
     context: dg.SensorEvaluationContext, catalogue: dg.ResourceParam[Catalogue]
 ) -> dg.SensorResult | dg.SkipReason:
-    """Reports the checks of the last day's images: hourly, and at once when a problem comes or goes.
+    """Reports the checks of the last day's images: hourly, and whenever the problems change.
 
-    Checks with a partition per image would keep the lineage page from loading, which asks for the
-    status of each partition.
+    With partitioned checks the lineage page would not load, as it asks for each partition's status.
     """
     now = now_utc()
     try:
@@ -95,7 +94,7 @@ class Recent:
 
     @classmethod
     def load(cls, catalogue: Catalogue, now: datetime) -> Self:
-        """Those of the day before `now`."""
+        """The images of the day before `now`."""
         since = now - WINDOW
         return cls(
             catalogue.count_events("completed", since),
@@ -104,7 +103,7 @@ class Recent:
 
     @property
     def seqs(self) -> list[int]:
-        """Identifies the problems."""
+        """The sequence numbers that identify the problems."""
         return [problem["seq"] for problem in self.problems]
 
 
@@ -134,7 +133,7 @@ def _evaluate(name: str, recent: Recent) -> dg.AssetCheckEvaluation:
 def check_variants(
     claim: Claim, catalogue: Catalogue, files: Storage, original: Original, renderer: Renderer
 ) -> tuple[Problems, dict[str, float | int]]:
-    """Reads the claimed image's stored variants back, compares them with their rows and their original.
+    """Reads the claimed image's variants and compares them with their rows and the original.
 
     Returns:
         The problems by the names of CHECKS, and figures about the variants.
@@ -168,10 +167,10 @@ def check_variants(
 
 
 def refuse_wrong(problems: Problems) -> None:
-    """Returns if the stored variants may be shown.
+    """Refuses variants that must not be shown.
 
     Raises:
-        WrongVariantsError: they may not; another attempt makes them again.
+        WrongVariantsError: a check of severity ERROR failed; another attempt renders them again.
     """
     for name, severity in SEVERITIES.items():
         if severity == ERROR and problems[name]:
@@ -191,7 +190,7 @@ def _spec_of(variant: Mapping[str, Any], specs: Sequence[VariantSpec]) -> Varian
 
 
 def _read(files: Storage, variant: Mapping[str, Any]) -> bytes:
-    """The stored bytes, and of what somebody has attached to them since, so many that it is found."""
+    """The stored bytes, and enough of anything attached to them since to notice it."""
     try:
         return files.read(variant["path"], variant["size"] + MAX_ATTACHED_BYTES)
     except MissingOriginalError:
@@ -224,7 +223,8 @@ def _find_large(found: Iterable[Mapping[str, Any]], original: Original) -> Itera
     for variant in found:
         size, spec = variant["size"], variant["spec"]
         if size > original.facts.original_bytes:
-            yield f"{variant['path']} has {size:,} bytes, the original {original.facts.original_bytes:,}"
+            original_bytes = original.facts.original_bytes
+            yield f"{variant['path']} has {size:,} bytes, the original {original_bytes:,}"
         twin = webp.get(spec.width_px) if spec and spec.format == "avif" else None
         if (
             twin

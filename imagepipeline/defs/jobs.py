@@ -7,7 +7,8 @@ from imagepipeline.defs.assets import embedding, metadata, variants
 process_upload = dg.define_asset_job(
     "process_upload",
     selection=dg.AssetSelection.assets(metadata, variants, embedding).without_checks(),
-    description="Describes an upload, renders its variants and makes it searchable; the sensor starts it per upload.",
-    # One process for all three steps: another costs 2 CPU-seconds a step, and spins while a retry waits.
+    description="Describes an upload, renders its variants and makes it searchable. The sensor "
+    "starts one run for each upload.",
+    # One process for all steps: another costs 2 CPU seconds a step, and spins while a retry waits.
     executor_def=dg.in_process_executor,
 )

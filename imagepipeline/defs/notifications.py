@@ -1,4 +1,4 @@
-"""Emptying the outbox: the administrators are told once of every image that has failed for good."""
+"""The sensor that empties the outbox: administrators are notified once of every final failure."""
 
 from collections.abc import Callable, Iterable
 from functools import partial
@@ -20,10 +20,11 @@ def notification_sensor(
     ledger: dg.ResourceParam[Ledger],
     notifiers: dg.ResourceParam[list[Notifier]],
 ) -> dg.SkipReason:
-    """Tells the administrators of failed images and of pauses, every 15 s; more than five failures in one message.
+    """Notifies the administrators of failed images and of pauses, every 15 s.
 
-    What cannot be sent stays in the outbox for a week and is tried again. A notice is marked after it was taken, so
-    a crash in between repeats it, with the same event ID.
+    More than five failures share one message. A notice that cannot be sent stays in the outbox for
+    a week and is retried. It is marked after it was sent, so a crash in between repeats it, with
+    the same event ID.
     """
     lines = []
     for notifier in notifiers:
@@ -33,18 +34,18 @@ def notification_sensor(
                 told += work(notifier)
             except (NotificationError, PostponedError) as error:
                 problems.append(str(error))
-            except Exception as error:  # of one channel; the other is none the worse for it
-                problems.append(f"{type(error).__name__} came up")
+            except Exception as error:  # one channel must not stop the other
+                problems.append(f"{type(error).__name__} was raised")
         for problem in dict.fromkeys(problems):
             context.log.error(f"{notifier.channel}: {problem}; it stays in the outbox.")
             lines.append(f"{notifier.channel}: {problem}.")
         if not problems:
-            lines.append(f"{notifier.channel}: {told} told.")
+            lines.append(f"{notifier.channel}: {told} sent.")
     return dg.SkipReason(" ".join(lines) or "No webhook or mail server is set.")
 
 
 def tell_of_pauses(ledger: Ledger, notifier: Notifier) -> int:
-    """Tells of each pause once; gives the number told. As `tell`."""
+    """As `tell`, of each pause once; returns their number."""
     untold = ledger.list_untold(notifier.channel)
     notices = [
         (partial(notifier.send_pause, one), partial(ledger.mark_told, notifier.channel, [one]))
@@ -55,9 +56,9 @@ def tell_of_pauses(ledger: Ledger, notifier: Notifier) -> int:
 
 
 def tell(outbox: Outbox, notifier: Notifier) -> int:
-    """Sends what this notifier has not sent yet and marks it; gives the number of failures told.
+    """Sends what this notifier has not sent yet and marks it; returns the number of failures.
 
-    A notice that is refused is tried again with the next tick, and keeps none of the others.
+    A refused notice does not stop the others, and is tried again in the next tick.
 
     Raises:
         NotificationError: one could not be sent.

@@ -1,4 +1,4 @@
-"""The one set of partitions: an image ID each, added when its upload is taken in."""
+"""The partitions: one for each image ID, added by the ingest."""
 
 import dagster as dg
 

@@ -1,7 +1,8 @@
-"""Recovery from crashes: rows whose run is gone, runs that died before they began, runs that hold nothing.
+"""Recovery from crashes: images whose run is gone, runs that died early, runs without an image.
 
-It is the only owner of recovery (docs/decisions/0005-the-reconciler-owns-recovery.md). It looks at the catalogue
-and at Dagster's runs and changes a row only under the fence it has read, so that a late one does no harm.
+Only the reconciler recovers (docs/decisions/0005-the-reconciler-owns-recovery.md). It compares the
+catalogue with Dagster's runs, and changes a row only under the fence it has read, so that a late
+tick does no harm.
 """
 
 import time
@@ -20,14 +21,11 @@ from imagepipeline.text import make_printable
 
 INTERVAL_SECONDS = 15
 STALL_SECONDS = 45  # more than four beats of a living run
-UNCLAIMED_SECONDS = 45  # a run takes 1 s to start, and 9 s when five do at once on two cores
+UNCLAIMED_SECONDS = 45  # a run starts within 1 s, or 9 s if five start at once on two cores
 MAX_PENDING_CHECKED = 50
-RENEWAL_WAITS_SECONDS = (1, 5, 30, 120)  # for a run that ends before it begins, again and again
+RENEWAL_WAITS_SECONDS = (1, 5, 30, 120)  # for runs that repeatedly end before they claim
 CANCELLED = "its run was cancelled before it began"
-JOB_NAMES = (
-    process_upload.name,
-    "__ASSET_JOB",
-)  # the latter is Dagster's name for runs started by hand
+JOB_NAMES = (process_upload.name, "__ASSET_JOB")  # the latter: runs that a person starts
 HOLDING_A_SLOT = [
     dg.DagsterRunStatus.STARTING,
     dg.DagsterRunStatus.STARTED,
@@ -36,25 +34,25 @@ HOLDING_A_SLOT = [
 
 
 class StandstillWatch:
-    """Tells what has not changed for a while, by a clock of its own that no change of the time of day can move."""
+    """Measures how long values have not changed, by a monotonic clock."""
 
     def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
         self._clock = clock
         self._seen: dict[Hashable, tuple[object, float]] = {}
 
     def measure_seconds(self, key: Hashable, value: object) -> float:
-        """For how long `key` has been seen with this value."""
+        """For how long `key` has had this value."""
         known = self._seen.get(key)
         if known is None or known[0] != value:
             known = self._seen[key] = (value, self._clock())
         return self._clock() - known[1]
 
     def forget_all_but(self, keys: set[Hashable]) -> None:
-        """Drops what is not watched any more."""
+        """Drops all other keys."""
         self._seen = {key: seen for key, seen in self._seen.items() if key in keys}
 
 
-# Kept between ticks by the code server's process. Lost with it, which only makes the wait begin again.
+# Kept between ticks by the code server's process; if it is lost, the measurement starts again.
 watch = StandstillWatch()
 
 
@@ -64,10 +62,10 @@ def reconciler(
     catalogue: dg.ResourceParam[Catalogue],
     tasks: dg.ResourceParam[TaskQueue],
 ) -> dg.SkipReason:
-    """Repairs what a crash left behind, every 15 s, and says in the tick's log what it repaired.
+    """Repairs what crashes leave behind, every 15 s, and logs each repair.
 
-    An image whose run is gone waits for another one; at the third time it fails as `poison`. A run that holds no
-    image is ended, so that its slot is free.
+    An image whose run is gone becomes pending again; the third time it fails as `poison`. A run
+    that holds no image is ended, which frees its slot.
     """
     try:
         lines = reconcile(catalogue, context.instance, tasks, watch)
@@ -81,7 +79,7 @@ def reconciler(
 def reconcile(
     catalogue: Catalogue, instance: dg.DagsterInstance, tasks: TaskQueue, watch: StandstillWatch
 ) -> list[str]:
-    """One look at everything; gives a line per repair."""
+    """Checks everything once; returns a log line for each repair."""
     processing = catalogue.list_processing()
     watched: set[Hashable] = set()
     lines = []
@@ -96,7 +94,7 @@ def reconcile(
     waiting = tasks.list_waiting() if any(TASK_ID_TAG in run.tags for run in idle) else set()
     for run in idle:
         watched.add(run.run_id)
-        if run.tags.get(TASK_ID_TAG) in waiting:  # for a worker that has a slot, or for any worker
+        if run.tags.get(TASK_ID_TAG) in waiting:  # for a worker, or for a free slot
             watch.measure_seconds(run.run_id, "waits for a worker")
         elif watch.measure_seconds(run.run_id, "holds no image") >= UNCLAIMED_SECONDS:
             end_run(instance, run, "it holds no image")
@@ -106,28 +104,29 @@ def reconcile(
 
 
 def _list_idle_runs(instance: dg.DagsterInstance, owners: set[str]) -> list[dg.DagsterRun]:
-    """The runs of images that hold a slot and no image."""
+    """The runs that hold a slot but no image."""
     records = instance.get_run_records(dg.RunsFilter(statuses=HOLDING_A_SLOT))
     runs = [record.dagster_run for record in records if record.dagster_run.run_id not in owners]
     return [run for run in runs if run.job_name in JOB_NAMES and "dagster/partition" in run.tags]
 
 
 def _look_at(image_id: str, work: Callable[[], list[str]]) -> list[str]:
-    """What was done about one image; what is wrong with its row costs no other."""
+    """The repairs of one image; an error in it does not stop the others."""
     try:
         return work()
-    except PostponedError:  # it is about all of them
+    except PostponedError:  # concerns all images
         raise
     except Exception as error:
         return [
-            f"{image_id!r:.80} could not be looked at: {make_printable(f'{type(error).__name__}: {error}')[:200]}"
+            f"{image_id!r:.80} could not be checked: "
+            + make_printable(f"{type(error).__name__}: {error}")[:200]
         ]
 
 
 def _recover_if_lost(
     catalogue: Catalogue, instance: dg.DagsterInstance, watch: StandstillWatch, row: Processing
 ) -> list[str]:
-    """An image whose run has ended without ending it, or stands still."""
+    """Recovers a processing image whose run has ended, was deleted, or stands still."""
     run = instance.get_run_by_id(row.run_id)
     seconds = watch.measure_seconds((row.image_id, row.fence), row.beat)
     if run is None:
@@ -143,7 +142,7 @@ def _recover_if_lost(
             catalogue.fail(row.claim, "cancelled", f"run {row.run_id} was cancelled")
             return [f"{row.image_id} has failed: its run {row.run_id} was cancelled."]
         status = catalogue.recover(row, cause)
-    except StaleClaimError:  # it ended, or was taken over, since we looked
+    except StaleClaimError:  # it ended or was taken over meanwhile
         return []
     if run is not None and not run.is_finished:
         end_run(instance, run, cause)
@@ -153,7 +152,7 @@ def _recover_if_lost(
 def _renew_if_run_ended(
     catalogue: Catalogue, instance: dg.DagsterInstance, pending: Pending
 ) -> list[str]:
-    """A pending image whose run key is used up: its run ended before it claimed the image."""
+    """Renews a pending image whose run ended before it claimed the image: its run key is used."""
     tags = {"dagster/partition": pending.image_id, GENERATION_TAG: str(pending.generation)}
     runs = [run for run in instance.get_runs(dg.RunsFilter(tags=tags)) if run.parent_run_id is None]
     if not runs or not all(run.is_finished for run in runs):
@@ -170,14 +169,14 @@ def _renew_if_run_ended(
         is_changed = catalogue.renew(
             pending, f"run {runs[0].run_id} ended before it began", wait_seconds
         )
-        what = f"asked for again in {wait_seconds} s: its run ended before it began"
+        what = f"requested again in {wait_seconds} s: its run ended before it began"
     return [f"{pending.image_id} is {what} (run {runs[0].run_id})."] if is_changed else []
 
 
 def end_run(instance: dg.DagsterInstance, run: dg.DagsterRun, cause: str) -> None:
-    """Frees the slot of a run that is of no use any more.
+    """Frees the slot of a run that is lost.
 
-    Its process, if there is one, is not asked to stop: asking a frozen one blocks the whole code server, and one that
-    lives finds its claim gone at its next write and ends by itself.
+    Its process is not asked to stop: asking a frozen one would block the whole code server, and a
+    live one finds its claim gone at its next write and ends by itself.
     """
     instance.report_run_failed(run, f"Ended by the reconciler: {cause}.")

@@ -1,7 +1,7 @@
-"""Resources: how the plain objects of `stores` and `services` reach the assets and sensors, and when they are closed.
+"""Resources: how plain objects reach the assets and sensors, and when they are closed.
 
-Plain functions instead of `dg.ConfigurableResource`, which validates and makes each of them three times over, in every
-run. None has Dagster config, so no secret is shown in the UI or stored by Dagster.
+These are plain functions because `dg.ConfigurableResource` validates and builds each resource three
+times in every run. None has Dagster config, so Dagster neither shows nor stores a secret.
 """
 
 from collections.abc import Callable, Iterator
@@ -12,21 +12,21 @@ import dagster as dg
 
 
 class Closable(Protocol):
-    """What can be closed."""
+    """An object that can be closed."""
 
     def close(self) -> None:
-        """Gives back what it holds."""
+        """Releases what it holds."""
 
 
 def opened(open_it: Callable[[], Closable], description: str) -> dg.ResourceDefinition:
-    """What `open_it` gives, made when a run or tick begins and closed when that ends."""
+    """An object that is opened when a run or tick starts, and closed when it ends."""
     return entered(lambda: closing(open_it()), description)
 
 
 def entered(
     enter: Callable[[], AbstractContextManager[object]], description: str
 ) -> dg.ResourceDefinition:
-    """What a context manager gives, entered when a run or tick begins and left when that ends."""
+    """A context manager's object: entered when a run or tick starts, left when it ends."""
 
     def make(_: dg.InitResourceContext) -> Iterator[object]:
         with enter() as resource:
@@ -36,5 +36,5 @@ def entered(
 
 
 def made(make_it: Callable[[], object], description: str) -> dg.ResourceDefinition:
-    """What `make_it` gives, made when a run or tick begins."""
+    """An object that is made when a run or tick starts, and never closed."""
     return dg.ResourceDefinition(lambda _: make_it(), description=description)

@@ -1,4 +1,4 @@
-"""From the Redis list to runs: every upload is recorded first, then every pending image without a run gets one."""
+"""The upload sensor: records uploads from the Redis list, then starts runs for pending images."""
 
 import threading
 from collections.abc import Sequence
@@ -16,11 +16,13 @@ from imagepipeline.stores.ledger import Ledger
 from imagepipeline.stores.uploads import UploadQueue
 
 ENTRIES_PER_TICK = 500  # about half a second; a tick may take 60 s
-# The backlog waits in the catalogue, where it can be re-ordered; Dagster's queue holds enough to keep its slots busy.
+# The backlog waits in the catalogue, where priorities can change; Dagster's queue holds enough runs
+# to keep its slots busy.
 RUNS_PER_SLOT, DEFAULT_SLOTS = 3, 5
-MAX_WAIT_SECONDS = 4  # for an entry: under the 5 s after which a silent Redis counts as gone
-# Dagster gives a tick up after a minute and starts another one, while ours may still run: they would both take off
-# the list what only one of them has read. One code server serves a catalogue (`Catalogue.bind`), so a lock will do.
+MAX_WAIT_SECONDS = 4  # for an entry; under the 5 s after which a silent Redis counts as down
+# Dagster abandons a tick after a minute and starts another while ours may still run: both would
+# remove from the list what one has read. A catalogue has one code server (`Catalogue.bind`), so a
+# lock is enough.
 _taking_in = threading.Lock()
 UNFINISHED = [
     dg.DagsterRunStatus.NOT_STARTED,
@@ -43,15 +45,15 @@ def upload_sensor(
     ledger: dg.ResourceParam[Ledger],
     paid_calls: dg.ResourceParam[PaidCalls],
 ) -> dg.SensorResult | dg.SkipReason:
-    """Takes uploads from the Redis list into the catalogue and starts one run for each image that waits for one.
+    """Moves uploads from the Redis list into the catalogue and starts a run for each pending image.
 
-    The list is `image-processing:wait`. What cannot be read goes to `image-processing:dead`. If Redis is down,
-    images that are already in the catalogue still get their runs. While paid calls are paused, images wait as
+    The list is `image-processing:wait`; malformed entries go to `image-processing:dead`. If Redis
+    is down, images in the catalogue still get their runs. While paid calls are paused, images stay
     `pending` and none fails; after the pause one is tried first.
     """
     problem = None
     try:
-        # Where nothing is left to do, a tick lasts until there is: the daemon would come back too late.
+        # Without work, a tick waits for it: the daemon would start the next one too late.
         if not catalogue.list_pending(1):
             queue.wait(MAX_WAIT_SECONDS)
         if _taking_in.acquire(blocking=False):
@@ -105,20 +107,20 @@ def find_limit(instance: dg.DagsterInstance) -> int:
 
 
 def count_room(pauses: Sequence[Pause], limit: int, unfinished_count: int) -> int:
-    """How many runs may be started: none in a pause, one when it is on probation and nothing else runs."""
+    """How many runs may start: none in a pause, and one at a time while it is on probation."""
     if any(not pause.is_over for pause in pauses):
         return 0
     return max(0, (1 if pauses else limit) - unfinished_count)
 
 
 def reopen_failures(catalogue: Catalogue, ledger: Ledger, pauses: Sequence[Pause]) -> list[str]:
-    """While a provider is down, has the images wait again that failed for its sake before that was known."""
+    """Reopens images that failed because a provider was down, before that was known."""
     lines = []
     for pause in pauses:
         if pause.reason == "provider_down":
             count = catalogue.reopen("provider_unavailable", ledger.find_streak_start(pause.stage))
             lines += (
-                [f"{count} images that had failed as provider_unavailable wait again."]
+                [f"{count} images that had failed as provider_unavailable are pending again."]
                 if count
                 else []
             )
@@ -126,7 +128,7 @@ def reopen_failures(catalogue: Catalogue, ledger: Ledger, pauses: Sequence[Pause
 
 
 def end_invalid(catalogue: Catalogue, pending: Sequence[Pending]) -> list[str]:
-    """Fails images whose IDs Dagster must not see: earlier versions let them in by partitions made by hand."""
+    """Fails images with invalid IDs, which old versions accepted from partitions made by hand."""
     lines = []
     for image in pending:
         try:
@@ -138,10 +140,10 @@ def end_invalid(catalogue: Catalogue, pending: Sequence[Pending]) -> list[str]:
 
 
 def take_in(queue: UploadQueue, catalogue: Catalogue) -> list[str]:
-    """Records what waits on the Redis list and takes it off; gives a line for the log for each entry.
+    """Records entries of the Redis list and removes them; returns a log line for each.
 
-    Safe to be cut off anywhere and to run twice at once: an entry leaves the list only after the catalogue
-    has committed, and recording an upload twice changes nothing.
+    It may be interrupted anywhere, and run twice at once: an entry is removed only after the
+    catalogue has committed, and recording an upload twice changes nothing.
     """
     lines = []
     uploads: dict[bytes, Upload] = {}
@@ -161,19 +163,17 @@ def take_in(queue: UploadQueue, catalogue: Catalogue) -> list[str]:
     queue.acknowledge({entry: entries[entry] for entry in uploads})
     for upload in uploads.values():
         if upload.image_id in begun:
-            lines.append(f"{upload.image_id} was taken in.")
+            lines.append(f"{upload.image_id} was accepted.")
         else:
             lines.append(
-                f"{upload.image_id} was pushed again before it ended: a run that begins now will look at it."
+                f"{upload.image_id} was pushed again before it ended; its next run covers that."
             )
         if upload.ignored:
             lines.append(
-                f"{upload.image_id}: unknown fields were ignored: {', '.join(upload.ignored)!r:.200}"
+                f"{upload.image_id}: unknown fields were ignored: "
+                f"{', '.join(upload.ignored)!r:.200}"
             )
-    for (
-        entry,
-        reason,
-    ) in unreadable.items():  # last, as a full Redis may have no room for them before
+    for entry, reason in unreadable.items():  # last: a full Redis has room for them only now
         queue.dead_letter(entry, entries[entry], reason)
         lines.append(f"An entry went to the dead list: {reason}")
     return lines
@@ -196,7 +196,7 @@ def find_unfinished(instance: dg.DagsterInstance) -> set[tuple[str, int]]:
 
 
 def build_run_request(image: Pending) -> dg.RunRequest:
-    """The request for an image's run; asking again is free, as its key is used once per generation."""
+    """The request for an image's run; repeating it does nothing: its key names the generation."""
     return dg.RunRequest(
         run_key=f"{image.image_id}:{image.generation}",
         partition_key=image.image_id,
@@ -211,5 +211,6 @@ def build_run_request(image: Pending) -> dg.RunRequest:
 def explain_idleness(pending_count: int, unfinished_count: int) -> str:
     """Why a tick starts no run, as a sentence."""
     if pending_count:
-        return f"{unfinished_count} runs are queued or running, which is all there is room for; the rest waits."
+        count = f"{unfinished_count} runs are queued or running"
+        return f"{count}, so there is no room for more; the rest waits."
     return "No upload waits."

@@ -1,7 +1,7 @@
-"""Catalogue: the SQL record of all images, and the only place where an image's status is decided.
+"""Catalogue: the SQL record of all images, and the only place that decides an image's status.
 
-Every change is one transaction. Every change by a run names the fence of its claim, so that a run that was
-thought dead and was succeeded can change nothing any more.
+Every change is one transaction. Every change by a run names the fencing token of its claim, so that
+a run that was thought dead and replaced can change nothing any more.
 """
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -50,7 +50,7 @@ HISTORY_FIELDS = ("at", "event", "generation", "fence", "run_id", "detail")
 
 @dataclass(frozen=True)
 class Processing:
-    """An image that a run holds; `beat` rises while that run lives."""
+    """An image that a run holds; `beat` rises while the run is alive."""
 
     image_id: str
     generation: int
@@ -60,13 +60,13 @@ class Processing:
 
     @property
     def claim(self) -> Claim:
-        """The claim that run has."""
+        """The run's claim."""
         return Claim(self.image_id, self.generation, self.fence, None)
 
 
 @dataclass(frozen=True)
 class State:
-    """Where an image is: of its `pushes`, those seen were made before its last run began."""
+    """An image's state; `pushes_seen` of its `pushes` were made before its last run started."""
 
     generation: int
     status: Status
@@ -88,7 +88,7 @@ class Catalogue:
 
     Args:
         url: a SQLAlchemy URL, `sqlite:///…` or `postgresql://…`.
-        clock: gives the time that is written down.
+        clock: returns the time to record.
     """
 
     def __init__(self, url: str, clock: Callable[[], datetime] = now_utc) -> None:
@@ -100,16 +100,15 @@ class Catalogue:
         self._database.engine.dispose()
 
     def migrate(self) -> None:
-        """Creates the tables or brings them up to date; safe to call from several processes at once.
+        """Creates or updates the tables; several processes may call it at once.
 
-        Tables that a newer version has added to are left as they are.
+        Tables to which a newer version has added are left as they are.
 
         Raises:
-            StackError: a newer version has changed the tables so that this one cannot use them.
+            StackError: a newer version has removed something that this version needs.
         """
-        from imagepipeline.stores import (
-            migrations,
-        )  # here, because Alembic takes as long to import as all the rest
+        # Imported here, because Alembic takes as long as everything else together.
+        from imagepipeline.stores import migrations
 
         if self._database.engine.dialect.name == "sqlite" and self._database.engine.url.database:
             Path(self._database.engine.url.database).parent.mkdir(parents=True, exist_ok=True)
@@ -121,7 +120,7 @@ class Catalogue:
             migrations.upgrade(connection)
 
     def bind(self, dagster_instance_id: str, is_taken_over: bool = False) -> None:
-        """Ties the catalogue to one Dagster instance, the first that asks; with `is_taken_over`, to this one from now.
+        """Ties the catalogue to the first Dagster instance that asks, or to this one by force.
 
         Raises:
             CatalogueTakenError: it is tied to another one.
@@ -135,14 +134,15 @@ class Catalogue:
             owner = connection.execute(sa.select(catalogue_owner)).one()
         if owner.dagster_instance_id != dagster_instance_id:
             raise CatalogueTakenError(
-                f"the catalogue belongs to another Dagster instance ({owner.dagster_instance_id}, since "
-                f"{owner.since:%F %R} UTC), and two would take each other's runs for dead: give this stack a "
-                "DATABASE_URL and a storage root of its own, or if the other one is gone for good, run "
+                "the catalogue belongs to another Dagster instance "
+                f"({owner.dagster_instance_id}, since {owner.since:%F %R} UTC), and each would "
+                "take the other's runs for dead: give this stack a DATABASE_URL and a storage root "
+                "of its own, or if the other one is gone for good, run "
                 "`imagepipeline migrate --take-over`"
             )
 
     def find_owner(self) -> str | None:
-        """The ID of the Dagster instance the catalogue is tied to, which tells one catalogue from another."""
+        """The ID of the Dagster instance the catalogue is tied to; it identifies the catalogue."""
         with self._database.transaction() as connection:
             owner: str | None = connection.execute(
                 sa.select(catalogue_owner.c.dagster_instance_id)
@@ -150,31 +150,32 @@ class Catalogue:
         return owner
 
     def check(self) -> None:
-        """Returns if the database answers and has our tables.
+        """Checks that the database answers and has our tables.
 
         Raises:
-            StackError: if not. The message leaves out the address, which may hold a password.
+            StackError: if not. The message omits the address, which may hold a password.
         """
         url = self._database.engine.url
         if url.drivername == "sqlite" and url.database and not Path(url.database).exists():
-            raise StackError(  # the driver would make an empty file, and look for tables in that
-                f"there is no catalogue in {Path(url.database).parent}: start the stack with `imagepipeline up`, or "
-                "set IMAGEPIPELINE_HOME (by default .imagepipeline in the folder you are in) to where it runs"
+            raise StackError(  # the driver would create an empty file
+                f"there is no catalogue in {Path(url.database).parent}: start the stack with "
+                "`imagepipeline up`, or set IMAGEPIPELINE_HOME (by default .imagepipeline in the "
+                "current folder) to where it runs"
             )
         try:
             with self._database.engine.connect() as connection:
                 connection.execute(sa.select(image_history.c.seq).limit(1))
         except sa.exc.DBAPIError as error:
             raise StackError(
-                f"the catalogue does not answer ({type(error.orig).__name__}): start the stack with "
-                "`imagepipeline up`, or check DATABASE_URL"
+                f"the catalogue does not answer ({type(error.orig).__name__}): start the stack "
+                "with `imagepipeline up`, or check DATABASE_URL"
             ) from None
 
     def accept(self, uploads: Iterable[Upload], event: str = "accepted") -> set[str]:
-        """Records uploads as `pending`; gives the IDs for which that began a new generation.
+        """Records uploads as `pending`; returns the IDs for which this began a new generation.
 
-        An image that is pending or processing goes on, and the push is counted: if a run has begun already, the image
-        begins one more generation when that run ends.
+        For an image that is pending or processing, the push is counted. If its run has started, the
+        image begins another generation when that run ends.
         """
         begun = set()
         with self._database.transaction() as connection:
@@ -187,10 +188,13 @@ class Catalogue:
         return begun
 
     def find_owners(self, uploads: Mapping[K, Upload]) -> dict[K, str]:
-        """Of uploads that name another image's original, by their keys, that image's ID.
+        """Finds the uploads that name another image's original.
 
-        An original belongs to the image that named it first; a file `original/<image_id>.*` belongs to that image as
-        soon as that is known. Of uploads of the same path, the first counts.
+        An original belongs to the image that named it first. A file `original/<image_id>.*` belongs
+        to the image of that ID as soon as that is known. Of uploads of one path, the first counts.
+
+        Returns:
+            The owner's ID, by the key of the upload.
         """
         named = {key: upload for key, upload in uploads.items() if upload.path is not None}
         if not named:
@@ -229,10 +233,10 @@ class Catalogue:
         return owners
 
     def check_path(self, claim: Claim, path: str) -> None:
-        """Returns if the claimed image may read the original at that path; asked before each first look.
+        """Checks that the original at that path belongs to the claimed image, before it is read.
 
         Raises:
-            PathTakenError: it is another image's, as by `find_owners`.
+            PathTakenError: it is another image's, by the rules of `find_owners`.
         """
         if path == claim.last_path:
             return
@@ -245,16 +249,17 @@ class Catalogue:
             owner = connection.execute(sa.select(images.c.id).where(is_other).limit(1)).scalar()
         if owner is not None:
             raise PathTakenError(
-                f"{path} is the original of {owner}, not of {claim.image_id}: give it a file of its own"
+                f"{path} is the original of {owner}, not of {claim.image_id}: give each image a "
+                "file of its own"
             )
 
     def list_pending(
         self, limit: int, except_for: Iterable[tuple[str, int]] = (), is_rotating: bool = False
     ) -> list[Pending]:
-        """Up to `limit` pending images that are due, highest priority first, then oldest.
+        """Up to `limit` pending images that are due: highest priority first, then oldest.
 
-        The (ID, generation)s of `except_for` are left out. With `is_rotating` those that were not tried yet come first,
-        then the one that was tried least recently.
+        Leaves out the (ID, generation) pairs in `except_for`. With `is_rotating`, images that were
+        not tried yet come first, then those tried least recently.
         """
         by_trial = (images.c.attempts > 0, images.c.updated_at)
         order = by_trial if is_rotating else (images.c.priority.desc(), images.c.accepted_at)
@@ -282,7 +287,7 @@ class Catalogue:
     def list_ended(
         self, status: Status, since: datetime | None = None, limit: int = 1000
     ) -> list[dict[str, Any]]:
-        """The images that ended so, newest first, without failures that were discarded."""
+        """The images that ended with that status, newest first, without discarded failures."""
         query = (
             sa.select(images)
             .where(images.c.status == status, images.c.discarded_at.is_(None))
@@ -295,7 +300,7 @@ class Catalogue:
             return [{**row} for row in connection.execute(query).mappings()]
 
     def claim(self, image_id: str, generation: int, run_id: str) -> Claim | None:
-        """Gives a run the right to an image's generation: the first to ask, and that run whenever it asks again.
+        """Claims a generation of an image for a run: the first to ask gets it, also repeatedly.
 
         Returns:
             None if the generation is not pending any more, or another run holds it.
@@ -307,13 +312,13 @@ class Catalogue:
             return self._claim_of(connection, image_id, run_id)
 
     def claim_anew(self, image_id: str, run_id: str) -> Claim:
-        """Gives a run that was started by hand the right to an image, whatever its status.
+        """Claims an image for a run that a person started, whatever the image's status.
 
         An image that had ended begins a new generation; an unknown one is recorded.
 
         Raises:
-            ImageBusyError: another run is working on it.
-            InvalidUploadError: it is no image ID: a person may have made any text a partition.
+            ImageBusyError: another run is processing it.
+            InvalidUploadError: it is not an image ID; a person can make any text a partition.
         """
         check_image_id(image_id)
         now = self._clock()
@@ -333,14 +338,12 @@ class Catalogue:
                 )
             elif known.status == Status.PROCESSING and known.run_id != run_id:
                 raise ImageBusyError(
-                    f"run {known.run_id} is working on {image_id}: wait until it has ended"
+                    f"run {known.run_id} is processing {image_id}: wait until it has ended"
                 )
             self._take(connection, run_id, images.c.id == image_id)
             claim = self._claim_of(connection, image_id, run_id)
         if claim is None:
-            raise ImageBusyError(
-                f"{image_id} was claimed by another run at the same moment: try again"
-            )
+            raise ImageBusyError(f"another run claimed {image_id} at the same moment: try again")
         return claim
 
     def beat(self, claim: Claim) -> None:
@@ -349,7 +352,7 @@ class Catalogue:
             self._update(connection, claim, beat=images.c.beat + 1)
 
     def record_attempt(self, claim: Claim, attempt: int) -> None:
-        """Writes down that an asset is being tried for the `attempt`th time (from 1)."""
+        """Records the number of an attempt at an asset, from 1."""
         most = sa.case((images.c.attempts < attempt, attempt), else_=images.c.attempts)
         with self._database.transaction() as connection:
             self._update(connection, claim, attempts=most, beat=images.c.beat + 1)
@@ -357,27 +360,27 @@ class Catalogue:
     def record_failure(
         self, claim: Claim, asset: str, attempt: int, wait_seconds: float, error: str
     ) -> None:
-        """Writes down that an attempt at an asset failed, and how long the next one waits."""
+        """Records that an attempt at an asset failed, and how long the next one waits."""
         detail = f"{asset}, attempt {attempt}, next in {wait_seconds:g} s: {error}"
         with self._database.transaction() as connection:
             self._update(connection, claim, error=history.cut(error))
             self._record(connection, claim.image_id, "attempt_failed", detail)
 
     def save_original(self, claim: Claim, facts: OriginalFacts) -> None:
-        """Stores what was found out about the original."""
+        """Stores the facts about the original."""
         with self._database.transaction() as connection:
             self._update(connection, claim, **asdict(facts))
 
     def save_metadata(
         self, claim: Claim, metadata: ImageMetadata, recipe: Recipe, input_sha256: str
     ) -> None:
-        """Stores what the vision model said, and of which original: at once, so that it is not paid for twice."""
+        """Stores the vision model's answer at once, so that the call is not paid for twice."""
         with self._database.transaction() as connection:
             self._update(connection, claim, metadata=metadata.model_dump(by_alias=True))
             self._record_result(connection, claim, "metadata", recipe, input_sha256)
 
     def save_variants(self, claim: Claim, variants: Sequence[tuple[str, Variant]]) -> None:
-        """Stores the (path, variant) rows in place of the image's older ones; call it before the files are written.
+        """Stores (path, variant) rows in place of older ones; call it before writing the files.
 
         Raises:
             PathTakenError: a path belongs to another image; nothing was stored.
@@ -403,12 +406,12 @@ class Catalogue:
                 connection.execute(sa.insert(image_variants), rows)
         except sa.exc.IntegrityError:
             raise PathTakenError(
-                f"another image already has a variant at {rows[0]['path']}: originals that differ only in their "
-                "extension share their variants' paths, so give one another name"
+                f"another image already has a variant at {rows[0]['path']}: originals that differ "
+                "only in their extension share their variants' paths, so rename one"
             ) from None
 
     def record_result(self, claim: Claim, asset: str, recipe: Recipe, input_sha256: str) -> None:
-        """Writes down that an asset's result is in place, and what made it of which input."""
+        """Records that an asset's result is stored, what made it, and from which input."""
         with self._database.transaction() as connection:
             self._update(connection, claim)
             self._record_result(connection, claim, asset, recipe, input_sha256)
@@ -424,10 +427,10 @@ class Catalogue:
                     self._record(connection, claim.image_id, "check_failed", f"{name}: {problem}")
 
     def finish(self, claim: Claim) -> Status:
-        """Ends a claim: `completed` if all results are in place, else back to `pending` for a run that makes them.
+        """Ends a claim: `completed` if all results are stored, else `pending` for another run.
 
-        Results count only if they were made of the same original. The image is `pending` again, too, if it was pushed
-        after the run began.
+        Results count only if they were made from the same original. The image is `pending` again,
+        too, if it was pushed after the run started.
         """
         inputs = sa.select(image_results.c.asset, image_results.c.input_sha256).where(
             image_results.c.image_id == claim.image_id
@@ -451,20 +454,20 @@ class Catalogue:
             )
 
     def fail(self, claim: Claim, reason: str, error: str) -> None:
-        """Ends a claim as `failed`, with a word to filter by and a sentence, and puts the notice into the outbox."""
+        """Ends a claim as `failed`, with a code and a sentence, and adds a notice to the outbox."""
         with self._database.transaction() as connection:
             self._fail(connection, claim, reason, error)
 
     def hand_back(self, claim: Claim, cause: str, wait_seconds: float = 0) -> None:
-        """Gives a claim up without an end: the image is `pending` again, in a new generation, after a wait."""
+        """Gives up a claim: the image is `pending` in a new generation, due after a wait."""
         with self._database.transaction() as connection:
             self._hand_back(connection, claim, cause, wait_seconds)
 
     def recover(self, lost: Processing, cause: str) -> Status:
-        """Takes an image from a run that is gone: `pending` again, or at the third time `failed`.
+        """Takes an image from a run that is gone: `pending` again, or `failed` the third time.
 
-        Counted are the recoveries since the image was accepted and within 72 hours; an image that loses its
-        worker again and again is likely what kills it.
+        Counts the recoveries since the image was accepted, within 72 hours: an image that loses its
+        run again and again probably kills it.
 
         Raises:
             StaleClaimError: the run ended, or another one took over, in the meantime.
@@ -486,13 +489,17 @@ class Catalogue:
                     connection,
                     claim,
                     "poison",
-                    f"its run was lost {earlier + 1} times, at last because {cause}",
+                    f"its run was lost {earlier + 1} times, the last time because {cause}",
                 )
             self._hand_back(connection, claim, cause, 0)
             return Status.PENDING
 
     def renew(self, pending: Pending, cause: str, wait_seconds: float) -> bool:
-        """Raises the generation of an image whose run ended before it began; False if it was claimed meanwhile."""
+        """Begins a new generation of an image whose run ended before it claimed the image.
+
+        Returns:
+            False if it was claimed meanwhile.
+        """
         statement = (
             sa.update(images)
             .where(
@@ -509,7 +516,7 @@ class Catalogue:
             return True
 
     def count_renewals(self, pending: Pending) -> int:
-        """How often an image's generation was raised by `renew` since it was accepted."""
+        """How often `renew` began a generation of an image since it was accepted."""
         since = _accepted_at(pending.image_id)
         with self._database.transaction() as connection:
             return history.count(connection, pending.image_id, "renewed", since)
@@ -523,7 +530,7 @@ class Catalogue:
         return True
 
     def prioritize(self, image_id: str, priority: int) -> bool:
-        """Changes the priority of an image that waits; False if it does not."""
+        """Changes the priority of a pending image; returns False if it is not pending."""
         statement = (
             sa.update(images)
             .where(images.c.id == image_id, images.c.status == Status.PENDING)
@@ -555,9 +562,9 @@ class Catalogue:
             return int(connection.execute(query).scalar_one())
 
     def reopen(self, reason: str, since: datetime) -> int:
-        """Has images that failed for this reason since then wait again, as if they had not; gives how many.
+        """Makes images that failed for this reason since then pending again; returns their number.
 
-        Administrators that were not told yet will not be.
+        Notices that were not sent yet are withdrawn.
         """
         failures = sa.and_(
             images.c.status == Status.FAILED,
@@ -578,7 +585,7 @@ class Catalogue:
         return len(image_ids)
 
     def get(self, image_id: str) -> dict[str, Any] | None:
-        """All that is known of an image, or None: its row, `variants`, `made_by` per asset, and `history`."""
+        """Everything about an image, or None: its row, `variants`, `made_by` and `history`."""
         with self._database.transaction() as connection:
             row = (
                 connection.execute(sa.select(images).where(images.c.id == image_id))
@@ -626,7 +633,7 @@ class Catalogue:
         }
 
     def find_unknown(self, originals: Mapping[str, str]) -> dict[str, str]:
-        """Of originals (ID to path), those whose ID has no row and whose path belongs to no other image."""
+        """Those originals (path by ID) whose ID has no row and whose path no image uses."""
         with self._database.transaction() as connection:
             rows = connection.execute(
                 sa.select(images.c.id, images.c.requested_path, images.c.path)
@@ -710,7 +717,7 @@ class Catalogue:
         self._record(connection, claim.image_id, "made", f"{asset} by {recipe.version}")
 
     def _update(self, connection: sa.Connection, claim: Claim, **values: Any) -> None:
-        """Changes the claimed row, or raises StaleClaimError if the claim was succeeded."""
+        """Changes the claimed row; raises StaleClaimError if a later claim replaced this one."""
         statement = (
             sa.update(images)
             .where(
@@ -742,9 +749,9 @@ class Catalogue:
         }
 
     def _fail(self, connection: sa.Connection, claim: Claim, reason: str, error: str) -> Status:
-        """Ends a claim as failed; if the image was pushed after the run began, it is `pending` again instead.
+        """Ends a claim as failed, or pending if the image was pushed after the run started.
 
-        Of a generation that is followed by another one at once, nobody is told.
+        In the latter case there is no notice.
         """
         self._update(
             connection, claim, status=Status.FAILED, reason=reason, error=history.cut(error)
@@ -756,7 +763,7 @@ class Catalogue:
         return Status.FAILED
 
     def _begin(self, connection: sa.Connection, upload: Upload) -> bool:
-        """Begins a generation of an image that is unknown or has ended; False if it has not."""
+        """Begins a generation of an image that is unknown or has ended; else returns False."""
         insert = self._database.insert(images).values(
             id=upload.image_id,
             priority=upload.priority,
@@ -775,7 +782,7 @@ class Catalogue:
         return bool(connection.execute(statement).rowcount)
 
     def _note_push(self, connection: sa.Connection, upload: Upload) -> None:
-        """Counts a push of an image that has not ended; the next run to begin looks where it says."""
+        """Counts a push of an image that has not ended; its next run uses this push's path."""
         higher = sa.case(
             (images.c.priority < upload.priority, upload.priority), else_=images.c.priority
         )
@@ -789,7 +796,7 @@ class Catalogue:
             self._record(connection, upload.image_id, "pushed_again")
 
     def _begin_if_pushed(self, connection: sa.Connection, image_id: str) -> bool:
-        """Begins the next generation of an image that has just ended, if pushes came after its run began."""
+        """Begins another generation of an image that has just ended, if it was pushed meanwhile."""
         statement = (
             sa.update(images)
             .where(images.c.id == image_id, images.c.pushes > images.c.pushes_seen)
@@ -798,7 +805,7 @@ class Catalogue:
         if not connection.execute(statement).rowcount:
             return False
         self._record(
-            connection, image_id, "accepted", "it was pushed again while a run worked on it"
+            connection, image_id, "accepted", "it was pushed again while a run processed it"
         )
         return True
 
@@ -808,7 +815,7 @@ def _accepted_at(image_id: str) -> sa.ScalarSelect[Any]:
 
 
 def _first_generation(now: datetime) -> dict[str, Any]:
-    """Column values of an image that was not known before."""
+    """Column values of an unknown image."""
     return {
         "status": Status.PENDING,
         "generation": 1,
@@ -821,7 +828,7 @@ def _first_generation(now: datetime) -> dict[str, Any]:
 
 
 def _new_generation(now: datetime) -> dict[str, Any]:
-    """Column values that begin a new life of an image that had ended; its results stay until they are replaced."""
+    """Column values that begin a new generation; results stay until they are replaced."""
     return {
         "status": Status.PENDING,
         "generation": images.c.generation + 1,

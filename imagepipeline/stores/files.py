@@ -1,10 +1,10 @@
-"""FileStore: originals and variants below one storage root on a local disk.
+"""FileStore: a `Storage` in a folder on a disk.
 
-Paths are those of the contract: relative, with `/`, `original/…` or `variants/…`. Nothing outside the root is
-opened, and no symbolic link, device or pipe is followed.
+It opens nothing outside its root, and follows no symbolic link, device or pipe.
 
-What is written is as open as the folder it is written to, whatever the process' umask: who may enter that may read it.
-Below a private home all is private; below a folder that a web server may enter, all can be served.
+Files are as accessible as the folder they are in, whatever the umask: who may enter the folder may
+read them. Below a private home everything is private; below a folder that a web server may enter,
+everything can be served.
 """
 
 import contextlib
@@ -21,25 +21,21 @@ from imagepipeline.errors import DiskFullError, MissingOriginalError, UnsafePath
 from imagepipeline.models import IMAGE_ID_PATTERN, check_image_id
 
 SETTLED_SECONDS, LEFTOVER_SECONDS = 60, 3600
-ENTER, WRITE = 0o011, 0o022  # what a mode lets others do with a folder
+ENTER, WRITE = 0o011, 0o022  # mode bits of a folder for group and others
 
 
 class FileStore:
-    """Files below `root`, which is created when first written to."""
+    """Files below `root`, which is created by the first write."""
 
     def __init__(self, root: Path) -> None:
         self.root = root
 
     def make_root(self) -> None:
-        """Makes the root where there is none; others may do in it what they may do around it, but write."""
+        """Creates the root with the permissions of its parent, but writable only by us."""
         _make_folder(self.root)
 
     def list_originals_of(self, image_id: str) -> list[str]:
-        """The paths of the files `original/<image_id>.*`, sorted.
-
-        Raises:
-            MissingOriginalError: the folder cannot be read.
-        """
+        """See `Storage.list_originals_of`."""
         prefix = f"{check_image_id(image_id)}."
         try:
             with self._open_folder(["original"]) as folder:
@@ -54,15 +50,11 @@ class FileStore:
             ) from None
 
     def read(self, path: str, max_bytes: int | None = None) -> bytes:
-        """The content of a file, of which at most `max_bytes + 1` bytes are read.
-
-        Raises:
-            MissingOriginalError: it is not there, or no plain file.
-        """
+        """See `Storage.read`."""
         *parents, name = Path(path).parts
         try:
             with self._open_folder(parents) as folder:
-                # Without O_NONBLOCK, opening a pipe would wait for its writer for ever.
+                # Without O_NONBLOCK, opening a pipe would wait for a writer.
                 descriptor = os.open(
                     name, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK, dir_fd=folder
                 )
@@ -78,22 +70,15 @@ class FileStore:
             return file.read(-1 if max_bytes is None else max_bytes + 1)
 
     def put_original(self, image_id: str, content: bytes, extension: str) -> str:
-        """Stores an original as `original/<image_id>.<extension>`, also over an older one; gives its path."""
+        """See `Storage.put_original`."""
         path = f"original/{check_image_id(image_id)}.{extension}"
         self.write(path, content)
         return path
 
     def write(self, path: str, content: bytes) -> None:
-        """Writes a file so that readers see the old content or the new, never a part, also after a power cut.
-
-        Raises:
-            DiskFullError: there is no room; the old content stays.
-            UnsafePathError: a folder on the way is a symbolic link, or no folder.
-        """
+        """See `Storage.write`: a temporary file beside it is synced, then renamed."""
         *parents, name = Path(path).parts
-        beside = (
-            f".{uuid.uuid4().hex}.tmp"  # without the name, which may be as long as a name can be
-        )
+        beside = f".{uuid.uuid4().hex}.tmp"  # without `name`, which may have the maximum length
         self.make_root()
         try:
             with self._open_folder(parents, is_created=True) as folder:
@@ -103,9 +88,7 @@ class FileStore:
                     )
                     with os.fdopen(descriptor, "wb") as file:
                         entered_by = os.fstat(folder).st_mode & ENTER
-                        _set_mode(
-                            descriptor, 0o600 | entered_by << 2
-                        )  # who may enter, 1, may read, 4
+                        _set_mode(descriptor, 0o600 | entered_by << 2)  # enter is 1, read is 4
                         file.write(content)
                         file.flush()
                         os.fsync(descriptor)
@@ -118,27 +101,27 @@ class FileStore:
                 raise DiskFullError(f"no room below the storage root for {path}") from error
             if error.errno in (errno.ELOOP, errno.ENOTDIR):
                 raise UnsafePathError(
-                    f"{path} cannot be written: a folder on the way is a link or a file"
+                    f"{path} cannot be written: a folder in it is a symbolic link or a file"
                 ) from error
             raise
 
     def delete(self, path: str) -> None:
-        """Removes a file if it is there."""
+        """See `Storage.delete`."""
         *parents, name = Path(path).parts
         with contextlib.suppress(FileNotFoundError), self._open_folder(parents) as folder:
             os.unlink(name, dir_fd=folder)
 
     def locate(self, path: str) -> str:
-        """Where a file is, for people."""
+        """The file's absolute path."""
         return str(self.root / path)
 
     @property
     def free_bytes(self) -> int:
-        """How much room there is left."""
+        """The free space of the disk."""
         return shutil.disk_usage(self.root).free
 
     def list_originals(self) -> dict[str, str]:
-        """The path of each `original/<image_id>.*`, by image ID, of files that were not touched for a minute."""
+        """See `Storage.list_originals`."""
         before = time.time() - SETTLED_SECONDS
         found = {}
         try:
@@ -146,7 +129,7 @@ class FileStore:
                 for name in sorted(os.listdir(folder)):
                     try:
                         state = os.stat(name, dir_fd=folder, follow_symlinks=False)
-                    except FileNotFoundError:  # it has gone since
+                    except FileNotFoundError:  # deleted since
                         continue
                     is_settled = stat.S_ISREG(state.st_mode) and state.st_mtime < before
                     if is_settled and "." in name and IMAGE_ID_PATTERN.fullmatch(Path(name).stem):
@@ -156,11 +139,11 @@ class FileStore:
         return found
 
     def list_leftovers(self) -> list[str]:
-        """The paths of what killed processes left half written: temporary files of more than an hour ago."""
+        """See `Storage.list_leftovers`."""
         before = time.time() - LEFTOVER_SECONDS
         found = []
         for path in self.root.rglob(".*.tmp"):
-            with contextlib.suppress(FileNotFoundError):  # it has gone since
+            with contextlib.suppress(FileNotFoundError):  # deleted since
                 state = path.lstat()
                 if stat.S_ISREG(state.st_mode) and state.st_mtime < before:
                     found.append(path.relative_to(self.root).as_posix())
@@ -168,14 +151,14 @@ class FileStore:
 
     @contextlib.contextmanager
     def _open_folder(self, parts: Iterable[str], is_created: bool = False) -> Iterator[int]:
-        """A folder, opened part by part from the root down, so that no link on the way is followed."""
+        """A folder, opened part by part from the root, so that no symbolic link is followed."""
         folder = os.open(self.root, os.O_RDONLY | os.O_DIRECTORY)
         try:
             for part in parts:
                 parent = folder
                 is_new = is_created and _make_entry(part, parent)
                 folder = os.open(part, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW, dir_fd=parent)
-                if is_new:  # the umask has its say in mkdir
+                if is_new:  # mkdir applied the umask
                     _set_mode(folder, stat.S_IMODE(os.fstat(parent).st_mode))
                 os.close(parent)
             yield folder
@@ -184,12 +167,12 @@ class FileStore:
 
 
 def _set_mode(descriptor: int, mode: int) -> None:
-    with contextlib.suppress(PermissionError):  # of a file system that keeps none
+    with contextlib.suppress(PermissionError):  # a file system without modes
         os.fchmod(descriptor, mode)
 
 
 def _make_entry(name: str, parent: int) -> bool:
-    """Makes a folder; gives False if there was one."""
+    """Creates a folder; returns False if it exists."""
     try:
         os.mkdir(name, 0o700, dir_fd=parent)
     except FileExistsError:
@@ -198,7 +181,7 @@ def _make_entry(name: str, parent: int) -> bool:
 
 
 def _make_folder(path: Path) -> None:
-    """Makes a folder and those around it, each as open as the one it is in; but that only we may write to it."""
+    """Creates a folder and its parents with the modes of theirs, but writable only by us."""
     if path.is_dir():
         return
     _make_folder(path.parent)

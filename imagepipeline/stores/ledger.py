@@ -1,4 +1,4 @@
-"""Ledger: what was asked of paid providers and what it cost; and the pauses during which nothing is asked."""
+"""Ledger: the calls to paid providers and their cost, and the pauses of paid work."""
 
 from collections.abc import Callable, Iterable
 from dataclasses import asdict
@@ -31,12 +31,12 @@ class Ledger:
         self._database.engine.dispose()
 
     def record(self, call: PaidCall) -> None:
-        """Writes down a call that was made, whatever came of it."""
+        """Records a call, whatever its outcome."""
         with self._database.transaction() as connection:
             connection.execute(sa.insert(provider_calls).values(at=self._clock(), **asdict(call)))
 
     def sum_cost_usd(self, since: datetime) -> float:
-        """What all calls since then cost, in US dollars, as far as their price is known."""
+        """The cost of all calls since then in US dollars, as far as it is known."""
         query = sa.select(sa.func.coalesce(sa.func.sum(provider_calls.c.cost_usd), 0)).where(
             provider_calls.c.at >= since
         )
@@ -44,7 +44,10 @@ class Ledger:
             return float(connection.execute(query).scalar_one())
 
     def find_last_usage(self, provider: str, model: str) -> tuple[bool, float | None] | None:
-        """Of the last answered call to a model in 31 days, whether it said what it used, and its cost in US dollars."""
+        """Whether the last answered call to a model reported its usage, and its cost in US dollars.
+
+        Only the last 31 days count; None if there was no call.
+        """
         calls = provider_calls.c
         query = (
             sa.select(calls.tokens_in.is_not(None), calls.cost_usd)
@@ -57,7 +60,10 @@ class Ledger:
         return None if row is None else (bool(row[0]), row[1])
 
     def count_unanswered(self, stage: str) -> dict[str, int]:
-        """By image, how many calls of a stage got no answer since the last one that did, in the last hour."""
+        """By image, how many calls of a stage went unanswered since the last answer.
+
+        Only the last hour counts.
+        """
         calls = provider_calls.c
         last = sa.select(sa.func.coalesce(sa.func.max(calls.seq), 0)).where(
             self._got_something(stage)
@@ -72,7 +78,7 @@ class Ledger:
             return dict(connection.execute(query).tuples().all())
 
     def find_streak_start(self, stage: str | None) -> datetime:
-        """Since when no call of a stage got anything but no answer; at most an hour ago."""
+        """Since when all calls of a stage have gone unanswered; at most an hour ago."""
         query = sa.select(sa.func.max(provider_calls.c.at)).where(self._got_something(stage))
         with self._database.transaction() as connection:
             return connection.execute(query).scalar_one() or self._clock() - STREAK
@@ -86,9 +92,9 @@ class Ledger:
         )
 
     def is_answered_for_others(self, image_id: str, stage: str, outcome: str) -> bool:
-        """Whether calls for other images were answered since this image's call last ended with this outcome.
+        """Whether calls for other images were answered since this image last had this outcome.
 
-        The call that has just ended does not count, nor one of more than an hour ago: much may have changed since.
+        The call that has just ended does not count, nor do calls over an hour ago.
         """
         calls = provider_calls.c
         own = (
@@ -109,7 +115,10 @@ class Ledger:
             return connection.execute(others.limit(1)).first() is not None
 
     def summarize(self, by: str, since: datetime | None = None) -> list[dict[str, Any]]:
-        """One row per `model`, `stage` or `day` (UTC): calls, answered, tokens in and out, cost, and unpriced calls."""
+        """One row for each `model`, `stage` or `day` (UTC).
+
+        Its keys are `calls`, `answered`, `tokens_in`, `tokens_out`, `cost_usd` and `unpriced`.
+        """
         calls = provider_calls.c
         group = self._day() if by == "day" else calls[by]
         query = (
@@ -138,9 +147,13 @@ class Ledger:
     def pause(
         self, reason: str, message: str, wait_seconds: float | None, stage: str | None = None
     ) -> None:
-        """Stops all new work until then, or for None until a person resumes it.
+        """Starts a pause of all paid work, or extends the one of the same reason and stage.
 
-        `stage` is whose calls brought it about; a pause of that reason and stage is prolonged, with this message.
+        Args:
+            reason: the pause's code.
+            message: for the administrators.
+            wait_seconds: its duration; None until a person resumes.
+            stage: the stage whose calls caused it.
         """
         now = self._clock()
         until = None if wait_seconds is None else now + timedelta(seconds=wait_seconds)
@@ -157,14 +170,14 @@ class Ledger:
                 )
 
     def end(self, pause: Pause) -> None:
-        """Ends one pause, whatever its time."""
+        """Ends one pause, even if its time is not over."""
         with self._database.transaction() as connection:
             connection.execute(
                 sa.update(pauses).where(pauses.c.seq == pause.seq).values(ended_at=self._clock())
             )
 
     def resume(self, *reasons: str) -> int:
-        """Ends the pauses of these reasons, or all; gives how many there were."""
+        """Ends the pauses of these reasons, or all; returns their number."""
         query = sa.update(pauses).where(pauses.c.ended_at.is_(None)).values(ended_at=self._clock())
         if reasons:
             query = query.where(pauses.c.reason.in_(reasons))
@@ -172,7 +185,7 @@ class Ledger:
             return int(connection.execute(query).rowcount)
 
     def end_probation(self, stage: str) -> None:
-        """Ends the pauses that are over by the clock, of a stage or of all: one of its calls was answered."""
+        """Ends the pauses on probation of a stage or of all, when one of its calls was answered."""
         query = (
             sa.update(pauses)
             .where(pauses.c.ended_at.is_(None), pauses.c.until <= self._clock())
@@ -182,16 +195,16 @@ class Ledger:
             connection.execute(query.values(ended_at=self._clock()))
 
     def list_pauses(self) -> list[Pause]:
-        """The pauses that have not ended; those that are over by the clock, and so on probation, last."""
+        """The pauses that have not ended; those on probation come last."""
         found = self._find_pauses(pauses.c.ended_at.is_(None))
         return sorted(found, key=lambda pause: pause.is_over)
 
     def list_untold(self, channel: str) -> list[Pause]:
-        """The pauses, also ended ones, that `webhook` or `mail` was not told of yet."""
+        """The pauses, also ended ones, of which `webhook` or `mail` was not notified yet."""
         return self._find_pauses(pauses.c[f"{channel}_sent_at"].is_(None))
 
     def mark_told(self, channel: str, told: Iterable[Pause]) -> None:
-        """Writes down that a channel was told of these pauses."""
+        """Records that a channel was notified of these pauses."""
         with self._database.transaction() as connection:
             for pause in told:
                 values = {f"{channel}_sent_at": self._clock()}
@@ -200,7 +213,7 @@ class Ledger:
                 )
 
     def _day(self) -> sa.ColumnElement[str]:
-        """The day of a call in UTC, whatever time zone a Postgres session has."""
+        """The day of a call in UTC, whatever the time zone of the Postgres session."""
         at = provider_calls.c.at
         if self._database.engine.dialect.name == "postgresql":
             return sa.func.to_char(sa.func.timezone("UTC", at), "YYYY-MM-DD")

@@ -14,7 +14,7 @@ from imagepipeline.stores.connection import connect
 
 # One key for each limit, with its number of calls and its window in milliseconds; the last argument
 # names the call. Either counts the call under all limits and returns 0, or under none and returns
-# the milliseconds until there may be a permit. The server's clock is used: with the callers' clocks,
+# the milliseconds until there may be a permit. It uses the server's clock: by the callers' clocks,
 # a late one would not see every call, and let one too many pass.
 TAKE = """
 local time = redis.call('TIME')

@@ -1,7 +1,7 @@
-"""ObjectStore: originals and variants in a bucket on S3, Google Cloud Storage or Azure, below one URL.
+"""ObjectStore: a `Storage` in a bucket on S3, Google Cloud Storage or Azure.
 
-Paths are those of the contract, as in `FileStore`. A bucket has no rename; it needs none, since a put is seen whole
-or not at all. The credentials are found as the cloud's own tools find them: in the environment, or from the machine.
+A put is atomic in a bucket, so no temporary file is needed. Credentials are found as the cloud's
+own tools find them: in the environment, or from the machine.
 """
 
 import contextlib
@@ -25,21 +25,17 @@ CONTENT_TYPES = {f".{one.name}": one.mime_type for one in OUTPUT_FORMATS.values(
 
 
 class ObjectStore:
-    """Objects below `url`: `s3://bucket/prefix`, `gs://bucket/prefix` or `az://container/prefix`."""
+    """Objects below `s3://bucket/prefix`, `gs://bucket/prefix` or `az://container/prefix`."""
 
-    free_bytes = None  # a bucket has no end
+    free_bytes = None  # a bucket has no limit
 
     def __init__(self, url: str) -> None:
         self._url = url
 
     def list_originals_of(self, image_id: str) -> list[str]:
-        """As `FileStore.list_originals_of`.
-
-        Raises:
-            StorageDownError: the bucket does not answer, as from all methods here.
-        """
+        """See `Storage.list_originals_of`."""
         found = []
-        # From behind the longer IDs that begin with `<image_id>-`, of which there may be many.
+        # Starts after the longer IDs `<image_id>-…`, of which there may be many.
         for path, _ in self._list("original", offset=f"original/{check_image_id(image_id)}-~"):
             if not path.startswith(f"original/{image_id}."):
                 break
@@ -47,7 +43,7 @@ class ObjectStore:
         return found
 
     def read(self, path: str, max_bytes: int | None = None) -> bytes:
-        """As `FileStore.read`: no more than `max_bytes + 1` bytes are kept."""
+        """See `Storage.read`."""
         content = bytearray()
         with _talking(path):
             for chunk in self._bucket.get(path).stream():
@@ -57,29 +53,29 @@ class ObjectStore:
         return bytes(content if max_bytes is None else content[: max_bytes + 1])
 
     def put_original(self, image_id: str, content: bytes, extension: str) -> str:
-        """As `FileStore.put_original`."""
+        """See `Storage.put_original`."""
         path = f"original/{check_image_id(image_id)}.{extension}"
         self.write(path, content)
         return path
 
     def write(self, path: str, content: bytes) -> None:
-        """Puts an object; readers see the old content or the new, never a part."""
+        """See `Storage.write`."""
         kind = CONTENT_TYPES.get(PurePosixPath(path).suffix, "application/octet-stream")
         with _talking(path):
-            # In parts, a killed writer would leave some behind that cost money and are hard to see.
+            # Not in parts: those of a killed writer would stay, cost money and be hard to see.
             self._bucket.put(path, content, attributes={"Content-Type": kind}, use_multipart=False)
 
     def delete(self, path: str) -> None:
-        """Removes an object if it is there."""
+        """See `Storage.delete`."""
         with _talking(path), contextlib.suppress(FileNotFoundError):
             self._bucket.delete(path)
 
     def locate(self, path: str) -> str:
-        """Where an object is, for people."""
+        """The object's URL."""
         return f"{self._url}/{path}"
 
     def list_originals(self) -> dict[str, str]:
-        """As `FileStore.list_originals`."""
+        """See `Storage.list_originals`."""
         before = datetime.now(UTC) - SETTLED
         found = {}
         for path, modified in self._list("original", offset=None):
@@ -90,7 +86,7 @@ class ObjectStore:
         return found
 
     def list_leftovers(self) -> list[str]:
-        """None: nothing is ever half written."""
+        """An empty list: a put leaves no temporary file."""
         return []
 
     def _list(self, folder: str, offset: str | None) -> Iterator[tuple[str, datetime]]:
@@ -105,13 +101,13 @@ class ObjectStore:
 
 
 def open_bucket(url: str) -> "Bucket":
-    """What obstore calls a store, below `url`; nothing is asked of it yet."""
+    """Obstore's client for a URL; it connects when first used."""
     from obstore.store import from_url
 
     timeout = timedelta(seconds=TIMEOUT_SECONDS)
     return from_url(
         url,
-        # Plain HTTP is spoken only where the operator names such an address, with AWS_ENDPOINT_URL.
+        # Plain HTTP is used only if the operator sets such an address in AWS_ENDPOINT_URL.
         client_options={"timeout": timeout, "allow_http": True},
         retry_config={"max_retries": RETRIES, "retry_timeout": timeout},
     )
@@ -125,7 +121,7 @@ def _talking(path: str) -> Iterator[None]:
         yield
     except FileNotFoundError:
         raise MissingOriginalError(f"{path} is not below the storage root") from None
-    except (BaseError, PermissionError) as error:  # their texts hold addresses and answers
+    except (BaseError, PermissionError) as error:  # their texts contain addresses and replies
         raise StorageDownError(
             f"the object store does not serve {path} ({type(error).__name__})"
         ) from None

@@ -1,7 +1,7 @@
-"""Outbox: final failures the administrators have yet to be told of.
+"""Outbox: notices of final failures for the administrators.
 
-A notice is written in the transaction that ends the image, so that none is lost and none is sent
-for a failure that was rolled back. Each channel (`webhook`, `mail`) is marked by itself.
+A notice is written in the transaction that fails the image, so that none is lost and none is sent
+for a failure that was rolled back. Each channel (`webhook`, `mail`) is marked separately.
 """
 
 from collections.abc import Callable, Iterable, Mapping
@@ -29,7 +29,7 @@ class Outbox:
         self._database.engine.dispose()
 
     def list_unsent(self, channel: str, limit: int = 100) -> list[dict[str, Any]]:
-        """Failures of the last week that `webhook` or `mail` was not told of yet, oldest first."""
+        """Failures of the last week of which `webhook` or `mail` was not notified, oldest first."""
         sent_at = notifications.c[f"{channel}_sent_at"]
         query = (
             sa.select(notifications)
@@ -41,7 +41,7 @@ class Outbox:
             return [{**row} for row in connection.execute(query).mappings()]
 
     def mark_sent(self, channel: str, sent: Iterable[Mapping[str, Any]]) -> None:
-        """Records that a channel was told of these failures."""
+        """Records that a channel was notified of these failures."""
         with self._database.transaction() as connection:
             for row in sent:
                 connection.execute(
@@ -69,7 +69,7 @@ def add(connection: sa.Connection, image_id: str, at: datetime) -> None:
 
 
 def withdraw_unsent(connection: sa.Connection, image_id: str) -> None:
-    """Deletes the notice of an image's present generation, if no channel was told of it yet."""
+    """Deletes the notice of an image's current generation, if no channel was notified yet."""
     generation = sa.select(images.c.generation).where(images.c.id == image_id).scalar_subquery()
     unsent = sa.and_(
         notifications.c.image_id == image_id,

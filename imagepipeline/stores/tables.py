@@ -1,4 +1,4 @@
-"""The tables of the catalogue. A change here needs a migration; a test compares the two."""
+"""The tables of the catalogue. A change needs a migration; a test compares the two."""
 
 from datetime import UTC, datetime
 from typing import Any
@@ -9,7 +9,7 @@ from imagepipeline.models import Status
 
 
 class UtcDateTime(sa.types.TypeDecorator[datetime]):
-    """Timezone-aware UTC on every backend; SQLite itself keeps no time zone."""
+    """Timezone-aware UTC on every backend; SQLite stores no time zone."""
 
     impl = sa.DateTime(timezone=True)
     cache_ok = True
@@ -19,7 +19,7 @@ class UtcDateTime(sa.types.TypeDecorator[datetime]):
         return value.astimezone(UTC) if value else None
 
     def process_result_value(self, value: Any, dialect: sa.Dialect) -> datetime | None:
-        """Gives UTC back."""
+        """Returns UTC."""
         stored: datetime | None = value
         return stored.replace(tzinfo=UTC) if stored and stored.tzinfo is None else stored
 
@@ -39,19 +39,18 @@ images = sa.Table(
     schema,
     sa.Column("id", sa.String(64), primary_key=True),
     sa.Column("status", sa.String(16), nullable=False),
-    sa.Column("generation", sa.Integer, nullable=False),  # one life, from push to end; never falls
-    sa.Column(
-        "fence", sa.Integer, nullable=False
-    ),  # raised by every claim; writes under an older one are refused
+    # One generation is one life, from push to end; the number never falls.
+    sa.Column("generation", sa.Integer, nullable=False),
+    # The fencing token: every claim raises it, and writes with a lower one are refused.
+    sa.Column("fence", sa.Integer, nullable=False),
     sa.Column("priority", sa.Integer, nullable=False),
-    sa.Column(
-        "attempts", sa.Integer, nullable=False
-    ),  # the most any asset has needed in this generation
+    # The most attempts that an asset has needed in this generation.
+    sa.Column("attempts", sa.Integer, nullable=False),
     sa.Column("run_id", sa.String(64)),  # the Dagster run that holds the claim, or held it last
     # What the upload named; empty: the one file original/<id>.*
     sa.Column("requested_path", sa.String(512), index=True),
     sa.Column("path", sa.String(512), index=True),  # where the original was when it was last read
-    # Times the ID was pushed, and how many of them were before the last claim: that run sees what they announced.
+    # How often the ID was pushed, and how often before the last claim: that run covers those.
     sa.Column("pushes", sa.Integer, nullable=False, server_default="0"),
     sa.Column("pushes_seen", sa.Integer, nullable=False, server_default="0"),
     sa.Column("original_bytes", sa.Integer),
@@ -62,7 +61,7 @@ images = sa.Table(
         "placeholder", sa.String(2000)
     ),  # a data URI of a tiny WebP, for a page to show first
     sa.Column("dominant_color", sa.String(7)),  # #rrggbb
-    sa.Column("flaw", sa.String(300)),  # what is missing of an original that was made the best of
+    sa.Column("flaw", sa.String(300)),  # what is missing from a salvaged original
     sa.Column("metadata", sa.JSON(none_as_null=True)),
     sa.Column("reason", sa.String(32)),
     sa.Column("error", sa.String(300)),
@@ -70,14 +69,14 @@ images = sa.Table(
     sa.Column(
         "beat", sa.Integer, nullable=False
     ),  # raised by a living run; one that stands still is dead
-    sa.Column("discarded_at", UtcDateTime),  # a failure that a person has seen and let go
+    sa.Column("discarded_at", UtcDateTime),  # when an administrator discarded the failure
     sa.Column("accepted_at", UtcDateTime, nullable=False),
     sa.Column("updated_at", UtcDateTime, nullable=False),
     sa.CheckConstraint(sa.column("status").in_([status.value for status in Status]), name="status"),
     sa.Index(None, "status", "priority", "accepted_at"),
 )
 
-# One row: whose runs the rows above are.
+# One row: the Dagster instance whose runs are named above.
 catalogue_owner = sa.Table(
     "catalogue_owner",
     schema,
@@ -98,7 +97,7 @@ image_variants = sa.Table(
     sa.Column("size", sa.Integer, nullable=False),
 )
 
-# What made each image's current results: the record a later plan compares with today's settings.
+# What made each image's current results.
 image_results = sa.Table(
     "image_results",
     schema,
@@ -112,7 +111,7 @@ image_results = sa.Table(
     sa.Column("made_at", UtcDateTime, nullable=False),
 )
 
-# Each change of an image, written in the transaction that makes it: an image's story, and the proof of ours.
+# Every change of an image, written in the transaction that makes it.
 image_history = sa.Table(
     "image_history",
     schema,
@@ -128,7 +127,7 @@ image_history = sa.Table(
     sa.Index(None, "event", "at"),
 )
 
-# The outbox: one row per final failure, written in the transaction that fails the image.
+# The outbox: one row for each final failure, written in the transaction that fails the image.
 notifications = sa.Table(
     "notifications",
     schema,
@@ -142,7 +141,7 @@ notifications = sa.Table(
     sa.Column("mail_sent_at", UtcDateTime),
 )
 
-# One row per call to a paid provider, whatever came of it.
+# One row for each call to a paid provider, whatever its outcome.
 provider_calls = sa.Table(
     "provider_calls",
     schema,
@@ -162,13 +161,13 @@ provider_calls = sa.Table(
     sa.Index(None, "image_id", "generation"),
 )
 
-# What stops all new work: a bad key, no credit, a budget. Open while ended_at is empty.
+# What stops all paid work: a bad key, no credit, a budget. Open while ended_at is empty.
 pauses = sa.Table(
     "pauses",
     schema,
     sa.Column("seq", sa.Integer, primary_key=True, autoincrement=True),
     sa.Column("reason", sa.String(32), nullable=False),
-    sa.Column("stage", sa.String(16)),  # whose calls brought it about; empty: those of all
+    sa.Column("stage", sa.String(16)),  # whose calls caused it; empty: all
     sa.Column("message", sa.String(300), nullable=False),
     sa.Column("since", UtcDateTime, nullable=False),
     sa.Column("until", UtcDateTime),  # empty: until a person resumes

@@ -107,7 +107,7 @@ class UploadQueue:
         return counted
 
     def wait(self, seconds: float) -> None:
-        """Blocks until there is an entry, at most `seconds` (under 5); not at all if Redis is full."""
+        """Waits up to `seconds` (under 5) for an entry; returns at once if Redis is full."""
         with _translated_errors(), suppress(redis.exceptions.OutOfMemoryError):
             # Moves the last entry to where it is: the only blocking command that changes nothing.
             self.redis.blmove(self.wait_key, self.wait_key, seconds, "RIGHT", "RIGHT")
@@ -250,8 +250,8 @@ def _translated_errors() -> Iterator[None]:
         ) from None
     except CLUSTER_ERRORS:
         raise RedisClusterError(
-            "Redis runs as a cluster, which spreads our lists over several servers and cannot change "
-            "them in one step: use one server (cluster-enabled no), with replicas if you like"
+            "Redis runs as a cluster, which spreads our lists over several servers and cannot "
+            "change them in one step: use one server (cluster-enabled no), perhaps with replicas"
         ) from None
     except redis.ResponseError as error:  # the server's text, which contains no secret
         raise StackError(f"Redis refuses the command: {error}") from None

@@ -1,6 +1,6 @@
-"""EmbeddingIndex: image embeddings in LanceDB, one table per embedding version and number of dimensions.
+"""EmbeddingIndex: a `SearchIndex` in LanceDB, with a table for each version and vector length.
 
-lancedb and pyarrow are imported where they are used: together they take two seconds and start threads.
+lancedb and pyarrow are imported where they are used: they take two seconds and start threads.
 """
 
 import contextlib
@@ -22,38 +22,37 @@ from imagepipeline.models import Claim, Embedding, Neighbour, check_image_id
 from imagepipeline.stores.objects import open_bucket
 from imagepipeline.text import make_printable
 
-# Without it, five writers of the same new ID leave five rows. In the schema, so that no table exists without it.
+# Without it, five writers of the same new ID leave five rows. It is part of the schema, so that no
+# table exists without it.
 PRIMARY_KEY = {"lance-schema:unenforced-primary-key": "true"}
 
 Write = tuple[Claim, Embedding]
 MIN_COMMITS = 20
-READERS_PATIENCE = timedelta(hours=1)  # how long a reader may look at an old version
+READERS_PATIENCE = timedelta(hours=1)  # how long a reader may use an old version
 log = logging.getLogger(__name__)
 
 
 class EmbeddingIndex:
-    """The LanceDB at `uri`, a folder or a URL; a table is created by the first upsert into it.
+    """The LanceDB database at `uri`, a folder or a URL.
 
-    Any number of processes may write, on any number of machines, also the first rows of all: an image has one row, that
-    of its highest fence. Commits that conflict are tried again by LanceDB.
+    The first upsert into a table creates it. LanceDB retries commits that conflict.
     """
 
     def __init__(self, uri: str) -> None:
         self._uri = uri
 
     def upsert(self, claim: Claim, embedding: Embedding) -> None:
-        """Stores the claimed image's embedding in place of any older one of the same version.
-
-        Raises:
-            StaleClaimError: a later claim has already written; the table is unchanged.
-            ProviderRejectedError: the model gives vectors of another length than before.
-        """
+        """See `EmbeddingStore.upsert`."""
         error = self.upsert_all([(claim, embedding)])[0]
         if error is not None:
             raise error
 
     def upsert_all(self, writes: Sequence[Write]) -> list[ImagePipelineError | None]:
-        """Stores several with one commit a table; gives what `upsert` would raise for each, or None."""
+        """Stores several with one commit for each table.
+
+        Returns:
+            For each write the error that `upsert` would raise, or None.
+        """
         errors: list[ImagePipelineError | None] = [None] * len(writes)
         by_table: dict[str, list[int]] = {}
         for position, (_, embedding) in enumerate(writes):
@@ -63,13 +62,14 @@ class EmbeddingIndex:
             known = self.list_dimensions(embedding.version)
             if known and len(embedding.vector) not in known:
                 refusal = ProviderRejectedError(
-                    f"{embedding.version} gave {len(embedding.vector)} dimensions, the index holds {known[0]}: the "
-                    "model behind the name has changed, so give it another IMAGEPIPELINE_EMBEDDING_MODEL"
+                    f"{embedding.version} gave {len(embedding.vector)} dimensions, the index holds "
+                    f"{known[0]}: the model behind the name has changed, so set another "
+                    "IMAGEPIPELINE_EMBEDDING_MODEL"
                 )
                 for position in positions:
                     errors[position] = refusal
                 continue
-            # One row an image: the last of its highest fence.
+            # One row for each image: the last one with its highest fence.
             latest = {
                 writes[p][0].image_id: p
                 for p in sorted(positions, key=lambda p: writes[p][0].fence)
@@ -84,7 +84,7 @@ class EmbeddingIndex:
         return errors
 
     def get(self, image_id: str, version: str) -> dict[str, Any] | None:
-        """An image's row of that version (image_id, generation, fence, model, text, vector), or None."""
+        """See `EmbeddingStore.get`."""
         where = f"image_id = '{check_image_id(image_id)}'"
         for name in self._table_names():
             table = self._open(name) if name.startswith(_table_prefix(version)) else None
@@ -96,7 +96,7 @@ class EmbeddingIndex:
         return None
 
     def list_dimensions(self, version: str) -> list[int]:
-        """The numbers of dimensions of the vectors of that version; more than one if its model has changed."""
+        """See `SearchIndex.list_dimensions`."""
         prefix = _table_prefix(version)
         return [
             int(name.removeprefix(prefix))
@@ -105,12 +105,12 @@ class EmbeddingIndex:
         ]
 
     def count_rows(self) -> int:
-        """The number of embeddings, of all versions."""
+        """See `SearchIndex.count_rows`."""
         tables = [self._open(name) for name in self._table_names()]
         return sum(table.count_rows() for table in tables if table)
 
     def nearest(self, query: Embedding, count: int) -> list[Neighbour]:
-        """Up to `count` images, nearest first, among those embedded with the query's version."""
+        """See `SearchIndex.nearest`."""
         table = self._open(_table_name(query))
         if table is None:
             return []
@@ -118,7 +118,7 @@ class EmbeddingIndex:
         return [Neighbour(row["image_id"], 1 - row["_distance"], row["text"]) for row in rows]
 
     def nearest_other(self, image_id: str, version: str) -> Neighbour | None:
-        """The image nearest to another one, or None if there is none."""
+        """See `SearchIndex.nearest_other`."""
         row = self.get(image_id, version)
         if row is None:
             return None
@@ -126,7 +126,7 @@ class EmbeddingIndex:
         return next((neighbour for neighbour in found if neighbour.image_id != image_id), None)
 
     def _merge(self, writes: Sequence[Write]) -> dict[str, int]:
-        """Stores writes of different images and of one table; gives the fence the table then holds of each."""
+        """Stores writes of different images in one table; returns each row's fence afterwards."""
         import pyarrow as pa
 
         table = self._open_or_create(writes[0][1])
@@ -145,12 +145,14 @@ class EmbeddingIndex:
             table.merge_insert("image_id")
             .when_matched_update_all(where="target.fence <= source.fence")
             .when_not_matched_insert_all()
-            .use_index(False)  # with a scalar index, writers of the same new ID leave one row each
+            .use_index(
+                False
+            )  # with a scalar index, concurrent writers of a new ID leave a row each
             .execute(pa.Table.from_pylist(rows, schema=table.schema))
         )
         if result.num_inserted_rows + result.num_updated_rows == len(rows):
             return {claim.image_id: claim.fence for claim, _ in writes}
-        table.checkout_latest()  # another process may have written the rows that refused ours
+        table.checkout_latest()  # another process may have written those rows
         known = ", ".join(f"'{check_image_id(claim.image_id)}'" for claim, _ in writes)
         query = (
             table.search()
@@ -164,7 +166,7 @@ class EmbeddingIndex:
     def _database(self) -> Any:
         import lancedb
 
-        # Plain HTTP is spoken only where the operator names such an address, with AWS_ENDPOINT_URL.
+        # Plain HTTP is used only if the operator sets such an address in AWS_ENDPOINT_URL.
         return lancedb.connect(
             self._uri, storage_options={"allow_http": "true"} if "://" in self._uri else None
         )
@@ -173,7 +175,7 @@ class EmbeddingIndex:
         return list(self._database.list_tables(limit=1000).tables)
 
     def _open(self, name: str) -> Any:
-        """That table, or None if there is none, or not yet a whole one."""
+        """That table, or None if it does not exist, or not completely yet."""
         try:
             return self._database.open_table(name)
         except ValueError:
@@ -189,10 +191,10 @@ class EmbeddingIndex:
 
 
 class BatchingIndex(EmbeddingIndex):
-    """An index whose concurrent upserts share commits: what arrives while one is written is written with the next.
+    """An index whose concurrent upserts share commits: those that arrive during one share the next.
 
-    A commit costs the same for one row as for hundred, and each is a version and a file more to read; these are put
-    together now and then. Each machine has one process that holds such an index; they write side by side.
+    A commit costs the same for one row as for a hundred, and adds a version and a file to read;
+    compaction merges these from time to time. Each machine has one process with such an index.
     """
 
     def __init__(self, uri: str) -> None:
@@ -202,11 +204,11 @@ class BatchingIndex(EmbeddingIndex):
         self._writing = threading.Lock()
 
     def upsert(self, claim: Claim, embedding: Embedding) -> None:
-        """Returns once it is stored; raises what `EmbeddingIndex.upsert` raises."""
+        """See `EmbeddingStore.upsert`."""
         done: Future[None] = Future()
         self._waiting.put(((claim, embedding), done))
         with self._writing:
-            if not done.done():  # else the one before took it along
+            if not done.done():  # else another thread has written it
                 self._write_waiting()
         done.result()
 
@@ -224,30 +226,27 @@ class BatchingIndex(EmbeddingIndex):
                 done.set_result(None)
             else:
                 done.set_exception(failure)
-        self._tidy()
+        self._compact()
 
-    def _tidy(self) -> None:
+    def _compact(self) -> None:
         self._commits += 1
-        # Putting a table of n rows together costs about as much as n / 4 reads of one more file, so that the sum of
-        # both is least at every sqrt(n / 2) commits (measured to 600 rows, reckoned beyond).
+        # Compaction of n rows costs about as much as n / 4 reads of one more file, so the sum of
+        # both is least at every sqrt(n / 2) commits (measured up to 600 rows, calculated beyond).
         if self._commits < MIN_COMMITS or self._commits < math.sqrt(self.count_rows() / 2):
             return
         self._commits = 0
         for name in self._table_names():
             try:
                 self._database.open_table(name).optimize(cleanup_older_than=READERS_PATIENCE)
-            except (
-                Exception
-            ) as error:  # it is none of the images' business, and will be tried again
-                is_conflict = "commit conflict" in str(
-                    error
-                )  # another process has written meanwhile
+            except Exception as error:  # no image depends on it, and it will be tried again
+                # A conflict: another process has written meanwhile.
+                is_conflict = "commit conflict" in str(error)
                 level = logging.DEBUG if is_conflict else logging.WARNING
                 log.log(level, "index compaction failed: %s", make_printable(str(error)))
 
 
 def build_schema(dimensions: int) -> Any:
-    """The columns of a table, for Arrow."""
+    """A table's columns as an Arrow schema."""
     import pyarrow as pa
 
     return pa.schema(
@@ -263,11 +262,11 @@ def build_schema(dimensions: int) -> Any:
 
 
 def create_table(uri: str, name: str, schema: Any) -> None:
-    """Makes an empty table, or leaves the one alone that another process has made meanwhile.
+    """Creates an empty table, unless another process has done so meanwhile.
 
-    Of two processes that create a table, LanceDB lets the later one overwrite what the earlier one has written. So it
-    is created in a folder of ours, and copied: the file that says what its first version holds comes last, and is put
-    only where there is none. https://github.com/lance-format/lance/issues/4451
+    If two processes create a table, LanceDB lets the later one overwrite the rows of the earlier.
+    So it is created in a temporary folder and copied; its first manifest is copied last, and only
+    if there is none. https://github.com/lance-format/lance/issues/4451
     """
     import lancedb
     import obstore

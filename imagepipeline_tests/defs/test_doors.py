@@ -74,7 +74,7 @@ def test_the_key_of_a_manual_partition_is_validated_like_an_entry(run, catalogue
 
 def test_a_malformed_generation_fails_its_run_but_no_tick(run, instance, tick, queue, catalogue):
     result = run("cat", "ten")
-    assert "the run's tag imagepipeline/generation is no number" in list_errors(result)[0]
+    assert "the run's tag imagepipeline/generation is not a number" in list_errors(result)[0]
     for tags in ({GENERATION_TAG: "ten", "dagster/partition": "a"}, {GENERATION_TAG: "1"}):
         dg_run = dg.DagsterRun(
             job_name="process_upload", tags=tags, status=dg.DagsterRunStatus.STARTED
@@ -126,7 +126,7 @@ def test_a_row_that_cannot_be_reconciled_does_not_affect_others(
         lambda row, cause: recover(row, cause) if row.image_id != "bad" else 1 / 0,
     )
     lines = reconcile(catalogue, instance, tasks, StandstillWatch())
-    assert any(line.startswith("'bad' could not be looked at: ZeroDivisionError") for line in lines)
+    assert any(line.startswith("'bad' could not be checked: ZeroDivisionError") for line in lines)
     assert catalogue.get("good")["status"] == "pending"
 
 

@@ -131,5 +131,5 @@ def test_an_error_on_one_channel_does_not_affect_the_other(tick, fail):
     webhook, mail = ScriptedNotifier("webhook"), ScriptedNotifier("mail")
     webhook.send = lambda failures: 1 / 0
     fail("a")
-    assert "webhook: ZeroDivisionError came up." in tick(webhook, mail)
+    assert "webhook: ZeroDivisionError was raised." in tick(webhook, mail)
     assert mail.sent == [["a"]]

@@ -123,7 +123,7 @@ def test_an_entry_leaves_the_list_only_after_it_is_in_the_catalogue(queue, catal
         with pytest.raises(KeyboardInterrupt):
             take_in(queue, catalogue)
     assert queue.count()["waiting"] == 1
-    assert take_in(queue, catalogue) == ["a was taken in."]
+    assert take_in(queue, catalogue) == ["a was accepted."]
     assert queue.count()["waiting"] == 0
 
 

@@ -219,7 +219,7 @@ def test_an_invalid_dead_letter_can_be_discarded_and_does_not_affect_the_others(
     queue.redis.lpush(queue.dead_key, stored)
     strange, honest = queue.list_dead()
     assert (strange["reason"], honest["reason"]) == (
-        "it is no dead letter, and was put there by others",
+        "another program wrote this entry, which is not a dead letter",
         "the reason",
     )
     assert strange["entry"].isprintable()

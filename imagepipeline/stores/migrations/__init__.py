@@ -1,6 +1,6 @@
 """The migrations of the catalogue, run by Alembic with a version table of our own.
 
-The default table, `alembic_version`, may be another program's in a database that is shared with one.
+In a shared database, the default table `alembic_version` may belong to another program.
 """
 
 import sqlalchemy as sa
@@ -13,14 +13,14 @@ from imagepipeline.errors import StackError
 from imagepipeline.stores.tables import schema
 
 VERSION_TABLE = "imagepipeline_version"
-SHARED_VERSION_TABLE = "alembic_version"  # where versions up to 0.1.0 kept theirs
+SHARED_VERSION_TABLE = "alembic_version"  # used by versions up to 0.1.0
 
 
 def upgrade(connection: sa.Connection) -> None:
     """Brings the tables up to date.
 
     Raises:
-        StackError: a newer version has changed the tables so that this one cannot use them.
+        StackError: a newer version has removed something that this version needs.
     """
     config = Config()
     config.set_main_option("script_location", "imagepipeline.stores:migrations")
@@ -44,7 +44,7 @@ def _read_version(connection: sa.Connection, table: str) -> str | None:
 
 
 def _check_newer(connection: sa.Connection, version: str) -> None:
-    """Lets this version work on the tables of a newer one that has only added to them."""
+    """Accepts the tables of a newer version that has only added to them."""
     found = sa.inspect(connection)
     for table in schema.sorted_tables:
         columns = (
@@ -55,6 +55,6 @@ def _check_newer(connection: sa.Connection, version: str) -> None:
         missing = sorted(set(table.columns.keys()) - columns)
         if missing:
             raise StackError(
-                f"the catalogue's tables are those of a newer version ({version}), without {table.name}.{missing[0]}: "
-                "install that version again, or restore a backup from before it"
+                f"the catalogue's tables are those of a newer version ({version}), without "
+                f"{table.name}.{missing[0]}: install that version again, or restore an older backup"
             )
