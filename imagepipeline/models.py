@@ -195,6 +195,7 @@ class Claim:
         fence: the fencing token; writes with a lower one are refused.
         path: the original's path, if the upload named one.
         last_path: where the original was when it was last read.
+        last_sha256: the hash it had then.
     """
 
     image_id: str
@@ -202,6 +203,7 @@ class Claim:
     fence: int
     path: str | None
     last_path: str | None = None
+    last_sha256: str | None = None
 
 
 @dataclass(frozen=True)

@@ -1,6 +1,7 @@
-"""Originals: read, hashed and decoded once in a run, for all its assets."""
+"""Originals: read, hashed and decoded at most once in a run, for all its assets."""
 
 import hashlib
+from collections.abc import Callable
 from dataclasses import dataclass
 
 from imagepipeline.errors import InvalidUploadError, MissingOriginalError, UnsafePathError
@@ -14,8 +15,8 @@ from imagepipeline.stores.catalogue import Catalogue
 
 
 @dataclass(frozen=True)
-class Original:
-    """An original: its facts for the catalogue, what was prepared, and its pixels in a sandbox.
+class Decoding:
+    """A decoded original: its facts for the catalogue, what was prepared, and its pixels.
 
     `usage` is the CPU time and memory that decoding took.
     """
@@ -24,6 +25,63 @@ class Original:
     prepared: Prepared
     usage: Usage
     session: Session[Decoded]
+
+
+class Original:
+    """An original that was read, and is decoded when anything but its hash is first asked for.
+
+    All but `path` and `sha256` raise what decoding raises:
+
+    Raises:
+        PermanentError: it is not accepted; the message is for the uploader.
+        SandboxLostError: decoding crashed or timed out.
+    """
+
+    def __init__(
+        self, path: str, content: bytes, decode_it: Callable[[str, bytes], Decoding]
+    ) -> None:
+        self.path = path
+        self.sha256 = hashlib.sha256(content).hexdigest()
+        self._content = content
+        self._decode = decode_it
+        self._decoding: Decoding | None = None
+
+    @property
+    def is_usable(self) -> bool:
+        """Whether it is not decoded yet, or its pixels are still in the sandbox."""
+        return self._decoding is None or self._decoding.session.is_open
+
+    @property
+    def facts(self) -> OriginalFacts:
+        """What the catalogue keeps of it."""
+        return self._decoded.facts
+
+    @property
+    def prepared(self) -> Prepared:
+        """What was read off its pixels, and its small copies."""
+        return self._decoded.prepared
+
+    @property
+    def usage(self) -> Usage:
+        """The CPU time and memory that decoding took."""
+        return self._decoded.usage
+
+    @property
+    def session(self) -> Session[Decoded]:
+        """The sandbox that has its pixels."""
+        return self._decoded.session
+
+    def close(self) -> None:
+        """Ends its sandbox, if it was decoded."""
+        if self._decoding:
+            self._decoding.session.close()
+
+    @property
+    def _decoded(self) -> Decoding:
+        if self._decoding is None:
+            self._decoding = self._decode(self.path, self._content)
+            self._content = b""
+        return self._decoding
 
 
 class Originals:
@@ -50,28 +108,27 @@ class Originals:
         self._held: tuple[str, Original] | None = None
 
     def load(self, claim: Claim, catalogue: Catalogue) -> Original:
-        """The original at the path that the upload named, or else `original/<image_id>.*`.
+        """Reads the original at the path that the upload named, or else `original/<image_id>.*`.
 
         Before reading it, the catalogue checks that it belongs to the image.
 
         Raises:
             MissingOriginalError: it is missing, or there is more than one.
             PathTakenError: it belongs to another image.
-            PermanentError: it is not accepted; the message is for the uploader.
-            SandboxLostError: decoding crashed or timed out.
         """
         image_id = claim.image_id
-        if self._held is None or self._held[0] != image_id or not self._held[1].session.is_open:
+        if self._held is None or self._held[0] != image_id or not self._held[1].is_usable:
             self.close()
             path = claim.path or self._find(image_id, claim.last_path)
             catalogue.check_path(claim, path)
-            self._held = image_id, self._load(path)
+            content = self._files.read(path, self._rules.max_bytes)
+            self._held = image_id, Original(path, content, self._decode)
         return self._held[1]
 
     def close(self) -> None:
         """Ends the sandbox of the original it holds."""
         if self._held:
-            self._held[1].session.close()
+            self._held[1].close()
             self._held = None
 
     def _find(self, image_id: str, last_path: str | None) -> str:
@@ -89,8 +146,7 @@ class Originals:
         except InvalidUploadError as error:
             raise UnsafePathError(str(error)) from None
 
-    def _load(self, path: str) -> Original:
-        content = self._files.read(path, self._rules.max_bytes)
+    def _decode(self, path: str, content: bytes) -> Decoding:
         session = self._sandbox.open(decode, content, self._rules)
         try:
             prepared, _ = session.call(prepare, self._preview_px)
@@ -110,4 +166,4 @@ class Originals:
             prepared.facts.colors[0][1],
             prepared.flaw,
         )
-        return Original(facts, prepared, session.usage, session)
+        return Decoding(facts, prepared, session.usage, session)

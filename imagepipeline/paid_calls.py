@@ -6,7 +6,9 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime, timedelta
-from typing import Protocol, TypeVar
+from typing import Any, Generic, Protocol, TypeVar
+
+from pydantic import TypeAdapter
 
 from imagepipeline.errors import (
     ForbiddenError,
@@ -40,6 +42,22 @@ class Answer(Protocol):
 
 
 A = TypeVar("A", bound=Answer)
+
+
+class Kept(Generic[A]):
+    """How an answer of one type is kept until its result is in place, under a key."""
+
+    def __init__(self, key: str, answer_type: type[A]) -> None:
+        self.key = key
+        self._adapter = TypeAdapter(answer_type)
+
+    def dump(self, answer: A) -> str:
+        """The answer as JSON."""
+        return self._adapter.dump_json(answer, by_alias=True).decode()
+
+    def load(self, content: str) -> A:
+        """The answer that `dump` gave."""
+        return self._adapter.validate_json(content)
 
 
 @dataclass(frozen=True)
@@ -95,6 +113,7 @@ class PaidCalls:
         recipe: Recipe,
         call: Callable[[], A],
         report: Callable[[str], None] = lambda line: None,
+        kept: "Kept[A] | None" = None,
     ) -> tuple[A, Receipt]:
         """Makes a call, and records it if the model is remote.
 
@@ -106,6 +125,8 @@ class PaidCalls:
             recipe: The model that is called.
             call: Makes the call.
             report: Receives a line if the call must wait for the rate limit.
+            kept: Where the answer is kept until `forget`; one that is there already is given, and
+                no call is made.
 
         Raises:
             PausedError: Paid work is paused.
@@ -115,12 +136,14 @@ class PaidCalls:
         """
         if recipe.provider == "local":
             return call(), Receipt()
+        if kept and (earlier := self._ledger.find_answer(kept.key)):
+            return kept.load(earlier), Receipt()
         if problem := self._explain_unpriced(recipe):
             raise PostponedError(problem)
         self._check()
         waited_seconds = self._wait(stage, report)
         try:
-            return self._ask(claim, stage, recipe, call, waited_seconds)
+            return self._ask(claim, stage, recipe, call, waited_seconds, kept)
         except ForbiddenError as error:
             if claim and self._ledger.is_answered_for_others(claim.image_id, stage, error.reason):
                 answer = str(error).partition(":")[0]
@@ -140,6 +163,10 @@ class PaidCalls:
             down = PausedError("provider_down", f"{error}, for several images in a row", seconds)
             self._pause(down, claim, stage)
             raise down from error
+
+    def forget(self, kept: "Kept[Any]") -> None:
+        """Drops a kept answer, whose result is in place."""
+        self._ledger.forget(kept.key)
 
     def _pause(self, error: PausedError, claim: Claim | None, stage: str) -> None:
         # A pause caused by a search or the doctor has no stage, so that any answer ends it: neither
@@ -163,13 +190,15 @@ class PaidCalls:
         recipe: Recipe,
         call: Callable[[], A],
         waited_seconds: float,
+        kept: "Kept[A] | None",
     ) -> tuple[A, Receipt]:
-        """Makes a call and records it, whatever its outcome."""
+        """Makes a call and records it, whatever its outcome, and keeps its answer."""
         started = time.monotonic()
-        outcome, usage = "answered", None
+        outcome, usage, content = "answered", None, None
         try:
             answer = call()
             usage = answer.usage
+            content = kept.dump(answer) if kept else None
         except ImagePipelineError as error:
             reason = getattr(error, "reason", "unexpected")
             outcome, usage = (
@@ -196,7 +225,9 @@ class PaidCalls:
                     cost_usd=receipt.cost_usd,
                     seconds=receipt.seconds,
                     waited_seconds=receipt.waited_seconds,
-                )
+                ),
+                kept.key if kept else None,
+                content,
             )
         self._ledger.end_probation(stage)
         return answer, receipt

@@ -2,15 +2,16 @@
 
 import base64
 import hashlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
+from typing import Any
 
 import dagster as dg
 
-from imagepipeline.defs.attempts import GENERATION_TAG, RETRY_POLICY, attempt
+from imagepipeline.defs.attempts import RETRY_POLICY, attempt
 from imagepipeline.defs.checks import check_variants, describe_problems, refuse_wrong
 from imagepipeline.defs.partitions import uploads
-from imagepipeline.errors import MissingMetadataError
+from imagepipeline.errors import MissingMetadataError, MissingOriginalError
 from imagepipeline.imaging.palette import choose_visible
 from imagepipeline.imaging.sandbox import Usage
 from imagepipeline.imaging.variants import Renderer
@@ -24,8 +25,9 @@ from imagepipeline.models import (
     Recipe,
     VisionAnswer,
 )
+from imagepipeline.needs import build_key, hash_text
 from imagepipeline.originals import Original, Originals
-from imagepipeline.paid_calls import PaidCalls, Receipt
+from imagepipeline.paid_calls import Kept, PaidCalls, Receipt
 from imagepipeline.services.embedder import Embedder
 from imagepipeline.services.vision import VisionModel
 from imagepipeline.storage import Storage
@@ -33,6 +35,9 @@ from imagepipeline.stores.catalogue import Catalogue
 from imagepipeline.usage import CallUsage
 
 OWNERS = ["team:imagepipeline"]
+ANEW_TAG = "imagepipeline/anew"  # assets to make although they are current, or `all`
+ASKED = "a person asked for it"
+MAX_TWINS = 3  # images with the same text whose vector is looked for
 
 
 @dg.asset(
@@ -63,14 +68,30 @@ def metadata(
         if claim is None:
             return
         original = originals.load(claim, catalogue)
-        catalogue.save_original(claim, original.facts)
-        answer, receipt = (
-            known_answer(context, catalogue, claim, vision.recipe, original),
-            Receipt(),
+        note_original(catalogue, claim, original)
+        cause = find_cause(context, catalogue, claim, vision.recipe)
+        if cause is None and (row := catalogue.get(claim.image_id)):
+            known = ImageMetadata.model_validate(row["metadata"])
+            yield dg.MaterializeResult(
+                data_version=_data_version(known.embedding_text),
+                metadata={
+                    "picture": _placeholder(row["placeholder"]),
+                    **_describe_answer(VisionAnswer(known)),
+                    **_describe_recipe(vision.recipe),
+                    "is_reused": True,
+                },
+            )
+            return
+        if catalogue.find_causes(claim.image_id, {"variants": renderer.recipe})["variants"]:
+            renderer.begin(original.session, original.facts)  # while the model answers
+        kept = Kept(build_key("metadata", vision.recipe, original.sha256), VisionAnswer)
+        described = (
+            None if cause == ASKED else catalogue.find_metadata(vision.recipe, original.sha256)
         )
-        is_reused = answer is not None
-        renderer.begin(original.session, original.facts)  # while the model answers
-        if answer is None:
+        is_reused = described is not None
+        if described:
+            answer, receipt = VisionAnswer(described), Receipt()
+        else:
             prepared = original.prepared
             answer, receipt = paid_calls.make(
                 claim,
@@ -78,11 +99,11 @@ def metadata(
                 vision.recipe,
                 lambda: vision.describe(prepared.preview, prepared.facts),
                 context.log.info,
+                kept,
             )
             answer = replace(answer, metadata=_with_visible_colors(answer.metadata, prepared.facts))
-        catalogue.save_metadata(
-            claim, answer.metadata, vision.recipe, original.facts.original_sha256
-        )
+        catalogue.save_metadata(claim, answer.metadata, vision.recipe, original.sha256)
+        paid_calls.forget(kept)
         yield dg.MaterializeResult(
             data_version=_data_version(answer.metadata.embedding_text),
             metadata={
@@ -90,9 +111,8 @@ def metadata(
                 **_describe_answer(answer),
                 **_describe_receipt(receipt),
                 "is_reused": is_reused,
-                "provider": vision.recipe.provider,
-                "model": vision.recipe.model,
-                "settings": vision.recipe.settings,
+                "cause": cause,
+                **_describe_recipe(vision.recipe),
                 **_describe_original(original),
                 "bytes_to_model": len(original.prepared.preview),
                 **_describe_usage(original.usage),
@@ -129,7 +149,19 @@ def variants(
         if claim is None:
             return
         original = originals.load(claim, catalogue)
-        catalogue.save_original(claim, original.facts)
+        note_original(catalogue, claim, original)
+        cause = find_cause(context, catalogue, claim, renderer.recipe)
+        stored = (catalogue.get(claim.image_id) or {"variants": []})["variants"]
+        if cause is None and all(_is_stored(files, variant["path"]) for variant in stored):
+            yield dg.MaterializeResult(
+                data_version=_data_version(original.sha256 + renderer.recipe.version),
+                metadata={
+                    "variants": _tabulate(stored),
+                    "settings": renderer.recipe.settings,
+                    "is_reused": True,
+                },
+            )
+            return
         made, usage = renderer.render(original.session, original.facts)
         rendered = [(variant.spec.path_for(original.facts.path), variant) for variant in made]
         # Rows first: they refuse another image's path before its file is overwritten.
@@ -139,29 +171,22 @@ def variants(
         found, figures = check_variants(claim, catalogue, files, original, renderer)
         catalogue.record_problems(claim, found)
         refuse_wrong(found)
-        sha256 = original.facts.original_sha256
-        catalogue.record_result(claim, "variants", renderer.recipe, sha256)
+        catalogue.record_result(claim, "variants", renderer.recipe, original.sha256)
+        rows = [
+            {"path": path, "width": one.width, "height": one.height, "size": len(one.content)}
+            for path, one in rendered
+        ]
         yield dg.MaterializeResult(
-            data_version=_data_version(sha256 + renderer.recipe.version),
+            data_version=_data_version(original.sha256 + renderer.recipe.version),
             metadata={
                 **figures,
                 "problems": describe_problems(found),
-                "variants": dg.MetadataValue.table(
-                    records=[
-                        dg.TableRecord(
-                            {
-                                "path": variant_path,
-                                "width_px": variant.width,
-                                "height_px": variant.height,
-                                "bytes": len(variant.content),
-                            }
-                        )
-                        for variant_path, variant in rendered
-                    ]
-                ),
+                "is_reused": False,
+                "cause": cause or "its files were missing",
+                "variants": _tabulate(rows),
                 "settings": renderer.recipe.settings,
                 "dominant_color": original.facts.dominant_color,
-                "placeholder": dg.MetadataValue.md(f"![placeholder]({original.facts.placeholder})"),
+                "placeholder": _placeholder(original.facts.placeholder),
                 **_describe_usage(usage),
                 "attempt": context.retry_number + 1,
                 "dagster/uri": files.locate(rendered[0][0]).rpartition("/")[0],
@@ -198,62 +223,74 @@ def embedding(
             raise MissingMetadataError(
                 f"{claim.image_id} has no metadata yet: materialize `metadata` first"
             )
-        text, version = (
-            ImageMetadata.model_validate(row["metadata"]).embedding_text,
-            embedder.recipe.version,
-        )
-        known = index.get(claim.image_id, version) if "embedding" in row["made_by"] else None
-        if known and known["text"] == text:  # the same text and model give the same vector
-            result, receipt = Embedding(text, tuple(known["vector"]), version), Receipt()
-        else:
+        text = ImageMetadata.model_validate(row["metadata"]).embedding_text
+        input_sha256 = hash_text(text)
+        cause = find_cause(context, catalogue, claim, embedder.recipe)
+        kept = Kept(build_key("embedding", embedder.recipe, input_sha256), Embedding)
+        receipt = Receipt()
+        twins = catalogue.find_twins("embedding", embedder.recipe, input_sha256, MAX_TWINS)
+        result = None if cause == ASKED else find_vector(index, twins, text, embedder.recipe)
+        is_reused = result is not None
+        if result is None:
             result, receipt = paid_calls.make(
-                claim, "embedding", embedder.recipe, lambda: embedder.embed(text), context.log.info
+                claim,
+                "embedding",
+                embedder.recipe,
+                lambda: embedder.embed(text),
+                context.log.info,
+                kept,
             )
         index.upsert(claim, result)
-        catalogue.record_result(
-            claim, "embedding", embedder.recipe, hashlib.sha256(result.text.encode()).hexdigest()
-        )
+        catalogue.record_result(claim, "embedding", embedder.recipe, input_sha256)
+        paid_calls.forget(kept)
         yield dg.MaterializeResult(
             data_version=_data_version(result.text + result.version),
             metadata=_describe_embedding(result)
             | _describe_receipt(receipt)
             | {
-                "is_reused": receipt == Receipt() and result.usage is None,
-                "provider": embedder.recipe.provider,
-                "model": embedder.recipe.model,
+                "is_reused": is_reused,
+                **_describe_recipe(embedder.recipe),
                 "attempt": context.retry_number + 1,
             },
         )
 
 
-def known_answer(
-    context: dg.AssetExecutionContext,
-    catalogue: Catalogue,
-    claim: Claim,
-    recipe: Recipe,
-    original: Original,
-) -> VisionAnswer | None:
-    """The stored answer of the same model and prompt to the same bytes, or None.
+def note_original(catalogue: Catalogue, claim: Claim, original: Original) -> None:
+    """Stores the facts of an original that is not the one the catalogue knows; raises as it does.
 
-    So runs of the queue do not pay twice. For a run that a person started, the model is asked
-    again.
+    Only for that is it decoded here.
     """
-    if GENERATION_TAG not in context.run.tags:
-        return None
-    row = catalogue.get(claim.image_id) or {}
-    made = row.get("made_by", {}).get("metadata", {})
-    is_same = (made.get("version"), made.get("input_sha256")) == (
-        recipe.version,
-        original.facts.original_sha256,
-    )
+    if (original.path, original.sha256) != (claim.last_path, claim.last_sha256):
+        catalogue.save_original(claim, original.facts)
+
+
+def find_cause(
+    context: dg.AssetExecutionContext, catalogue: Catalogue, claim: Claim, recipe: Recipe
+) -> str | None:
+    """Why this asset must be made in this run: ASKED, or one of `needs.CAUSES`; None: it is current."""
+    asset = context.asset_key.to_user_string()
+    if {asset, "all"} & set(context.run.tags.get(ANEW_TAG, "").replace(" ", "").split(",")):
+        return ASKED
+    return catalogue.find_causes(claim.image_id, {asset: recipe})[asset]
+
+
+def find_vector(
+    index: EmbeddingStore, image_ids: Sequence[str], text: str, recipe: Recipe
+) -> Embedding | None:
+    """The vector of a text, if the index has it for one of these images."""
+    for image_id in image_ids:
+        known = index.get(image_id, recipe.version)
+        if known and known["text"] == text:
+            return Embedding(text, tuple(known["vector"]), recipe.version)
+    return None
+
+
+def _is_stored(files: Storage, path: str) -> bool:
     try:
-        return (
-            VisionAnswer(ImageMetadata.model_validate(row["metadata"]))
-            if is_same and row["metadata"]
-            else None
-        )
-    except ValueError:  # the stored answer is malformed: the model is asked again
-        return None
+        files.read(path, 0)
+    except MissingOriginalError:
+        return False
+    return True
 
 
 def _with_visible_colors(metadata: ImageMetadata, facts: PixelFacts) -> ImageMetadata:
@@ -266,6 +303,29 @@ def _picture(original: Original) -> dg.MetadataValue:
     """A thumbnail of a few kB in Markdown, for the UI."""
     thumbnail = base64.b64encode(original.prepared.thumbnail).decode()
     return dg.MetadataValue.md(f"![the image](data:image/jpeg;base64,{thumbnail})")
+
+
+def _placeholder(data_uri: str) -> dg.MetadataValue:
+    return dg.MetadataValue.md(f"![placeholder]({data_uri})")
+
+
+def _tabulate(variants: Sequence[Mapping[str, Any]]) -> dg.MetadataValue:
+    records = [
+        dg.TableRecord(
+            {
+                "path": variant["path"],
+                "width_px": variant["width"],
+                "height_px": variant["height"],
+                "bytes": variant["size"],
+            }
+        )
+        for variant in variants
+    ]
+    return dg.MetadataValue.table(records=records)
+
+
+def _describe_recipe(recipe: Recipe) -> dict[str, str]:
+    return {"provider": recipe.provider, "model": recipe.model, "settings": recipe.settings}
 
 
 def _describe_original(original: Original) -> dict[str, str | int]:

@@ -32,6 +32,7 @@ from imagepipeline.models import (
     find_named_image,
     now_utc,
 )
+from imagepipeline.needs import find_cause, hash_text
 from imagepipeline.stores import history, outbox
 from imagepipeline.stores.database import Database
 from imagepipeline.stores.tables import (
@@ -275,6 +276,49 @@ class Catalogue:
             found = [Pending(*row) for row in rows if (row.id, row.generation) not in known]
         return found[:limit]
 
+    def find_causes(self, image_id: str, recipes: Mapping[str, Recipe]) -> dict[str, str | None]:
+        """Why each of these assets of an image must be made, or None if its result is current.
+
+        A cause is one of `needs.CAUSES`.
+        """
+        with self._database.reading() as connection:
+            rows = connection.execute(
+                sa.select(image_results).where(image_results.c.image_id == image_id)
+            ).mappings()
+            made = {row["asset"]: {**row} for row in rows}
+        return {asset: find_cause(made.get(asset), recipe) for asset, recipe in recipes.items()}
+
+    def find_metadata(self, recipe: Recipe, input_sha256: str) -> ImageMetadata | None:
+        """What the same recipe has made of the same bytes, for any image."""
+        made = image_results.c
+        query = (
+            sa.select(images.c.metadata)
+            .join(image_results, made.image_id == images.c.id)
+            .where(made.asset == "metadata", made.input_sha256 == input_sha256)
+            .where(made.provider == recipe.provider, made.model == recipe.model)
+            .where(made.settings == recipe.settings, images.c.metadata.is_not(None))
+            .limit(1)
+        )
+        with self._database.reading() as connection:
+            stored = connection.execute(query).scalar()
+        try:
+            return ImageMetadata.model_validate(stored) if stored else None
+        except ValueError:  # malformed: the model is asked again
+            return None
+
+    def find_twins(self, asset: str, recipe: Recipe, input_sha256: str, limit: int) -> list[str]:
+        """Up to `limit` images for which this recipe has made the asset of the same input."""
+        made = image_results.c
+        query = (
+            sa.select(made.image_id)
+            .where(made.asset == asset, made.input_sha256 == input_sha256)
+            .where(made.provider == recipe.provider, made.model == recipe.model)
+            .where(made.settings == recipe.settings)
+            .limit(limit)
+        )
+        with self._database.reading() as connection:
+            return list(connection.execute(query).scalars())
+
     def list_processing(self) -> list[Processing]:
         """All images that a run holds."""
         columns = (images.c.id, images.c.generation, images.c.fence, images.c.run_id, images.c.beat)
@@ -367,17 +411,21 @@ class Catalogue:
             self._record(connection, claim.image_id, "attempt_failed", detail)
 
     def save_original(self, claim: Claim, facts: OriginalFacts) -> None:
-        """Stores the facts about the original."""
+        """Stores the facts about the original; results of another original become stale."""
         with self._database.transaction() as connection:
             self._update(connection, claim, **asdict(facts))
+            made_of_it = image_results.c.asset.in_(("metadata", "variants"))
+            self._mark_stale(connection, claim, made_of_it, facts.original_sha256)
 
     def save_metadata(
         self, claim: Claim, metadata: ImageMetadata, recipe: Recipe, input_sha256: str
     ) -> None:
-        """Stores the vision model's answer at once, so that the call is not paid for twice."""
+        """Stores the vision model's answer; an embedding of another text becomes stale."""
         with self._database.transaction() as connection:
             self._update(connection, claim, metadata=metadata.model_dump(by_alias=True))
             self._record_result(connection, claim, "metadata", recipe, input_sha256)
+            of_text = image_results.c.asset == "embedding"
+            self._mark_stale(connection, claim, of_text, hash_text(metadata.embedding_text))
 
     def save_variants(self, claim: Claim, variants: Sequence[tuple[str, Variant]]) -> None:
         """Stores (path, variant) rows in place of older ones; call it before writing the files.
@@ -432,18 +480,14 @@ class Catalogue:
         Results count only if they were made from the same original. The image is `pending` again,
         too, if it was pushed after the run started.
         """
-        inputs = sa.select(image_results.c.asset, image_results.c.input_sha256).where(
+        results = sa.select(image_results.c.asset, image_results.c.is_stale).where(
             image_results.c.image_id == claim.image_id
         )
-        read = sa.select(images.c.original_sha256).where(images.c.id == claim.image_id)
         with self._database.transaction() as connection:
-            made_of = dict(connection.execute(inputs).tuples().all())
-            original_sha256 = connection.execute(read).scalar_one_or_none()
-            if missing := [asset for asset in ASSETS if asset not in made_of]:
-                self._hand_back(connection, claim, f"results are missing: {', '.join(missing)}", 0)
-                return Status.PENDING
-            if {made_of["metadata"], made_of["variants"]} != {original_sha256}:
-                self._hand_back(connection, claim, "its results are of different originals", 0)
+            is_stale = dict(connection.execute(results).tuples().all())
+            if missing := [asset for asset in ASSETS if is_stale.get(asset, True)]:
+                cause = f"results are missing or stale: {', '.join(missing)}"
+                self._hand_back(connection, claim, cause, 0)
                 return Status.PENDING
             self._update(connection, claim, status=Status.COMPLETED, error=None)
             self._record(connection, claim.image_id, "completed")
@@ -689,6 +733,7 @@ class Catalogue:
                 images.c.fence,
                 images.c.requested_path,
                 images.c.path,
+                images.c.original_sha256,
             ).where(
                 images.c.id == image_id,
                 images.c.status == Status.PROCESSING,
@@ -707,6 +752,7 @@ class Catalogue:
             "settings": recipe.settings,
             "input_sha256": input_sha256,
             "made_at": self._clock(),
+            "is_stale": False,
         }
         insert = self._database.insert(image_results).values(
             image_id=claim.image_id, asset=asset, **values
@@ -715,6 +761,18 @@ class Catalogue:
             insert.on_conflict_do_update(index_elements=["image_id", "asset"], set_=values)
         )
         self._record(connection, claim.image_id, "made", f"{asset} by {recipe.version}")
+
+    def _mark_stale(
+        self,
+        connection: sa.Connection,
+        claim: Claim,
+        which: sa.ColumnElement[bool],
+        input_sha256: str,
+    ) -> None:
+        """Marks those of the image's results as stale that were made of another input."""
+        statement = sa.update(image_results).where(image_results.c.image_id == claim.image_id)
+        is_other = image_results.c.input_sha256 != input_sha256
+        connection.execute(statement.where(which, is_other).values(is_stale=True))
 
     def _update(self, connection: sa.Connection, claim: Claim, **values: Any) -> None:
         """Changes the claimed row; raises StaleClaimError if a later claim replaced this one."""

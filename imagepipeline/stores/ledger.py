@@ -9,7 +9,7 @@ import sqlalchemy as sa
 
 from imagepipeline.models import PaidCall, Pause, now_utc
 from imagepipeline.stores.database import Database
-from imagepipeline.stores.tables import pauses, provider_calls
+from imagepipeline.stores.tables import answers, pauses, provider_calls
 from imagepipeline.text import make_printable
 
 MESSAGE_CHARACTERS = 300
@@ -17,6 +17,7 @@ GROUPS = ("model", "stage", "day")
 NO_ANSWER = ("provider_unavailable", "timed_out")
 STREAK = timedelta(hours=1)
 MEMORY = timedelta(days=31)
+ANSWERS_KEPT = timedelta(days=7)
 
 
 class Ledger:
@@ -30,10 +31,32 @@ class Ledger:
         """Closes all connections; a later use opens new ones."""
         self._database.engine.dispose()
 
-    def record(self, call: PaidCall) -> None:
-        """Records a call, whatever its outcome."""
+    def record(self, call: PaidCall, key: str | None = None, answer: str | None = None) -> None:
+        """Records a call, whatever its outcome, and keeps its answer under a key.
+
+        Answers are kept until `forget`, so that a run that is killed before its result is in place
+        does not make its successor pay again; at most a week.
+        """
+        now = self._clock()
         with self._database.transaction() as connection:
-            connection.execute(sa.insert(provider_calls).values(at=self._clock(), **asdict(call)))
+            connection.execute(sa.insert(provider_calls).values(at=now, **asdict(call)))
+            if key is None or answer is None:
+                return
+            insert = self._database.insert(answers).values(key=key, answer=answer, at=now)
+            connection.execute(insert.on_conflict_do_nothing())
+            connection.execute(sa.delete(answers).where(answers.c.at < now - ANSWERS_KEPT))
+
+    def find_answer(self, key: str) -> str | None:
+        """The answer that is kept under a key."""
+        with self._database.reading() as connection:
+            return connection.execute(
+                sa.select(answers.c.answer).where(answers.c.key == key)
+            ).scalar()
+
+    def forget(self, key: str) -> None:
+        """Drops an answer: its result is in place."""
+        with self._database.transaction() as connection:
+            connection.execute(sa.delete(answers).where(answers.c.key == key))
 
     def sum_cost_usd(self, since: datetime) -> float:
         """The cost of all calls since then in US dollars, as far as it is known."""

@@ -109,6 +109,19 @@ image_results = sa.Table(
     sa.Column("settings", sa.String(128), nullable=False),
     sa.Column("input_sha256", sa.String(64), nullable=False),
     sa.Column("made_at", UtcDateTime, nullable=False),
+    # The input has changed since: the original, or for the embedding the text.
+    sa.Column("is_stale", sa.Boolean, nullable=False, server_default=sa.false()),
+    sa.Index(None, "asset", "provider", "model", "settings", "is_stale"),
+    sa.Index(None, "input_sha256", "asset"),
+)
+
+# Answers that were paid for and whose results are not in place yet, by a hash of what was asked.
+answers = sa.Table(
+    "answers",
+    schema,
+    sa.Column("key", sa.String(64), primary_key=True),
+    sa.Column("answer", sa.Text, nullable=False),
+    sa.Column("at", UtcDateTime, nullable=False, index=True),
 )
 
 # Every change of an image, written in the transaction that makes it.

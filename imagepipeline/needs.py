@@ -1,0 +1,41 @@
+"""What an image needs: which of its results are missing, or not what today's settings would make."""
+
+import hashlib
+from collections.abc import Mapping
+from typing import Any
+
+from imagepipeline.models import Recipe
+
+MISSING, MODEL, SETTINGS, INPUT = "missing", "model", "settings", "input"
+CAUSES = {
+    MISSING: "it was never made",
+    MODEL: "another model made it",
+    SETTINGS: "it was made with other settings: prompt, sizes or quality",
+    INPUT: "its input has changed: the original, or the text of the embedding",
+}
+
+
+def find_cause(made: Mapping[str, Any] | None, recipe: Recipe) -> str | None:
+    """Why a result must be made, one of CAUSES; None if it is what the recipe would make.
+
+    Args:
+        made: its row of `image_results`, or None if there is none.
+        recipe: what would make it today.
+    """
+    if made is None:
+        return MISSING
+    if (made["provider"], made["model"]) != (recipe.provider, recipe.model):
+        return MODEL
+    if made["settings"] != recipe.settings:
+        return SETTINGS
+    return INPUT if made["is_stale"] else None
+
+
+def hash_text(text: str) -> str:
+    """The SHA-256 of a text, as hex: what `input_sha256` is for an embedding."""
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def build_key(stage: str, recipe: Recipe, input_sha256: str) -> str:
+    """The key of an answer: the same model, asked in the same way about the same input."""
+    return hash_text("\n".join((stage, recipe.version, input_sha256)))
