@@ -4,6 +4,7 @@ import json
 import re
 import subprocess
 import sys
+import tomllib
 from pathlib import Path
 
 import pytest
@@ -49,3 +50,12 @@ def test_no_dependency_has_a_known_vulnerability():
     if not audited:
         pytest.skip("this package index has no data on vulnerabilities")
     assert [(part["name"], flaw["id"]) for part in audited for flaw in part["vulns"]] == []
+
+
+def test_the_image_is_built_from_all_files_the_package_needs():
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    needed = {"pyproject.toml", project["readme"], *project["license-files"]}
+    copied = re.findall(r"^COPY (.*) \./$", (ROOT / "Dockerfile").read_text(), re.MULTILINE)
+    assert needed <= set(" ".join(copied).split())
+    allowed = (ROOT / ".dockerignore").read_text().splitlines()
+    assert {f"!{name}" for name in needed} <= set(allowed)

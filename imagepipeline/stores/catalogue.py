@@ -143,7 +143,7 @@ class Catalogue:
 
     def find_owner(self) -> str | None:
         """The ID of the Dagster instance the catalogue is tied to; it identifies the catalogue."""
-        with self._database.transaction() as connection:
+        with self._database.reading() as connection:
             owner: str | None = connection.execute(
                 sa.select(catalogue_owner.c.dagster_instance_id)
             ).scalar()
@@ -245,7 +245,7 @@ class Catalogue:
             images.c.id != claim.image_id,
             sa.or_(images.c.path == path, images.c.id == (name or "")),
         )
-        with self._database.transaction() as connection:
+        with self._database.reading() as connection:
             owner = connection.execute(sa.select(images.c.id).where(is_other).limit(1)).scalar()
         if owner is not None:
             raise PathTakenError(
@@ -270,7 +270,7 @@ class Catalogue:
             .order_by(*order, images.c.id)
         )
         known = set(except_for)
-        with self._database.transaction() as connection:
+        with self._database.reading() as connection:
             rows = connection.execute(query.limit(limit + len(known)))
             found = [Pending(*row) for row in rows if (row.id, row.generation) not in known]
         return found[:limit]
@@ -278,7 +278,7 @@ class Catalogue:
     def list_processing(self) -> list[Processing]:
         """All images that a run holds."""
         columns = (images.c.id, images.c.generation, images.c.fence, images.c.run_id, images.c.beat)
-        with self._database.transaction() as connection:
+        with self._database.reading() as connection:
             rows = connection.execute(
                 sa.select(*columns).where(images.c.status == Status.PROCESSING)
             )
@@ -296,7 +296,7 @@ class Catalogue:
         )
         if since is not None:
             query = query.where(images.c.updated_at >= since)
-        with self._database.transaction() as connection:
+        with self._database.reading() as connection:
             return [{**row} for row in connection.execute(query).mappings()]
 
     def claim(self, image_id: str, generation: int, run_id: str) -> Claim | None:
@@ -518,7 +518,7 @@ class Catalogue:
     def count_renewals(self, pending: Pending) -> int:
         """How often `renew` began a generation of an image since it was accepted."""
         since = _accepted_at(pending.image_id)
-        with self._database.transaction() as connection:
+        with self._database.reading() as connection:
             return history.count(connection, pending.image_id, "renewed", since)
 
     def fail_pending(self, pending: Pending, reason: str, error: str) -> bool:
@@ -550,7 +550,7 @@ class Catalogue:
             .order_by(image_history.c.at.desc(), image_history.c.seq.desc())
             .limit(limit)
         )
-        with self._database.transaction() as connection:
+        with self._database.reading() as connection:
             return [{**row} for row in connection.execute(query).mappings()]
 
     def count_events(self, event: str, since: datetime) -> int:
@@ -558,7 +558,7 @@ class Catalogue:
         query = sa.select(sa.func.count()).where(
             image_history.c.event == event, image_history.c.at >= since
         )
-        with self._database.transaction() as connection:
+        with self._database.reading() as connection:
             return int(connection.execute(query).scalar_one())
 
     def reopen(self, reason: str, since: datetime) -> int:
@@ -586,7 +586,7 @@ class Catalogue:
 
     def get(self, image_id: str) -> dict[str, Any] | None:
         """Everything about an image, or None: its row, `variants`, `made_by` and `history`."""
-        with self._database.transaction() as connection:
+        with self._database.reading() as connection:
             row = (
                 connection.execute(sa.select(images).where(images.c.id == image_id))
                 .mappings()
@@ -625,7 +625,7 @@ class Catalogue:
             images.c.pushes_seen,
         )
         query = sa.select(*columns).where(images.c.id.in_(image_ids))
-        with self._database.transaction() as connection:
+        with self._database.reading() as connection:
             rows = connection.execute(query).all()
         return {
             row.id: State(row.generation, Status(row.status), row.pushes, row.pushes_seen)
@@ -634,7 +634,7 @@ class Catalogue:
 
     def find_unknown(self, originals: Mapping[str, str]) -> dict[str, str]:
         """Those originals (path by ID) whose ID has no row and whose path no image uses."""
-        with self._database.transaction() as connection:
+        with self._database.reading() as connection:
             rows = connection.execute(
                 sa.select(images.c.id, images.c.requested_path, images.c.path)
             ).all()
@@ -651,7 +651,7 @@ class Catalogue:
     def count(self) -> dict[str, int]:
         """The number of images in each status."""
         query = sa.select(images.c.status, sa.func.count()).group_by(images.c.status)
-        with self._database.transaction() as connection:
+        with self._database.reading() as connection:
             counts = dict(connection.execute(query).tuples().all())
         return {status.value: counts.get(status, 0) for status in Status}
 

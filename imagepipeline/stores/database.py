@@ -44,8 +44,23 @@ class Database:
         Raises:
             CatalogueDownError: the database does not answer.
         """
+        with self._begin(self.engine) as connection:
+            yield connection
+
+    @contextmanager
+    def reading(self) -> Iterator[sa.Connection]:
+        """A transaction that only reads: on SQLite, it neither waits for writers nor stops them.
+
+        Raises:
+            CatalogueDownError: the database does not answer.
+        """
+        with self._begin(self.engine.execution_options(is_reading=True)) as connection:
+            yield connection
+
+    @contextmanager
+    def _begin(self, engine: sa.Engine) -> Iterator[sa.Connection]:
         try:
-            with self.engine.begin() as connection:
+            with engine.begin() as connection:
                 yield connection
         except (sa.exc.OperationalError, sa.exc.InterfaceError) as error:
             raise CatalogueDownError(
@@ -74,7 +89,7 @@ def _get_engine(url: str) -> sa.Engine:
         )
     engine = create_sqlite_engine(parsed, hide_parameters=True)
     sa.event.listen(engine, "connect", _prepare_sqlite)
-    sa.event.listen(engine, "begin", _begin_immediate)
+    sa.event.listen(engine, "begin", _begin)
     return engine
 
 
@@ -106,6 +121,8 @@ def _prepare_sqlite(connection: Any, _: Any) -> None:
     connection.execute("PRAGMA foreign_keys = ON")
 
 
-def _begin_immediate(connection: sa.Connection) -> None:
-    # Otherwise a transaction that reads first fails at its write if another one wrote in between.
-    connection.exec_driver_sql("BEGIN IMMEDIATE")
+def _begin(connection: sa.Connection) -> None:
+    # A transaction that reads before it writes needs the lock from the start: otherwise its write
+    # fails if another transaction wrote in between.
+    is_reading = connection.get_execution_options().get("is_reading")
+    connection.exec_driver_sql("BEGIN" if is_reading else "BEGIN IMMEDIATE")

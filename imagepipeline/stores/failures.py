@@ -34,7 +34,7 @@ class FailedImages:
             query = query.where(images.c.reason == reason)
         page = query
         while True:
-            with self._database.transaction() as connection:
+            with self._database.reading() as connection:
                 rows = [{**row} for row in connection.execute(page).mappings()]
             yield from rows
             if len(rows) < page_rows:
@@ -45,7 +45,7 @@ class FailedImages:
 
     def count_retries(self, image_id: str, since: datetime) -> int:
         """How often an administrator has retried an image since then."""
-        with self._database.transaction() as connection:
+        with self._database.reading() as connection:
             return history.count(connection, image_id, "retried", since)
 
     def discard(self, image_id: str) -> bool:

@@ -40,7 +40,7 @@ class Ledger:
         query = sa.select(sa.func.coalesce(sa.func.sum(provider_calls.c.cost_usd), 0)).where(
             provider_calls.c.at >= since
         )
-        with self._database.transaction() as connection:
+        with self._database.reading() as connection:
             return float(connection.execute(query).scalar_one())
 
     def find_last_usage(self, provider: str, model: str) -> tuple[bool, float | None] | None:
@@ -55,7 +55,7 @@ class Ledger:
             .where(calls.at >= self._clock() - MEMORY)
             .order_by(calls.at.desc(), calls.seq.desc())
         )
-        with self._database.transaction() as connection:
+        with self._database.reading() as connection:
             row = connection.execute(query.limit(1)).first()
         return None if row is None else (bool(row[0]), row[1])
 
@@ -74,13 +74,13 @@ class Ledger:
             .where(calls.seq > last.scalar_subquery(), calls.at >= self._clock() - STREAK)
             .group_by(calls.image_id)
         )
-        with self._database.transaction() as connection:
+        with self._database.reading() as connection:
             return dict(connection.execute(query).tuples().all())
 
     def find_streak_start(self, stage: str | None) -> datetime:
         """Since when all calls of a stage have gone unanswered; at most an hour ago."""
         query = sa.select(sa.func.max(provider_calls.c.at)).where(self._got_something(stage))
-        with self._database.transaction() as connection:
+        with self._database.reading() as connection:
             return connection.execute(query).scalar_one() or self._clock() - STREAK
 
     def _got_something(self, stage: str | None) -> sa.ColumnElement[bool]:
@@ -102,7 +102,7 @@ class Ledger:
             .where(calls.image_id == image_id, calls.stage == stage, calls.outcome == outcome)
             .where(calls.at >= self._clock() - STREAK)
         )
-        with self._database.transaction() as connection:
+        with self._database.reading() as connection:
             earlier = connection.execute(own.order_by(calls.seq.desc()).offset(1).limit(1)).scalar()
             if earlier is None:
                 return False
@@ -141,7 +141,7 @@ class Ledger:
         )
         if since is not None:
             query = query.where(calls.at >= since)
-        with self._database.transaction() as connection:
+        with self._database.reading() as connection:
             return [{**row} for row in connection.execute(query).mappings()]
 
     def pause(
@@ -224,7 +224,7 @@ class Ledger:
             pauses.c[name] for name in ("seq", "reason", "message", "since", "until", "stage")
         ]
         now = self._clock()
-        with self._database.transaction() as connection:
+        with self._database.reading() as connection:
             rows = (
                 connection.execute(sa.select(*columns).where(condition).order_by(pauses.c.seq))
                 .mappings()

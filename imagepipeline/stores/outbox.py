@@ -37,7 +37,7 @@ class Outbox:
             .order_by(notifications.c.failed_at)
             .limit(limit)
         )
-        with self._database.transaction() as connection:
+        with self._database.reading() as connection:
             return [{**row} for row in connection.execute(query).mappings()]
 
     def mark_sent(self, channel: str, sent: Iterable[Mapping[str, Any]]) -> None:

@@ -31,7 +31,7 @@ from imagepipeline.models import (
     VariantSpec,
 )
 from imagepipeline.stores.catalogue import Catalogue, State
-from imagepipeline.stores.database import create_sqlite_engine
+from imagepipeline.stores.database import Database, create_sqlite_engine
 from imagepipeline.stores.failures import FailedImages
 from imagepipeline.stores.ledger import Ledger
 from imagepipeline.stores.migrations import VERSION_TABLE
@@ -487,3 +487,11 @@ def test_an_original_belongs_to_the_image_that_named_it_first(catalogue_url):
         catalogue.check_path(claim, "original/b.png")
     catalogue.check_path(claim, "original/c.png")
     catalogue.close()
+
+
+def test_reads_do_not_wait_for_a_writer(catalogue, catalogue_url):
+    catalogue.accept([Upload("cat")])
+    with Database(catalogue_url).transaction() as connection:
+        connection.exec_driver_sql("UPDATE images SET priority = 7")
+        with ThreadPoolExecutor() as pool:  # a read of its own connection sees the last commit
+            assert pool.submit(catalogue.get, "cat").result(timeout=5)["priority"] == 0
