@@ -22,7 +22,7 @@ import sqlalchemy as sa
 import yaml
 from celery import Celery
 
-from imagepipeline.runtime.services import SERVICE_SECRETS
+from imagepipeline.runtime.services import SECRETS_OF
 from imagepipeline.settings import is_secret
 from imagepipeline.stores import broker
 from imagepipeline_tests.conftest import PHOTOS
@@ -78,7 +78,7 @@ def test_each_service_is_given_the_secrets_it_needs_and_no_more():
         given = {
             variable.removesuffix("_FILE") for variable in variables[name] if is_secret(variable)
         }
-        assert given <= SERVICE_SECRETS[name] | {
+        assert given <= SECRETS_OF[name] | {
             "DAGSTER_DATABASE_URL",
             "IMAGEPIPELINE_BROKER_URL",
         }, name

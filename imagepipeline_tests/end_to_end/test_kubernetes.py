@@ -19,7 +19,7 @@ import yaml
 from click.testing import CliRunner
 
 from imagepipeline import cli
-from imagepipeline.runtime.services import INSTANCE_SECRETS, NAMES, SERVICE_SECRETS
+from imagepipeline.runtime.services import INSTANCE_SECRETS, NAMES, SECRETS_OF
 from imagepipeline.settings import BUCKET_SECRETS, Settings, is_secret
 from imagepipeline.stores.broker import QUEUE
 from imagepipeline_tests.conftest import PHOTOS, postgres_database, redis_server
@@ -99,8 +99,8 @@ def test_each_service_is_given_the_secrets_it_needs_and_no_more():
     assert CONTAINERS.keys() == {*NAMES, "migrate"}
     for name in NAMES:
         given = find_secrets(CONTAINERS[name])
-        assert given <= SERVICE_SECRETS[name] | INSTANCE_SECRETS, name
-        assert given >= (SERVICE_SECRETS[name] - INSTANCE_SECRETS) & SECRET.keys(), name
+        assert given <= SECRETS_OF[name] | INSTANCE_SECRETS, name
+        assert given >= (SECRETS_OF[name] - INSTANCE_SECRETS) & SECRET.keys(), name
         assert "DAGSTER_DATABASE_URL" in given, name
     assert find_secrets(CONTAINERS["migrate"]) == {"DATABASE_URL", "DAGSTER_DATABASE_URL"}
     for container in CONTAINERS.values():

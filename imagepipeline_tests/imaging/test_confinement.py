@@ -169,9 +169,8 @@ def test_the_zygote_imports_only_imaging_and_what_it_needs():
         [sys.executable, "-I", "-c", code], env={}, capture_output=True, text=True, check=True
     )
     ours, foreign = result.stdout.splitlines()
-    assert sorted(ast.literal_eval(ours)) == [
-        f"imagepipeline.{name}" for name in ("errors", "imaging", "models", "text", "wire")
-    ]
+    names = ("errors", "imaging", "models", "output_formats", "text", "usage", "wire")
+    assert sorted(ast.literal_eval(ours)) == [f"imagepipeline.{name}" for name in names]
     assert foreign == "set()"
 
 

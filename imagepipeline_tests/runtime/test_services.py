@@ -108,6 +108,27 @@ def test_dagsters_files_follow_the_settings(tmp_path):
 
 
 @pytest.mark.stack
+def test_each_process_is_given_only_the_secrets_it_needs(tmp_path, monkeypatch):
+    secrets = ("OPENAI_API_KEY", "AWS_SECRET_ACCESS_KEY", "IMAGEPIPELINE_SMTP_URL", "OTHER_TOKEN")
+    monkeypatch.setenv("IMAGEPIPELINE_HOME", str(tmp_path))
+    monkeypatch.setenv("IMAGEPIPELINE_MAIL_TO", "operator@example.com")
+    for name in secrets:
+        monkeypatch.setenv(name, "canary")
+    settings = Settings.load()
+    environments = {
+        name: services.build_environment(settings, name) for name in services.SECRETS_OF
+    }
+    held = {
+        name: {secret for secret in secrets if secret in environment}
+        for name, environment in environments.items()
+    }
+    assert held == {name: set() for name in services.SECRETS_OF} | {
+        "worker": {"OPENAI_API_KEY", "AWS_SECRET_ACCESS_KEY"},
+        "resident": {"AWS_SECRET_ACCESS_KEY"},
+        "code-server": {"IMAGEPIPELINE_SMTP_URL"},
+    }
+
+
 def test_a_service_that_does_not_answer_is_unhealthy(tmp_path):
     settings = Settings.load(
         {"IMAGEPIPELINE_HOME": str(tmp_path), "IMAGEPIPELINE_WEBSERVER_PORT": "1"}
