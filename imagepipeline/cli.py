@@ -29,7 +29,7 @@ from imagepipeline.errors import (
 )
 from imagepipeline.failures import UNREADABLE, Action, Failure, Failures
 from imagepipeline.homes import secure_home
-from imagepipeline.models import PRIORITY_LIMIT, Status, Upload
+from imagepipeline.models import ASSETS, PRIORITY_LIMIT, Status, Upload
 from imagepipeline.opening import open_catalogue, open_queue
 from imagepipeline.settings import Settings
 from imagepipeline.text import make_printable, to_json
@@ -504,6 +504,100 @@ def costs(settings: Settings, by: str, since: datetime | None, as_json: bool) ->
     display.show_rows(
         rows, (by, "calls", "answered", "tokens_in", "tokens_out", "cost_usd", "unpriced"), as_json
     )
+
+
+asset_option = click.option(
+    "--asset",
+    "assets",
+    multiple=True,
+    type=click.Choice(ASSETS),
+    help="Only this asset; may be given several times.",
+)
+
+
+@cli.command(epilog=EPILOG)
+@click.argument("image_id", required=False, type=to_text)
+@asset_option
+@json_option
+@with_settings
+def plan(settings: Settings, image_id: str | None, assets: tuple[str, ...], as_json: bool) -> None:
+    """Show which images are not what today's settings would make, and what it costs to make them.
+
+    Nothing is changed. With IMAGE_ID, explain one image. Costs are the mean of earlier calls.
+    """
+    from imagepipeline import display, planning
+    from imagepipeline.providers import build_recipes, list_prices, open_limiter
+    from imagepipeline.stores.ledger import Ledger
+    from imagepipeline.stores.plans import Plans, select_recipes
+
+    catalogue = open_catalogue(settings)
+    recipes = select_recipes(build_recipes(settings), assets)
+    if image_id is not None:
+        if not catalogue.get_states([image_id]):
+            raise ImagePipelineError(f"there is no image {image_id}")
+        rows = planning.explain_image(catalogue, image_id, recipes)
+        display.show_rows(rows, ("asset", "cause", "made_by", "today"), as_json)
+        return
+    with open_limiter(settings) as limiter:
+        rate_limits = limiter.get_limits()
+    steps = planning.plan(
+        Plans(settings.database_url),
+        Ledger(settings.database_url),
+        recipes,
+        list_prices(settings),
+        rate_limits,
+    )
+    columns = ("asset", "cause", "images", "calls", "tokens_in", "tokens_out", "cost_usd")
+    display.show_rows([asdict(step) for step in steps], (*columns, "minutes"), as_json)
+    if not steps and not as_json:
+        say("All results are what today's settings would make.")
+
+
+@cli.command(epilog=EPILOG)
+@asset_option
+@click.option("--limit", type=click.IntRange(min=1), help="Stop after this many images.")
+@click.option(
+    "--budget", type=click.FloatRange(min=0, min_open=True), help="Stop after this many US dollars."
+)
+@click.option("--dry-run", is_flag=True, help="Only list the images.")
+@json_option
+@with_settings
+def apply(
+    settings: Settings,
+    assets: tuple[str, ...],
+    limit: int | None,
+    budget: float | None,
+    dry_run: bool,
+    as_json: bool,
+) -> None:
+    """Make what `plan` found, after all uploads, in a running stack.
+
+    Only what is outdated is made: a new prompt renders no variants, and a text that did not change
+    is not embedded again. Stop it with Ctrl-C; the next apply goes on. Images that have failed are
+    left to `failed retry`.
+    """
+    from imagepipeline import display, planning
+    from imagepipeline.providers import build_recipes
+    from imagepipeline.stores.ledger import Ledger
+    from imagepipeline.stores.plans import Plans, select_recipes
+
+    catalogue, plans = open_catalogue(settings), Plans(settings.database_url)
+    recipes = select_recipes(build_recipes(settings), assets)
+    if dry_run:
+        found = plans.list_outdated(recipes, "", limit or MAX_LISTED)
+        display.show_rows([{"image_id": one} for one in found], ("image_id",), as_json)
+        return
+    ledger = Ledger(settings.database_url)
+    total = sum(1 for _ in planning.iterate_outdated(plans, recipes, limit))
+    progress = None
+    for progress in display.follow_apply(
+        planning.apply(plans, catalogue, ledger, recipes, limit, budget), total
+    ):
+        pass
+    if progress is not None:
+        display.show_rows([asdict(progress)], tuple(asdict(progress)), as_json)
+        if progress.failed:
+            sys.exit(EXIT_FAILED)
 
 
 @cli.command(epilog=EPILOG)

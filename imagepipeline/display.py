@@ -5,20 +5,28 @@ import os
 import sys
 import time
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict
 from datetime import datetime
 from typing import IO, Any, TextIO, cast
 
 from rich.console import Console
 from rich.live import Live
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
 from rich.table import Table
 from rich.text import Text
 
 from imagepipeline.doctor import Finding
 from imagepipeline.index import open_index
 from imagepipeline.models import Neighbour, Status
+from imagepipeline.planning import Applied
 from imagepipeline.settings import Settings
 from imagepipeline.stores.catalogue import Catalogue
 from imagepipeline.text import make_printable, to_json
@@ -116,6 +124,25 @@ def follow(
             )
             if waiting:
                 pause(POLL_SECONDS)
+
+
+def follow_apply(steps: Iterable[Applied], total: int) -> Iterator[Applied]:
+    """Passes on the progress of an apply, and shows it on a terminal as a bar with rate and cost."""
+    bar = Progress(
+        TextColumn("applying"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+        TimeRemainingColumn(),
+        TextColumn("{task.fields[spent]}"),
+        console=Console(stderr=True),
+    )
+    with bar:
+        task = bar.add_task("applying", total=total, spent="")
+        for step in steps:
+            done = step.completed + step.failed
+            bar.update(task, completed=done, spent=f"{step.spent_usd:.4f} USD")
+            yield step
 
 
 def collect_results(catalogue: Catalogue, image_ids: Sequence[str]) -> list[dict[str, Any]]:

@@ -21,6 +21,7 @@ IMAGE_ID_PATTERN = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]{0,63}")
 THUMBNAIL_PX = 160  # long side of the picture in the UI
 CLASSIFIER_PX = 224  # width and height of the offline vision model's input, raw RGB
 PRIORITY_LIMIT = 1000
+BULK_PRIORITY = -PRIORITY_LIMIT - 1  # of planned work: below every upload
 MAX_ENTRY_BYTES = 4096
 # Database columns hold 512 characters; disks allow 255 bytes for each name (POSIX NAME_MAX).
 MAX_PATH_BYTES, MAX_NAME_BYTES = 480, 255

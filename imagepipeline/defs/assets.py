@@ -71,6 +71,7 @@ def metadata(
         note_original(catalogue, claim, original)
         cause = find_cause(context, catalogue, claim, vision.recipe)
         if cause is None and (row := catalogue.get(claim.image_id)):
+            catalogue.confirm_result(claim, "metadata")
             known = ImageMetadata.model_validate(row["metadata"])
             yield dg.MaterializeResult(
                 data_version=_data_version(known.embedding_text),
@@ -153,6 +154,7 @@ def variants(
         cause = find_cause(context, catalogue, claim, renderer.recipe)
         stored = (catalogue.get(claim.image_id) or {"variants": []})["variants"]
         if cause is None and all(_is_stored(files, variant["path"]) for variant in stored):
+            catalogue.confirm_result(claim, "variants")
             yield dg.MaterializeResult(
                 data_version=_data_version(original.sha256 + renderer.recipe.version),
                 metadata={

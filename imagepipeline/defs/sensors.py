@@ -1,7 +1,7 @@
 """The upload sensor: records uploads from the Redis list, then starts runs for pending images."""
 
 import threading
-from collections.abc import Sequence
+from collections.abc import Sequence, Set
 
 import dagster as dg
 
@@ -9,7 +9,7 @@ from imagepipeline.defs.attempts import GENERATION_TAG, read_generation
 from imagepipeline.defs.jobs import process_upload
 from imagepipeline.defs.partitions import uploads
 from imagepipeline.errors import InvalidUploadError, PostponedError, StackError
-from imagepipeline.models import Pause, Upload, check_image_id, is_image_id
+from imagepipeline.models import BULK_PRIORITY, Pause, Upload, check_image_id, is_image_id
 from imagepipeline.paid_calls import PaidCalls
 from imagepipeline.stores.catalogue import Catalogue, Pending
 from imagepipeline.stores.ledger import Ledger
@@ -19,6 +19,8 @@ ENTRIES_PER_TICK = 500  # about half a second; a tick may take 60 s
 # The backlog waits in the catalogue, where priorities can change; Dagster's queue holds enough runs
 # to keep its slots busy.
 RUNS_PER_SLOT, DEFAULT_SLOTS = 3, 5
+VARIANTS = [dg.AssetKey("variants")]
+LANE_TAG = "imagepipeline/lane"  # dagster.yaml limits the runs of `bulk`
 MAX_WAIT_SECONDS = 4  # for an entry; under the 5 s after which a silent Redis counts as down
 # Dagster abandons a tick after a minute and starts another while ours may still run: both would
 # remove from the list what one has read. A catalogue has one code server (`Catalogue.bind`), so a
@@ -86,18 +88,34 @@ def upload_sensor(
             pauses, limit if affordable is None else min(limit, affordable), len(unfinished)
         )
     ]
-    if not chosen:
+    room = max(0, limit - len(unfinished) - len(chosen))
+    taken = unfinished | {(image.image_id, image.generation) for image in chosen}
+    pictures = list_pictures(catalogue, room, taken) if pauses or affordable is not None else []
+    if not chosen and not pictures:
         paused = (
             f"Paused ({pauses[0].reason}): {pauses[0].message}." if pauses and pending else None
         )
         if pending and problem_of_rates and not paused:
             paused = f"Paused: {problem_of_rates}."
         return dg.SkipReason(paused or problem or explain_idleness(len(pending), len(unfinished)))
-    image_ids = [image.image_id for image in chosen]
+    image_ids = [image.image_id for image in (*chosen, *pictures)]
     return dg.SensorResult(
-        run_requests=[build_run_request(image) for image in chosen],
+        run_requests=[
+            *(build_run_request(image) for image in chosen),
+            *(build_run_request(image, VARIANTS) for image in pictures),
+        ],
         dynamic_partitions_requests=[uploads.build_add_request(image_ids)],
     )
+
+
+def list_pictures(
+    catalogue: Catalogue, room: int, except_for: Set[tuple[str, int]]
+) -> list[Pending]:
+    """Images whose variants can be made now, while their paid calls must wait."""
+    if not room:
+        return []
+    pending = catalogue.list_pending(room, except_for, has_no_variants=True)
+    return [image for image in pending if is_image_id(image.image_id)]
 
 
 def find_limit(instance: dg.DagsterInstance) -> int:
@@ -195,14 +213,19 @@ def find_unfinished(instance: dg.DagsterInstance) -> set[tuple[str, int]]:
     }
 
 
-def build_run_request(image: Pending) -> dg.RunRequest:
-    """The request for an image's run; repeating it does nothing: its key names the generation."""
+def build_run_request(image: Pending, assets: Sequence[dg.AssetKey] | None = None) -> dg.RunRequest:
+    """The request for an image's run, of all assets or of some.
+
+    A repeated request has no effect, because a run key is used once.
+    """
+    lane = "bulk" if image.priority <= BULK_PRIORITY else "live"
     return dg.RunRequest(
         run_key=f"{image.image_id}:{image.generation}",
         partition_key=image.image_id,
+        asset_selection=assets,
         tags={
             GENERATION_TAG: str(image.generation),
-            "imagepipeline/lane": "live",
+            LANE_TAG: lane,
             "dagster/priority": str(image.priority),
         },
     )

@@ -255,12 +255,17 @@ class Catalogue:
             )
 
     def list_pending(
-        self, limit: int, except_for: Iterable[tuple[str, int]] = (), is_rotating: bool = False
+        self,
+        limit: int,
+        except_for: Iterable[tuple[str, int]] = (),
+        is_rotating: bool = False,
+        has_no_variants: bool = False,
     ) -> list[Pending]:
         """Up to `limit` pending images that are due: highest priority first, then oldest.
 
         Leaves out the (ID, generation) pairs in `except_for`. With `is_rotating`, images that were
-        not tried yet come first, then those tried least recently.
+        not tried yet come first, then those tried least recently. With `has_no_variants`, only
+        images whose variants were not made or confirmed since they were accepted.
         """
         by_trial = (images.c.attempts > 0, images.c.updated_at)
         order = by_trial if is_rotating else (images.c.priority.desc(), images.c.accepted_at)
@@ -270,6 +275,14 @@ class Catalogue:
             .where(sa.or_(images.c.not_before.is_(None), images.c.not_before <= self._clock()))
             .order_by(*order, images.c.id)
         )
+        if has_no_variants:
+            made = sa.select(image_results.c.image_id).where(
+                image_results.c.image_id == images.c.id,
+                image_results.c.asset == "variants",
+                image_results.c.generation >= images.c.accepted_generation,
+                image_results.c.is_stale.is_(False),
+            )
+            query = query.where(~made.exists())
         known = set(except_for)
         with self._database.reading() as connection:
             rows = connection.execute(query.limit(limit + len(known)))
@@ -305,6 +318,21 @@ class Catalogue:
             return ImageMetadata.model_validate(stored) if stored else None
         except ValueError:  # malformed: the model is asked again
             return None
+
+    def begin_planned(self, image_ids: Iterable[str], priority: int) -> list[str]:
+        """Begins a generation of completed images, for what a plan found; gives those begun."""
+        begun = []
+        with self._database.transaction() as connection:
+            for image_id in image_ids:
+                statement = (
+                    sa.update(images)
+                    .where(images.c.id == image_id, images.c.status == Status.COMPLETED)
+                    .values(_new_generation(self._clock()) | {"priority": priority})
+                )
+                if connection.execute(statement).rowcount:
+                    self._record(connection, image_id, "planned")
+                    begun.append(image_id)
+        return begun
 
     def find_twins(self, asset: str, recipe: Recipe, input_sha256: str, limit: int) -> list[str]:
         """Up to `limit` images for which this recipe has made the asset of the same input."""
@@ -463,6 +491,18 @@ class Catalogue:
         with self._database.transaction() as connection:
             self._update(connection, claim)
             self._record_result(connection, claim, asset, recipe, input_sha256)
+
+    def confirm_result(self, claim: Claim, asset: str) -> None:
+        """Records that an asset's result is current and was reused."""
+        statement = (
+            sa.update(image_results)
+            .where(image_results.c.image_id == claim.image_id, image_results.c.asset == asset)
+            .values(generation=claim.generation)
+        )
+        with self._database.transaction() as connection:
+            self._update(connection, claim)
+            connection.execute(statement)
+            self._record(connection, claim.image_id, "reused", asset)
 
     def record_problems(self, claim: Claim, problems: Mapping[str, Sequence[str]]) -> None:
         """Writes the problems that each check has found into the image's history."""
@@ -877,6 +917,7 @@ def _first_generation(now: datetime) -> dict[str, Any]:
     return {
         "status": Status.PENDING,
         "generation": 1,
+        "accepted_generation": 1,
         "fence": 0,
         "attempts": 0,
         "beat": 0,
@@ -890,6 +931,7 @@ def _new_generation(now: datetime) -> dict[str, Any]:
     return {
         "status": Status.PENDING,
         "generation": images.c.generation + 1,
+        "accepted_generation": images.c.generation + 1,
         "fence": images.c.fence + 1,
         "attempts": 0,
         "reason": None,

@@ -1,7 +1,7 @@
 """Ledger: the calls to paid providers and their cost, and the pauses of paid work."""
 
 from collections.abc import Callable, Iterable
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from datetime import datetime, timedelta
 from typing import Any
 
@@ -18,6 +18,16 @@ NO_ANSWER = ("provider_unavailable", "timed_out")
 STREAK = timedelta(hours=1)
 MEMORY = timedelta(days=31)
 ANSWERS_KEPT = timedelta(days=7)
+MEAN_CALLS = 1000
+
+
+@dataclass(frozen=True)
+class MeanUsage:
+    """Tokens and cost in US dollars of a call, on average; None where no call reported it."""
+
+    tokens_in: float | None
+    tokens_out: float | None
+    cost_usd: float | None
 
 
 class Ledger:
@@ -81,6 +91,23 @@ class Ledger:
         with self._database.reading() as connection:
             row = connection.execute(query.limit(1)).first()
         return None if row is None else (bool(row[0]), row[1])
+
+    def find_mean_usage(self, stage: str, model: str) -> MeanUsage | None:
+        """The mean usage of the last answered calls of a stage to a model; None without calls."""
+        calls = provider_calls.c
+        recent = (
+            sa.select(calls.tokens_in, calls.tokens_out, calls.cost_usd)
+            .where(calls.stage == stage, calls.model == model, calls.outcome == "answered")
+            .where(calls.at >= self._clock() - MEMORY)
+            .order_by(calls.at.desc())
+            .limit(MEAN_CALLS)
+            .subquery()
+        )
+        means = [sa.func.avg(column) for column in recent.c]
+        with self._database.reading() as connection:
+            row = connection.execute(sa.select(sa.func.count(), *means).select_from(recent)).one()
+        values = (None if value is None else float(value) for value in row[1:])
+        return MeanUsage(*values) if row[0] else None
 
     def count_unanswered(self, stage: str) -> dict[str, int]:
         """By image, how many calls of a stage went unanswered since the last answer.

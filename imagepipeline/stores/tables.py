@@ -71,6 +71,8 @@ images = sa.Table(
     ),  # raised by a living run; one that stands still is dead
     sa.Column("discarded_at", UtcDateTime),  # when an administrator discarded the failure
     sa.Column("accepted_at", UtcDateTime, nullable=False),
+    # The generation in which it was accepted last; recoveries and waits raise `generation` alone.
+    sa.Column("accepted_generation", sa.Integer, nullable=False, server_default="0"),
     sa.Column("updated_at", UtcDateTime, nullable=False),
     sa.CheckConstraint(sa.column("status").in_([status.value for status in Status]), name="status"),
     sa.Index(None, "status", "priority", "accepted_at"),

@@ -11,6 +11,10 @@ depends_on = None
 
 def upgrade() -> None:
     """Adds the table `answers`, the column `is_stale` and the indexes."""
+    op.add_column(
+        "images",
+        sa.Column("accepted_generation", sa.Integer(), nullable=False, server_default="0"),
+    )
     op.create_table(
         "answers",
         sa.Column("key", sa.String(64), nullable=False),
@@ -45,3 +49,4 @@ def downgrade() -> None:
     op.drop_index(op.f("ix_image_results_asset_provider_model_settings_is_stale"), "image_results")
     op.drop_column("image_results", "is_stale")
     op.drop_table("answers")
+    op.drop_column("images", "accepted_generation")
