@@ -589,15 +589,11 @@ def apply(
         return
     ledger = Ledger(settings.database_url)
     total = sum(1 for _ in planning.iterate_outdated(plans, recipes, limit))
-    progress = None
-    for progress in display.follow_apply(
-        planning.apply(plans, catalogue, ledger, recipes, limit, budget), total
-    ):
-        pass
-    if progress is not None:
-        display.show_rows([asdict(progress)], tuple(asdict(progress)), as_json)
-        if progress.failed:
-            sys.exit(EXIT_FAILED)
+    steps = planning.apply(plans, catalogue, ledger, recipes, limit, budget)
+    *_, last = display.follow_apply(steps, total)
+    display.show_rows([asdict(last)], tuple(asdict(last)), as_json)
+    if last.failed:
+        sys.exit(EXIT_FAILED)
 
 
 @cli.command(epilog=EPILOG)

@@ -8,6 +8,7 @@ import pytest
 
 from imagepipeline import models
 from imagepipeline.defs import assets as pipeline
+from imagepipeline.defs.assets import ANEW_TAG
 from imagepipeline.defs.attempts import GENERATION_TAG
 from imagepipeline.defs.jobs import process_upload
 from imagepipeline.imaging.decoding import Rules
@@ -61,14 +62,15 @@ def paid_calls(ledger, limiter):
 def run(instance, catalogue, files, index, paid_calls):
     """A function that runs assets of one image, manually or, with a generation, like the sensor."""
 
-    def run(image_id, generation=None, assets=ASSETS, **resources):
+    def run(image_id, generation=None, assets=ASSETS, anew=None, **resources):
         instance.add_dynamic_partitions("uploads", [image_id])
         return dg.materialize(
             ASSETS,
             selection=dg.AssetSelection.assets(*assets),
             partition_key=image_id,
             instance=instance,
-            tags={} if generation is None else {GENERATION_TAG: str(generation)},
+            tags=({} if generation is None else {GENERATION_TAG: str(generation)})
+            | ({ANEW_TAG: anew} if anew else {}),
             resources={
                 "catalogue": catalogue,
                 "files": files,

@@ -221,14 +221,22 @@ def test_a_manual_run_processes_a_completed_image_again(run, cat, catalogue, ind
 
 def test_a_manual_run_may_make_one_asset_only(run, cat, catalogue):
     run(cat)
-    assert run(cat, assets=[metadata], vision=ScriptedVision(ANSWER)).success
+    assert run(cat, assets=[variants], anew="all").success
     row = catalogue.get(cat)
     assert (row["status"], row["generation"]) == ("completed", 2)
     assert {asset: made["generation"] for asset, made in row["made_by"].items()} == {
-        "metadata": 2,
-        "variants": 1,
+        "metadata": 1,
+        "variants": 2,
         "embedding": 1,
     }
+
+
+def test_an_image_whose_text_has_changed_is_not_completed_until_it_is_embedded(run, cat, catalogue):
+    run(cat)
+    assert run(cat, assets=[metadata], vision=ScriptedVision(ANSWER)).success
+    row = catalogue.get(cat)
+    assert row["status"] == "pending"
+    assert row["history"][-1]["detail"] == "results are missing or stale: embedding"
 
 
 def test_a_new_image_with_one_asset_made_goes_back_to_the_queue(run, cat, catalogue):
@@ -484,17 +492,7 @@ def test_a_child_that_dies_between_two_assets_is_replaced(run, cat, catalogue, f
     originals.close()
 
 
-def test_the_same_picture_model_and_prompt_are_paid_for_once(run, cat, catalogue, ledger):
-    vision = ScriptedVision(ANSWER)
-    catalogue.accept([Upload(cat)])
-    assert run(cat, generation=1, vision=vision).success
-    catalogue.accept([Upload(cat)])
-    assert run(cat, generation=2, vision=vision).success
-    assert catalogue.get(cat)["made_by"]["metadata"]["generation"] == 2
-    assert [row["calls"] for row in ledger.summarize("stage")] == [1]
-
-
-def test_another_picture_another_prompt_and_a_manual_run_are_paid_for(
+def test_another_picture_another_prompt_and_a_run_that_asks_for_it_are_paid_for(
     run, cat, catalogue, files, ledger
 ):
     vision = ScriptedVision(ANSWER, ANSWER, ANSWER, ANSWER)
@@ -506,7 +504,9 @@ def test_another_picture_another_prompt_and_a_manual_run_are_paid_for(
     vision.recipe = Recipe("openai", "scripted", "prompt-2")
     catalogue.accept([Upload(cat)])
     run(cat, generation=3, vision=vision)
-    run(cat, vision=vision)  # a manual run
+    run(cat, vision=vision)
+    assert [row["calls"] for row in ledger.summarize("stage")] == [3]
+    run(cat, vision=vision, anew="metadata")
     assert [row["calls"] for row in ledger.summarize("stage")] == [4]
 
 
@@ -522,7 +522,7 @@ def test_an_unchanged_text_is_not_embedded_again(run, cat, catalogue, ledger):
         ANSWER,
         replace(ANSWER, metadata=ANSWER.metadata.model_copy(update={"mood": "wild"})),
     ):
-        assert run(cat, vision=ScriptedVision(answer), embedder=Remote()).success
+        assert run(cat, vision=ScriptedVision(answer), embedder=Remote(), anew="metadata").success
     assert {row["stage"]: row["calls"] for row in ledger.summarize("stage")} == {
         "embedding": 2,
         "metadata": 3,

@@ -1,0 +1,176 @@
+"""Runs make what an image needs, and nothing else."""
+
+import os
+import signal
+from dataclasses import replace
+
+import dagster as dg
+import pytest
+
+from imagepipeline.defs.assets import variants
+from imagepipeline.imaging.variants import Renderer
+from imagepipeline.models import Recipe, Upload, build_variant_specs
+from imagepipeline.services.embedder import LocalEmbedder
+from imagepipeline_tests.conftest import PHOTOS
+from imagepipeline_tests.defs.test_assets import ANSWER, ScriptedVision
+
+pytestmark = pytest.mark.stack
+
+
+class RemoteEmbedder(LocalEmbedder):
+    """Counts as a paid model."""
+
+    recipe = Recipe("openrouter", "m")
+
+    def embed(self, text):
+        return replace(super().embed(text), version=self.recipe.version)
+
+
+@pytest.fixture
+def process(run, catalogue):
+    """Pushes an image and runs it with paid models; gives what was reused, by asset."""
+
+    def process(image_id, vision, **changes):
+        catalogue.accept([Upload(image_id)])
+        generation = catalogue.get(image_id)["generation"]
+        result = run(
+            image_id, generation=generation, vision=vision, embedder=RemoteEmbedder(), **changes
+        )
+        assert result.success
+        return {
+            event.asset_key.to_user_string(): event.materialization.metadata["is_reused"].value
+            for event in result.get_asset_materialization_events()
+        }
+
+    return process
+
+
+def count_calls(ledger):
+    return {row["stage"]: row["calls"] for row in ledger.summarize("stage")}
+
+
+def list_modification_times(files):
+    return {path.name: path.stat().st_mtime_ns for path in (files.root / "variants").iterdir()}
+
+
+def test_a_repeated_upload_makes_and_pays_nothing(process, cat, catalogue, files, ledger):
+    vision = ScriptedVision(ANSWER)
+    assert not any(process(cat, vision).values())
+    before = list_modification_times(files)
+    assert all(process(cat, vision).values())
+    assert list_modification_times(files) == before
+    assert count_calls(ledger) == {"metadata": 1, "embedding": 1}
+    row = catalogue.get(cat)
+    assert row["status"] == "completed"
+    reused = [event["detail"] for event in row["history"] if event["event"] == "reused"]
+    assert reused == ["metadata", "variants"]
+
+
+def test_nothing_is_decoded_for_what_is_current(process, cat, monkeypatch):
+    process(cat, ScriptedVision(ANSWER))
+
+    def refuse(*_):
+        raise AssertionError("the original was decoded")
+
+    monkeypatch.setattr("imagepipeline.originals.decode", refuse)
+    assert all(process(cat, ScriptedVision()).values())
+
+
+def test_a_new_prompt_renders_no_variants_and_embeds_no_unchanged_text(process, cat, files, ledger):
+    process(cat, ScriptedVision(ANSWER))
+    before = list_modification_times(files)
+    vision = ScriptedVision(ANSWER)
+    vision.recipe = Recipe("openai", "scripted", "prompt-2")
+    reused = process(cat, vision)
+    assert reused == {"metadata": False, "variants": True, "embedding": True}
+    assert list_modification_times(files) == before
+    assert count_calls(ledger) == {"metadata": 2, "embedding": 1}
+
+
+def test_another_quality_makes_variants_alone(process, cat, ledger):
+    process(cat, ScriptedVision(ANSWER))
+    renderer = Renderer(build_variant_specs(70, 70))
+    reused = process(cat, ScriptedVision(), renderer=renderer)
+    assert reused == {"metadata": True, "variants": False, "embedding": True}
+    assert count_calls(ledger) == {"metadata": 1, "embedding": 1}
+
+
+def test_a_variant_that_is_gone_is_made_again(process, cat, files):
+    process(cat, ScriptedVision(ANSWER))
+    (files.root / "variants" / "cat-md.avif").unlink()
+    assert process(cat, ScriptedVision()) == {
+        "metadata": True,
+        "variants": False,
+        "embedding": True,
+    }
+    assert (files.root / "variants" / "cat-md.avif").exists()
+
+
+def test_the_same_bytes_under_another_id_are_paid_for_once(process, cat, catalogue, files, ledger):
+    process(cat, ScriptedVision(ANSWER))
+    files.put_original("twin", (PHOTOS / "cat.jpg").read_bytes(), "jpg")
+    assert process("twin", ScriptedVision()) == {
+        "metadata": True,
+        "variants": False,
+        "embedding": True,
+    }
+    assert catalogue.get("twin")["metadata"] == catalogue.get(cat)["metadata"]
+    assert catalogue.get("twin")["width"] == catalogue.get(cat)["width"]
+    assert count_calls(ledger) == {"metadata": 1, "embedding": 1}
+
+
+def test_another_original_makes_everything_again(process, cat, files, ledger):
+    process(cat, ScriptedVision(ANSWER))
+    files.put_original(cat, (PHOTOS / "coffee.jpg").read_bytes(), "jpg")
+    changed = replace(ANSWER, metadata=ANSWER.metadata.model_copy(update={"mood": "wild"}))
+    assert not any(process(cat, ScriptedVision(changed)).values())
+    assert count_calls(ledger) == {"metadata": 2, "embedding": 2}
+
+
+def test_who_asks_for_it_gets_it_anew(run, process, cat, instance, ledger):
+    process(cat, ScriptedVision(ANSWER))
+    run(cat, vision=ScriptedVision(ANSWER), embedder=RemoteEmbedder(), anew="metadata, embedding")
+    assert count_calls(ledger) == {"metadata": 2, "embedding": 2}
+    made = instance.get_latest_materialization_event(dg.AssetKey("metadata"))
+    assert made.asset_materialization.metadata["cause"].value == "a person asked for it"
+    made = instance.get_latest_materialization_event(dg.AssetKey("variants"))
+    assert made.asset_materialization.metadata["is_reused"].value
+
+
+@pytest.mark.parametrize("stage", ["metadata", "embedding"])
+def test_an_answer_is_not_paid_twice_if_the_run_dies_before_its_result_is_in_place(
+    run, cat, catalogue, ledger, index, monkeypatch, stage
+):
+    catalogue.accept([Upload(cat)])
+    dying = {"metadata": (catalogue, "save_metadata"), "embedding": (index, "upsert")}[stage]
+
+    def die(*_):
+        os._exit(signal.SIGKILL)
+
+    resources = {"vision": ScriptedVision(ANSWER), "embedder": RemoteEmbedder()}
+    if (pid := os.fork()) == 0:
+        monkeypatch.setattr(*dying, die)
+        run(cat, generation=1, **resources)
+        os._exit(0)
+    assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == signal.SIGKILL
+    [lost] = catalogue.list_processing()
+    catalogue.recover(lost, "its process died")
+    vision = ScriptedVision()  # it would raise if it were asked
+    assert run(cat, generation=2, vision=vision, embedder=RemoteEmbedder()).success
+    assert catalogue.get(cat)["status"] == "completed"
+    assert count_calls(ledger) == {"metadata": 1, "embedding": 1}
+    assert ledger.count_answers() == 0
+
+
+def test_pictures_alone_leave_the_rest_to_a_later_run(run, cat, catalogue):
+    catalogue.accept([Upload(cat)])
+    assert [one.image_id for one in catalogue.list_pending(9, has_no_variants=True)] == [cat]
+    assert run(cat, generation=1, assets=[variants]).success
+    row = catalogue.get(cat)
+    assert (row["status"], row["metadata"], len(row["variants"])) == ("pending", None, 6)
+    assert catalogue.list_pending(9, has_no_variants=True) == []
+    assert [one.image_id for one in catalogue.list_pending(9)] == [cat]
+    assert run(cat, generation=2).success
+    assert catalogue.get(cat)["status"] == "completed"
+    catalogue.accept([Upload(cat)])  # perhaps with another picture
+    assert [one.image_id for one in catalogue.list_pending(9, has_no_variants=True)] == [cat]
