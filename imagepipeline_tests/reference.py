@@ -200,7 +200,8 @@ def build_commands() -> str:
     ]
     codes = " ".join(EPILOG.replace("\b", "").split()).removeprefix("Exit codes: ").rstrip(".")
     parts = [
-        f"{NOTE}\n\n# Commands\n\nEach command explains itself with `--help` and prints JSON with `--json`.\n",
+        f"{NOTE}\n\n# Commands\n\n"
+        "Each command explains itself with `--help` and prints JSON with `--json`.\n",
         "| command | what it does |\n|---|---|\n" + "\n".join(rows) + "\n",
         "| exit code | meaning |\n|---|---|\n"
         + "\n".join("| {} | {} |".format(*code.split(" ", 1)) for code in codes.split("; "))

@@ -18,14 +18,15 @@ from imagepipeline_tests.end_to_end.processes import find_port
 EXAMPLES = Path(__file__).parent.parent / "examples"
 COMMAND = Path(sys.executable).parent / "imagepipeline"
 PATIENCE_SECONDS = 60
-CHECKS = """{ assetNodeOrError(assetKey: {path: "metadata"}) { ... on AssetNode { assetChecksOrError {
-    ... on AssetChecks { checks { name executionForLatestMaterialization {
-        evaluation { success severity metadataEntries { ... on TextMetadataEntry { text } } } } } } } } } }"""
+CHECKS = """{ assetNodeOrError(assetKey: {path: "metadata"}) { ... on AssetNode {
+    assetChecksOrError { ... on AssetChecks { checks { name executionForLatestMaterialization {
+        evaluation { success severity metadataEntries { ... on TextMetadataEntry { text } } }
+    } } } } } } }"""
 pytestmark = [pytest.mark.stack, pytest.mark.xdist_group("examples")]
 
 
 class Stack:
-    """A stack with the example's vision server as its provider and the example's check in its definitions."""
+    """A stack with the example's vision server as provider and the example's check."""
 
     def __init__(self, home, provider_port):
         self.environment = {

@@ -240,10 +240,8 @@ def test_an_unknown_price_pauses_until_it_is_known(update, ledger):
 def test_the_pause_for_prices_names_all_models_and_follows_the_settings(update, ledger):
     update(embedder=Recipe("openrouter", "vendor/e"))
     [pause] = ledger.list_pauses()
-    assert (
-        'of new and vendor/e is unknown: set IMAGEPIPELINE_PRICES to {"new": [IN, OUT], "vendor/e": ['
-        in pause.message
-    )
+    assert "of new and vendor/e is unknown: set IMAGEPIPELINE_PRICES to" in pause.message
+    assert '{"new": [IN, OUT], "vendor/e": [' in pause.message
     update(vision=Recipe("openai", "newer"))
     [pause] = ledger.list_pauses()
     assert "of newer is unknown" in pause.message

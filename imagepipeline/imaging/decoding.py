@@ -136,7 +136,7 @@ def _finish(source: Source, format_: str, rules: Rules) -> Decoded:
 
 
 def _scale(picture: Picture, scale: float) -> Image.Image:
-    """The picture's image, scaled down before its colours are converted: fewer pixels to convert."""
+    """Scales a picture down before its colours are converted, as fewer pixels are left then."""
     image = picture.image
     size = max(1, round(image.width * scale)), max(1, round(image.height * scale))
     return resize(image, size)

@@ -26,7 +26,7 @@ PLACEHOLDER_PX = 16
 
 
 class Renderer:
-    """Renders and inspects the variants of decoded originals; what it makes them with is its recipe.
+    """Renders and inspects the variants of decoded originals, by its recipe.
 
     Args:
         specs: the variants to make.
@@ -50,7 +50,7 @@ class Renderer:
         self._inspections: dict[bytes, Inspection] = {}  # by the bytes of a rendered variant
 
     def begin(self, session: Session[Decoded], original: OriginalFacts) -> None:
-        """Starts rendering in the sandbox while the run does something else; `render` collects it."""
+        """Starts rendering in the sandbox and returns at once; `render` collects the result."""
         session.begin(render_and_inspect, *self._build_arguments(original))
 
     def render(

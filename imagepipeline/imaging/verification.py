@@ -83,7 +83,9 @@ def verify_variants(
 def verify_own_inspections(
     inspections: Sequence["Inspection"], variants: Sequence[Variant], compared: Sequence[int]
 ) -> None:
-    """Checks inspections of variants just verified; `compared` holds the positions of those compared.
+    """Checks inspections of variants that were just verified.
+
+    `compared` holds the positions of the variants that were to be compared.
 
     Raises:
         ImpossibleAnswerError: an inspection contradicts the variant's bytes or what was asked for.

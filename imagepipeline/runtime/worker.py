@@ -90,7 +90,7 @@ def main() -> None:
 
 
 def preload(definitions: str) -> None:
-    """Imports what runs need and builds the definitions of a module once, so that children share them."""
+    """Imports what runs need, and builds the definitions of a module for all children to share."""
     for name in PRELOADED:
         importlib.import_module(name)
     module = importlib.import_module(definitions)

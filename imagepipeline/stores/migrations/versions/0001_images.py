@@ -1,4 +1,4 @@
-"""The first tables: images, their variants, what made their results, their history, and the outbox."""
+"""The first tables: images, their variants, results and history, and the outbox."""
 
 import sqlalchemy as sa
 from alembic import op

@@ -1,4 +1,4 @@
-"""What a page needs before the image is there: its size, a placeholder, the dominant colour; and an original's flaw."""
+"""What a page shows before the image: size, placeholder, dominant colour; the flaw."""
 
 import sqlalchemy as sa
 from alembic import op

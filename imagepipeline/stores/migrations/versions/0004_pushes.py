@@ -1,4 +1,4 @@
-"""Pushes that come while an image waits or runs, the path an upload named, and whose runs the rows are."""
+"""Pushes of an image that waits or runs, the path an upload named, and the catalogue's owner."""
 
 import sqlalchemy as sa
 from alembic import op
@@ -18,7 +18,8 @@ def upgrade() -> None:
     op.add_column("images", sa.Column("requested_path", sa.String(512)))
     # A path that is not the one a bare ID means was named by the upload.
     op.execute(
-        "UPDATE images SET requested_path = path WHERE substr(path, 1, length(id) + 10) <> 'original/' || id || '.'"
+        "UPDATE images SET requested_path = path "
+        "WHERE substr(path, 1, length(id) + 10) <> 'original/' || id || '.'"
     )
     op.create_table(
         "catalogue_owner",
