@@ -127,7 +127,7 @@ def follow(
 
 
 def follow_apply(steps: Iterable[Applied], total: int) -> Iterator[Applied]:
-    """Passes on the progress of an apply, and shows it on a terminal as a bar with rate and cost."""
+    """Passes on the progress of an apply, and shows it on stderr with times and cost."""
     bar = Progress(
         TextColumn("applying"),
         BarColumn(),

@@ -1,4 +1,4 @@
-"""What an image needs: which of its results are missing, or not what today's settings would make."""
+"""What an image needs: results that are missing, or not what today's settings would make."""
 
 import hashlib
 from collections.abc import Mapping

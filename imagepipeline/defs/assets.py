@@ -269,7 +269,7 @@ def note_original(catalogue: Catalogue, claim: Claim, original: Original) -> Non
 def find_cause(
     context: dg.AssetExecutionContext, catalogue: Catalogue, claim: Claim, recipe: Recipe
 ) -> str | None:
-    """Why this asset must be made in this run: ASKED, or one of `needs.CAUSES`; None: it is current."""
+    """Why this run must make this asset: ASKED, one of `needs.CAUSES`, or None if it is current."""
     asset = context.asset_key.to_user_string()
     if {asset, "all"} & set(context.run.tags.get(ANEW_TAG, "").replace(" ", "").split(",")):
         return ASKED

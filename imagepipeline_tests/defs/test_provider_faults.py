@@ -16,6 +16,7 @@ import pytest
 from PIL import Image
 from werkzeug import Response
 
+from imagepipeline.defs.assets import variants
 from imagepipeline.defs.attempts import GENERATION_TAG
 from imagepipeline.defs.sensors import upload_sensor
 from imagepipeline.models import Recipe, Upload, now_utc
@@ -146,7 +147,11 @@ class Pipeline:
             self.queue.enqueue(f"image-{number}")
 
     def tick(self):
-        """Runs a tick and the runs it requests; returns their number, or why there are none."""
+        """Runs a tick and the runs it requests.
+
+        Returns the number of runs that make all assets, or why there are none. Runs that make
+        variants alone, while paid work waits, are not counted.
+        """
         resources = {"queue": self.queue, "catalogue": self.catalogue, "ledger": self.ledger}
         context = dg.build_sensor_context(
             instance=self.instance, resources={**resources, "paid_calls": self.paid_calls}
@@ -154,13 +159,19 @@ class Pipeline:
         result = upload_sensor(context)
         if isinstance(result, dg.SkipReason):
             return result.skip_message
+        full = [request for request in result.run_requests if request.asset_selection is None]
         for request in result.run_requests:
             generation = int(request.tags[GENERATION_TAG])
+            is_full = request in full
             ended = self._run(
-                request.partition_key, generation, paid_calls=self.paid_calls, **self._models
+                request.partition_key,
+                generation,
+                **({} if is_full else {"assets": [variants]}),
+                paid_calls=self.paid_calls,
+                **self._models,
             )
-            self.ends[ended.success] += 1
-        return len(result.run_requests)
+            self.ends[ended.success] += is_full
+        return len(full) or self.tick()
 
     def _describe(self, request):
         self.calls["metadata"] += 1

@@ -9,7 +9,7 @@ import pytest
 
 from imagepipeline.defs.attempts import GENERATION_TAG
 from imagepipeline.defs.sensors import DEFAULT_SLOTS, RUNS_PER_SLOT, take_in, upload_sensor
-from imagepipeline.models import Recipe, Upload, now_utc
+from imagepipeline.models import BULK_PRIORITY, Recipe, Upload, now_utc
 from imagepipeline.paid_calls import PaidCalls
 from imagepipeline.stores.failures import FailedImages
 from imagepipeline.stores.ledger import Ledger
@@ -34,7 +34,17 @@ def tick(instance, catalogue, queue, ledger, paid_calls):
 
 
 def keys(result):
-    return [request.run_key for request in result.run_requests]
+    """The keys of the runs that make all assets."""
+    return [request.run_key for request in result.run_requests if request.asset_selection is None]
+
+
+def list_pictures(result):
+    """The keys of the runs that make variants alone."""
+    return [
+        request.run_key
+        for request in result.run_requests
+        if request.asset_selection == [dg.AssetKey("variants")]
+    ]
 
 
 def test_a_push_becomes_a_pending_row_a_partition_and_a_run(tick, queue, catalogue):
@@ -343,13 +353,64 @@ def test_sixty_kinds_of_malformed_entries_do_not_affect_good_ones(queue, catalog
     assert sum(catalogue.count().values()) == len(range(0, len(MALFORMED), 6))
 
 
-def test_during_a_pause_no_run_is_requested_and_the_tick_says_why(tick, queue, catalogue, ledger):
+@pytest.fixture
+def make_variants(catalogue):
+    """A function that makes the variants of a pending image, as a run of its own does."""
+
+    def make_variants(image_id):
+        generation = catalogue.get(image_id)["generation"]
+        claim = catalogue.claim(image_id, generation, f"run-{image_id}")
+        catalogue.record_result(claim, "variants", Recipe("local", "pillow"), "0" * 64)
+        catalogue.hand_back(claim, "results are missing")
+
+    return make_variants
+
+
+def test_during_a_pause_variants_are_made_and_then_the_tick_says_why_the_rest_waits(
+    tick, queue, catalogue, ledger, make_variants
+):
     queue.enqueue("a")
     ledger.pause("auth", "the vision model answered 401", 600)
+    result = tick()
+    assert (keys(result), list_pictures(result)) == ([], ["a:1"])
+    make_variants("a")
     assert tick().skip_message == "Paused (auth): the vision model answered 401."
     assert catalogue.get("a")["status"] == "pending"
     ledger.resume()
-    assert keys(tick()) == ["a:1"]
+    result = tick()
+    assert (keys(result), list_pictures(result)) == (["a:2"], [])
+    catalogue.fail_pending(catalogue.list_pending(1)[0], "cancelled", "by a person")
+    queue.enqueue("a")  # perhaps with another picture
+    ledger.pause("auth", "the vision model answered 401", 600)
+    assert list_pictures(tick()) == ["a:3"]
+
+
+def test_behind_the_rate_limit_pictures_come_first(tick, catalogue, build_paid_calls):
+    catalogue.accept([Upload(f"i{number}") for number in range(12)])
+    result = tick(paid_calls=build_paid_calls("10/day"))
+    assert len(keys(result)) == 5
+    assert len(list_pictures(result)) == 7
+    assert not set(keys(result)) & set(list_pictures(result))
+
+
+def test_without_paid_work_no_run_makes_variants_alone(tick, catalogue, paid_calls):
+    catalogue.accept([Upload(f"i{number}") for number in range(LIMIT + 5)])
+    result = tick()
+    assert (len(keys(result)), list_pictures(result)) == (LIMIT, [])
+
+
+def test_planned_images_run_after_all_uploads_in_a_lane_of_their_own(tick, catalogue):
+    catalogue.accept([Upload("old")])
+    claim = catalogue.claim("old", 1, "run")
+    for asset in ("metadata", "variants", "embedding"):
+        catalogue.record_result(claim, asset, Recipe("local", "m"), "0" * 64)
+    catalogue.finish(claim)
+    assert catalogue.begin_planned(["old", "unknown"], BULK_PRIORITY) == ["old"]
+    catalogue.accept([Upload("new", priority=-1000)])
+    requests = tick().run_requests
+    assert [request.run_key for request in requests] == ["new:1", "old:2"]
+    assert [request.tags["imagepipeline/lane"] for request in requests] == ["live", "bulk"]
+    assert [request.tags["dagster/priority"] for request in requests] == ["-1000", "-1001"]
 
 
 def test_after_a_pause_one_image_is_tried_first(tick, queue, sqlite_catalogue_url, ledger):
@@ -374,7 +435,7 @@ def build_paid_calls(ledger, limiter):
 
 
 def test_runs_are_requested_only_for_the_calls_left_under_a_daily_limit(
-    tick, catalogue, limiter, build_paid_calls
+    tick, catalogue, limiter, build_paid_calls, make_variants
 ):
     catalogue.accept([Upload(f"i{number}") for number in range(12)])
     paid_calls = build_paid_calls("10/day")
@@ -383,6 +444,8 @@ def test_runs_are_requested_only_for_the_calls_left_under_a_daily_limit(
         assert limiter.acquire("metadata", 0)
     assert len(keys(tick(paid_calls=paid_calls))) == 1
     assert limiter.acquire("embedding", 0)
+    for number in range(12):
+        make_variants(f"i{number}")
     message = tick(paid_calls=paid_calls).skip_message
     assert message.startswith(
         "Paused: the rate limit of paid calls (10/day) is used up: paid work resumes at 20"
@@ -411,12 +474,13 @@ def test_runs_are_requested_only_if_their_calls_will_be_permitted_in_time(
 
 
 def test_no_run_is_requested_while_a_budget_is_set_and_a_price_is_unknown(
-    tick, catalogue, build_paid_calls
+    tick, catalogue, build_paid_calls, make_variants
 ):
     catalogue.accept([Upload("a")])
+    make_variants("a")
     message = tick(paid_calls=build_paid_calls("off", daily_budget_usd=5.0)).skip_message
     assert "the price of m and e is unknown" in message
-    assert keys(tick(paid_calls=build_paid_calls("off"))) == ["a:1"]
+    assert keys(tick(paid_calls=build_paid_calls("off"))) == ["a:2"]
 
 
 def test_after_a_pause_a_different_image_is_tried_first_each_time(
@@ -428,7 +492,7 @@ def test_after_a_pause_a_different_image_is_tried_first_each_time(
     earlier.close()
     tried = []
     for _ in range(4):
-        [image] = tick().run_requests
+        [image] = [request for request in tick().run_requests if request.asset_selection is None]
         tried.append(image.partition_key)
         generation = catalogue.get_states([image.partition_key])[image.partition_key].generation
         catalogue.hand_back(catalogue.claim(image.partition_key, generation, "run"), "403")

@@ -2,12 +2,13 @@
 
     python -m imagepipeline_tests.end_to_end.one_run FOLDER GENERATION [EFFECT before|after SIGNAL]
 
-DATABASE_URL names the catalogue.
+DATABASE_URL names the catalogue. With PAID_CALLS_REDIS_URL, the models count as paid ones.
 """
 
 import os
 import signal
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,7 @@ from imagepipeline.defs.attempts import GENERATION_TAG
 from imagepipeline.imaging.decoding import Rules
 from imagepipeline.imaging.sandbox import Sandbox
 from imagepipeline.imaging.variants import Renderer
-from imagepipeline.models import build_variant_specs
+from imagepipeline.models import Embedding, Recipe, build_variant_specs
 from imagepipeline.originals import Originals
 from imagepipeline.paid_calls import PaidCalls
 from imagepipeline.services.embedder import LocalEmbedder
@@ -53,11 +54,27 @@ def signal_at(effect: str, moment: str, name: str) -> None:
     setattr(owner, method, wrapped)
 
 
+class PaidVision(LocalVision):
+    """A local model whose calls are recorded as paid ones."""
+
+    recipe = Recipe("openai", "m")
+
+
+class PaidEmbedder(LocalEmbedder):
+    """Likewise."""
+
+    recipe = Recipe("openrouter", "m")
+
+    def embed(self, text: str) -> Embedding:
+        return replace(super().embed(text), version=self.recipe.version)
+
+
 def main() -> None:
     """Executes the run; the exit code is 0 if it succeeds."""
     folder, generation = Path(sys.argv[1]), sys.argv[2]
     if len(sys.argv) > 3:
         signal_at(*sys.argv[3:])
+    redis_url = os.environ.get("PAID_CALLS_REDIS_URL")
     with dg.DagsterInstance.from_config(str(folder)) as instance:
         instance.add_dynamic_partitions("uploads", ["cat"])
         result = dg.materialize(
@@ -72,10 +89,12 @@ def main() -> None:
                 "renderer": Renderer(build_variant_specs()),
                 "index": EmbeddingIndex(str(folder / "lancedb")),
                 "paid_calls": PaidCalls(
-                    Ledger(os.environ["DATABASE_URL"]), CallLimiter("redis://", "x", "off"), {}
+                    Ledger(os.environ["DATABASE_URL"]),
+                    CallLimiter(redis_url or "redis://", "x", "off"),
+                    {},
                 ),
-                "vision": LocalVision(),
-                "embedder": LocalEmbedder(),
+                "vision": PaidVision() if redis_url else LocalVision(),
+                "embedder": PaidEmbedder() if redis_url else LocalEmbedder(),
             },
             raise_on_error=False,
         )

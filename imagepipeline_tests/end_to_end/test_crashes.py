@@ -26,6 +26,7 @@ from imagepipeline.services.vision import LocalVision
 from imagepipeline.stores.broker import TaskQueue
 from imagepipeline.stores.catalogue import Catalogue
 from imagepipeline.stores.files import FileStore
+from imagepipeline.stores.ledger import Ledger
 from imagepipeline.stores.vectors import EmbeddingIndex
 from imagepipeline_tests.conftest import PHOTOS
 from imagepipeline_tests.end_to_end.processes import find_children, find_port, find_service
@@ -50,8 +51,9 @@ TASKS = TaskQueue("redis://unused", "test")
 LEGAL = {  # the events that may follow an event in an image's history
     None: {"accepted"},
     "accepted": {"claimed"},
-    "claimed": {"made", "recovered", "handed_back", "failed", "completed"},
-    "made": {"made", "recovered", "completed"},
+    "claimed": {"made", "reused", "recovered", "handed_back", "failed", "completed"},
+    "made": {"made", "reused", "recovered", "completed"},
+    "reused": {"made", "reused", "recovered", "completed"},
     "recovered": {"handed_back"},
     "handed_back": {"claimed"},
     "completed": set(),
@@ -94,7 +96,7 @@ class World:
         )
         (folder / "dagster.yaml").write_text(yaml.safe_dump(config))
 
-    def start_run(self, *arguments: str) -> subprocess.Popen:
+    def start_run(self, *arguments: str, **variables: str) -> subprocess.Popen:
         """Starts a process that executes a run of the image's current generation."""
         generation = str(self.catalogue.get("cat")["generation"])
         command = [
@@ -104,7 +106,7 @@ class World:
             str(self.folder),
             generation,
         ]
-        environment = os.environ | {"DATABASE_URL": self.catalogue_url}
+        environment = os.environ | {"DATABASE_URL": self.catalogue_url} | variables
         output = subprocess.DEVNULL
         return subprocess.Popen(
             [*command, *arguments], cwd=ROOT, env=environment, stdout=output, stderr=output
@@ -160,6 +162,19 @@ def test_the_image_of_a_killed_run_is_completed_once_by_another_run(world, effec
     world.check()
 
 
+@pytest.mark.parametrize("effect", ["store the answer", "variant rows", "index commit"])
+def test_a_call_whose_run_is_killed_is_not_paid_for_again(world, redis_url, effect):
+    paid = {"PAID_CALLS_REDIS_URL": redis_url}
+    assert world.start_run(effect, "before", "SIGKILL", **paid).wait() == -signal.SIGKILL
+    world.hand_over()
+    assert world.start_run(**paid).wait() == 0
+    assert world.catalogue.get("cat")["status"] == "completed"
+    ledger = Ledger(world.catalogue_url)
+    calls = {row["stage"]: row["calls"] for row in ledger.summarize("stage")}
+    assert calls == {"metadata": 1, "embedding": 1}
+    assert ledger.count_answers() == 0
+
+
 @pytest.mark.parametrize(
     "effect",
     ["store the answer", "variant rows", "rename", "index commit", "result", "final status"],
@@ -202,9 +217,11 @@ def test_killed_and_frozen_runs_workers_and_code_servers_lose_nothing(
             time.sleep(0.02)
         return time.monotonic() - began
 
-    def push_and_wait_for_work() -> None:
+    def push_and_wait_for_work(quality: int) -> None:
+        for photo in PHOTOS.glob("*.jpg"):  # the same pictures would be reused, not processed
+            Image.open(photo).save(tmp_path / photo.name, quality=quality)
         subprocess.run(
-            [command, "push", *map(str, PHOTOS.glob("*.jpg"))],
+            [command, "push", *map(str, tmp_path.glob("*.jpg"))],
             check=True,
             stdout=subprocess.DEVNULL,
         )
@@ -215,7 +232,7 @@ def test_killed_and_frozen_runs_workers_and_code_servers_lose_nothing(
     ) as stack:
         try:
             assert stack.stdout.readline()
-            push_and_wait_for_work()
+            push_and_wait_for_work(95)
             frozen, killed = find_children(find_service(home, "worker"), b"run\n")[:2]
             os.kill(frozen, signal.SIGSTOP)
             os.kill(killed, signal.SIGKILL)
@@ -224,7 +241,7 @@ def test_killed_and_frozen_runs_workers_and_code_servers_lose_nothing(
             # Its image may have been complete before it was stopped.
             wait_until(lambda _: not Path(f"/proc/{frozen}").exists())
 
-            push_and_wait_for_work()
+            push_and_wait_for_work(90)
             lost = catalogue.count()["processing"]
             os.kill(find_service(home, "worker"), signal.SIGKILL)  # all its runs end with it
             os.kill(find_service(home, "code-server"), signal.SIGKILL)
