@@ -24,7 +24,7 @@ import billiard
 from celery import Celery, bootsteps, signals
 from celery.worker import state
 from celery.worker.control import inspect_command
-from dagster import DagsterInstance
+from dagster import DagsterEventType, DagsterInstance, DagsterRunStatus
 from dagster._cli.api import _execute_run_command_body  # what `dagster api execute_run` calls
 from dagster._grpc.types import ExecuteRunArgs
 from dagster._serdes import unpack_value
@@ -164,9 +164,23 @@ def execute_run(execute_job_args_packed: Any) -> None:
     A new instance for each run would take 80 ms and leave three Postgres connections open.
     """
     run_id = unpack_value(execute_job_args_packed, as_type=ExecuteRunArgs).run_id
+    instance = open_instance()
     _execute_run_command_body(
-        run_id, open_instance(), write_stream_fn=lambda _: None, set_exit_code_on_failure=False
+        run_id, instance, write_stream_fn=lambda _: None, set_exit_code_on_failure=False
     )
+    keep_canceled(instance, run_id)
+
+
+def keep_canceled(instance: DagsterInstance, run_id: str) -> None:
+    """Marks a run as canceled again that a person canceled by force.
+
+    That sets its status at once, while it still runs; when it then ends, Dagster sets another one.
+    """
+    run = instance.get_run_by_id(run_id)
+    if run is not None and run.status == DagsterRunStatus.FAILURE:
+        canceled = instance.get_records_for_run(run_id, of_type=DagsterEventType.RUN_CANCELED)
+        if canceled.records:
+            instance.report_run_canceled(run, "It was canceled by force while it ran.")
 
 
 @functools.cache

@@ -180,7 +180,8 @@ class Pipeline:
             return Response(
                 json.dumps({"error": {"message": "no"}}), status, content_type="application/json"
             )
-        return Response(json.dumps(completion(METADATA)), content_type="application/json")
+        answer = METADATA | {"description": f"Picture {self.calls['metadata']}"}
+        return Response(json.dumps(completion(answer)), content_type="application/json")
 
     def _embed(self, request):
         self.calls["embedding"] += 1

@@ -226,3 +226,16 @@ def test_threads_and_processes_share_dagsters_sqlite_storage_without_losing_even
     instance.report_engine_event("hello", run)
     assert arrived.wait(10)
     assert "hello" in seen[0].message
+
+
+@pytest.mark.parametrize("is_forced", [True, False])
+def test_a_run_canceled_by_force_stays_canceled_when_it_ends(is_forced):
+    with dg.DagsterInstance.ephemeral() as instance:
+        run = instance.add_run(dg.DagsterRun(job_name="job", status=dg.DagsterRunStatus.STARTED))
+        if is_forced:
+            instance.report_run_canceled(run)
+        instance.report_run_failed(instance.get_run_by_id(run.run_id))
+        assert instance.get_run_by_id(run.run_id).status == dg.DagsterRunStatus.FAILURE
+        worker.keep_canceled(instance, run.run_id)
+        status = instance.get_run_by_id(run.run_id).status
+        assert (status == dg.DagsterRunStatus.CANCELED) == is_forced

@@ -257,7 +257,7 @@ def test_an_image_with_results_of_two_originals_is_not_completed(catalogue):
     catalogue.save_original(claim, replace(ORIGINAL, original_sha256="1" * 64))
     catalogue.record_result(claim, "variants", RECIPE, "1" * 64)
     assert catalogue.finish(claim) is Status.PENDING
-    assert "different originals" in catalogue.get("a")["history"][-1]["detail"]
+    assert "stale: metadata" in catalogue.get("a")["history"][-1]["detail"]
 
 
 def test_a_catalogue_belongs_to_the_first_dagster_instance(catalogue):

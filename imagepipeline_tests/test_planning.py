@@ -1,0 +1,242 @@
+"""Plans say what a change of settings needs; applying one does that and nothing else."""
+
+from contextlib import closing
+
+import pytest
+
+from imagepipeline import planning
+from imagepipeline.models import ImageMetadata, OriginalFacts, PaidCall, Recipe, Upload
+from imagepipeline.needs import hash_text
+from imagepipeline.stores.catalogue import Catalogue
+from imagepipeline.stores.ledger import Ledger
+from imagepipeline.stores.plans import Outdated, Plans, select_recipes
+
+RECIPES = {
+    "metadata": Recipe("openai", "m", "prompt-1"),
+    "variants": Recipe("local", "pillow", "640-webp-80"),
+    "embedding": Recipe("openrouter", "e"),
+}
+METADATA = ImageMetadata(
+    description="A cat", tags=["cat"], category="animal", dominant_colors=[], mood="calm"
+)
+
+
+@pytest.fixture
+def catalogue(catalogue_url):
+    with closing(Catalogue(catalogue_url)) as catalogue:
+        catalogue.migrate()
+        yield catalogue
+
+
+@pytest.fixture
+def plans(catalogue_url, catalogue):
+    return Plans(catalogue_url)
+
+
+@pytest.fixture
+def ledger(catalogue_url, catalogue):
+    with closing(Ledger(catalogue_url)) as ledger:
+        yield ledger
+
+
+@pytest.fixture
+def process(catalogue):
+    """A function that does what a run of a pending image does: what is not current is made."""
+
+    def process(image_id, recipes=RECIPES, sha256="0" * 64):
+        [pending] = [one for one in catalogue.list_pending(99) if one.image_id == image_id]
+        claim = catalogue.claim(image_id, pending.generation, f"run-{image_id}")
+        facts = OriginalFacts(f"original/{image_id}.jpg", 9, sha256, 3, 2, "data:", "#000000")
+        catalogue.save_original(claim, facts)
+        made = []
+        for asset, recipe in recipes.items():
+            if catalogue.find_causes(image_id, {asset: recipe})[asset] is None:
+                continue
+            made.append(asset)
+            if asset == "metadata":
+                catalogue.save_metadata(claim, METADATA, recipe, sha256)
+            else:
+                text = hash_text(METADATA.embedding_text)
+                input_sha256 = text if asset == "embedding" else sha256
+                catalogue.record_result(claim, asset, recipe, input_sha256)
+        assert catalogue.finish(claim) == "completed"
+        return made
+
+    return process
+
+
+@pytest.fixture
+def library(catalogue, process):
+    """The IDs of five completed images."""
+    ids = [f"image-{number}" for number in range(5)]
+    catalogue.accept([Upload(image_id) for image_id in ids])
+    for image_id in ids:
+        process(image_id)
+    return ids
+
+
+def change(asset, recipe):
+    return RECIPES | {asset: recipe}
+
+
+def test_nothing_is_planned_for_what_todays_settings_would_make(plans, library):
+    assert plans.count_outdated(RECIPES) == []
+    assert plans.list_outdated(RECIPES, "", 9) == []
+
+
+@pytest.mark.parametrize(
+    ("asset", "recipe", "cause"),
+    [
+        ("metadata", Recipe("openai", "m2", "prompt-1"), "model"),
+        ("metadata", Recipe("azure", "m", "prompt-1"), "model"),
+        ("metadata", Recipe("openai", "m", "prompt-2"), "settings"),
+        ("variants", Recipe("local", "pillow", "640-webp-70"), "settings"),
+        ("embedding", Recipe("openrouter", "e2"), "model"),
+    ],
+)
+def test_a_changed_recipe_outdates_its_asset_alone(plans, library, asset, recipe, cause):
+    recipes = change(asset, recipe)
+    assert plans.count_outdated(recipes) == [Outdated(asset, cause, 5)]
+    assert plans.list_outdated(recipes, "", 9) == library
+    assert plans.list_outdated(recipes, library[1], 2) == library[2:4]
+    others = select_recipes(recipes, [name for name in RECIPES if name != asset])
+    assert plans.list_outdated(others, "", 9) == []
+
+
+def test_images_that_failed_or_wait_are_counted_as_missing(plans, library, catalogue):
+    catalogue.accept([Upload("new"), Upload("bad")])
+    catalogue.fail(catalogue.claim("bad", 1, "run"), "corrupt", "damaged")
+    assert plans.count_outdated(RECIPES) == [
+        Outdated(asset, "missing", 2) for asset in ("metadata", "variants", "embedding")
+    ]
+    assert plans.list_outdated(RECIPES, "", 9) == []  # the queue and `failed retry` make them
+
+
+def test_another_original_makes_results_stale_until_they_are_made_of_it(
+    plans, library, catalogue, process
+):
+    catalogue.accept([Upload(library[0])])
+    claim = catalogue.claim(library[0], 2, "run")
+    facts = OriginalFacts("original/x.jpg", 9, "1" * 64, 3, 2, "data:", "#000000")
+    catalogue.save_original(claim, facts)
+    assert plans.count_outdated(RECIPES) == [
+        Outdated("metadata", "input", 1),
+        Outdated("variants", "input", 1),
+    ]
+    catalogue.hand_back(claim, "its run was stopped")
+    assert process(library[0], sha256="1" * 64) == ["metadata", "variants"]
+    assert plans.count_outdated(RECIPES) == []
+
+
+def call(model, tokens_in=None, tokens_out=None, cost_usd=None):
+    return PaidCall(
+        "x", 1, "metadata", "openai", model, "answered", tokens_in, tokens_out, cost_usd, 2.0, 0.0
+    )
+
+
+@pytest.mark.parametrize(
+    ("calls", "expected"),
+    [
+        ([], (5, None, None, None)),
+        ([call("m2", 800, 60, 0.002), call("m2", 1000, 40, 0.004)], (5, 4500, 250, 0.015)),
+        ([call("m2", 800, 60)], (5, 4000, 300, 5 * (800 * 2 + 60 * 8) / 1e6)),  # by price
+        ([call("other", 800, 60, 0.002)], (5, None, None, None)),
+    ],
+)
+def test_a_plan_says_what_it_takes(plans, library, ledger, calls, expected):
+    for one in calls:
+        ledger.record(one)
+    recipes = change("metadata", Recipe("openai", "m2", "prompt-1"))
+    [step] = planning.plan(plans, ledger, recipes, {"m2": (2.0, 8.0)}, "10/minute")
+    assert (step.calls, step.tokens_in, step.tokens_out, step.cost_usd) == pytest.approx(expected)
+    assert step.minutes == 0.5
+    [step] = planning.plan(plans, ledger, recipes, {}, "off")
+    assert step.minutes is None
+
+
+def test_local_results_cost_nothing(plans, library, ledger):
+    recipes = change("variants", Recipe("local", "pillow", "other"))
+    [step] = planning.plan(plans, ledger, recipes, {}, "10/minute")
+    assert (step.images, step.calls, step.cost_usd, step.minutes) == (5, 0, 0, 0)
+
+
+def run_applied(steps, catalogue, process, recipes):
+    """Consumes an apply while the queue works; returns its last progress and what was made."""
+    made = {}
+    for step in steps:
+        last = step
+        for pending in catalogue.list_pending(99):
+            made[pending.image_id] = process(pending.image_id, recipes)
+    return last, made
+
+
+@pytest.fixture(autouse=True)
+def no_pauses(monkeypatch):
+    monkeypatch.setattr(planning, "POLL_SECONDS", 0)
+
+
+def test_applying_a_plan_makes_what_is_outdated_and_nothing_else(
+    plans, library, catalogue, ledger, process, monkeypatch
+):
+    monkeypatch.setattr(planning, "IN_FLIGHT", 2)
+    recipes = change("metadata", Recipe("openai", "m2", "prompt-1"))
+    steps = planning.apply(plans, catalogue, ledger, recipes)
+    last, made = run_applied(steps, catalogue, process, recipes)
+    assert (last.begun, last.completed, last.failed) == (5, 5, 0)
+    assert made == {
+        image_id: ["metadata"] for image_id in library
+    }  # and no unchanged text is embedded
+    assert plans.count_outdated(recipes) == []
+    assert [event["event"] for event in catalogue.get("image-0")["history"]].count("planned") == 1
+
+
+def test_an_apply_that_is_stopped_is_continued_by_the_next_one(
+    plans, library, catalogue, ledger, process, monkeypatch
+):
+    monkeypatch.setattr(planning, "IN_FLIGHT", 2)
+    recipes = change("variants", Recipe("local", "pillow", "other"))
+    steps = planning.apply(plans, catalogue, ledger, recipes)
+    assert next(steps).begun == 2
+    steps.close()  # Ctrl-C: two images have begun
+    assert catalogue.count()["pending"] == 2
+    last, made = run_applied(
+        planning.apply(plans, catalogue, ledger, recipes), catalogue, process, recipes
+    )
+    assert sorted(made) == library
+    assert (last.begun, catalogue.count()["completed"]) == (3, 5)
+
+
+def test_an_apply_ends_at_its_limit(plans, library, catalogue, ledger, process):
+    recipes = change("variants", Recipe("local", "pillow", "other"))
+    steps = planning.apply(plans, catalogue, ledger, recipes, limit=3)
+    last, made = run_applied(steps, catalogue, process, recipes)
+    assert (last.begun, last.completed, sorted(made)) == (3, 3, library[:3])
+
+
+def test_an_apply_begins_nothing_once_its_budget_is_spent(
+    plans, library, catalogue, ledger, process, monkeypatch
+):
+    monkeypatch.setattr(planning, "IN_FLIGHT", 1)
+    recipes = change("metadata", Recipe("openai", "m2", "prompt-1"))
+
+    def process_paid(image_id, recipes):
+        ledger.record(call("m2", 800, 60, 0.01))
+        return process(image_id, recipes)
+
+    steps = planning.apply(plans, catalogue, ledger, recipes, budget_usd=0.02)
+    last, made = run_applied(steps, catalogue, process_paid, recipes)
+    assert (last.begun, len(made)) == (2, 2)
+    assert last.spent_usd == pytest.approx(0.02)
+    assert catalogue.count()["completed"] == 5
+
+
+def test_one_image_is_explained(library, catalogue):
+    recipes = change("metadata", Recipe("openai", "m2", "prompt-1"))
+    rows = planning.explain_image(catalogue, library[0], recipes)
+    assert [(row["asset"], row["cause"]) for row in rows] == [
+        ("metadata", "model"),
+        ("variants", "current"),
+        ("embedding", "current"),
+    ]
+    assert rows[0]["made_by"] == "openai:m:prompt-1"
+    assert rows[0]["today"] == "openai:m2:prompt-1"
