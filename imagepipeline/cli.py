@@ -547,10 +547,11 @@ def plan(settings: Settings, image_id: str | None, assets: tuple[str, ...], as_j
         list_prices(settings),
         rate_limits,
     )
-    columns = ("asset", "cause", "images", "calls", "tokens_in", "tokens_out", "cost_usd")
-    display.show_rows([asdict(step) for step in steps], (*columns, "minutes"), as_json)
     if not steps and not as_json:
         say("All results are what today's settings would make.")
+        return
+    columns = ("asset", "cause", "images", "calls", "cost_usd", "minutes")
+    display.show_rows([asdict(step) for step in steps], columns, as_json)
 
 
 @cli.command(epilog=EPILOG)

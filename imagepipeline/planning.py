@@ -121,7 +121,7 @@ def apply(
     while True:
         room = IN_FLIGHT - len(in_flight)
         left = room if limit is None else min(room, limit - begun)
-        spent_usd = ledger.sum_cost_usd(since)
+        spent_usd = round(ledger.sum_cost_usd(since), 6)
         if budget_usd is not None and spent_usd >= budget_usd:
             is_exhausted = True
         if left > 0 and not is_exhausted:
