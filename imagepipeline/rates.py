@@ -36,7 +36,7 @@ def parse_limits(text: str) -> tuple[CallLimit, ...]:
         match = LIMIT.fullmatch(part.strip())
         if match is None:
             raise SettingsError(
-                f"{part.strip()!r:.40} is no rate limit: it must look like {EXAMPLES}"
+                f"{part.strip()!r:.40} is not a rate limit: it must look like {EXAMPLES}"
             )
         limits.append(CallLimit(int(match["count"]), UNITS_SECONDS[match["unit"]], match["stage"]))
     return tuple(limits)

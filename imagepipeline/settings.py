@@ -90,9 +90,8 @@ def _is_known_to_postgres(name: str) -> bool:
 
 
 def _check_home(value: Path) -> Path:
-    if re.search(
-        r"[?\x00-\x1f]", str(value)
-    ):  # in the URL of a SQLite file, parameters begin at a question mark
+    # In the URL of a SQLite file, parameters begin at a question mark.
+    if re.search(r"[?\x00-\x1f]", str(value)):
         raise ValueError("must have no question mark or control character in its name")
     return value
 
@@ -516,7 +515,8 @@ class Settings(BaseModel):
             ):
                 similar = difflib.get_close_matches(name, known, n=1)
                 raise SettingsError(
-                    f"{name} is no setting" + (f": did you mean {similar[0]}?" if similar else "")
+                    f"{name} is not a setting"
+                    + (f": did you mean {similar[0]}?" if similar else "")
                 )
         try:
             settings = cls.model_validate(
@@ -752,9 +752,7 @@ def _read_secrets(environment: Mapping[str, str]) -> dict[str, str]:
             ) from None
         if secret:
             secrets[name] = secret
-        elif name.endswith(
-            "_URL"
-        ):  # without it a database of our own would take the place of theirs
+        elif name.endswith("_URL"):  # otherwise our own database would replace the one meant
             raise SettingsError(f"{name}_FILE names {path}, which is empty")
     return secrets
 

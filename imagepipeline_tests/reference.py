@@ -146,7 +146,7 @@ def build_settings() -> str:
     }
     grouped = {name for _, _, names in GROUPS for name in names}
     if unknown := grouped - Settings.model_fields.keys():
-        raise UngroupedSettingsError(f"GROUPS names what is no setting: {sorted(unknown)}")
+        raise UngroupedSettingsError(f"GROUPS names what is not a setting: {sorted(unknown)}")
     if missing := public.keys() - grouped:
         raise UngroupedSettingsError(
             f"no group has {sorted(missing)}: add them to GROUPS in {__name__}, or mark them in "

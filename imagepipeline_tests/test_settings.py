@@ -120,7 +120,7 @@ def test_a_secret_is_given_once_and_its_file_must_be_readable(secret_file):
         SettingsError, match="OPENAI_API_KEY_FILE names /nowhere, which cannot be read"
     ):
         Settings.load({"OPENAI_API_KEY_FILE": "/nowhere"})
-    with pytest.raises(SettingsError, match="IMAGEPIPELINE_HOME_FILE is no setting"):
+    with pytest.raises(SettingsError, match="IMAGEPIPELINE_HOME_FILE is not a setting"):
         Settings.load({"IMAGEPIPELINE_HOME_FILE": "/nowhere"})
 
 

@@ -93,7 +93,7 @@ def identify(content: bytes) -> str:
         if re.match(pattern, head, re.IGNORECASE | re.DOTALL):
             raise UnsupportedFormatError(f"the original is {kind} (accepted: {accepted})")
     raise UnsupportedFormatError(
-        f"the original is no picture of a known format (accepted: {accepted})"
+        f"the original is not a picture of a known format (accepted: {accepted})"
     )
 
 

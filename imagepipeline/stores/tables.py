@@ -57,18 +57,16 @@ images = sa.Table(
     sa.Column("original_sha256", sa.String(64)),
     sa.Column("width", sa.Integer),  # of the original, upright, in pixels
     sa.Column("height", sa.Integer),
-    sa.Column(
-        "placeholder", sa.String(2000)
-    ),  # a data URI of a tiny WebP, for a page to show first
+    # A data URI of a tiny WebP, for a page to show first.
+    sa.Column("placeholder", sa.String(2000)),
     sa.Column("dominant_color", sa.String(7)),  # #rrggbb
     sa.Column("flaw", sa.String(300)),  # what is missing from a salvaged original
     sa.Column("metadata", sa.JSON(none_as_null=True)),
     sa.Column("reason", sa.String(32)),
     sa.Column("error", sa.String(300)),
     sa.Column("not_before", UtcDateTime),  # a pending image waits until then
-    sa.Column(
-        "beat", sa.Integer, nullable=False
-    ),  # raised by a living run; one that stands still is dead
+    # The heartbeat: a living run raises it; one that stands still is dead.
+    sa.Column("beat", sa.Integer, nullable=False),
     sa.Column("discarded_at", UtcDateTime),  # when an administrator discarded the failure
     sa.Column("accepted_at", UtcDateTime, nullable=False),
     # The generation in which it was accepted last; recoveries and waits raise `generation` alone.

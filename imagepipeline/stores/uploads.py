@@ -113,7 +113,7 @@ class UploadQueue:
             self.redis.blmove(self.wait_key, self.wait_key, seconds, "RIGHT", "RIGHT")
 
     def acknowledge(self, entries: Mapping[bytes, int]) -> None:
-        """Removes so many copies of each entry; call it after the catalogue has committed.
+        """Removes copies of entries, as many as given; call it after the catalogue has committed.
 
         It removes the oldest copies: one that was pushed meanwhile stays. Only one reader at a time
         may call it.

@@ -145,9 +145,7 @@ class EmbeddingIndex:
             table.merge_insert("image_id")
             .when_matched_update_all(where="target.fence <= source.fence")
             .when_not_matched_insert_all()
-            .use_index(
-                False
-            )  # with a scalar index, concurrent writers of a new ID leave a row each
+            .use_index(False)  # with one, concurrent writers of a new ID leave a row each
             .execute(pa.Table.from_pylist(rows, schema=table.schema))
         )
         if result.num_inserted_rows + result.num_updated_rows == len(rows):

@@ -221,7 +221,7 @@ def test_a_signature_alone_is_not_a_picture(format_):
 
 
 def test_patterns_of_refused_files_match_only_at_the_start():
-    with pytest.raises(UnsupportedFormatError, match="no picture of a known format"):
+    with pytest.raises(UnsupportedFormatError, match="not a picture of a known format"):
         decode(b"a note about <svg> and %!PS, PK and all that" * 50)
     assert len(REFUSED) > 10
 

@@ -164,9 +164,8 @@ def _salvage_jpeg(found: jpeg.Jpeg, size: tuple[int, int], rules: Rules) -> Pict
         return Picture(to_picture(Drawn(_load_leniently(found.content, size))).image, flaw=flaw)
 
     def reopen() -> ImageFile.ImageFile:
-        image = open_image(
-            found.content[:-2].rstrip(b"\0"), "JPEG"
-        )  # without an end, so that what is missing is not drawn
+        # Without an end, so that what is missing is not drawn.
+        image = open_image(found.content[:-2].rstrip(b"\0"), "JPEG")
         image.draft(None, size)
         image.load_read = image.fp.read  # type: ignore[attr-defined, union-attr]
         return image
