@@ -14,7 +14,7 @@ from dataclasses import asdict
 from datetime import UTC, datetime
 from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
@@ -29,10 +29,13 @@ from imagepipeline.errors import (
 )
 from imagepipeline.failures import UNREADABLE, Action, Failure, Failures
 from imagepipeline.homes import secure_home
-from imagepipeline.models import ASSETS, PRIORITY_LIMIT, Status, Upload
+from imagepipeline.models import ASSETS, PRIORITY_LIMIT, Recipe, Status, Upload
 from imagepipeline.opening import open_catalogue, open_queue
 from imagepipeline.settings import Settings
 from imagepipeline.text import make_printable, to_json
+
+if TYPE_CHECKING:  # it takes as long to import as all else
+    from imagepipeline.planning import Step
 
 EXIT_FAILED, EXIT_SETTINGS, EXIT_STACK, EXIT_INTERRUPTED = 1, 3, 4, 130
 MAX_LISTED = 1000  # failures
@@ -526,9 +529,8 @@ def plan(settings: Settings, image_id: str | None, assets: tuple[str, ...], as_j
     Nothing is changed. With IMAGE_ID, explain one image. Costs are the mean of earlier calls.
     """
     from imagepipeline import display, planning
-    from imagepipeline.providers import build_recipes, list_prices, open_limiter
-    from imagepipeline.stores.ledger import Ledger
-    from imagepipeline.stores.plans import Plans, select_recipes
+    from imagepipeline.providers import build_recipes
+    from imagepipeline.stores.plans import select_recipes
 
     catalogue = open_catalogue(settings)
     recipes = select_recipes(build_recipes(settings), assets)
@@ -538,15 +540,7 @@ def plan(settings: Settings, image_id: str | None, assets: tuple[str, ...], as_j
         rows = planning.explain_image(catalogue, image_id, recipes)
         display.show_rows(rows, ("asset", "cause", "made_by", "today"), as_json)
         return
-    with open_limiter(settings) as limiter:
-        rate_limits = limiter.get_limits()
-    steps = planning.plan(
-        Plans(settings.database_url),
-        Ledger(settings.database_url),
-        recipes,
-        list_prices(settings),
-        rate_limits,
-    )
+    steps = make_plan(settings, recipes)
     if not steps and not as_json:
         say("All results are what today's settings would make.")
         return
@@ -554,8 +548,20 @@ def plan(settings: Settings, image_id: str | None, assets: tuple[str, ...], as_j
     display.show_rows([asdict(step) for step in steps], columns, as_json)
 
 
+def make_plan(settings: Settings, recipes: Mapping[str, Recipe]) -> "list[Step]":
+    """What all images need, at the present prices and rate limits."""
+    from imagepipeline import planning
+    from imagepipeline.providers import list_prices, open_limiter
+    from imagepipeline.stores.ledger import Ledger
+    from imagepipeline.stores.plans import Plans
+
+    with open_limiter(settings) as limiter:
+        rate_limits = limiter.get_limits()
+    plans, ledger = Plans(settings.database_url), Ledger(settings.database_url)
+    return planning.plan(plans, ledger, recipes, list_prices(settings), rate_limits)
+
+
 @cli.command(epilog=EPILOG)
-@asset_option
 @click.option("--limit", type=click.IntRange(min=1), help="Stop after this many images.")
 @click.option(
     "--budget", type=click.FloatRange(min=0, min_open=True), help="Stop after this many US dollars."
@@ -565,7 +571,6 @@ def plan(settings: Settings, image_id: str | None, assets: tuple[str, ...], as_j
 @with_settings
 def apply(
     settings: Settings,
-    assets: tuple[str, ...],
     limit: int | None,
     budget: float | None,
     dry_run: bool,
@@ -580,14 +585,16 @@ def apply(
     from imagepipeline import display, planning
     from imagepipeline.providers import build_recipes
     from imagepipeline.stores.ledger import Ledger
-    from imagepipeline.stores.plans import Plans, select_recipes
+    from imagepipeline.stores.plans import Plans
 
     catalogue, plans = open_catalogue(settings), Plans(settings.database_url)
-    recipes = select_recipes(build_recipes(settings), assets)
+    recipes = build_recipes(settings)
     if dry_run:
         found = plans.list_outdated(recipes, "", limit or MAX_LISTED)
         display.show_rows([{"image_id": one} for one in found], ("image_id",), as_json)
         return
+    if budget and (problem := planning.explain_unknown_cost(make_plan(settings, recipes))):
+        raise click.UsageError(problem)
     ledger = Ledger(settings.database_url)
     total = sum(1 for _ in planning.iterate_outdated(plans, recipes, limit))
     steps = planning.apply(plans, catalogue, ledger, recipes, limit, budget)

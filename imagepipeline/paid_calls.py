@@ -25,6 +25,7 @@ from imagepipeline.stores.limiter import CallLimiter
 from imagepipeline.usage import CallUsage
 
 MAX_WAIT_SECONDS = 180  # for the rate limit; then the image gives up its slot
+START_WINDOW_SECONDS = 30  # images whose permits come later give their slots to others first
 # A provider counts as down when the last DOWN_IMAGES images got no answer and one of them has made
 # DOWN_CALLS calls. After that, one image probes the provider every DOWN_SECONDS.
 DOWN_IMAGES, DOWN_CALLS, DOWN_SECONDS = 3, 3, 30
@@ -136,8 +137,8 @@ class PaidCalls:
         """
         if recipe.provider == "local":
             return call(), Receipt()
-        if kept and (earlier := self._ledger.find_answer(kept.key)):
-            return kept.load(earlier), Receipt()
+        if kept and (earlier := self._find_kept(kept)):
+            return earlier, Receipt()
         if problem := self._explain_unpriced(recipe):
             raise PostponedError(problem)
         self._check()
@@ -163,6 +164,14 @@ class PaidCalls:
             down = PausedError("provider_down", f"{error}, for several images in a row", seconds)
             self._pause(down, claim, stage)
             raise down from error
+
+    def _find_kept(self, kept: "Kept[A]") -> A | None:
+        content = self._ledger.find_answer(kept.key)
+        try:
+            return None if content is None else kept.load(content)
+        except ValueError:  # an earlier version wrote it
+            self._ledger.forget(kept.key)
+            return None
 
     def forget(self, kept: "Kept[Any]") -> None:
         """Drops a kept answer, whose result is in place."""
@@ -281,17 +290,20 @@ class PaidCalls:
     def count_affordable(self) -> tuple[int | None, str]:
         """Returns how many images can start within the rate limits, and if none, a reason.
 
-        An image can start if its calls get their permits before its run would give up waiting. The
-        number is None if there is no limit.
+        An image can start if its calls get their permits soon. Others would hold slots that images
+        which need no call could use. The number is None if there is no limit. The reason is empty
+        if permits come before a run would give up waiting.
         """
         counts: list[tuple[int, str]] = []
         for stage in self._recipes:
-            permits = self._limiter.look(stage, MAX_WAIT_SECONDS)
+            permits = self._limiter.look(stage, START_WINDOW_SECONDS)
             if permits.left is None:
                 continue
             # An image needs one permit per stage; a shared limit must provide all of them.
             images = -(-permits.left // (len(self._recipes) if permits.is_shared else 1))
-            counts.append((images, "" if images else self._explain_wait(permits.wait_seconds)))
+            is_used_up = not images and not self._limiter.look(stage, MAX_WAIT_SECONDS).left
+            reason = self._explain_wait(permits.wait_seconds) if is_used_up else ""
+            counts.append((images, reason))
         return min(counts, default=(None, ""))
 
     def update_pauses(self) -> list[Pause]:

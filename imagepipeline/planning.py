@@ -1,11 +1,12 @@
 """Plan and apply: what a change of model, prompt or sizes costs, and doing it."""
 
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime
 from typing import Any
 
+from imagepipeline.errors import StackError
 from imagepipeline.models import BULK_PRIORITY, Recipe, Status, now_utc
 from imagepipeline.paid_calls import find_price
 from imagepipeline.rates import parse_limits
@@ -111,8 +112,11 @@ def apply(
         ledger: knows what was spent.
         recipes: of the assets that count.
         limit: stop after so many images; None for all.
-        budget_usd: begin no image when so much was spent since the start.
+        budget_usd: begin no image once this was spent since the start; those in flight end.
         clock: gives the time.
+
+    Raises:
+        StackError: the stack made something else than was planned.
     """
     since = clock()
     in_flight: set[str] = set()
@@ -128,17 +132,40 @@ def apply(
             found = plans.list_outdated(recipes, last_id, left)
             is_exhausted = len(found) < left
             last_id = found[-1] if found else last_id
-            in_flight.update(catalogue.begin_planned(found, BULK_PRIORITY))
-            begun += len(found)
+            started = catalogue.begin_planned(found, BULK_PRIORITY)
+            in_flight.update(started)
+            begun += len(started)
         for image_id, state in catalogue.get_states(sorted(in_flight)).items():
             if state.status in (Status.COMPLETED, Status.FAILED):
                 in_flight.remove(image_id)
                 completed += state.status == Status.COMPLETED
                 failed += state.status == Status.FAILED
+                if state.status == Status.COMPLETED:
+                    _check_made(catalogue, image_id, recipes)
         yield Applied(begun, completed, failed, spent_usd)
         if not in_flight and (is_exhausted or begun == limit):
             return
         time.sleep(POLL_SECONDS)
+
+
+def _check_made(catalogue: Catalogue, image_id: str, recipes: Mapping[str, Recipe]) -> None:
+    causes = catalogue.find_causes(image_id, recipes)
+    if outdated := [asset for asset, cause in causes.items() if cause]:
+        raise StackError(
+            f"{image_id} was processed, but its {' and '.join(outdated)} were not made as planned: "
+            "the stack runs with other settings than this command; restart it with the same ones"
+        )
+
+
+def explain_unknown_cost(steps: Sequence[Step]) -> str | None:
+    """Why a budget could not be kept: an asset whose calls have no known cost. None if all have."""
+    unknown = [step.asset for step in steps if step.calls and step.cost_usd is None]
+    if not unknown:
+        return None
+    return (
+        f"the cost of {' and '.join(dict.fromkeys(unknown))} is unknown, so no budget can be kept: "
+        "set IMAGEPIPELINE_PRICES, or if the provider reports costs, run `apply --limit 5` first"
+    )
 
 
 def iterate_outdated(

@@ -5,6 +5,7 @@ from contextlib import closing
 import pytest
 
 from imagepipeline import planning
+from imagepipeline.errors import StackError
 from imagepipeline.models import ImageMetadata, OriginalFacts, PaidCall, Recipe, Upload
 from imagepipeline.needs import hash_text
 from imagepipeline.stores.catalogue import Catalogue
@@ -228,6 +229,22 @@ def test_an_apply_begins_nothing_once_its_budget_is_spent(
     assert (last.begun, len(made)) == (2, 2)
     assert last.spent_usd == pytest.approx(0.02)
     assert catalogue.count()["completed"] == 5
+
+
+def test_a_budget_needs_a_known_cost(plans, library, ledger):
+    recipes = change("metadata", Recipe("openai", "m2", "prompt-1"))
+    steps = planning.plan(plans, ledger, recipes, {}, "off")
+    assert "the cost of metadata is unknown" in planning.explain_unknown_cost(steps)
+    ledger.record(call("m2", 800, 60, 0.002))
+    steps = planning.plan(plans, ledger, recipes, {}, "off")
+    assert planning.explain_unknown_cost(steps) is None
+
+
+def test_an_apply_to_a_stack_with_other_settings_stops(plans, library, catalogue, ledger, process):
+    recipes = change("metadata", Recipe("openai", "m2", "prompt-1"))
+    steps = planning.apply(plans, catalogue, ledger, recipes)
+    with pytest.raises(StackError, match="metadata were not made as planned: the stack runs with"):
+        run_applied(steps, catalogue, process, RECIPES)
 
 
 def test_one_image_is_explained(library, catalogue):

@@ -59,10 +59,11 @@ def metadata(
 ) -> Iterator[dg.MaterializeResult[None]]:
     """A vision model's description, tags, category, dominant colours and mood of the image.
 
-    The original is decoded in full first, in a process of its own, so a file that is not an image,
-    too large or damaged fails here, without a paid call. The model gets a small JPEG copy. A
-    provider that is down or overloaded is tried three times. The answer is in the image's row of
-    the catalogue.
+    An answer of today's model and prompt to the same bytes is reused. Otherwise the original is
+    decoded in full first, in a process of its own, so a file that is not an image, too large or
+    damaged fails here, without a paid call. The model gets a small JPEG copy. A provider that is
+    down or overloaded is tried three times. The answer is in the image's row of the catalogue. To
+    ask again all the same, launch the run with the tag `imagepipeline/anew` = `metadata`.
     """
     with attempt(context, catalogue) as claim:
         if claim is None:
@@ -70,9 +71,11 @@ def metadata(
         original = originals.load(claim, catalogue)
         note_original(catalogue, claim, original)
         cause = find_cause(context, catalogue, claim, vision.recipe)
-        if cause is None and (row := catalogue.get(claim.image_id)):
+        kept = Kept(build_key("metadata", vision.recipe, original.sha256), VisionAnswer)
+        row = catalogue.get(claim.image_id) or {}
+        if cause is None and (known := read_metadata(row)):
             catalogue.confirm_result(claim, "metadata")
-            known = ImageMetadata.model_validate(row["metadata"])
+            paid_calls.forget(kept)
             yield dg.MaterializeResult(
                 data_version=_data_version(known.embedding_text),
                 metadata={
@@ -85,7 +88,6 @@ def metadata(
             return
         if catalogue.find_causes(claim.image_id, {"variants": renderer.recipe})["variants"]:
             renderer.begin(original.session, original.facts)  # while the model answers
-        kept = Kept(build_key("metadata", vision.recipe, original.sha256), VisionAnswer)
         described = (
             None if cause == ASKED else catalogue.find_metadata(vision.recipe, original.sha256)
         )
@@ -153,7 +155,7 @@ def variants(
         note_original(catalogue, claim, original)
         cause = find_cause(context, catalogue, claim, renderer.recipe)
         stored = (catalogue.get(claim.image_id) or {"variants": []})["variants"]
-        if cause is None and all(_is_stored(files, variant["path"]) for variant in stored):
+        if cause is None and is_in_place(files, stored, renderer, original):
             catalogue.confirm_result(claim, "variants")
             yield dg.MaterializeResult(
                 data_version=_data_version(original.sha256 + renderer.recipe.version),
@@ -287,12 +289,30 @@ def find_vector(
     return None
 
 
-def _is_stored(files: Storage, path: str) -> bool:
+def read_metadata(row: Mapping[str, Any]) -> ImageMetadata | None:
+    """The stored answer of a row; None if there is none, or one of an earlier kind."""
     try:
-        files.read(path, 0)
+        return ImageMetadata.model_validate(row.get("metadata"))
+    except ValueError:
+        return None
+
+
+def is_in_place(
+    files: Storage, stored: Sequence[Mapping[str, Any]], renderer: Renderer, original: Original
+) -> bool:
+    """Whether the files of all variants are where they belong, with the sizes of their rows."""
+    expected = {spec.path_for(original.path) for spec in renderer.specs}
+    return expected == {variant["path"] for variant in stored} and all(
+        _measure_bytes(files, variant["path"], variant["size"]) == variant["size"]
+        for variant in stored
+    )
+
+
+def _measure_bytes(files: Storage, path: str, most: int) -> int | None:
+    try:
+        return len(files.read(path, most))
     except MissingOriginalError:
-        return False
-    return True
+        return None
 
 
 def _with_visible_colors(metadata: ImageMetadata, facts: PixelFacts) -> ImageMetadata:

@@ -86,7 +86,9 @@ def reconcile(
     for row in processing:
         watched.add((row.image_id, row.fence))
         lines += _look_at(row.image_id, partial(_recover_if_lost, catalogue, instance, watch, row))
-    for pending in catalogue.list_pending(MAX_PENDING_CHECKED):
+    next_ones = catalogue.list_pending(MAX_PENDING_CHECKED)
+    next_pictures = catalogue.list_pending(MAX_PENDING_CHECKED, has_no_variants=True)
+    for pending in dict.fromkeys((*next_ones, *next_pictures)):
         lines += _look_at(
             pending.image_id, partial(_renew_if_run_ended, catalogue, instance, pending)
         )

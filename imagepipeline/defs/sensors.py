@@ -47,11 +47,12 @@ def upload_sensor(
     ledger: dg.ResourceParam[Ledger],
     paid_calls: dg.ResourceParam[PaidCalls],
 ) -> dg.SensorResult | dg.SkipReason:
-    """Moves uploads from the Redis list into the catalogue and starts a run for each pending image.
+    """Moves uploads from the Redis list into the catalogue and starts runs of pending images.
 
     The list is `image-processing:wait`; malformed entries go to `image-processing:dead`. If Redis
-    is down, images in the catalogue still get their runs. While paid calls are paused, images stay
-    `pending` and none fails; after the pause one is tried first.
+    is down, images in the catalogue still get their runs. While paid calls are paused or behind
+    their rate limit, runs make variants alone, and images stay `pending` for the rest; after a
+    pause one is tried first.
     """
     problem = None
     try:
@@ -70,7 +71,7 @@ def upload_sensor(
         context.log.error(problem)
     except PostponedError as error:
         return dg.SkipReason(str(error))
-    unfinished = find_unfinished(context.instance)
+    unfinished, full_count = find_unfinished(context.instance)
     limit = find_limit(context.instance)
     try:
         pauses = paid_calls.update_pauses()
@@ -83,11 +84,8 @@ def upload_sensor(
     for line in end_invalid(catalogue, pending):
         context.log.error(line)
     pending = [image for image in pending if is_image_id(image.image_id)]
-    chosen = pending[
-        : count_room(
-            pauses, limit if affordable is None else min(limit, affordable), len(unfinished)
-        )
-    ]
+    most = limit if affordable is None else min(limit, affordable)
+    chosen = pending[: count_room(pauses, most, full_count)]
     room = max(0, limit - len(unfinished) - len(chosen))
     taken = unfinished | {(image.image_id, image.generation) for image in chosen}
     pictures = list_pictures(catalogue, room, taken) if pauses or affordable is not None else []
@@ -124,11 +122,14 @@ def find_limit(instance: dg.DagsterInstance) -> int:
     return RUNS_PER_SLOT * (queue.max_concurrent_runs if queue else DEFAULT_SLOTS)
 
 
-def count_room(pauses: Sequence[Pause], limit: int, unfinished_count: int) -> int:
-    """How many runs may start: none in a pause, and one at a time while it is on probation."""
+def count_room(pauses: Sequence[Pause], limit: int, full_count: int) -> int:
+    """How many runs of all assets may start beside those that have not ended.
+
+    None in a pause, and one at a time while it is on probation.
+    """
     if any(not pause.is_over for pause in pauses):
         return 0
-    return max(0, (1 if pauses else limit) - unfinished_count)
+    return max(0, (1 if pauses else limit) - full_count)
 
 
 def reopen_failures(catalogue: Catalogue, ledger: Ledger, pauses: Sequence[Pause]) -> list[str]:
@@ -197,20 +198,21 @@ def take_in(queue: UploadQueue, catalogue: Catalogue) -> list[str]:
     return lines
 
 
-def find_unfinished(instance: dg.DagsterInstance) -> set[tuple[str, int]]:
-    """The (image ID, generation) of every run of the job that is queued or running."""
+def find_unfinished(instance: dg.DagsterInstance) -> tuple[set[tuple[str, int]], int]:
+    """The (image ID, generation) of each run of the job that has not ended.
+
+    Also gives how many of them are not runs of variants alone, which need no paid call.
+    """
     records = instance.get_run_records(
         dg.RunsFilter(job_name=process_upload.name, statuses=UNFINISHED)
     )
-    named = [
-        (run.tags.get("dagster/partition"), read_generation(run.tags))
-        for run in (one.dagster_run for one in records)
-    ]
-    return {
-        (image_id, generation)
-        for image_id, generation in named
-        if image_id and generation is not None
-    }
+    found, full_count = set(), 0
+    for run in (record.dagster_run for record in records):
+        image_id, generation = run.tags.get("dagster/partition"), read_generation(run.tags)
+        if image_id and generation is not None:
+            found.add((image_id, generation))
+            full_count += run.asset_selection != set(VARIANTS)
+    return found, full_count
 
 
 def build_run_request(image: Pending, assets: Sequence[dg.AssetKey] | None = None) -> dg.RunRequest:

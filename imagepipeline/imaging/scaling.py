@@ -12,7 +12,7 @@ _resizer = Resizer()
 
 
 def resize(image: Image.Image, size: tuple[int, int]) -> Image.Image:
-    """The image at `size`, width and height in pixels, in its own mode; alpha is premultiplied."""
+    """The image at `size`, width and height in pixels; transparent pixels lend others no colour."""
     if image.size == size:
         return image
     if image.mode not in SIMD_MODES:

@@ -281,6 +281,7 @@ class Catalogue:
                 image_results.c.asset == "variants",
                 image_results.c.generation >= images.c.accepted_generation,
                 image_results.c.is_stale.is_(False),
+                images.c.pushes <= images.c.pushes_seen,
             )
             query = query.where(~made.exists())
         known = set(except_for)
@@ -476,6 +477,8 @@ class Catalogue:
         try:
             with self._database.transaction() as connection:
                 self._update(connection, claim)
+                # Until all files are written and checked, the earlier result is not current.
+                self._mark_stale(connection, claim, image_results.c.asset == "variants")
                 connection.execute(
                     sa.delete(image_variants).where(image_variants.c.image_id == claim.image_id)
                 )
@@ -807,12 +810,13 @@ class Catalogue:
         connection: sa.Connection,
         claim: Claim,
         which: sa.ColumnElement[bool],
-        input_sha256: str,
+        input_sha256: str | None = None,
     ) -> None:
-        """Marks those of the image's results as stale that were made of another input."""
+        """Marks some of the image's results as stale; with an input, only those of another one."""
         statement = sa.update(image_results).where(image_results.c.image_id == claim.image_id)
-        is_other = image_results.c.input_sha256 != input_sha256
-        connection.execute(statement.where(which, is_other).values(is_stale=True))
+        if input_sha256 is not None:
+            statement = statement.where(image_results.c.input_sha256 != input_sha256)
+        connection.execute(statement.where(which).values(is_stale=True))
 
     def _update(self, connection: sa.Connection, claim: Claim, **values: Any) -> None:
         """Changes the claimed row; raises StaleClaimError if a later claim replaced this one."""

@@ -53,14 +53,17 @@ class Ledger:
             if key is None or answer is None:
                 return
             insert = self._database.insert(answers).values(key=key, answer=answer, at=now)
-            connection.execute(insert.on_conflict_do_nothing())
+            values = {"answer": answer, "at": now}
+            connection.execute(insert.on_conflict_do_update(index_elements=["key"], set_=values))
             connection.execute(sa.delete(answers).where(answers.c.at < now - ANSWERS_KEPT))
 
     def find_answer(self, key: str) -> str | None:
         """The answer that is kept under a key."""
         with self._database.reading() as connection:
             return connection.execute(
-                sa.select(answers.c.answer).where(answers.c.key == key)
+                sa.select(answers.c.answer).where(
+                    answers.c.key == key, answers.c.at >= self._clock() - ANSWERS_KEPT
+                )
             ).scalar()
 
     def count_answers(self) -> int:

@@ -109,7 +109,7 @@ image_results = sa.Table(
     sa.Column("settings", sa.String(128), nullable=False),
     sa.Column("input_sha256", sa.String(64), nullable=False),
     sa.Column("made_at", UtcDateTime, nullable=False),
-    # The input has changed since: the original, or for the embedding the text.
+    # Not to be used: the original or, for the embedding, the text has changed; or it is being made.
     sa.Column("is_stale", sa.Boolean, nullable=False, server_default=sa.false()),
     sa.Index(None, "asset", "provider", "model", "settings", "is_stale"),
     sa.Index(None, "input_sha256", "asset"),

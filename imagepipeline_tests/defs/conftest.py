@@ -99,11 +99,12 @@ def cat(files):
 def start_run(instance):
     """A function that records a run of the upload job without executing it."""
 
-    def start_run(image_id, generation=1, status=dg.DagsterRunStatus.STARTED):
+    def start_run(image_id, generation=1, status=dg.DagsterRunStatus.STARTED, **attributes):
         run = dg.DagsterRun(
             job_name=process_upload.name,
             run_id=str(uuid.uuid4()),
             status=status,
+            **attributes,
             tags={"dagster/partition": image_id, GENERATION_TAG: str(generation)},
         )
         return instance.add_run(run)

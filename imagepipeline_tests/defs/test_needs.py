@@ -5,6 +5,7 @@ from unittest.mock import Mock
 
 import dagster as dg
 import pytest
+import sqlalchemy as sa
 
 from imagepipeline.defs.assets import variants
 from imagepipeline.errors import CatalogueDownError
@@ -30,8 +31,8 @@ class RemoteEmbedder(LocalEmbedder):
 def process(run, catalogue):
     """Pushes an image and runs it with paid models; gives what was reused, by asset."""
 
-    def process(image_id, vision, **changes):
-        catalogue.accept([Upload(image_id)])
+    def process(image_id, vision, path=None, **changes):
+        catalogue.accept([Upload(image_id, path=path)])
         generation = catalogue.get(image_id)["generation"]
         result = run(
             image_id, generation=generation, vision=vision, embedder=RemoteEmbedder(), **changes
@@ -163,4 +164,56 @@ def test_pictures_alone_leave_the_rest_to_a_later_run(run, cat, catalogue):
     assert run(cat, generation=2).success
     assert catalogue.get(cat)["status"] == "completed"
     catalogue.accept([Upload(cat)])  # perhaps with another picture
+    assert [one.image_id for one in catalogue.list_pending(9, has_no_variants=True)] == [cat]
+
+
+def test_variants_are_not_current_while_they_are_made_again(run, process, cat, catalogue, files):
+    process(cat, ScriptedVision(ANSWER))
+    (files.root / "variants" / "cat-md.avif").write_bytes(b"torn")  # a disk that lost its end
+    torn = []
+
+    def write(path, content):
+        type(files).write(files, path, content if torn else content[:99])
+        torn.append(path)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(files, "write", write, raising=False)
+        process(cat, ScriptedVision())
+    row = catalogue.get(cat)
+    assert (row["status"], row["attempts"]) == ("completed", 2)
+    for variant in row["variants"]:
+        assert len(files.read(variant["path"])) == variant["size"]
+
+
+def test_an_original_that_has_moved_gets_its_variants_where_they_belong(
+    process, cat, catalogue, files
+):
+    process(cat, ScriptedVision(ANSWER))
+    content = files.read("original/cat.jpg")
+    files.delete("original/cat.jpg")
+    (files.root / "original" / "moved.jpg").write_bytes(content)
+    assert process(cat, ScriptedVision(), path="original/moved.jpg")["variants"] is False
+    assert {row["path"] for row in catalogue.get(cat)["variants"]} == {
+        f"variants/moved-{suffix}.{name}"
+        for suffix in ("sm", "md", "lg")
+        for name in ("webp", "avif")
+    }
+
+
+def test_a_stored_answer_of_another_kind_is_asked_for_again(
+    process, cat, ledger, sqlite_catalogue_url
+):
+    process(cat, ScriptedVision(ANSWER))
+    with sa.create_engine(sqlite_catalogue_url).begin() as connection:
+        connection.exec_driver_sql("""UPDATE images SET metadata = '{"title": "x"}'""")
+    assert process(cat, ScriptedVision(ANSWER))["metadata"] is False
+    assert count_calls(ledger)["metadata"] == 2
+
+
+def test_a_picture_pushed_during_its_run_counts_as_one_without_variants(run, cat, catalogue):
+    catalogue.accept([Upload(cat)])
+    claim = catalogue.claim(cat, 1, "run")
+    catalogue.record_result(claim, "variants", Recipe("local", "pillow"), "0" * 64)
+    catalogue.accept([Upload(cat)])
+    catalogue.hand_back(claim, "results are missing")
     assert [one.image_id for one in catalogue.list_pending(9, has_no_variants=True)] == [cat]

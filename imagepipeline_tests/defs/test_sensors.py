@@ -385,6 +385,17 @@ def test_during_a_pause_variants_are_made_and_then_the_tick_says_why_the_rest_wa
     assert list_pictures(tick()) == ["a:3"]
 
 
+def test_runs_of_variants_alone_take_no_room_from_runs_that_pay(
+    tick, catalogue, instance, start_run, sqlite_catalogue_url
+):
+    catalogue.accept([Upload(f"i{number}") for number in range(LIMIT + 3)])
+    earlier = Ledger(sqlite_catalogue_url, lambda: now_utc() - timedelta(hours=1))
+    earlier.pause("provider_down", "503", 60)  # over: one image is tried
+    for number in range(LIMIT):
+        start_run(f"i{number}", asset_selection=frozenset({dg.AssetKey("variants")}))
+    assert keys(tick()) == [f"i{LIMIT}:1"]
+
+
 def test_behind_the_rate_limit_pictures_come_first(tick, catalogue, build_paid_calls):
     catalogue.accept([Upload(f"i{number}") for number in range(12)])
     result = tick(paid_calls=build_paid_calls("10/day"))
@@ -459,9 +470,9 @@ def test_runs_are_requested_only_for_the_calls_left_under_a_daily_limit(
     [
         ("metadata=4/hour,embedding=100/minute", 4),
         ("metadata=100/minute,embedding=3/day", 3),
-        ("1/minute", 2),  # three calls in the three minutes that a run may wait
-        ("2/minute", 3),
-        ("10/minute", 12),
+        ("1/minute", 1),
+        ("2/minute", 1),
+        ("10/minute", 5),  # the others have their variants made first
         ("100/minute,3/day", 2),
         ("off", 12),
     ],

@@ -15,6 +15,7 @@ def upgrade() -> None:
         "images",
         sa.Column("accepted_generation", sa.Integer(), nullable=False, server_default="0"),
     )
+    op.execute("UPDATE images SET accepted_generation = generation WHERE status <> 'completed'")
     op.create_table(
         "answers",
         sa.Column("key", sa.String(64), nullable=False),
