@@ -80,7 +80,7 @@ def test_a_malformed_generation_fails_its_run_but_no_tick(run, instance, tick, q
             job_name="process_upload", tags=tags, status=dg.DagsterRunStatus.STARTED
         )
         instance.add_run(dg_run)
-    assert find_unfinished(instance) == set()
+    assert find_unfinished(instance) == (set(), 0)
     queue.enqueue("good")
     assert [request.run_key for request in tick().run_requests] == ["good:1"]
 

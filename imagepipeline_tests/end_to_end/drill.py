@@ -46,7 +46,7 @@ LOGS = ("worker", "daemon", "code-server")
 # Acceptable ends of a run without a result: its worker reports its death, the reconciler ends it,
 # it fails, it is cancelled, or the daemon cannot launch it.
 LEGAL_ENDS = re.compile(
-    r"The process that executed the run has died|Ended by the reconciler|[Ss]teps failed|cancel"
+    r"The process that executed the run died|Ended by the reconciler|[Ss]teps failed|cancel"
     r"|^This run has been marked as failed from outside the execution context\.$"
 )
 

@@ -242,10 +242,10 @@ def test_killed_and_frozen_runs_workers_and_code_servers_lose_nothing(
             wait_until(lambda _: not Path(f"/proc/{frozen}").exists())
 
             push_and_wait_for_work(90)
-            lost = catalogue.count()["processing"]
+            lost = catalogue.count()["processing"]  # of five new images: other bytes, other IDs
             os.kill(find_service(home, "worker"), signal.SIGKILL)  # all its runs end with it
             os.kill(find_service(home, "code-server"), signal.SIGKILL)
-            seconds = wait_until(lambda counts: counts["completed"] == 5)
+            seconds = wait_until(lambda counts: counts["completed"] == 10)
             print(
                 f"{lost} runs killed with worker and code server: "
                 f"all five images completed {seconds:.0f} s later"
@@ -256,4 +256,4 @@ def test_killed_and_frozen_runs_workers_and_code_servers_lose_nothing(
             stack.wait(60)
     for row in catalogue.list_ended(Status.COMPLETED):
         events = [event["event"] for event in catalogue.get(row["id"])["history"]]
-        assert events.count("completed") == events.count("accepted") == 2
+        assert events.count("completed") == events.count("accepted") == 1
