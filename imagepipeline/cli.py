@@ -7,6 +7,7 @@ import contextlib
 import functools
 import io
 import os
+import signal
 import sys
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -756,6 +757,9 @@ def service(settings: Settings, name: str, check: bool, as_json: bool) -> None:
             services.check_catalogue(settings)
         command = services.build_command(settings, name)
         environment = services.build_environment(settings, name)
+        # A shell ignores SIGINT for jobs in the background, and Dagster's code server treats
+        # SIGTERM like SIGINT: it would never stop.
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
         os.execve(command[0], command, environment)  # noqa: S606  (our own command)
     if not services.is_healthy(settings, name):
         raise StackError(f"{name} does not answer")
