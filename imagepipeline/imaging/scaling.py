@@ -1,14 +1,17 @@
 """Resizing with a Lanczos filter."""
 
-from cykooz_resizer import FilterType, ResizeAlg, ResizeOptions, Resizer
 from PIL import Image
 
-# The same filter as Pillow's, with SIMD instructions: an eighth of the CPU time, and results that
-# differ by rounding (docs/decisions/0003-encoder-settings.md).
-SIMD_MODES = ("L", "RGB", "RGBA", "CMYK")
-LANCZOS = ResizeOptions(ResizeAlg.convolution(FilterType.lanczos3))
-
-_resizer = Resizer()
+try:
+    from cykooz_resizer import FilterType, ResizeAlg, ResizeOptions, Resizer
+except ImportError:  # no wheel for Linux on ARM64
+    SIMD_MODES: tuple[str, ...] = ()
+else:
+    # The same filter as Pillow's, with SIMD instructions: an eighth of the CPU time, and results
+    # that differ by rounding (docs/decisions/0003-encoder-settings.md).
+    SIMD_MODES = ("L", "RGB", "RGBA", "CMYK")
+    LANCZOS = ResizeOptions(ResizeAlg.convolution(FilterType.lanczos3))
+    _resizer = Resizer()
 
 
 def resize(image: Image.Image, size: tuple[int, int]) -> Image.Image:
