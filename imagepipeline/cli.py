@@ -7,7 +7,6 @@ import contextlib
 import functools
 import io
 import os
-import signal
 import sys
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -531,10 +530,9 @@ def plan(settings: Settings, image_id: str | None, assets: tuple[str, ...], as_j
     """
     from imagepipeline import display, planning
     from imagepipeline.providers import build_recipes
-    from imagepipeline.stores.plans import select_recipes
 
     catalogue = open_catalogue(settings)
-    recipes = select_recipes(build_recipes(settings), assets)
+    recipes = planning.select_recipes(build_recipes(settings), assets)
     if image_id is not None:
         if not catalogue.get_states([image_id]):
             raise ImagePipelineError(f"there is no image {image_id}")
@@ -597,9 +595,9 @@ def apply(
     if budget and (problem := planning.explain_unknown_cost(make_plan(settings, recipes))):
         raise click.UsageError(problem)
     ledger = Ledger(settings.database_url)
-    total = sum(1 for _ in planning.iterate_outdated(plans, recipes, limit))
+    total = plans.count_images(recipes)
     steps = planning.apply(plans, catalogue, ledger, recipes, limit, budget)
-    *_, last = display.follow_apply(steps, total)
+    *_, last = display.follow_apply(steps, min(total, limit or total))
     display.show_rows([asdict(last)], tuple(asdict(last)), as_json)
     if last.failed:
         sys.exit(EXIT_FAILED)
@@ -748,7 +746,7 @@ def service(settings: Settings, name: str, check: bool, as_json: bool) -> None:
     Run `imagepipeline migrate` first, then the code server, one daemon, and any number of workers
     and webservers.
     """
-    from imagepipeline.runtime import services
+    from imagepipeline.runtime import processes, services
 
     if not check:
         services.prepare(settings)
@@ -757,9 +755,7 @@ def service(settings: Settings, name: str, check: bool, as_json: bool) -> None:
             services.check_catalogue(settings)
         command = services.build_command(settings, name)
         environment = services.build_environment(settings, name)
-        # A shell ignores SIGINT for jobs in the background, and Dagster's code server treats
-        # SIGTERM like SIGINT: it would never stop.
-        signal.signal(signal.SIGINT, signal.SIG_DFL)
+        processes.reset_signals()
         os.execve(command[0], command, environment)  # noqa: S606  (our own command)
     if not services.is_healthy(settings, name):
         raise StackError(f"{name} does not answer")

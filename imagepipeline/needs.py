@@ -1,6 +1,5 @@
 """What an image needs: results that are missing, or not what today's settings would make."""
 
-import hashlib
 from collections.abc import Mapping
 from typing import Any
 
@@ -29,13 +28,3 @@ def find_cause(made: Mapping[str, Any] | None, recipe: Recipe) -> str | None:
     if made["settings"] != recipe.settings:
         return SETTINGS
     return INPUT if made["is_stale"] else None
-
-
-def hash_text(text: str) -> str:
-    """The SHA-256 of a text, as hex: what `input_sha256` is for an embedding."""
-    return hashlib.sha256(text.encode()).hexdigest()
-
-
-def build_key(stage: str, recipe: Recipe, input_sha256: str) -> str:
-    """The key of an answer: the same model, asked in the same way about the same input."""
-    return hash_text("\n".join((stage, recipe.version, input_sha256)))

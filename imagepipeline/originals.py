@@ -38,7 +38,7 @@ class Original:
     """
 
     def __init__(
-        self, path: str, content: bytes, decode_it: Callable[[str, bytes], Decoding]
+        self, path: str, content: bytes, decode_it: Callable[[str, bytes, str], Decoding]
     ) -> None:
         self.path = path
         self.sha256 = hashlib.sha256(content).hexdigest()
@@ -79,7 +79,7 @@ class Original:
     @property
     def _decoded(self) -> Decoding:
         if self._decoding is None:
-            self._decoding = self._decode(self.path, self._content)
+            self._decoding = self._decode(self.path, self._content, self.sha256)
             self._content = b""
         return self._decoding
 
@@ -146,7 +146,7 @@ class Originals:
         except InvalidUploadError as error:
             raise UnsafePathError(str(error)) from None
 
-    def _decode(self, path: str, content: bytes) -> Decoding:
+    def _decode(self, path: str, content: bytes, sha256: str) -> Decoding:
         session = self._sandbox.open(decode, content, self._rules)
         try:
             prepared, _ = session.call(prepare, self._preview_px)
@@ -159,7 +159,7 @@ class Originals:
         facts = OriginalFacts(
             path,
             len(content),
-            hashlib.sha256(content).hexdigest(),
+            sha256,
             prepared.facts.width,
             prepared.facts.height,
             prepared.placeholder,

@@ -1,5 +1,6 @@
 """Makes paid calls, if pauses, budget and rate limit permit, and records every call."""
 
+import functools
 import json
 import re
 import time
@@ -22,6 +23,7 @@ from imagepipeline.errors import (
 from imagepipeline.models import Claim, PaidCall, Pause, Recipe, now_utc
 from imagepipeline.stores.ledger import MESSAGE_CHARACTERS, Ledger
 from imagepipeline.stores.limiter import CallLimiter
+from imagepipeline.text import hash_text
 from imagepipeline.usage import CallUsage
 
 MAX_WAIT_SECONDS = 180  # for the rate limit; then the image gives up its slot
@@ -45,12 +47,23 @@ class Answer(Protocol):
 A = TypeVar("A", bound=Answer)
 
 
-class Kept(Generic[A]):
-    """How an answer of one type is kept until its result is in place, under a key."""
+_build_adapter = functools.cache(TypeAdapter)  # it takes a millisecond
 
-    def __init__(self, key: str, answer_type: type[A]) -> None:
-        self.key = key
-        self._adapter = TypeAdapter(answer_type)
+
+class Kept(Generic[A]):
+    """How the answer to a question is kept until its result is in place.
+
+    Args:
+        stage: The asset for which the question is asked.
+        recipe: The model and how it is asked.
+        input_sha256: What it is asked about.
+        answer_type: The type of the answer.
+    """
+
+    def __init__(self, stage: str, recipe: Recipe, input_sha256: str, answer_type: type[A]) -> None:
+        self.key = hash_text("\n".join((stage, recipe.version, input_sha256)))
+        self.is_paid = recipe.provider != "local"
+        self._adapter: TypeAdapter[A] = _build_adapter(answer_type)
 
     def dump(self, answer: A) -> str:
         """The answer as JSON."""
@@ -114,7 +127,7 @@ class PaidCalls:
         recipe: Recipe,
         call: Callable[[], A],
         report: Callable[[str], None] = lambda line: None,
-        kept: "Kept[A] | None" = None,
+        kept: Kept[A] | None = None,
     ) -> tuple[A, Receipt]:
         """Makes a call, and records it if the model is remote.
 
@@ -165,7 +178,7 @@ class PaidCalls:
             self._pause(down, claim, stage)
             raise down from error
 
-    def _find_kept(self, kept: "Kept[A]") -> A | None:
+    def _find_kept(self, kept: Kept[A]) -> A | None:
         content = self._ledger.find_answer(kept.key)
         try:
             return None if content is None else kept.load(content)
@@ -173,9 +186,10 @@ class PaidCalls:
             self._ledger.forget(kept.key)
             return None
 
-    def forget(self, kept: "Kept[Any]") -> None:
-        """Drops a kept answer, whose result is in place."""
-        self._ledger.forget(kept.key)
+    def forget(self, kept: Kept[Any]) -> None:
+        """Drops a kept answer, whose result is in place; answers of local models are not kept."""
+        if kept.is_paid:
+            self._ledger.forget(kept.key)
 
     def _pause(self, error: PausedError, claim: Claim | None, stage: str) -> None:
         # A pause caused by a search or the doctor has no stage, so that any answer ends it: neither
@@ -199,7 +213,7 @@ class PaidCalls:
         recipe: Recipe,
         call: Callable[[], A],
         waited_seconds: float,
-        kept: "Kept[A] | None",
+        kept: Kept[A] | None,
     ) -> tuple[A, Receipt]:
         """Makes a call and records it, whatever its outcome, and keeps its answer."""
         started = time.monotonic()

@@ -7,7 +7,7 @@ from datetime import datetime
 from typing import Any
 
 from imagepipeline.errors import StackError
-from imagepipeline.models import BULK_PRIORITY, Recipe, Status, now_utc
+from imagepipeline.models import ASSETS, BULK_PRIORITY, Recipe, Status, now_utc
 from imagepipeline.paid_calls import find_price
 from imagepipeline.rates import parse_limits
 from imagepipeline.stores.catalogue import Catalogue
@@ -16,7 +16,6 @@ from imagepipeline.stores.plans import Outdated, Plans
 
 IN_FLIGHT = 10  # planned images that wait or run at once: the rest stays `completed` meanwhile
 POLL_SECONDS = 0.5
-PAGE_ROWS = 1000
 
 
 @dataclass(frozen=True)
@@ -168,18 +167,9 @@ def explain_unknown_cost(steps: Sequence[Step]) -> str | None:
     )
 
 
-def iterate_outdated(
-    plans: Plans, recipes: Mapping[str, Recipe], limit: int | None
-) -> Iterator[str]:
-    """The IDs of completed images that need one of these assets, at most `limit`."""
-    last_id = ""
-    while limit is None or limit > 0:
-        page = plans.list_outdated(recipes, last_id, min(limit or PAGE_ROWS, PAGE_ROWS))
-        yield from page
-        if len(page) < PAGE_ROWS:
-            return
-        last_id = page[-1]
-        limit = None if limit is None else limit - len(page)
+def select_recipes(recipes: Mapping[str, Recipe], assets: Sequence[str]) -> dict[str, Recipe]:
+    """The recipes of these assets, in the order of a run; of all assets if none is named."""
+    return {asset: recipes[asset] for asset in ASSETS if not assets or asset in assets}
 
 
 def explain_image(

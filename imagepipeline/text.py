@@ -7,8 +7,14 @@ characters can make a text look like another one. Lone surrogates cannot be enco
 This module does no I/O and depends on no other module of the package.
 """
 
+import hashlib
 import json
 from typing import Any
+
+
+def hash_text(text: str) -> str:
+    """Returns the SHA-256 of a text, as 64 hexadecimal digits."""
+    return hashlib.sha256(text.encode()).hexdigest()
 
 
 def make_printable(text: str) -> str:

@@ -17,6 +17,7 @@ from imagepipeline.storage import Storage, open_storage
 from imagepipeline.stores.catalogue import Catalogue
 from imagepipeline.stores.files import FileStore
 from imagepipeline.stores.outbox import Outbox
+from imagepipeline.stores.tables import answers
 from imagepipeline.stores.uploads import UploadQueue
 from imagepipeline.stores.vectors import EmbeddingIndex
 
@@ -219,3 +220,9 @@ def encode() -> Callable[..., bytes]:
         return buffer.getvalue()
 
     return encode
+
+
+def count_answers(catalogue_url: str) -> int:
+    """How many paid answers are kept because their results are not in place yet."""
+    with sa.create_engine(catalogue_url).connect() as connection:
+        return connection.execute(sa.select(sa.func.count()).select_from(answers)).scalar_one()

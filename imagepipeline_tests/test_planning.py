@@ -7,10 +7,10 @@ import pytest
 from imagepipeline import planning
 from imagepipeline.errors import StackError
 from imagepipeline.models import ImageMetadata, OriginalFacts, PaidCall, Recipe, Upload
-from imagepipeline.needs import hash_text
 from imagepipeline.stores.catalogue import Catalogue
 from imagepipeline.stores.ledger import Ledger
-from imagepipeline.stores.plans import Outdated, Plans, select_recipes
+from imagepipeline.stores.plans import Outdated, Plans
+from imagepipeline.text import hash_text
 
 RECIPES = {
     "metadata": Recipe("openai", "m", "prompt-1"),
@@ -99,8 +99,9 @@ def test_a_changed_recipe_outdates_its_asset_alone(plans, library, asset, recipe
     recipes = change(asset, recipe)
     assert plans.count_outdated(recipes) == [Outdated(asset, cause, 5)]
     assert plans.list_outdated(recipes, "", 9) == library
+    assert plans.count_images(recipes) == 5
     assert plans.list_outdated(recipes, library[1], 2) == library[2:4]
-    others = select_recipes(recipes, [name for name in RECIPES if name != asset])
+    others = planning.select_recipes(recipes, [name for name in RECIPES if name != asset])
     assert plans.list_outdated(others, "", 9) == []
 
 

@@ -1,7 +1,6 @@
 """The three assets of an image: they read, call, store and report; the work is elsewhere."""
 
 import base64
-import hashlib
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
@@ -9,9 +8,14 @@ from typing import Any
 import dagster as dg
 
 from imagepipeline.defs.attempts import RETRY_POLICY, attempt
-from imagepipeline.defs.checks import check_variants, describe_problems, refuse_wrong
+from imagepipeline.defs.checks import (
+    check_variants,
+    describe_problems,
+    read_stored,
+    refuse_wrong,
+)
 from imagepipeline.defs.partitions import uploads
-from imagepipeline.errors import MissingMetadataError, MissingOriginalError
+from imagepipeline.errors import MissingMetadataError
 from imagepipeline.imaging.palette import choose_visible
 from imagepipeline.imaging.sandbox import Usage
 from imagepipeline.imaging.variants import Renderer
@@ -25,13 +29,13 @@ from imagepipeline.models import (
     Recipe,
     VisionAnswer,
 )
-from imagepipeline.needs import build_key, hash_text
 from imagepipeline.originals import Original, Originals
 from imagepipeline.paid_calls import Kept, PaidCalls, Receipt
 from imagepipeline.services.embedder import Embedder
 from imagepipeline.services.vision import VisionModel
 from imagepipeline.storage import Storage
 from imagepipeline.stores.catalogue import Catalogue
+from imagepipeline.text import hash_text
 from imagepipeline.usage import CallUsage
 
 OWNERS = ["team:imagepipeline"]
@@ -70,10 +74,13 @@ def metadata(
             return
         original = originals.load(claim, catalogue)
         note_original(catalogue, claim, original)
-        cause = find_cause(context, catalogue, claim, vision.recipe)
-        kept = Kept(build_key("metadata", vision.recipe, original.sha256), VisionAnswer)
-        row = catalogue.get(claim.image_id) or {}
-        if cause is None and (known := read_metadata(row)):
+        causes = find_causes(
+            context, catalogue, claim, metadata=vision.recipe, variants=renderer.recipe
+        )
+        cause = causes["metadata"]
+        kept = Kept("metadata", vision.recipe, original.sha256, VisionAnswer)
+        row = {} if cause else catalogue.get(claim.image_id) or {}
+        if known := read_metadata(row):
             catalogue.confirm_result(claim, "metadata")
             paid_calls.forget(kept)
             yield dg.MaterializeResult(
@@ -86,11 +93,14 @@ def metadata(
                 },
             )
             return
-        if catalogue.find_causes(claim.image_id, {"variants": renderer.recipe})["variants"]:
+        if causes["variants"]:
             renderer.begin(original.session, original.facts)  # while the model answers
-        described = (
-            None if cause == ASKED else catalogue.find_metadata(vision.recipe, original.sha256)
-        )
+        described = None
+        if cause != ASKED:
+            twins = catalogue.find_twins("metadata", vision.recipe, original.sha256, MAX_TWINS)
+            described = next(
+                filter(None, (read_metadata(catalogue.get(one)) for one in twins)), None
+            )
         is_reused = described is not None
         if described:
             answer, receipt = VisionAnswer(described), Receipt()
@@ -153,8 +163,8 @@ def variants(
             return
         original = originals.load(claim, catalogue)
         note_original(catalogue, claim, original)
-        cause = find_cause(context, catalogue, claim, renderer.recipe)
-        stored = (catalogue.get(claim.image_id) or {"variants": []})["variants"]
+        cause = find_causes(context, catalogue, claim, variants=renderer.recipe)["variants"]
+        stored = [] if cause else (catalogue.get(claim.image_id) or {"variants": []})["variants"]
         if cause is None and is_in_place(files, stored, renderer, original):
             catalogue.confirm_result(claim, "variants")
             yield dg.MaterializeResult(
@@ -186,7 +196,7 @@ def variants(
                 **figures,
                 "problems": describe_problems(found),
                 "is_reused": False,
-                "cause": cause or "its files were missing",
+                "cause": cause or "its files were not in place",
                 "variants": _tabulate(rows),
                 "settings": renderer.recipe.settings,
                 "dominant_color": original.facts.dominant_color,
@@ -229,11 +239,12 @@ def embedding(
             )
         text = ImageMetadata.model_validate(row["metadata"]).embedding_text
         input_sha256 = hash_text(text)
-        cause = find_cause(context, catalogue, claim, embedder.recipe)
-        kept = Kept(build_key("embedding", embedder.recipe, input_sha256), Embedding)
-        receipt = Receipt()
-        twins = catalogue.find_twins("embedding", embedder.recipe, input_sha256, MAX_TWINS)
-        result = None if cause == ASKED else find_vector(index, twins, text, embedder.recipe)
+        cause = find_causes(context, catalogue, claim, embedding=embedder.recipe)["embedding"]
+        kept = Kept("embedding", embedder.recipe, input_sha256, Embedding)
+        result, receipt = None, Receipt()
+        if cause != ASKED:
+            twins = catalogue.find_twins("embedding", embedder.recipe, input_sha256, MAX_TWINS)
+            result = find_vector(index, twins, text, embedder.recipe)
         is_reused = result is not None
         if result is None:
             result, receipt = paid_calls.make(
@@ -268,14 +279,13 @@ def note_original(catalogue: Catalogue, claim: Claim, original: Original) -> Non
         catalogue.save_original(claim, original.facts)
 
 
-def find_cause(
-    context: dg.AssetExecutionContext, catalogue: Catalogue, claim: Claim, recipe: Recipe
-) -> str | None:
-    """Why this run must make this asset: ASKED, one of `needs.CAUSES`, or None if it is current."""
-    asset = context.asset_key.to_user_string()
-    if {asset, "all"} & set(context.run.tags.get(ANEW_TAG, "").replace(" ", "").split(",")):
-        return ASKED
-    return catalogue.find_causes(claim.image_id, {asset: recipe})[asset]
+def find_causes(
+    context: dg.AssetExecutionContext, catalogue: Catalogue, claim: Claim, **recipes: Recipe
+) -> dict[str, str | None]:
+    """Why this run must make these assets: ASKED, one of `needs.CAUSES`, or None if current."""
+    asked = set(context.run.tags.get(ANEW_TAG, "").replace(" ", "").split(","))
+    causes = catalogue.find_causes(claim.image_id, recipes)
+    return {asset: ASKED if asked & {asset, "all"} else cause for asset, cause in causes.items()}
 
 
 def find_vector(
@@ -289,10 +299,10 @@ def find_vector(
     return None
 
 
-def read_metadata(row: Mapping[str, Any]) -> ImageMetadata | None:
+def read_metadata(row: Mapping[str, Any] | None) -> ImageMetadata | None:
     """The stored answer of a row; None if there is none, or one of an earlier kind."""
     try:
-        return ImageMetadata.model_validate(row.get("metadata"))
+        return ImageMetadata.model_validate((row or {}).get("metadata"))
     except ValueError:
         return None
 
@@ -303,16 +313,8 @@ def is_in_place(
     """Whether the files of all variants are where they belong, with the sizes of their rows."""
     expected = {spec.path_for(original.path) for spec in renderer.specs}
     return expected == {variant["path"] for variant in stored} and all(
-        _measure_bytes(files, variant["path"], variant["size"]) == variant["size"]
-        for variant in stored
+        len(read_stored(files, variant)) == variant["size"] for variant in stored
     )
-
-
-def _measure_bytes(files: Storage, path: str, most: int) -> int | None:
-    try:
-        return len(files.read(path, most))
-    except MissingOriginalError:
-        return None
 
 
 def _with_visible_colors(metadata: ImageMetadata, facts: PixelFacts) -> ImageMetadata:
@@ -399,4 +401,4 @@ def _describe_receipt(receipt: Receipt) -> dict[str, float]:
 
 def _data_version(content: str) -> dg.DataVersion:
     # By content, so that an unchanged answer leaves the later assets fresh.
-    return dg.DataVersion(hashlib.sha256(content.encode()).hexdigest()[:16])
+    return dg.DataVersion(hash_text(content)[:16])

@@ -70,8 +70,8 @@ def check_sensor(
     except PostponedError as error:
         return dg.SkipReason(str(error))
     reported = Reported.model_validate_json(context.cursor) if context.cursor else Reported()
-    report = Reported(at=now, completed_count=recent.completed_count, seqs=recent.seqs)
-    is_due = now - reported.at >= REPORT_EVERY and report.completed_count
+    report = Reported(at=now, seqs=recent.seqs)
+    is_due = now - reported.at >= REPORT_EVERY and recent.completed_count
     if report.seqs == reported.seqs and not is_due:
         return dg.SkipReason("Nothing new to report.")
     return dg.SensorResult(asset_events=evaluate(recent), cursor=report.model_dump_json())
@@ -81,7 +81,6 @@ class Reported(BaseModel):
     """The sensor's cursor: when it last reported, and which problems."""
 
     at: datetime = datetime.min.replace(tzinfo=UTC)
-    completed_count: int = 0
     seqs: list[int] = []
 
 
@@ -139,7 +138,7 @@ def check_variants(
         The problems by the names of CHECKS, and figures about the variants.
     """
     variants = (catalogue.get(claim.image_id) or {"variants": []})["variants"]
-    contents = [_read(files, variant) for variant in variants]
+    contents = [read_stored(files, variant) for variant in variants]
     inspections = renderer.inspect(original.session, contents)
     found = [
         {**variant, "found": inspection, "spec": _spec_of(variant, renderer.specs)}
@@ -189,8 +188,8 @@ def _spec_of(variant: Mapping[str, Any], specs: Sequence[VariantSpec]) -> Varian
     )
 
 
-def _read(files: Storage, variant: Mapping[str, Any]) -> bytes:
-    """The stored bytes, and enough of anything attached to them since to notice it."""
+def read_stored(files: Storage, variant: Mapping[str, Any]) -> bytes:
+    """A variant's stored bytes, and enough of anything attached since to notice it."""
     try:
         return files.read(variant["path"], variant["size"] + MAX_ATTACHED_BYTES)
     except MissingOriginalError:

@@ -199,11 +199,18 @@ def _end_with_parent() -> None:
         sys.exit()
 
 
-def _prepare_child() -> None:
-    # A shell that starts a command with `&` makes it and its children ignore SIGINT. Dagster's
-    # processes copy their SIGINT handler to SIGTERM and would then ignore both.
+def reset_signals() -> None:
+    """Restores the defaults of the signals that stop a process, before a program starts in it.
+
+    A shell that starts a command with `&` makes it and its children ignore SIGINT. Dagster's
+    processes copy their SIGINT handler to SIGTERM and would then ignore both.
+    """
     signal.signal(signal.SIGINT, signal.SIG_DFL)
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
+
+
+def _prepare_child() -> None:
+    reset_signals()
     if signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:  # under nohup it stays ignored
         signal.signal(signal.SIGHUP, signal.SIG_DFL)
     # On other systems, children survive a killed supervisor until `imagepipeline down` ends them.

@@ -4,7 +4,6 @@ One is remote; the other is local and needs neither key nor network.
 """
 
 import base64
-import hashlib
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -12,6 +11,7 @@ from imagepipeline.errors import BadAnswerError, FormatRefusedError, RefusedErro
 from imagepipeline.models import ImageMetadata, PixelFacts, Recipe, VisionAnswer
 from imagepipeline.services.answers import NoVocabulary, clean, read_answer
 from imagepipeline.services.local.imagenet_groups import GROUPS, members
+from imagepipeline.text import hash_text
 
 # A change of this text is a new prompt version and marks all metadata as outdated.
 DEFAULT_PROMPT = (
@@ -92,7 +92,7 @@ class VisionOptions:
 def openai_recipe(model: str, prompt: str, options: VisionOptions) -> Recipe:
     """Returns the recipe of `OpenAIVision`, whose version has a hash of prompt and vocabulary."""
     text = build_prompt(prompt, options)
-    version = hashlib.sha256(text.encode()).hexdigest()[:8]
+    version = hash_text(text)[:8]
     return Recipe("openai", model, f"prompt-{version},{options.long_side_px}px,{options.detail}")
 
 

@@ -32,7 +32,7 @@ from imagepipeline.models import (
     find_named_image,
     now_utc,
 )
-from imagepipeline.needs import find_cause, hash_text
+from imagepipeline.needs import find_cause
 from imagepipeline.stores import history, outbox
 from imagepipeline.stores.database import Database
 from imagepipeline.stores.tables import (
@@ -42,6 +42,7 @@ from imagepipeline.stores.tables import (
     image_variants,
     images,
 )
+from imagepipeline.text import hash_text
 
 K = TypeVar("K")
 ENDED = (Status.COMPLETED, Status.FAILED)
@@ -301,24 +302,6 @@ class Catalogue:
             ).mappings()
             made = {row["asset"]: {**row} for row in rows}
         return {asset: find_cause(made.get(asset), recipe) for asset, recipe in recipes.items()}
-
-    def find_metadata(self, recipe: Recipe, input_sha256: str) -> ImageMetadata | None:
-        """What the same recipe has made of the same bytes, for any image."""
-        made = image_results.c
-        query = (
-            sa.select(images.c.metadata)
-            .join(image_results, made.image_id == images.c.id)
-            .where(made.asset == "metadata", made.input_sha256 == input_sha256)
-            .where(made.provider == recipe.provider, made.model == recipe.model)
-            .where(made.settings == recipe.settings, images.c.metadata.is_not(None))
-            .limit(1)
-        )
-        with self._database.reading() as connection:
-            stored = connection.execute(query).scalar()
-        try:
-            return ImageMetadata.model_validate(stored) if stored else None
-        except ValueError:  # malformed: the model is asked again
-            return None
 
     def begin_planned(self, image_ids: Iterable[str], priority: int) -> list[str]:
         """Begins a generation of completed images, for what a plan found; gives those begun."""

@@ -66,11 +66,6 @@ class Ledger:
                 )
             ).scalar()
 
-    def count_answers(self) -> int:
-        """How many answers are kept."""
-        with self._database.reading() as connection:
-            return connection.execute(sa.select(sa.func.count()).select_from(answers)).scalar_one()
-
     def forget(self, key: str) -> None:
         """Drops an answer: its result is in place."""
         with self._database.transaction() as connection:

@@ -1,11 +1,11 @@
 """Plans: which results are not what today's settings would make, counted and listed in SQL."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import sqlalchemy as sa
 
-from imagepipeline.models import ASSETS, Recipe, Status
+from imagepipeline.models import Recipe, Status
 from imagepipeline.needs import MISSING, find_cause
 from imagepipeline.stores.database import Database
 from imagepipeline.stores.tables import image_results, images
@@ -47,32 +47,41 @@ class Plans:
 
     def list_outdated(self, recipes: Mapping[str, Recipe], after_id: str, limit: int) -> list[str]:
         """Up to `limit` completed images that need one of these assets, by ID, after one ID."""
-        is_outdated = sa.or_(
-            *(
-                sa.and_(
-                    MADE.asset == asset,
-                    sa.or_(
-                        MADE.provider != recipe.provider,
-                        MADE.model != recipe.model,
-                        MADE.settings != recipe.settings,
-                        MADE.is_stale.is_(True),
-                    ),
-                )
-                for asset, recipe in recipes.items()
-            )
-        )
         query = (
-            sa.select(MADE.image_id)
-            .distinct()
-            .join(images, images.c.id == MADE.image_id)
-            .where(MADE.image_id > after_id, is_outdated, images.c.status == Status.COMPLETED)
+            _select_outdated(recipes)
+            .where(MADE.image_id > after_id)
             .order_by(MADE.image_id)
             .limit(limit)
         )
         with self._database.reading() as connection:
             return list(connection.execute(query).scalars())
 
+    def count_images(self, recipes: Mapping[str, Recipe]) -> int:
+        """How many images `list_outdated` lists."""
+        query = sa.select(sa.func.count()).select_from(_select_outdated(recipes).subquery())
+        with self._database.reading() as connection:
+            return connection.execute(query).scalar_one()
 
-def select_recipes(recipes: Mapping[str, Recipe], assets: Sequence[str]) -> dict[str, Recipe]:
-    """The recipes of these assets, in the order of a run; of all assets if none is named."""
-    return {asset: recipes[asset] for asset in ASSETS if not assets or asset in assets}
+
+def _select_outdated(recipes: Mapping[str, Recipe]) -> sa.Select[tuple[str]]:
+    """The completed images that need one of these assets."""
+    is_outdated = sa.or_(
+        *(
+            sa.and_(
+                MADE.asset == asset,
+                sa.or_(
+                    MADE.provider != recipe.provider,
+                    MADE.model != recipe.model,
+                    MADE.settings != recipe.settings,
+                    MADE.is_stale.is_(True),
+                ),
+            )
+            for asset, recipe in recipes.items()
+        )
+    )
+    return (
+        sa.select(MADE.image_id)
+        .distinct()
+        .join(images, images.c.id == MADE.image_id)
+        .where(is_outdated, images.c.status == Status.COMPLETED)
+    )

@@ -12,7 +12,7 @@ from imagepipeline.errors import CatalogueDownError
 from imagepipeline.imaging.variants import Renderer
 from imagepipeline.models import Recipe, Upload, build_variant_specs
 from imagepipeline.services.embedder import LocalEmbedder
-from imagepipeline_tests.conftest import PHOTOS
+from imagepipeline_tests.conftest import PHOTOS, count_answers
 from imagepipeline_tests.defs.test_assets import ANSWER, ScriptedVision
 
 pytestmark = pytest.mark.stack
@@ -138,19 +138,21 @@ def test_who_asks_for_it_gets_it_anew(run, process, cat, instance, ledger):
     assert made.asset_materialization.metadata["is_reused"].value
 
 
-def test_an_answer_is_kept_until_its_result_is_in_place(run, cat, catalogue, ledger, monkeypatch):
+def test_an_answer_is_kept_until_its_result_is_in_place(
+    run, cat, catalogue, ledger, monkeypatch, sqlite_catalogue_url
+):
     catalogue.accept([Upload(cat)])
     with monkeypatch.context() as patch:
         patch.setattr(catalogue, "save_metadata", Mock(side_effect=CatalogueDownError("down")))
         run(cat, generation=1, vision=ScriptedVision(ANSWER), embedder=RemoteEmbedder())
-    assert ledger.count_answers() == 1
+    assert count_answers(sqlite_catalogue_url) == 1
     generation = catalogue.get(cat)["generation"]
     assert run(
         cat, generation=generation, vision=ScriptedVision(), embedder=RemoteEmbedder()
     ).success
     assert catalogue.get(cat)["metadata"]["description"] == "A cat"
     assert count_calls(ledger) == {"metadata": 1, "embedding": 1}
-    assert ledger.count_answers() == 0
+    assert count_answers(sqlite_catalogue_url) == 0
 
 
 def test_pictures_alone_leave_the_rest_to_a_later_run(run, cat, catalogue):

@@ -125,3 +125,17 @@ def test_a_log_that_cannot_be_copied_is_truncated_anyway(tmp_path):
     (tmp_path / "one.old.log").mkdir()
     processes.rotate(log, 200)
     assert os.path.getsize(log) == 0
+
+
+def test_a_program_started_by_a_background_job_can_be_interrupted():
+    code = (
+        "import os, signal, sys; from imagepipeline.runtime import processes\n"
+        "signal.signal(signal.SIGINT, signal.SIG_IGN)\n"  # as a shell does for `command &`
+        "processes.reset_signals()\n"
+        "program = 'import signal; print(signal.getsignal(signal.SIGINT).__name__)'\n"
+        "os.execv(sys.executable, [sys.executable, '-c', program])\n"
+    )
+    result = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=True
+    )
+    assert result.stdout.strip() == "default_int_handler"
