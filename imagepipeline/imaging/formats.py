@@ -7,8 +7,9 @@ from imagepipeline.errors import UnsupportedFormatError
 from imagepipeline.imaging.boxes import DERIVED, read_brands, read_primary_item
 
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "AVIF", "TIFF", "BMP", "HEIF")
-AVIF_BRANDS = {b"avif", b"avis"}
-HEIF_BRANDS = {
+# Major brands that the decoders accept. Files of the other brands are coded in the same way.
+AVIF_BRANDS = (b"avif", b"avis")
+HEIF_BRANDS = (
     b"heic",
     b"heix",
     b"heim",
@@ -18,10 +19,9 @@ HEIF_BRANDS = {
     b"hevm",
     b"hevs",
     b"mif1",
-    b"mif2",
     b"msf1",
-    b"miaf",
-}
+)
+OTHER_HEIF_BRANDS = (b"mif2", b"miaf")
 
 # Codecs inside a HEIF file that cannot be read here (MP4RA: codes of sample entries and items).
 REFUSED_CODINGS = {
@@ -129,7 +129,9 @@ def _coding(content: bytes) -> bytes:
     coding = read_primary_item(content).coding
     if coding.isalnum() and coding not in DERIVED:
         return coding
-    return b"av01" if brands & AVIF_BRANDS else b"hvc1" if brands & HEIF_BRANDS else b""
+    if brands.intersection(AVIF_BRANDS):
+        return b"av01"
+    return b"hvc1" if brands.intersection((*HEIF_BRANDS, *OTHER_HEIF_BRANDS)) else b""
 
 
 BMP_HEADERS = {size.to_bytes(4, "little") for size in (12, 16, 40, 52, 56, 64, 108, 124)}

@@ -7,13 +7,12 @@ import pi_heif
 import pillow_avif.AvifImagePlugin
 from PIL import UnidentifiedImageError
 
-from imagepipeline.errors import (
-    UnreadableImageError,
-)
+from imagepipeline.errors import UnreadableImageError
 from imagepipeline.imaging import exif
 from imagepipeline.imaging.boxes import Item, find_end, read_primary_item
 from imagepipeline.imaging.color import ColorSpace, read_nclx
 from imagepipeline.imaging.drawing import Drawn
+from imagepipeline.imaging.formats import AVIF_BRANDS, HEIF_BRANDS
 from imagepipeline.imaging.limits import Rules, check_frames, check_profile, check_size
 from imagepipeline.imaging.readers.source import (
     Picture,
@@ -30,20 +29,6 @@ pi_heif.register_heif_opener(
     thumbnails=False, depth_images=False, aux_images=False, decode_threads=1
 )
 
-# The brands that the decoders accept; `formats` accepts more.
-PILLOW_AVIF_BRANDS = (b"avif", b"avis")
-PILLOW_HEIF_BRANDS = (
-    b"heic",
-    b"heix",
-    b"heim",
-    b"heis",
-    b"hevc",
-    b"hevx",
-    b"hevm",
-    b"hevs",
-    b"mif1",
-    b"msf1",
-)
 ZEROS = {b"av01": bytes(64), b"hvc1": bytes(16)}  # encoders do not write so many zeros
 
 
@@ -51,7 +36,7 @@ def read_avif(content: bytes, rules: Rules) -> Source:
     """Reads an AVIF; properties rotate and crop it, not EXIF (ISO/IEC 23000-22, 7.3.6.7)."""
     item, is_cut = _check_boxes(content, "AVIF")
     try:
-        header = open_image(_with_brand(content, PILLOW_AVIF_BRANDS), "AVIF")
+        header = open_image(_with_brand(content, AVIF_BRANDS), "AVIF")
     except UnidentifiedImageError:
         raise (
             miss_end("AVIF", len(content), find_end(content))
@@ -83,7 +68,7 @@ def read_heif(content: bytes, rules: Rules) -> Source:
     """Reads a HEIC; libheif rotates and crops it, so EXIF must not be applied."""
     item, is_cut = _check_boxes(content, "HEIF")
     try:
-        header = open_image(_with_brand(content, PILLOW_HEIF_BRANDS), "HEIF")
+        header = open_image(_with_brand(content, HEIF_BRANDS), "HEIF")
     except UnidentifiedImageError as error:
         if is_cut:
             raise miss_end("HEIF", len(content), find_end(content)) from None
@@ -112,7 +97,7 @@ def read_heif(content: bytes, rules: Rules) -> Source:
 def _explain_heif(content: bytes, error: Exception) -> Exception:
     """Returns the reason why a header cannot be read, which Pillow does not report."""
     try:
-        pi_heif.open_heif(io.BytesIO(_with_brand(content, PILLOW_HEIF_BRANDS)))
+        pi_heif.open_heif(io.BytesIO(_with_brand(content, HEIF_BRANDS)))
     except Exception as one:
         return explain("HEIF", one)
     return UnreadableImageError("the HEIF data is damaged: its header cannot be read")
