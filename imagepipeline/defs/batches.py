@@ -303,7 +303,7 @@ class ApplyConfig(dg.Config):
     assets: list[AssetName] = Field([], description="Only these assets; none means all.")
 
 
-@dg.op(out={})
+@dg.op
 def start_apply(
     context: dg.OpExecutionContext, config: ApplyConfig, applier: dg.ResourceParam[Applier]
 ) -> None:
