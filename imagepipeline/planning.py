@@ -7,6 +7,7 @@ from datetime import datetime
 from typing import Any
 
 from imagepipeline.errors import StackError
+from imagepipeline.filters import ALL, Filter
 from imagepipeline.models import ASSETS, BULK_PRIORITY, Recipe, Status, now_utc
 from imagepipeline.paid_calls import find_price
 from imagepipeline.rates import parse_limits
@@ -46,11 +47,12 @@ def plan(
     recipes: Mapping[str, Recipe],
     prices: Mapping[str, tuple[float, float]],
     rate_limits: str,
+    where: Filter = ALL,
 ) -> list[Step]:
-    """What all images need; an image that needs several assets counts in each."""
+    """What these images need; an image that needs several assets counts in each."""
     return [
         _estimate(outdated, recipes[outdated.asset], ledger, prices, rate_limits)
-        for outdated in plans.count_outdated(recipes)
+        for outdated in plans.count_outdated(recipes, where)
     ]
 
 
@@ -100,6 +102,7 @@ def apply(
     limit: int | None = None,
     budget_usd: float | None = None,
     clock: Callable[[], datetime] = now_utc,
+    where: Filter = ALL,
 ) -> Iterator[Applied]:
     """Has the stack do what completed images need, a few at a time, after all uploads.
 
@@ -113,6 +116,7 @@ def apply(
         limit: stop after so many images; None for all.
         budget_usd: begin no image once this was spent since the start; those in flight end.
         clock: gives the time.
+        where: which images may be begun.
 
     Raises:
         StackError: the stack made something else than was planned.
@@ -128,7 +132,7 @@ def apply(
         if budget_usd is not None and spent_usd >= budget_usd:
             is_exhausted = True
         if left > 0 and not is_exhausted:
-            found = plans.list_outdated(recipes, last_id, left)
+            found = plans.list_outdated(recipes, last_id, left, where)
             is_exhausted = len(found) < left
             last_id = found[-1] if found else last_id
             started = catalogue.begin_planned(found, BULK_PRIORITY)

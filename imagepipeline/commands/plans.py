@@ -16,7 +16,8 @@ from imagepipeline.commands.shared import (
     to_text,
     with_settings,
 )
-from imagepipeline.errors import ImagePipelineError
+from imagepipeline.errors import ImagePipelineError, InvalidFilterError
+from imagepipeline.filters import FIELDS, Filter
 from imagepipeline.models import ASSETS, Recipe
 from imagepipeline.opening import open_catalogue
 from imagepipeline.settings import Settings
@@ -33,12 +34,37 @@ asset_option = click.option(
 )
 
 
+def read_filter(_: click.Context, __: click.Parameter, texts: tuple[str, ...]) -> Filter:
+    """The filter that several options give."""
+    try:
+        return Filter.parse(map(to_text, texts))
+    except InvalidFilterError as error:
+        raise click.BadParameter(str(error)) from None
+
+
+where_option = click.option(
+    "--where",
+    metavar="FIELD=VALUE",
+    multiple=True,
+    callback=read_filter,
+    help="Only images with this value; if given several times, all must hold. Fields: "
+    f"{', '.join(FIELDS)}. Dates are in UTC; id=abc* means all IDs that start with abc.",
+)
+
+
 @click.command(epilog=EPILOG)
 @click.argument("image_id", required=False, type=to_text)
 @asset_option
+@where_option
 @json_option
 @with_settings
-def plan(settings: Settings, image_id: str | None, assets: tuple[str, ...], as_json: bool) -> None:
+def plan(
+    settings: Settings,
+    image_id: str | None,
+    assets: tuple[str, ...],
+    where: Filter,
+    as_json: bool,
+) -> None:
     """Show which images are not what today's settings would make, and what it costs to make them.
 
     Nothing is changed. With IMAGE_ID, explain one image. Costs are the mean of earlier calls.
@@ -49,12 +75,14 @@ def plan(settings: Settings, image_id: str | None, assets: tuple[str, ...], as_j
     catalogue = open_catalogue(settings)
     recipes = planning.select_recipes(build_recipes(settings), assets)
     if image_id is not None:
+        if where.conditions:
+            raise click.UsageError("give an IMAGE_ID, or --where")
         if not catalogue.get_states([image_id]):
             raise ImagePipelineError(f"there is no image {image_id}")
         rows = planning.explain_image(catalogue, image_id, recipes)
         display.show_rows(rows, ("asset", "cause", "made_by", "today"), as_json)
         return
-    steps = make_plan(settings, recipes)
+    steps = make_plan(settings, recipes, where)
     if not steps and not as_json:
         say("All results are what today's settings would make.")
         return
@@ -62,8 +90,8 @@ def plan(settings: Settings, image_id: str | None, assets: tuple[str, ...], as_j
     display.show_rows([asdict(step) for step in steps], columns, as_json)
 
 
-def make_plan(settings: Settings, recipes: Mapping[str, Recipe]) -> "list[Step]":
-    """What all images need, at the present prices and rate limits."""
+def make_plan(settings: Settings, recipes: Mapping[str, Recipe], where: Filter) -> "list[Step]":
+    """What these images need, at the present prices and rate limits."""
     from imagepipeline import planning
     from imagepipeline.providers import list_prices, open_limiter
     from imagepipeline.stores.ledger import Ledger
@@ -72,7 +100,7 @@ def make_plan(settings: Settings, recipes: Mapping[str, Recipe]) -> "list[Step]"
     with open_limiter(settings) as limiter:
         rate_limits = limiter.get_limits()
     plans, ledger = Plans(settings.database_url), Ledger(settings.database_url)
-    return planning.plan(plans, ledger, recipes, list_prices(settings), rate_limits)
+    return planning.plan(plans, ledger, recipes, list_prices(settings), rate_limits, where)
 
 
 @click.command(epilog=EPILOG)
@@ -80,6 +108,7 @@ def make_plan(settings: Settings, recipes: Mapping[str, Recipe]) -> "list[Step]"
 @click.option(
     "--budget", type=click.FloatRange(min=0, min_open=True), help="Stop after this many US dollars."
 )
+@where_option
 @click.option("--dry-run", is_flag=True, help="Only list the images.")
 @json_option
 @with_settings
@@ -87,6 +116,7 @@ def apply(
     settings: Settings,
     limit: int | None,
     budget: float | None,
+    where: Filter,
     dry_run: bool,
     as_json: bool,
 ) -> None:
@@ -104,15 +134,17 @@ def apply(
     catalogue, plans = open_catalogue(settings), Plans(settings.database_url)
     recipes = build_recipes(settings)
     if dry_run:
-        found = plans.list_outdated(recipes, "", limit or MAX_LISTED)
+        found = plans.list_outdated(recipes, "", limit or MAX_LISTED, where)
         display.show_rows([{"image_id": one} for one in found], ("image_id",), as_json)
         return
-    if budget and (problem := planning.explain_unknown_cost(make_plan(settings, recipes))):
-        raise click.UsageError(problem)
+    if budget:
+        steps = make_plan(settings, recipes, where)
+        if problem := planning.explain_unknown_cost(steps):
+            raise click.UsageError(problem)
     ledger = Ledger(settings.database_url)
-    total = plans.count_images(recipes)
-    steps = planning.apply(plans, catalogue, ledger, recipes, limit, budget)
-    *_, last = display.follow_apply(steps, min(total, limit or total))
+    total = plans.count_images(recipes, where)
+    progress = planning.apply(plans, catalogue, ledger, recipes, limit, budget, where=where)
+    *_, last = display.follow_apply(progress, min(total, limit or total))
     display.show_rows([asdict(last)], tuple(asdict(last)), as_json)
     if last.failed:
         sys.exit(EXIT_FAILED)
