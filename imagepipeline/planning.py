@@ -167,7 +167,7 @@ def explain_unknown_cost(steps: Sequence[Step]) -> str | None:
         return None
     return (
         f"the cost of {' and '.join(dict.fromkeys(unknown))} is unknown, so no budget can be kept: "
-        "set IMAGEPIPELINE_PRICES, or if the provider reports costs, run `apply --limit 5` first"
+        "set IMAGEPIPELINE_PRICES, or if the provider reports costs, run `plan --sample 5` first"
     )
 
 

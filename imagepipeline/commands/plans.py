@@ -3,6 +3,7 @@
 import sys
 from collections.abc import Mapping
 from dataclasses import asdict
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import click
@@ -24,6 +25,10 @@ from imagepipeline.settings import Settings
 
 if TYPE_CHECKING:  # it takes as long to import as all else
     from imagepipeline.planning import Step
+    from imagepipeline.sampling import Sample
+    from imagepipeline.stores.catalogue import Catalogue
+
+MAX_SAMPLED = 100  # a page of them has some 10 MB
 
 asset_option = click.option(
     "--asset",
@@ -56,6 +61,21 @@ where_option = click.option(
 @click.argument("image_id", required=False, type=to_text)
 @asset_option
 @where_option
+@click.option(
+    "--sample",
+    "count",
+    metavar="N",
+    type=click.IntRange(1, MAX_SAMPLED),
+    help="Make N of the planned images, for money, and show old and new side by side. No image is "
+    "changed; the paid answers are kept for `apply`.",
+)
+@click.option("--seed", type=int, help="Draw another sample: 1, 2, 3 … [default: 0]")
+@click.option(
+    "--page",
+    type=click.Path(dir_okay=False, path_type=Path),
+    help="Also write the sample to this file, a web page with the pictures.",
+)
+@click.option("--discard", is_flag=True, help="Keep no answer of the sample for `apply`.")
 @json_option
 @with_settings
 def plan(
@@ -63,24 +83,41 @@ def plan(
     image_id: str | None,
     assets: tuple[str, ...],
     where: Filter,
+    count: int | None,
+    seed: int | None,
+    page: Path | None,
+    discard: bool,
     as_json: bool,
 ) -> None:
     """Show which images are not what today's settings would make, and what it costs to make them.
 
-    Nothing is changed. With IMAGE_ID, explain one image. Costs are the mean of earlier calls.
+    Nothing is changed. With IMAGE_ID, explain one image. Costs are the mean of earlier calls;
+    --sample finds out.
     """
     from imagepipeline import display, planning
     from imagepipeline.providers import build_recipes
 
+    if not count and (seed is not None or page or discard):
+        raise click.UsageError("--seed, --page and --discard need --sample")
     catalogue = open_catalogue(settings)
     recipes = planning.select_recipes(build_recipes(settings), assets)
     if image_id is not None:
-        if where.conditions:
-            raise click.UsageError("give an IMAGE_ID, or --where")
+        if where.conditions or count:
+            raise click.UsageError("give an IMAGE_ID, or --where and --sample")
         if not catalogue.get_states([image_id]):
             raise ImagePipelineError(f"there is no image {image_id}")
         rows = planning.explain_image(catalogue, image_id, recipes)
         display.show_rows(rows, ("asset", "cause", "made_by", "today"), as_json)
+        return
+    if count:
+        sample = make_sample(settings, catalogue, recipes, where, count, seed or 0, discard)
+        if page:
+            from imagepipeline.pages import build_sample_page
+
+            page.write_text(build_sample_page(sample), encoding="utf-8")
+        display.show_sample(sample, as_json)
+        if any(trial.error for trial in sample.trials):
+            sys.exit(EXIT_FAILED)
         return
     steps = make_plan(settings, recipes, where)
     if not steps and not as_json:
@@ -88,6 +125,32 @@ def plan(
         return
     columns = ("asset", "cause", "images", "calls", "cost_usd", "minutes")
     display.show_rows([asdict(step) for step in steps], columns, as_json)
+
+
+def make_sample(
+    settings: Settings,
+    catalogue: "Catalogue",
+    recipes: Mapping[str, Recipe],
+    where: Filter,
+    count: int,
+    seed: int,
+    discard: bool,
+) -> "Sample":
+    """Tries some of the planned images, and shows progress on stderr."""
+    from imagepipeline import display
+    from imagepipeline.sampling import Sample, open_sampler
+    from imagepipeline.stores.plans import Plans
+
+    plans = Plans(settings.database_url)
+    drawn = plans.draw_outdated(recipes, count, seed, where)
+    with open_sampler(settings, catalogue, recipes, display.report) as sampler:
+        trials = []
+        for trial in sampler.try_images(drawn):
+            trials.append(trial)
+            display.report(f"{len(trials)} of {len(drawn)}: {trial.error or trial.image_id}")
+        if discard:
+            sampler.discard()
+    return Sample(trials, plans.count_images(recipes, where))
 
 
 def make_plan(settings: Settings, recipes: Mapping[str, Recipe], where: Filter) -> "list[Step]":

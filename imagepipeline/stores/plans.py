@@ -1,5 +1,6 @@
 """Plans: which results are not what today's settings would make, counted and listed in SQL."""
 
+import random
 from collections.abc import Mapping
 from dataclasses import dataclass
 
@@ -69,6 +70,26 @@ class Plans:
         outdated = self._select_outdated(recipes, where).subquery()
         with self._database.reading() as connection:
             return connection.execute(sa.select(sa.func.count()).select_from(outdated)).scalar_one()
+
+    def draw_outdated(
+        self, recipes: Mapping[str, Recipe], count: int, seed: int, where: Filter = ALL
+    ) -> list[str]:
+        """Up to `count` of the images that `list_outdated` lists, drawn at random, by ID.
+
+        The same seed draws the same images of the same plan.
+        """
+        total = self.count_images(recipes, where)
+        drawn = random.Random(seed).sample(range(1, total + 1), min(count, total))  # noqa: S311
+        outdated = self._select_outdated(recipes, where).subquery()
+        position = sa.func.row_number().over(order_by=outdated.c.image_id).label("position")
+        numbered = sa.select(outdated.c.image_id, position).subquery()
+        query = (
+            sa.select(numbered.c.image_id)
+            .where(numbered.c.position.in_(drawn))
+            .order_by(numbered.c.image_id)
+        )
+        with self._database.reading() as connection:
+            return list(connection.execute(query).scalars())
 
     def _select_outdated(
         self, recipes: Mapping[str, Recipe], where: Filter
