@@ -2,13 +2,14 @@
 
 import io
 import os
+import re
 import sys
 import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict
 from datetime import datetime
-from typing import IO, Any, TextIO, cast
+from typing import IO, TYPE_CHECKING, Any, TextIO, cast
 
 from rich.console import Console
 from rich.live import Live
@@ -31,7 +32,11 @@ from imagepipeline.stores.applies import ApplyProgress
 from imagepipeline.stores.catalogue import Catalogue
 from imagepipeline.text import make_printable, to_json
 
+if TYPE_CHECKING:  # it decodes images
+    from imagepipeline.sampling import Sample, Trial
+
 POLL_SECONDS = 0.3
+COLOR = re.compile(r"#[0-9a-f]{6}\b")
 STYLES = {
     Status.COMPLETED: "green",
     Status.FAILED: "red",
@@ -266,6 +271,67 @@ def show_rows(rows: Sequence[Mapping[str, Any]], columns: Sequence[str], as_json
     for row in chosen:
         table.add_row(*(_to_text(value) for value in row.values()))
     out.print(table)
+
+
+def show_sample(sample: "Sample", as_json: bool) -> None:
+    """Prints what a sample makes of images beside what they have, and what it costs."""
+    from imagepipeline.pages import compare, explain_costs
+
+    costs = {
+        "planned": sample.planned,
+        "cost_usd": _round_usd(sample.cost_usd),
+        "paid_usd": _round_usd(sample.paid_usd),
+        "projected_usd": _round_usd(sample.projected_usd),
+    }
+    if as_json:
+        print(to_json({"images": [_describe_trial(trial) for trial in sample.trials], **costs}))
+        return
+    for trial in sample.trials:
+        table = Table(title=_to_text(trial.image_id), title_justify="left", show_lines=True)
+        table.add_column("")
+        table.add_column("now", overflow="fold", ratio=1)
+        table.add_column("new", overflow="fold", ratio=1)
+        for row in compare(trial):
+            table.add_row(row.name, _mark(row.now), _mark(row.new))
+        if trial.error:
+            table.add_row("error", "", Text(make_printable(trial.error), style="red"))
+        out.print(table)
+    out.print(Text(explain_costs(sample)), soft_wrap=True)
+
+
+def _mark(text: str) -> Text:
+    """A text in which each colour is shown as itself."""
+    shown = _to_text(text)
+    for match in COLOR.finditer(shown.plain):
+        shown.stylize(f"black on {match[0]}", *match.span())
+    return shown
+
+
+def _describe_trial(trial: "Trial") -> dict[str, Any]:
+    metadata = [one and one.model_dump(by_alias=True) for one in trial.described]
+    variants = [
+        [
+            {
+                "path": picture.name,
+                "bytes": len(picture.content),
+                "similarity": picture.similarity,
+            }
+            for picture in pictures
+        ]
+        for pictures in trial.pictures
+    ]
+    return {
+        "image_id": trial.image_id,
+        "causes": trial.causes,
+        "now": {"metadata": metadata[0], "variants": variants[0]},
+        "new": {"metadata": metadata[1], "variants": variants[1]},
+        "cost_usd": _round_usd(trial.cost_usd),
+        "error": trial.error or None,
+    }
+
+
+def _round_usd(cost_usd: float | None) -> float | None:
+    return None if cost_usd is None else round(cost_usd, 6)
 
 
 def show_findings(findings: Iterable[Finding], as_json: bool) -> bool:

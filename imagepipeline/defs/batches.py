@@ -24,6 +24,7 @@ from imagepipeline.defs.attempts import (
 from imagepipeline.defs.partitions import uploads
 from imagepipeline.defs.stages import Made, make_embedding, make_metadata, make_variants
 from imagepipeline.errors import PostponedError
+from imagepipeline.filters import Filter
 from imagepipeline.imaging.variants import Renderer
 from imagepipeline.index import EmbeddingStore
 from imagepipeline.models import ASSETS, BULK_PRIORITY, Claim, Recipe
@@ -306,6 +307,7 @@ class ApplyConfig(dg.Config):
         None, gt=0, description="Begin no more images after this many US dollars."
     )
     assets: list[AssetName] = Field([], description="Only these assets; none means all.")
+    where: list[str] = Field([], description="Only these images, such as `category=animal`.")
 
 
 @dg.op
@@ -313,9 +315,9 @@ def start_apply(
     context: dg.OpExecutionContext, config: ApplyConfig, applier: dg.ResourceParam[Applier]
 ) -> None:
     """Lets runs of the bulk lane make what is outdated, and returns at once."""
-    apply, count = applier.start(
-        [asset.value for asset in config.assets], config.limit, config.budget_usd
-    )
+    assets = [asset.value for asset in config.assets]
+    where = Filter.parse(config.where)
+    apply, count = applier.start(assets, config.limit, config.budget_usd, where)
     context.log.info(
         f"Apply {apply.id} has begun: {count} images are outdated. Runs of process_batch make "
         "them; `imagepipeline apply --stop` stops them."

@@ -17,7 +17,7 @@ GROUPS = ("model", "stage", "day")
 NO_ANSWER = ("provider_unavailable", "timed_out")
 STREAK = timedelta(hours=1)
 MEMORY = timedelta(days=31)
-ANSWERS_KEPT = timedelta(days=7)
+ANSWERS_KEPT = timedelta(days=31)  # an `apply` of a great plan takes weeks at a low rate limit
 MEAN_CALLS = 1000
 
 
@@ -45,7 +45,7 @@ class Ledger:
         """Records a call, whatever its outcome, and keeps its answer under a key.
 
         Answers are kept until `forget`, so that a run that is killed before its result is in place
-        does not make its successor pay again; at most a week. The cost counts for the apply that
+        does not make its successor pay again; at most 31 days. The cost counts for the apply that
         began the image.
         """
         now = self._clock()

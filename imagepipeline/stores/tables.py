@@ -139,6 +139,7 @@ applies = sa.Table(
     sa.Column("max_images", sa.Integer),
     sa.Column("budget_usd", sa.Float),
     sa.Column("recipes", sa.JSON, nullable=False),  # version by asset
+    sa.Column("conditions", sa.Text, nullable=False),  # JSON: what `Filter.to_list` gives
     sa.Column("begun_count", sa.Integer, nullable=False),
     sa.Column("last_id", sa.String(64), nullable=False),  # images begin in the order of their IDs
     sa.Column("spent_usd", sa.Float, nullable=False),
