@@ -5,9 +5,8 @@ from pathlib import Path
 
 import pytest
 
-from imagepipeline.defs.assets import ANEW_TAG
-from imagepipeline.defs.attempts import GENERATION_TAG, MACHINE_TAG
-from imagepipeline.defs.sensors import LANE_TAG
+from imagepipeline.defs.attempts import ANEW_TAG, GENERATION_TAG, MACHINE_TAG
+from imagepipeline.defs.batches import LANE_TAG
 from imagepipeline_tests import reference
 
 ROOT = Path(__file__).parent.parent

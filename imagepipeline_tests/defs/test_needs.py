@@ -64,7 +64,7 @@ def test_a_repeated_upload_makes_and_pays_nothing(process, cat, catalogue, files
     row = catalogue.get(cat)
     assert row["status"] == "completed"
     reused = [event["detail"] for event in row["history"] if event["event"] == "reused"]
-    assert reused == ["metadata", "variants"]
+    assert reused == ["metadata", "variants", "embedding"]
 
 
 def test_nothing_is_decoded_for_what_is_current(process, cat, monkeypatch):
