@@ -9,7 +9,7 @@ import sys
 
 import click
 
-from imagepipeline.commands import failed, images, paid, plans, stack
+from imagepipeline.commands import events, failed, images, paid, plans, stack
 from imagepipeline.commands.shared import (
     EPILOG,
     EXIT_FAILED,
@@ -98,6 +98,7 @@ for command in (
     images.prioritize,
     images.sweep,
     failed.failed,
+    events.events,
     images.search,
     paid.costs,
     plans.plan,

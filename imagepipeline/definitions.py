@@ -6,6 +6,7 @@ from imagepipeline.defs import (
     assets,
     batches,
     checks,
+    events,
     jobs,
     notifications,
     reconciler,
@@ -17,6 +18,7 @@ from imagepipeline.originals import build_originals
 from imagepipeline.planning import Applier
 from imagepipeline.providers import (
     build_embedder,
+    build_event_webhook,
     build_index,
     build_notifiers,
     build_recipes,
@@ -29,9 +31,11 @@ from imagepipeline.storage import open_storage
 from imagepipeline.stores.applies import Applies
 from imagepipeline.stores.broker import TaskQueue
 from imagepipeline.stores.catalogue import Catalogue
+from imagepipeline.stores.events import EventLog
 from imagepipeline.stores.ledger import Ledger
 from imagepipeline.stores.outbox import Outbox
 from imagepipeline.stores.plans import Plans
+from imagepipeline.stores.stream import EventStream
 from imagepipeline.stores.uploads import UploadQueue
 
 NICEST = 19  # the lowest priority for the CPU, see setpriority(2)
@@ -62,6 +66,8 @@ def defs() -> dg.Definitions:
             reconciler.reconciler,
             notifications.notification_sensor,
             checks.check_sensor,
+            events.event_sensor,
+            *([events.event_webhook_sensor] if settings.event_webhook_url else []),
         ],
         resources=build_resources(settings),
         executor=dg.in_process_executor,
@@ -92,6 +98,14 @@ def build_resources(settings: Settings) -> dict[str, dg.ResourceDefinition]:
         "notifiers": resources.made(
             lambda: build_notifiers(settings),
             "The channels that notify administrators: webhook, mail, both or none.",
+        ),
+        "event_log": resources.made(lambda: EventLog(database), "What apps are told of images."),
+        "event_stream": resources.opened(
+            lambda: EventStream(queue, prefix, settings.event_stream_length),
+            "The Redis stream on which apps get events.",
+        ),
+        "event_webhook": resources.made(
+            lambda: build_event_webhook(settings), "The webhook that gets events, or none."
         ),
         "files": resources.made(lambda: files, "The files of originals and variants."),
         "originals": resources.opened(

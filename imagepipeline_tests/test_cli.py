@@ -13,11 +13,13 @@ from click.testing import CliRunner
 from PIL import Image
 
 from imagepipeline import cli
+from imagepipeline.commands.events import follow_events
 from imagepipeline.errors import list_reasons
 from imagepipeline.models import ASSETS, ImageMetadata, OriginalFacts, PaidCall, Recipe, Upload
 from imagepipeline.services.embedder import LocalEmbedder
 from imagepipeline.stores import uploads
 from imagepipeline.stores.catalogue import Catalogue
+from imagepipeline.stores.events import EventLog
 from imagepipeline.stores.failures import FailedImages
 from imagepipeline.stores.ledger import Ledger
 from imagepipeline.stores.vectors import EmbeddingIndex
@@ -719,3 +721,39 @@ def test_a_photo_with_an_undecodable_name_can_be_pushed(invoke, catalogue, queue
     assert json.loads(invoke("push", os.fsdecode(path), "--json")[1])[0]["photo"] == os.fsdecode(
         path
     )
+
+
+def test_events_are_shown_followed_and_sent_again(invoke, catalogue, tmp_path, monkeypatch):
+    complete(catalogue, "a", "A cat sleeps.", tmp_path / "home")
+    catalogue.fail(catalogue.claim_anew("b", "run"), "corrupt", "It cannot\x1b[31m be read.")
+    code, out, err = invoke("events")
+    assert (code, err) == (0, "")
+    completed, failed = out.splitlines()
+    assert "image.completed       a  generation 1  A cat sleeps." in completed
+    assert "image.failed          b  generation 1  corrupt: It cannot [31m be read." in failed
+    [line] = invoke("events", "--since", "1", "--json")[1].splitlines()
+    assert json.loads(line)["event"]["imageId"] == "b"
+    assert json.loads(line)["seq"] == 2
+    assert "image.failed" not in invoke("events", "a")[1]
+
+    # A follower also sees what was committed late, with a number below the last one.
+    log = EventLog(f"sqlite:///{tmp_path / 'home' / 'catalogue.sqlite'}")
+    following = follow_events(log, None, 2, {2})
+    assert next(following).seq == 1
+    catalogue.fail(catalogue.claim_anew("c", "run"), "corrupt", "x")
+    assert next(following).image_id == "c"
+
+    assert invoke("events", "--resend")[0] == 2
+    assert invoke("events", "--dead", "a")[0] == 2
+    code, _, err = invoke("events", "a", "--resend")
+    assert (code, "no webhook for events is set" in err) == (1, True)
+    log.open_webhook()
+    assert log.list_owed(9) == []
+    assert (
+        invoke("events", "b", "--resend", "--dry-run")[2] == "Note: 1 events would be sent again\n"
+    )
+    assert log.list_owed(9) == []
+    assert invoke("events", "b", "--resend")[2] == "Note: 1 events are sent again\n"
+    assert [event.image_id for event in log.list_owed(9)] == ["b"]
+    log.note_webhook_failure("the webhook answered 500")
+    assert "the webhook has failed 1 times" in invoke("events", "--dead")[2]

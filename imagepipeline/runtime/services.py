@@ -45,6 +45,8 @@ SECRETS_OF = {
     "resident": BUCKET_SECRETS,  # a worker starts it
 }
 DEFAULT_WEBSERVER_PORT = 3000
+# Each sensor's tick takes one. The default, four and one for each processor, would leave none.
+CODE_SERVER_THREADS = "12"
 GRPC_SECONDS = 5
 ANSWER_SECONDS, WORK_SECONDS = 3, 15
 HEARTBEAT_TOLERANCE_SECONDS = 120
@@ -73,7 +75,7 @@ def build_command(settings: Settings, name: str) -> list[str]:
     modules = {
         "code-server": [
             *("dagster", "api", "grpc", "--socket", _quote_for_grpc(settings.code_address)),
-            *("-m", settings.definitions),
+            *("--max-workers", CODE_SERVER_THREADS, "-m", settings.definitions),
         ],
         "worker": ["imagepipeline.runtime.worker"],
         "daemon": ["imagepipeline.runtime.daemon", "run", "--log-level", "warning", *workspace],

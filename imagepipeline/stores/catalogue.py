@@ -19,6 +19,7 @@ from imagepipeline.errors import (
     StackError,
     StaleClaimError,
 )
+from imagepipeline.events import EventType
 from imagepipeline.models import (
     ASSETS,
     BULK_PRIORITY,
@@ -34,7 +35,7 @@ from imagepipeline.models import (
     now_utc,
 )
 from imagepipeline.needs import find_cause
-from imagepipeline.stores import history, outbox
+from imagepipeline.stores import events, history, outbox
 from imagepipeline.stores.database import Database
 from imagepipeline.stores.tables import (
     applies,
@@ -521,6 +522,8 @@ class Catalogue:
         with self._database.transaction() as connection:
             self._update(connection, claim)
             self._record_result(connection, claim, asset, recipe, input_sha256)
+            if asset == "variants" and events.lacks_description(connection, claim.image_id):
+                self._tell(connection, claim.image_id, EventType.PICTURES_READY)
 
     def confirm_result(self, claim: Claim, asset: str) -> None:
         """Records that an asset's result is current and was reused."""
@@ -561,6 +564,7 @@ class Catalogue:
                 return Status.PENDING
             self._update(connection, claim, status=Status.COMPLETED, error=None)
             self._record(connection, claim.image_id, "completed")
+            self._tell(connection, claim.image_id, EventType.COMPLETED)
             return (
                 Status.PENDING
                 if self._begin_if_pushed(connection, claim.image_id)
@@ -783,6 +787,9 @@ class Catalogue:
     ) -> None:
         history.record(connection, image_id, event, self._clock(), detail)
 
+    def _tell(self, connection: sa.Connection, image_id: str, event: EventType) -> None:
+        events.add(connection, image_id, event, self._clock())
+
     def _take(
         self, connection: sa.Connection, run_id: str, *conditions: sa.ColumnElement[bool]
     ) -> None:
@@ -895,6 +902,7 @@ class Catalogue:
             connection, claim, status=Status.FAILED, reason=reason, error=history.cut(error)
         )
         self._record(connection, claim.image_id, "failed", f"{reason}: {error}")
+        self._tell(connection, claim.image_id, EventType.FAILED)
         if self._begin_if_pushed(connection, claim.image_id):
             return Status.PENDING
         outbox.add(connection, claim.image_id, self._clock())

@@ -175,6 +175,50 @@ notifications = sa.Table(
     sa.Column("mail_sent_at", UtcDateTime),
 )
 
+# What apps are told, written in the transaction of the change. There is no foreign key, because an
+# event outlives an erased image. Views that apps read are named in docs/events.md: a migration that
+# changes what they read must keep their columns.
+events = sa.Table(
+    "events",
+    schema,
+    sa.Column("seq", sa.Integer, primary_key=True, autoincrement=True),
+    sa.Column("event_id", sa.String(36), nullable=False, unique=True),
+    sa.Column("image_id", sa.String(64), nullable=False),
+    sa.Column("generation", sa.Integer, nullable=False),
+    sa.Column("type", sa.String(32), nullable=False),
+    sa.Column("at", UtcDateTime, nullable=False, index=True),
+    sa.Column("payload", sa.Text, nullable=False),
+    sa.Column("stream_sent_at", UtcDateTime),
+    sa.Column("webhook_sent_at", UtcDateTime),
+    sa.Column("webhook_since", UtcDateTime, nullable=False),  # tried for a day from then on
+    sa.Column("webhook_due_at", UtcDateTime),  # refused, and not tried again before
+    sa.Index(None, "image_id", "seq"),
+    sa.Index(
+        "ix_events_without_stream",
+        "seq",
+        sqlite_where=sa.column("stream_sent_at").is_(None),
+        postgresql_where=sa.column("stream_sent_at").is_(None),
+    ),
+    sa.Index(
+        "ix_events_without_webhook",
+        "seq",
+        sqlite_where=sa.column("webhook_sent_at").is_(None),
+        postgresql_where=sa.column("webhook_sent_at").is_(None),
+    ),
+    sqlite_autoincrement=True,  # numbers of deleted events are not used again
+)
+
+# One row while a webhook for events is set: since when, and how it does.
+event_webhook = sa.Table(
+    "event_webhook",
+    schema,
+    sa.Column("id", sa.Integer, primary_key=True, autoincrement=False),
+    sa.Column("since", UtcDateTime, nullable=False),
+    sa.Column("failures", sa.Integer, nullable=False),
+    sa.Column("due_at", UtcDateTime, nullable=False),
+    sa.Column("problem", sa.String(300)),
+)
+
 # One row for each call to a paid provider, whatever its outcome.
 provider_calls = sa.Table(
     "provider_calls",

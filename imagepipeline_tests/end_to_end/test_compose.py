@@ -327,9 +327,9 @@ def test_only_workers_have_keys_in_their_environment(stack, s3_server):
 
 
 def test_each_redis_user_can_do_its_work_and_no_more(stack):
-    uploader, pipeline, dagster = (
+    uploader, reader, pipeline, dagster = (
         redis.Redis.from_url(stack.read_secret(f"redis_{name}_url"))
-        for name in ("uploader", "pipeline", "dagster")
+        for name in ("uploader", "reader", "pipeline", "dagster")
     )
     assert uploader.llen("image-processing:wait") == 0
     for refused in (
@@ -338,6 +338,11 @@ def test_each_redis_user_can_do_its_work_and_no_more(stack):
         lambda: uploader.get("image-processing:limit"),
         lambda: uploader.lpush("image-processing:runs:dagster", "x"),
         lambda: uploader.publish("image-processing:runs:/0.celery.pidbox", "x"),
+        lambda: reader.lpush("image-processing:wait", "x"),
+        lambda: reader.xadd("image-processing:events", {"event": "{}"}),
+        lambda: reader.xtrim("image-processing:events", 0),
+        lambda: reader.delete("image-processing:events"),
+        lambda: reader.xgroup_destroy("image-processing:events", "app"),
         lambda: dagster.lpush("image-processing:wait", "x"),
         lambda: dagster.get("image-processing:limit"),
         lambda: dagster.publish("other", "x"),
@@ -357,6 +362,33 @@ def test_each_redis_user_can_do_its_work_and_no_more(stack):
     with pytest.raises(redis.AuthenticationError):
         redis.Redis(port=stack.ports["redis"]).ping()
     stack.call("worker", ["imagepipeline", "limit", "100/minute"])
+
+
+def test_apps_consume_events_and_read_two_views_and_nothing_else(stack):
+    events = redis.Redis.from_url(stack.read_secret("redis_reader_url"))
+    events.xgroup_create("image-processing:events", "app", id="0")
+    [[_, entries]] = events.xreadgroup("app", "one", {"image-processing:events": ">"})
+    told = [json.loads(fields[b"event"]) for _, fields in entries]
+    completed = {one["imageId"] for one in told if one["type"] == "image.completed"}
+    assert len(completed) == 10
+    assert events.xack("image-processing:events", "app", *(number for number, _ in entries))
+
+    url = stack.read_secret("reader_database_url").replace("postgresql", "postgresql+psycopg2")
+    with sa.create_engine(url).connect() as connection:
+        query = "SELECT id FROM published_images_v1 WHERE status = 'completed'"
+        assert set(connection.exec_driver_sql(query).scalars()) == completed
+        query = "SELECT count(*) FROM published_variants_v1"
+        assert connection.exec_driver_sql(query).scalar_one() == 60
+        connection.rollback()
+        for refused in (
+            "SELECT * FROM images",
+            "SELECT * FROM events",
+            "CREATE TABLE mine (id int)",
+            "SET default_transaction_read_only = off; DELETE FROM published_images_v1",
+        ):
+            with pytest.raises(sa.exc.DBAPIError, match=r"permission denied|read-only"):
+                connection.exec_driver_sql(refused)
+            connection.rollback()
 
 
 def test_a_foreign_page_cannot_change_anything_through_the_proxy(stack):
