@@ -53,7 +53,10 @@ def main() -> None:
 
 
 def open_standard_streams() -> None:
-    """Opens closed standard streams, so that no file of ours gets their descriptor."""
+    """Opens closed standard streams, so that no file of ours gets their descriptor.
+
+    What their encoding lacks is printed as a question mark.
+    """
     for descriptor, name in enumerate(("stdin", "stdout", "stderr")):
         try:
             os.fstat(descriptor)
@@ -63,6 +66,9 @@ def open_standard_streams() -> None:
             setattr(
                 sys, name, os.fdopen(descriptor, "r" if name == "stdin" else "w", closefd=False)
             )
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="replace")
 
 
 def silence_streams() -> None:
@@ -94,7 +100,7 @@ for command in (
     stack.down,
     images.push,
     images.status,
-    images.list_finished,
+    images.list_images,
     images.prioritize,
     images.sweep,
     failed.failed,

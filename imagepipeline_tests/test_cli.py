@@ -333,6 +333,9 @@ def test_status_counts_images_by_status(invoke, catalogue, queue):
         "completed": 0,
         "failed": 0,
         "dead": 0,
+        "images_per_minute": 0,
+        "minutes_left": None,
+        "failures": {},
     }
     assert "processing" in invoke("status")[1]
 
@@ -520,6 +523,30 @@ def test_finished_images_leave_the_list_after_a_while_but_are_kept(
     assert len(json.loads(invoke("list", "--all", "--json")[1])) == 2
 
 
+def test_what_waits_runs_and_has_ended_is_listed_by_status(invoke, catalogue, queue):
+    def ids(status, *options):
+        shown = invoke("list", "--status", status, "--json", *options)[1]
+        return [row["id"] for row in json.loads(shown)]
+
+    catalogue.accept([Upload("first"), Upload("second"), Upload("soon", priority=5)])
+    catalogue.claim_anew("busy", "run")
+    catalogue.fail(catalogue.claim_anew("bad", "run"), "corrupt", "why")
+    for number in range(3):
+        queue.enqueue(f"new{number}")
+    queue.redis.lpush(queue.wait_key, b"../x")
+    queue.dead_letter(b"?", 1, "not an ID")
+    assert ids("waiting") == ["new0", "new1", "new2", None]
+    assert ids("waiting", "--limit", "2") == ["new0", "new1"]
+    assert ids("pending") == ["soon", "first", "second"]
+    assert ids("processing") == ["busy"]
+    assert ids("failed") == ["bad"]
+    assert ids("completed") == []
+    assert len(ids("dead")) == 1
+    assert "not an image ID" in invoke("list", "--status", "waiting")[1]
+    assert queue.count() == {"waiting": 4, "dead": 1}
+    assert invoke("list", "--status", "failed", "--all")[0] == 2
+
+
 def test_priorities_can_be_changed_while_an_image_waits(invoke, catalogue):
     catalogue.accept([Upload("a"), Upload("b")])
     assert invoke("prioritize", "b", "7")[0] == 0
@@ -617,7 +644,10 @@ def test_the_doctor_reports_problems_and_has_exit_code_1(invoke, catalogue, monk
     ill = [finding["name"] for finding in findings if not finding["is_well"]]
     assert (code, ill) == (
         1,
-        ["code server", "workers", "daemon", "sensors", "webserver", "vision model"],
+        [
+            *("supervisor", "code server", "workers", "daemon", "sensors", "webserver"),
+            "vision model",
+        ],
     )
 
 

@@ -340,6 +340,17 @@ class Catalogue:
             )
             return [Processing(*row) for row in rows]
 
+    def list_unended(self, status: Status, limit: int) -> list[dict[str, Any]]:
+        """The rows of pending or processing images: highest priority first, then oldest."""
+        query = (
+            sa.select(images)
+            .where(images.c.status == status)
+            .order_by(images.c.priority.desc(), images.c.accepted_at, images.c.id)
+            .limit(limit)
+        )
+        with self._database.reading() as connection:
+            return [{**row} for row in connection.execute(query).mappings()]
+
     def list_ended(
         self, status: Status, since: datetime | None = None, limit: int = 1000
     ) -> list[dict[str, Any]]:
@@ -724,6 +735,18 @@ class Catalogue:
         with self._database.reading() as connection:
             counts = dict(connection.execute(query).tuples().all())
         return {status.value: counts.get(status, 0) for status in Status}
+
+    def count_failures(self) -> dict[str, int]:
+        """The number of failed images by reason, most frequent first, without discarded ones."""
+        number = sa.func.count()
+        query = (
+            sa.select(images.c.reason, number)
+            .where(images.c.status == Status.FAILED, images.c.discarded_at.is_(None))
+            .group_by(images.c.reason)
+            .order_by(number.desc(), images.c.reason)
+        )
+        with self._database.reading() as connection:
+            return dict(connection.execute(query).tuples().all())
 
     def _record(
         self, connection: sa.Connection, image_id: str, event: str, detail: str | None = None
