@@ -9,7 +9,7 @@ import sys
 
 import click
 
-from imagepipeline.commands import failed, images, paid, plans, stack
+from imagepipeline.commands import control, failed, images, paid, plans, stack
 from imagepipeline.commands.shared import (
     EPILOG,
     EXIT_FAILED,
@@ -102,6 +102,7 @@ for command in (
     images.status,
     images.list_images,
     images.prioritize,
+    control.cancel,
     images.sweep,
     failed.failed,
     images.search,
@@ -109,7 +110,8 @@ for command in (
     plans.plan,
     plans.apply,
     paid.limit,
-    paid.resume,
+    control.pause,
+    control.resume,
     stack.doctor,
     stack.migrate,
     stack.service,

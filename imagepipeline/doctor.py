@@ -522,7 +522,11 @@ def _examine_pauses(settings: Settings) -> Finding:
     from imagepipeline.stores.ledger import Ledger
 
     Catalogue(settings.database_url).check()
-    pauses = Ledger(settings.database_url).list_pauses()
+    ledger = Ledger(settings.database_url)
+    if full := ledger.find_full_pause():
+        advice = "run `imagepipeline resume` if the reason is gone"
+        return Finding("pauses", False, f"a person has paused all work: {full.message}", advice)
+    pauses = ledger.list_pauses()
     if pauses:
         advice = "fix the cause, then run `imagepipeline resume`"
         return Finding(

@@ -167,10 +167,12 @@ def _describe_variants(row: Mapping[str, Any]) -> str | None:
 
 
 def find_pause(settings: Settings, ledger: Ledger) -> dict[str, str]:
-    """Why paid work is paused, as one entry `paused`; none if it is not.
+    """Why all work or paid work is paused, as one entry `paused`; none if it is not.
 
     An exhausted rate limit counts as a pause.
     """
+    if full := ledger.find_full_pause():
+        return {"paused": f"all work, by a person at {full.since:%F %R} UTC: {full.message}"}
     pauses = ledger.list_pauses()
     if pauses:
         until = f", until {pauses[0].until:%F %R} UTC" if pauses[0].until else ""

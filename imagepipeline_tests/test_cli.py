@@ -13,7 +13,7 @@ from click.testing import CliRunner
 from PIL import Image
 
 from imagepipeline import cli
-from imagepipeline.errors import list_reasons
+from imagepipeline.errors import StaleClaimError, list_reasons
 from imagepipeline.models import ASSETS, ImageMetadata, OriginalFacts, PaidCall, Recipe, Upload
 from imagepipeline.services.embedder import LocalEmbedder
 from imagepipeline.stores import uploads
@@ -629,6 +629,68 @@ def test_a_pause_is_shown_in_the_status_until_resume_ends_it(invoke, ledger):
     assert "resumed (auth)" in invoke("resume")[1]
     assert "paused" not in json.loads(invoke("status", "--json")[1])
     assert invoke("resume")[1] == "nothing is paused\n"
+
+
+def test_images_are_cancelled_wherever_they_are(invoke, catalogue, queue):
+    catalogue.accept([Upload("pending"), Upload("busy"), Upload("other")])
+    claim = catalogue.claim("busy", 1, "run")
+    catalogue.accept([Upload("busy")])  # cancelling covers this push, too
+    fail(catalogue, "ended")
+    for priority in range(30):  # more than are read at once
+        queue.enqueue("waiting", priority=priority)
+    queue.enqueue("stays")
+    named = ("waiting", "pending", "busy", "ended", "nobody", "../x")
+
+    def outcomes(*options):
+        code, out, _ = invoke("cancel", *named, *options, "--json")
+        assert code == 1
+        return [row["outcome"] for row in json.loads(out)]
+
+    assert outcomes("--dry-run")[:3] == [
+        "would cancel (waiting)",
+        "would cancel (pending)",
+        "would cancel (processing)",
+    ]
+    assert queue.count()["waiting"] == 31
+    assert outcomes("--reason", "wrong folder") == [
+        "cancelled (waiting)",
+        "cancelled (pending)",
+        "cancelled (processing)",
+        "left alone: it is failed already",
+        "left alone: no such image waits or runs",
+        "left alone: '../x' is not an image ID: 1 to 64 letters, digits, '-' or '_', the first a "
+        "letter or digit",
+    ]
+    for image_id in named[:3]:
+        row = catalogue.get(image_id)
+        assert (row["status"], row["reason"], row["error"]) == (
+            "failed",
+            "cancelled",
+            "a person cancelled it: wrong folder",
+        )
+    assert list(queue.read(99)) == [b"stays"]
+    with pytest.raises(StaleClaimError):
+        catalogue.beat(claim)
+    assert catalogue.get_states(["other"])["other"].status == "pending"
+    assert invoke("failed", "retry", "busy")[0] == 0
+    assert catalogue.get_states(["busy"])["busy"].generation == 2
+
+
+def test_a_person_can_pause_all_work_and_resume_it(invoke, ledger):
+    ledger.pause("auth", "the vision model answered 401", None)
+    assert "would be paused" in invoke("pause", "--dry-run")[1]
+    assert ledger.find_full_pause() is None
+    assert invoke("pause", "--reason", "moving the disk")[0] == 0
+    paused = json.loads(invoke("status", "--json")[1])["paused"]
+    assert paused.startswith("all work, by a person at ")
+    assert paused.endswith(": moving the disk")
+    assert [pause.reason for pause in ledger.list_pauses()] == ["auth"]  # runs go on
+    assert json.loads(invoke("pause", "--json")[1])["was_paused"]
+    assert [pause["reason"] for pause in json.loads(invoke("resume", "--json")[1])["pauses"]] == [
+        "person",
+        "auth",
+    ]
+    assert ledger.find_full_pause() is None
 
 
 @pytest.mark.stack

@@ -85,6 +85,15 @@ class Pending:
     priority: int
 
 
+@dataclass(frozen=True)
+class Cancelled:
+    """An image that was cancelled, the run that held it, if one did, and the sentence."""
+
+    generation: int
+    run_id: str | None
+    error: str
+
+
 class Catalogue:
     """The images of one database, SQLite or Postgres.
 
@@ -609,6 +618,40 @@ class Catalogue:
             return False
         self.fail(claim, reason, error)
         return True
+
+    def cancel(self, image_id: str, error: str) -> Status | None:
+        """Ends a pending or processing image as `failed` with the reason `cancelled`.
+
+        This covers all pushes so far. A run that holds the image can write nothing more.
+
+        Returns:
+            The status it had; None if there is no such image, or it has ended.
+        """
+        of_image = images.c.id == image_id
+        unended = sa.select(images.c.status).where(of_image, images.c.status.not_in(ENDED))
+        with self._database.transaction() as connection:
+            status = connection.execute(unended.with_for_update()).scalar()
+            if status is None:
+                return None
+            if status == Status.PENDING:
+                self._take(connection, "cancelled", of_image)
+            columns = (images.c.id, images.c.generation, images.c.fence, images.c.requested_path)
+            statement = sa.update(images).where(of_image).values(pushes_seen=images.c.pushes)
+            claim = Claim(*connection.execute(statement.returning(*columns)).one())
+            self._fail(connection, claim, "cancelled", error)
+            return Status(status)
+
+    def find_cancelled(self, image_ids: Sequence[str]) -> dict[str, Cancelled]:
+        """Those of the images that ended as `cancelled`, by ID."""
+        columns = (images.c.id, images.c.generation, images.c.run_id, images.c.error)
+        query = sa.select(*columns).where(
+            images.c.id.in_(image_ids),
+            images.c.status == Status.FAILED,
+            images.c.reason == "cancelled",
+        )
+        with self._database.reading() as connection:
+            rows = connection.execute(query).all()
+        return {row.id: Cancelled(row.generation, row.run_id, row.error) for row in rows}
 
     def prioritize(self, image_id: str, priority: int) -> bool:
         """Changes the priority of a pending image; returns False if it is not pending."""

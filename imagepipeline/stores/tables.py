@@ -174,7 +174,8 @@ provider_calls = sa.Table(
     sa.Index(None, "image_id", "generation"),
 )
 
-# What stops all paid work: a bad key, no credit, a budget. Open while ended_at is empty.
+# What stops all paid work: a bad key, no credit, a budget; or all work: a person. Open while
+# ended_at is empty.
 pauses = sa.Table(
     "pauses",
     schema,
