@@ -9,7 +9,7 @@ import sys
 
 import click
 
-from imagepipeline.commands import control, failed, images, paid, plans, stack
+from imagepipeline.commands import control, erase, failed, images, paid, plans, stack
 from imagepipeline.commands.shared import (
     EPILOG,
     EXIT_FAILED,
@@ -103,6 +103,7 @@ for command in (
     images.list_images,
     images.prioritize,
     control.cancel,
+    erase.erase,
     images.sweep,
     failed.failed,
     images.search,

@@ -37,6 +37,7 @@ from imagepipeline.stores import history, outbox
 from imagepipeline.stores.database import Database
 from imagepipeline.stores.tables import (
     catalogue_owner,
+    erasures,
     image_history,
     image_results,
     image_variants,
@@ -406,7 +407,9 @@ class Catalogue:
             ).first()
             if known is None:
                 connection.execute(
-                    sa.insert(images).values(id=image_id, priority=0, **_first_generation(now))
+                    sa.insert(images).values(
+                        id=image_id, priority=0, **_first_generation(now, image_id)
+                    )
                 )
             elif known.status in ENDED:
                 connection.execute(
@@ -920,7 +923,7 @@ class Catalogue:
             priority=upload.priority,
             requested_path=upload.path,
             pushes=1,
-            **_first_generation(self._clock()),
+            **_first_generation(self._clock(), upload.image_id),
         )
         new_life = _new_generation(self._clock()) | {
             "priority": insert.excluded.priority,
@@ -965,13 +968,18 @@ def _accepted_at(image_id: str) -> sa.ScalarSelect[Any]:
     return sa.select(images.c.accepted_at).where(images.c.id == image_id).scalar_subquery()
 
 
-def _first_generation(now: datetime) -> dict[str, Any]:
-    """Column values of an unknown image."""
+def _first_generation(now: datetime, image_id: str) -> dict[str, Any]:
+    """Column values of an unknown image; one that was erased goes on with its numbers."""
+    erased = [
+        sa.select(column).where(erasures.c.image_id == image_id).scalar_subquery()
+        for column in (erasures.c.generation, erasures.c.fence)
+    ]
+    generation, fence = (sa.func.coalesce(number, 0) for number in erased)
     return {
         "status": Status.PENDING,
-        "generation": 1,
-        "accepted_generation": 1,
-        "fence": 0,
+        "generation": generation + 1,
+        "accepted_generation": generation + 1,
+        "fence": fence,
         "attempts": 0,
         "beat": 0,
         "accepted_at": now,
