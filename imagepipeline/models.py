@@ -414,9 +414,14 @@ class PaidCall:
     waited_seconds: float
 
 
+BY_PERSON = "person"  # the reason of a pause of all work
+
+
 @dataclass(frozen=True)
 class Pause:
     """A time in which no paid work starts; `until` None means until a person resumes.
+
+    With the reason BY_PERSON, no work starts at all.
 
     When the time is over (`is_over`) the pause is on probation: one image is tried, and its success
     ends the pause. `stage` is the stage whose calls caused it, None for all.

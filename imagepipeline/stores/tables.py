@@ -161,6 +161,16 @@ image_history = sa.Table(
     sa.Index(None, "event", "at"),
 )
 
+# Images that were erased: if one is pushed again, its generation and fence go on from here.
+erasures = sa.Table(
+    "erasures",
+    schema,
+    sa.Column("image_id", sa.String(64), primary_key=True),
+    sa.Column("generation", sa.Integer, nullable=False),
+    sa.Column("fence", sa.Integer, nullable=False),
+    sa.Column("erased_at", UtcDateTime, nullable=False),
+)
+
 # The outbox: one row for each final failure, written in the transaction that fails the image.
 notifications = sa.Table(
     "notifications",
@@ -239,7 +249,8 @@ provider_calls = sa.Table(
     sa.Index(None, "image_id", "generation"),
 )
 
-# What stops all paid work: a bad key, no credit, a budget. Open while ended_at is empty.
+# What stops all paid work: a bad key, no credit, a budget; or all work: a person. Open while
+# ended_at is empty.
 pauses = sa.Table(
     "pauses",
     schema,

@@ -10,7 +10,7 @@ import pytest
 
 from imagepipeline.defs.attempts import GENERATION_TAG
 from imagepipeline.defs.sensors import DEFAULT_SLOTS, RUNS_PER_SLOT, take_in, upload_sensor
-from imagepipeline.models import Recipe, Upload, now_utc
+from imagepipeline.models import BY_PERSON, Recipe, Upload, now_utc
 from imagepipeline.paid_calls import PaidCalls
 from imagepipeline.stores.applies import Applies
 from imagepipeline.stores.failures import FailedImages
@@ -117,6 +117,16 @@ def test_the_backlog_waits_in_the_catalogue_not_in_dagsters_queue(tick, catalogu
     assert len(keys(tick())) == 1
     start_run("x", 1)
     assert "room" in tick().skip_message
+
+
+def test_a_pause_of_all_work_takes_uploads_in_and_requests_no_run(tick, queue, catalogue, ledger):
+    ledger.pause(BY_PERSON, "moving the disk", None)
+    queue.enqueue("a")
+    assert "moving the disk" in tick().skip_message
+    assert queue.count()["waiting"] == 0
+    assert catalogue.get("a")["status"] == "pending"
+    ledger.resume()
+    assert keys(tick()) == ["a:1"]
 
 
 def test_pending_images_get_their_runs_even_while_redis_is_down(tick, catalogue):

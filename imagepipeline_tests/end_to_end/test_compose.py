@@ -23,6 +23,7 @@ import yaml
 from celery import Celery
 from PIL import Image
 
+from imagepipeline.models import Status
 from imagepipeline.runtime.services import SECRETS_OF
 from imagepipeline.settings import is_secret
 from imagepipeline.stores import broker
@@ -530,7 +531,8 @@ def test_a_backup_made_by_the_operations_page_restores_everything(stack, bucket,
         return [entry["Key"] for page in pages for entry in page.get("Contents", [])]
 
     def count():
-        return json.loads(stack.call("worker", ["imagepipeline", "status", "--json"]))
+        counts = json.loads(stack.call("worker", ["imagepipeline", "status", "--json"]))
+        return {name: counts[name] for name in ("waiting", *Status, "dead")}
 
     push(stack, bucket, "kept", PHOTOS / "cat.jpg")
     wait_for(stack, waiting=0, pending=0, processing=0)
