@@ -4,7 +4,9 @@ import dagster as dg
 
 from imagepipeline.defs import (
     assets,
+    backlog,
     checks,
+    index,
     jobs,
     notifications,
     reconciler,
@@ -31,6 +33,7 @@ from imagepipeline.stores.broker import TaskQueue
 from imagepipeline.stores.catalogue import Catalogue
 from imagepipeline.stores.ledger import Ledger
 from imagepipeline.stores.outbox import Outbox
+from imagepipeline.stores.plans import Plans
 from imagepipeline.stores.uploads import UploadQueue
 
 
@@ -51,14 +54,17 @@ def defs() -> dg.Definitions:
                 )
             )
             for asset in (assets.metadata, assets.variants, assets.embedding)
-        ],
+        ]
+        + [backlog.queue_spec, index.index_spec, index.outdated_spec],
         jobs=[jobs.process_upload],
-        asset_checks=[checks.variant_checks],
+        asset_checks=[checks.variant_checks, backlog.queue_checks],
         sensors=[
             sensors.upload_sensor,
             reconciler.reconciler,
             notifications.notification_sensor,
             checks.check_sensor,
+            backlog.queue_sensor,
+            index.index_sensor,
         ],
         resources=build_resources(settings),
         executor=dg.in_process_executor,
@@ -96,6 +102,10 @@ def build_resources(settings: Settings) -> dict[str, dg.ResourceDefinition]:
         ),
         "catalogue": resources.made(lambda: Catalogue(database), "The SQL record of all images."),
         "ledger": resources.made(lambda: Ledger(database), "What paid calls cost, and the pauses."),
+        "plans": resources.made(lambda: Plans(database), "Finds what images need."),
+        "recipes": resources.made(
+            lambda: build_recipes(settings), "What would make each asset today."
+        ),
         "outbox": resources.made(
             lambda: Outbox(database), "Notices of final failures for the administrators."
         ),

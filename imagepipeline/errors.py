@@ -43,9 +43,11 @@
 
 `reason` is the code stored in the catalogue, for filters; the message is for people.
 `can_be_retried` says whether the same file can succeed later, perhaps under other settings.
+`is_upload_at_fault` says that the uploader must act and not the operator: the upload is rejected,
+and the run succeeds. docs/failures.md describes every reason.
 """
 
-from typing import ClassVar
+from typing import Any, ClassVar
 
 from imagepipeline.text import make_printable
 from imagepipeline.usage import CallUsage
@@ -222,18 +224,21 @@ class PermanentError(ImagePipelineError):
 
     reason: ClassVar[str] = "unexpected"
     can_be_retried: ClassVar[bool] = False
+    is_upload_at_fault: ClassVar[bool] = False
 
 
 class EmptyOriginalError(PermanentError):
     """The original has no bytes."""
 
     reason = "empty"
+    is_upload_at_fault = True
 
 
 class TooLargeError(PermanentError):
     """The original has too many bytes."""
 
     reason = "too_large"
+    is_upload_at_fault = True
     can_be_retried = True
 
 
@@ -241,6 +246,7 @@ class LimitError(PermanentError):
     """The original exceeds a limit: pixels, frames, side, profile, texts, memory or CPU time."""
 
     reason = "limits"
+    is_upload_at_fault = True
     can_be_retried = True
 
 
@@ -248,18 +254,21 @@ class UnsupportedFormatError(PermanentError):
     """The bytes are not in an accepted image format."""
 
     reason = "unsupported"
+    is_upload_at_fault = True
 
 
 class UnreadableImageError(PermanentError):
     """The bytes claim an accepted format but are damaged."""
 
     reason = "corrupt"
+    is_upload_at_fault = True
 
 
 class TruncatedImageError(PermanentError):
     """The end of the original is missing."""
 
     reason = "truncated"
+    is_upload_at_fault = True
 
 
 class MissingMetadataError(PermanentError):
@@ -273,6 +282,7 @@ class PathTakenError(PermanentError):
     """Another image already owns the path a variant would be written to."""
 
     reason = "path_taken"
+    is_upload_at_fault = True
 
 
 class UnsafePathError(PermanentError):
@@ -293,6 +303,7 @@ class RefusedError(PermanentError):
     """The model or its content policy refused. `usage` is what the provider charges for it."""
 
     reason = "refused"
+    is_upload_at_fault = True
     can_be_retried = True
     usage: CallUsage | None = None
 
@@ -308,9 +319,18 @@ def list_reasons() -> dict[str, bool]:
     """Every reason for which an image can fail, and whether it can be retried."""
     # These have no class: foreign errors, lost and cancelled runs, invalid IDs of old versions.
     reasons = {"unexpected": True, "poison": True, "cancelled": True, "invalid_id": False}
-    kinds: list[type[RetryableError] | type[PermanentError]] = [RetryableError, PermanentError]
-    while kinds:
-        kind = kinds.pop()
-        kinds += kind.__subclasses__()
+    for kind in _list_kinds(RetryableError, PermanentError):
         reasons.setdefault(kind.reason, kind.can_be_retried)
     return reasons
+
+
+def list_rejections() -> set[str]:
+    """The reasons for which the upload is at fault."""
+    return {kind.reason for kind in _list_kinds(PermanentError) if kind.is_upload_at_fault}
+
+
+def _list_kinds(*roots: type[ImagePipelineError]) -> list[Any]:
+    kinds = [*roots]
+    for kind in kinds:  # it grows meanwhile
+        kinds += kind.__subclasses__()
+    return kinds

@@ -8,12 +8,14 @@ import pytest
 from imagepipeline.defs.assets import ANEW_TAG
 from imagepipeline.defs.attempts import GENERATION_TAG, MACHINE_TAG
 from imagepipeline.defs.sensors import LANE_TAG
+from imagepipeline.errors import list_reasons, list_rejections
 from imagepipeline_tests import reference
 
 ROOT = Path(__file__).parent.parent
 PAGES = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").rglob("*.md")])
 MAX_README_WORDS = 700
 
+SECTION = re.MULTILINE | re.DOTALL
 FENCE = re.compile(r"^```.*?^```$", flags=re.MULTILINE | re.DOTALL)
 LINK = re.compile(r"\]\(([^)\s]+)\)")
 HEADING = re.compile(r"^#+ (.+)$", flags=re.MULTILINE)
@@ -74,6 +76,21 @@ def test_paths_named_in_a_page_exist(page):
     paths = PATH_OF_OURS.findall(page.read_text())
     missing = [path for path in paths if path not in TAGS and not (ROOT / path).exists()]
     assert not missing, f"{name_page(page)} names files that were moved or deleted"
+
+
+def test_every_failure_reason_is_described_once_and_under_rejected_uploads_if_it_is_one():
+    page = (ROOT / "docs" / "failures.md").read_text()
+    sections = {
+        title: text for title, text in re.findall(r"^## (.+?)$(.*?)(?=^## |\Z)", page, SECTION)
+    }
+    described = {
+        title: re.findall(r"^### `(\w+)`$", text, re.M) for title, text in sections.items()
+    }
+    assert sorted(sum(described.values(), [])) == sorted(list_reasons())
+    assert set(described["Rejected uploads"]) == list_rejections()
+    for title, text in sections.items():
+        for mark in ("**Sentence:**", "**Why:**", "**To do:**"):
+            assert text.count(mark) == len(described[title]), (title, mark)
 
 
 def test_names_in_the_architecture_exist():

@@ -21,6 +21,7 @@ from imagepipeline.errors import (
 )
 from imagepipeline.models import (
     ASSETS,
+    BULK_PRIORITY,
     Claim,
     ImageMetadata,
     OriginalFacts,
@@ -724,6 +725,16 @@ class Catalogue:
         with self._database.reading() as connection:
             counts = dict(connection.execute(query).tuples().all())
         return {status.value: counts.get(status, 0) for status in Status}
+
+    def find_oldest(self) -> datetime | None:
+        """When the oldest upload that has not ended was accepted; planned work does not count."""
+        query = sa.select(sa.func.min(images.c.accepted_at)).where(
+            images.c.status.in_([Status.PENDING, Status.PROCESSING]),
+            images.c.priority > BULK_PRIORITY,
+        )
+        with self._database.reading() as connection:
+            oldest: datetime | None = connection.execute(query).scalar_one()
+        return oldest
 
     def _record(
         self, connection: sa.Connection, image_id: str, event: str, detail: str | None = None
