@@ -43,8 +43,8 @@
 
 `reason` is the code stored in the catalogue, for filters; the message is for people.
 `can_be_retried` says whether the same file can succeed later, perhaps under other settings.
-`is_upload_at_fault` says that the uploader must act and not the operator: the upload is rejected,
-and the run succeeds. docs/failures.md describes every reason.
+If not `needs_operator`, the pipeline is healthy: the upload is rejected, or waits for paid work. The
+run succeeds all the same. docs/failures.md describes every reason.
 """
 
 from typing import Any, ClassVar
@@ -55,6 +55,8 @@ from imagepipeline.usage import CallUsage
 
 class ImagePipelineError(Exception):
     """The root. Its text is printable: messages quote untrusted input and end in terminals."""
+
+    needs_operator: ClassVar[bool] = True
 
     def __str__(self) -> str:
         return make_printable(super().__str__())
@@ -108,23 +110,28 @@ class PostponedError(ImagePipelineError):
     It waits for `wait_seconds` and no attempt is used.
     """
 
+    reason: str = "postponed"
     wait_seconds: ClassVar[float] = 60
 
 
 class CatalogueDownError(PostponedError):
     """The database does not answer. The message omits the address, which may hold a password."""
 
+    reason = "catalogue_down"
     wait_seconds = 5
 
 
 class ResidentDownError(PostponedError):
     """The process with the index and the offline models does not answer; it is being restarted."""
 
+    reason = "resident_down"
     wait_seconds = 5
 
 
 class SandboxMissingError(PostponedError):
     """The kernel cannot confine decoders here, and a setting forbids decoding without that."""
+
+    reason = "sandbox_missing"
 
 
 class PausedError(PostponedError):
@@ -133,6 +140,7 @@ class PausedError(PostponedError):
     `reason` is the pause's code. `pause_seconds` None means until a person resumes.
     """
 
+    needs_operator = False  # the pause itself is shown, once for all images
     wait_seconds = 0  # images go on as soon as the pause ends
 
     def __init__(self, reason: str, message: str, pause_seconds: float | None) -> None:
@@ -148,15 +156,21 @@ class ForbiddenError(PausedError):
 class RateLimitError(PostponedError):
     """The rate limit of paid calls is exhausted for longer than a run waits."""
 
+    reason = "rate_limit"
+    needs_operator = False
     wait_seconds = 0  # no run starts without a permit, so a raised limit takes effect at once
 
 
 class StorageDownError(PostponedError):
     """The object store does not answer, or denies access."""
 
+    reason = "storage_down"
+
 
 class DiskFullError(PostponedError):
     """The disk is full."""
+
+    reason = "disk_full"
 
 
 class RetryableError(ImagePipelineError):
@@ -224,21 +238,20 @@ class PermanentError(ImagePipelineError):
 
     reason: ClassVar[str] = "unexpected"
     can_be_retried: ClassVar[bool] = False
-    is_upload_at_fault: ClassVar[bool] = False
 
 
 class EmptyOriginalError(PermanentError):
     """The original has no bytes."""
 
     reason = "empty"
-    is_upload_at_fault = True
+    needs_operator = False
 
 
 class TooLargeError(PermanentError):
     """The original has too many bytes."""
 
     reason = "too_large"
-    is_upload_at_fault = True
+    needs_operator = False
     can_be_retried = True
 
 
@@ -246,7 +259,7 @@ class LimitError(PermanentError):
     """The original exceeds a limit: pixels, frames, side, profile, texts, memory or CPU time."""
 
     reason = "limits"
-    is_upload_at_fault = True
+    needs_operator = False
     can_be_retried = True
 
 
@@ -254,21 +267,21 @@ class UnsupportedFormatError(PermanentError):
     """The bytes are not in an accepted image format."""
 
     reason = "unsupported"
-    is_upload_at_fault = True
+    needs_operator = False
 
 
 class UnreadableImageError(PermanentError):
     """The bytes claim an accepted format but are damaged."""
 
     reason = "corrupt"
-    is_upload_at_fault = True
+    needs_operator = False
 
 
 class TruncatedImageError(PermanentError):
     """The end of the original is missing."""
 
     reason = "truncated"
-    is_upload_at_fault = True
+    needs_operator = False
 
 
 class MissingMetadataError(PermanentError):
@@ -282,7 +295,7 @@ class PathTakenError(PermanentError):
     """Another image already owns the path a variant would be written to."""
 
     reason = "path_taken"
-    is_upload_at_fault = True
+    needs_operator = False
 
 
 class UnsafePathError(PermanentError):
@@ -303,7 +316,7 @@ class RefusedError(PermanentError):
     """The model or its content policy refused. `usage` is what the provider charges for it."""
 
     reason = "refused"
-    is_upload_at_fault = True
+    needs_operator = False
     can_be_retried = True
     usage: CallUsage | None = None
 
@@ -326,7 +339,7 @@ def list_reasons() -> dict[str, bool]:
 
 def list_rejections() -> set[str]:
     """The reasons for which the upload is at fault."""
-    return {kind.reason for kind in _list_kinds(PermanentError) if kind.is_upload_at_fault}
+    return {kind.reason for kind in _list_kinds(PermanentError) if not kind.needs_operator}
 
 
 def _list_kinds(*roots: type[ImagePipelineError]) -> list[Any]:

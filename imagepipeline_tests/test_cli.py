@@ -70,7 +70,7 @@ def complete(catalogue, image_id, description, home):
 
 def test_every_command_has_help():
     groups = [[name] for name in cli.cli.commands if name != "failed"] + [
-        ["failed", n] for n in cli.failed.commands
+        ["failed", n] for n in cli.cli.commands["failed"].commands
     ]
     for words in groups:
         result = CliRunner().invoke(cli.cli, [*words, "--help"])
@@ -170,7 +170,7 @@ def test_push_wait_waits_for_the_run_that_reads_the_pushed_bytes(
         else:
             finish(state["claim"])
 
-    monkeypatch.setattr("imagepipeline.cli.time.sleep", step)
+    monkeypatch.setattr("imagepipeline.commands.images.time.sleep", step)
     assert invoke("push", str(PHOTOS / "cat.jpg"), "--id", "tom", "--wait")[0] == 0
     assert state["ended"] == [1, 2]
 

@@ -5,8 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from imagepipeline.defs.assets import ANEW_TAG
-from imagepipeline.defs.attempts import GENERATION_TAG, MACHINE_TAG
+from imagepipeline.defs.attempts import ANEW_TAG, GENERATION_TAG, MACHINE_TAG
 from imagepipeline.defs.sensors import LANE_TAG
 from imagepipeline.errors import list_reasons, list_rejections
 from imagepipeline_tests import reference

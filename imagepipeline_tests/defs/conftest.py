@@ -8,8 +8,7 @@ import pytest
 
 from imagepipeline import models
 from imagepipeline.defs import assets as pipeline
-from imagepipeline.defs.assets import ANEW_TAG
-from imagepipeline.defs.attempts import GENERATION_TAG
+from imagepipeline.defs.attempts import ANEW_TAG, GENERATION_TAG
 from imagepipeline.defs.jobs import process_upload
 from imagepipeline.imaging.decoding import Rules
 from imagepipeline.imaging.sandbox import Sandbox

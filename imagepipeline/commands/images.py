@@ -1,0 +1,222 @@
+"""Commands about uploads and the images in the catalogue."""
+
+import sys
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import click
+
+from imagepipeline import uploading
+from imagepipeline.commands.shared import (
+    EPILOG,
+    EXIT_FAILED,
+    dry_run_option,
+    json_option,
+    note,
+    say,
+    to_text,
+    with_settings,
+)
+from imagepipeline.errors import ImagePipelineError, InvalidUploadError
+from imagepipeline.models import PRIORITY_LIMIT, Status, Upload
+from imagepipeline.opening import open_catalogue, open_queue
+from imagepipeline.settings import Settings
+from imagepipeline.text import to_json
+
+photo_type = click.Path(exists=True, dir_okay=False, readable=True, path_type=Path)
+
+
+@click.command(epilog=EPILOG)
+@click.argument("photos", nargs=-1, required=True, type=photo_type)
+@click.option(
+    "--id", "image_id", help="The image's ID; by default the file name and a hash of its content."
+)
+@click.option(
+    "--priority",
+    type=click.IntRange(-PRIORITY_LIMIT, PRIORITY_LIMIT),
+    default=0,
+    help="Higher is run sooner.",
+)
+@click.option("--wait", "waits", is_flag=True, help="Show progress until every image has ended.")
+@json_option
+@with_settings
+def push(
+    settings: Settings,
+    photos: Sequence[Path],
+    image_id: str | None,
+    priority: int,
+    waits: bool,
+    as_json: bool,
+) -> None:
+    """Store PHOTOS as originals and enqueue their IDs.
+
+    A photo that is pushed again is processed again: at once, or after the run that processes it.
+    """
+    if image_id is not None and len(photos) != 1:
+        raise click.UsageError("--id names one image: push one PHOTO with it")
+    if image_id is not None:
+        try:
+            Upload(image_id)
+        except InvalidUploadError as error:
+            raise click.UsageError(str(error)) from None
+    open_queue(settings).count()  # where Redis does not answer, no original is left behind
+    images = {image_id or uploading.build_image_id(photo): photo for photo in photos}
+    if waits:
+        from imagepipeline import display
+
+        began = time.monotonic()
+        results = push_and_follow(settings, images, priority, pause=time.sleep)
+        display.show_results(results, time.monotonic() - began, as_json)
+        exit_by(results)
+        return
+    uploading.enqueue(settings, images, priority, note)
+    rows = [{"image_id": image_id, "photo": str(photo)} for image_id, photo in images.items()]
+    say(*([to_json(rows)] if as_json else images))
+
+
+@click.command(epilog=EPILOG)
+@click.argument("image_id", required=False, type=to_text)
+@click.option("--watch", is_flag=True, help="Show it again every second until Ctrl-C.")
+@json_option
+@with_settings
+def status(settings: Settings, image_id: str | None, watch: bool, as_json: bool) -> None:
+    """Count the images by status, or show everything about IMAGE_ID.
+
+    \b
+    waiting     pushed, not yet in the catalogue
+    pending     in the catalogue, waiting for a run
+    processing  a run is processing it
+    completed   metadata, variants and embedding are stored
+    failed      given up; `status ID` says why
+    dead        malformed entries of the Redis list; the newest 1000 are kept
+    dropped     only if there were more: how many older ones were dropped
+    paused      only while paid work is paused: why, and until when
+    """
+    from imagepipeline import display, overview
+    from imagepipeline.stores.ledger import Ledger
+
+    catalogue, ledger = open_catalogue(settings), Ledger(settings.database_url)
+
+    def read() -> dict[str, Any]:
+        if image_id is None:
+            counts = overview.count_images(settings, catalogue, note)
+            return counts | overview.find_pause(settings, ledger)
+        row = catalogue.get(image_id)
+        if row is None:
+            raise ImagePipelineError(f"no image {image_id!r:.80} is in the catalogue")
+        return row
+
+    display.show_status(read, as_json, watch)
+
+
+@click.command("list", epilog=EPILOG)
+@click.option("--all", "is_all", is_flag=True, help="Include those that ended earlier.")
+@json_option
+@with_settings
+def list_finished(settings: Settings, is_all: bool, as_json: bool) -> None:
+    """List the images that completed within the last hour or failed within the last day.
+
+    IMAGEPIPELINE_LIST_COMPLETED_HOURS and IMAGEPIPELINE_LIST_FAILED_HOURS change these times.
+    """
+    from imagepipeline import display, overview
+
+    rows = overview.list_finished(settings, open_catalogue(settings), is_all, note)
+    display.show_rows(
+        rows, ("id", "status", "generation", "attempts", "reason", "error", "updated_at"), as_json
+    )
+
+
+@click.command(epilog=EPILOG)
+@click.argument("image_id", type=to_text)
+@click.argument("priority", type=click.IntRange(-PRIORITY_LIMIT, PRIORITY_LIMIT))
+@json_option
+@with_settings
+def prioritize(settings: Settings, image_id: str, priority: int, as_json: bool) -> None:
+    """Change the PRIORITY of a pending image; higher runs sooner.
+
+    Put `--` before a negative number. Up to fifteen images are queued as runs already; their order
+    does not change.
+    """
+    catalogue = open_catalogue(settings)
+    is_changed = catalogue.prioritize(image_id, priority)
+    if not is_changed:
+        state = catalogue.get_states([image_id]).get(image_id)
+        if state is None:
+            raise ImagePipelineError(f"no image {image_id!r:.80} is in the catalogue")
+        raise ImagePipelineError(
+            f"{image_id!r:.80} is {state.status}, not pending: only pending images have a priority"
+        )
+    row = {"image_id": image_id, "priority": priority}
+    say(to_json(row) if as_json else f"{image_id} now has priority {priority}")
+
+
+@click.command(epilog=EPILOG)
+@dry_run_option
+@json_option
+@with_settings
+def sweep(settings: Settings, dry_run: bool, as_json: bool) -> None:
+    """Enqueue originals that are not in the catalogue, and delete temporary files of crashes.
+
+    Use it if the Redis list was lost. It takes every file `original/<id>.<ext>` for an upload.
+    """
+    swept = uploading.sweep(settings, dry_run, note)
+    would = "would be " if dry_run else ""
+    text = (
+        f"{len(swept.enqueued)} originals {would}enqueued, "
+        f"{len(swept.deleted)} temporary files {would}deleted"
+    )
+    done = asdict(swept) | {"dry_run": dry_run}
+    say(*([to_json(done)] if as_json else [*swept.enqueued, text]))
+
+
+@click.command(epilog=EPILOG)
+@click.argument("text", type=to_text)
+@click.option(
+    "-k",
+    "count",
+    type=click.IntRange(1, 1000),
+    default=5,
+    show_default=True,
+    help="How many images.",
+)
+@json_option
+@with_settings
+def search(settings: Settings, text: str, count: int, as_json: bool) -> None:
+    """Find the images whose descriptions are nearest in meaning to TEXT."""
+    from imagepipeline import display
+    from imagepipeline.index import open_index
+    from imagepipeline.providers import embed_query
+
+    if not text.strip():
+        raise click.UsageError("TEXT is empty: say what to look for")
+    catalogue = open_catalogue(settings)
+    neighbours = open_index(settings.index_uri).nearest(
+        embed_query(settings, text, display.report), count
+    )
+    display.show_neighbours(catalogue, neighbours, as_json)
+
+
+def push_and_follow(
+    settings: Settings, images: Mapping[str, Path], priority: int, pause: Callable[[float], None]
+) -> list[dict[str, Any]]:
+    """Enqueues photos by ID, shows progress until all have ended, and returns the results."""
+    from imagepipeline import display
+
+    catalogue = open_catalogue(settings)
+    before = catalogue.get_states(list(images))
+    uploading.enqueue(settings, images, priority, note)
+    # A run covers the pushes before its start: wait for one that started after our push.
+    awaited = {
+        image_id: before[image_id].pushes + 1 if image_id in before else 1 for image_id in images
+    }
+    display.follow(catalogue, awaited, pause)
+    return display.collect_results(catalogue, list(images))
+
+
+def exit_by(rows: Sequence[Mapping[str, Any]]) -> None:
+    """Exits with 1 unless every image completed."""
+    if any(row["status"] != Status.COMPLETED for row in rows):
+        sys.exit(EXIT_FAILED)
