@@ -9,6 +9,7 @@ from imagepipeline.defs import (
     index,
     jobs,
     notifications,
+    outcomes,
     reconciler,
     resources,
     sensors,
@@ -55,7 +56,7 @@ def defs() -> dg.Definitions:
             )
             for asset in (assets.metadata, assets.variants, assets.embedding)
         ]
-        + [backlog.queue_spec, index.index_spec, index.outdated_spec],
+        + [backlog.queue_spec, outcomes.original_spec, index.index_spec, index.outdated_spec],
         jobs=[jobs.process_upload],
         asset_checks=[checks.variant_checks, backlog.queue_checks],
         sensors=[

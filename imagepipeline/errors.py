@@ -43,8 +43,8 @@
 
 `reason` is the code stored in the catalogue, for filters; the message is for people.
 `can_be_retried` says whether the same file can succeed later, perhaps under other settings.
-If not `needs_operator`, the pipeline is healthy: the upload is rejected, or waits for paid work. The
-run succeeds all the same. docs/failures.md describes every reason.
+If not `needs_operator`, the upload is rejected or waits for paid work, and the run succeeds all the
+same: the pipeline is healthy. docs/failures.md describes every reason.
 """
 
 from typing import Any, ClassVar

@@ -71,6 +71,11 @@ class Original:
         """The sandbox that has its pixels."""
         return self._decoded.session
 
+    @property
+    def known_thumbnail(self) -> str | None:
+        """Its thumbnail, if it was decoded."""
+        return self._decoding.prepared.thumbnail if self._decoding else None
+
     def close(self) -> None:
         """Ends its sandbox, if it was decoded."""
         if self._decoding:
@@ -124,6 +129,12 @@ class Originals:
             content = self._files.read(path, self._rules.max_bytes)
             self._held = image_id, Original(path, content, self._decode)
         return self._held[1]
+
+    def find_thumbnail(self, image_id: str) -> str | None:
+        """The thumbnail of an image, if its original was the last one and was decoded."""
+        if self._held is None or self._held[0] != image_id:
+            return None
+        return self._held[1].known_thumbnail
 
     def close(self) -> None:
         """Ends the sandbox of the original it holds."""

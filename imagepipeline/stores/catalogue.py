@@ -42,6 +42,7 @@ from imagepipeline.stores.tables import (
     image_results,
     image_variants,
     images,
+    provider_calls,
 )
 from imagepipeline.text import hash_text
 
@@ -725,6 +726,15 @@ class Catalogue:
         with self._database.reading() as connection:
             counts = dict(connection.execute(query).tuples().all())
         return {status.value: counts.get(status, 0) for status in Status}
+
+    def sum_cost_usd(self, image_id: str) -> float | None:
+        """The known cost of all paid calls for an image, in US dollars; None if there is none."""
+        query = sa.select(sa.func.sum(provider_calls.c.cost_usd)).where(
+            provider_calls.c.image_id == image_id
+        )
+        with self._database.reading() as connection:
+            cost_usd: float | None = connection.execute(query).scalar_one()
+        return cost_usd
 
     def find_oldest(self) -> datetime | None:
         """When the oldest upload that has not ended was accepted; planned work does not count."""
