@@ -1,10 +1,13 @@
 """The pipeline on one screen: all Dagster definitions and the resources behind them."""
 
+from dataclasses import replace
+
 import dagster as dg
 
 from imagepipeline.defs import (
     assets,
     backlog,
+    batches,
     checks,
     index,
     jobs,
@@ -20,6 +23,7 @@ from imagepipeline.imaging.sandbox import Sandbox
 from imagepipeline.imaging.variants import Renderer
 from imagepipeline.models import build_variant_specs
 from imagepipeline.originals import Originals
+from imagepipeline.planning import Applier
 from imagepipeline.providers import (
     build_embedder,
     build_index,
@@ -30,12 +34,15 @@ from imagepipeline.providers import (
 )
 from imagepipeline.settings import Settings
 from imagepipeline.storage import open_storage
+from imagepipeline.stores.applies import Applies
 from imagepipeline.stores.broker import TaskQueue
 from imagepipeline.stores.catalogue import Catalogue
 from imagepipeline.stores.ledger import Ledger
 from imagepipeline.stores.outbox import Outbox
 from imagepipeline.stores.plans import Plans
 from imagepipeline.stores.uploads import UploadQueue
+
+NICEST = 19  # the lowest priority for the CPU, see setpriority(2)
 
 
 @dg.definitions
@@ -57,7 +64,7 @@ def defs() -> dg.Definitions:
             for asset in (assets.metadata, assets.variants, assets.embedding)
         ]
         + [backlog.queue_spec, outcomes.original_spec, index.index_spec, index.outdated_spec],
-        jobs=[jobs.process_upload],
+        jobs=[jobs.process_upload, batches.process_batch, batches.apply_plan],
         asset_checks=[checks.variant_checks, backlog.queue_checks],
         sensors=[
             sensors.upload_sensor,
@@ -122,6 +129,19 @@ def build_resources(settings: Settings) -> dict[str, dg.ResourceDefinition]:
         "originals": resources.opened(
             lambda: Originals(files, sandbox, rules, preview_px),
             "The originals, each decoded once per run, and the rules for accepting them.",
+        ),
+        "background_originals": resources.opened(
+            lambda: Originals(files, replace(sandbox, niceness=NICEST), rules, preview_px),
+            "Originals for the bulk lane, whose decoders yield the CPU to those of uploads.",
+        ),
+        "batch_size": resources.made(
+            lambda: settings.batch_size, "How many images a run of the bulk lane takes."
+        ),
+        "applier": resources.made(
+            lambda: Applier(
+                Applies(database), Plans(database), Catalogue(database), build_recipes(settings)
+            ),
+            "Begins the images of `imagepipeline apply`.",
         ),
         "renderer": resources.made(
             lambda: Renderer(

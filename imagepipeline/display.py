@@ -26,8 +26,8 @@ from rich.text import Text
 from imagepipeline.doctor import Finding
 from imagepipeline.index import open_index
 from imagepipeline.models import Neighbour, Status
-from imagepipeline.planning import Applied
 from imagepipeline.settings import Settings
+from imagepipeline.stores.applies import ApplyProgress
 from imagepipeline.stores.catalogue import Catalogue
 from imagepipeline.text import make_printable, to_json
 
@@ -126,7 +126,7 @@ def follow(
                 pause(POLL_SECONDS)
 
 
-def follow_apply(steps: Iterable[Applied], total: int) -> Iterator[Applied]:
+def follow_apply(steps: Iterable[ApplyProgress], total: int) -> Iterator[ApplyProgress]:
     """Passes on the progress of an apply, and shows it on stderr with times and cost."""
     bar = Progress(
         TextColumn("applying"),

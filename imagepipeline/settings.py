@@ -212,6 +212,12 @@ class Settings(BaseModel):
         alias="IMAGEPIPELINE_MAX_RUNS",
         description="How many uploads are processed at the same time, by all workers together.",
     )
+    batch_size: Annotated[int, Field(ge=1, le=1000)] = Field(
+        50,
+        alias="IMAGEPIPELINE_BATCH_SIZE",
+        description="How many images a run of the bulk lane takes, such as for "
+        "`imagepipeline apply`. It ends after a minute in any case.",
+    )
     worker_slots: Annotated[int, Field(ge=1, le=100)] | None = Field(
         None,
         alias="IMAGEPIPELINE_WORKER_SLOTS",

@@ -54,7 +54,7 @@ GROUPS: tuple[tuple[str, str, tuple[str, ...]], ...] = (
     (
         "Concurrency",
         "How much happens at the same time.",
-        ("max_runs", "worker_slots"),
+        ("max_runs", "worker_slots", "batch_size"),
     ),
     (
         "Variants",

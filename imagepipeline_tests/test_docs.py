@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 
 from imagepipeline.defs.attempts import ANEW_TAG, GENERATION_TAG, MACHINE_TAG
+from imagepipeline.defs.batches import LANE_TAG
 from imagepipeline.defs.outcomes import REASON_TAG, STATUS_TAG
-from imagepipeline.defs.sensors import LANE_TAG
 from imagepipeline.errors import list_reasons, list_rejections
 from imagepipeline_tests import reference
 

@@ -1,5 +1,6 @@
 """Commands about model changes: plan, apply."""
 
+import contextlib
 import sys
 from collections.abc import Mapping
 from dataclasses import asdict
@@ -20,9 +21,11 @@ from imagepipeline.errors import ImagePipelineError
 from imagepipeline.models import ASSETS, Recipe
 from imagepipeline.opening import open_catalogue
 from imagepipeline.settings import Settings
+from imagepipeline.text import to_json
 
 if TYPE_CHECKING:  # it takes as long to import as all else
     from imagepipeline.planning import Step
+    from imagepipeline.stores.applies import Applies
 
 asset_option = click.option(
     "--asset",
@@ -80,6 +83,8 @@ def make_plan(settings: Settings, recipes: Mapping[str, Recipe]) -> "list[Step]"
 @click.option(
     "--budget", type=click.FloatRange(min=0, min_open=True), help="Stop after this many US dollars."
 )
+@asset_option
+@click.option("--stop", "is_stopped", is_flag=True, help="End the apply that is under way.")
 @click.option("--dry-run", is_flag=True, help="Only list the images.")
 @json_option
 @with_settings
@@ -87,10 +92,12 @@ def apply(
     settings: Settings,
     limit: int | None,
     budget: float | None,
+    assets: tuple[str, ...],
+    is_stopped: bool,
     dry_run: bool,
     as_json: bool,
 ) -> None:
-    """Make what `plan` found, after all uploads, in a running stack.
+    """Have the running stack make what `plan` found, after all uploads.
 
     Only what is outdated is made: a new prompt renders no variants, and a text that did not change
     is not embedded again. Stop it with Ctrl-C; the next apply goes on. Images that have failed are
@@ -98,21 +105,38 @@ def apply(
     """
     from imagepipeline import display, planning
     from imagepipeline.providers import build_recipes
-    from imagepipeline.stores.ledger import Ledger
+    from imagepipeline.stores.applies import Applies
     from imagepipeline.stores.plans import Plans
 
-    catalogue, plans = open_catalogue(settings), Plans(settings.database_url)
-    recipes = build_recipes(settings)
+    open_catalogue(settings)
+    applies, plans = Applies(settings.database_url), Plans(settings.database_url)
+    if is_stopped:
+        stop_apply(applies, dry_run, as_json)
+        return
+    recipes = planning.select_recipes(build_recipes(settings), assets)
     if dry_run:
         found = plans.list_outdated(recipes, "", limit or MAX_LISTED)
         display.show_rows([{"image_id": one} for one in found], ("image_id",), as_json)
         return
     if budget and (problem := planning.explain_unknown_cost(make_plan(settings, recipes))):
         raise click.UsageError(problem)
-    ledger = Ledger(settings.database_url)
     total = plans.count_images(recipes)
-    steps = planning.apply(plans, catalogue, ledger, recipes, limit, budget)
-    *_, last = display.follow_apply(steps, min(total, limit or total))
+    begun = applies.start(recipes, limit, budget, planning.LEASE_SECONDS)
+    with contextlib.closing(planning.follow(applies, begun)) as steps:
+        *_, last = display.follow_apply(steps, min(total, limit or total))
     display.show_rows([asdict(last)], tuple(asdict(last)), as_json)
     if last.failed:
         sys.exit(EXIT_FAILED)
+
+
+def stop_apply(applies: "Applies", dry_run: bool, as_json: bool) -> None:
+    """Ends the open apply and says what that did."""
+    from imagepipeline import planning
+
+    one = applies.find_open()
+    if one and not dry_run:
+        applies.end(one.id, planning.STOPPED)
+    done = {"apply": one.id if one else None, "dry_run": dry_run}
+    verb = "would be stopped" if dry_run else "was stopped"
+    text = f"apply {one.id} {verb}; {one.begun_count} images were begun" if one else "no apply runs"
+    say(to_json(done) if as_json else text)

@@ -13,6 +13,7 @@ import dagster as dg
 from dagster_celery.tags import DAGSTER_CELERY_TASK_ID_TAG as TASK_ID_TAG
 
 from imagepipeline.defs.attempts import GENERATION_TAG
+from imagepipeline.defs.batches import process_batch
 from imagepipeline.defs.jobs import process_upload
 from imagepipeline.errors import PostponedError, StaleClaimError
 from imagepipeline.stores.broker import TaskQueue
@@ -109,7 +110,12 @@ def _list_idle_runs(instance: dg.DagsterInstance, owners: set[str]) -> list[dg.D
     """The runs that hold a slot but no image."""
     records = instance.get_run_records(dg.RunsFilter(statuses=HOLDING_A_SLOT))
     runs = [record.dagster_run for record in records if record.dagster_run.run_id not in owners]
-    return [run for run in runs if run.job_name in JOB_NAMES and "dagster/partition" in run.tags]
+    return [
+        run
+        for run in runs
+        if run.job_name == process_batch.name
+        or (run.job_name in JOB_NAMES and "dagster/partition" in run.tags)
+    ]
 
 
 def _look_at(image_id: str, work: Callable[[], list[str]]) -> list[str]:

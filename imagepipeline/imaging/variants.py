@@ -2,6 +2,7 @@
 
 import base64
 import io
+import weakref
 from collections.abc import Iterable, Sequence
 
 from PIL import ExifTags, Image
@@ -55,7 +56,10 @@ class Renderer:
         self._compared_share = compared_share
         self.recipe = build_recipe(specs, is_animated, has_rights)
         self._has_rights = has_rights
-        self._inspections: dict[bytes, Inspection] = {}  # by the bytes of a rendered variant
+        # By the bytes of a rendered variant. Threads may render images at the same time.
+        self._inspections: weakref.WeakKeyDictionary[Session[Decoded], dict[bytes, Inspection]] = (
+            weakref.WeakKeyDictionary()
+        )
 
     def begin(self, session: Session[Decoded], original: OriginalFacts) -> None:
         """Starts rendering in the sandbox and returns at once; `render` collects the result."""
@@ -78,10 +82,10 @@ class Renderer:
             verify_own_inspections(inspections, variants, compared)
         except ImpossibleAnswerError as error:
             session.distrust(str(error))
-        self._inspections = {}
+        known = self._inspections[session] = {}
         # A small original has several variants of the same bytes: what was compared counts for all.
         for position in sorted(range(len(variants)), key=compared.__contains__):
-            self._inspections[variants[position].content] = inspections[position]
+            known[variants[position].content] = inspections[position]
         return variants, usage
 
     def inspect(self, session: Session[Decoded], contents: Sequence[bytes]) -> list[Inspection]:
@@ -89,14 +93,15 @@ class Renderer:
 
         Variants with the same bytes as rendered ones have already been inspected.
         """
-        if not all(content in self._inspections for content in contents):
+        known = self._inspections.get(session, {})
+        if not all(content in known for content in contents):
             inspections, _ = session.call(inspect, contents)
             try:
                 verify_inspections(inspections, range(len(contents)), len(contents))
             except ImpossibleAnswerError as error:
                 session.distrust(str(error))
             return inspections
-        return [self._inspections[content] for content in contents]
+        return [known[content] for content in contents]
 
     def _build_arguments(
         self, original: OriginalFacts

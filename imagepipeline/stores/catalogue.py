@@ -37,6 +37,7 @@ from imagepipeline.needs import find_cause
 from imagepipeline.stores import history, outbox
 from imagepipeline.stores.database import Database
 from imagepipeline.stores.tables import (
+    applies,
     catalogue_owner,
     image_history,
     image_results,
@@ -264,7 +265,9 @@ class Catalogue:
         is_rotating: bool = False,
         has_no_variants: bool = False,
     ) -> list[Pending]:
-        """Up to `limit` pending images that are due: highest priority first, then oldest.
+        """Up to `limit` pending uploads that are due: highest priority first, then oldest.
+
+        Images of the bulk lane are not among them.
 
         Leaves out the (ID, generation) pairs in `except_for`. With `is_rotating`, images that were
         not tried yet come first, then those tried least recently. With `has_no_variants`, only
@@ -274,8 +277,7 @@ class Catalogue:
         order = by_trial if is_rotating else (images.c.priority.desc(), images.c.accepted_at)
         query = (
             sa.select(images.c.id, images.c.generation, images.c.priority)
-            .where(images.c.status == Status.PENDING)
-            .where(sa.or_(images.c.not_before.is_(None), images.c.not_before <= self._clock()))
+            .where(self._is_due(), images.c.priority > BULK_PRIORITY)
             .order_by(*order, images.c.id)
         )
         if has_no_variants:
@@ -305,20 +307,61 @@ class Catalogue:
             made = {row["asset"]: {**row} for row in rows}
         return {asset: find_cause(made.get(asset), recipe) for asset, recipe in recipes.items()}
 
-    def begin_planned(self, image_ids: Iterable[str], priority: int) -> list[str]:
-        """Begins a generation of completed images, for what a plan found; gives those begun."""
+    def begin_planned(self, image_ids: Sequence[str], apply_id: int) -> list[str]:
+        """Begins a generation of completed images in the bulk lane; gives those begun.
+
+        They are counted for their apply in the same transaction. The IDs must be in the database's
+        order, and at least one.
+        """
         begun = []
+        values = {"priority": BULK_PRIORITY, "apply_id": apply_id}
         with self._database.transaction() as connection:
             for image_id in image_ids:
                 statement = (
                     sa.update(images)
                     .where(images.c.id == image_id, images.c.status == Status.COMPLETED)
-                    .values(_new_generation(self._clock()) | {"priority": priority})
+                    .values(_new_generation(self._clock()) | values)
                 )
                 if connection.execute(statement).rowcount:
                     self._record(connection, image_id, "planned")
                     begun.append(image_id)
+            counted = {
+                "begun_count": applies.c.begun_count + len(begun),
+                "last_id": image_ids[-1],
+            }
+            connection.execute(sa.update(applies).where(applies.c.id == apply_id).values(counted))
         return begun
+
+    def count_bulk(self) -> dict[str, int]:
+        """The number of images in the bulk lane that are pending and due, and processing."""
+        counts = {}
+        conditions = {
+            "pending": self._is_due(),
+            "processing": images.c.status == Status.PROCESSING,
+        }
+        with self._database.reading() as connection:
+            for name, condition in conditions.items():
+                query = sa.select(sa.func.count()).where(
+                    condition, images.c.priority == BULK_PRIORITY
+                )
+                counts[name] = int(connection.execute(query).scalar_one())
+        return counts
+
+    def claim_next(self, run_id: str) -> Claim | None:
+        """Claims the oldest image of the bulk lane that is due; None if none is."""
+        oldest = (
+            sa.select(images.c.id)
+            .where(self._is_due(), images.c.priority == BULK_PRIORITY)
+            .order_by(images.c.accepted_at, images.c.id)
+            .limit(1)
+            .with_for_update(skip_locked=True)  # two workers take different ones
+        )
+        with self._database.transaction() as connection:
+            image_id = connection.execute(oldest).scalar()
+            if image_id is None:
+                return None
+            self._take(connection, run_id, images.c.id == image_id)
+            return self._claim_of(connection, image_id, run_id)
 
     def find_twins(self, asset: str, recipe: Recipe, input_sha256: str, limit: int) -> list[str]:
         """Up to `limit` images for which this recipe has made the asset of the same input."""
@@ -564,6 +607,11 @@ class Catalogue:
                     f"its run was lost {earlier + 1} times, the last time because {cause}",
                 )
             self._hand_back(connection, claim, cause, 0)
+            # It leaves the bulk lane: if it kills its process, it kills no others' work again.
+            alone = sa.update(images).where(
+                images.c.id == lost.image_id, images.c.priority == BULK_PRIORITY
+            )
+            connection.execute(alone.values(priority=BULK_PRIORITY + 1))
             return Status.PENDING
 
     def renew(self, pending: Pending, cause: str, wait_seconds: float) -> bool:
@@ -745,6 +793,10 @@ class Catalogue:
         with self._database.reading() as connection:
             oldest: datetime | None = connection.execute(query).scalar_one()
         return oldest
+
+    def _is_due(self) -> sa.ColumnElement[bool]:
+        is_due = sa.or_(images.c.not_before.is_(None), images.c.not_before <= self._clock())
+        return sa.and_(images.c.status == Status.PENDING, is_due)
 
     def _record(
         self, connection: sa.Connection, image_id: str, event: str, detail: str | None = None

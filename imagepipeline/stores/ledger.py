@@ -9,7 +9,7 @@ import sqlalchemy as sa
 
 from imagepipeline.models import PaidCall, Pause, now_utc
 from imagepipeline.stores.database import Database
-from imagepipeline.stores.tables import answers, pauses, provider_calls
+from imagepipeline.stores.tables import answers, applies, images, pauses, provider_calls
 from imagepipeline.text import make_printable
 
 MESSAGE_CHARACTERS = 300
@@ -45,11 +45,19 @@ class Ledger:
         """Records a call, whatever its outcome, and keeps its answer under a key.
 
         Answers are kept until `forget`, so that a run that is killed before its result is in place
-        does not make its successor pay again; at most a week.
+        does not make its successor pay again; at most a week. The cost counts for the apply that
+        began the image.
         """
         now = self._clock()
         with self._database.transaction() as connection:
             connection.execute(sa.insert(provider_calls).values(at=now, **asdict(call)))
+            if call.cost_usd and call.image_id:
+                of_image = sa.select(images.c.apply_id).where(images.c.id == call.image_id)
+                connection.execute(
+                    sa.update(applies)
+                    .where(applies.c.id == of_image.scalar_subquery())
+                    .values(spent_usd=applies.c.spent_usd + call.cost_usd)
+                )
             if key is None or answer is None:
                 return
             insert = self._database.insert(answers).values(key=key, answer=answer, at=now)

@@ -72,8 +72,10 @@ images = sa.Table(
     # The generation in which it was accepted last; recoveries and waits raise `generation` alone.
     sa.Column("accepted_generation", sa.Integer, nullable=False, server_default="0"),
     sa.Column("updated_at", UtcDateTime, nullable=False),
+    sa.Column("apply_id", sa.Integer),  # the last apply that began a generation
     sa.CheckConstraint(sa.column("status").in_([status.value for status in Status]), name="status"),
     sa.Index(None, "status", "priority", "accepted_at"),
+    sa.Index(None, "apply_id", "status"),
 )
 
 # One row: the Dagster instance whose runs are named above.
@@ -122,6 +124,24 @@ answers = sa.Table(
     sa.Column("key", sa.String(64), primary_key=True),
     sa.Column("answer", sa.Text, nullable=False),
     sa.Column("at", UtcDateTime, nullable=False, index=True),
+)
+
+# What people have asked to be made of a plan. One without `ended_at` begins images, unless its
+# lease has expired.
+applies = sa.Table(
+    "applies",
+    schema,
+    sa.Column("id", sa.Integer, primary_key=True, autoincrement=True),
+    sa.Column("began_at", UtcDateTime, nullable=False),
+    sa.Column("ended_at", UtcDateTime, index=True),
+    sa.Column("end_reason", sa.String(16)),
+    sa.Column("expires_at", UtcDateTime),  # empty: no lease
+    sa.Column("max_images", sa.Integer),
+    sa.Column("budget_usd", sa.Float),
+    sa.Column("recipes", sa.JSON, nullable=False),  # version by asset
+    sa.Column("begun_count", sa.Integer, nullable=False),
+    sa.Column("last_id", sa.String(64), nullable=False),  # images begin in the order of their IDs
+    sa.Column("spent_usd", sa.Float, nullable=False),
 )
 
 # Every change of an image, written in the transaction that makes it.

@@ -31,13 +31,14 @@ CAT, BOAT = draw("orange"), draw("navy")
 
 
 @pytest.fixture
-def tick(instance, catalogue, queue, ledger, paid_calls):
+def tick(instance, catalogue, queue, ledger, paid_calls, applier):
     def tick():
         resources = {
             "queue": queue,
             "catalogue": catalogue,
             "ledger": ledger,
             "paid_calls": paid_calls,
+            "applier": applier,
         }
         return upload_sensor(dg.build_sensor_context(instance=instance, resources=resources))
 

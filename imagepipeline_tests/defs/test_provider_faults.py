@@ -152,7 +152,12 @@ class Pipeline:
         Returns the number of runs that make all assets, or why there are none. Runs that make
         variants alone, while paid work waits, are not counted.
         """
-        resources = {"queue": self.queue, "catalogue": self.catalogue, "ledger": self.ledger}
+        resources = {
+            "queue": self.queue,
+            "catalogue": self.catalogue,
+            "ledger": self.ledger,
+            "applier": self.applier,
+        }
         context = dg.build_sensor_context(
             instance=self.instance, resources={**resources, "paid_calls": self.paid_calls}
         )
@@ -189,10 +194,13 @@ class Pipeline:
 
 
 @pytest.fixture
-def pipeline(httpserver, run, instance, queue, catalogue, files, limiter, sqlite_catalogue_url):
+def pipeline(
+    httpserver, run, instance, queue, catalogue, files, limiter, sqlite_catalogue_url, applier
+):
     pipeline = Pipeline(
         httpserver, run, instance, queue, catalogue, files, limiter, sqlite_catalogue_url
     )
+    pipeline.applier = applier
     with closing(pipeline.ledger):
         yield pipeline
 

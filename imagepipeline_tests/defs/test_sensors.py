@@ -2,6 +2,7 @@
 
 import json
 import threading
+import uuid
 from datetime import timedelta
 
 import dagster as dg
@@ -9,23 +10,26 @@ import pytest
 
 from imagepipeline.defs.attempts import GENERATION_TAG
 from imagepipeline.defs.sensors import DEFAULT_SLOTS, RUNS_PER_SLOT, take_in, upload_sensor
-from imagepipeline.models import BULK_PRIORITY, Recipe, Upload, now_utc
+from imagepipeline.models import Recipe, Upload, now_utc
 from imagepipeline.paid_calls import PaidCalls
+from imagepipeline.stores.applies import Applies
 from imagepipeline.stores.failures import FailedImages
 from imagepipeline.stores.ledger import Ledger
 from imagepipeline.stores.uploads import UploadQueue
+from imagepipeline_tests.defs.conftest import RECIPES
 
 LIMIT = RUNS_PER_SLOT * DEFAULT_SLOTS
 
 
 @pytest.fixture
-def tick(instance, catalogue, queue, ledger, paid_calls):
+def tick(instance, catalogue, queue, ledger, paid_calls, applier):
     def tick(queue=queue, paid_calls=paid_calls):
         resources = {
             "queue": queue,
             "catalogue": catalogue,
             "ledger": ledger,
             "paid_calls": paid_calls,
+            "applier": applier,
         }
         context = dg.build_sensor_context(instance=instance, resources=resources)
         return upload_sensor(context)
@@ -410,18 +414,25 @@ def test_without_paid_work_no_run_makes_variants_alone(tick, catalogue, paid_cal
     assert (len(keys(result)), list_pictures(result)) == (LIMIT, [])
 
 
-def test_planned_images_run_after_all_uploads_in_a_lane_of_their_own(tick, catalogue):
-    catalogue.accept([Upload("old")])
-    claim = catalogue.claim("old", 1, "run")
-    for asset in ("metadata", "variants", "embedding"):
-        catalogue.record_result(claim, asset, Recipe("local", "m"), "0" * 64)
-    catalogue.finish(claim)
-    assert catalogue.begin_planned(["old", "unknown"], BULK_PRIORITY) == ["old"]
-    catalogue.accept([Upload("new", priority=-1000)])
+def test_planned_images_wait_for_runs_of_the_bulk_lane(
+    tick, catalogue, sqlite_catalogue_url, instance
+):
+    catalogue.accept([Upload(f"i{number}") for number in range(6)])
+    for number in range(6):
+        claim = catalogue.claim(f"i{number}", 1, "run")
+        for asset in ("metadata", "variants", "embedding"):
+            catalogue.record_result(claim, asset, Recipe("local", "m"), "0" * 64)
+        catalogue.finish(claim)
+    Applies(sqlite_catalogue_url).start(RECIPES, max_images=5)
+    catalogue.accept([Upload("new")])
     requests = tick().run_requests
-    assert [request.run_key for request in requests] == ["new:1", "old:2"]
-    assert [request.tags["imagepipeline/lane"] for request in requests] == ["live", "bulk"]
-    assert [request.tags["dagster/priority"] for request in requests] == ["-1000", "-1001"]
+    assert [request.run_key for request in requests] == ["new:1", None, None]
+    assert [request.job_name for request in requests] == ["process_upload", *["process_batch"] * 2]
+    assert catalogue.count_bulk() == {"pending": 5, "processing": 0}
+    instance.add_run(
+        dg.DagsterRun("process_batch", str(uuid.uuid4()), status=dg.DagsterRunStatus.QUEUED)
+    )
+    assert [request.job_name for request in tick().run_requests].count("process_batch") == 1
 
 
 def test_after_a_pause_one_image_is_tried_first(tick, queue, sqlite_catalogue_url, ledger):
