@@ -4,11 +4,14 @@ import dagster as dg
 
 from imagepipeline.defs import (
     assets,
+    backlog,
     batches,
     checks,
     events,
+    index,
     jobs,
     notifications,
+    outcomes,
     reconciler,
     resources,
     sensors,
@@ -58,9 +61,10 @@ def defs() -> dg.Definitions:
                 )
             )
             for asset in (assets.metadata, assets.variants, assets.embedding)
-        ],
+        ]
+        + [backlog.queue_spec, outcomes.original_spec, index.index_spec, index.outdated_spec],
         jobs=[jobs.process_upload, batches.process_batch, batches.apply_plan],
-        asset_checks=[checks.variant_checks],
+        asset_checks=[checks.variant_checks, backlog.queue_checks],
         sensors=[
             sensors.upload_sensor,
             reconciler.reconciler,
@@ -68,6 +72,8 @@ def defs() -> dg.Definitions:
             checks.check_sensor,
             events.event_sensor,
             *([events.event_webhook_sensor] if settings.event_webhook_url else []),
+            backlog.queue_sensor,
+            index.index_sensor,
         ],
         resources=build_resources(settings),
         executor=dg.in_process_executor,
@@ -88,6 +94,10 @@ def build_resources(settings: Settings) -> dict[str, dg.ResourceDefinition]:
         ),
         "catalogue": resources.made(lambda: Catalogue(database), "The SQL record of all images."),
         "ledger": resources.made(lambda: Ledger(database), "What paid calls cost, and the pauses."),
+        "plans": resources.made(lambda: Plans(database), "Finds what images need."),
+        "recipes": resources.made(
+            lambda: build_recipes(settings), "What would make each asset today."
+        ),
         "outbox": resources.made(
             lambda: Outbox(database), "Notices of final failures for the administrators."
         ),

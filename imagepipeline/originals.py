@@ -72,6 +72,11 @@ class Original:
         """The sandbox that has its pixels."""
         return self._decoded.session
 
+    @property
+    def known_thumbnail(self) -> str | None:
+        """Its thumbnail, if it was decoded."""
+        return self._decoding.prepared.thumbnail if self._decoding else None
+
     def close(self) -> None:
         """Ends its sandbox, if it was decoded."""
         if self._decoding:
@@ -131,6 +136,11 @@ class Originals:
         """Ends the sandbox of an image's original, if it is held."""
         if held := self._held.pop(image_id, None):
             held.close()
+
+    def find_thumbnail(self, image_id: str) -> str | None:
+        """The thumbnail of an image, if its original is held and was decoded."""
+        held = self._held.get(image_id)
+        return held.known_thumbnail if held else None
 
     def close(self) -> None:
         """Releases all originals."""

@@ -45,6 +45,7 @@ from imagepipeline.stores.tables import (
     image_results,
     image_variants,
     images,
+    provider_calls,
 )
 from imagepipeline.text import hash_text
 
@@ -846,6 +847,25 @@ class Catalogue:
         )
         with self._database.reading() as connection:
             return dict(connection.execute(query).tuples().all())
+
+    def sum_cost_usd(self, image_id: str) -> float | None:
+        """The known cost of all paid calls for an image, in US dollars; None if there is none."""
+        query = sa.select(sa.func.sum(provider_calls.c.cost_usd)).where(
+            provider_calls.c.image_id == image_id
+        )
+        with self._database.reading() as connection:
+            cost_usd: float | None = connection.execute(query).scalar_one()
+        return cost_usd
+
+    def find_oldest(self) -> datetime | None:
+        """When the oldest upload that has not ended was accepted; planned work does not count."""
+        query = sa.select(sa.func.min(images.c.accepted_at)).where(
+            images.c.status.in_([Status.PENDING, Status.PROCESSING]),
+            images.c.priority > BULK_PRIORITY,
+        )
+        with self._database.reading() as connection:
+            oldest: datetime | None = connection.execute(query).scalar_one()
+        return oldest
 
     def _is_due(self) -> sa.ColumnElement[bool]:
         is_due = sa.or_(images.c.not_before.is_(None), images.c.not_before <= self._clock())

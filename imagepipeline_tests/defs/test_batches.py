@@ -14,6 +14,7 @@ from dagster._core.loader import LoadingContextForTest
 
 from imagepipeline.definitions import NICEST, defs
 from imagepipeline.defs.batches import apply_plan, process_batch
+from imagepipeline.defs.outcomes import ORIGINAL
 from imagepipeline.errors import ProviderUnavailableError, StackError
 from imagepipeline.imaging.decoding import Rules, decode
 from imagepipeline.imaging.sandbox import Sandbox
@@ -119,6 +120,12 @@ def test_a_bad_file_and_an_outage_cost_the_neighbours_nothing(
     assert (rows["b"]["status"], rows["b"]["reason"]) == ("failed", "unsupported")
     assert sum(row["attempts"] for row in rows.values()) in (4, 5)  # two calls failed
     assert list_materialized(instance, "metadata") == {"a", "c"}
+    events = instance.fetch_materializations(ORIGINAL, limit=9).records
+    shown = {event.partition_key: event.asset_materialization.metadata for event in events}
+    assert {image_id: entries["status"].value for image_id, entries in shown.items()} == {
+        image_id: row["status"] for image_id, row in rows.items()
+    }
+    assert shown["b"]["error"].value == rows["b"]["error"]
 
 
 def test_a_batch_takes_no_more_images_than_its_size(run_batch, push, catalogue):
