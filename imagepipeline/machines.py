@@ -104,7 +104,10 @@ def find_differences(settings: Settings, answers: Mapping[str, Any]) -> list[str
     for worker, answer in sorted(answers.items()):
         theirs = read_answer(answer)
         if theirs is None:
-            lines.append(f"{worker!r:.100} runs another version: its answer cannot be read")
+            lines.append(
+                f"{worker!r:.100} did not describe its configuration: "
+                "its machine is overloaded, or it runs another version (its log says which)"
+            )
         else:
             lines += [
                 f"the worker on {theirs.host} {difference}" for difference in _compare(ours, theirs)

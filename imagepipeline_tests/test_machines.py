@@ -110,11 +110,11 @@ def test_two_buckets_are_distinguished_and_no_password_is_shown(here, bucket_url
     assert "canary" not in repr(shown)
 
 
-def test_a_worker_with_an_unknown_answer_has_another_version(here):
+def test_a_worker_with_an_unknown_answer_is_reported(here):
     for answer in ({"error": "No such control command"}, None, [], {"host": 1}):
         assert read_answer(answer) is None
         [line] = find_differences(Settings.load(here), {"w@host": answer})
-        assert "'w@host' runs another version" in line
+        assert "'w@host' did not describe its configuration" in line
 
 
 @pytest.mark.parametrize("mark", ["../../etc/passwd", "", "A" * 32, "0" * 33])

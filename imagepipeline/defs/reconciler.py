@@ -92,12 +92,6 @@ def reconcile(
     for row in processing:
         watched.add((row.image_id, row.fence))
         lines += _look_at(row.image_id, partial(_recover_if_lost, catalogue, instance, watch, row))
-    next_ones = catalogue.list_pending(MAX_PENDING_CHECKED)
-    next_pictures = catalogue.list_pending(MAX_PENDING_CHECKED, has_no_variants=True)
-    for pending in dict.fromkeys((*next_ones, *next_pictures)):
-        lines += _look_at(
-            pending.image_id, partial(_renew_if_run_ended, catalogue, instance, pending)
-        )
     idle = _list_idle_runs(instance, owners={row.run_id for row in processing})
     lines += _cancel_runs(catalogue, instance)
     waiting = tasks.list_waiting() if any(TASK_ID_TAG in run.tags for run in idle) else set()
@@ -109,6 +103,13 @@ def reconcile(
             end_run(instance, run, "it holds no image")
             lines.append(f"Run {run.run_id} was ended: it held a slot and no image.")
     watch.forget_all_but(watched)
+    # Last, so that an image whose run was just ended need not wait for the next tick.
+    next_ones = catalogue.list_pending(MAX_PENDING_CHECKED)
+    next_pictures = catalogue.list_pending(MAX_PENDING_CHECKED, has_no_variants=True)
+    for pending in dict.fromkeys((*next_ones, *next_pictures)):
+        lines += _look_at(
+            pending.image_id, partial(_renew_if_run_ended, catalogue, instance, pending)
+        )
     return lines
 
 
