@@ -175,8 +175,10 @@ notifications = sa.Table(
 )
 
 # What apps are told, written in the transaction of the change. There is no foreign key, because an
-# event outlives an erased image. Views that apps read are named in docs/events.md: a migration that
-# changes what they read must keep their columns.
+# event outlives an erased image.
+#
+# The views that apps read (docs/events.md) stand on images, image_variants and image_results. They
+# keep their columns; on SQLite, a migration that rebuilds a table drops them and creates them anew.
 events = sa.Table(
     "events",
     schema,
