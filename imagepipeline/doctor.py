@@ -25,6 +25,7 @@ from imagepipeline.models import PixelFacts
 from imagepipeline.settings import Settings
 
 MAX_CLOCK_SKEW_SECONDS = 2
+MAX_EVENT_AGE_SECONDS = 60  # then the stream should have got it long ago
 MIN_FREE_BYTES = 2_000_000_000
 MIN_OPEN_FILES = 1024
 MAX_VISION_CALLS = 5
@@ -69,6 +70,7 @@ def examine(settings: Settings) -> Iterator[Finding]:
         "vision model": _examine_vision,
         "embedding model": _examine_embedder,
         "pauses": _examine_pauses,
+        "events": _examine_events,
     }
     for name, check in checks.items():
         try:
@@ -112,6 +114,7 @@ ADVICE = {
         "correct OPENROUTER_BASE_URL, OPENROUTER_API_KEY or IMAGEPIPELINE_EMBEDDING_MODEL"
     ),
     "pauses": START,
+    "events": START,
 }
 
 
@@ -536,3 +539,30 @@ def _examine_pauses(settings: Settings) -> Finding:
             advice,
         )
     return Finding("pauses", True, "nothing is paused")
+
+
+def _examine_events(settings: Settings) -> Finding:
+    from imagepipeline.models import now_utc
+    from imagepipeline.opening import open_events
+
+    log = open_events(settings)
+    waiting = log.list_unsent(1)
+    if waiting and (now_utc() - waiting[0].at).total_seconds() > MAX_EVENT_AGE_SECONDS:
+        return Finding(
+            "events",
+            False,
+            f"they have waited for the Redis stream since {waiting[0].at:%F %T} UTC",
+            f"{START} and Redis; the page of event_sensor in the UI says what is wrong",
+        )
+    webhook = log.find_webhook()
+    if webhook and webhook.failures:
+        return Finding(
+            "events",
+            False,
+            f"the webhook failed {webhook.failures} times in a row: {webhook.problem}",
+            "repair it; it gets what it has missed within a day, and `imagepipeline events --dead` "
+            "lists what is older",
+        )
+    return Finding(
+        "events", True, "the stream has all" + (", the webhook works" if webhook else "")
+    )

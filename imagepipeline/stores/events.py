@@ -17,6 +17,7 @@ from imagepipeline.events import Event, EventType, EventVariant
 from imagepipeline.models import ImageMetadata, Status, now_utc
 from imagepipeline.stores.database import Database
 from imagepipeline.stores.tables import (
+    UtcDateTime,
     event_webhook,
     events,
     image_results,
@@ -28,7 +29,7 @@ KEPT = timedelta(days=3)  # delivered or not; unless the stream has not got it
 RETRIED = timedelta(days=1)  # what the webhook has not taken by then is on the dead list
 FIRST_WAIT, LONGEST_WAIT = timedelta(seconds=5), timedelta(minutes=5)
 LONGEST_POSTPONEMENT = timedelta(hours=1)  # of an event that the webhook refuses
-PRUNED_TOGETHER = 1000
+CHANGED_TOGETHER = 1000
 MAX_PROBLEM_CHARACTERS = 300
 STATUS_OF = {
     EventType.PICTURES_READY: Status.PROCESSING,
@@ -57,12 +58,11 @@ COLUMNS = [events.c[name] for name in StoredEvent.__dataclass_fields__]
 
 @dataclass(frozen=True)
 class WebhookState:
-    """How the webhook does: it is owed the events since then, and is not tried before `due_at`.
+    """How the webhook does; it is not tried before `due_at`.
 
     `problem` is why the last of `failures` in a row failed.
     """
 
-    since: datetime
     failures: int
     due_at: datetime
     problem: str | None
@@ -118,7 +118,7 @@ class EventLog:
         old = (
             sa.select(events.c.seq)
             .where(events.c.at < self._clock() - KEPT, events.c.stream_sent_at.is_not(None))
-            .limit(PRUNED_TOGETHER)
+            .limit(CHANGED_TOGETHER)
         )
         with self._database.reading() as connection:
             numbers = connection.execute(old).scalars().all()
@@ -128,16 +128,15 @@ class EventLog:
         return len(numbers)
 
     def open_webhook(self) -> WebhookState:
-        """The webhook's state; from the first time on, it is owed what happens from then on."""
+        """The webhook's state; the first time, it is set up to be owed what happens from now on."""
         known = self.find_webhook()
         if known is None:
-            now = self._clock()
+            known = WebhookState(0, self._clock(), None, False)
             insert = self._database.insert(event_webhook).values(
-                id=1, since=now, failures=0, due_at=now
+                id=1, failures=known.failures, due_at=known.due_at
             )
             with self._database.transaction() as connection:
                 connection.execute(insert.on_conflict_do_nothing())
-            known = WebhookState(now, 0, now, None, False)
         return known
 
     def find_webhook(self) -> WebhookState | None:
@@ -146,9 +145,7 @@ class EventLog:
             row = connection.execute(sa.select(event_webhook)).first()
         if row is None:
             return None
-        return WebhookState(
-            row.since, row.failures, row.due_at, row.problem, row.due_at > self._clock()
-        )
+        return WebhookState(row.failures, row.due_at, row.problem, row.due_at > self._clock())
 
     def close_webhook(self) -> None:
         """Records that no webhook is set, so that one set later is not owed older events."""
@@ -159,24 +156,24 @@ class EventLog:
     def list_owed(self, limit: int) -> list[StoredEvent]:
         """Up to `limit` events that the webhook is owed now, oldest first.
 
-        While an event is postponed, later ones of its image wait.
+        While an event is postponed, later ones of its image wait. Some of those that were owed for
+        more than a day go to the dead list first.
         """
         now = self._clock()
+        self._bury(now)
         earlier = events.alias()
         is_held_up = (
             sa.select(earlier.c.seq)
             .where(
                 earlier.c.image_id == events.c.image_id,
                 earlier.c.seq < events.c.seq,
-                earlier.c.webhook_sent_at.is_(None),
-                earlier.c.webhook_since > now - RETRIED,
+                earlier.c.webhook_since.is_not(None),
                 earlier.c.webhook_due_at > now,
             )
             .exists()
         )
         return self._list(
-            *self._is_owed(),
-            events.c.webhook_since > now - RETRIED,
+            events.c.webhook_since.is_not(None),
             sa.or_(events.c.webhook_due_at.is_(None), events.c.webhook_due_at <= now),
             ~is_held_up,
             limit=limit,
@@ -184,14 +181,12 @@ class EventLog:
 
     def list_dead(self, limit: int) -> list[StoredEvent]:
         """Up to `limit` events that the webhook has not taken within a day, oldest first."""
-        return self._list(
-            *self._is_owed(), events.c.webhook_since <= self._clock() - RETRIED, limit=limit
-        )
+        return self._list(events.c.webhook_died_at.is_not(None), limit=limit)
 
     def mark_posted(self, sent: Sequence[StoredEvent]) -> None:
         """Records that the webhook has taken these events, and so works."""
         now = self._clock()
-        self._mark(sent, webhook_sent_at=now)
+        self._mark(sent, webhook_sent_at=now, webhook_since=None)
         self._update_webhook(failures=0, due_at=now, problem=None)
 
     def note_webhook_failure(self, problem: str) -> None:
@@ -212,14 +207,19 @@ class EventLog:
 
     def resend(self, chosen: Sequence[StoredEvent]) -> None:
         """Has the webhook get these events, though it has got them or they are dead."""
-        self._mark(chosen, webhook_sent_at=None, webhook_since=self._clock(), webhook_due_at=None)
+        self._mark(chosen, webhook_since=self._clock(), webhook_due_at=None, webhook_died_at=None)
 
-    def _is_owed(self) -> list[sa.ColumnElement[bool]]:
-        since = sa.select(event_webhook.c.since).scalar_subquery()
-        return [
-            events.c.webhook_sent_at.is_(None),
-            events.c.webhook_since >= since,
-        ]
+    def _bury(self, now: datetime) -> None:
+        oldest = (
+            sa.select(events.c.seq, events.c.webhook_since)
+            .where(events.c.webhook_since.is_not(None))
+            .order_by(events.c.seq)
+            .limit(CHANGED_TOGETHER)
+        )
+        with self._database.reading() as connection:
+            owed = connection.execute(oldest).all()
+        if dead := [row.seq for row in owed if row.webhook_since <= now - RETRIED]:
+            self._change(dead, webhook_died_at=now, webhook_since=None)
 
     def _list(self, *conditions: sa.ColumnElement[bool], limit: int) -> list[StoredEvent]:
         query = sa.select(*COLUMNS).where(*conditions).order_by(events.c.seq).limit(limit)
@@ -227,7 +227,9 @@ class EventLog:
             return [StoredEvent(*row) for row in connection.execute(query)]
 
     def _mark(self, chosen: Sequence[StoredEvent], **values: Any) -> None:
-        numbers = [event.seq for event in chosen]
+        self._change([event.seq for event in chosen], **values)
+
+    def _change(self, numbers: Sequence[int], **values: Any) -> None:
         with self._database.transaction() as connection:
             connection.execute(sa.update(events).where(events.c.seq.in_(numbers)).values(values))
 
@@ -299,8 +301,10 @@ def _insert(connection: sa.Connection, event: Event) -> None:
             generation=event.generation,
             type=event.type.value,
             at=event.at,
-            payload=event.model_dump_json(by_alias=True, exclude_none=False),
-            webhook_since=event.at,
+            payload=event.model_dump_json(by_alias=True),
+            webhook_since=sa.select(sa.literal(event.at, UtcDateTime))
+            .select_from(event_webhook)
+            .scalar_subquery(),  # empty without a webhook
         )
     )
 

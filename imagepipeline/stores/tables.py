@@ -186,8 +186,10 @@ notifications = sa.Table(
 )
 
 # What apps are told, written in the transaction of the change. There is no foreign key, because an
-# event outlives an erased image. Views that apps read are named in docs/events.md: a migration that
-# changes what they read must keep their columns.
+# event outlives an erased image.
+#
+# The views that apps read (docs/events.md) stand on images, image_variants and image_results. They
+# keep their columns; on SQLite, a migration that rebuilds a table drops them and creates them anew.
 events = sa.Table(
     "events",
     schema,
@@ -199,31 +201,31 @@ events = sa.Table(
     sa.Column("at", UtcDateTime, nullable=False, index=True),
     sa.Column("payload", sa.Text, nullable=False),
     sa.Column("stream_sent_at", UtcDateTime),
+    sa.Column("webhook_since", UtcDateTime),  # the webhook is owed it since then; empty: it is not
+    sa.Column("webhook_due_at", UtcDateTime),  # the webhook refused it; not tried again before
     sa.Column("webhook_sent_at", UtcDateTime),
-    sa.Column("webhook_since", UtcDateTime, nullable=False),  # tried for a day from then on
-    sa.Column("webhook_due_at", UtcDateTime),  # refused, and not tried again before
+    sa.Column("webhook_died_at", UtcDateTime),  # when we gave it up
     sa.Index(None, "image_id", "seq"),
     sa.Index(
-        "ix_events_without_stream",
+        "ix_events_for_stream",
         "seq",
         sqlite_where=sa.column("stream_sent_at").is_(None),
         postgresql_where=sa.column("stream_sent_at").is_(None),
     ),
     sa.Index(
-        "ix_events_without_webhook",
+        "ix_events_for_webhook",
         "seq",
-        sqlite_where=sa.column("webhook_sent_at").is_(None),
-        postgresql_where=sa.column("webhook_sent_at").is_(None),
+        sqlite_where=sa.column("webhook_since").is_not(None),
+        postgresql_where=sa.column("webhook_since").is_not(None),
     ),
     sqlite_autoincrement=True,  # numbers of deleted events are not used again
 )
 
-# One row while a webhook for events is set: since when, and how it does.
+# One row while a webhook for events is set, and how it does. New events are owed to it.
 event_webhook = sa.Table(
     "event_webhook",
     schema,
     sa.Column("id", sa.Integer, primary_key=True, autoincrement=False),
-    sa.Column("since", UtcDateTime, nullable=False),
     sa.Column("failures", sa.Integer, nullable=False),
     sa.Column("due_at", UtcDateTime, nullable=False),
     sa.Column("problem", sa.String(300)),

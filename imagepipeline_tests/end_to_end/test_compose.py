@@ -390,7 +390,7 @@ def test_apps_consume_events_and_read_two_views_and_nothing_else(stack):
             "SELECT * FROM images",
             "SELECT * FROM events",
             "CREATE TABLE mine (id int)",
-            "SET default_transaction_read_only = off; DELETE FROM published_images_v1",
+            "SET TRANSACTION READ WRITE; DELETE FROM images",
         ):
             with pytest.raises(sa.exc.DBAPIError, match=r"permission denied|read-only"):
                 connection.exec_driver_sql(refused)

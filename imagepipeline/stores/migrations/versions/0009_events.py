@@ -49,28 +49,30 @@ def upgrade() -> None:
         sa.Column("at", moment, nullable=False),
         sa.Column("payload", sa.Text(), nullable=False),
         sa.Column("stream_sent_at", moment),
-        sa.Column("webhook_sent_at", moment),
-        sa.Column("webhook_since", moment, nullable=False),
+        sa.Column("webhook_since", moment),
         sa.Column("webhook_due_at", moment),
+        sa.Column("webhook_sent_at", moment),
+        sa.Column("webhook_died_at", moment),
         sa.PrimaryKeyConstraint("seq", name=op.f("pk_events")),
         sa.UniqueConstraint("event_id", name=op.f("uq_events_event_id")),
         sqlite_autoincrement=True,
     )
     op.create_index(op.f("ix_events_image_id_seq"), "events", ["image_id", "seq"])
     op.create_index(op.f("ix_events_at"), "events", ["at"])
-    for channel in ("stream", "webhook"):
-        unsent = sa.text(f"{channel}_sent_at IS NULL")
+    for channel, condition in (
+        ("stream", sa.text("stream_sent_at IS NULL")),
+        ("webhook", sa.text("webhook_since IS NOT NULL")),
+    ):
         op.create_index(
-            f"ix_events_without_{channel}",
+            f"ix_events_for_{channel}",
             "events",
             ["seq"],
-            sqlite_where=unsent,
-            postgresql_where=unsent,
+            sqlite_where=condition,
+            postgresql_where=condition,
         )
     op.create_table(
         "event_webhook",
         sa.Column("id", sa.Integer(), nullable=False, autoincrement=False),
-        sa.Column("since", moment, nullable=False),
         sa.Column("failures", sa.Integer(), nullable=False),
         sa.Column("due_at", moment, nullable=False),
         sa.Column("problem", sa.String(300)),
