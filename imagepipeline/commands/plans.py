@@ -2,6 +2,7 @@
 
 import contextlib
 import sys
+import time
 from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
@@ -18,7 +19,7 @@ from imagepipeline.commands.shared import (
     to_text,
     with_settings,
 )
-from imagepipeline.errors import ImagePipelineError, InvalidFilterError
+from imagepipeline.errors import ImagePipelineError, InvalidFilterError, StackError
 from imagepipeline.filters import FIELDS, Filter
 from imagepipeline.models import ASSETS, Recipe
 from imagepipeline.opening import open_catalogue
@@ -28,7 +29,7 @@ from imagepipeline.text import to_json
 if TYPE_CHECKING:  # it takes as long to import as all else
     from imagepipeline.planning import Step
     from imagepipeline.sampling import Sample
-    from imagepipeline.stores.applies import Applies
+    from imagepipeline.stores.applies import Applies, Apply
     from imagepipeline.stores.catalogue import Catalogue
 
 MAX_SAMPLED = 100  # a page of them has some 10 MB
@@ -216,12 +217,32 @@ def apply(
         if problem := planning.explain_unknown_cost(planned):
             raise click.UsageError(problem)
     total = plans.count_images(recipes, where)
-    begun = applies.start(recipes, limit, budget, where, planning.LEASE_SECONDS)
+    begun = start_apply(applies, recipes, limit, budget, where)
     with contextlib.closing(planning.follow(applies, begun)) as steps:
         *_, last = display.follow_apply(steps, min(total, limit or total))
     display.show_rows([asdict(last)], tuple(asdict(last)), as_json)
     if last.failed:
         sys.exit(EXIT_FAILED)
+
+
+def start_apply(
+    applies: "Applies",
+    recipes: Mapping[str, Recipe],
+    limit: int | None,
+    budget: float | None,
+    where: Filter,
+) -> "Apply":
+    """Opens an apply; waits until the lease of one whose command was killed has expired."""
+    from imagepipeline import planning
+
+    deadline = time.monotonic() + planning.LEASE_SECONDS
+    while True:
+        try:
+            return applies.start(recipes, limit, budget, where, planning.LEASE_SECONDS)
+        except StackError:
+            if time.monotonic() > deadline:
+                raise
+            time.sleep(planning.POLL_SECONDS)
 
 
 def stop_apply(applies: "Applies", dry_run: bool, as_json: bool) -> None:
