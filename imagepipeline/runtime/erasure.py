@@ -121,7 +121,7 @@ def main() -> None:
             receipts = erasing.erase(stores, image_ids, DRY_RUN in sys.argv, _report)
         except ImagePipelineError as error:
             sys.exit(str(error))
-    is_emptied = settings.dagster_database_url is not None or sqlite_storage.truncate_logs()
+    is_emptied = DRY_RUN in sys.argv or sqlite_storage.truncate_logs()
     for receipt in receipts:
         if settings.dagster_database_url or settings.explicit_database_url:
             receipt.remains.append("deleted rows on disk, until Postgres has vacuumed its tables")
