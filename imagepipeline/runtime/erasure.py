@@ -118,7 +118,7 @@ def main() -> None:
             build_recipes(settings),
         )
         try:
-            receipts = erasing.erase(stores, image_ids, DRY_RUN in sys.argv, _report)
+            receipts = erasing.erase(stores, image_ids, DRY_RUN in sys.argv)
         except ImagePipelineError as error:
             sys.exit(str(error))
     is_emptied = DRY_RUN in sys.argv or sqlite_storage.truncate_logs()
@@ -128,10 +128,6 @@ def main() -> None:
         if not is_emptied:
             receipt.remains.append("Dagster's write-ahead logs, until they are next emptied")
     print(json.dumps([receipt.to_dict() for receipt in receipts]))
-
-
-def _report(line: str) -> None:
-    print(line, file=sys.stderr, flush=True)
 
 
 if __name__ == "__main__":

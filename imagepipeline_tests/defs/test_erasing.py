@@ -180,7 +180,7 @@ def describe(world: World, image_id: str) -> dict[str, bytes]:
 
 
 def erase(world: World, *image_ids: str, is_dry_run: bool = False) -> list[erasing.Receipt]:
-    receipts = erasing.erase(world.stores, image_ids, is_dry_run, lambda line: None)
+    receipts = erasing.erase(world.stores, image_ids, is_dry_run)
     if world.bucket is None and not is_dry_run:
         assert sqlite_storage.truncate_logs()
     return receipts
@@ -229,6 +229,8 @@ def test_an_erased_image_is_found_nowhere_and_may_be_pushed_again(world):
 @pytest.mark.parametrize("world", ["one machine"], indirect=True)
 def test_a_run_under_way_can_write_nothing_more(world):
     """Plays a run that was cancelled by force, and writes until it looks for its claim."""
+    world.stores.files.put_original("victim", b"late", "jpg")
+    world.stores.files.write("variants/victim-sm.webp", b"late")
     world.stores.catalogue.accept([Upload("victim")])
     claim = world.stores.catalogue.claim("victim", 1, "run")
     dagster = world.stores.orchestrator
@@ -238,7 +240,6 @@ def test_a_run_under_way_can_write_nothing_more(world):
         count_runs, end_runs = dagster.count_runs, dagster.end_runs
 
         def remove(self, image_id):
-            world.stores.files.write("original/victim.jpg", b"late")
             world.stores.files.write("variants/victim-sm.webp", b"late")
             world.stores.index.upsert(claim, embedding)
             return dagster.remove(image_id)
@@ -246,7 +247,7 @@ def test_a_run_under_way_can_write_nothing_more(world):
     [receipt] = erase(replace_orchestrator(world, Late()), "victim")
     assert receipt.is_known
     with pytest.raises(StaleClaimError):
-        world.stores.catalogue.save_original(claim, None)
+        world.stores.catalogue.beat(claim)
     assert world.stores.catalogue.get("victim") is None
     assert world.find({"file": b"late", "text": b"a secret cat"}) == set()
 
