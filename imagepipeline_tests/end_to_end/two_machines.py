@@ -141,13 +141,13 @@ EMBEDDED = {
 
 
 class Link:
-    """A local port that relays to a server's Unix socket until the link is cut.
+    """A local port that relays to a server's Unix socket or port until the link is cut.
 
     While the link is cut, nothing is relayed or refused, as if packets were dropped; data in
     transit arrives later.
     """
 
-    def __init__(self, target: Path) -> None:
+    def __init__(self, target: Path | tuple[str, int]) -> None:
         self._target = target
         self._is_whole = threading.Event()
         self._is_whole.set()
@@ -175,13 +175,14 @@ class Link:
 
     def _pass_on(self, client: socket.socket) -> None:
         self._is_whole.wait()
+        is_local = isinstance(self._target, Path)
         with (
             contextlib.suppress(OSError),
             client,
-            socket.socket(socket.AF_UNIX) as server,
+            socket.socket(socket.AF_UNIX if is_local else socket.AF_INET) as server,
             selectors.DefaultSelector() as selector,
         ):
-            server.connect(str(self._target))
+            server.connect(str(self._target) if is_local else self._target)
             selector.register(client, selectors.EVENT_READ, server)
             selector.register(server, selectors.EVENT_READ, client)
             while True:
@@ -292,6 +293,9 @@ class Pair:
         postgres_folder = sa.make_url(postgres_url).query["host"]
         self._links = [Link(redis_socket), Link(Path(str(postgres_folder), ".s.PGSQL.5432"))]
         redis_port, postgres_port = (link.port for link in self._links)
+        bucket = urlsplit(os.environ.get("AWS_ENDPOINT_URL", "")) if "://" in root else None
+        if bucket is not None:
+            self._links.append(Link((str(bucket.hostname), int(bucket.port or 80))))
         far = [sa.make_url(url).set(query={}, host="127.0.0.1", port=postgres_port) for url in urls]
         names = ("DATABASE_URL", "DAGSTER_DATABASE_URL")
         shared = {
@@ -312,6 +316,8 @@ class Pair:
             "REDIS_URL": f"redis://127.0.0.1:{redis_port}/0",
             **dict(zip(names, behind, strict=True)),
         }
+        if bucket is not None:
+            there["AWS_ENDPOINT_URL"] = f"http://127.0.0.1:{self._links[-1].port}"
         self.alpha, self.beta = (
             Machine(folder, "alpha", shared | near),
             Machine(folder, "beta", shared | there),
@@ -397,7 +403,7 @@ class Pair:
         assert self.index.count_rows() == len(self.image_ids)
 
     def cut_off(self) -> None:
-        """Cuts the second machine off from Redis and Postgres."""
+        """Cuts the second machine off from Redis, Postgres and the bucket."""
         for link in self._links:
             link.cut()
 
