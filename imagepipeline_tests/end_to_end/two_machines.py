@@ -57,12 +57,15 @@ def can_set_host_names() -> bool:
 class Provider:
     """Both paid APIs; counts the calls per picture, and those at the same time.
 
-    While it is held, it receives requests but does not answer them.
+    While it is held, it receives requests but does not answer them. While `refuses` is true, it
+    answers that the key is wrong, and counts the calls in `refused`.
     """
 
     def __init__(self) -> None:
         self.calls: Counter[str] = Counter()
         self.at_once = self.peak = 0
+        self.refuses = False
+        self.refused = 0
         self._is_answering = threading.Event()
         self.release()
         provider = self
@@ -76,6 +79,11 @@ class Provider:
 
             def do_POST(self) -> None:
                 asked = self.rfile.read(int(self.headers["Content-Length"]))
+                if provider.refuses:
+                    with lock:
+                        provider.refused += 1
+                    self.send(401, {"error": {"message": "wrong", "code": "invalid_api_key"}})
+                    return
                 is_chat = self.path.endswith("/chat/completions")
                 if is_chat:
                     with lock:
@@ -86,8 +94,11 @@ class Provider:
                     provider._is_answering.wait()
                     with lock:
                         provider.at_once -= 1
-                answer = json.dumps(_describe(key) if is_chat else EMBEDDED).encode()
-                self.send_response(200)
+                self.send(200, _describe(key) if is_chat else EMBEDDED)
+
+            def send(self, status: int, said: dict[str, Any]) -> None:
+                answer = json.dumps(said).encode()
+                self.send_response(status)
                 self.send_header("Content-Type", "application/json")
                 self.send_header("Content-Length", str(len(answer)))
                 self.end_headers()
