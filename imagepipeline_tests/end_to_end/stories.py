@@ -51,11 +51,11 @@ def redo_outdated(ui: Ui) -> None:
     expect(ui.page).to_have_url(re.compile("/runs/"))
 
 
-def find_red(ui: Ui) -> list[str]:
+def find_red(ui: Ui) -> set[str]:
     """Opens the lineage; returns the assets that are red."""
     ui.start()
     ui.click_link("Lineage")
     nodes = ui.page.locator(NODES)
     expect(nodes).to_have_count(len(ASSETS))
     ui.page.wait_for_function(IS_LOADED)
-    return [node.inner_text().strip() for node in nodes.all() if node.evaluate(IS_RED)]
+    return {node.inner_text().strip() for node in nodes.all() if node.evaluate(IS_RED)}
