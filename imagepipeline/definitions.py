@@ -1,7 +1,5 @@
 """The pipeline on one screen: all Dagster definitions and the resources behind them."""
 
-from dataclasses import replace
-
 import dagster as dg
 
 from imagepipeline.defs import (
@@ -9,6 +7,7 @@ from imagepipeline.defs import (
     backlog,
     batches,
     checks,
+    events,
     index,
     jobs,
     notifications,
@@ -18,17 +17,15 @@ from imagepipeline.defs import (
     sensors,
 )
 from imagepipeline.homes import secure_home
-from imagepipeline.imaging.decoding import Rules
-from imagepipeline.imaging.sandbox import Sandbox
-from imagepipeline.imaging.variants import Renderer
-from imagepipeline.models import build_variant_specs
-from imagepipeline.originals import Originals
+from imagepipeline.originals import build_originals
 from imagepipeline.planning import Applier
 from imagepipeline.providers import (
     build_embedder,
+    build_event_webhook,
     build_index,
     build_notifiers,
     build_recipes,
+    build_renderer,
     build_vision,
     open_paid_calls,
 )
@@ -37,9 +34,11 @@ from imagepipeline.storage import open_storage
 from imagepipeline.stores.applies import Applies
 from imagepipeline.stores.broker import TaskQueue
 from imagepipeline.stores.catalogue import Catalogue
+from imagepipeline.stores.events import EventLog
 from imagepipeline.stores.ledger import Ledger
 from imagepipeline.stores.outbox import Outbox
 from imagepipeline.stores.plans import Plans
+from imagepipeline.stores.stream import EventStream
 from imagepipeline.stores.uploads import UploadQueue
 
 NICEST = 19  # the lowest priority for the CPU, see setpriority(2)
@@ -71,6 +70,8 @@ def defs() -> dg.Definitions:
             reconciler.reconciler,
             notifications.notification_sensor,
             checks.check_sensor,
+            events.event_sensor,
+            *([events.event_webhook_sensor] if settings.event_webhook_url else []),
             backlog.queue_sensor,
             index.index_sensor,
         ],
@@ -82,23 +83,6 @@ def defs() -> dg.Definitions:
 def build_resources(settings: Settings) -> dict[str, dg.ResourceDefinition]:
     """Returns the resources of assets and sensors; each connects when it is first used."""
     files = open_storage(settings.storage)
-    sandbox = Sandbox(
-        settings.max_memory_bytes,
-        settings.max_cpu_seconds,
-        is_confinement_required=settings.require_confinement,
-    )
-    rules = Rules(
-        max_bytes=settings.max_bytes,
-        max_pixels=settings.max_pixels,
-        max_side_px=settings.max_side_px,
-        max_frames=settings.max_frames,
-        max_icc_bytes=settings.max_icc_bytes,
-        max_text_bytes=settings.max_text_bytes,
-        is_animation_kept=settings.animation == "keep",
-        is_truncated_accepted=settings.accept_truncated,
-    )
-    preview_px = settings.vision_long_side_px if settings.has_remote_vision else None
-    specs = build_variant_specs(*settings.qualities)
     queue, broker, prefix = settings.redis_url, settings.broker_url, settings.queue_prefix
     database = settings.database_url
     return {
@@ -125,13 +109,21 @@ def build_resources(settings: Settings) -> dict[str, dg.ResourceDefinition]:
             lambda: build_notifiers(settings),
             "The channels that notify administrators: webhook, mail, both or none.",
         ),
+        "event_log": resources.made(lambda: EventLog(database), "What apps are told of images."),
+        "event_stream": resources.opened(
+            lambda: EventStream(queue, prefix, settings.event_stream_length),
+            "The Redis stream on which apps get events.",
+        ),
+        "event_webhook": resources.made(
+            lambda: build_event_webhook(settings), "The webhook that gets events, or none."
+        ),
         "files": resources.made(lambda: files, "The files of originals and variants."),
         "originals": resources.opened(
-            lambda: Originals(files, sandbox, rules, preview_px),
+            lambda: build_originals(settings, files),
             "The originals, each decoded once per run, and the rules for accepting them.",
         ),
         "background_originals": resources.opened(
-            lambda: Originals(files, replace(sandbox, niceness=NICEST), rules, preview_px),
+            lambda: build_originals(settings, files, NICEST),
             "Originals for the bulk lane, whose decoders yield the CPU to those of uploads.",
         ),
         "batch_size": resources.made(
@@ -143,15 +135,7 @@ def build_resources(settings: Settings) -> dict[str, dg.ResourceDefinition]:
             ),
             "Begins the images of `imagepipeline apply`.",
         ),
-        "renderer": resources.made(
-            lambda: Renderer(
-                specs,
-                settings.animation == "keep",
-                settings.keep_copyright,
-                settings.compared_share,
-            ),
-            "How variants are made.",
-        ),
+        "renderer": resources.made(lambda: build_renderer(settings), "How variants are made."),
         "index": resources.made(lambda: build_index(settings), "The embeddings, in LanceDB."),
         "vision": resources.made(
             lambda: build_vision(settings), "The model that describes images."

@@ -6,6 +6,7 @@
     │   ├── CatalogueTakenError     the catalogue belongs to another Dagster instance
     │   └── RedisClusterError
     ├── InvalidUploadError          an entry on the Redis list is malformed
+    ├── InvalidFilterError          a filter of images is malformed
     ├── NotificationError           a notice could not be sent; it will be tried again
     │   └── NoticeRefusedError      only this notice was refused
     ├── ImageBusyError              another run is working on the image
@@ -86,6 +87,10 @@ class RedisClusterError(StackError):
 
 class InvalidUploadError(ImagePipelineError):
     """An upload is malformed; an entry of the Redis list goes to the dead list with this."""
+
+
+class InvalidFilterError(ImagePipelineError):
+    """A filter of images names an unknown field, or a value that does not fit its field."""
 
 
 class NotificationError(ImagePipelineError):

@@ -191,6 +191,14 @@ class PaidCalls:
         if kept.is_paid:
             self._ledger.forget(kept.key)
 
+    def price(self, model: str, usage: CallUsage | None) -> float | None:
+        """Returns the US dollars of a call, as reported or by price; None if they are unknown."""
+        price = find_price(model, self._prices)
+        if usage is None or usage.cost_usd or price is None:
+            return usage.cost_usd if usage else None
+        per_million_in, per_million_out = price
+        return (usage.tokens_in * per_million_in + usage.tokens_out * per_million_out) / 1_000_000
+
     def _pause(self, error: PausedError, claim: Claim | None, stage: str) -> None:
         # A pause caused by a search or the doctor has no stage, so that any answer ends it: neither
         # may ever make another call.
@@ -233,7 +241,7 @@ class PaidCalls:
             receipt = Receipt(
                 waited_seconds,
                 round(time.monotonic() - started, 3),
-                self._price(recipe.model, usage),
+                self.price(recipe.model, usage),
             )
             self._ledger.record(
                 PaidCall(
@@ -400,13 +408,6 @@ class PaidCalls:
         if unpriced:
             return explain_unpriced(unpriced)
         return explain_missing_usage(without_usage[0]) if without_usage else None
-
-    def _price(self, model: str, usage: CallUsage | None) -> float | None:
-        price = find_price(model, self._prices)
-        if usage is None or usage.cost_usd or price is None:
-            return usage.cost_usd if usage else None
-        per_million_in, per_million_out = price
-        return (usage.tokens_in * per_million_in + usage.tokens_out * per_million_out) / 1_000_000
 
 
 def find_price(model: str, prices: Mapping[str, tuple[float, float]]) -> tuple[float, float] | None:

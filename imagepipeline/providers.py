@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterator
 from contextlib import closing, contextmanager
+from typing import TYPE_CHECKING
 
 from imagepipeline.index import EmbeddingStore, open_index
 from imagepipeline.models import Embedding, Recipe, build_variant_specs
@@ -9,7 +10,7 @@ from imagepipeline.paid_calls import PaidCalls, explain_unpriced, find_price
 from imagepipeline.resident import ResidentEmbedder, ResidentIndex, ResidentVision
 from imagepipeline.services import embedder, vision
 from imagepipeline.services.embedder import Embedder, LocalEmbedder, OpenRouterEmbedder
-from imagepipeline.services.notifier import MailNotifier, Notifier, WebhookNotifier
+from imagepipeline.services.notifier import EventWebhook, MailNotifier, Notifier, WebhookNotifier
 from imagepipeline.services.vision import (
     DEFAULT_PROMPT,
     LocalVision,
@@ -20,6 +21,9 @@ from imagepipeline.services.vision import (
 from imagepipeline.settings import NO_KEY, Settings
 from imagepipeline.stores.ledger import Ledger
 from imagepipeline.stores.limiter import CallLimiter
+
+if TYPE_CHECKING:
+    from imagepipeline.imaging.variants import Renderer
 
 
 def build_vision(settings: Settings) -> VisionModel:
@@ -77,6 +81,17 @@ def build_notifiers(settings: Settings) -> list[Notifier]:
     return notifiers
 
 
+def build_event_webhook(settings: Settings) -> EventWebhook | None:
+    """The app's webhook; None if none is set."""
+    if not (settings.event_webhook_url and settings.webhook_secret):
+        return None
+    return EventWebhook(
+        settings.event_webhook_url.get_secret_value(),
+        settings.webhook_secret.get_secret_value(),
+        settings.webhook_allow_private,
+    )
+
+
 @contextmanager
 def open_limiter(settings: Settings) -> Iterator[CallLimiter]:
     """Opens the rate limiter, which connects when it is first used."""
@@ -130,6 +145,18 @@ def build_recipes(settings: Settings) -> dict[str, Recipe]:
         ),
         "embedding": build_embedding_recipe(settings),
     }
+
+
+def build_renderer(settings: Settings) -> "Renderer":
+    """The maker of variants under these settings."""
+    from imagepipeline.imaging.variants import Renderer
+
+    return Renderer(
+        build_variant_specs(*settings.qualities),
+        settings.animation == "keep",
+        settings.keep_copyright,
+        settings.compared_share,
+    )
 
 
 def explain_unpriced_models(settings: Settings) -> str | None:

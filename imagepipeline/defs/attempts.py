@@ -93,7 +93,10 @@ def attempt(
     """
     claim = _claim(context, catalogue)
     if claim is None:
-        context.log.info(f"{context.partition_key} belongs to another run now: nothing was done.")
+        context.log.info(
+            f"{context.partition_key} was cancelled, or belongs to another run now: nothing was "
+            "done."
+        )
         yield None
         return
     number = context.retry_number + 1

@@ -27,6 +27,7 @@ from imagepipeline.defs.partitions import uploads
 from imagepipeline.defs.showing import link_to
 from imagepipeline.defs.stages import Made, make_embedding, make_metadata, make_variants
 from imagepipeline.errors import PostponedError
+from imagepipeline.filters import Filter
 from imagepipeline.imaging.variants import Renderer
 from imagepipeline.index import EmbeddingStore
 from imagepipeline.models import ASSETS, BULK_PRIORITY, Claim, Recipe
@@ -45,6 +46,12 @@ MAX_SECONDS = 60  # then a run takes no more images: a worker that drains waits 
 LINGER_SECONDS = 2  # without images: the next tick of the sensor may bring some
 DATA_VERSION_TAG = "dagster/data_version"
 DEPS = {"metadata": [], "variants": ["metadata"], "embedding": ["metadata", "variants"]}
+# What a materialization shows, so that an event takes 2 to 3 kB of Dagster's tables; the rest is
+# in the catalogue (`imagepipeline status ID`).
+SHOWN = (
+    *("description", "tags", "category", "cost_usd", "cause"),
+    *("bytes_in", "bytes_out", "problems"),
+)
 MADE_FROM_ORIGINAL = ("metadata", "variants")
 # What Dagster records for `original`, which has no data version.
 OF_ORIGINAL = {
@@ -180,7 +187,8 @@ class Batch:
             DATA_VERSION_TAG: made.data_version,
             "dagster/code_version": self.stages.recipes[asset].version,
         }
-        metadata = {**made.metadata, "see_original": link_to("original", claim.image_id)}
+        metadata = {key: value for key, value in made.metadata.items() if key in SHOWN}
+        metadata["see_original"] = link_to("original", claim.image_id)
         self._put(
             dg.AssetMaterialization(asset, partition=claim.image_id, metadata=metadata, tags=tags)
         )
@@ -326,6 +334,7 @@ class ApplyConfig(dg.Config):
         None, gt=0, description="Begin no more images after this many US dollars."
     )
     assets: list[AssetName] = Field([], description="Only these assets; none means all.")
+    where: list[str] = Field([], description="Only these images, such as `category=animal`.")
 
 
 @dg.op
@@ -333,9 +342,9 @@ def start_apply(
     context: dg.OpExecutionContext, config: ApplyConfig, applier: dg.ResourceParam[Applier]
 ) -> None:
     """Lets runs of the bulk lane make what is outdated, and returns at once."""
-    apply, count = applier.start(
-        [asset.value for asset in config.assets], config.limit, config.budget_usd
-    )
+    assets = [asset.value for asset in config.assets]
+    where = Filter.parse(config.where)
+    apply, count = applier.start(assets, config.limit, config.budget_usd, where)
     context.log.info(
         f"Apply {apply.id} has begun: {count} images are outdated. Runs of process_batch make "
         "them; `imagepipeline apply --stop` stops them."

@@ -237,6 +237,7 @@ def make_embedding(
             **_describe_embedding(result),
             **_describe_receipt(receipt),
             "is_reused": is_reused,
+            **({"cause": cause} if cause else {}),
             **_describe_recipe(embedder.recipe),
             "attempt": work.number,
         },

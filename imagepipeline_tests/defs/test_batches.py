@@ -13,9 +13,9 @@ from dagster._core.definitions.data_version import CachingStaleStatusResolver, S
 from dagster._core.loader import LoadingContextForTest
 
 from imagepipeline.definitions import NICEST, defs
-from imagepipeline.defs.batches import process_batch
+from imagepipeline.defs.batches import apply_plan, process_batch
 from imagepipeline.defs.outcomes import ORIGINAL
-from imagepipeline.errors import ProviderUnavailableError
+from imagepipeline.errors import ProviderUnavailableError, StackError
 from imagepipeline.imaging.decoding import Rules, decode
 from imagepipeline.imaging.sandbox import Sandbox
 from imagepipeline.imaging.variants import Renderer
@@ -23,6 +23,7 @@ from imagepipeline.models import ASSETS, BULK_PRIORITY, Upload, build_variant_sp
 from imagepipeline.originals import Originals
 from imagepipeline.services.embedder import LocalEmbedder
 from imagepipeline.services.vision import LocalVision
+from imagepipeline.stores.applies import Applies
 from imagepipeline.stores.catalogue import Catalogue
 from imagepipeline_tests.conftest import PHOTOS
 
@@ -176,3 +177,14 @@ def test_threads_claim_different_images(catalogue_url):
     assert sorted(claim.image_id for claim in claims if claim) == sorted(
         f"i{number}" for number in range(20)
     )
+
+
+def test_the_apply_job_opens_an_apply(instance, applier, catalogue, sqlite_catalogue_url):
+    config = {"limit": 7, "budget_usd": 2.5, "assets": ["variants"]}
+    run_config = {"ops": {"start_apply": {"config": config}}}
+    options = {"instance": instance, "resources": {"applier": applier}}
+    assert apply_plan.execute_in_process(run_config=run_config, **options).success
+    apply = Applies(sqlite_catalogue_url).find_open()
+    assert (apply.max_images, apply.budget_usd, [*apply.recipes]) == (7, 2.5, ["variants"])
+    with pytest.raises(StackError, match="an apply is under way"):
+        apply_plan.execute_in_process(**options)

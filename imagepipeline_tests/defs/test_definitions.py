@@ -55,7 +55,7 @@ def test_assets_have_descriptions_owners_and_versions():
 @pytest.mark.parametrize(
     ("environment", "metadata", "embedding"),
     [
-        ({}, "local:efficientnet-lite0:facts-2", "local:all-MiniLM-L6-v2-int8"),
+        ({}, "local:efficientnet-lite0:facts-3", "local:all-MiniLM-L6-v2-int8"),
         (
             {"OPENAI_API_KEY": "k", "IMAGEPIPELINE_VISION_MODEL": "gpt-5"},
             "openai:gpt-5:prompt-",
