@@ -13,7 +13,8 @@ import secrets
 import sys
 from pathlib import Path
 
-# `uploader` may only push and see how much waits. `dagster`, for the daemon and the webserver, may
+# `uploader` may only push and see how much waits. `reader`, for apps, may consume events, but not
+# add or delete any. `dagster`, for the daemon and the webserver, may
 # hand runs to the workers and cancel them. `pipeline` may also do what our code does, on our keys;
 # its Lua scripts, for the rate limit and for Celery, have the same rights. None of these may read
 # other keys, flush or reconfigure. Only `admin` may, and no service has its password.
@@ -22,11 +23,13 @@ user default off
 user admin on #{admin} allkeys allchannels +@all
 user uploader on #{uploader} resetkeys ~image-processing:wait resetchannels -@all +lpush +rpush \
 +llen {connection}
+user reader on #{reader} resetkeys ~image-processing:events resetchannels -@all {consume} \
+{connection}
 user dagster on #{dagster} resetkeys ~image-processing:runs:* resetchannels \
 &image-processing:runs:* -@all {dispatch} {connection}
 user pipeline on #{pipeline} resetkeys ~image-processing:* resetchannels &image-processing:runs:* \
 -@all +blmove +rpush +lrange +lrem +ltrim +incrby +set +del +zadd +pexpire +zcard +zrange \
-+zremrangebyscore +evalsha +script|load +time {dispatch} {work} {connection}
++zremrangebyscore +xadd +xrange +xdel +evalsha +script|load +time {dispatch} {work} {connection}
 """
 # The commands that Celery needs to hand over and cancel runs, and to execute them. Workers
 # subscribe to one pattern of channels; Redis compares such a pattern literally.
@@ -34,6 +37,9 @@ DISPATCH = "+lpush +llen +sadd +smembers +multi +exec +publish +get"
 WORK = """&image-processing:runs:/0.celery.pidbox +psubscribe +punsubscribe +subscribe \
 +unsubscribe +brpop +rpop +hget +hset +hdel +zrem +srem +watch +unwatch +setex +script|exists \
 +zrangebyscore +exists"""
+CONSUME = """+xread +xreadgroup +xrange +xrevrange +xlen +xack +xclaim +xautoclaim +xpending \
++xgroup|create +xgroup|createconsumer +xgroup|delconsumer +xinfo|stream +xinfo|groups \
++xinfo|consumers"""
 CONNECTION = "+auth +hello +ping +info +select +client|setinfo +client|setname"
 
 
@@ -62,14 +68,21 @@ def main() -> None:
             f"{database}_database_url",
             f"postgresql://{database}:{password}@postgres:5432/{database}",
         )
+    password = generate("reader_database_password")
+    make(
+        "reader_database_url",
+        f"postgresql://imagepipeline_reader:{password}@postgres:5432/catalogue",
+    )
     digests = {}
-    for user in ("uploader", "dagster", "pipeline"):
+    for user in ("uploader", "reader", "dagster", "pipeline"):
         password = generate(f"redis_{user}_password")
         digests[user] = hashlib.sha256(password.encode()).hexdigest()
         make(f"redis_{user}_url", f"redis://{user}:{password}@redis:6379/0")
     digests["admin"] = hashlib.sha256(generate("redis_admin_password").encode()).hexdigest()
     acl = folder / "redis_users.acl"
-    rights = ACL.format(**digests, connection=CONNECTION, dispatch=DISPATCH, work=WORK)
+    rights = ACL.format(
+        **digests, connection=CONNECTION, consume=CONSUME, dispatch=DISPATCH, work=WORK
+    )
     # Rights change with our versions and with rotated passwords.
     if acl.exists() and acl.read_text() != rights:
         acl.write_text(rights)

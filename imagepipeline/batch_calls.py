@@ -257,7 +257,8 @@ class BatchCalls:
                 yield from found
                 last_id = found[-1]
 
-        return Questions(islice(list_ids(), limit), self._ask)
+        ask = self._ask if STAGE in recipes else lambda _: None
+        return Questions(islice(list_ids(), limit), ask)
 
     def _ask(self, image_id: str) -> Question | None:
         """The question about an image; None if its run would not ask, or cannot."""

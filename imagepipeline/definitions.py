@@ -4,17 +4,24 @@ import dagster as dg
 
 from imagepipeline.defs import (
     assets,
+    backlog,
+    batches,
     checks,
+    events,
+    index,
     jobs,
     notifications,
+    outcomes,
     reconciler,
     resources,
     sensors,
 )
 from imagepipeline.homes import secure_home
 from imagepipeline.originals import build_originals
+from imagepipeline.planning import Applier
 from imagepipeline.providers import (
     build_embedder,
+    build_event_webhook,
     build_index,
     build_notifiers,
     build_recipes,
@@ -24,11 +31,17 @@ from imagepipeline.providers import (
 )
 from imagepipeline.settings import Settings
 from imagepipeline.storage import open_storage
+from imagepipeline.stores.applies import Applies
 from imagepipeline.stores.broker import TaskQueue
 from imagepipeline.stores.catalogue import Catalogue
+from imagepipeline.stores.events import EventLog
 from imagepipeline.stores.ledger import Ledger
 from imagepipeline.stores.outbox import Outbox
+from imagepipeline.stores.plans import Plans
+from imagepipeline.stores.stream import EventStream
 from imagepipeline.stores.uploads import UploadQueue
+
+NICEST = 19  # the lowest priority for the CPU, see setpriority(2)
 
 
 @dg.definitions
@@ -48,14 +61,19 @@ def defs() -> dg.Definitions:
                 )
             )
             for asset in (assets.metadata, assets.variants, assets.embedding)
-        ],
-        jobs=[jobs.process_upload],
-        asset_checks=[checks.variant_checks],
+        ]
+        + [backlog.queue_spec, outcomes.original_spec, index.index_spec, index.outdated_spec],
+        jobs=[jobs.process_upload, batches.process_batch, batches.apply_plan],
+        asset_checks=[checks.variant_checks, backlog.queue_checks],
         sensors=[
             sensors.upload_sensor,
             reconciler.reconciler,
             notifications.notification_sensor,
             checks.check_sensor,
+            events.event_sensor,
+            *([events.event_webhook_sensor] if settings.event_webhook_url else []),
+            backlog.queue_sensor,
+            index.index_sensor,
         ],
         resources=build_resources(settings),
         executor=dg.in_process_executor,
@@ -76,6 +94,10 @@ def build_resources(settings: Settings) -> dict[str, dg.ResourceDefinition]:
         ),
         "catalogue": resources.made(lambda: Catalogue(database), "The SQL record of all images."),
         "ledger": resources.made(lambda: Ledger(database), "What paid calls cost, and the pauses."),
+        "plans": resources.made(lambda: Plans(database), "Finds what images need."),
+        "recipes": resources.made(
+            lambda: build_recipes(settings), "What would make each asset today."
+        ),
         "outbox": resources.made(
             lambda: Outbox(database), "Notices of final failures for the administrators."
         ),
@@ -87,10 +109,31 @@ def build_resources(settings: Settings) -> dict[str, dg.ResourceDefinition]:
             lambda: build_notifiers(settings),
             "The channels that notify administrators: webhook, mail, both or none.",
         ),
+        "event_log": resources.made(lambda: EventLog(database), "What apps are told of images."),
+        "event_stream": resources.opened(
+            lambda: EventStream(queue, prefix, settings.event_stream_length),
+            "The Redis stream on which apps get events.",
+        ),
+        "event_webhook": resources.made(
+            lambda: build_event_webhook(settings), "The webhook that gets events, or none."
+        ),
         "files": resources.made(lambda: files, "The files of originals and variants."),
         "originals": resources.opened(
             lambda: build_originals(settings, files),
             "The originals, each decoded once per run, and the rules for accepting them.",
+        ),
+        "background_originals": resources.opened(
+            lambda: build_originals(settings, files, NICEST),
+            "Originals for the bulk lane, whose decoders yield the CPU to those of uploads.",
+        ),
+        "batch_size": resources.made(
+            lambda: settings.batch_size, "How many images a run of the bulk lane takes."
+        ),
+        "applier": resources.made(
+            lambda: Applier(
+                Applies(database), Plans(database), Catalogue(database), build_recipes(settings)
+            ),
+            "Begins the images of `imagepipeline apply`.",
         ),
         "renderer": resources.made(lambda: build_renderer(settings), "How variants are made."),
         "index": resources.made(lambda: build_index(settings), "The embeddings, in LanceDB."),

@@ -25,6 +25,7 @@ from imagepipeline.models import PixelFacts
 from imagepipeline.settings import Settings
 
 MAX_CLOCK_SKEW_SECONDS = 2
+MAX_EVENT_AGE_SECONDS = 60  # then the stream should have got it long ago
 MIN_FREE_BYTES = 2_000_000_000
 MIN_OPEN_FILES = 1024
 MAX_VISION_CALLS = 5
@@ -60,6 +61,7 @@ def examine(settings: Settings) -> Iterator[Finding]:
         "limits": _examine_limits,
         "prices": _examine_prices,
         "sandbox": _examine_sandbox,
+        "supervisor": _examine_supervisor,
         "code server": _examine_code_server,
         "workers": _examine_workers,
         "daemon": lambda _: _examine_daemon(ask_dagster()),
@@ -68,6 +70,7 @@ def examine(settings: Settings) -> Iterator[Finding]:
         "vision model": _examine_vision,
         "embedding model": _examine_embedder,
         "pauses": _examine_pauses,
+        "events": _examine_events,
     }
     for name, check in checks.items():
         try:
@@ -86,6 +89,7 @@ def examine(settings: Settings) -> Iterator[Finding]:
 START = "start the stack with `imagepipeline up`"
 ADVICE = {
     "home": "set IMAGEPIPELINE_HOME to a folder that this user owns",
+    "supervisor": START,
     "code server": f"{START}; if it has ended, its log says why",
     "workers": (
         f"{START}, or a single worker with `imagepipeline service worker`; "
@@ -110,6 +114,7 @@ ADVICE = {
         "correct OPENROUTER_BASE_URL, OPENROUTER_API_KEY or IMAGEPIPELINE_EMBEDDING_MODEL"
     ),
     "pauses": START,
+    "events": START,
 }
 
 
@@ -134,6 +139,17 @@ def _examine_home(settings: Settings) -> Finding:
         True,
         f"{home} is writable, by its owner only; {free_bytes / 1e9:.0f} GB are free",
     )
+
+
+def _examine_supervisor(settings: Settings) -> Finding:
+    from imagepipeline.runtime import supervisor
+
+    state = supervisor.find_running(settings)
+    if state is not None:
+        return Finding("supervisor", True, f"process {state['pid']} supervises the services")
+    if settings.dagster_database_url:
+        return Finding("supervisor", True, "not needed: the services run by themselves")
+    return Finding("supervisor", False, "no stack runs in this home", ADVICE["supervisor"])
 
 
 def _examine_code_server(settings: Settings) -> Finding:
@@ -172,6 +188,12 @@ def _examine_workers(settings: Settings) -> Finding:
             "docs/operations.md lists what they must share"
         )
         return Finding("workers", False, "; ".join(differences), advice)
+    if silent := machines.find_silent(answers):
+        advice = (
+            "the worker starts a resident again by itself, or its log says why not; "
+            "restart the worker if its zygote is gone"
+        )
+        return Finding("workers", False, "; ".join(silent), advice)
     found = sorted(
         (machine.host, machine.slots)
         for answer in answers.values()
@@ -190,7 +212,11 @@ def _examine_workers(settings: Settings) -> Finding:
             f"{sentence}",
             advice,
         )
-    return Finding("workers", True, f"all answer and share their configuration: {sentence}")
+    return Finding(
+        "workers",
+        True,
+        f"all answer, also their residents and zygotes, and share their configuration: {sentence}",
+    )
 
 
 def _examine_daemon(examined: Mapping[str, Mapping[str, str]]) -> Finding:
@@ -499,7 +525,11 @@ def _examine_pauses(settings: Settings) -> Finding:
     from imagepipeline.stores.ledger import Ledger
 
     Catalogue(settings.database_url).check()
-    pauses = Ledger(settings.database_url).list_pauses()
+    ledger = Ledger(settings.database_url)
+    if full := ledger.find_full_pause():
+        advice = "run `imagepipeline resume` if the reason is gone"
+        return Finding("pauses", False, f"a person has paused all work: {full.message}", advice)
+    pauses = ledger.list_pauses()
     if pauses:
         advice = "fix the cause, then run `imagepipeline resume`"
         return Finding(
@@ -509,3 +539,30 @@ def _examine_pauses(settings: Settings) -> Finding:
             advice,
         )
     return Finding("pauses", True, "nothing is paused")
+
+
+def _examine_events(settings: Settings) -> Finding:
+    from imagepipeline.models import now_utc
+    from imagepipeline.opening import open_events
+
+    log = open_events(settings)
+    waiting = log.list_unsent(1)
+    if waiting and (now_utc() - waiting[0].at).total_seconds() > MAX_EVENT_AGE_SECONDS:
+        return Finding(
+            "events",
+            False,
+            f"they have waited for the Redis stream since {waiting[0].at:%F %T} UTC",
+            f"{START} and Redis; the page of event_sensor in the UI says what is wrong",
+        )
+    webhook = log.find_webhook()
+    if webhook and webhook.failures:
+        return Finding(
+            "events",
+            False,
+            f"the webhook failed {webhook.failures} times in a row: {webhook.problem}",
+            "repair it; it gets what it has missed within a day, and `imagepipeline events --dead` "
+            "lists what is older",
+        )
+    return Finding(
+        "events", True, "the stream has all" + (", the webhook works" if webhook else "")
+    )

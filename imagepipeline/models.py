@@ -10,6 +10,7 @@ from datetime import UTC, datetime
 from enum import StrEnum
 from pathlib import PurePosixPath
 from typing import Annotated, Any
+from urllib.parse import unquote_plus
 
 from pydantic import BaseModel, ConfigDict, Field, StringConstraints
 
@@ -18,7 +19,8 @@ from imagepipeline.output_formats import OUTPUT_FORMATS
 from imagepipeline.usage import CallUsage
 
 IMAGE_ID_PATTERN = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]{0,63}")
-THUMBNAIL_PX = 160  # long side of the picture in the UI
+# Dagster's UI shows Markdown of less than 1,000 characters at once, and a link to longer ones.
+MAX_THUMBNAIL_CHARACTERS = 960
 CLASSIFIER_PX = 224  # width and height of the offline vision model's input, raw RGB
 PRIORITY_LIMIT = 1000
 BULK_PRIORITY = -PRIORITY_LIMIT - 1  # of planned work: below every upload
@@ -145,7 +147,7 @@ class Upload:
         """Parses an entry: a bare image ID, or `{"imageId": …, "path": …, "priority": …}`.
 
         Accepts what clients produce: surrounding whitespace, a quoted or numeric ID, and `null`
-        for an absent field.
+        for an absent field. Also accepts the message that S3 sends of a new object, and MinIO's.
 
         Raises:
             InvalidUploadError: it is malformed; the message says how.
@@ -158,12 +160,15 @@ class Upload:
             text = entry.decode("utf-8-sig").strip()
         except UnicodeDecodeError:
             raise InvalidUploadError("the entry is not UTF-8 text") from None
-        if not text.startswith(("{", '"')):
+        if not text.startswith(("{", '"', "[")):
             return cls(text)
         try:
             value = json.loads(text)
         except (ValueError, RecursionError):
             raise InvalidUploadError("the entry starts like JSON but is not valid JSON") from None
+        if isinstance(value, list) or (isinstance(value, dict) and "Records" in value):
+            path = _read_object_path(value)
+            return cls(str(find_named_image(path)), path)
         given: dict[str, Any] = {"imageId": value} if isinstance(value, str) else value
         fields = {name: content for name, content in given.items() if content is not None}
         ignored = tuple(sorted(given.keys() - {"imageId", "path", "priority"}))
@@ -177,6 +182,33 @@ class Upload:
             return self.image_id
         fields: dict[str, Any] = {"imageId": self.image_id, "priority": self.priority}
         return json.dumps(fields if self.path is None else fields | {"path": self.path})
+
+
+def _read_object_path(message: Any) -> str:
+    """The path `original/<image_id>.<ext>` at the end of the key of an object that was created.
+
+    S3 sends `{"Records": [record]}`, and MinIO pushes `[{"Event": [record]}]`.
+    https://docs.aws.amazon.com/AmazonS3/latest/userguide/notification-content-structure.html
+
+    Raises:
+        InvalidUploadError: it is about something else.
+    """
+    try:
+        [record] = message[0]["Event"] if isinstance(message, list) else message["Records"]
+        event, key = record["eventName"], unquote_plus(record["s3"]["object"]["key"])
+    except (LookupError, TypeError, ValueError):
+        raise InvalidUploadError(
+            "the entry is neither an upload nor an object store's message of one new object"
+        ) from None
+    if not str(event).removeprefix("s3:").startswith("ObjectCreated:"):
+        raise InvalidUploadError(f"{event!r:.80} is no new object: send ObjectCreated only")
+    path = "/".join(key.split("/")[-2:])
+    if find_named_image(path) is None:
+        raise InvalidUploadError(
+            f"{key!r:.200} does not end with original/<image ID>.<extension>: send the messages of "
+            "that folder only, and push other paths with their IDs"
+        )
+    return path
 
 
 def _read_id(value: object) -> Any:
@@ -383,9 +415,14 @@ class PaidCall:
     waited_seconds: float
 
 
+BY_PERSON = "person"  # the reason of a pause of all work
+
+
 @dataclass(frozen=True)
 class Pause:
     """A time in which no paid work starts; `until` None means until a person resumes.
+
+    With the reason BY_PERSON, no work starts at all.
 
     When the time is over (`is_over`) the pause is on probation: one image is tried, and its success
     ends the pause. `stage` is the stage whose calls caused it, None for all.

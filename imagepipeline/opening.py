@@ -9,6 +9,7 @@ from imagepipeline.settings import Settings
 
 if TYPE_CHECKING:
     from imagepipeline.stores.catalogue import Catalogue
+    from imagepipeline.stores.events import EventLog
     from imagepipeline.stores.uploads import UploadQueue
 
 
@@ -30,3 +31,11 @@ def open_catalogue(settings: Settings) -> "Catalogue":
     catalogue = Catalogue(settings.database_url)
     catalogue.check()
     return catalogue
+
+
+def open_events(settings: Settings) -> "EventLog":
+    """The events in the catalogue, which answers and has its tables; raises as `open_catalogue`."""
+    from imagepipeline.stores.events import EventLog
+
+    open_catalogue(settings)
+    return EventLog(settings.database_url)

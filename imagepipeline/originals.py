@@ -72,6 +72,11 @@ class Original:
         """The sandbox that has its pixels."""
         return self._decoded.session
 
+    @property
+    def known_thumbnail(self) -> str | None:
+        """Its thumbnail, if it was decoded."""
+        return self._decoding.prepared.thumbnail if self._decoding else None
+
     def close(self) -> None:
         """Ends its sandbox, if it was decoded."""
         if self._decoding:
@@ -88,8 +93,8 @@ class Original:
 class Originals:
     """Reads originals from the storage and decodes them in a sandbox.
 
-    It holds the last one, so that all assets of a run use the same bytes, even if the file is
-    replaced meanwhile.
+    It holds each until `release`, so that all assets of a run use the same bytes, even if the file
+    is replaced meanwhile. Threads may share it, as long as each image is one thread's.
 
     Args:
         files: where originals are.
@@ -106,7 +111,7 @@ class Originals:
         self._files = files
         self._sandbox = sandbox
         self._rules = rules
-        self._held: tuple[str, Original] | None = None
+        self._held: dict[str, Original] = {}
 
     def load(self, claim: Claim, catalogue: Catalogue) -> Original:
         """Reads the original at the path that the upload named, or else `original/<image_id>.*`.
@@ -118,19 +123,29 @@ class Originals:
             PathTakenError: it belongs to another image.
         """
         image_id = claim.image_id
-        if self._held is None or self._held[0] != image_id or not self._held[1].is_usable:
-            self.close()
+        held = self._held.get(image_id)
+        if held is None or not held.is_usable:
+            self.release(image_id)
             path = claim.path or self._find(image_id, claim.last_path)
             catalogue.check_path(claim, path)
             content = self._files.read(path, self._rules.max_bytes)
-            self._held = image_id, Original(path, content, self._decode)
-        return self._held[1]
+            held = self._held[image_id] = Original(path, content, self._decode)
+        return held
+
+    def release(self, image_id: str) -> None:
+        """Ends the sandbox of an image's original, if it is held."""
+        if held := self._held.pop(image_id, None):
+            held.close()
+
+    def find_thumbnail(self, image_id: str) -> str | None:
+        """The thumbnail of an image, if its original is held and was decoded."""
+        held = self._held.get(image_id)
+        return held.known_thumbnail if held else None
 
     def close(self) -> None:
-        """Ends the sandbox of the original it holds."""
-        if self._held:
-            self._held[1].close()
-            self._held = None
+        """Releases all originals."""
+        for image_id in list(self._held):
+            self.release(image_id)
 
     def _find(self, image_id: str, last_path: str | None) -> str:
         """The path if the upload named none: the image's own file, or where it was last read."""
@@ -179,12 +194,13 @@ class Originals:
         return Decoding(facts, prepared, session.usage, session)
 
 
-def build_originals(settings: Settings, files: Storage) -> Originals:
-    """The reader of originals under these settings."""
+def build_originals(settings: Settings, files: Storage, niceness: int = 0) -> Originals:
+    """The reader of originals under these settings; `niceness` as in `Sandbox`."""
     sandbox = Sandbox(
         settings.max_memory_bytes,
         settings.max_cpu_seconds,
         is_confinement_required=settings.require_confinement,
+        niceness=niceness,
     )
     rules = Rules(
         max_bytes=settings.max_bytes,

@@ -347,6 +347,32 @@ class PaidCalls:
             counts.append((images, reason))
         return min(counts, default=(None, ""))
 
+    def measure_use(self) -> dict[str, float]:
+        """Returns how much of the rate limits and budgets is used; nothing if no model is paid.
+
+        The keys are `calls_used` and `calls_limit`, after the stage's name if the limit is for one
+        stage, and `cost_today_usd`, `cost_this_month_usd`, `daily_budget_usd` and
+        `monthly_budget_usd`.
+
+        Raises:
+            PostponedError: Redis or the database does not answer.
+        """
+        if not self._recipes:
+            return {}
+        use: dict[str, float] = {}
+        for limit, used in self._limiter.count_used():
+            stage = f"{limit.stage}_" if limit.stage else ""
+            use |= {f"{stage}calls_used": used, f"{stage}calls_limit": limit.count}
+        midnight = self._clock().replace(hour=0, minute=0, second=0, microsecond=0)
+        for name, since in (("today", midnight), ("this_month", midnight.replace(day=1))):
+            use[f"cost_{name}_usd"] = round(self._ledger.sum_cost_usd(since), 6)
+        budgets = self._budgets.items()
+        return use | {f"{name}_budget_usd": usd for name, usd in budgets if usd is not None}
+
+    def list_pauses(self) -> list[Pause]:
+        """Returns the pauses of paid work."""
+        return self._ledger.list_pauses()
+
     def update_pauses(self) -> list[Pause]:
         """Starts and ends the pauses that depend only on settings and ledger.
 

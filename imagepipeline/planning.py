@@ -1,22 +1,26 @@
 """Plan and apply: what a change of model, prompt or sizes costs, and doing it."""
 
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Generator, Mapping, Sequence
 from dataclasses import dataclass
-from datetime import datetime
 from typing import Any
 
 from imagepipeline.errors import StackError
 from imagepipeline.filters import ALL, Filter
-from imagepipeline.models import ASSETS, BULK_PRIORITY, Recipe, Status, now_utc
+from imagepipeline.models import ASSETS, Recipe
 from imagepipeline.paid_calls import find_price
 from imagepipeline.rates import parse_limits
+from imagepipeline.stores.applies import Applies, Apply, ApplyProgress
 from imagepipeline.stores.catalogue import Catalogue
 from imagepipeline.stores.ledger import Ledger, MeanUsage
 from imagepipeline.stores.plans import Outdated, Plans
 
-IN_FLIGHT = 10  # planned images that wait or run at once: the rest stays `completed` meanwhile
+# Planned images that wait or run at once; the others stay `completed` meanwhile. Enough for two
+# batch runs until the next tick.
+MAX_IN_FLIGHT = 30
 POLL_SECONDS = 0.5
+LEASE_SECONDS = 15  # then the apply of a command that was killed ends
+DONE, LIMIT, BUDGET, STOPPED, OTHER_SETTINGS = "done", "limit", "budget", "stopped", "settings"
 
 
 @dataclass(frozen=True)
@@ -84,80 +88,124 @@ def _estimate(
     )
 
 
-@dataclass(frozen=True)
-class Applied:
-    """How far an apply is: images begun and ended, and US dollars spent since it began."""
-
-    begun: int
-    completed: int
-    failed: int
-    spent_usd: float
-
-
-def apply(
-    plans: Plans,
-    catalogue: Catalogue,
-    ledger: Ledger,
-    recipes: Mapping[str, Recipe],
-    limit: int | None = None,
-    budget_usd: float | None = None,
-    clock: Callable[[], datetime] = now_utc,
-    where: Filter = ALL,
-) -> Iterator[Applied]:
-    """Has the stack do what completed images need, a few at a time, after all uploads.
-
-    Runs make only what is not current, so one that is stopped anywhere goes on with the next call.
+class Applier:
+    """Carries out the open apply: begins its images, as far as the bulk lane has room.
 
     Args:
-        plans: finds the images.
+        applies: knows the open apply.
+        plans: finds its images.
         catalogue: begins their generations.
-        ledger: knows what was spent.
-        recipes: of the assets that count.
-        limit: stop after so many images; None for all.
-        budget_usd: begin no image once this was spent since the start; those in flight end.
-        clock: gives the time.
-        where: which images may be begun.
+        recipes: what the stack would make today, by asset.
+    """
+
+    def __init__(
+        self, applies: Applies, plans: Plans, catalogue: Catalogue, recipes: Mapping[str, Recipe]
+    ) -> None:
+        self._applies = applies
+        self._plans = plans
+        self._catalogue = catalogue
+        self._recipes = recipes
+
+    @property
+    def is_busy(self) -> bool:
+        """Whether an apply is open."""
+        return self._applies.find_open() is not None
+
+    def start(
+        self,
+        assets: Sequence[str],
+        max_images: int | None,
+        budget_usd: float | None,
+        where: Filter = ALL,
+    ) -> tuple[Apply, int]:
+        """Opens an apply without a lease; gives it, and how many images need it.
+
+        Raises:
+            StackError: another one is open.
+        """
+        recipes = select_recipes(self._recipes, assets)
+        count = self._plans.count_images(recipes, where)
+        return self._applies.start(recipes, max_images, budget_usd, where), count
+
+    def feed(self) -> str | None:
+        """Begins the next images; returns a line for the log if the apply has ended."""
+        apply = self._applies.find_open()
+        if apply is None:
+            return None
+        reason = explain_end(apply, self._recipes)
+        if reason is None and not self._begin(apply):
+            reason = DONE
+        if reason is None:
+            return None
+        self._applies.end(apply.id, reason)
+        return f"Apply {apply.id} begins no more images ({reason})."
+
+    def _begin(self, apply: Apply) -> bool:
+        """Begins images, and returns whether there may be more."""
+        in_flight = sum(self._catalogue.count_bulk().values())
+        room = MAX_IN_FLIGHT - in_flight
+        if apply.max_images is not None:
+            room = min(room, apply.max_images - apply.begun_count)
+        if apply.budget_usd is not None:
+            room = min(room, count_affordable(apply, in_flight))
+        if room <= 0:
+            return True
+        recipes = {asset: self._recipes[asset] for asset in apply.recipes}
+        found = self._plans.list_outdated(recipes, apply.last_id, room, apply.where)
+        if found:
+            self._catalogue.begin_planned(found, apply.id)
+        return bool(found)
+
+
+def count_affordable(apply: Apply, in_flight: int) -> int:
+    """How many more images an apply may begin without spending far more than its budget.
+
+    By the mean cost of its images that have ended. Until one has, and when the budget is nearly
+    spent, one at a time.
+    """
+    ended = apply.begun_count - in_flight
+    left_usd = (apply.budget_usd or 0) - apply.spent_usd
+    if ended > 0 and not apply.spent_usd:
+        return MAX_IN_FLIGHT  # they cost nothing
+    affordable = int(left_usd * ended / apply.spent_usd) if apply.spent_usd else 0
+    return max(1, affordable) - in_flight
+
+
+def explain_end(apply: Apply, recipes: Mapping[str, Recipe]) -> str | None:
+    """Why an apply must begin no more images; None if it may."""
+    if any(recipes[asset].version != version for asset, version in apply.recipes.items()):
+        return OTHER_SETTINGS
+    if apply.budget_usd is not None and apply.spent_usd >= apply.budget_usd:
+        return BUDGET
+    if apply.max_images is not None and apply.begun_count >= apply.max_images:
+        return LIMIT
+    return None
+
+
+def follow(applies: Applies, apply: Apply) -> Generator[ApplyProgress]:
+    """How far an apply is, twice a second, until all images that it began have ended.
+
+    Renews its lease meanwhile. If it is closed earlier, the apply begins no more images.
 
     Raises:
-        StackError: the stack made something else than was planned.
+        StackError: the stack would make something else than was planned.
     """
-    since = clock()
-    in_flight: set[str] = set()
-    begun = completed = failed = 0
-    last_id, is_exhausted = "", False
-    while True:
-        room = IN_FLIGHT - len(in_flight)
-        left = room if limit is None else min(room, limit - begun)
-        spent_usd = round(ledger.sum_cost_usd(since), 6)
-        if budget_usd is not None and spent_usd >= budget_usd:
-            is_exhausted = True
-        if left > 0 and not is_exhausted:
-            found = plans.list_outdated(recipes, last_id, left, where)
-            is_exhausted = len(found) < left
-            last_id = found[-1] if found else last_id
-            started = catalogue.begin_planned(found, BULK_PRIORITY)
-            in_flight.update(started)
-            begun += len(started)
-        for image_id, state in catalogue.get_states(sorted(in_flight)).items():
-            if state.status in (Status.COMPLETED, Status.FAILED):
-                in_flight.remove(image_id)
-                completed += state.status == Status.COMPLETED
-                failed += state.status == Status.FAILED
-                if state.status == Status.COMPLETED:
-                    _check_made(catalogue, image_id, recipes)
-        yield Applied(begun, completed, failed, spent_usd)
-        if not in_flight and (is_exhausted or begun == limit):
-            return
-        time.sleep(POLL_SECONDS)
-
-
-def _check_made(catalogue: Catalogue, image_id: str, recipes: Mapping[str, Recipe]) -> None:
-    causes = catalogue.find_causes(image_id, recipes)
-    if outdated := [asset for asset, cause in causes.items() if cause]:
-        raise StackError(
-            f"{image_id} was processed, but its {' and '.join(outdated)} were not made as planned: "
-            "the stack runs with other settings than this command; restart it with the same ones"
-        )
+    try:
+        while True:
+            end_reason = applies.get(apply.id).end_reason
+            progress = applies.measure(apply.id)
+            yield progress
+            if end_reason == OTHER_SETTINGS:
+                raise StackError(
+                    "the stack runs with other settings than this command, and would make other "
+                    "results than were planned: restart it with the same settings"
+                )
+            if end_reason is not None and not progress.unfinished:
+                return
+            time.sleep(POLL_SECONDS)
+            applies.renew(apply.id, LEASE_SECONDS)
+    finally:
+        applies.end(apply.id, STOPPED)
 
 
 def explain_unknown_cost(steps: Sequence[Step]) -> str | None:

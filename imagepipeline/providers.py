@@ -10,7 +10,7 @@ from imagepipeline.paid_calls import PaidCalls, explain_unpriced, find_price
 from imagepipeline.resident import ResidentEmbedder, ResidentIndex, ResidentVision
 from imagepipeline.services import embedder, vision
 from imagepipeline.services.embedder import Embedder, LocalEmbedder, OpenRouterEmbedder
-from imagepipeline.services.notifier import MailNotifier, Notifier, WebhookNotifier
+from imagepipeline.services.notifier import EventWebhook, MailNotifier, Notifier, WebhookNotifier
 from imagepipeline.services.vision import (
     DEFAULT_PROMPT,
     LocalVision,
@@ -88,6 +88,17 @@ def build_notifiers(settings: Settings) -> list[Notifier]:
             MailNotifier(settings.smtp_url.get_secret_value(), settings.mail_from, recipients)
         )
     return notifiers
+
+
+def build_event_webhook(settings: Settings) -> EventWebhook | None:
+    """The app's webhook; None if none is set."""
+    if not (settings.event_webhook_url and settings.webhook_secret):
+        return None
+    return EventWebhook(
+        settings.event_webhook_url.get_secret_value(),
+        settings.webhook_secret.get_secret_value(),
+        settings.webhook_allow_private,
+    )
 
 
 @contextmanager

@@ -212,6 +212,12 @@ class Settings(BaseModel):
         alias="IMAGEPIPELINE_MAX_RUNS",
         description="How many uploads are processed at the same time, by all workers together.",
     )
+    batch_size: Annotated[int, Field(ge=1, le=1000)] = Field(
+        50,
+        alias="IMAGEPIPELINE_BATCH_SIZE",
+        description="How many images a run of the bulk lane takes, such as for "
+        "`imagepipeline apply`. It ends after a minute in any case.",
+    )
     worker_slots: Annotated[int, Field(ge=1, le=100)] | None = Field(
         None,
         alias="IMAGEPIPELINE_WORKER_SLOTS",
@@ -437,12 +443,24 @@ class Settings(BaseModel):
     webhook_secret: Annotated[SecretStr, Field(min_length=16)] | None = Field(
         None,
         alias="IMAGEPIPELINE_WEBHOOK_SECRET",
-        description="The secret that signs the webhook's messages; at least 16 characters.",
+        description="The secret that signs both webhooks' messages; at least 16 characters.",
     )
     webhook_allow_private: bool = Field(
         False,
         alias="IMAGEPIPELINE_WEBHOOK_ALLOW_PRIVATE",
-        description="Allows a webhook at a private address or over plain HTTP.",
+        description="Allows webhooks at private addresses or over plain HTTP.",
+    )
+    event_webhook_url: Annotated[SecretStr, AfterValidator(_check_webhook_url)] | None = Field(
+        None,
+        alias="IMAGEPIPELINE_EVENT_WEBHOOK_URL",
+        description="The HTTPS address of your app that is sent a POST of JSON about each image "
+        "that has its pictures, completes, fails or is erased.",
+    )
+    event_stream_length: Positive = Field(
+        10_000,
+        alias="IMAGEPIPELINE_EVENT_STREAM_LENGTH",
+        description="About how many events the Redis stream keeps. Each takes 1 to 3 kB of the "
+        "server's memory.",
     )
     smtp_url: SecretStr | None = Field(
         None,
@@ -532,7 +550,7 @@ class Settings(BaseModel):
             raise SettingsError(
                 "REDIS_URL and REDIS_HOST/REDIS_PORT exclude each other: unset one of them"
             )
-        if settings.webhook_url and not settings.webhook_secret:
+        if (settings.webhook_url or settings.event_webhook_url) and not settings.webhook_secret:
             raise SettingsError(
                 "IMAGEPIPELINE_WEBHOOK_SECRET is missing: what the webhook is sent must be signed"
             )
@@ -672,7 +690,10 @@ BUCKET_SECRETS = {
     *("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY", "AWS_SESSION_TOKEN"),
     *("AZURE_STORAGE_ACCOUNT_KEY", "GOOGLE_SERVICE_ACCOUNT_KEY", "GOOGLE_APPLICATION_CREDENTIALS"),
 }
-NOTIFIERS = {"IMAGEPIPELINE_WEBHOOK_URL", "IMAGEPIPELINE_WEBHOOK_SECRET", "IMAGEPIPELINE_SMTP_URL"}
+NOTIFIERS = {
+    *("IMAGEPIPELINE_WEBHOOK_URL", "IMAGEPIPELINE_WEBHOOK_SECRET", "IMAGEPIPELINE_SMTP_URL"),
+    "IMAGEPIPELINE_EVENT_WEBHOOK_URL",
+}
 SECRET_NAME = re.compile(
     r"KEY|TOKEN|SECRET|PASSWORD|PASSWD|CREDENTIAL|PGPASS|^CELERY_", re.IGNORECASE
 )

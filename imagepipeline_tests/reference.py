@@ -1,8 +1,8 @@
-"""Writes the reference pages of the docs, docs/settings.md and docs/commands.md, from the code.
+"""Writes docs/settings.md, docs/commands.md and the JSON schema of events from the code.
 
     python -m imagepipeline_tests.reference
 
-`test_docs.py` compares the pages with what this module builds.
+`test_docs.py` compares the files with what this module builds.
 """
 
 import json
@@ -15,9 +15,12 @@ from pydantic import SecretStr
 from pydantic.fields import FieldInfo
 
 from imagepipeline.cli import EPILOG, cli
+from imagepipeline.events import Event
 from imagepipeline.settings import BUCKET_SECRETS, Settings
 
 DOCS = Path(__file__).parent.parent / "docs"
+SCHEMA = DOCS.parent / "imagepipeline" / "event.schema.json"
+JSON_SCHEMA = "https://json-schema.org/draft/2020-12/schema"
 COMMAND = "python -m imagepipeline_tests.reference"
 NOTE = f"<!-- Written by `{COMMAND}`. Do not edit. -->"
 HELP_COLUMNS = 96
@@ -54,7 +57,7 @@ GROUPS: tuple[tuple[str, str, tuple[str, ...]], ...] = (
     (
         "Concurrency",
         "How much happens at the same time.",
-        ("max_runs", "worker_slots"),
+        ("max_runs", "worker_slots", "batch_size"),
     ),
     (
         "Variants",
@@ -107,6 +110,11 @@ GROUPS: tuple[tuple[str, str, tuple[str, ...]], ...] = (
         ),
     ),
     (
+        "Events",
+        "What your app is told; see [events](events.md).",
+        ("event_stream_length", "event_webhook_url"),
+    ),
+    (
         "Your own definitions",
         "Assets, checks and sensors of your own; `examples/own_checks.py` adds one.",
         ("definitions",),
@@ -132,7 +140,17 @@ def main() -> None:
 
 def build_pages() -> dict[Path, str]:
     """The text of each page, by its path."""
-    return {DOCS / "settings.md": build_settings(), DOCS / "commands.md": build_commands()}
+    return {
+        DOCS / "settings.md": build_settings(),
+        DOCS / "commands.md": build_commands(),
+        SCHEMA: build_schema(),
+    }
+
+
+def build_schema() -> str:
+    """The JSON schema of an event, as apps receive it."""
+    schema = Event.model_json_schema(mode="serialization")
+    return json.dumps({"$schema": JSON_SCHEMA, **schema}, indent=2) + "\n"
 
 
 def build_settings() -> str:

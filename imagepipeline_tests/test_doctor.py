@@ -3,16 +3,19 @@
 import json
 import time
 from contextlib import closing
+from datetime import timedelta
 
 import pytest
 
 from imagepipeline.doctor import examine
 from imagepipeline.errors import RedisClusterError
 from imagepipeline.homes import secure_home
+from imagepipeline.models import now_utc
 from imagepipeline.runtime import services
 from imagepipeline.settings import Settings
 from imagepipeline.stores import uploads
 from imagepipeline.stores.catalogue import Catalogue
+from imagepipeline.stores.events import EventLog
 from imagepipeline.stores.uploads import UploadQueue
 from imagepipeline_tests.conftest import redis_server
 from imagepipeline_tests.services.test_embedder import answer_of
@@ -32,7 +35,7 @@ def environment(tmp_path, redis_url, queue):
 
 
 # The tests in end_to_end examine a running stack.
-STACK = {"code server", "workers", "daemon", "sensors", "webserver"}
+STACK = {"supervisor", "code server", "workers", "daemon", "sensors", "webserver"}
 
 
 def examine_all(environment):
@@ -65,7 +68,20 @@ def test_a_healthy_local_pipeline_has_no_problems(environment):
         "vision model",
         "embedding model",
         "pauses",
+        "events",
     ]
+
+
+def test_events_that_do_not_reach_the_app_are_a_problem(environment):
+    url = Settings.load(environment).database_url
+    log = EventLog(url)
+    log.open_webhook()
+    log.note_webhook_failure("the webhook answered 500")
+    finding = problems(environment)["events"]
+    assert finding.sentence == "the webhook failed 1 times in a row: the webhook answered 500"
+    earlier = Catalogue(url, lambda: now_utc() - timedelta(hours=1))
+    earlier.fail(earlier.claim_anew("a", "run"), "corrupt", "x")
+    assert "waited for the Redis stream since" in problems(environment)["events"].sentence
 
 
 def remote(environment, httpserver):
@@ -125,7 +141,10 @@ def test_a_provider_without_json_schema_is_reported_with_the_setting(environment
     ("broken", "names"),
     [
         ({"REDIS_URL": "redis://:canary@127.0.0.1:9/0"}, {"redis", "clock"}),
-        ({"DATABASE_URL": "postgresql://u:canary@127.0.0.1:9/d"}, {"database", "pauses"}),
+        (
+            {"DATABASE_URL": "postgresql://u:canary@127.0.0.1:9/d"},
+            {"database", "pauses", "events"},
+        ),
         (
             {"OPENAI_BASE_URL": "http://127.0.0.1:9/v1", "IMAGEPIPELINE_RATE_LIMIT": "off"},
             {"vision model"},

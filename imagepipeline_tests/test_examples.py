@@ -8,10 +8,13 @@ import sys
 import tempfile
 import time
 import urllib.request
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
 
+from imagepipeline.settings import Settings
+from imagepipeline.stores.catalogue import Catalogue
 from imagepipeline_tests.conftest import PHOTOS
 from imagepipeline_tests.end_to_end.processes import find_port
 
@@ -22,7 +25,7 @@ CHECKS = """{ assetNodeOrError(assetKey: {path: "metadata"}) { ... on AssetNode 
     assetChecksOrError { ... on AssetChecks { checks { name executionForLatestMaterialization {
         evaluation { success severity metadataEntries { ... on TextMetadataEntry { text } } }
     } } } } } } }"""
-pytestmark = [pytest.mark.stack, pytest.mark.xdist_group("examples")]
+pytestmark = pytest.mark.stack
 
 
 class Stack:
@@ -47,19 +50,14 @@ class Stack:
     def wait_for(self, image_id):
         """The image's row, once its run has ended."""
         deadline = time.monotonic() + PATIENCE_SECONDS
-        while time.monotonic() < deadline:
-            result = subprocess.run(
-                [COMMAND, "status", image_id, "--json"],
-                capture_output=True,
-                text=True,
-                env=self.environment,
-                check=False,
-            )
-            row = json.loads(result.stdout) if result.returncode == 0 else {"status": "unknown"}
-            if row["status"] in ("completed", "failed"):
-                return row
-            time.sleep(0.3)
-        raise AssertionError(f"{image_id} did not end: {result.stdout}{result.stderr}")
+        catalogue = Catalogue(Settings.load(self.environment).database_url)
+        while (row := catalogue.get(image_id)) is None or row["status"] not in (
+            "completed",
+            "failed",
+        ):
+            assert time.monotonic() < deadline, row
+            time.sleep(0.1)
+        return row
 
     def ask(self, query):
         body = json.dumps({"query": query}).encode()
@@ -112,14 +110,82 @@ def test_push_from_python_with_a_provider_and_a_check_of_ones_own(stack):
     }
 
 
-def test_push_from_node(stack, tmp_path):
-    for name in ("package.json", "push.mjs"):
-        shutil.copy(EXAMPLES / name, tmp_path)
-    install = ("npm", "install", "--silent", "--no-audit", "--no-fund", "--prefix", tmp_path)
+@pytest.fixture(scope="module")
+def node_examples(tmp_path_factory):
+    """A copy of the examples, with what they need from npm."""
+    folder = tmp_path_factory.mktemp("node") / "examples"
+    shutil.copytree(EXAMPLES, folder, ignore=shutil.ignore_patterns("node_modules"))
+    install = ("npm", "install", "--silent", "--no-audit", "--no-fund", "--prefix", folder)
     if not shutil.which("npm") or subprocess.run(install, check=False).returncode != 0:
         pytest.skip("npm is not here, or cannot install ioredis")
+    return folder
+
+
+def test_push_from_node(stack, node_examples):
     image_id = run(
-        *("node", tmp_path / "push.mjs", PHOTOS / "cat.jpg"),
+        *("node", node_examples / "push.mjs", PHOTOS / "cat.jpg"),
         *(stack.redis_socket, stack.storage_root),
     )
     assert stack.wait_for(image_id)["status"] == "completed"
+
+
+@pytest.fixture
+def page():
+    """A page in the system's Chromium; fails if it logs an error."""
+    playwright = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
+    chromium = shutil.which("chromium") or shutil.which("google-chrome")
+    if chromium is None:
+        pytest.skip("there is no Chromium")
+    with playwright.sync_playwright() as driver:
+        browser = driver.chromium.launch(executable_path=chromium, args=["--no-sandbox"])
+        page = browser.new_page()
+        page.set_default_timeout(PATIENCE_SECONDS * 1000)
+        errors = []
+        page.on("pageerror", lambda error: errors.append(str(error)))
+        page.on("console", lambda line: errors.append(line.text) if line.type == "error" else None)
+        yield page
+        browser.close()
+    assert errors == []
+
+
+@contextmanager
+def gallery(stack, node_examples, port):
+    """Runs the gallery; yields its address."""
+    command = ("node", node_examples / "gallery" / "server.mjs")
+    server = subprocess.Popen(
+        [*command, stack.redis_socket, stack.storage_root, str(port)],
+        stdout=subprocess.PIPE,
+        text=True,
+        cwd=node_examples,
+        env=stack.environment | {"PATH": f"{COMMAND.parent}:{os.environ['PATH']}"},
+    )
+    try:
+        yield server.stdout.readline().strip()
+    finally:
+        server.kill()
+        server.communicate()
+
+
+def test_the_gallery_shows_an_upload_in_a_browser_also_after_a_crash(stack, node_examples, page):
+    port = find_port()
+    with gallery(stack, node_examples, port) as address:
+        page.goto(address)
+        for file in (PHOTOS / "rocket.jpg", __file__):
+            page.set_input_files("input[type=file]", file)
+            page.get_by_role("button", name="Upload").click()
+        shown = page.locator("figure", has_text="A dark landscape picture of 640 by 427 pixels.")
+        shown.wait_for()
+        page.locator("figure", has_text="the original is not a picture").wait_for()
+        picture = shown.locator("img")
+        assert picture.evaluate("img => img.decode().then(() => img.naturalWidth)") > 0
+        assert picture.evaluate("img => img.currentSrc").endswith(".avif?g=1")
+        assert shown.locator("source").get_attribute("srcset").count("640w") == 1
+        page.get_by_placeholder("a cup of coffee").fill("a landscape")
+        page.get_by_role("button", name="Search").click()
+        page.get_by_text("the nearest first").wait_for()
+        shown.wait_for()
+        page.goto("about:blank")  # it would log that the server is gone
+    with gallery(stack, node_examples, port) as address:
+        page.goto(address)
+        shown.wait_for()
+        page.goto("about:blank")

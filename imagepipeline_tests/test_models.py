@@ -69,6 +69,58 @@ def test_a_malformed_entry_is_refused_with_a_reason(entry):
         Upload.from_entry(entry)
 
 
+def test_a_quoted_id_may_look_like_a_field():
+    assert Upload.from_entry(b'"Records"') == Upload("Records")
+
+
+def build_record(key, event="ObjectCreated:Put"):
+    return {
+        "eventVersion": "2.1",
+        "eventSource": "aws:s3",
+        "awsRegion": "us-east-1",
+        "eventTime": "2026-01-01T00:00:00.000Z",
+        "eventName": event,
+        "s3": {
+            "s3SchemaVersion": "1.0",
+            "bucket": {"name": "images", "arn": "arn:aws:s3:::images"},
+            "object": {"key": key, "size": 1024, "eTag": "0" * 32, "sequencer": "00"},
+        },
+    }
+
+
+@pytest.mark.parametrize(
+    "message",
+    [
+        {"Records": [build_record("original/a.jpg")]},
+        {"Records": [build_record("some/prefix/original/a.jpg", "ObjectCreated:Copy")]},
+        [{"Event": [build_record("p%2Foriginal%2Fa.jpg", "s3:ObjectCreated:Put")]}],
+    ],
+    ids=["S3", "S3 with a prefix", "MinIO"],
+)
+def test_an_object_stores_message_of_a_new_object_is_an_upload(message):
+    assert Upload.from_entry(json.dumps(message).encode()) == Upload("a", "original/a.jpg")
+
+
+@pytest.mark.parametrize(
+    ("message", "reason"),
+    [
+        ({"Records": [build_record("original/a.jpg", "ObjectRemoved:Delete")]}, "no new object"),
+        ({"Records": [build_record("variants/a-sm.webp")]}, "does not end with original/"),
+        ({"Records": [build_record("original/2026/a.jpg")]}, "push other paths with their IDs"),
+        ({"Records": [build_record("original/a+b.jpg")]}, "does not end with original/"),
+        ({"Records": [build_record("original/a.jpg")] * 2}, "one new object"),
+        ({"Records": [{}]}, "one new object"),
+        ({"Records": 5}, "one new object"),
+        ([], "one new object"),
+        ({"Service": "Amazon S3", "Event": "s3:TestEvent"}, "None is not an image ID"),
+    ],
+    ids=lambda value: str(value)[:30],
+)
+def test_other_messages_of_an_object_store_are_refused_with_a_reason(message, reason):
+    with pytest.raises(InvalidUploadError, match=reason):
+        Upload.from_entry(json.dumps(message).encode())
+
+
 @pytest.mark.parametrize(
     "path",
     [

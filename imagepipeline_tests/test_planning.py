@@ -1,12 +1,16 @@
 """Plans say what a change of settings needs; applying one does that and nothing else."""
 
 from contextlib import closing
+from dataclasses import replace
+from datetime import timedelta
 
 import pytest
 
 from imagepipeline import planning
 from imagepipeline.errors import StackError
-from imagepipeline.models import ImageMetadata, OriginalFacts, PaidCall, Recipe, Upload
+from imagepipeline.models import ImageMetadata, OriginalFacts, PaidCall, Recipe, Upload, now_utc
+from imagepipeline.planning import Applier
+from imagepipeline.stores.applies import Applies
 from imagepipeline.stores.catalogue import Catalogue
 from imagepipeline.stores.ledger import Ledger
 from imagepipeline.stores.plans import Outdated, Plans
@@ -45,8 +49,8 @@ def process(catalogue):
     """A function that does what a run of a pending image does: what is not current is made."""
 
     def process(image_id, recipes=RECIPES, sha256="0" * 64):
-        [pending] = [one for one in catalogue.list_pending(99) if one.image_id == image_id]
-        claim = catalogue.claim(image_id, pending.generation, f"run-{image_id}")
+        generation = catalogue.get(image_id)["generation"]
+        claim = catalogue.claim(image_id, generation, f"run-{image_id}")
         facts = OriginalFacts(f"original/{image_id}.jpg", 9, sha256, 3, 2, "data:", "#000000")
         catalogue.save_original(claim, facts)
         made = []
@@ -162,71 +166,112 @@ def test_local_results_cost_nothing(plans, library, ledger):
     assert (step.images, step.calls, step.cost_usd, step.minutes) == (5, 0, 0, 0)
 
 
-def run_applied(steps, catalogue, process, recipes):
-    """Consumes an apply while the queue works; returns its last progress and what was made."""
-    made = {}
-    for step in steps:
-        last = step
-        for pending in catalogue.list_pending(99):
-            made[pending.image_id] = process(pending.image_id, recipes)
-    return last, made
+@pytest.fixture
+def applies(catalogue_url, catalogue):
+    return Applies(catalogue_url)
 
 
-@pytest.fixture(autouse=True)
-def no_pauses(monkeypatch):
+@pytest.fixture
+def carry_out(applies, plans, catalogue, process, monkeypatch):
+    """A function that follows an apply while the stack works.
+
+    Returns the last progress and what was made.
+    """
     monkeypatch.setattr(planning, "POLL_SECONDS", 0)
+
+    def carry_out(apply, recipes, process=process):
+        applier, made = Applier(applies, plans, catalogue, recipes), {}
+        for progress in planning.follow(applies, apply):
+            last = progress
+            applier.feed()
+            for image_id in list_waiting(catalogue):
+                made[image_id] = process(image_id, recipes)
+        return last, made
+
+    return carry_out
+
+
+def list_waiting(catalogue):
+    """The images of the bulk lane, in the order in which runs claim them."""
+    rows = [catalogue.get(f"image-{number}") for number in range(5)]
+    return [row["id"] for row in rows if row["status"] == "pending"]
 
 
 def test_applying_a_plan_makes_what_is_outdated_and_nothing_else(
-    plans, library, catalogue, ledger, process, monkeypatch
+    applies, plans, library, catalogue, carry_out, monkeypatch
 ):
-    monkeypatch.setattr(planning, "IN_FLIGHT", 2)
+    monkeypatch.setattr(planning, "MAX_IN_FLIGHT", 2)
     recipes = change("metadata", Recipe("openai", "m2", "prompt-1"))
-    steps = planning.apply(plans, catalogue, ledger, recipes)
-    last, made = run_applied(steps, catalogue, process, recipes)
+    last, made = carry_out(applies.start(recipes), recipes)
     assert (last.begun, last.completed, last.failed) == (5, 5, 0)
     assert made == {
         image_id: ["metadata"] for image_id in library
     }  # and no unchanged text is embedded
     assert plans.count_outdated(recipes) == []
     assert [event["event"] for event in catalogue.get("image-0")["history"]].count("planned") == 1
+    assert applies.find_open() is None
 
 
 def test_an_apply_that_is_stopped_is_continued_by_the_next_one(
-    plans, library, catalogue, ledger, process, monkeypatch
+    applies, plans, library, catalogue, carry_out, monkeypatch
 ):
-    monkeypatch.setattr(planning, "IN_FLIGHT", 2)
+    monkeypatch.setattr(planning, "MAX_IN_FLIGHT", 2)
     recipes = change("variants", Recipe("local", "pillow", "other"))
-    steps = planning.apply(plans, catalogue, ledger, recipes)
-    assert next(steps).begun == 2
+    applier = Applier(applies, plans, catalogue, recipes)
+    steps = planning.follow(applies, applies.start(recipes))
+    next(steps)
+    applier.feed()
     steps.close()  # Ctrl-C: two images have begun
     assert catalogue.count()["pending"] == 2
-    last, made = run_applied(
-        planning.apply(plans, catalogue, ledger, recipes), catalogue, process, recipes
-    )
+    assert (applier.is_busy, applier.feed()) == (False, None)
+    _, made = carry_out(applies.start(recipes), recipes)
     assert sorted(made) == library
-    assert (last.begun, catalogue.count()["completed"]) == (3, 5)
+    assert catalogue.count()["completed"] == 5
 
 
-def test_an_apply_ends_at_its_limit(plans, library, catalogue, ledger, process):
+def test_the_apply_of_a_command_that_was_killed_ends(catalogue_url, catalogue):
+    now = [now_utc()]
+    applies = Applies(catalogue_url, lambda: now[0])
+    killed = applies.start(RECIPES, lease_seconds=15)
+    with pytest.raises(StackError, match="an apply is under way"):
+        applies.start(RECIPES)
+    now[0] += timedelta(seconds=14)
+    applies.renew(killed.id, 15)
+    now[0] += timedelta(seconds=14)
+    assert applies.find_open() == killed
+    now[0] += timedelta(seconds=2)
+    assert applies.find_open() is None
+    assert applies.start(RECIPES).id != killed.id
+
+
+def test_an_apply_ends_at_its_limit(applies, library, carry_out):
     recipes = change("variants", Recipe("local", "pillow", "other"))
-    steps = planning.apply(plans, catalogue, ledger, recipes, limit=3)
-    last, made = run_applied(steps, catalogue, process, recipes)
+    last, made = carry_out(applies.start(recipes, max_images=3), recipes)
     assert (last.begun, last.completed, sorted(made)) == (3, 3, library[:3])
 
 
+def test_an_apply_counts_images_that_fail(applies, library, catalogue, carry_out):
+    recipes = change("variants", Recipe("local", "pillow", "other"))
+
+    def fail(image_id, recipes):
+        generation = catalogue.get(image_id)["generation"]
+        catalogue.fail(catalogue.claim(image_id, generation, "run"), "corrupt", "damaged")
+
+    last, _ = carry_out(applies.start(recipes, max_images=2), recipes, fail)
+    assert (last.begun, last.completed, last.failed, last.unfinished) == (2, 0, 2, 0)
+
+
 def test_an_apply_begins_nothing_once_its_budget_is_spent(
-    plans, library, catalogue, ledger, process, monkeypatch
+    applies, library, catalogue, ledger, process, carry_out
 ):
-    monkeypatch.setattr(planning, "IN_FLIGHT", 1)
     recipes = change("metadata", Recipe("openai", "m2", "prompt-1"))
 
     def process_paid(image_id, recipes):
-        ledger.record(call("m2", 800, 60, 0.01))
+        ledger.record(replace(call("m2", 800, 60, 0.01), image_id=image_id))
+        ledger.record(call("m2", 800, 60, 1.0))  # for an upload
         return process(image_id, recipes)
 
-    steps = planning.apply(plans, catalogue, ledger, recipes, budget_usd=0.02)
-    last, made = run_applied(steps, catalogue, process_paid, recipes)
+    last, made = carry_out(applies.start(recipes, budget_usd=0.02), recipes, process_paid)
     assert (last.begun, len(made)) == (2, 2)
     assert last.spent_usd == pytest.approx(0.02)
     assert catalogue.count()["completed"] == 5
@@ -241,11 +286,11 @@ def test_a_budget_needs_a_known_cost(plans, library, ledger):
     assert planning.explain_unknown_cost(steps) is None
 
 
-def test_an_apply_to_a_stack_with_other_settings_stops(plans, library, catalogue, ledger, process):
+def test_an_apply_to_a_stack_with_other_settings_stops(applies, library, catalogue, carry_out):
     recipes = change("metadata", Recipe("openai", "m2", "prompt-1"))
-    steps = planning.apply(plans, catalogue, ledger, recipes)
-    with pytest.raises(StackError, match="metadata were not made as planned: the stack runs with"):
-        run_applied(steps, catalogue, process, RECIPES)
+    with pytest.raises(StackError, match="the stack runs with other settings than this command"):
+        carry_out(applies.start(recipes), RECIPES)
+    assert catalogue.count()["completed"] == 5
 
 
 def test_one_image_is_explained(library, catalogue):

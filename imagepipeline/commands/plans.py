@@ -1,5 +1,6 @@
 """Commands about model changes: plan, apply."""
 
+import contextlib
 import sys
 from collections.abc import Mapping
 from dataclasses import asdict
@@ -22,10 +23,12 @@ from imagepipeline.filters import FIELDS, Filter
 from imagepipeline.models import ASSETS, Recipe, now_utc
 from imagepipeline.opening import open_catalogue
 from imagepipeline.settings import Settings
+from imagepipeline.text import to_json
 
 if TYPE_CHECKING:  # it takes as long to import as all else
     from imagepipeline.planning import Step
     from imagepipeline.sampling import Sample
+    from imagepipeline.stores.applies import Applies
     from imagepipeline.stores.catalogue import Catalogue
 
 MAX_SAMPLED = 100  # a page of them has some 10 MB
@@ -171,6 +174,8 @@ def make_plan(settings: Settings, recipes: Mapping[str, Recipe], where: Filter) 
 @click.option(
     "--budget", type=click.FloatRange(min=0, min_open=True), help="Stop after this many US dollars."
 )
+@asset_option
+@click.option("--stop", "is_stopped", is_flag=True, help="End the apply that is under way.")
 @where_option
 @click.option(
     "--batch",
@@ -184,12 +189,14 @@ def apply(
     settings: Settings,
     limit: int | None,
     budget: float | None,
+    assets: tuple[str, ...],
+    is_stopped: bool,
     where: Filter,
     batch: bool,
     dry_run: bool,
     as_json: bool,
 ) -> None:
-    """Make what `plan` found, after all uploads, in a running stack.
+    """Have the running stack make what `plan` found, after all uploads.
 
     Only what is outdated is made: a new prompt renders no variants, and a text that did not change
     is not embedded again. Stop it with Ctrl-C; the next apply goes on. Images that have failed are
@@ -197,21 +204,26 @@ def apply(
     """
     from imagepipeline import display, planning
     from imagepipeline.providers import build_recipes
+    from imagepipeline.stores.applies import Applies
     from imagepipeline.stores.ledger import Ledger
     from imagepipeline.stores.plans import Plans
 
-    catalogue, plans = open_catalogue(settings), Plans(settings.database_url)
-    recipes = build_recipes(settings)
+    catalogue = open_catalogue(settings)
+    applies, plans = Applies(settings.database_url), Plans(settings.database_url)
+    if is_stopped:
+        stop_apply(applies, dry_run, as_json)
+        return
+    recipes = planning.select_recipes(build_recipes(settings), assets)
     if dry_run:
         found = plans.list_outdated(recipes, "", limit or MAX_LISTED, where)
         display.show_rows([{"image_id": one} for one in found], ("image_id",), as_json)
         return
     if budget:
-        steps = make_plan(settings, recipes, where)
-        if problem := planning.explain_unknown_cost(steps):
+        planned = make_plan(settings, recipes, where)
+        if problem := planning.explain_unknown_cost(planned):
             raise click.UsageError(problem)
-    ledger, since = Ledger(settings.database_url), now_utc()
     if batch:
+        ledger, since = Ledger(settings.database_url), now_utc()
         limit = fetch_batches(settings, catalogue, recipes, where, limit, budget)
         budget = None if budget is None else budget - ledger.sum_cost_usd(since)
         if not limit:
@@ -221,8 +233,9 @@ def apply(
             say("The budget is used up; the next apply uses the answers that are paid.", err=True)
             return
     total = plans.count_images(recipes, where)
-    progress = planning.apply(plans, catalogue, ledger, recipes, limit, budget, where=where)
-    *_, last = display.follow_apply(progress, min(total, limit or total))
+    begun = applies.start(recipes, limit, budget, where, planning.LEASE_SECONDS)
+    with contextlib.closing(planning.follow(applies, begun)) as steps:
+        *_, last = display.follow_apply(steps, min(total, limit or total))
     display.show_rows([asdict(last)], tuple(asdict(last)), as_json)
     if last.failed:
         sys.exit(EXIT_FAILED)
@@ -247,3 +260,16 @@ def fetch_batches(
             say("Open batches go on at the provider: `apply --batch` continues.", err=True)
             raise
     return last.images
+
+
+def stop_apply(applies: "Applies", dry_run: bool, as_json: bool) -> None:
+    """Ends the open apply and says what that did."""
+    from imagepipeline import planning
+
+    one = applies.find_open()
+    if one and not dry_run:
+        applies.end(one.id, planning.STOPPED)
+    done = {"apply": one.id if one else None, "dry_run": dry_run}
+    verb = "would be stopped" if dry_run else "was stopped"
+    text = f"apply {one.id} {verb}; {one.begun_count} images were begun" if one else "no apply runs"
+    say(to_json(done) if as_json else text)

@@ -1,51 +1,29 @@
-"""The three assets of an image: they read, call, store and report; the work is elsewhere."""
+"""The three assets of an image, in a run of its own."""
 
-import base64
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import replace
-from typing import Any
+from collections.abc import Iterator
 
 import dagster as dg
 
-from imagepipeline.defs.attempts import RETRY_POLICY, attempt
-from imagepipeline.defs.checks import (
-    check_variants,
-    describe_problems,
-    read_stored,
-    refuse_wrong,
-)
+from imagepipeline.defs.attempts import RETRY_POLICY, Work, attempt
+from imagepipeline.defs.outcomes import ORIGINAL
 from imagepipeline.defs.partitions import uploads
-from imagepipeline.errors import MissingMetadataError
-from imagepipeline.imaging.palette import choose_visible
-from imagepipeline.imaging.sandbox import Usage
+from imagepipeline.defs.showing import link_to
+from imagepipeline.defs.stages import Made, make_embedding, make_metadata, make_variants
 from imagepipeline.imaging.variants import Renderer
 from imagepipeline.index import EmbeddingStore
-from imagepipeline.models import (
-    Claim,
-    Embedding,
-    ImageMetadata,
-    OriginalFacts,
-    PixelFacts,
-    Recipe,
-    VisionAnswer,
-)
-from imagepipeline.originals import Original, Originals
-from imagepipeline.paid_calls import Kept, PaidCalls, Receipt
+from imagepipeline.originals import Originals
+from imagepipeline.paid_calls import PaidCalls
 from imagepipeline.services.embedder import Embedder
 from imagepipeline.services.vision import VisionModel
 from imagepipeline.storage import Storage
 from imagepipeline.stores.catalogue import Catalogue
-from imagepipeline.text import hash_text
-from imagepipeline.usage import CallUsage
 
 OWNERS = ["team:imagepipeline"]
-ANEW_TAG = "imagepipeline/anew"  # assets to make although they are current, or `all`
-ASKED = "a person asked for it"
-MAX_TWINS = 3  # images with the same text whose vector is looked for
 
 
 @dg.asset(
     partitions_def=uploads,
+    deps=[ORIGINAL],
     group_name="images",
     kinds={"python", "ai"},
     owners=OWNERS,
@@ -69,75 +47,15 @@ def metadata(
     down or overloaded is tried three times. The answer is in the image's row of the catalogue. To
     ask again all the same, launch the run with the tag `imagepipeline/anew` = `metadata`.
     """
-    with attempt(context, catalogue) as claim:
-        if claim is None:
-            return
-        original = originals.load(claim, catalogue)
-        note_original(catalogue, claim, original)
-        causes = find_causes(
-            context, catalogue, claim, metadata=vision.recipe, variants=renderer.recipe
-        )
-        cause = causes["metadata"]
-        kept = Kept("metadata", vision.recipe, original.sha256, VisionAnswer)
-        row = {} if cause else catalogue.get(claim.image_id) or {}
-        if known := read_metadata(row):
-            catalogue.confirm_result(claim, "metadata")
-            paid_calls.forget(kept)
-            yield dg.MaterializeResult(
-                data_version=_data_version(known.embedding_text),
-                metadata={
-                    "picture": _placeholder(row["placeholder"]),
-                    **_describe_answer(VisionAnswer(known)),
-                    **_describe_recipe(vision.recipe),
-                    "is_reused": True,
-                },
-            )
-            return
-        if causes["variants"]:
-            renderer.begin(original.session, original.facts)  # while the model answers
-        described = None
-        if cause != ASKED:
-            twins = catalogue.find_twins("metadata", vision.recipe, original.sha256, MAX_TWINS)
-            described = next(
-                filter(None, (read_metadata(catalogue.get(one)) for one in twins)), None
-            )
-        is_reused = described is not None
-        if described:
-            answer, receipt = VisionAnswer(described), Receipt()
-        else:
-            prepared = original.prepared
-            answer, receipt = paid_calls.make(
-                claim,
-                "metadata",
-                vision.recipe,
-                lambda: vision.describe(prepared.preview, prepared.facts),
-                context.log.info,
-                kept,
-            )
-            answer = replace(answer, metadata=_with_visible_colors(answer.metadata, prepared.facts))
-        catalogue.save_metadata(claim, answer.metadata, vision.recipe, original.sha256)
-        paid_calls.forget(kept)
-        yield dg.MaterializeResult(
-            data_version=_data_version(answer.metadata.embedding_text),
-            metadata={
-                "picture": _picture(original),
-                **_describe_answer(answer),
-                **_describe_receipt(receipt),
-                "is_reused": is_reused,
-                "cause": cause,
-                **_describe_recipe(vision.recipe),
-                **_describe_original(original),
-                "bytes_to_model": len(original.prepared.preview),
-                **_describe_usage(original.usage),
-                "attempt": context.retry_number + 1,
-                "dagster/uri": files.locate(original.facts.path),
-            },
-        )
+    with attempt(context, catalogue, originals) as work:
+        if work is not None:
+            made = make_metadata(work, catalogue, files, originals, vision, paid_calls, renderer)
+            yield _to_result(made, work)
 
 
 @dg.asset(
     partitions_def=uploads,
-    deps=[metadata],
+    deps=[ORIGINAL, metadata],
     group_name="images",
     kinds={"python", "pillow"},
     owners=OWNERS,
@@ -158,54 +76,10 @@ def variants(
     are read back and checked; wrong ones are made again. No provider is involved: if this fails,
     check the original and the disk.
     """
-    with attempt(context, catalogue) as claim:
-        if claim is None:
-            return
-        original = originals.load(claim, catalogue)
-        note_original(catalogue, claim, original)
-        cause = find_causes(context, catalogue, claim, variants=renderer.recipe)["variants"]
-        stored = [] if cause else (catalogue.get(claim.image_id) or {"variants": []})["variants"]
-        if cause is None and is_in_place(files, stored, renderer, original):
-            catalogue.confirm_result(claim, "variants")
-            yield dg.MaterializeResult(
-                data_version=_data_version(original.sha256 + renderer.recipe.version),
-                metadata={
-                    "variants": _tabulate(stored),
-                    "settings": renderer.recipe.settings,
-                    "is_reused": True,
-                },
-            )
-            return
-        made, usage = renderer.render(original.session, original.facts)
-        rendered = [(variant.spec.path_for(original.facts.path), variant) for variant in made]
-        # Rows first: they refuse another image's path before its file is overwritten.
-        catalogue.save_variants(claim, rendered)
-        for variant_path, variant in rendered:
-            files.write(variant_path, variant.content)
-        found, figures = check_variants(claim, catalogue, files, original, renderer)
-        catalogue.record_problems(claim, found)
-        refuse_wrong(found)
-        catalogue.record_result(claim, "variants", renderer.recipe, original.sha256)
-        rows = [
-            {"path": path, "width": one.width, "height": one.height, "size": len(one.content)}
-            for path, one in rendered
-        ]
-        yield dg.MaterializeResult(
-            data_version=_data_version(original.sha256 + renderer.recipe.version),
-            metadata={
-                **figures,
-                "problems": describe_problems(found),
-                "is_reused": False,
-                "cause": cause or "its files were not in place",
-                "variants": _tabulate(rows),
-                "settings": renderer.recipe.settings,
-                "dominant_color": original.facts.dominant_color,
-                "placeholder": _placeholder(original.facts.placeholder),
-                **_describe_usage(usage),
-                "attempt": context.retry_number + 1,
-                "dagster/uri": files.locate(rendered[0][0]).rpartition("/")[0],
-            },
-        )
+    with attempt(context, catalogue, originals) as work:
+        if work is not None:
+            made = make_variants(work, catalogue, files, originals, renderer)
+            yield _to_result(made, work)
 
 
 @dg.asset(
@@ -220,6 +94,7 @@ def variants(
 def embedding(
     context: dg.AssetExecutionContext,
     catalogue: dg.ResourceParam[Catalogue],
+    originals: dg.ResourceParam[Originals],
     embedder: dg.ResourceParam[Embedder],
     index: dg.ResourceParam[EmbeddingStore],
     paid_calls: dg.ResourceParam[PaidCalls],
@@ -229,176 +104,14 @@ def embedding(
     The index has one row for each image and embedding model. After this asset the image is
     `completed`. If it fails with `missing_metadata`, materialize `metadata` of the partition first.
     """
-    with attempt(context, catalogue) as claim:
-        if claim is None:
-            return
-        row = catalogue.get(claim.image_id)
-        if row is None or row["metadata"] is None:
-            raise MissingMetadataError(
-                f"{claim.image_id} has no metadata yet: materialize `metadata` first"
-            )
-        text = ImageMetadata.model_validate(row["metadata"]).embedding_text
-        input_sha256 = hash_text(text)
-        cause = find_causes(context, catalogue, claim, embedding=embedder.recipe)["embedding"]
-        kept = Kept("embedding", embedder.recipe, input_sha256, Embedding)
-        result, receipt = None, Receipt()
-        if cause != ASKED:
-            twins = catalogue.find_twins("embedding", embedder.recipe, input_sha256, MAX_TWINS)
-            result = find_vector(index, twins, text, embedder.recipe)
-        is_reused = result is not None
-        if result is None:
-            result, receipt = paid_calls.make(
-                claim,
-                "embedding",
-                embedder.recipe,
-                lambda: embedder.embed(text),
-                context.log.info,
-                kept,
-            )
-        index.upsert(claim, result)
-        catalogue.record_result(claim, "embedding", embedder.recipe, input_sha256)
-        paid_calls.forget(kept)
-        yield dg.MaterializeResult(
-            data_version=_data_version(result.text + result.version),
-            metadata=_describe_embedding(result)
-            | _describe_receipt(receipt)
-            | {
-                "is_reused": is_reused,
-                **_describe_recipe(embedder.recipe),
-                "attempt": context.retry_number + 1,
-            },
-        )
+    with attempt(context, catalogue, originals) as work:
+        if work is not None:
+            made = make_embedding(work, catalogue, embedder, index, paid_calls)
+            yield _to_result(made, work)
 
 
-def note_original(catalogue: Catalogue, claim: Claim, original: Original) -> None:
-    """Stores the facts of an original that is not the one the catalogue knows; raises as it does.
-
-    Only for that is it decoded here.
-    """
-    if (original.path, original.sha256) != (claim.last_path, claim.last_sha256):
-        catalogue.save_original(claim, original.facts)
-
-
-def find_causes(
-    context: dg.AssetExecutionContext, catalogue: Catalogue, claim: Claim, **recipes: Recipe
-) -> dict[str, str | None]:
-    """Why this run must make these assets: ASKED, one of `needs.CAUSES`, or None if current."""
-    asked = set(context.run.tags.get(ANEW_TAG, "").replace(" ", "").split(","))
-    causes = catalogue.find_causes(claim.image_id, recipes)
-    return {asset: ASKED if asked & {asset, "all"} else cause for asset, cause in causes.items()}
-
-
-def find_vector(
-    index: EmbeddingStore, image_ids: Sequence[str], text: str, recipe: Recipe
-) -> Embedding | None:
-    """The vector of a text, if the index has it for one of these images."""
-    for image_id in image_ids:
-        known = index.get(image_id, recipe.version)
-        if known and known["text"] == text:
-            return Embedding(text, tuple(known["vector"]), recipe.version)
-    return None
-
-
-def read_metadata(row: Mapping[str, Any] | None) -> ImageMetadata | None:
-    """The stored answer of a row; None if there is none, or one of an earlier kind."""
-    try:
-        return ImageMetadata.model_validate((row or {}).get("metadata"))
-    except ValueError:
-        return None
-
-
-def is_in_place(
-    files: Storage, stored: Sequence[Mapping[str, Any]], renderer: Renderer, original: Original
-) -> bool:
-    """Whether the files of all variants are where they belong, with the sizes of their rows."""
-    expected = {spec.path_for(original.path) for spec in renderer.specs}
-    return expected == {variant["path"] for variant in stored} and all(
-        len(read_stored(files, variant)) == variant["size"] for variant in stored
+def _to_result(made: Made, work: Work) -> dg.MaterializeResult[None]:
+    link = {"see_original": link_to("original", work.claim.image_id)}
+    return dg.MaterializeResult(
+        data_version=dg.DataVersion(made.data_version), metadata={**made.metadata, **link}
     )
-
-
-def _with_visible_colors(metadata: ImageMetadata, facts: PixelFacts) -> ImageMetadata:
-    return metadata.model_copy(
-        update={"dominant_colors": choose_visible(metadata.dominant_colors, facts)}
-    )
-
-
-def _picture(original: Original) -> dg.MetadataValue:
-    """A thumbnail of a few kB in Markdown, for the UI."""
-    thumbnail = base64.b64encode(original.prepared.thumbnail).decode()
-    return dg.MetadataValue.md(f"![the image](data:image/jpeg;base64,{thumbnail})")
-
-
-def _placeholder(data_uri: str) -> dg.MetadataValue:
-    return dg.MetadataValue.md(f"![placeholder]({data_uri})")
-
-
-def _tabulate(variants: Sequence[Mapping[str, Any]]) -> dg.MetadataValue:
-    records = [
-        dg.TableRecord(
-            {
-                "path": variant["path"],
-                "width_px": variant["width"],
-                "height_px": variant["height"],
-                "bytes": variant["size"],
-            }
-        )
-        for variant in variants
-    ]
-    return dg.MetadataValue.table(records=records)
-
-
-def _describe_recipe(recipe: Recipe) -> dict[str, str]:
-    return {"provider": recipe.provider, "model": recipe.model, "settings": recipe.settings}
-
-
-def _describe_original(original: Original) -> dict[str, str | int]:
-    facts: OriginalFacts = original.facts
-    described: dict[str, str | int] = {
-        "bytes_in": facts.original_bytes,
-        "width_px": facts.width,
-        "height_px": facts.height,
-        "format": original.prepared.format,
-        "content_sha256": facts.original_sha256,
-    }
-    return described | {"flaw": facts.flaw} if facts.flaw else described
-
-
-def _describe_usage(usage: Usage) -> dict[str, float | int]:
-    """The CPU time and memory that decoding or encoding took."""
-    return {"cpu_seconds": round(usage.cpu_seconds, 3), "peak_memory_bytes": usage.peak_bytes}
-
-
-def _describe_answer(answer: VisionAnswer) -> dict[str, dg.MetadataValue | str | int]:
-    described = answer.metadata
-    swatches = " ".join(f"`{value}`" for value in described.dominant_colors)
-    return {
-        "description": dg.MetadataValue.text(described.description),
-        "tags": dg.MetadataValue.text(", ".join(described.tags)),
-        "category": described.category,
-        "dominant_colors": dg.MetadataValue.md(swatches),
-        "mood": described.mood,
-        **_describe_tokens(answer.usage),
-    }
-
-
-def _describe_embedding(result: Embedding) -> dict[str, str | int]:
-    described: dict[str, str | int] = {
-        "embedding_dim": len(result.vector),
-        "text_characters": len(result.text),
-    }
-    return described | _describe_tokens(result.usage)
-
-
-def _describe_tokens(usage: CallUsage | None) -> dict[str, int]:
-    return {"tokens_in": usage.tokens_in, "tokens_out": usage.tokens_out} if usage else {}
-
-
-def _describe_receipt(receipt: Receipt) -> dict[str, float]:
-    described = {"call_seconds": receipt.seconds, "rate_limit_wait_seconds": receipt.waited_seconds}
-    return described if receipt.cost_usd is None else described | {"cost_usd": receipt.cost_usd}
-
-
-def _data_version(content: str) -> dg.DataVersion:
-    # By content, so that an unchanged answer leaves the later assets fresh.
-    return dg.DataVersion(hash_text(content)[:16])

@@ -3,12 +3,14 @@
 import re
 import socket
 import threading
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, replace
 
 import dagster as dg
 from dagster._core.errors import DagsterExecutionInterruptedError
 
+from imagepipeline.defs.outcomes import REASON_TAG, STATUS_TAG, build_outcome
 from imagepipeline.errors import (
     ImageBusyError,
     InvalidUploadError,
@@ -17,12 +19,14 @@ from imagepipeline.errors import (
     RetryableError,
     StaleClaimError,
 )
-from imagepipeline.models import ASSETS, Claim, check_image_id
+from imagepipeline.models import ASSETS, Claim, Status, check_image_id
+from imagepipeline.originals import Originals
 from imagepipeline.stores.catalogue import Catalogue
 from imagepipeline.text import clean_error
 
 MACHINE_TAG = "imagepipeline/machine"  # the host name of the worker that executes a run
 GENERATION_TAG = "imagepipeline/generation"
+ANEW_TAG = "imagepipeline/anew"  # assets to make although they are current, or `all`
 GENERATION = re.compile(r"[0-9]{1,9}")
 MAX_ATTEMPTS = 3
 # For unclassified errors. Dagster waits (2^n - 1) x delay: 1 s, then 3 s.
@@ -32,57 +36,166 @@ BEAT_SECONDS = 10
 CANCELLED = (dg.DagsterRunStatus.CANCELING, dg.DagsterRunStatus.CANCELED)
 
 
+@dataclass(frozen=True)
+class Work:
+    """One attempt at one asset of one image.
+
+    Attributes:
+        claim: on the image.
+        number: of the attempt, from 1.
+        asked: assets to make although they are current, or `all`.
+        report: writes a line to the run's log.
+    """
+
+    claim: Claim
+    number: int
+    asked: frozenset[str]
+    report: Callable[[str], None]
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """What an error means for an image.
+
+    Attributes:
+        text: a sentence for the run's log.
+        wait_seconds: until the next attempt; None if this run makes no other.
+        status: of the image, if this run has ended its claim: `failed`, or `pending`.
+        reason: the code of the failure or the wait, if this run has ended its claim.
+        needs_operator: whether the run must be red.
+    """
+
+    text: str
+    wait_seconds: float | None = None
+    status: Status | None = None
+    reason: str | None = None
+    needs_operator: bool = True
+
+    @property
+    def tags(self) -> dict[str, str]:
+        """The tags by which the list of runs shows it."""
+        if self.status is None or self.reason is None:
+            return {}
+        return {STATUS_TAG: self.status.value, REASON_TAG: self.reason}
+
+
 @contextmanager
-def attempt(context: dg.AssetExecutionContext, catalogue: Catalogue) -> Iterator[Claim | None]:
+def attempt(
+    context: dg.AssetExecutionContext, catalogue: Catalogue, originals: Originals
+) -> Iterator[Work | None]:
     """Claims the partition's image for the body, and ends the claim after the run's last asset.
 
     Yields None if another run has taken over the image: the asset then yields nothing, its step
     succeeds and later steps are skipped. A retryable error is retried after 1 s, 2 s, or the time
-    that the provider asked for. A permanent error, or the last attempt, fails the image.
+    that the provider asked for. A permanent error, or the last attempt, fails the image. The run
+    fails only if an operator must act; otherwise it succeeds, and later steps are skipped. The
+    asset `original` shows what became of the image.
     """
     claim = _claim(context, catalogue)
     if claim is None:
-        context.log.info(f"{context.partition_key} belongs to another run now: nothing was done.")
+        context.log.info(
+            f"{context.partition_key} was cancelled, or belongs to another run now: nothing was "
+            "done."
+        )
         yield None
         return
     number = context.retry_number + 1
+    asked = frozenset(context.run.tags.get(ANEW_TAG, "").replace(" ", "").split(","))
     try:
         catalogue.record_attempt(claim, number)
-        if _start_heartbeat(catalogue, claim):
+        if start_heartbeat(catalogue, claim):
             context.instance.add_run_tags(context.run.run_id, {MACHINE_TAG: socket.gethostname()})
-        yield claim
-        if _is_last_asset(context):
-            context.log.info(f"{claim.image_id} is {catalogue.finish(claim)}.")
-            _stop_heartbeat(claim)
-    except StaleClaimError as error:
-        context.log.warning(f"{error}: this run writes nothing more.")
-    except RetryableError as error:
-        if number < MAX_ATTEMPTS:
-            wait_seconds = max(error.retry_after_seconds or 0, 2**context.retry_number)
-            context.log.warning(
-                f"Attempt {number} of {MAX_ATTEMPTS} failed, next in {wait_seconds:g} s: {error}"
-            )
-            _note_failure(context, catalogue, claim, wait_seconds, str(error))
-            raise dg.RetryRequested(
-                max_retries=MAX_ATTEMPTS - 1, seconds_to_wait=wait_seconds
-            ) from error
-        raise _failed(
-            context, catalogue, claim, error.reason, f"{error} (after {number} attempts)"
-        ) from error
-    except PermanentError as error:
-        raise _failed(context, catalogue, claim, error.reason, str(error)) from error
-    except PostponedError as error:
-        raise _handed_back(catalogue, claim, str(error), error.wait_seconds) from error
-    except DagsterExecutionInterruptedError as interrupt:
+        yield Work(claim, number, asked, context.log.info)
+        if not _is_last_asset(context):
+            return
+        context.log.info(f"{claim.image_id} is {catalogue.finish(claim)}.")
+        stop_heartbeat(claim)
+        verdict = Verdict("", needs_operator=False)
+    except DagsterExecutionInterruptedError as error:
         # If it were re-raised, Dagster would retry the step and ignore the stop.
-        raise _interrupted(context, catalogue, claim) from interrupt
+        cause: BaseException = error
+        verdict = interrupt_work(context, catalogue, claim)
     except Exception as error:
+        cause = error
+        verdict = settle(catalogue, claim, context.asset_key.to_user_string(), number, error)
+        if isinstance(error, StaleClaimError):
+            context.log.warning(verdict.text)
+            return
+        if verdict.wait_seconds is not None:
+            context.log.warning(verdict.text)
+            if not isinstance(error, RetryableError):
+                raise  # RETRY_POLICY waits as long
+            raise dg.RetryRequested(
+                max_retries=MAX_ATTEMPTS - 1, seconds_to_wait=verdict.wait_seconds
+            ) from error
+    _show_end(context, catalogue, claim, originals, verdict)
+    if verdict.needs_operator:
+        context.log.error(verdict.text)
+        raise _to_failure(claim, verdict) from cause
+
+
+def _show_end(
+    context: dg.AssetExecutionContext,
+    catalogue: Catalogue,
+    claim: Claim,
+    originals: Originals,
+    verdict: Verdict,
+) -> None:
+    if verdict.text and not verdict.needs_operator:
+        context.log.warning(verdict.text)
+    if verdict.tags:
+        context.instance.add_run_tags(context.run.run_id, verdict.tags)
+    with suppress(PostponedError):  # the row has it all
+        thumbnail = originals.find_thumbnail(claim.image_id)
+        outcome = build_outcome(catalogue, claim.image_id, thumbnail)
+        if verdict.needs_operator:  # Dagster drops what a step that fails has logged
+            context.instance.report_runless_asset_event(outcome)
+        else:
+            context.log_event(outcome)
+
+
+def settle(
+    catalogue: Catalogue, claim: Claim, asset: str, number: int, error: Exception
+) -> Verdict:
+    """Decides what an error in an attempt means, and records it.
+
+    A postponed image waits for another run. A permanent error, or the last attempt, fails it.
+    """
+    if isinstance(error, StaleClaimError):
+        return Verdict(f"{error}: this run writes nothing more.")
+    if isinstance(error, PostponedError):
+        verdict = _hand_back(catalogue, claim, str(error), error.wait_seconds, error.reason)
+        return replace(verdict, needs_operator=error.needs_operator)
+    if isinstance(error, PermanentError):
+        verdict = _fail(catalogue, claim, error.reason, str(error))
+        return replace(verdict, needs_operator=error.needs_operator)
+    if isinstance(error, RetryableError):
+        reason, text = error.reason, str(error)
+        wait_seconds = max(error.retry_after_seconds or 0, 2 ** (number - 1))
+        last_text = f"{text} (after {number} attempts)"
+    else:
         clean_error(error)  # Dagster stores its text
-        description = f"{type(error).__name__}: {error}"
-        if number == MAX_ATTEMPTS:
-            raise _failed(context, catalogue, claim, "unexpected", description) from error
-        _note_failure(context, catalogue, claim, RETRY_POLICY.calculate_delay(number), description)
-        raise
+        reason, text = "unexpected", f"{type(error).__name__}: {error}"
+        wait_seconds, last_text = RETRY_POLICY.calculate_delay(number), text
+    if number >= MAX_ATTEMPTS:
+        return _fail(catalogue, claim, reason, last_text)
+    with suppress(StaleClaimError, PostponedError):  # the next attempt handles it
+        catalogue.record_failure(claim, asset, number, wait_seconds, text)
+    return Verdict(
+        f"{claim.image_id}: attempt {number} of {MAX_ATTEMPTS} at {asset} failed, "
+        f"next in {wait_seconds:g} s: {text}",
+        wait_seconds,
+    )
+
+
+def interrupt_work(
+    context: dg.OpExecutionContext | dg.AssetExecutionContext, catalogue: Catalogue, claim: Claim
+) -> Verdict:
+    """Fails the image if a person cancelled the run; any other stop hands the image back."""
+    run = context.instance.get_run_by_id(context.run.run_id)
+    if run is not None and run.status in CANCELLED:
+        return _fail(catalogue, claim, "cancelled", f"run {run.run_id} was cancelled")
+    return _hand_back(catalogue, claim, "the run was stopped", 0, "stopped")
 
 
 def _claim(context: dg.AssetExecutionContext, catalogue: Catalogue) -> Claim | None:
@@ -110,7 +223,7 @@ def read_generation(tags: Mapping[str, str]) -> int | None:
 _beating: dict[tuple[str, int], threading.Event] = {}
 
 
-def _start_heartbeat(catalogue: Catalogue, claim: Claim) -> bool:
+def start_heartbeat(catalogue: Catalogue, claim: Claim) -> bool:
     """Raises the row's beat while this process holds the claim, also between attempts.
 
     A beat that stops tells the reconciler that the process died. Returns False if the heartbeat
@@ -125,7 +238,8 @@ def _start_heartbeat(catalogue: Catalogue, claim: Claim) -> bool:
     return True
 
 
-def _stop_heartbeat(claim: Claim) -> None:
+def stop_heartbeat(claim: Claim) -> None:
+    """Ends the heartbeat of a claim, if it runs."""
     if ended := _beating.pop((claim.image_id, claim.fence), None):
         ended.set()
 
@@ -135,7 +249,7 @@ def _beat(catalogue: Catalogue, claim: Claim, ended: threading.Event) -> None:
         try:
             catalogue.beat(claim)
         except StaleClaimError:  # the image ended, or another run took over
-            _stop_heartbeat(claim)
+            stop_heartbeat(claim)
             return
         except PostponedError:
             continue
@@ -156,52 +270,26 @@ def _is_last_asset(context: dg.AssetExecutionContext) -> bool:
     return not names.intersection(ASSETS[ASSETS.index(this) + 1 :])
 
 
-def _note_failure(
-    context: dg.AssetExecutionContext,
-    catalogue: Catalogue,
-    claim: Claim,
-    wait_seconds: float,
-    error: str,
-) -> None:
-    asset = context.asset_key.to_user_string()
-    try:
-        catalogue.record_failure(claim, asset, context.retry_number + 1, wait_seconds, error)
-    except (StaleClaimError, PostponedError) as problem:  # the next attempt handles it
-        context.log.warning(str(problem))
-
-
-def _failed(
-    context: dg.AssetExecutionContext, catalogue: Catalogue, claim: Claim, reason: str, error: str
-) -> dg.Failure:
+def _fail(catalogue: Catalogue, claim: Claim, reason: str, error: str) -> Verdict:
     try:
         catalogue.fail(claim, reason, error)
-    except (StaleClaimError, PostponedError) as problem:
-        return dg.Failure(f"{problem}. It failed anyway: {error}", allow_retries=False)
-    context.log.error(
-        f"{claim.image_id} failed ({reason}) at attempt {context.retry_number + 1}: {error}"
-    )
-    return dg.Failure(
-        f"{claim.image_id} failed ({reason}): {error}",
-        metadata={"image_id": claim.image_id, "reason": reason},
-        allow_retries=False,
-    )
+    except (StaleClaimError, PostponedError) as problem:  # the reconciler recovers it
+        return Verdict(f"{problem}. It failed anyway: {error}")
+    text = f"{claim.image_id} failed ({reason}): {error}"
+    return Verdict(text, status=Status.FAILED, reason=reason)
 
 
-def _handed_back(catalogue: Catalogue, claim: Claim, cause: str, wait_seconds: float) -> dg.Failure:
+def _hand_back(
+    catalogue: Catalogue, claim: Claim, cause: str, wait_seconds: float, reason: str
+) -> Verdict:
     try:
         catalogue.hand_back(claim, cause, wait_seconds)
     except (StaleClaimError, PostponedError) as problem:  # the reconciler hands it back
-        return dg.Failure(f"{cause}; {problem}.", allow_retries=False)
-    return dg.Failure(f"{cause}; {claim.image_id} waits for another run.", allow_retries=False)
+        return Verdict(f"{cause}; {problem}.")
+    text = f"{cause}; {claim.image_id} waits for another run."
+    return Verdict(text, status=Status.PENDING, reason=reason)
 
 
-def _interrupted(
-    context: dg.AssetExecutionContext, catalogue: Catalogue, claim: Claim
-) -> dg.Failure:
-    """Fails the image if a person cancelled the run; any other stop hands the image back."""
-    run = context.instance.get_run_by_id(context.run.run_id)
-    if run is not None and run.status in CANCELLED:
-        return _failed(
-            context, catalogue, claim, "cancelled", f"run {context.run.run_id} was cancelled"
-        )
-    return _handed_back(catalogue, claim, "the run was stopped", 0)
+def _to_failure(claim: Claim, verdict: Verdict) -> dg.Failure:
+    metadata = {"image_id": claim.image_id, "reason": verdict.reason} if verdict.reason else None
+    return dg.Failure(verdict.text, metadata=metadata, allow_retries=False)

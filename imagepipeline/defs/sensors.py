@@ -6,11 +6,13 @@ from collections.abc import Sequence, Set
 import dagster as dg
 
 from imagepipeline.defs.attempts import GENERATION_TAG, read_generation
+from imagepipeline.defs.batches import IMAGES_AT_ONCE, MAX_BATCH_RUNS, process_batch
 from imagepipeline.defs.jobs import process_upload
 from imagepipeline.defs.partitions import uploads
 from imagepipeline.errors import InvalidUploadError, PostponedError, StackError
-from imagepipeline.models import BULK_PRIORITY, Pause, Upload, check_image_id, is_image_id
+from imagepipeline.models import Pause, Upload, check_image_id, is_image_id
 from imagepipeline.paid_calls import PaidCalls
+from imagepipeline.planning import Applier
 from imagepipeline.stores.catalogue import Catalogue, Pending
 from imagepipeline.stores.ledger import Ledger
 from imagepipeline.stores.uploads import UploadQueue
@@ -20,7 +22,6 @@ ENTRIES_PER_TICK = 500  # about half a second; a tick may take 60 s
 # to keep its slots busy.
 RUNS_PER_SLOT, DEFAULT_SLOTS = 3, 5
 VARIANTS = [dg.AssetKey("variants")]
-LANE_TAG = "imagepipeline/lane"  # dagster.yaml limits the runs of `bulk`
 MAX_WAIT_SECONDS = 4  # for an entry; under the 5 s after which a silent Redis counts as down
 # Dagster abandons a tick after a minute and starts another while ours may still run: both would
 # remove from the list what one has read. A catalogue has one code server (`Catalogue.bind`), so a
@@ -36,7 +37,7 @@ UNFINISHED = [
 
 
 @dg.sensor(
-    job=process_upload,
+    jobs=[process_upload, process_batch],
     minimum_interval_seconds=1,  # 0 would silently mean 30
     default_status=dg.DefaultSensorStatus.RUNNING,
 )
@@ -46,18 +47,19 @@ def upload_sensor(
     catalogue: dg.ResourceParam[Catalogue],
     ledger: dg.ResourceParam[Ledger],
     paid_calls: dg.ResourceParam[PaidCalls],
+    applier: dg.ResourceParam[Applier],
 ) -> dg.SensorResult | dg.SkipReason:
     """Moves uploads from the Redis list into the catalogue and starts runs of pending images.
 
     The list is `image-processing:wait`; malformed entries go to `image-processing:dead`. If Redis
     is down, images in the catalogue still get their runs. While paid calls are paused or behind
     their rate limit, runs make variants alone, and images stay `pending` for the rest; after a
-    pause one is tried first.
+    pause one is tried first. While a person has paused all work, no run is started.
     """
     problem = None
     try:
         # Without work, a tick waits for it: the daemon would start the next one too late.
-        if not catalogue.list_pending(1):
+        if not (catalogue.list_pending(1) or applier.is_busy):
             queue.wait(MAX_WAIT_SECONDS)
         if _taking_in.acquire(blocking=False):
             try:
@@ -71,6 +73,11 @@ def upload_sensor(
         context.log.error(problem)
     except PostponedError as error:
         return dg.SkipReason(str(error))
+    try:
+        if full := ledger.find_full_pause():
+            return dg.SkipReason(f"A person has paused all work: {full.message}.")
+    except PostponedError as error:
+        return dg.SkipReason(str(error))
     unfinished, full_count = find_unfinished(context.instance)
     limit = find_limit(context.instance)
     try:
@@ -78,6 +85,9 @@ def upload_sensor(
         affordable, problem_of_rates = paid_calls.count_affordable()
         for line in reopen_failures(catalogue, ledger, pauses):
             context.log.warning(line)
+        if ended := applier.feed():
+            context.log.info(ended)
+        batches = 0 if pauses else count_batches(catalogue, context.instance)
     except PostponedError as error:
         return dg.SkipReason(str(error))
     pending = catalogue.list_pending(limit, except_for=unfinished, is_rotating=bool(pauses))
@@ -89,7 +99,7 @@ def upload_sensor(
     room = max(0, limit - len(unfinished) - len(chosen))
     taken = unfinished | {(image.image_id, image.generation) for image in chosen}
     pictures = list_pictures(catalogue, room, taken) if pauses or affordable is not None else []
-    if not chosen and not pictures:
+    if not chosen and not pictures and not batches:
         paused = (
             f"Paused ({pauses[0].reason}): {pauses[0].message}." if pauses and pending else None
         )
@@ -101,6 +111,7 @@ def upload_sensor(
         run_requests=[
             *(build_run_request(image) for image in chosen),
             *(build_run_request(image, VARIANTS) for image in pictures),
+            *(dg.RunRequest(job_name=process_batch.name) for _ in range(batches)),
         ],
         dynamic_partitions_requests=[uploads.build_add_request(image_ids)],
     )
@@ -220,17 +231,27 @@ def build_run_request(image: Pending, assets: Sequence[dg.AssetKey] | None = Non
 
     A repeated request has no effect, because a run key is used once.
     """
-    lane = "bulk" if image.priority <= BULK_PRIORITY else "live"
     return dg.RunRequest(
+        job_name=process_upload.name,
         run_key=f"{image.image_id}:{image.generation}",
         partition_key=image.image_id,
         asset_selection=assets,
         tags={
             GENERATION_TAG: str(image.generation),
-            LANE_TAG: lane,
             "dagster/priority": str(image.priority),
         },
     )
+
+
+def count_batches(catalogue: Catalogue, instance: dg.DagsterInstance) -> int:
+    """How many runs of the bulk lane to start: one for each `IMAGES_AT_ONCE` images that wait."""
+    waiting = catalogue.count_bulk()["pending"]
+    if not waiting:
+        return 0
+    unfinished = instance.get_runs_count(
+        dg.RunsFilter(job_name=process_batch.name, statuses=UNFINISHED)
+    )
+    return max(0, min(MAX_BATCH_RUNS, -(-waiting // IMAGES_AT_ONCE)) - unfinished)
 
 
 def explain_idleness(pending_count: int, unfinished_count: int) -> str:

@@ -108,6 +108,10 @@ class Zygote:
                 self._start()
             return self._confinement
 
+    def is_alive(self) -> bool:
+        """Whether the zygote that this process started is running."""
+        return self._process is not None and self._process.poll() is None
+
     @property
     def descriptor(self) -> int | None:
         """The descriptor that a forked process must keep open to share the zygote.
@@ -211,6 +215,7 @@ class Sandbox:
         cpu_seconds: CPU time over a child's life.
         wall_seconds: elapsed time of one call.
         is_confinement_required: decode nothing if the kernel cannot filter system calls.
+        niceness: how far the child yields the CPU to other processes, 0 to 19.
         zygote: the zygote that forks the children.
     """
 
@@ -218,6 +223,7 @@ class Sandbox:
     cpu_seconds: int = CPU_SECONDS
     wall_seconds: float = 60
     is_confinement_required: bool = False
+    niceness: int = 0
     zygote: Zygote = field(default=DECODERS, repr=False, compare=False)
 
     def open(self, make: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> "Session[T]":
@@ -256,6 +262,9 @@ class Session(Generic[T]):
         self._connection, self._life, self.process_id = sandbox.zygote.fork(
             sandbox.memory_bytes, sandbox.cpu_seconds
         )
+        if sandbox.niceness:
+            with contextlib.suppress(ProcessLookupError):  # the first call says how it ended
+                os.setpriority(os.PRIO_PROCESS, self.process_id, sandbox.niceness)
         self._stream = TimedStream(self._connection, sandbox.wall_seconds)
         self._begun: tuple[Any, ...] | None = None
         self._is_open = True

@@ -2,6 +2,7 @@
 
 import base64
 import io
+import weakref
 from collections.abc import Iterable, Sequence
 
 from PIL import ExifTags, Image
@@ -18,11 +19,19 @@ from imagepipeline.imaging.verification import (
     verify_own_inspections,
     verify_variants,
 )
-from imagepipeline.models import CLASSIFIER_PX, OriginalFacts, Recipe, Variant, VariantSpec
+from imagepipeline.models import (
+    CLASSIFIER_PX,
+    MAX_THUMBNAIL_CHARACTERS,
+    OriginalFacts,
+    Recipe,
+    Variant,
+    VariantSpec,
+)
 from imagepipeline.output_formats import OUTPUT_FORMATS
 
 CROP_SHARE = 0.875  # of the shorter side, as in the published evaluation of EfficientNet-Lite0
 PLACEHOLDER_PX = 16
+THUMBNAIL_SIDES_PX = (96, 80, 64, 48, 16)  # the last one always fits
 
 
 class Renderer:
@@ -47,7 +56,10 @@ class Renderer:
         self._compared_share = compared_share
         self.recipe = build_recipe(specs, is_animated, has_rights)
         self._has_rights = has_rights
-        self._inspections: dict[bytes, Inspection] = {}  # by the bytes of a rendered variant
+        # By the bytes of a rendered variant. Threads may render images at the same time.
+        self._inspections: weakref.WeakKeyDictionary[Session[Decoded], dict[bytes, Inspection]] = (
+            weakref.WeakKeyDictionary()
+        )
 
     def begin(self, session: Session[Decoded], original: OriginalFacts) -> None:
         """Starts rendering in the sandbox and returns at once; `render` collects the result."""
@@ -70,10 +82,10 @@ class Renderer:
             verify_own_inspections(inspections, variants, compared)
         except ImpossibleAnswerError as error:
             session.distrust(str(error))
-        self._inspections = {}
+        known = self._inspections[session] = {}
         # A small original has several variants of the same bytes: what was compared counts for all.
         for position in sorted(range(len(variants)), key=compared.__contains__):
-            self._inspections[variants[position].content] = inspections[position]
+            known[variants[position].content] = inspections[position]
         return variants, usage
 
     def inspect(self, session: Session[Decoded], contents: Sequence[bytes]) -> list[Inspection]:
@@ -81,14 +93,15 @@ class Renderer:
 
         Variants with the same bytes as rendered ones have already been inspected.
         """
-        if not all(content in self._inspections for content in contents):
+        known = self._inspections.get(session, {})
+        if not all(content in known for content in contents):
             inspections, _ = session.call(inspect, contents)
             try:
                 verify_inspections(inspections, range(len(contents)), len(contents))
             except ImpossibleAnswerError as error:
                 session.distrust(str(error))
             return inspections
-        return [self._inspections[content] for content in contents]
+        return [known[content] for content in contents]
 
     def _build_arguments(
         self, original: OriginalFacts
@@ -197,8 +210,27 @@ def render_placeholder(image: Image.Image) -> str:
     """
     small = image.copy()
     small.thumbnail((PLACEHOLDER_PX, PLACEHOLDER_PX), Image.Resampling.BOX)
+    return _encode_data_uri(small, quality=50, method=6)
+
+
+def render_thumbnail(image: Image.Image) -> str:
+    """Renders the largest of a few small WebPs that the UI shows without a click.
+
+    Returns:
+        A data URI of at most `MAX_THUMBNAIL_CHARACTERS`.
+    """
+    uri = ""
+    for long_side_px in THUMBNAIL_SIDES_PX:
+        image = shrink(image, long_side_px)
+        uri = _encode_data_uri(image, quality=20, method=4)
+        if len(uri) <= MAX_THUMBNAIL_CHARACTERS:
+            break
+    return uri
+
+
+def _encode_data_uri(image: Image.Image, quality: int, method: int) -> str:
     buffer = io.BytesIO()
-    small.save(buffer, "webp", quality=50, method=6)
+    image.save(buffer, "webp", quality=quality, method=method)
     return "data:image/webp;base64," + base64.b64encode(buffer.getvalue()).decode()
 
 

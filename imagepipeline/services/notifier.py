@@ -1,4 +1,4 @@
-"""Notifies the administrators of final failures and pauses, by webhook and by mail.
+"""Notifies administrators of final failures and pauses, and apps of events.
 
 Other modules decide what to send; a notifier sends one message or raises.
 """
@@ -9,6 +9,7 @@ import hashlib
 import hmac
 import http.client
 import ipaddress
+import json
 import smtplib
 import socket
 import ssl
@@ -46,6 +47,9 @@ NOT_PUBLIC = tuple(
     )
 )
 LAST_PRIVILEGED_PORT = 1023
+# It may take the same message later: request timeout, too early, too many requests, bad gateway,
+# unavailable, gateway timeout. Any other status may be about this message.
+OVERLOADED = (408, 425, 429, 502, 503, 504)
 
 
 class Notifier(Protocol):
@@ -112,33 +116,29 @@ def build_pause_message(pause: Pause) -> dict[str, Any]:
     }
 
 
-class WebhookNotifier:
-    """Sends signed JSON by POST, without following redirects.
+class Webhook:
+    """An address that is sent signed JSON by POST, without following redirects.
 
-    Unless private addresses are allowed, the webhook must use https and have a public address and
-    port 443 or one above 1023, because lower ports belong to other services.
+    Unless private addresses are allowed, it must use https and have a public address and port 443
+    or one above 1023, because lower ports belong to other services.
 
     `X-Imagepipeline-Timestamp` is the time in Unix seconds. `X-Imagepipeline-Signature` is
     `sha256=` followed by the hexadecimal HMAC-SHA256, keyed with the secret, of timestamp, dot and
     body.
     """
 
-    channel = "webhook"
-
     def __init__(self, url: str, secret: str, allows_private: bool) -> None:
         self._url = urlsplit(url)
         self._secret = secret.encode()
         self._allows_private = allows_private
 
-    def send(self, failures: Sequence[Mapping[str, Any]]) -> None:
-        """Tries once; times out after 3 s without a connection or data, and after 5 s in total."""
-        self._post(build_message(failures))
+    def post(self, content: Mapping[str, Any]) -> None:
+        """Tries once; times out after 3 s without a connection or data, and after 5 s in total.
 
-    def send_pause(self, pause: Pause) -> None:
-        """See `send`."""
-        self._post(build_pause_message(pause))
-
-    def _post(self, content: Mapping[str, Any]) -> None:
+        Raises:
+            NoticeRefusedError: it answers, but not with 2xx.
+            NotificationError: it does not answer, or is overloaded.
+        """
         body = to_json(content).encode()
         timestamp = str(int(time.time()))
         signature = hmac.new(
@@ -163,7 +163,8 @@ class WebhookNotifier:
         finally:
             connection.close()
         if not 200 <= status < 300:
-            raise NoticeRefusedError(f"the webhook answered {status}")
+            kind = NotificationError if status in OVERLOADED else NoticeRefusedError
+            raise kind(f"the webhook answered {status}")
 
     def _connect(self) -> http.client.HTTPConnection:
         """Connects to the address that was checked, as a second lookup could return another one."""
@@ -175,7 +176,7 @@ class WebhookNotifier:
             found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)
         except ValueError:  # a port above 65535, or a name that IDNA cannot encode
             raise NotificationError(
-                "the webhook's address is malformed: correct IMAGEPIPELINE_WEBHOOK_URL"
+                "the webhook's address is malformed: correct its setting"
             ) from None
         except OSError as error:
             raise NotificationError(
@@ -192,6 +193,35 @@ class WebhookNotifier:
         if is_https:
             return _NamedConnection(host, address, port)
         return http.client.HTTPConnection(address, port, timeout=TIMEOUT_SECONDS)
+
+
+class WebhookNotifier:
+    """Sends notices to the administrators' webhook."""
+
+    channel = "webhook"
+
+    def __init__(self, url: str, secret: str, allows_private: bool) -> None:
+        self._webhook = Webhook(url, secret, allows_private)
+
+    def send(self, failures: Sequence[Mapping[str, Any]]) -> None:
+        """See `Webhook.post`."""
+        self._webhook.post(build_message(failures))
+
+    def send_pause(self, pause: Pause) -> None:
+        """See `Webhook.post`."""
+        self._webhook.post(build_pause_message(pause))
+
+
+class EventWebhook:
+    """Sends events to the app's webhook."""
+
+    def __init__(self, url: str, secret: str, allows_private: bool) -> None:
+        self._webhook = Webhook(url, secret, allows_private)
+
+    def send(self, payloads: Sequence[str]) -> None:
+        """Sends the JSON of some events in one message; see `Webhook.post`."""
+        events = [json.loads(payload) for payload in payloads]
+        self._webhook.post({"type": "image-processing-events", "events": events})
 
 
 class _NamedConnection(http.client.HTTPSConnection):

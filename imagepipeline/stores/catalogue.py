@@ -19,8 +19,10 @@ from imagepipeline.errors import (
     StackError,
     StaleClaimError,
 )
+from imagepipeline.events import EventType
 from imagepipeline.models import (
     ASSETS,
+    BULK_PRIORITY,
     Claim,
     ImageMetadata,
     OriginalFacts,
@@ -33,14 +35,17 @@ from imagepipeline.models import (
     now_utc,
 )
 from imagepipeline.needs import find_cause
-from imagepipeline.stores import history, outbox
+from imagepipeline.stores import events, history, outbox
 from imagepipeline.stores.database import Database
 from imagepipeline.stores.tables import (
+    applies,
     catalogue_owner,
+    erasures,
     image_history,
     image_results,
     image_variants,
     images,
+    provider_calls,
 )
 from imagepipeline.text import hash_text
 
@@ -83,6 +88,15 @@ class Pending:
     image_id: str
     generation: int
     priority: int
+
+
+@dataclass(frozen=True)
+class Cancelled:
+    """An image that was cancelled, the run that held it, if one did, and the sentence."""
+
+    generation: int
+    run_id: str | None
+    error: str
 
 
 class Catalogue:
@@ -262,7 +276,9 @@ class Catalogue:
         is_rotating: bool = False,
         has_no_variants: bool = False,
     ) -> list[Pending]:
-        """Up to `limit` pending images that are due: highest priority first, then oldest.
+        """Up to `limit` pending uploads that are due: highest priority first, then oldest.
+
+        Images of the bulk lane are not among them.
 
         Leaves out the (ID, generation) pairs in `except_for`. With `is_rotating`, images that were
         not tried yet come first, then those tried least recently. With `has_no_variants`, only
@@ -272,8 +288,7 @@ class Catalogue:
         order = by_trial if is_rotating else (images.c.priority.desc(), images.c.accepted_at)
         query = (
             sa.select(images.c.id, images.c.generation, images.c.priority)
-            .where(images.c.status == Status.PENDING)
-            .where(sa.or_(images.c.not_before.is_(None), images.c.not_before <= self._clock()))
+            .where(self._is_due(), images.c.priority > BULK_PRIORITY)
             .order_by(*order, images.c.id)
         )
         if has_no_variants:
@@ -303,20 +318,61 @@ class Catalogue:
             made = {row["asset"]: {**row} for row in rows}
         return {asset: find_cause(made.get(asset), recipe) for asset, recipe in recipes.items()}
 
-    def begin_planned(self, image_ids: Iterable[str], priority: int) -> list[str]:
-        """Begins a generation of completed images, for what a plan found; gives those begun."""
+    def begin_planned(self, image_ids: Sequence[str], apply_id: int) -> list[str]:
+        """Begins a generation of completed images in the bulk lane; gives those begun.
+
+        They are counted for their apply in the same transaction. The IDs must be in the database's
+        order, and at least one.
+        """
         begun = []
+        values = {"priority": BULK_PRIORITY, "apply_id": apply_id}
         with self._database.transaction() as connection:
             for image_id in image_ids:
                 statement = (
                     sa.update(images)
                     .where(images.c.id == image_id, images.c.status == Status.COMPLETED)
-                    .values(_new_generation(self._clock()) | {"priority": priority})
+                    .values(_new_generation(self._clock()) | values)
                 )
                 if connection.execute(statement).rowcount:
                     self._record(connection, image_id, "planned")
                     begun.append(image_id)
+            counted = {
+                "begun_count": applies.c.begun_count + len(begun),
+                "last_id": image_ids[-1],
+            }
+            connection.execute(sa.update(applies).where(applies.c.id == apply_id).values(counted))
         return begun
+
+    def count_bulk(self) -> dict[str, int]:
+        """The number of images in the bulk lane that are pending and due, and processing."""
+        counts = {}
+        conditions = {
+            "pending": self._is_due(),
+            "processing": images.c.status == Status.PROCESSING,
+        }
+        with self._database.reading() as connection:
+            for name, condition in conditions.items():
+                query = sa.select(sa.func.count()).where(
+                    condition, images.c.priority == BULK_PRIORITY
+                )
+                counts[name] = int(connection.execute(query).scalar_one())
+        return counts
+
+    def claim_next(self, run_id: str) -> Claim | None:
+        """Claims the oldest image of the bulk lane that is due; None if none is."""
+        oldest = (
+            sa.select(images.c.id)
+            .where(self._is_due(), images.c.priority == BULK_PRIORITY)
+            .order_by(images.c.accepted_at, images.c.id)
+            .limit(1)
+            .with_for_update(skip_locked=True)  # two workers take different ones
+        )
+        with self._database.transaction() as connection:
+            image_id = connection.execute(oldest).scalar()
+            if image_id is None:
+                return None
+            self._take(connection, run_id, images.c.id == image_id)
+            return self._claim_of(connection, image_id, run_id)
 
     def find_twins(self, asset: str, recipe: Recipe, input_sha256: str, limit: int) -> list[str]:
         """Up to `limit` images for which this recipe has made the asset of the same input."""
@@ -339,6 +395,17 @@ class Catalogue:
                 sa.select(*columns).where(images.c.status == Status.PROCESSING)
             )
             return [Processing(*row) for row in rows]
+
+    def list_unended(self, status: Status, limit: int) -> list[dict[str, Any]]:
+        """The rows of pending or processing images: highest priority first, then oldest."""
+        query = (
+            sa.select(images)
+            .where(images.c.status == status)
+            .order_by(images.c.priority.desc(), images.c.accepted_at, images.c.id)
+            .limit(limit)
+        )
+        with self._database.reading() as connection:
+            return [{**row} for row in connection.execute(query).mappings()]
 
     def list_ended(
         self, status: Status, since: datetime | None = None, limit: int = 1000
@@ -386,7 +453,9 @@ class Catalogue:
             ).first()
             if known is None:
                 connection.execute(
-                    sa.insert(images).values(id=image_id, priority=0, **_first_generation(now))
+                    sa.insert(images).values(
+                        id=image_id, priority=0, **_first_generation(now, image_id)
+                    )
                 )
             elif known.status in ENDED:
                 connection.execute(
@@ -477,6 +546,8 @@ class Catalogue:
         with self._database.transaction() as connection:
             self._update(connection, claim)
             self._record_result(connection, claim, asset, recipe, input_sha256)
+            if asset == "variants" and events.lacks_description(connection, claim.image_id):
+                self._tell(connection, claim.image_id, EventType.PICTURES_READY)
 
     def confirm_result(self, claim: Claim, asset: str) -> None:
         """Records that an asset's result is current and was reused."""
@@ -517,6 +588,7 @@ class Catalogue:
                 return Status.PENDING
             self._update(connection, claim, status=Status.COMPLETED, error=None)
             self._record(connection, claim.image_id, "completed")
+            self._tell(connection, claim.image_id, EventType.COMPLETED)
             return (
                 Status.PENDING
                 if self._begin_if_pushed(connection, claim.image_id)
@@ -562,6 +634,11 @@ class Catalogue:
                     f"its run was lost {earlier + 1} times, the last time because {cause}",
                 )
             self._hand_back(connection, claim, cause, 0)
+            # It leaves the bulk lane: if it kills its process, it kills no others' work again.
+            alone = sa.update(images).where(
+                images.c.id == lost.image_id, images.c.priority == BULK_PRIORITY
+            )
+            connection.execute(alone.values(priority=BULK_PRIORITY + 1))
             return Status.PENDING
 
     def renew(self, pending: Pending, cause: str, wait_seconds: float) -> bool:
@@ -598,6 +675,40 @@ class Catalogue:
             return False
         self.fail(claim, reason, error)
         return True
+
+    def cancel(self, image_id: str, error: str) -> Status | None:
+        """Ends a pending or processing image as `failed` with the reason `cancelled`.
+
+        This covers all pushes so far. A run that holds the image can write nothing more.
+
+        Returns:
+            The status it had; None if there is no such image, or it has ended.
+        """
+        of_image = images.c.id == image_id
+        unended = sa.select(images.c.status).where(of_image, images.c.status.not_in(ENDED))
+        with self._database.transaction() as connection:
+            status = connection.execute(unended.with_for_update()).scalar()
+            if status is None:
+                return None
+            if status == Status.PENDING:
+                self._take(connection, "cancelled", of_image)
+            columns = (images.c.id, images.c.generation, images.c.fence, images.c.requested_path)
+            statement = sa.update(images).where(of_image).values(pushes_seen=images.c.pushes)
+            claim = Claim(*connection.execute(statement.returning(*columns)).one())
+            self._fail(connection, claim, "cancelled", error)
+            return Status(status)
+
+    def find_cancelled(self, image_ids: Sequence[str]) -> dict[str, Cancelled]:
+        """Those of the images that ended as `cancelled`, by ID."""
+        columns = (images.c.id, images.c.generation, images.c.run_id, images.c.error)
+        query = sa.select(*columns).where(
+            images.c.id.in_(image_ids),
+            images.c.status == Status.FAILED,
+            images.c.reason == "cancelled",
+        )
+        with self._database.reading() as connection:
+            rows = connection.execute(query).all()
+        return {row.id: Cancelled(row.generation, row.run_id, row.error) for row in rows}
 
     def prioritize(self, image_id: str, priority: int) -> bool:
         """Changes the priority of a pending image; returns False if it is not pending."""
@@ -725,10 +836,48 @@ class Catalogue:
             counts = dict(connection.execute(query).tuples().all())
         return {status.value: counts.get(status, 0) for status in Status}
 
+    def count_failures(self) -> dict[str, int]:
+        """The number of failed images by reason, most frequent first, without discarded ones."""
+        number = sa.func.count()
+        query = (
+            sa.select(images.c.reason, number)
+            .where(images.c.status == Status.FAILED, images.c.discarded_at.is_(None))
+            .group_by(images.c.reason)
+            .order_by(number.desc(), images.c.reason)
+        )
+        with self._database.reading() as connection:
+            return dict(connection.execute(query).tuples().all())
+
+    def sum_cost_usd(self, image_id: str) -> float | None:
+        """The known cost of all paid calls for an image, in US dollars; None if there is none."""
+        query = sa.select(sa.func.sum(provider_calls.c.cost_usd)).where(
+            provider_calls.c.image_id == image_id
+        )
+        with self._database.reading() as connection:
+            cost_usd: float | None = connection.execute(query).scalar_one()
+        return cost_usd
+
+    def find_oldest(self) -> datetime | None:
+        """When the oldest upload that has not ended was accepted; planned work does not count."""
+        query = sa.select(sa.func.min(images.c.accepted_at)).where(
+            images.c.status.in_([Status.PENDING, Status.PROCESSING]),
+            images.c.priority > BULK_PRIORITY,
+        )
+        with self._database.reading() as connection:
+            oldest: datetime | None = connection.execute(query).scalar_one()
+        return oldest
+
+    def _is_due(self) -> sa.ColumnElement[bool]:
+        is_due = sa.or_(images.c.not_before.is_(None), images.c.not_before <= self._clock())
+        return sa.and_(images.c.status == Status.PENDING, is_due)
+
     def _record(
         self, connection: sa.Connection, image_id: str, event: str, detail: str | None = None
     ) -> None:
         history.record(connection, image_id, event, self._clock(), detail)
+
+    def _tell(self, connection: sa.Connection, image_id: str, event: EventType) -> None:
+        events.add(connection, image_id, event, self._clock())
 
     def _take(
         self, connection: sa.Connection, run_id: str, *conditions: sa.ColumnElement[bool]
@@ -842,6 +991,7 @@ class Catalogue:
             connection, claim, status=Status.FAILED, reason=reason, error=history.cut(error)
         )
         self._record(connection, claim.image_id, "failed", f"{reason}: {error}")
+        self._tell(connection, claim.image_id, EventType.FAILED)
         if self._begin_if_pushed(connection, claim.image_id):
             return Status.PENDING
         outbox.add(connection, claim.image_id, self._clock())
@@ -854,7 +1004,7 @@ class Catalogue:
             priority=upload.priority,
             requested_path=upload.path,
             pushes=1,
-            **_first_generation(self._clock()),
+            **_first_generation(self._clock(), upload.image_id),
         )
         new_life = _new_generation(self._clock()) | {
             "priority": insert.excluded.priority,
@@ -899,13 +1049,18 @@ def _accepted_at(image_id: str) -> sa.ScalarSelect[Any]:
     return sa.select(images.c.accepted_at).where(images.c.id == image_id).scalar_subquery()
 
 
-def _first_generation(now: datetime) -> dict[str, Any]:
-    """Column values of an unknown image."""
+def _first_generation(now: datetime, image_id: str) -> dict[str, Any]:
+    """Column values of an unknown image; one that was erased goes on with its numbers."""
+    erased = [
+        sa.select(column).where(erasures.c.image_id == image_id).scalar_subquery()
+        for column in (erasures.c.generation, erasures.c.fence)
+    ]
+    generation, fence = (sa.func.coalesce(number, 0) for number in erased)
     return {
         "status": Status.PENDING,
-        "generation": 1,
-        "accepted_generation": 1,
-        "fence": 0,
+        "generation": generation + 1,
+        "accepted_generation": generation + 1,
+        "fence": fence,
         "attempts": 0,
         "beat": 0,
         "accepted_at": now,

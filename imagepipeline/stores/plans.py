@@ -52,6 +52,11 @@ class Plans:
                     counts[asset, cause] = counts.get((asset, cause), 0) + group["count"]
         return [Outdated(*key, count) for key, count in counts.items() if count]
 
+    def count_all(self) -> int:
+        """The number of images, whatever their status."""
+        with self._database.reading() as connection:
+            return connection.execute(sa.select(sa.func.count()).select_from(images)).scalar_one()
+
     def list_outdated(
         self, recipes: Mapping[str, Recipe], after_id: str, limit: int, where: Filter = ALL
     ) -> list[str]:

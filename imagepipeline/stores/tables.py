@@ -72,8 +72,10 @@ images = sa.Table(
     # The generation in which it was accepted last; recoveries and waits raise `generation` alone.
     sa.Column("accepted_generation", sa.Integer, nullable=False, server_default="0"),
     sa.Column("updated_at", UtcDateTime, nullable=False),
+    sa.Column("apply_id", sa.Integer),  # the last apply that began a generation
     sa.CheckConstraint(sa.column("status").in_([status.value for status in Status]), name="status"),
     sa.Index(None, "status", "priority", "accepted_at"),
+    sa.Index(None, "apply_id", "status"),
 )
 
 # One row: the Dagster instance whose runs are named above.
@@ -124,6 +126,25 @@ answers = sa.Table(
     sa.Column("at", UtcDateTime, nullable=False, index=True),
 )
 
+# What people have asked to be made of a plan. One without `ended_at` begins images, unless its
+# lease has expired.
+applies = sa.Table(
+    "applies",
+    schema,
+    sa.Column("id", sa.Integer, primary_key=True, autoincrement=True),
+    sa.Column("began_at", UtcDateTime, nullable=False),
+    sa.Column("ended_at", UtcDateTime, index=True),
+    sa.Column("end_reason", sa.String(16)),
+    sa.Column("expires_at", UtcDateTime),  # empty: no lease
+    sa.Column("max_images", sa.Integer),
+    sa.Column("budget_usd", sa.Float),
+    sa.Column("recipes", sa.JSON, nullable=False),  # version by asset
+    sa.Column("conditions", sa.Text, nullable=False),  # JSON: what `Filter.to_list` gives
+    sa.Column("begun_count", sa.Integer, nullable=False),
+    sa.Column("last_id", sa.String(64), nullable=False),  # images begin in the order of their IDs
+    sa.Column("spent_usd", sa.Float, nullable=False),
+)
+
 # Every change of an image, written in the transaction that makes it.
 image_history = sa.Table(
     "image_history",
@@ -140,6 +161,16 @@ image_history = sa.Table(
     sa.Index(None, "event", "at"),
 )
 
+# Images that were erased: if one is pushed again, its generation and fence go on from here.
+erasures = sa.Table(
+    "erasures",
+    schema,
+    sa.Column("image_id", sa.String(64), primary_key=True),
+    sa.Column("generation", sa.Integer, nullable=False),
+    sa.Column("fence", sa.Integer, nullable=False),
+    sa.Column("erased_at", UtcDateTime, nullable=False),
+)
+
 # The outbox: one row for each final failure, written in the transaction that fails the image.
 notifications = sa.Table(
     "notifications",
@@ -152,6 +183,52 @@ notifications = sa.Table(
     sa.Column("failed_at", UtcDateTime, nullable=False),
     sa.Column("webhook_sent_at", UtcDateTime),
     sa.Column("mail_sent_at", UtcDateTime),
+)
+
+# What apps are told, written in the transaction of the change. There is no foreign key, because an
+# event outlives an erased image.
+#
+# The views that apps read (docs/events.md) stand on images, image_variants and image_results. They
+# keep their columns; on SQLite, a migration that rebuilds a table drops them and creates them anew.
+events = sa.Table(
+    "events",
+    schema,
+    sa.Column("seq", sa.Integer, primary_key=True, autoincrement=True),
+    sa.Column("event_id", sa.String(36), nullable=False, unique=True),
+    sa.Column("image_id", sa.String(64), nullable=False),
+    sa.Column("generation", sa.Integer, nullable=False),
+    sa.Column("type", sa.String(32), nullable=False),
+    sa.Column("at", UtcDateTime, nullable=False, index=True),
+    sa.Column("payload", sa.Text, nullable=False),
+    sa.Column("stream_sent_at", UtcDateTime),
+    sa.Column("webhook_since", UtcDateTime),  # the webhook is owed it since then; empty: it is not
+    sa.Column("webhook_due_at", UtcDateTime),  # the webhook refused it; not tried again before
+    sa.Column("webhook_sent_at", UtcDateTime),
+    sa.Column("webhook_died_at", UtcDateTime),  # when we gave it up
+    sa.Index(None, "image_id", "seq"),
+    sa.Index(
+        "ix_events_for_stream",
+        "seq",
+        sqlite_where=sa.column("stream_sent_at").is_(None),
+        postgresql_where=sa.column("stream_sent_at").is_(None),
+    ),
+    sa.Index(
+        "ix_events_for_webhook",
+        "seq",
+        sqlite_where=sa.column("webhook_since").is_not(None),
+        postgresql_where=sa.column("webhook_since").is_not(None),
+    ),
+    sqlite_autoincrement=True,  # numbers of deleted events are not used again
+)
+
+# One row while a webhook for events is set, and how it does. New events are owed to it.
+event_webhook = sa.Table(
+    "event_webhook",
+    schema,
+    sa.Column("id", sa.Integer, primary_key=True, autoincrement=False),
+    sa.Column("failures", sa.Integer, nullable=False),
+    sa.Column("due_at", UtcDateTime, nullable=False),
+    sa.Column("problem", sa.String(300)),
 )
 
 # One row for each call to a paid provider, whatever its outcome.
@@ -204,7 +281,8 @@ batch_requests = sa.Table(
     sa.Column("image_id", sa.String(64), nullable=False),
 )
 
-# What stops all paid work: a bad key, no credit, a budget. Open while ended_at is empty.
+# What stops all paid work: a bad key, no credit, a budget; or all work: a person. Open while
+# ended_at is empty.
 pauses = sa.Table(
     "pauses",
     schema,

@@ -11,16 +11,16 @@ import hashlib
 import json
 import time
 from collections import Counter
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager, suppress
+from collections.abc import Mapping, Set
+from contextlib import suppress
 from typing import Annotated, Any
 
 import redis
 from pydantic import BaseModel, Field
 
-from imagepipeline.errors import InvalidUploadError, RedisClusterError, StackError
+from imagepipeline.errors import InvalidUploadError
 from imagepipeline.models import Upload
-from imagepipeline.stores.connection import connect
+from imagepipeline.stores.connection import connect, translated_errors
 
 DEFAULT_PREFIX = "image-processing"
 SHOWN_CHARACTERS = 200
@@ -28,12 +28,6 @@ RETRYABLE_BYTES = 1024
 MAX_DEAD = 1000  # of up to 4 kB each, so that malformed entries cannot fill the server
 READ_TOGETHER = 25  # entries in one reply, as each may be as long as the server allows
 MAX_READ_BYTES = 4_000_000  # stop reading here: twice the size of 500 well-formed entries
-# How a server in a cluster answers commands with keys of several slots.
-CLUSTER_ERRORS = (
-    redis.exceptions.AskError,
-    redis.exceptions.ClusterCrossSlotError,
-    redis.exceptions.ClusterError,
-)
 
 
 class DeadLetter(BaseModel):
@@ -80,7 +74,7 @@ class UploadQueue:
             StackError: Redis does not answer or accept it.
         """
         entry = Upload(image_id, path, priority).to_entry()
-        with _translated_errors():
+        with translated_errors():
             self.redis.lpush(self.wait_key, entry)
 
     def read(self, limit: int) -> Counter[bytes]:
@@ -91,7 +85,7 @@ class UploadQueue:
         an uploader could exhaust.
         """
         waiting: list[bytes] = []
-        with _translated_errors():
+        with translated_errors():
             left = [
                 entry for entry in self.redis.lrange(self.active_key, 0, -1) if not _is_shown(entry)
             ]
@@ -106,9 +100,28 @@ class UploadQueue:
             counted[entry] = counted.pop(entry, 0) + 1
         return counted
 
+    def find_waiting(self, image_ids: Set[str]) -> dict[str, list[bytes]]:
+        """The different entries of some images on the list, by image ID; removes nothing."""
+        found: dict[str, list[bytes]] = {}
+        with translated_errors():
+            # From the end where entries are pushed: those that are taken off at the other end
+            # meanwhile move none of the rest.
+            for first in range(0, self.redis.llen(self.wait_key), READ_TOGETHER):
+                for entry in self.redis.lrange(self.wait_key, first, first + READ_TOGETHER - 1):
+                    with suppress(InvalidUploadError):
+                        image_id = Upload.from_entry(entry).image_id
+                        if image_id in image_ids and entry not in found.get(image_id, []):
+                            found.setdefault(image_id, []).append(entry)
+        return found
+
+    def withdraw(self, entry: bytes) -> bool:
+        """Removes all copies of an entry from the list; False if there are none any more."""
+        with translated_errors():
+            return bool(self.redis.lrem(self.wait_key, 0, entry))
+
     def wait(self, seconds: float) -> None:
         """Waits up to `seconds` (under 5) for an entry; returns at once if Redis is full."""
-        with _translated_errors(), suppress(redis.exceptions.OutOfMemoryError):
+        with translated_errors(), suppress(redis.exceptions.OutOfMemoryError):
             # Moves the last entry to where it is: the only blocking command that changes nothing.
             self.redis.blmove(self.wait_key, self.wait_key, seconds, "RIGHT", "RIGHT")
 
@@ -118,7 +131,7 @@ class UploadQueue:
         It removes the oldest copies: one that was pushed meanwhile stays. Only one reader at a time
         may call it.
         """
-        with _translated_errors(), self.redis.pipeline(transaction=False) as pipe:
+        with translated_errors(), self.redis.pipeline(transaction=False) as pipe:
             for entry, copies in entries.items():
                 self._forget(pipe, entry, copies)
             pipe.execute()
@@ -132,7 +145,7 @@ class UploadQueue:
             json.dumps({"imageId": image_id, "runId": run_id})
             for image_id, run_id in sorted(run_ids.items())
         ]
-        with _translated_errors(), suppress(redis.exceptions.OutOfMemoryError):
+        with translated_errors(), suppress(redis.exceptions.OutOfMemoryError):
             if self.redis.lrange(self.active_key, 0, -1) == [entry.encode() for entry in shown]:
                 return
             with self.redis.pipeline(transaction=True) as pipe:
@@ -149,19 +162,19 @@ class UploadQueue:
         kept; see `count_dropped`.
         """
         letter = json.dumps(_build_letter(entry, copies, reason, round(time.time(), 3)))
-        with _translated_errors(), self.redis.pipeline(transaction=True) as pipe:
+        with translated_errors(), self.redis.pipeline(transaction=True) as pipe:
             pipe.lpush(self.dead_key, letter)
             pipe.ltrim(self.dead_key, 0, MAX_DEAD - 1)
             self._forget(pipe, entry, copies)
             dropped = pipe.execute()[0] - MAX_DEAD
         if dropped > 0:
             # Separate, as the number is known only now. A failure here loses the count, no entry.
-            with _translated_errors(), suppress(redis.exceptions.OutOfMemoryError):
+            with translated_errors(), suppress(redis.exceptions.OutOfMemoryError):
                 self.redis.incrby(self._dropped_key, dropped)
 
     def count_dropped(self) -> int:
         """How many dead letters were dropped for newer ones since `dead` was last empty."""
-        with _translated_errors():
+        with translated_errors():
             return int(self.redis.get(self._dropped_key) or 0)
 
     def list_dead(self) -> list[dict[str, Any]]:
@@ -169,7 +182,7 @@ class UploadQueue:
 
         An entry that somebody else wrote is returned as a letter, too.
         """
-        with _translated_errors():
+        with translated_errors():
             return [_read_letter(stored) for stored in self.redis.lrange(self.dead_key, 0, -1)]
 
     def retry_dead(self, letter: Mapping[str, Any]) -> None:
@@ -182,18 +195,18 @@ class UploadQueue:
             raise InvalidUploadError(
                 f"{letter['id']} was too long to be kept: push the image's ID again instead"
             )
-        with _translated_errors(), self.redis.pipeline(transaction=True) as pipe:
+        with translated_errors(), self.redis.pipeline(transaction=True) as pipe:
             pipe.lpush(self.wait_key, base64.b64decode(letter["raw"]))
             self._take_off(pipe, letter)
 
     def discard_dead(self, letter: Mapping[str, Any]) -> None:
         """Removes a letter from `dead`."""
-        with _translated_errors(), self.redis.pipeline(transaction=True) as pipe:
+        with translated_errors(), self.redis.pipeline(transaction=True) as pipe:
             self._take_off(pipe, letter)
 
     def count(self) -> dict[str, int]:
         """The lengths of the lists: `waiting` (not in the catalogue yet) and `dead`."""
-        with _translated_errors(), self.redis.pipeline(transaction=True) as pipe:
+        with translated_errors(), self.redis.pipeline(transaction=True) as pipe:
             for key in (self.wait_key, self.dead_key):
                 pipe.llen(key)
             waiting, dead = pipe.execute()
@@ -236,27 +249,3 @@ def _read_letter(stored: bytes) -> dict[str, Any]:
 def _is_shown(entry: bytes) -> bool:
     """Whether an entry of `active` was put there by `show_active`."""
     return entry.startswith(b'{"imageId": ') and b'"runId": ' in entry
-
-
-@contextmanager
-def _translated_errors() -> Iterator[None]:
-    """Turns errors of Redis into ours, without the address, which may hold a password."""
-    try:
-        yield
-    except redis.exceptions.OutOfMemoryError:
-        raise StackError(
-            "Redis is full and accepts nothing more: wait until the pipeline has drained it, or "
-            "raise its maxmemory"
-        ) from None
-    except CLUSTER_ERRORS:
-        raise RedisClusterError(
-            "Redis runs as a cluster, which spreads our lists over several servers and cannot "
-            "change them in one step: use one server (cluster-enabled no), perhaps with replicas"
-        ) from None
-    except redis.ResponseError as error:  # the server's text, which contains no secret
-        raise StackError(f"Redis refuses the command: {error}") from None
-    except redis.RedisError as error:
-        raise StackError(
-            f"Redis does not answer ({type(error).__name__}): start the stack with "
-            "`imagepipeline up`, or check REDIS_URL"
-        ) from None

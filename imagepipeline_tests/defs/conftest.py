@@ -8,8 +8,7 @@ import pytest
 
 from imagepipeline import models
 from imagepipeline.defs import assets as pipeline
-from imagepipeline.defs.assets import ANEW_TAG
-from imagepipeline.defs.attempts import GENERATION_TAG
+from imagepipeline.defs.attempts import ANEW_TAG, GENERATION_TAG
 from imagepipeline.defs.jobs import process_upload
 from imagepipeline.imaging.decoding import Rules
 from imagepipeline.imaging.sandbox import Sandbox
@@ -17,11 +16,14 @@ from imagepipeline.imaging.variants import Renderer
 from imagepipeline.models import build_variant_specs
 from imagepipeline.originals import Originals
 from imagepipeline.paid_calls import PaidCalls
+from imagepipeline.planning import Applier
 from imagepipeline.services.embedder import LocalEmbedder
 from imagepipeline.services.vision import LocalVision
+from imagepipeline.stores.applies import Applies
 from imagepipeline.stores.broker import TaskQueue
 from imagepipeline.stores.ledger import Ledger
 from imagepipeline.stores.limiter import CallLimiter
+from imagepipeline.stores.plans import Plans
 from imagepipeline_tests.conftest import PHOTOS
 
 ASSETS = [getattr(pipeline, name) for name in models.ASSETS]
@@ -56,6 +58,20 @@ def limiter(redis_url):
 @pytest.fixture
 def paid_calls(ledger, limiter):
     return PaidCalls(ledger, limiter, {"scripted": (1.0, 10.0)})
+
+
+RECIPES = {
+    "metadata": LocalVision.recipe,
+    "variants": Renderer(build_variant_specs()).recipe,
+    "embedding": LocalEmbedder.recipe,
+}
+
+
+@pytest.fixture
+def applier(sqlite_catalogue_url, catalogue):
+    """Carries out applies, by the recipes of the offline models."""
+    applies, plans = Applies(sqlite_catalogue_url), Plans(sqlite_catalogue_url)
+    return Applier(applies, plans, catalogue, RECIPES)
 
 
 @pytest.fixture

@@ -8,6 +8,7 @@ import pytest
 import sqlalchemy as sa
 
 from imagepipeline.defs.assets import variants
+from imagepipeline.defs.outcomes import ORIGINAL
 from imagepipeline.errors import CatalogueDownError
 from imagepipeline.imaging.variants import Renderer
 from imagepipeline.models import Recipe, Upload, build_variant_specs
@@ -41,6 +42,7 @@ def process(run, catalogue):
         return {
             event.asset_key.to_user_string(): event.materialization.metadata["is_reused"].value
             for event in result.get_asset_materialization_events()
+            if event.asset_key != ORIGINAL
         }
 
     return process
@@ -64,7 +66,7 @@ def test_a_repeated_upload_makes_and_pays_nothing(process, cat, catalogue, files
     row = catalogue.get(cat)
     assert row["status"] == "completed"
     reused = [event["detail"] for event in row["history"] if event["event"] == "reused"]
-    assert reused == ["metadata", "variants"]
+    assert reused == ["metadata", "variants", "embedding"]
 
 
 def test_nothing_is_decoded_for_what_is_current(process, cat, monkeypatch):

@@ -152,7 +152,12 @@ class Pipeline:
         Returns the number of runs that make all assets, or why there are none. Runs that make
         variants alone, while paid work waits, are not counted.
         """
-        resources = {"queue": self.queue, "catalogue": self.catalogue, "ledger": self.ledger}
+        resources = {
+            "queue": self.queue,
+            "catalogue": self.catalogue,
+            "ledger": self.ledger,
+            "applier": self.applier,
+        }
         context = dg.build_sensor_context(
             instance=self.instance, resources={**resources, "paid_calls": self.paid_calls}
         )
@@ -189,10 +194,13 @@ class Pipeline:
 
 
 @pytest.fixture
-def pipeline(httpserver, run, instance, queue, catalogue, files, limiter, sqlite_catalogue_url):
+def pipeline(
+    httpserver, run, instance, queue, catalogue, files, limiter, sqlite_catalogue_url, applier
+):
     pipeline = Pipeline(
         httpserver, run, instance, queue, catalogue, files, limiter, sqlite_catalogue_url
     )
+    pipeline.applier = applier
     with closing(pipeline.ledger):
         yield pipeline
 
@@ -245,14 +253,14 @@ def test_no_run_fails_because_of_a_daily_rate_limit(pipeline):
     assert pipeline.catalogue.count()["completed"] == 12
 
 
-def test_unexpected_calls_over_the_rate_limit_fail_a_run_but_no_image(pipeline):
+def test_unexpected_calls_over_the_rate_limit_fail_no_image_and_no_run(pipeline):
     pipeline.limiter.set_limits("5/day")
     pipeline.push(4)
     pipeline.answer = lambda number: 500 if number == 1 else None  # so one image needs three calls
     while not isinstance(pipeline.tick(), str):
         pass
     assert pipeline.calls.total() == 5
-    assert pipeline.ends[False] == 1
+    assert pipeline.ends[False] == 0
     assert pipeline.catalogue.count()["failed"] == 0
     pipeline.limiter.set_limits("off")
     while not isinstance(pipeline.tick(), str):

@@ -2,6 +2,7 @@
 
 import json
 import threading
+import uuid
 from datetime import timedelta
 
 import dagster as dg
@@ -9,23 +10,26 @@ import pytest
 
 from imagepipeline.defs.attempts import GENERATION_TAG
 from imagepipeline.defs.sensors import DEFAULT_SLOTS, RUNS_PER_SLOT, take_in, upload_sensor
-from imagepipeline.models import BULK_PRIORITY, Recipe, Upload, now_utc
+from imagepipeline.models import BY_PERSON, Recipe, Upload, now_utc
 from imagepipeline.paid_calls import PaidCalls
+from imagepipeline.stores.applies import Applies
 from imagepipeline.stores.failures import FailedImages
 from imagepipeline.stores.ledger import Ledger
 from imagepipeline.stores.uploads import UploadQueue
+from imagepipeline_tests.defs.conftest import RECIPES
 
 LIMIT = RUNS_PER_SLOT * DEFAULT_SLOTS
 
 
 @pytest.fixture
-def tick(instance, catalogue, queue, ledger, paid_calls):
+def tick(instance, catalogue, queue, ledger, paid_calls, applier):
     def tick(queue=queue, paid_calls=paid_calls):
         resources = {
             "queue": queue,
             "catalogue": catalogue,
             "ledger": ledger,
             "paid_calls": paid_calls,
+            "applier": applier,
         }
         context = dg.build_sensor_context(instance=instance, resources=resources)
         return upload_sensor(context)
@@ -113,6 +117,16 @@ def test_the_backlog_waits_in_the_catalogue_not_in_dagsters_queue(tick, catalogu
     assert len(keys(tick())) == 1
     start_run("x", 1)
     assert "room" in tick().skip_message
+
+
+def test_a_pause_of_all_work_takes_uploads_in_and_requests_no_run(tick, queue, catalogue, ledger):
+    ledger.pause(BY_PERSON, "moving the disk", None)
+    queue.enqueue("a")
+    assert "moving the disk" in tick().skip_message
+    assert queue.count()["waiting"] == 0
+    assert catalogue.get("a")["status"] == "pending"
+    ledger.resume()
+    assert keys(tick()) == ["a:1"]
 
 
 def test_pending_images_get_their_runs_even_while_redis_is_down(tick, catalogue):
@@ -236,17 +250,17 @@ def test_a_hundred_copies_of_an_entry_are_one_upload(queue, catalogue, tick):
 
 
 @pytest.mark.stack
-def test_ten_thousand_pushes_half_of_them_duplicates_are_drained(queue, catalogue, tick):
+def test_two_thousand_pushes_half_of_them_duplicates_are_drained(queue, catalogue, tick):
     with queue.redis.pipeline() as pipe:
-        for number in range(5000):
-            pipe.lpush(queue.wait_key, f"i{number}", f"i{(number * 7) % 5000}")
+        for number in range(1000):
+            pipe.lpush(queue.wait_key, f"i{number}", f"i{(number * 7) % 1000}")
         pipe.execute()
     lengths = []
     while not lengths or lengths[-1]:
         assert len(keys(tick())) == LIMIT
         lengths.append(queue.count()["waiting"])
-    assert lengths == list(range(9500, -1, -500))
-    assert catalogue.count()["pending"] == 5000
+    assert lengths == list(range(1500, -1, -500))
+    assert catalogue.count()["pending"] == 1000
     assert queue.count()["dead"] == 0
 
 
@@ -410,18 +424,25 @@ def test_without_paid_work_no_run_makes_variants_alone(tick, catalogue, paid_cal
     assert (len(keys(result)), list_pictures(result)) == (LIMIT, [])
 
 
-def test_planned_images_run_after_all_uploads_in_a_lane_of_their_own(tick, catalogue):
-    catalogue.accept([Upload("old")])
-    claim = catalogue.claim("old", 1, "run")
-    for asset in ("metadata", "variants", "embedding"):
-        catalogue.record_result(claim, asset, Recipe("local", "m"), "0" * 64)
-    catalogue.finish(claim)
-    assert catalogue.begin_planned(["old", "unknown"], BULK_PRIORITY) == ["old"]
-    catalogue.accept([Upload("new", priority=-1000)])
+def test_planned_images_wait_for_runs_of_the_bulk_lane(
+    tick, catalogue, sqlite_catalogue_url, instance
+):
+    catalogue.accept([Upload(f"i{number}") for number in range(6)])
+    for number in range(6):
+        claim = catalogue.claim(f"i{number}", 1, "run")
+        for asset in ("metadata", "variants", "embedding"):
+            catalogue.record_result(claim, asset, Recipe("local", "m"), "0" * 64)
+        catalogue.finish(claim)
+    Applies(sqlite_catalogue_url).start(RECIPES, max_images=5)
+    catalogue.accept([Upload("new")])
     requests = tick().run_requests
-    assert [request.run_key for request in requests] == ["new:1", "old:2"]
-    assert [request.tags["imagepipeline/lane"] for request in requests] == ["live", "bulk"]
-    assert [request.tags["dagster/priority"] for request in requests] == ["-1000", "-1001"]
+    assert [request.run_key for request in requests] == ["new:1", None, None]
+    assert [request.job_name for request in requests] == ["process_upload", *["process_batch"] * 2]
+    assert catalogue.count_bulk() == {"pending": 5, "processing": 0}
+    instance.add_run(
+        dg.DagsterRun("process_batch", str(uuid.uuid4()), status=dg.DagsterRunStatus.QUEUED)
+    )
+    assert [request.job_name for request in tick().run_requests].count("process_batch") == 1
 
 
 def test_after_a_pause_one_image_is_tried_first(tick, queue, sqlite_catalogue_url, ledger):

@@ -13,6 +13,7 @@ import urllib.error
 import urllib.parse
 import urllib.request
 from base64 import b64encode
+from contextlib import closing
 from pathlib import Path
 
 import boto3
@@ -23,16 +24,19 @@ import yaml
 from celery import Celery
 from PIL import Image
 
+from imagepipeline.models import Status
 from imagepipeline.runtime.services import SECRETS_OF
 from imagepipeline.settings import is_secret
 from imagepipeline.stores import broker
+from imagepipeline.stores.catalogue import Catalogue
+from imagepipeline.stores.uploads import UploadQueue
 from imagepipeline_tests.conftest import PHOTOS
 from imagepipeline_tests.end_to_end.composed import ROOT, Composed
 from imagepipeline_tests.end_to_end.processes import list_tree
 
 SERVICES = yaml.safe_load((ROOT / "docker-compose.yml").read_text())["services"]
 # All tests share one stack, and run in this order.
-pytestmark = [pytest.mark.stack, pytest.mark.xdist_group("compose")]
+pytestmark = pytest.mark.stack
 # Set, but not used.
 API_KEYS = {
     "OPENAI_API_KEY": "sk-composed-openai",
@@ -159,13 +163,15 @@ def push(stack, bucket, name, photo):
 
 
 def wait_for(stack, **counts):
+    """Waits until the numbers of images are these, as `imagepipeline status` shows them."""
     deadline = time.monotonic() + 150
-    while True:
-        status = json.loads(stack.call("worker", ["imagepipeline", "status", "--json"]))
-        if {name: status[name] for name in counts} == counts:
-            return
-        assert time.monotonic() < deadline, (status, stack.read_log("worker")[-3000:])
-        time.sleep(0.3)
+    with (
+        closing(Catalogue(stack.read_secret("catalogue_database_url"))) as catalogue,
+        closing(UploadQueue(stack.read_secret("redis_pipeline_url"))) as queue,
+    ):
+        while not counts.items() <= (found := queue.count() | catalogue.count()).items():
+            assert time.monotonic() < deadline, (found, stack.read_log("worker")[-3000:])
+            time.sleep(0.1)
 
 
 def list_runs(stack, status):
@@ -327,9 +333,9 @@ def test_only_workers_have_keys_in_their_environment(stack, s3_server):
 
 
 def test_each_redis_user_can_do_its_work_and_no_more(stack):
-    uploader, pipeline, dagster = (
+    uploader, reader, pipeline, dagster = (
         redis.Redis.from_url(stack.read_secret(f"redis_{name}_url"))
-        for name in ("uploader", "pipeline", "dagster")
+        for name in ("uploader", "reader", "pipeline", "dagster")
     )
     assert uploader.llen("image-processing:wait") == 0
     for refused in (
@@ -338,6 +344,11 @@ def test_each_redis_user_can_do_its_work_and_no_more(stack):
         lambda: uploader.get("image-processing:limit"),
         lambda: uploader.lpush("image-processing:runs:dagster", "x"),
         lambda: uploader.publish("image-processing:runs:/0.celery.pidbox", "x"),
+        lambda: reader.lpush("image-processing:wait", "x"),
+        lambda: reader.xadd("image-processing:events", {"event": "{}"}),
+        lambda: reader.xtrim("image-processing:events", 0),
+        lambda: reader.delete("image-processing:events"),
+        lambda: reader.xgroup_destroy("image-processing:events", "app"),
         lambda: dagster.lpush("image-processing:wait", "x"),
         lambda: dagster.get("image-processing:limit"),
         lambda: dagster.publish("other", "x"),
@@ -357,6 +368,33 @@ def test_each_redis_user_can_do_its_work_and_no_more(stack):
     with pytest.raises(redis.AuthenticationError):
         redis.Redis(port=stack.ports["redis"]).ping()
     stack.call("worker", ["imagepipeline", "limit", "100/minute"])
+
+
+def test_apps_consume_events_and_read_two_views_and_nothing_else(stack):
+    events = redis.Redis.from_url(stack.read_secret("redis_reader_url"))
+    events.xgroup_create("image-processing:events", "app", id="0")
+    [[_, entries]] = events.xreadgroup("app", "one", {"image-processing:events": ">"})
+    told = [json.loads(fields[b"event"]) for _, fields in entries]
+    completed = {one["imageId"] for one in told if one["type"] == "image.completed"}
+    assert len(completed) == 10
+    assert events.xack("image-processing:events", "app", *(number for number, _ in entries))
+
+    url = stack.read_secret("reader_database_url").replace("postgresql", "postgresql+psycopg2")
+    with sa.create_engine(url).connect() as connection:
+        query = "SELECT id FROM published_images_v1 WHERE status = 'completed'"
+        assert set(connection.exec_driver_sql(query).scalars()) == completed
+        query = "SELECT count(*) FROM published_variants_v1"
+        assert connection.exec_driver_sql(query).scalar_one() == 60
+        connection.rollback()
+        for refused in (
+            "SELECT * FROM images",
+            "SELECT * FROM events",
+            "CREATE TABLE mine (id int)",
+            "SET TRANSACTION READ WRITE; DELETE FROM images",
+        ):
+            with pytest.raises(sa.exc.DBAPIError, match=r"permission denied|read-only"):
+                connection.exec_driver_sql(refused)
+            connection.rollback()
 
 
 def test_a_foreign_page_cannot_change_anything_through_the_proxy(stack):
@@ -498,7 +536,8 @@ def test_a_backup_made_by_the_operations_page_restores_everything(stack, bucket,
         return [entry["Key"] for page in pages for entry in page.get("Contents", [])]
 
     def count():
-        return json.loads(stack.call("worker", ["imagepipeline", "status", "--json"]))
+        counts = json.loads(stack.call("worker", ["imagepipeline", "status", "--json"]))
+        return {name: counts[name] for name in ("waiting", *Status, "dead")}
 
     push(stack, bucket, "kept", PHOTOS / "cat.jpg")
     wait_for(stack, waiting=0, pending=0, processing=0)

@@ -20,7 +20,7 @@ from imagepipeline.stores.uploads import UploadQueue
 from imagepipeline_tests.end_to_end.composed import ROOT, Composed
 
 COMPOSE = yaml.safe_load((ROOT / "docker-compose.yml").read_text())
-pytestmark = [pytest.mark.stack, pytest.mark.xdist_group("fences")]
+pytestmark = pytest.mark.stack
 
 
 @pytest.fixture(scope="module")
@@ -103,7 +103,8 @@ def test_no_service_has_the_password_of_the_administrators_redis_user(
 ):
     assert admin.acl_whoami() == "admin"
     assert admin.info("memory")["maxmemory_policy"] == "noeviction"
-    assert set(admin.acl_users()) == {"admin", "dagster", "default", "pipeline", "uploader"}
+    users = {"admin", "dagster", "default", "pipeline", "reader", "uploader"}
+    assert set(admin.acl_users()) == users
     assert "off" in admin.acl_getuser("default")["flags"]
     for client in (uploader, pipeline_queue.redis):
         for refused in (

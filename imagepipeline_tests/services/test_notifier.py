@@ -96,6 +96,16 @@ def test_any_status_but_success_is_an_error_and_redirects_are_not_followed(
     assert len(httpserver.log) == 1
 
 
+@pytest.mark.parametrize(("status", "is_refusal"), [(400, True), (500, True), (503, False)])
+def test_a_refused_message_is_told_from_an_overloaded_webhook(
+    httpserver, webhook, status, is_refusal
+):
+    httpserver.expect_request("/hook").respond_with_data("", status)
+    with pytest.raises(NotificationError) as caught:
+        webhook.send([failure()])
+    assert isinstance(caught.value, NoticeRefusedError) is is_refusal
+
+
 def test_the_error_for_an_unreachable_webhook_hides_its_address():
     webhook = WebhookNotifier("http://127.0.0.1:9/canary", "s", allows_private=True)
     with pytest.raises(NotificationError) as caught:

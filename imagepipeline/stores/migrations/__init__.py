@@ -13,6 +13,8 @@ from imagepipeline.errors import StackError
 from imagepipeline.stores.tables import schema
 
 VERSION_TABLE = "imagepipeline_version"
+READER = "imagepipeline_reader"  # a role of Postgres that may read the views, if it exists
+VIEWS = ("published_images_v1", "published_variants_v1")
 SHARED_VERSION_TABLE = "alembic_version"  # used by versions up to 0.1.0
 
 
@@ -35,6 +37,15 @@ def upgrade(connection: sa.Connection) -> None:
         _check_newer(connection, current)
         return
     command.upgrade(config, "head")
+    _admit_reader(connection)
+
+
+def _admit_reader(connection: sa.Connection) -> None:
+    """Lets the role for apps read the views; each time, as it may be created after them."""
+    if connection.dialect.name == "postgresql":
+        query = sa.text("SELECT count(*) FROM pg_roles WHERE rolname = :name")
+        if connection.execute(query, {"name": READER}).scalar_one():
+            connection.exec_driver_sql(f"GRANT SELECT ON {', '.join(VIEWS)} TO {READER}")
 
 
 def _read_version(connection: sa.Connection, table: str) -> str | None:

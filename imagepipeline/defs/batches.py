@@ -1,0 +1,361 @@
+"""The bulk lane: one run makes what many images need, several at a time."""
+
+import queue
+import socket
+import threading
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import suppress
+from dataclasses import dataclass, field
+from enum import Enum
+from functools import partial
+
+import dagster as dg
+from pydantic import Field
+
+from imagepipeline.defs.assets import OWNERS
+from imagepipeline.defs.attempts import (
+    MACHINE_TAG,
+    Work,
+    interrupt_work,
+    settle,
+    start_heartbeat,
+    stop_heartbeat,
+)
+from imagepipeline.defs.outcomes import ORIGINAL, build_outcome
+from imagepipeline.defs.partitions import uploads
+from imagepipeline.defs.showing import link_to
+from imagepipeline.defs.stages import Made, make_embedding, make_metadata, make_variants
+from imagepipeline.errors import PostponedError
+from imagepipeline.filters import Filter
+from imagepipeline.imaging.variants import Renderer
+from imagepipeline.index import EmbeddingStore
+from imagepipeline.models import ASSETS, BULK_PRIORITY, Claim, Recipe
+from imagepipeline.originals import Originals
+from imagepipeline.paid_calls import PaidCalls
+from imagepipeline.planning import Applier
+from imagepipeline.services.embedder import Embedder
+from imagepipeline.services.vision import VisionModel
+from imagepipeline.storage import Storage
+from imagepipeline.stores.catalogue import Catalogue
+
+LANE_TAG = "imagepipeline/lane"  # dagster.yaml limits the runs of `bulk`
+MAX_BATCH_RUNS = 2
+IMAGES_AT_ONCE = 4  # in one run: while some wait for a provider, others use the CPU
+MAX_SECONDS = 60  # then a run takes no more images: a worker that drains waits no longer
+LINGER_SECONDS = 2  # without images: the next tick of the sensor may bring some
+DATA_VERSION_TAG = "dagster/data_version"
+DEPS = {"metadata": [], "variants": ["metadata"], "embedding": ["metadata", "variants"]}
+# What a materialization shows, so that an event takes 2 to 3 kB of Dagster's tables; the rest is
+# in the catalogue (`imagepipeline status ID`).
+SHOWN = (
+    *("description", "tags", "category", "cost_usd", "cause"),
+    *("bytes_in", "bytes_out", "problems"),
+)
+MADE_FROM_ORIGINAL = ("metadata", "variants")
+# What Dagster records for `original`, which has no data version.
+OF_ORIGINAL = {
+    f"dagster/input_data_version/{ORIGINAL.to_user_string()}": "INITIAL",
+    f"dagster/input_event_pointer/{ORIGINAL.to_user_string()}": "NULL",
+}
+
+
+@dataclass(frozen=True)
+class Stages:
+    """What is done for an image, by asset, and by which recipe."""
+
+    makers: Mapping[str, Callable[[Work], Made]]
+    recipes: Mapping[str, Recipe]
+
+
+@dataclass
+class Batch:
+    """The images of one run. Its threads claim and process them; the run reports the events.
+
+    Args:
+        catalogue: where images are claimed.
+        stages: what is done for each.
+        originals: holds what was read of an image until it has ended.
+        run_id: the run that holds the claims.
+        max_images: how many images it takes.
+    """
+
+    catalogue: Catalogue
+    stages: Stages
+    originals: Originals
+    run_id: str
+    max_images: int
+    claims: dict[str, Claim] = field(default_factory=dict)  # those that this run holds
+    _events: "queue.SimpleQueue[Event | None]" = field(default_factory=queue.SimpleQueue)
+    _lock: threading.Lock = field(default_factory=threading.Lock)
+    _stopping: threading.Event = field(default_factory=threading.Event)
+    _taken: int = 0
+    _deadline: float = 0
+
+    def run(self) -> Iterator["Event"]:
+        """Processes images until enough are taken, time is over, or none waits; yields events."""
+        self._deadline = time.monotonic() + MAX_SECONDS
+        threads = [
+            threading.Thread(target=self._work, name=f"image {number}", daemon=True)
+            for number in range(IMAGES_AT_ONCE)
+        ]
+        for thread in threads:
+            thread.start()
+        left = len(threads)
+        while left:
+            event = self._events.get()
+            if event is None:
+                left -= 1
+                continue
+            yield event
+            event.is_recorded.set()
+
+    def stop(self) -> None:
+        """Lets threads take no more images and begin no more work."""
+        self._stopping.set()
+
+    def _work(self) -> None:
+        try:
+            while (claim := self._take()) is not None:
+                self._process(claim)
+        except PostponedError as error:  # the catalogue does not answer; the reconciler recovers
+            self._events.put(Event(f"The run ends early: {error}"))
+        except Exception as error:
+            self._events.put(Event(f"The run ends early: {type(error).__name__}: {error}"))
+        finally:
+            self._events.put(None)
+
+    def _take(self) -> Claim | None:
+        """Claims the next image; waits a little for one."""
+        give_up = time.monotonic() + LINGER_SECONDS
+        while not self._stopping.is_set() and time.monotonic() < self._deadline:
+            with self._lock:
+                if self._taken >= self.max_images:
+                    return None
+                claim = self.catalogue.claim_next(self.run_id)
+                if claim is not None:
+                    self._taken += 1
+                    self.claims[claim.image_id] = claim
+                    return claim
+            if time.monotonic() > give_up:
+                return None
+            self._stopping.wait(0.2)
+        return None
+
+    def _process(self, claim: Claim) -> None:
+        start_heartbeat(self.catalogue, claim)
+        try:
+            is_changed, made = False, None
+            for asset in ASSETS:
+                made = self._make(claim, asset)
+                is_changed = is_changed or made is None or not made.is_current
+                if made is None:
+                    break
+            if made is not None:
+                self._events.put(Event(image_id=claim.image_id))
+            if is_changed:
+                self._show_outcome(claim)
+        finally:
+            self.originals.release(claim.image_id)
+            stop_heartbeat(claim)
+            self.claims.pop(claim.image_id, None)
+
+    def _make(self, claim: Claim, asset: str) -> Made | None:
+        """Makes one asset of an image, in up to three attempts; returns None if it failed."""
+        number = 0
+        while not self._stopping.is_set():
+            number += 1
+            try:
+                self.catalogue.record_attempt(claim, number)
+                made = self.stages.makers[asset](Work(claim, number, frozenset(), self._report))
+                if not made.is_current:
+                    self._record(claim, asset, made)
+                if asset == ASSETS[-1] and not self._stopping.is_set():
+                    self.catalogue.finish(claim)
+                return made
+            except Exception as error:
+                verdict = settle(self.catalogue, claim, asset, number, error)
+                self._report(verdict.text)
+                if verdict.wait_seconds is None:
+                    return None
+                self._stopping.wait(verdict.wait_seconds)
+        return None
+
+    def _record(self, claim: Claim, asset: str, made: Made) -> None:
+        """Has Dagster record a materialization, before the image can be `completed`."""
+        tags = {
+            DATA_VERSION_TAG: made.data_version,
+            "dagster/code_version": self.stages.recipes[asset].version,
+        }
+        metadata = {key: value for key, value in made.metadata.items() if key in SHOWN}
+        metadata["see_original"] = link_to("original", claim.image_id)
+        self._put(
+            dg.AssetMaterialization(asset, partition=claim.image_id, metadata=metadata, tags=tags)
+        )
+
+    def _show_outcome(self, claim: Claim) -> None:
+        with suppress(PostponedError):  # the row has it
+            thumbnail = self.originals.find_thumbnail(claim.image_id)
+            self._put(build_outcome(self.catalogue, claim.image_id, thumbnail))
+
+    def _put(self, materialization: dg.AssetMaterialization) -> None:
+        event = Event(image_id=materialization.partition, materialization=materialization)
+        self._events.put(event)
+        while not (event.is_recorded.wait(1) or self._stopping.is_set()):
+            pass
+
+    def _report(self, line: str) -> None:
+        self._events.put(Event(line))
+
+
+@dataclass(frozen=True)
+class Event:
+    """What a thread asks the run to record: a line for its log, or a materialization."""
+
+    line: str | None = None
+    image_id: str | None = None
+    materialization: dg.AssetMaterialization | None = None
+    is_recorded: threading.Event = field(default_factory=threading.Event)
+
+
+@dg.op(out={}, tags={"owner": OWNERS[0].replace(":", "/")})
+def process_images(
+    context: dg.OpExecutionContext,
+    catalogue: dg.ResourceParam[Catalogue],
+    files: dg.ResourceParam[Storage],
+    background_originals: dg.ResourceParam[Originals],
+    vision: dg.ResourceParam[VisionModel],
+    renderer: dg.ResourceParam[Renderer],
+    embedder: dg.ResourceParam[Embedder],
+    index: dg.ResourceParam[EmbeddingStore],
+    paid_calls: dg.ResourceParam[PaidCalls],
+    batch_size: dg.ResourceParam[int],
+) -> Iterator[dg.AssetMaterialization]:
+    """Makes what images of the bulk lane need, several at a time.
+
+    Each image is claimed, tried and ended by itself, as in a run of its own. The run takes images
+    until there are none, it has had enough, or a minute is over. Materializations appear on the
+    images' partitions; images that fail are in this run's log and in `imagepipeline failed list`.
+    """
+    originals = background_originals
+    makers = {
+        "metadata": partial(
+            make_metadata,
+            catalogue=catalogue,
+            files=files,
+            originals=originals,
+            vision=vision,
+            paid_calls=paid_calls,
+            renderer=renderer,
+        ),
+        "variants": partial(
+            make_variants, catalogue=catalogue, files=files, originals=originals, renderer=renderer
+        ),
+        "embedding": partial(
+            make_embedding,
+            catalogue=catalogue,
+            embedder=embedder,
+            index=index,
+            paid_calls=paid_calls,
+        ),
+    }
+    recipes = {
+        "metadata": vision.recipe,
+        "variants": renderer.recipe,
+        "embedding": embedder.recipe,
+    }
+    batch = Batch(catalogue, Stages(makers, recipes), originals, context.run_id, batch_size)
+    context.instance.add_run_tags(context.run_id, {MACHINE_TAG: socket.gethostname()})
+    finished = 0
+    try:
+        for event in batch.run():
+            if event.line:
+                context.log.warning(event.line)
+            if event.materialization:
+                yield relate(context.instance, event.materialization)
+            elif event.image_id:
+                finished += 1
+    finally:
+        batch.stop()
+        for claim in list(batch.claims.values()):  # the run is being stopped
+            context.log.warning(interrupt_work(context, catalogue, claim).text)
+    context.log.info(f"{finished} images are made.")
+
+
+def relate(instance: dg.DagsterInstance, made: dg.AssetMaterialization) -> dg.AssetMaterialization:
+    """Names the results of earlier assets from which this one was made, as Dagster's own do.
+
+    Without them, the UI would call the result unsynced. A new partition key is added, too.
+    """
+    partition = str(made.partition)
+    if not instance.has_dynamic_partition(str(uploads.name), partition):
+        instance.add_dynamic_partitions(str(uploads.name), [partition])
+    if made.asset_key == ORIGINAL:
+        return made
+    tags = dict(made.tags or {})
+    if made.asset_key.to_user_string() in MADE_FROM_ORIGINAL:
+        tags |= OF_ORIGINAL
+    for dep in DEPS[made.asset_key.to_user_string()]:
+        newest = instance.fetch_materializations(
+            dg.AssetRecordsFilter(asset_key=dg.AssetKey(dep), asset_partitions=[partition]), limit=1
+        ).records
+        for record in newest:
+            materialization = record.asset_materialization
+            version = ((materialization and materialization.tags) or {}).get(DATA_VERSION_TAG, "")
+            tags[f"dagster/input_data_version/{dep}"] = version
+            tags[f"dagster/input_event_pointer/{dep}"] = str(record.storage_id)
+    return made._replace(tags=tags)
+
+
+@dg.job(
+    tags={LANE_TAG: "bulk", "dagster/priority": str(BULK_PRIORITY)},
+    description="Makes what many images need, such as after a change of model. The sensor starts "
+    "it for `imagepipeline apply`; at most two run at a time.",
+    executor_def=dg.in_process_executor,
+)
+def process_batch() -> None:
+    """See the description."""
+    process_images()
+
+
+class AssetName(Enum):
+    """An asset, so that the launchpad offers them."""
+
+    metadata = "metadata"
+    variants = "variants"
+    embedding = "embedding"
+
+
+class ApplyConfig(dg.Config):
+    """What a person asks to be made of the plan."""
+
+    limit: int | None = Field(None, ge=1, description="Stop after this many images.")
+    budget_usd: float | None = Field(
+        None, gt=0, description="Begin no more images after this many US dollars."
+    )
+    assets: list[AssetName] = Field([], description="Only these assets; none means all.")
+    where: list[str] = Field([], description="Only these images, such as `category=animal`.")
+
+
+@dg.op
+def start_apply(
+    context: dg.OpExecutionContext, config: ApplyConfig, applier: dg.ResourceParam[Applier]
+) -> None:
+    """Lets runs of the bulk lane make what is outdated, and returns at once."""
+    assets = [asset.value for asset in config.assets]
+    where = Filter.parse(config.where)
+    apply, count = applier.start(assets, config.limit, config.budget_usd, where)
+    context.log.info(
+        f"Apply {apply.id} has begun: {count} images are outdated. Runs of process_batch make "
+        "them; `imagepipeline apply --stop` stops them."
+    )
+
+
+@dg.job(
+    description="Makes everything that today's settings would make differently, like `imagepipeline"
+    " apply`. `imagepipeline plan` says what that is and what it costs.",
+    executor_def=dg.in_process_executor,
+)
+def apply_plan() -> None:
+    """See the description."""
+    start_apply()

@@ -1,0 +1,335 @@
+"""What each asset does for one image, in a run of its own or among many: read, call, store.
+
+The work itself is elsewhere; Dagster sees it through `assets` and `batches`.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+from imagepipeline.defs.attempts import Work
+from imagepipeline.defs.checks import (
+    check_variants,
+    describe_problems,
+    read_stored,
+    refuse_wrong,
+)
+from imagepipeline.defs.showing import (
+    describe_metadata,
+    read_metadata,
+    show_picture,
+    tabulate,
+)
+from imagepipeline.errors import MissingMetadataError
+from imagepipeline.imaging.palette import choose_visible
+from imagepipeline.imaging.sandbox import Usage
+from imagepipeline.imaging.variants import Renderer
+from imagepipeline.index import EmbeddingStore
+from imagepipeline.models import (
+    Claim,
+    Embedding,
+    ImageMetadata,
+    OriginalFacts,
+    PixelFacts,
+    Recipe,
+    VisionAnswer,
+)
+from imagepipeline.originals import Original, Originals
+from imagepipeline.paid_calls import Kept, PaidCalls, Receipt
+from imagepipeline.services.embedder import Embedder
+from imagepipeline.services.vision import VisionModel
+from imagepipeline.storage import Storage
+from imagepipeline.stores.catalogue import Catalogue
+from imagepipeline.text import hash_text
+from imagepipeline.usage import CallUsage
+
+ASKED = "a person asked for it"
+MAX_TWINS = 3  # images with the same text whose vector is looked for
+
+
+@dataclass(frozen=True)
+class Made:
+    """An asset's result for one image, as Dagster records it.
+
+    Attributes:
+        data_version: by content, so that an unchanged result leaves later assets fresh.
+        metadata: what the UI shows.
+        is_current: whether the stored result was current, so that nothing was made.
+    """
+
+    data_version: str
+    metadata: Mapping[str, Any]
+    is_current: bool = False
+
+
+def make_metadata(
+    work: Work,
+    catalogue: Catalogue,
+    files: Storage,
+    originals: Originals,
+    vision: VisionModel,
+    paid_calls: PaidCalls,
+    renderer: Renderer,
+) -> Made:
+    """Describes the image, or confirms that its description is current.
+
+    Outdated variants are rendered while the model answers.
+    """
+    claim = work.claim
+    original = originals.load(claim, catalogue)
+    note_original(catalogue, claim, original)
+    causes = find_causes(work, catalogue, metadata=vision.recipe, variants=renderer.recipe)
+    cause = causes["metadata"]
+    kept = Kept("metadata", vision.recipe, original.sha256, VisionAnswer)
+    row = {} if cause else catalogue.get(claim.image_id) or {}
+    if known := read_metadata(row):
+        catalogue.confirm_result(claim, "metadata")
+        paid_calls.forget(kept)
+        return Made(
+            _data_version(known.embedding_text),
+            {
+                "picture": show_picture(row["placeholder"]),
+                **_describe_answer(VisionAnswer(known)),
+                **_describe_recipe(vision.recipe),
+                "is_reused": True,
+            },
+            is_current=True,
+        )
+    if causes["variants"]:
+        renderer.begin(original.session, original.facts)
+    described = None
+    if cause != ASKED:
+        twins = catalogue.find_twins("metadata", vision.recipe, original.sha256, MAX_TWINS)
+        described = next(filter(None, (read_metadata(catalogue.get(one)) for one in twins)), None)
+    is_reused = described is not None
+    if described:
+        answer, receipt = VisionAnswer(described), Receipt()
+    else:
+        prepared = original.prepared
+        answer, receipt = paid_calls.make(
+            claim,
+            "metadata",
+            vision.recipe,
+            lambda: vision.describe(prepared.preview, prepared.facts),
+            work.report,
+            kept,
+        )
+        answer = replace(answer, metadata=_with_visible_colors(answer.metadata, prepared.facts))
+    catalogue.save_metadata(claim, answer.metadata, vision.recipe, original.sha256)
+    paid_calls.forget(kept)
+    return Made(
+        _data_version(answer.metadata.embedding_text),
+        {
+            "picture": show_picture(original.prepared.thumbnail),
+            **_describe_answer(answer),
+            **_describe_receipt(receipt),
+            "is_reused": is_reused,
+            "cause": cause,
+            **_describe_recipe(vision.recipe),
+            **_describe_original(original),
+            "bytes_to_model": len(original.prepared.preview),
+            **_describe_usage(original.usage),
+            "attempt": work.number,
+            "dagster/uri": files.locate(original.facts.path),
+        },
+    )
+
+
+def make_variants(
+    work: Work, catalogue: Catalogue, files: Storage, originals: Originals, renderer: Renderer
+) -> Made:
+    """Renders, stores and checks the variants, or confirms that they are current and in place."""
+    claim = work.claim
+    original = originals.load(claim, catalogue)
+    note_original(catalogue, claim, original)
+    cause = find_causes(work, catalogue, variants=renderer.recipe)["variants"]
+    row = (None if cause else catalogue.get(claim.image_id)) or {}
+    stored = row.get("variants", [])
+    data_version = _data_version(original.sha256 + renderer.recipe.version)
+    if cause is None and is_in_place(files, stored, renderer, original):
+        catalogue.confirm_result(claim, "variants")
+        return Made(
+            data_version,
+            {
+                "variants": tabulate(stored, row["original_bytes"]),
+                "settings": renderer.recipe.settings,
+                "is_reused": True,
+            },
+            is_current=True,
+        )
+    made, usage = renderer.render(original.session, original.facts)
+    rendered = [(variant.spec.path_for(original.facts.path), variant) for variant in made]
+    # Rows first: they refuse another image's path before its file is overwritten.
+    catalogue.save_variants(claim, rendered)
+    for variant_path, variant in rendered:
+        files.write(variant_path, variant.content)
+    found, figures = check_variants(claim, catalogue, files, original, renderer)
+    catalogue.record_problems(claim, found)
+    refuse_wrong(found)
+    catalogue.record_result(claim, "variants", renderer.recipe, original.sha256)
+    rows = [
+        {"path": path, "width": one.width, "height": one.height, "size": len(one.content)}
+        for path, one in rendered
+    ]
+    return Made(
+        data_version,
+        {
+            **figures,
+            "problems": describe_problems(found),
+            "is_reused": False,
+            "cause": cause or "its files were not in place",
+            "variants": tabulate(rows, original.facts.original_bytes),
+            "settings": renderer.recipe.settings,
+            "dominant_color": original.facts.dominant_color,
+            "placeholder": show_picture(original.facts.placeholder),
+            **_describe_usage(usage),
+            "attempt": work.number,
+            "dagster/uri": files.locate(rendered[0][0]).rpartition("/")[0],
+        },
+    )
+
+
+def make_embedding(
+    work: Work,
+    catalogue: Catalogue,
+    embedder: Embedder,
+    index: EmbeddingStore,
+    paid_calls: PaidCalls,
+) -> Made:
+    """Embeds the image's text and stores the vector, or confirms that the stored one is current.
+
+    Raises:
+        MissingMetadataError: there is no text.
+    """
+    claim = work.claim
+    row = catalogue.get(claim.image_id)
+    if row is None or row["metadata"] is None:
+        raise MissingMetadataError(
+            f"{claim.image_id} has no metadata yet: materialize `metadata` first"
+        )
+    text = ImageMetadata.model_validate(row["metadata"]).embedding_text
+    input_sha256 = hash_text(text)
+    cause = find_causes(work, catalogue, embedding=embedder.recipe)["embedding"]
+    kept = Kept("embedding", embedder.recipe, input_sha256, Embedding)
+    result = None if cause else find_vector(index, [claim.image_id], text, embedder.recipe)
+    if is_current := result is not None:
+        catalogue.confirm_result(claim, "embedding")
+    elif cause != ASKED:
+        twins = catalogue.find_twins("embedding", embedder.recipe, input_sha256, MAX_TWINS)
+        result = find_vector(index, twins, text, embedder.recipe)
+    is_reused, receipt = result is not None, Receipt()
+    if result is None:
+        result, receipt = paid_calls.make(
+            claim,
+            "embedding",
+            embedder.recipe,
+            lambda: embedder.embed(text),
+            work.report,
+            kept,
+        )
+    if not is_current:
+        index.upsert(claim, result)
+        catalogue.record_result(claim, "embedding", embedder.recipe, input_sha256)
+    paid_calls.forget(kept)
+    return Made(
+        _data_version(result.text + result.version),
+        {
+            **_describe_embedding(result),
+            **_describe_receipt(receipt),
+            "is_reused": is_reused,
+            **({"cause": cause} if cause else {}),
+            **_describe_recipe(embedder.recipe),
+            "attempt": work.number,
+        },
+        is_current,
+    )
+
+
+def note_original(catalogue: Catalogue, claim: Claim, original: Original) -> None:
+    """Stores the facts of an original that is not the one the catalogue knows; raises as it does.
+
+    Only for that is it decoded here.
+    """
+    if (original.path, original.sha256) != (claim.last_path, claim.last_sha256):
+        catalogue.save_original(claim, original.facts)
+
+
+def find_causes(work: Work, catalogue: Catalogue, **recipes: Recipe) -> dict[str, str | None]:
+    """Why these assets must be made: ASKED, one of `needs.CAUSES`, or None if current."""
+    causes = catalogue.find_causes(work.claim.image_id, recipes)
+    return {
+        asset: ASKED if work.asked & {asset, "all"} else cause for asset, cause in causes.items()
+    }
+
+
+def find_vector(
+    index: EmbeddingStore, image_ids: Sequence[str], text: str, recipe: Recipe
+) -> Embedding | None:
+    """The vector of a text, if the index has it for one of these images."""
+    for image_id in image_ids:
+        known = index.get(image_id, recipe.version)
+        if known and known["text"] == text:
+            return Embedding(text, tuple(known["vector"]), recipe.version)
+    return None
+
+
+def is_in_place(
+    files: Storage, stored: Sequence[Mapping[str, Any]], renderer: Renderer, original: Original
+) -> bool:
+    """Whether the files of all variants are where they belong, with the sizes of their rows."""
+    expected = {spec.path_for(original.path) for spec in renderer.specs}
+    return expected == {variant["path"] for variant in stored} and all(
+        len(read_stored(files, variant)) == variant["size"] for variant in stored
+    )
+
+
+def _with_visible_colors(metadata: ImageMetadata, facts: PixelFacts) -> ImageMetadata:
+    return metadata.model_copy(
+        update={"dominant_colors": choose_visible(metadata.dominant_colors, facts)}
+    )
+
+
+def _describe_recipe(recipe: Recipe) -> dict[str, str]:
+    return {"provider": recipe.provider, "model": recipe.model, "settings": recipe.settings}
+
+
+def _describe_original(original: Original) -> dict[str, str | int]:
+    facts: OriginalFacts = original.facts
+    described: dict[str, str | int] = {
+        "bytes_in": facts.original_bytes,
+        "width_px": facts.width,
+        "height_px": facts.height,
+        "format": original.prepared.format,
+        "content_sha256": facts.original_sha256,
+    }
+    return described | {"flaw": facts.flaw} if facts.flaw else described
+
+
+def _describe_usage(usage: Usage) -> dict[str, float | int]:
+    """The CPU time and memory that decoding or encoding took."""
+    return {"cpu_seconds": round(usage.cpu_seconds, 3), "peak_memory_bytes": usage.peak_bytes}
+
+
+def _describe_answer(answer: VisionAnswer) -> dict[str, Any]:
+    return describe_metadata(answer.metadata) | _describe_tokens(answer.usage)
+
+
+def _describe_embedding(result: Embedding) -> dict[str, str | int]:
+    described: dict[str, str | int] = {
+        "embedding_dim": len(result.vector),
+        "text_characters": len(result.text),
+    }
+    return described | _describe_tokens(result.usage)
+
+
+def _describe_tokens(usage: CallUsage | None) -> dict[str, int]:
+    return {"tokens_in": usage.tokens_in, "tokens_out": usage.tokens_out} if usage else {}
+
+
+def _describe_receipt(receipt: Receipt) -> dict[str, float]:
+    described = {"call_seconds": receipt.seconds, "rate_limit_wait_seconds": receipt.waited_seconds}
+    return described if receipt.cost_usd is None else described | {"cost_usd": receipt.cost_usd}
+
+
+def _data_version(content: str) -> str:
+    return hash_text(content)[:16]

@@ -1,0 +1,197 @@
+"""Applies: what people have asked to be made of a plan, how far it is, and what it has cost."""
+
+import json
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from datetime import datetime, timedelta
+
+import sqlalchemy as sa
+
+from imagepipeline.errors import StackError
+from imagepipeline.filters import ALL, Filter
+from imagepipeline.models import Recipe, Status, now_utc
+from imagepipeline.stores.database import Database
+from imagepipeline.stores.tables import applies, images
+
+
+@dataclass(frozen=True)
+class Apply:
+    """One apply.
+
+    Attributes:
+        id: its number.
+        began_at: when it was asked for.
+        end_reason: why it begins no more images; None while it does.
+        max_images: how many images it may begin; None for all.
+        budget_usd: US dollars after which it begins no more; None for no limit.
+        recipes: the versions of the recipes that were planned, by asset.
+        conditions: which images it may begin: JSON of `Filter.to_list`.
+        begun_count: the images begun so far.
+        last_id: the last of them; images begin in the order of their IDs.
+        spent_usd: what paid calls for its images have cost so far.
+    """
+
+    id: int
+    began_at: datetime
+    end_reason: str | None
+    max_images: int | None
+    budget_usd: float | None
+    recipes: Mapping[str, str]
+    conditions: str
+    begun_count: int
+    last_id: str
+    spent_usd: float
+
+    @property
+    def where(self) -> Filter:
+        """Which images it may begin."""
+        return Filter.parse(json.loads(self.conditions))
+
+
+@dataclass(frozen=True)
+class ApplyProgress:
+    """How many images of an apply have begun, completed and failed, and US dollars spent."""
+
+    begun: int
+    completed: int
+    failed: int
+    spent_usd: float
+
+    @property
+    def unfinished(self) -> int:
+        """How many images wait or run."""
+        return self.begun - self.completed - self.failed
+
+
+class Applies:
+    """The applies in the catalogue's database. At most one is open: it still begins images.
+
+    Args:
+        url: a SQLAlchemy URL.
+        clock: returns the time.
+    """
+
+    def __init__(self, url: str, clock: Callable[[], datetime] = now_utc) -> None:
+        self._database = Database(url)
+        self._clock = clock
+
+    def start(
+        self,
+        recipes: Mapping[str, Recipe],
+        max_images: int | None = None,
+        budget_usd: float | None = None,
+        where: Filter = ALL,
+        lease_seconds: float | None = None,
+    ) -> Apply:
+        """Opens an apply of images that need one of these recipes.
+
+        Args:
+            recipes: by asset.
+            max_images: how many images it may begin; None for all.
+            budget_usd: US dollars after which it begins no more; None for no limit.
+            where: which images it may begin.
+            lease_seconds: it ends unless `renew` is called as often; None if it need not be.
+
+        Raises:
+            StackError: another one is open.
+        """
+        now = self._clock()
+        with self._database.transaction() as connection:
+            open_one = connection.execute(self._select_open().with_for_update()).first()
+            if open_one is not None:
+                raise StackError(
+                    f"an apply is under way since {open_one.began_at:%F %R} UTC: wait until it has "
+                    "ended, or end it with `imagepipeline apply --stop`"
+                )
+            apply_id = connection.execute(
+                sa.insert(applies)
+                .values(
+                    began_at=now,
+                    expires_at=_expire(now, lease_seconds),
+                    max_images=max_images,
+                    budget_usd=budget_usd,
+                    conditions=json.dumps(where.to_list()),
+                    recipes={asset: recipe.version for asset, recipe in recipes.items()},
+                    begun_count=0,
+                    last_id="",
+                    spent_usd=0,
+                )
+                .returning(applies.c.id)
+            ).scalar_one()
+        return self.get(apply_id)
+
+    def get(self, apply_id: int) -> Apply:
+        """The apply of that number, which must exist."""
+        query = sa.select(*_COLUMNS).where(applies.c.id == apply_id)
+        with self._database.reading() as connection:
+            return Apply(*connection.execute(query).one())
+
+    def find_open(self) -> Apply | None:
+        """The apply that still begins images, if there is one."""
+        with self._database.reading() as connection:
+            row = connection.execute(self._select_open()).first()
+        return Apply(*row) if row else None
+
+    def renew(self, apply_id: int, lease_seconds: float) -> None:
+        """Extends an apply's lease."""
+        expires_at = _expire(self._clock(), lease_seconds)
+        with self._database.transaction() as connection:
+            connection.execute(
+                sa.update(applies).where(applies.c.id == apply_id).values(expires_at=expires_at)
+            )
+
+    def end(self, apply_id: int, reason: str) -> None:
+        """Lets an apply begin no more images; those that have begun end by themselves."""
+        with self._database.transaction() as connection:
+            connection.execute(
+                sa.update(applies)
+                .where(applies.c.id == apply_id, applies.c.ended_at.is_(None))
+                .values(ended_at=self._clock(), end_reason=reason)
+            )
+
+    def measure(self, apply_id: int) -> ApplyProgress:
+        """How far an apply is."""
+        # By status, so that the index finds the few that are not completed.
+        statuses = [status for status in Status if status != Status.COMPLETED]
+        count = (
+            sa.select(images.c.status, sa.func.count())
+            .where(images.c.apply_id == apply_id, images.c.status.in_(statuses))
+            .group_by(images.c.status)
+        )
+        with self._database.reading() as connection:
+            counts = dict(connection.execute(count).tuples().all())
+            begun, spent_usd = connection.execute(
+                sa.select(applies.c.begun_count, applies.c.spent_usd).where(
+                    applies.c.id == apply_id
+                )
+            ).one()
+        completed = begun - sum(counts.values())
+        return ApplyProgress(begun, completed, counts.get(Status.FAILED, 0), round(spent_usd, 6))
+
+    def _select_open(self) -> sa.Select[tuple[object, ...]]:
+        """The open apply; one whose lease has expired is not open."""
+        return sa.select(*_COLUMNS).where(
+            applies.c.ended_at.is_(None),
+            sa.or_(applies.c.expires_at.is_(None), applies.c.expires_at > self._clock()),
+        )
+
+
+_COLUMNS = [
+    applies.c[name]
+    for name in (
+        "id",
+        "began_at",
+        "end_reason",
+        "max_images",
+        "budget_usd",
+        "recipes",
+        "conditions",
+        "begun_count",
+        "last_id",
+        "spent_usd",
+    )
+]
+
+
+def _expire(now: datetime, lease_seconds: float | None) -> datetime | None:
+    return None if lease_seconds is None else now + timedelta(seconds=lease_seconds)

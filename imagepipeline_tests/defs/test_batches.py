@@ -1,0 +1,190 @@
+"""Runs of the bulk lane: each image is claimed, tried and ended by itself."""
+
+import os
+import signal
+import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing
+
+import dagster as dg
+import pytest
+from dagster._core.definitions.data_version import CachingStaleStatusResolver, StaleStatus
+from dagster._core.loader import LoadingContextForTest
+
+from imagepipeline.definitions import NICEST, defs
+from imagepipeline.defs.batches import apply_plan, process_batch
+from imagepipeline.defs.outcomes import ORIGINAL
+from imagepipeline.errors import ProviderUnavailableError, StackError
+from imagepipeline.imaging.decoding import Rules, decode
+from imagepipeline.imaging.sandbox import Sandbox
+from imagepipeline.imaging.variants import Renderer
+from imagepipeline.models import ASSETS, BULK_PRIORITY, Upload, build_variant_specs
+from imagepipeline.originals import Originals
+from imagepipeline.services.embedder import LocalEmbedder
+from imagepipeline.services.vision import LocalVision
+from imagepipeline.stores.applies import Applies
+from imagepipeline.stores.catalogue import Catalogue
+from imagepipeline_tests.conftest import PHOTOS
+
+pytestmark = pytest.mark.stack
+
+
+@pytest.fixture
+def run_batch(instance, catalogue, files, index, paid_calls):
+    """A function that runs one batch."""
+
+    def run_batch(size=50, **resources):
+        return process_batch.execute_in_process(
+            instance=instance,
+            resources={
+                "catalogue": catalogue,
+                "files": files,
+                "background_originals": Originals(files, Sandbox(niceness=NICEST), Rules()),
+                "renderer": Renderer(build_variant_specs()),
+                "index": index,
+                "paid_calls": paid_calls,
+                "vision": LocalVision(),
+                "embedder": LocalEmbedder(),
+                "batch_size": size,
+                **resources,
+            },
+            raise_on_error=False,
+        )
+
+    return run_batch
+
+
+@pytest.fixture
+def push(catalogue, files):
+    """A function that puts images into the bulk lane, whose originals are the same photo."""
+
+    def push(*image_ids):
+        for number, image_id in enumerate(image_ids):
+            files.put_original(image_id, (PHOTOS / "cat.jpg").read_bytes() + bytes(number), "jpg")
+            catalogue.accept([Upload(image_id)])
+            catalogue.prioritize(image_id, BULK_PRIORITY)
+
+    return push
+
+
+def list_materialized(instance, asset):
+    return set(instance.get_materialized_partitions(dg.AssetKey(asset)))
+
+
+def test_one_run_completes_many_images(run_batch, push, catalogue, instance, index):
+    ids = [f"image-{number}" for number in range(6)]
+    push(*ids)
+    result = run_batch()
+    assert result.success
+    assert catalogue.count()["completed"] == 6
+    assert len({catalogue.get(image_id)["run_id"] for image_id in ids}) == 1
+    for asset in ASSETS:
+        assert list_materialized(instance, asset) == set(ids)
+    assert set(instance.get_dynamic_partitions("uploads")) == set(ids)
+    assert all(index.get(image_id, LocalEmbedder.recipe.version) for image_id in ids)
+
+
+def test_results_of_a_batch_are_as_fresh_as_those_of_single_runs(run_batch, push, instance):
+    """Dagster has no public question for this, so the test asks what its UI asks."""
+    push("cat")
+    assert run_batch().success
+    graph = defs().get_repository_def().asset_graph
+    resolver = CachingStaleStatusResolver(instance, graph, LoadingContextForTest(instance))
+    for asset in ASSETS:
+        causes = resolver.get_stale_causes(dg.AssetKey(asset), "cat")
+        assert resolver.get_status(dg.AssetKey(asset), "cat") == StaleStatus.FRESH, causes
+
+
+def test_a_bad_file_and_an_outage_cost_the_neighbours_nothing(
+    run_batch, push, catalogue, files, instance
+):
+    class Flaky(LocalVision):
+        """Is down for the first two calls."""
+
+        calls = 0
+        lock = threading.Lock()
+
+        def describe(self, preview, facts):
+            with self.lock:
+                self.calls += 1
+                if self.calls <= 2:
+                    raise ProviderUnavailableError("the provider is down")
+            return super().describe(preview, facts)
+
+    push("a", "b", "c")
+    files.put_original("b", b"not a picture", "jpg")
+    assert run_batch(vision=Flaky()).success
+    rows = {image_id: catalogue.get(image_id) for image_id in "abc"}
+    assert {row["status"] for row in (rows["a"], rows["c"])} == {"completed"}
+    assert (rows["b"]["status"], rows["b"]["reason"]) == ("failed", "unsupported")
+    assert sum(row["attempts"] for row in rows.values()) in (4, 5)  # two calls failed
+    assert list_materialized(instance, "metadata") == {"a", "c"}
+    events = instance.fetch_materializations(ORIGINAL, limit=9).records
+    shown = {event.partition_key: event.asset_materialization.metadata for event in events}
+    assert {image_id: entries["status"].value for image_id, entries in shown.items()} == {
+        image_id: row["status"] for image_id, row in rows.items()
+    }
+    assert shown["b"]["error"].value == rows["b"]["error"]
+
+
+def test_a_batch_takes_no_more_images_than_its_size(run_batch, push, catalogue):
+    push("a", "b", "c")
+    assert run_batch(size=2).success
+    assert catalogue.count()["completed"] == 2
+    assert [catalogue.get(image_id)["status"] for image_id in "abc"][2] == "pending"
+
+
+def test_a_batch_that_is_stopped_hands_its_images_back(run_batch, push, catalogue):
+    class Stopped(LocalVision):
+        """Stops the process as Celery and Dagster do."""
+
+        def describe(self, preview, facts):
+            os.kill(os.getpid(), signal.SIGINT)
+            time.sleep(30)
+
+    push("a")
+    assert not run_batch(vision=Stopped()).success
+    row = catalogue.get("a")
+    assert (row["status"], row["generation"]) == ("pending", 2)
+    assert row["history"][-1]["detail"] == "the run was stopped"
+
+
+def test_an_image_whose_batch_died_gets_a_run_of_its_own(push, catalogue):
+    push("a")
+    catalogue.claim_next("run")
+    [lost] = catalogue.list_processing()
+    assert catalogue.recover(lost, "its process died") == "pending"
+    assert catalogue.claim_next("other") is None
+    assert [pending.image_id for pending in catalogue.list_pending(9)] == ["a"]
+
+
+def test_decoders_of_the_bulk_lane_yield_the_cpu():
+    with Sandbox(niceness=NICEST).open(
+        decode, (PHOTOS / "cat.jpg").read_bytes(), Rules()
+    ) as session:
+        assert os.getpriority(os.PRIO_PROCESS, session.process_id) == NICEST
+
+
+def test_threads_claim_different_images(catalogue_url):
+    with closing(Catalogue(catalogue_url)) as catalogue:
+        catalogue.migrate()
+        catalogue.accept([Upload(f"i{number}") for number in range(20)])
+        for number in range(20):
+            catalogue.prioritize(f"i{number}", BULK_PRIORITY)
+        with ThreadPoolExecutor(8) as pool:
+            claims = list(pool.map(lambda number: catalogue.claim_next(f"run{number}"), range(24)))
+    assert sorted(claim.image_id for claim in claims if claim) == sorted(
+        f"i{number}" for number in range(20)
+    )
+
+
+def test_the_apply_job_opens_an_apply(instance, applier, catalogue, sqlite_catalogue_url):
+    config = {"limit": 7, "budget_usd": 2.5, "assets": ["variants"]}
+    run_config = {"ops": {"start_apply": {"config": config}}}
+    options = {"instance": instance, "resources": {"applier": applier}}
+    assert apply_plan.execute_in_process(run_config=run_config, **options).success
+    apply = Applies(sqlite_catalogue_url).find_open()
+    assert (apply.max_images, apply.budget_usd, [*apply.recipes]) == (7, 2.5, ["variants"])
+    with pytest.raises(StackError, match="an apply is under way"):
+        apply_plan.execute_in_process(**options)
