@@ -16,14 +16,17 @@ import yaml
 
 from imagepipeline import erasing
 from imagepipeline.defs.attempts import GENERATION_TAG
+from imagepipeline.defs.batches import process_batch
 from imagepipeline.defs.jobs import process_upload
+from imagepipeline.defs.outcomes import build_outcome
 from imagepipeline.errors import StackError, StaleClaimError
 from imagepipeline.imaging.decoding import Rules
 from imagepipeline.imaging.sandbox import Sandbox
 from imagepipeline.imaging.variants import Renderer
-from imagepipeline.models import PaidCall, Upload, build_variant_specs
+from imagepipeline.models import BULK_PRIORITY, PaidCall, Upload, build_variant_specs
 from imagepipeline.originals import Originals
 from imagepipeline.paid_calls import Kept
+from imagepipeline.relaying import relay_to_stream
 from imagepipeline.runtime import erasure, sqlite_storage
 from imagepipeline.services.embedder import LocalEmbedder
 from imagepipeline.services.vision import LocalVision, VisionAnswer
@@ -31,7 +34,9 @@ from imagepipeline.storage import open_storage
 from imagepipeline.stores import vectors
 from imagepipeline.stores.catalogue import Catalogue
 from imagepipeline.stores.erasures import Erasures
+from imagepipeline.stores.events import EventLog
 from imagepipeline.stores.ledger import Ledger
+from imagepipeline.stores.stream import EventStream
 from imagepipeline.stores.vectors import EmbeddingIndex
 from imagepipeline_tests.conftest import PHOTOS
 from imagepipeline_tests.defs.conftest import ASSETS
@@ -76,6 +81,32 @@ class World:
             resources=resources,
         ).success
 
+    def run_together(self, *photos: str) -> None:
+        """Takes in photos as uploads of their names, and executes one batch for them."""
+        for photo in photos:
+            content = (PHOTOS / photo).read_bytes()
+            self.stores.files.put_original(Path(photo).stem, content, "jpg")
+            self.stores.catalogue.accept([Upload(Path(photo).stem)])
+            self.stores.catalogue.prioritize(Path(photo).stem, BULK_PRIORITY)
+        assert process_batch.execute_in_process(
+            instance=self.instance,
+            resources={
+                "catalogue": self.stores.catalogue,
+                "files": self.stores.files,
+                "background_originals": Originals(self.stores.files, Sandbox(), Rules()),
+                "renderer": Renderer(build_variant_specs()),
+                "index": self.stores.index,
+                "paid_calls": paid_calls_of(self),
+                "vision": LocalVision(),
+                "embedder": LocalEmbedder(),
+                "batch_size": 9,
+            },
+        ).success
+
+    def relay(self) -> None:
+        """Sends the events to the stream."""
+        relay_to_stream(EventLog(self.databases[0]), self.stores.stream)
+
     def find(self, needles: dict[str, bytes]) -> set[str]:
         """Which of these are in any file, table or object, and where."""
         found = set()
@@ -101,6 +132,8 @@ class World:
             for entry in client.list_objects_v2(Bucket="images").get("Contents", []):
                 body = client.get_object(Bucket="images", Key=entry["Key"])["Body"].read()
                 look(entry["Key"], body)
+        for number, fields in self.stores.stream.redis.xrange(self.stores.stream.key):
+            look(f"event {number}", b"".join(fields.values()))
         return found
 
 
@@ -112,7 +145,7 @@ def paid_calls_of(world: World) -> Any:
 
 
 @pytest.fixture(params=["one machine", "production"])
-def world(request, tmp_path, queue, monkeypatch):
+def world(request, tmp_path, queue, redis_url, monkeypatch):
     """SQLite and folders, or Postgres and a bucket."""
     monkeypatch.setattr(vectors, "SETTLE_SECONDS", 0)
     folder = tmp_path / "home"
@@ -151,6 +184,7 @@ def world(request, tmp_path, queue, monkeypatch):
             catalogue,
             Erasures(url),
             queue,
+            EventStream(redis_url, "test", 100),
             open_storage(root),
             EmbeddingIndex(f"{root}/lancedb"),
             erasure.Dagster(instance),
@@ -223,6 +257,27 @@ def test_an_erased_image_is_found_nowhere_and_may_be_pushed_again(world):
     assert (row["status"], row["generation"]) == ("completed", 3)
     erase(world, "other", "victim")  # the last ones: Dagster's copies go, too
     assert world.find(traces | kept) == set()
+
+
+@pytest.mark.stack
+def test_what_an_image_shares_with_others_loses_its_part_alone(world):
+    """Events of a batch, events without a run, and the stream of events for apps."""
+    world.run_together("coffee.jpg", "cat.jpg")
+    world.instance.report_runless_asset_event(build_outcome(world.stores.catalogue, "cat"))
+    world.relay()
+    traces, kept = describe(world, "cat"), describe(world, "coffee")
+    [receipt] = erase(world, "cat")
+    assert world.find(traces) == set()
+    assert receipt.stream_entries >= 1
+    world.relay()
+    told = [
+        json.loads(fields[b"event"])["type"]
+        for _, fields in world.stores.stream.redis.xrange(world.stores.stream.key)
+    ]
+    assert told.count("image.erased") == 1
+    assert world.find({"description": kept["description"]})
+    for asset in ("metadata", "variants", "embedding", "original"):
+        assert world.instance.get_materialized_partitions(dg.AssetKey(asset)) == {"coffee"}
 
 
 @pytest.mark.stack
