@@ -9,7 +9,7 @@ import sys
 
 import click
 
-from imagepipeline.commands import events, failed, images, paid, plans, stack
+from imagepipeline.commands import control, erase, events, failed, images, paid, plans, stack
 from imagepipeline.commands.shared import (
     EPILOG,
     EXIT_FAILED,
@@ -53,7 +53,10 @@ def main() -> None:
 
 
 def open_standard_streams() -> None:
-    """Opens closed standard streams, so that no file of ours gets their descriptor."""
+    """Opens closed standard streams, so that no file of ours gets their descriptor.
+
+    What their encoding lacks is printed as a question mark.
+    """
     for descriptor, name in enumerate(("stdin", "stdout", "stderr")):
         try:
             os.fstat(descriptor)
@@ -63,6 +66,9 @@ def open_standard_streams() -> None:
             setattr(
                 sys, name, os.fdopen(descriptor, "r" if name == "stdin" else "w", closefd=False)
             )
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="replace")
 
 
 def silence_streams() -> None:
@@ -94,8 +100,10 @@ for command in (
     stack.down,
     images.push,
     images.status,
-    images.list_finished,
+    images.list_images,
     images.prioritize,
+    control.cancel,
+    erase.erase,
     images.sweep,
     failed.failed,
     events.events,
@@ -104,7 +112,8 @@ for command in (
     plans.plan,
     plans.apply,
     paid.limit,
-    paid.resume,
+    control.pause,
+    control.resume,
     stack.doctor,
     stack.migrate,
     stack.service,

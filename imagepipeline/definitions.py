@@ -1,26 +1,23 @@
 """The pipeline on one screen: all Dagster definitions and the resources behind them."""
 
-from dataclasses import replace
-
 import dagster as dg
 
 from imagepipeline.defs import (
     assets,
+    backlog,
     batches,
     checks,
     events,
+    index,
     jobs,
     notifications,
+    outcomes,
     reconciler,
     resources,
     sensors,
 )
 from imagepipeline.homes import secure_home
-from imagepipeline.imaging.decoding import Rules
-from imagepipeline.imaging.sandbox import Sandbox
-from imagepipeline.imaging.variants import Renderer
-from imagepipeline.models import build_variant_specs
-from imagepipeline.originals import Originals
+from imagepipeline.originals import build_originals
 from imagepipeline.planning import Applier
 from imagepipeline.providers import (
     build_embedder,
@@ -28,6 +25,7 @@ from imagepipeline.providers import (
     build_index,
     build_notifiers,
     build_recipes,
+    build_renderer,
     build_vision,
     open_paid_calls,
 )
@@ -63,9 +61,10 @@ def defs() -> dg.Definitions:
                 )
             )
             for asset in (assets.metadata, assets.variants, assets.embedding)
-        ],
+        ]
+        + [backlog.queue_spec, outcomes.original_spec, index.index_spec, index.outdated_spec],
         jobs=[jobs.process_upload, batches.process_batch, batches.apply_plan],
-        asset_checks=[checks.variant_checks],
+        asset_checks=[checks.variant_checks, backlog.queue_checks],
         sensors=[
             sensors.upload_sensor,
             reconciler.reconciler,
@@ -73,6 +72,8 @@ def defs() -> dg.Definitions:
             checks.check_sensor,
             events.event_sensor,
             *([events.event_webhook_sensor] if settings.event_webhook_url else []),
+            backlog.queue_sensor,
+            index.index_sensor,
         ],
         resources=build_resources(settings),
         executor=dg.in_process_executor,
@@ -82,23 +83,6 @@ def defs() -> dg.Definitions:
 def build_resources(settings: Settings) -> dict[str, dg.ResourceDefinition]:
     """Returns the resources of assets and sensors; each connects when it is first used."""
     files = open_storage(settings.storage)
-    sandbox = Sandbox(
-        settings.max_memory_bytes,
-        settings.max_cpu_seconds,
-        is_confinement_required=settings.require_confinement,
-    )
-    rules = Rules(
-        max_bytes=settings.max_bytes,
-        max_pixels=settings.max_pixels,
-        max_side_px=settings.max_side_px,
-        max_frames=settings.max_frames,
-        max_icc_bytes=settings.max_icc_bytes,
-        max_text_bytes=settings.max_text_bytes,
-        is_animation_kept=settings.animation == "keep",
-        is_truncated_accepted=settings.accept_truncated,
-    )
-    preview_px = settings.vision_long_side_px if settings.has_remote_vision else None
-    specs = build_variant_specs(*settings.qualities)
     queue, broker, prefix = settings.redis_url, settings.broker_url, settings.queue_prefix
     database = settings.database_url
     return {
@@ -110,6 +94,10 @@ def build_resources(settings: Settings) -> dict[str, dg.ResourceDefinition]:
         ),
         "catalogue": resources.made(lambda: Catalogue(database), "The SQL record of all images."),
         "ledger": resources.made(lambda: Ledger(database), "What paid calls cost, and the pauses."),
+        "plans": resources.made(lambda: Plans(database), "Finds what images need."),
+        "recipes": resources.made(
+            lambda: build_recipes(settings), "What would make each asset today."
+        ),
         "outbox": resources.made(
             lambda: Outbox(database), "Notices of final failures for the administrators."
         ),
@@ -131,11 +119,11 @@ def build_resources(settings: Settings) -> dict[str, dg.ResourceDefinition]:
         ),
         "files": resources.made(lambda: files, "The files of originals and variants."),
         "originals": resources.opened(
-            lambda: Originals(files, sandbox, rules, preview_px),
+            lambda: build_originals(settings, files),
             "The originals, each decoded once per run, and the rules for accepting them.",
         ),
         "background_originals": resources.opened(
-            lambda: Originals(files, replace(sandbox, niceness=NICEST), rules, preview_px),
+            lambda: build_originals(settings, files, NICEST),
             "Originals for the bulk lane, whose decoders yield the CPU to those of uploads.",
         ),
         "batch_size": resources.made(
@@ -147,15 +135,7 @@ def build_resources(settings: Settings) -> dict[str, dg.ResourceDefinition]:
             ),
             "Begins the images of `imagepipeline apply`.",
         ),
-        "renderer": resources.made(
-            lambda: Renderer(
-                specs,
-                settings.animation == "keep",
-                settings.keep_copyright,
-                settings.compared_share,
-            ),
-            "How variants are made.",
-        ),
+        "renderer": resources.made(lambda: build_renderer(settings), "How variants are made."),
         "index": resources.made(lambda: build_index(settings), "The embeddings, in LanceDB."),
         "vision": resources.made(
             lambda: build_vision(settings), "The model that describes images."

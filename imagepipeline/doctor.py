@@ -61,6 +61,7 @@ def examine(settings: Settings) -> Iterator[Finding]:
         "limits": _examine_limits,
         "prices": _examine_prices,
         "sandbox": _examine_sandbox,
+        "supervisor": _examine_supervisor,
         "code server": _examine_code_server,
         "workers": _examine_workers,
         "daemon": lambda _: _examine_daemon(ask_dagster()),
@@ -88,6 +89,7 @@ def examine(settings: Settings) -> Iterator[Finding]:
 START = "start the stack with `imagepipeline up`"
 ADVICE = {
     "home": "set IMAGEPIPELINE_HOME to a folder that this user owns",
+    "supervisor": START,
     "code server": f"{START}; if it has ended, its log says why",
     "workers": (
         f"{START}, or a single worker with `imagepipeline service worker`; "
@@ -139,6 +141,17 @@ def _examine_home(settings: Settings) -> Finding:
     )
 
 
+def _examine_supervisor(settings: Settings) -> Finding:
+    from imagepipeline.runtime import supervisor
+
+    state = supervisor.find_running(settings)
+    if state is not None:
+        return Finding("supervisor", True, f"process {state['pid']} supervises the services")
+    if settings.dagster_database_url:
+        return Finding("supervisor", True, "not needed: the services run by themselves")
+    return Finding("supervisor", False, "no stack runs in this home", ADVICE["supervisor"])
+
+
 def _examine_code_server(settings: Settings) -> Finding:
     from imagepipeline.runtime import services
 
@@ -175,6 +188,12 @@ def _examine_workers(settings: Settings) -> Finding:
             "docs/operations.md lists what they must share"
         )
         return Finding("workers", False, "; ".join(differences), advice)
+    if silent := machines.find_silent(answers):
+        advice = (
+            "the worker starts a resident again by itself, or its log says why not; "
+            "restart the worker if its zygote is gone"
+        )
+        return Finding("workers", False, "; ".join(silent), advice)
     found = sorted(
         (machine.host, machine.slots)
         for answer in answers.values()
@@ -193,7 +212,11 @@ def _examine_workers(settings: Settings) -> Finding:
             f"{sentence}",
             advice,
         )
-    return Finding("workers", True, f"all answer and share their configuration: {sentence}")
+    return Finding(
+        "workers",
+        True,
+        f"all answer, also their residents and zygotes, and share their configuration: {sentence}",
+    )
 
 
 def _examine_daemon(examined: Mapping[str, Mapping[str, str]]) -> Finding:
@@ -502,7 +525,11 @@ def _examine_pauses(settings: Settings) -> Finding:
     from imagepipeline.stores.ledger import Ledger
 
     Catalogue(settings.database_url).check()
-    pauses = Ledger(settings.database_url).list_pauses()
+    ledger = Ledger(settings.database_url)
+    if full := ledger.find_full_pause():
+        advice = "run `imagepipeline resume` if the reason is gone"
+        return Finding("pauses", False, f"a person has paused all work: {full.message}", advice)
+    pauses = ledger.list_pauses()
     if pauses:
         advice = "fix the cause, then run `imagepipeline resume`"
         return Finding(

@@ -6,6 +6,7 @@
     │   ├── CatalogueTakenError     the catalogue belongs to another Dagster instance
     │   └── RedisClusterError
     ├── InvalidUploadError          an entry on the Redis list is malformed
+    ├── InvalidFilterError          a filter of images is malformed
     ├── NotificationError           a notice could not be sent; it will be tried again
     │   └── NoticeRefusedError      only this notice was refused
     ├── ImageBusyError              another run is working on the image
@@ -43,9 +44,11 @@
 
 `reason` is the code stored in the catalogue, for filters; the message is for people.
 `can_be_retried` says whether the same file can succeed later, perhaps under other settings.
+If not `needs_operator`, the upload is rejected or waits for paid work, and the run succeeds all the
+same: the pipeline is healthy. docs/failures.md describes every reason.
 """
 
-from typing import ClassVar
+from typing import Any, ClassVar
 
 from imagepipeline.text import make_printable
 from imagepipeline.usage import CallUsage
@@ -53,6 +56,8 @@ from imagepipeline.usage import CallUsage
 
 class ImagePipelineError(Exception):
     """The root. Its text is printable: messages quote untrusted input and end in terminals."""
+
+    needs_operator: ClassVar[bool] = True
 
     def __str__(self) -> str:
         return make_printable(super().__str__())
@@ -84,6 +89,10 @@ class InvalidUploadError(ImagePipelineError):
     """An upload is malformed; an entry of the Redis list goes to the dead list with this."""
 
 
+class InvalidFilterError(ImagePipelineError):
+    """A filter of images names an unknown field, or a value that does not fit its field."""
+
+
 class NotificationError(ImagePipelineError):
     """A notice could not be sent and stays in the outbox. The message contains no address."""
 
@@ -106,23 +115,28 @@ class PostponedError(ImagePipelineError):
     It waits for `wait_seconds` and no attempt is used.
     """
 
+    reason: str = "postponed"
     wait_seconds: ClassVar[float] = 60
 
 
 class CatalogueDownError(PostponedError):
     """The database does not answer. The message omits the address, which may hold a password."""
 
+    reason = "catalogue_down"
     wait_seconds = 5
 
 
 class ResidentDownError(PostponedError):
     """The process with the index and the offline models does not answer; it is being restarted."""
 
+    reason = "resident_down"
     wait_seconds = 5
 
 
 class SandboxMissingError(PostponedError):
     """The kernel cannot confine decoders here, and a setting forbids decoding without that."""
+
+    reason = "sandbox_missing"
 
 
 class PausedError(PostponedError):
@@ -131,6 +145,7 @@ class PausedError(PostponedError):
     `reason` is the pause's code. `pause_seconds` None means until a person resumes.
     """
 
+    needs_operator = False  # the pause itself is shown, once for all images
     wait_seconds = 0  # images go on as soon as the pause ends
 
     def __init__(self, reason: str, message: str, pause_seconds: float | None) -> None:
@@ -146,15 +161,21 @@ class ForbiddenError(PausedError):
 class RateLimitError(PostponedError):
     """The rate limit of paid calls is exhausted for longer than a run waits."""
 
+    reason = "rate_limit"
+    needs_operator = False
     wait_seconds = 0  # no run starts without a permit, so a raised limit takes effect at once
 
 
 class StorageDownError(PostponedError):
     """The object store does not answer, or denies access."""
 
+    reason = "storage_down"
+
 
 class DiskFullError(PostponedError):
     """The disk is full."""
+
+    reason = "disk_full"
 
 
 class RetryableError(ImagePipelineError):
@@ -228,12 +249,14 @@ class EmptyOriginalError(PermanentError):
     """The original has no bytes."""
 
     reason = "empty"
+    needs_operator = False
 
 
 class TooLargeError(PermanentError):
     """The original has too many bytes."""
 
     reason = "too_large"
+    needs_operator = False
     can_be_retried = True
 
 
@@ -241,6 +264,7 @@ class LimitError(PermanentError):
     """The original exceeds a limit: pixels, frames, side, profile, texts, memory or CPU time."""
 
     reason = "limits"
+    needs_operator = False
     can_be_retried = True
 
 
@@ -248,18 +272,21 @@ class UnsupportedFormatError(PermanentError):
     """The bytes are not in an accepted image format."""
 
     reason = "unsupported"
+    needs_operator = False
 
 
 class UnreadableImageError(PermanentError):
     """The bytes claim an accepted format but are damaged."""
 
     reason = "corrupt"
+    needs_operator = False
 
 
 class TruncatedImageError(PermanentError):
     """The end of the original is missing."""
 
     reason = "truncated"
+    needs_operator = False
 
 
 class MissingMetadataError(PermanentError):
@@ -273,6 +300,7 @@ class PathTakenError(PermanentError):
     """Another image already owns the path a variant would be written to."""
 
     reason = "path_taken"
+    needs_operator = False
 
 
 class UnsafePathError(PermanentError):
@@ -293,6 +321,7 @@ class RefusedError(PermanentError):
     """The model or its content policy refused. `usage` is what the provider charges for it."""
 
     reason = "refused"
+    needs_operator = False
     can_be_retried = True
     usage: CallUsage | None = None
 
@@ -308,9 +337,18 @@ def list_reasons() -> dict[str, bool]:
     """Every reason for which an image can fail, and whether it can be retried."""
     # These have no class: foreign errors, lost and cancelled runs, invalid IDs of old versions.
     reasons = {"unexpected": True, "poison": True, "cancelled": True, "invalid_id": False}
-    kinds: list[type[RetryableError] | type[PermanentError]] = [RetryableError, PermanentError]
-    while kinds:
-        kind = kinds.pop()
-        kinds += kind.__subclasses__()
+    for kind in _list_kinds(RetryableError, PermanentError):
         reasons.setdefault(kind.reason, kind.can_be_retried)
     return reasons
+
+
+def list_rejections() -> set[str]:
+    """The reasons for which the upload is at fault."""
+    return {kind.reason for kind in _list_kinds(PermanentError) if not kind.needs_operator}
+
+
+def _list_kinds(*roots: type[ImagePipelineError]) -> list[Any]:
+    kinds = [*roots]
+    for kind in kinds:  # it grows meanwhile
+        kinds += kind.__subclasses__()
+    return kinds

@@ -15,13 +15,14 @@ import sys
 import uuid
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import closing
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from importlib.metadata import version
 from typing import Any
 from urllib.parse import urlsplit
 
 from imagepipeline import providers
-from imagepipeline.errors import ImagePipelineError
+from imagepipeline.errors import ImagePipelineError, ResidentDownError
+from imagepipeline.resident import Resident
 from imagepipeline.settings import Settings
 from imagepipeline.storage import Storage, open_storage
 from imagepipeline.stores.catalogue import Catalogue
@@ -31,6 +32,7 @@ from imagepipeline.wire import MalformedMessageError, validate
 COMMAND = "describe_machine"  # takes a mark as its argument
 MARK = re.compile(r"[0-9a-f]{32}")
 MARK_SECONDS = 60
+PING_SECONDS = 3
 
 
 @dataclass(frozen=True)
@@ -45,6 +47,8 @@ class Machine:
     index: str
     recipes: dict[str, str]  # recipe versions, by asset
     found: dict[str, bool]  # whether the mark was found, by store: storage, index, Redis
+    # Whether the worker's processes answer: resident, zygote. Not compared.
+    processes: dict[str, bool] = field(default_factory=dict)
 
 
 def describe(settings: Settings, mark: str) -> Machine:
@@ -100,12 +104,34 @@ def find_differences(settings: Settings, answers: Mapping[str, Any]) -> list[str
     for worker, answer in sorted(answers.items()):
         theirs = read_answer(answer)
         if theirs is None:
-            lines.append(f"{worker!r:.100} runs another version: its answer cannot be read")
+            lines.append(
+                f"{worker!r:.100} did not describe its configuration: "
+                "its machine is overloaded, or it runs another version (its log says which)"
+            )
         else:
             lines += [
                 f"the worker on {theirs.host} {difference}" for difference in _compare(ours, theirs)
             ]
     return lines
+
+
+def find_silent(answers: Mapping[str, Any]) -> list[str]:
+    """Returns one sentence for each process of a worker that does not answer the worker."""
+    machines = filter(None, map(read_answer, answers.values()))
+    return [
+        f"the {name} of the worker on {machine.host} does not answer"
+        for machine in machines
+        for name, is_well in sorted(machine.processes.items())
+        if not is_well
+    ]
+
+
+def answers_ping(settings: Settings) -> bool:
+    """Returns whether this machine's resident answers."""
+    try:
+        return bool(Resident(settings.resident_address, PING_SECONDS).call("ping", bool))
+    except ResidentDownError:
+        return False
 
 
 def read_answer(answer: Any) -> Machine | None:
@@ -195,7 +221,9 @@ def _without_password(uri: str) -> str:
 
 def main() -> None:
     """Prints this machine's description for the worker that started this process."""
-    print(json.dumps(asdict(describe(Settings.load(), sys.argv[1]))))
+    settings = Settings.load()
+    machine = asdict(describe(settings, sys.argv[1]))
+    print(json.dumps(machine | {"processes": {"resident": answers_ping(settings)}}))
 
 
 if __name__ == "__main__":

@@ -19,7 +19,8 @@ from imagepipeline.output_formats import OUTPUT_FORMATS
 from imagepipeline.usage import CallUsage
 
 IMAGE_ID_PATTERN = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]{0,63}")
-THUMBNAIL_PX = 160  # long side of the picture in the UI
+# Dagster's UI shows Markdown of less than 1,000 characters at once, and a link to longer ones.
+MAX_THUMBNAIL_CHARACTERS = 960
 CLASSIFIER_PX = 224  # width and height of the offline vision model's input, raw RGB
 PRIORITY_LIMIT = 1000
 BULK_PRIORITY = -PRIORITY_LIMIT - 1  # of planned work: below every upload
@@ -414,9 +415,14 @@ class PaidCall:
     waited_seconds: float
 
 
+BY_PERSON = "person"  # the reason of a pause of all work
+
+
 @dataclass(frozen=True)
 class Pause:
     """A time in which no paid work starts; `until` None means until a person resumes.
+
+    With the reason BY_PERSON, no work starts at all.
 
     When the time is over (`is_over`) the pause is on probation: one image is tried, and its success
     ends the pause. `stage` is the stage whose calls caused it, None for all.

@@ -10,6 +10,7 @@ from imagepipeline.imaging.preparation import Prepared, prepare
 from imagepipeline.imaging.sandbox import Sandbox, Session, Usage
 from imagepipeline.imaging.verification import ImpossibleAnswerError, verify_prepared
 from imagepipeline.models import Claim, OriginalFacts, check_original_path
+from imagepipeline.settings import Settings
 from imagepipeline.storage import Storage
 from imagepipeline.stores.catalogue import Catalogue
 
@@ -71,6 +72,11 @@ class Original:
         """The sandbox that has its pixels."""
         return self._decoded.session
 
+    @property
+    def known_thumbnail(self) -> str | None:
+        """Its thumbnail, if it was decoded."""
+        return self._decoding.prepared.thumbnail if self._decoding else None
+
     def close(self) -> None:
         """Ends its sandbox, if it was decoded."""
         if self._decoding:
@@ -131,6 +137,11 @@ class Originals:
         if held := self._held.pop(image_id, None):
             held.close()
 
+    def find_thumbnail(self, image_id: str) -> str | None:
+        """The thumbnail of an image, if its original is held and was decoded."""
+        held = self._held.get(image_id)
+        return held.known_thumbnail if held else None
+
     def close(self) -> None:
         """Releases all originals."""
         for image_id in list(self._held):
@@ -150,6 +161,15 @@ class Originals:
             return check_original_path(found[0])
         except InvalidUploadError as error:
             raise UnsafePathError(str(error)) from None
+
+    def look(self, image_id: str, named_path: str | None, last_path: str | None) -> Original:
+        """Reads an original without a claim, to change nothing; the caller closes it.
+
+        Raises:
+            MissingOriginalError: it is missing, or there is more than one.
+        """
+        path = named_path or self._find(image_id, last_path)
+        return Original(path, self._files.read(path, self._rules.max_bytes), self._decode)
 
     def _decode(self, path: str, content: bytes, sha256: str) -> Decoding:
         session = self._sandbox.open(decode, content, self._rules)
@@ -172,3 +192,25 @@ class Originals:
             prepared.flaw,
         )
         return Decoding(facts, prepared, session.usage, session)
+
+
+def build_originals(settings: Settings, files: Storage, niceness: int = 0) -> Originals:
+    """The reader of originals under these settings; `niceness` as in `Sandbox`."""
+    sandbox = Sandbox(
+        settings.max_memory_bytes,
+        settings.max_cpu_seconds,
+        is_confinement_required=settings.require_confinement,
+        niceness=niceness,
+    )
+    rules = Rules(
+        max_bytes=settings.max_bytes,
+        max_pixels=settings.max_pixels,
+        max_side_px=settings.max_side_px,
+        max_frames=settings.max_frames,
+        max_icc_bytes=settings.max_icc_bytes,
+        max_text_bytes=settings.max_text_bytes,
+        is_animation_kept=settings.animation == "keep",
+        is_truncated_accepted=settings.accept_truncated,
+    )
+    preview_px = settings.vision_long_side_px if settings.has_remote_vision else None
+    return Originals(files, sandbox, rules, preview_px)

@@ -191,6 +191,14 @@ class PaidCalls:
         if kept.is_paid:
             self._ledger.forget(kept.key)
 
+    def price(self, model: str, usage: CallUsage | None) -> float | None:
+        """Returns the US dollars of a call, as reported or by price; None if they are unknown."""
+        price = find_price(model, self._prices)
+        if usage is None or usage.cost_usd or price is None:
+            return usage.cost_usd if usage else None
+        per_million_in, per_million_out = price
+        return (usage.tokens_in * per_million_in + usage.tokens_out * per_million_out) / 1_000_000
+
     def _pause(self, error: PausedError, claim: Claim | None, stage: str) -> None:
         # A pause caused by a search or the doctor has no stage, so that any answer ends it: neither
         # may ever make another call.
@@ -233,7 +241,7 @@ class PaidCalls:
             receipt = Receipt(
                 waited_seconds,
                 round(time.monotonic() - started, 3),
-                self._price(recipe.model, usage),
+                self.price(recipe.model, usage),
             )
             self._ledger.record(
                 PaidCall(
@@ -320,6 +328,32 @@ class PaidCalls:
             counts.append((images, reason))
         return min(counts, default=(None, ""))
 
+    def measure_use(self) -> dict[str, float]:
+        """Returns how much of the rate limits and budgets is used; nothing if no model is paid.
+
+        The keys are `calls_used` and `calls_limit`, after the stage's name if the limit is for one
+        stage, and `cost_today_usd`, `cost_this_month_usd`, `daily_budget_usd` and
+        `monthly_budget_usd`.
+
+        Raises:
+            PostponedError: Redis or the database does not answer.
+        """
+        if not self._recipes:
+            return {}
+        use: dict[str, float] = {}
+        for limit, used in self._limiter.count_used():
+            stage = f"{limit.stage}_" if limit.stage else ""
+            use |= {f"{stage}calls_used": used, f"{stage}calls_limit": limit.count}
+        midnight = self._clock().replace(hour=0, minute=0, second=0, microsecond=0)
+        for name, since in (("today", midnight), ("this_month", midnight.replace(day=1))):
+            use[f"cost_{name}_usd"] = round(self._ledger.sum_cost_usd(since), 6)
+        budgets = self._budgets.items()
+        return use | {f"{name}_budget_usd": usd for name, usd in budgets if usd is not None}
+
+    def list_pauses(self) -> list[Pause]:
+        """Returns the pauses of paid work."""
+        return self._ledger.list_pauses()
+
     def update_pauses(self) -> list[Pause]:
         """Starts and ends the pauses that depend only on settings and ledger.
 
@@ -374,13 +408,6 @@ class PaidCalls:
         if unpriced:
             return explain_unpriced(unpriced)
         return explain_missing_usage(without_usage[0]) if without_usage else None
-
-    def _price(self, model: str, usage: CallUsage | None) -> float | None:
-        price = find_price(model, self._prices)
-        if usage is None or usage.cost_usd or price is None:
-            return usage.cost_usd if usage else None
-        per_million_in, per_million_out = price
-        return (usage.tokens_in * per_million_in + usage.tokens_out * per_million_out) / 1_000_000
 
 
 def find_price(model: str, prices: Mapping[str, tuple[float, float]]) -> tuple[float, float] | None:

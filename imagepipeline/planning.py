@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from imagepipeline.errors import StackError
+from imagepipeline.filters import ALL, Filter
 from imagepipeline.models import ASSETS, Recipe
 from imagepipeline.paid_calls import find_price
 from imagepipeline.rates import parse_limits
@@ -50,11 +51,12 @@ def plan(
     recipes: Mapping[str, Recipe],
     prices: Mapping[str, tuple[float, float]],
     rate_limits: str,
+    where: Filter = ALL,
 ) -> list[Step]:
-    """What all images need; an image that needs several assets counts in each."""
+    """What these images need; an image that needs several assets counts in each."""
     return [
         _estimate(outdated, recipes[outdated.asset], ledger, prices, rate_limits)
-        for outdated in plans.count_outdated(recipes)
+        for outdated in plans.count_outdated(recipes, where)
     ]
 
 
@@ -110,7 +112,11 @@ class Applier:
         return self._applies.find_open() is not None
 
     def start(
-        self, assets: Sequence[str], max_images: int | None, budget_usd: float | None
+        self,
+        assets: Sequence[str],
+        max_images: int | None,
+        budget_usd: float | None,
+        where: Filter = ALL,
     ) -> tuple[Apply, int]:
         """Opens an apply without a lease; gives it, and how many images need it.
 
@@ -118,8 +124,8 @@ class Applier:
             StackError: another one is open.
         """
         recipes = select_recipes(self._recipes, assets)
-        count = self._plans.count_images(recipes)
-        return self._applies.start(recipes, max_images, budget_usd), count
+        count = self._plans.count_images(recipes, where)
+        return self._applies.start(recipes, max_images, budget_usd, where), count
 
     def feed(self) -> str | None:
         """Begins the next images; returns a line for the log if the apply has ended."""
@@ -145,7 +151,7 @@ class Applier:
         if room <= 0:
             return True
         recipes = {asset: self._recipes[asset] for asset in apply.recipes}
-        found = self._plans.list_outdated(recipes, apply.last_id, room)
+        found = self._plans.list_outdated(recipes, apply.last_id, room, apply.where)
         if found:
             self._catalogue.begin_planned(found, apply.id)
         return bool(found)
@@ -209,7 +215,7 @@ def explain_unknown_cost(steps: Sequence[Step]) -> str | None:
         return None
     return (
         f"the cost of {' and '.join(dict.fromkeys(unknown))} is unknown, so no budget can be kept: "
-        "set IMAGEPIPELINE_PRICES, or if the provider reports costs, run `apply --limit 5` first"
+        "set IMAGEPIPELINE_PRICES, or if the provider reports costs, run `plan --sample 5` first"
     )
 
 

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterator
 from contextlib import closing, contextmanager
+from typing import TYPE_CHECKING
 
 from imagepipeline.index import EmbeddingStore, open_index
 from imagepipeline.models import Embedding, Recipe, build_variant_specs
@@ -20,6 +21,9 @@ from imagepipeline.services.vision import (
 from imagepipeline.settings import NO_KEY, Settings
 from imagepipeline.stores.ledger import Ledger
 from imagepipeline.stores.limiter import CallLimiter
+
+if TYPE_CHECKING:
+    from imagepipeline.imaging.variants import Renderer
 
 
 def build_vision(settings: Settings) -> VisionModel:
@@ -141,6 +145,18 @@ def build_recipes(settings: Settings) -> dict[str, Recipe]:
         ),
         "embedding": build_embedding_recipe(settings),
     }
+
+
+def build_renderer(settings: Settings) -> "Renderer":
+    """The maker of variants under these settings."""
+    from imagepipeline.imaging.variants import Renderer
+
+    return Renderer(
+        build_variant_specs(*settings.qualities),
+        settings.animation == "keep",
+        settings.keep_copyright,
+        settings.compared_share,
+    )
 
 
 def explain_unpriced_models(settings: Settings) -> str | None:

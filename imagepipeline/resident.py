@@ -48,6 +48,7 @@ def serve(address: str, index_uri: str) -> None:
         "get": index.get,
         "describe": vision.describe,
         "embed": embedder.embed,
+        "ping": ping,
     }
     Path(address).unlink(missing_ok=True)  # left by a resident that was killed
     # Imports LanceDB in the background, before the first upload needs it.
@@ -60,11 +61,20 @@ def serve(address: str, index_uri: str) -> None:
             threading.Thread(target=_answer, args=(connection, functions), daemon=True).start()
 
 
-class Resident:
-    """A client of the resident at `address`; each call opens a new connection."""
+def ping() -> bool:
+    """Shows that the resident answers."""
+    return True
 
-    def __init__(self, address: str) -> None:
+
+class Resident:
+    """A client of the resident at `address`; each call opens a new connection.
+
+    A call may take `patience_seconds`.
+    """
+
+    def __init__(self, address: str, patience_seconds: float = RESPONSE_SECONDS) -> None:
         self._address = address
+        self._patience_seconds = patience_seconds
 
     def call(self, name: str, kind: Any, *arguments: Any) -> Any:
         """Calls a function of the resident and returns its result, validated as `kind`.
@@ -80,7 +90,7 @@ class Resident:
                 connection.connect(self._address)
                 stream = TimedStream(connection, REQUEST_SECONDS)
                 write_message(stream, [name, arguments])
-                stream.allow(RESPONSE_SECONDS)
+                stream.allow(self._patience_seconds)
                 answer = validate(dict[str, Any], read_message(stream, MAX_BYTES))
                 if answer.keys() == {"value"}:
                     return validate(kind, answer["value"])

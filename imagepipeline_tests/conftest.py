@@ -6,11 +6,13 @@ import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
+from typing import Any
 from urllib.parse import urlsplit
 
 import pytest
 import sqlalchemy as sa
 from PIL import Image
+from xdist.scheduler import LoadScopeScheduling
 
 from imagepipeline.runtime import processes, valkey
 from imagepipeline.storage import Storage, open_storage
@@ -22,6 +24,8 @@ from imagepipeline.stores.uploads import UploadQueue
 from imagepipeline.stores.vectors import EmbeddingIndex
 
 IS_CI = bool(os.environ.get("CI"))
+# Modules whose tests share one stack, and run in their order, in one process.
+WITH_ONE_STACK = ("test_compose.py", "test_examples.py", "test_fences.py", "test_worker_drills.py")
 PHOTOS = Path(__file__).parent.parent / "imagepipeline" / "demo_photos"
 
 
@@ -30,6 +34,21 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         if not any(item.get_closest_marker(name) for name in ("stack", "drills")):
             item.add_marker("fast")
+
+
+class Scheduling(LoadScopeScheduling):
+    """Sends modules with one stack to a process as a whole, first, and other tests one by one.
+
+    Marks cannot do this: pytest-xdist 3.8 ignores `xdist_group` with pytest 9.2.
+    """
+
+    def _split_scope(self, nodeid: str) -> str:
+        module = nodeid.partition("::")[0]
+        return module if module.endswith(WITH_ONE_STACK) else nodeid
+
+
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Scheduling:
+    return Scheduling(config, log)
 
 
 @pytest.fixture(autouse=True)

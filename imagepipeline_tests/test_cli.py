@@ -14,7 +14,7 @@ from PIL import Image
 
 from imagepipeline import cli
 from imagepipeline.commands.events import follow_events
-from imagepipeline.errors import list_reasons
+from imagepipeline.errors import StaleClaimError, list_reasons
 from imagepipeline.models import ASSETS, ImageMetadata, OriginalFacts, PaidCall, Recipe, Upload
 from imagepipeline.services.embedder import LocalEmbedder
 from imagepipeline.stores import uploads
@@ -335,6 +335,9 @@ def test_status_counts_images_by_status(invoke, catalogue, queue):
         "completed": 0,
         "failed": 0,
         "dead": 0,
+        "images_per_minute": 0,
+        "minutes_left": None,
+        "failures": {},
     }
     assert "processing" in invoke("status")[1]
 
@@ -448,7 +451,7 @@ def test_failures_that_a_retry_cannot_help_are_left_alone(invoke, catalogue):
 
 @pytest.mark.stack
 def test_all_includes_every_failure_however_many_there_are(invoke, catalogue, tmp_path):
-    ids = [f"i{number:04}" for number in range(1500)]
+    ids = [f"i{number:04}" for number in range(1010)]
     catalogue.accept([Upload(image_id) for image_id in ids])
     with catalogue._database.transaction() as connection:  # all at the same moment
         connection.exec_driver_sql(
@@ -461,7 +464,7 @@ def test_all_includes_every_failure_however_many_there_are(invoke, catalogue, tm
     code, out, err = invoke("failed", "list", "--json")
     assert (code, len(json.loads(out)), "only the newest 1000" in err) == (0, 1000, True)
     assert outcomes(invoke("failed", "retry", "--all", "--json")) == dict.fromkeys(ids, "retried")
-    assert catalogue.count()["pending"] == 1500
+    assert catalogue.count()["pending"] == 1010
 
 
 def test_retries_are_counted_and_capped(invoke, catalogue):
@@ -520,6 +523,30 @@ def test_finished_images_leave_the_list_after_a_while_but_are_kept(
     monkeypatch.setenv("IMAGEPIPELINE_LIST_COMPLETED_HOURS", "1e-9")
     assert [row["id"] for row in json.loads(invoke("list", "--json")[1])] == ["lost"]
     assert len(json.loads(invoke("list", "--all", "--json")[1])) == 2
+
+
+def test_what_waits_runs_and_has_ended_is_listed_by_status(invoke, catalogue, queue):
+    def ids(status, *options):
+        shown = invoke("list", "--status", status, "--json", *options)[1]
+        return [row["id"] for row in json.loads(shown)]
+
+    catalogue.accept([Upload("first"), Upload("second"), Upload("soon", priority=5)])
+    catalogue.claim_anew("busy", "run")
+    catalogue.fail(catalogue.claim_anew("bad", "run"), "corrupt", "why")
+    for number in range(3):
+        queue.enqueue(f"new{number}")
+    queue.redis.lpush(queue.wait_key, b"../x")
+    queue.dead_letter(b"?", 1, "not an ID")
+    assert ids("waiting") == ["new0", "new1", "new2", None]
+    assert ids("waiting", "--limit", "2") == ["new0", "new1"]
+    assert ids("pending") == ["soon", "first", "second"]
+    assert ids("processing") == ["busy"]
+    assert ids("failed") == ["bad"]
+    assert ids("completed") == []
+    assert len(ids("dead")) == 1
+    assert "not an image ID" in invoke("list", "--status", "waiting")[1]
+    assert queue.count() == {"waiting": 4, "dead": 1}
+    assert invoke("list", "--status", "failed", "--all")[0] == 2
 
 
 def test_priorities_can_be_changed_while_an_image_waits(invoke, catalogue):
@@ -606,6 +633,68 @@ def test_a_pause_is_shown_in_the_status_until_resume_ends_it(invoke, ledger):
     assert invoke("resume")[1] == "nothing is paused\n"
 
 
+def test_images_are_cancelled_wherever_they_are(invoke, catalogue, queue):
+    catalogue.accept([Upload("pending"), Upload("busy"), Upload("other")])
+    claim = catalogue.claim("busy", 1, "run")
+    catalogue.accept([Upload("busy")])  # cancelling covers this push, too
+    fail(catalogue, "ended")
+    for priority in range(30):  # more than are read at once
+        queue.enqueue("waiting", priority=priority)
+    queue.enqueue("stays")
+    named = ("waiting", "pending", "busy", "ended", "nobody", "../x")
+
+    def outcomes(*options):
+        code, out, _ = invoke("cancel", *named, *options, "--json")
+        assert code == 1
+        return [row["outcome"] for row in json.loads(out)]
+
+    assert outcomes("--dry-run")[:3] == [
+        "would cancel (waiting)",
+        "would cancel (pending)",
+        "would cancel (processing)",
+    ]
+    assert queue.count()["waiting"] == 31
+    assert outcomes("--reason", "wrong folder") == [
+        "cancelled (waiting)",
+        "cancelled (pending)",
+        "cancelled (processing)",
+        "left alone: it is failed already",
+        "left alone: no such image waits or runs",
+        "left alone: '../x' is not an image ID: 1 to 64 letters, digits, '-' or '_', the first a "
+        "letter or digit",
+    ]
+    for image_id in named[:3]:
+        row = catalogue.get(image_id)
+        assert (row["status"], row["reason"], row["error"]) == (
+            "failed",
+            "cancelled",
+            "a person cancelled it: wrong folder",
+        )
+    assert list(queue.read(99)) == [b"stays"]
+    with pytest.raises(StaleClaimError):
+        catalogue.beat(claim)
+    assert catalogue.get_states(["other"])["other"].status == "pending"
+    assert invoke("failed", "retry", "busy")[0] == 0
+    assert catalogue.get_states(["busy"])["busy"].generation == 2
+
+
+def test_a_person_can_pause_all_work_and_resume_it(invoke, ledger):
+    ledger.pause("auth", "the vision model answered 401", None)
+    assert "would be paused" in invoke("pause", "--dry-run")[1]
+    assert ledger.find_full_pause() is None
+    assert invoke("pause", "--reason", "moving the disk")[0] == 0
+    paused = json.loads(invoke("status", "--json")[1])["paused"]
+    assert paused.startswith("all work, by a person at ")
+    assert paused.endswith(": moving the disk")
+    assert [pause.reason for pause in ledger.list_pauses()] == ["auth"]  # runs go on
+    assert json.loads(invoke("pause", "--json")[1])["was_paused"]
+    assert [pause["reason"] for pause in json.loads(invoke("resume", "--json")[1])["pauses"]] == [
+        "person",
+        "auth",
+    ]
+    assert ledger.find_full_pause() is None
+
+
 @pytest.mark.stack
 def test_the_doctor_reports_problems_and_has_exit_code_1(invoke, catalogue, monkeypatch, tmp_path):
     (tmp_path / "home" / "storage").mkdir()
@@ -619,7 +708,10 @@ def test_the_doctor_reports_problems_and_has_exit_code_1(invoke, catalogue, monk
     ill = [finding["name"] for finding in findings if not finding["is_well"]]
     assert (code, ill) == (
         1,
-        ["code server", "workers", "daemon", "sensors", "webserver", "vision model"],
+        [
+            *("supervisor", "code server", "workers", "daemon", "sensors", "webserver"),
+            "vision model",
+        ],
     )
 
 

@@ -1,5 +1,6 @@
 """Are the docs true? Reference pages, links, and what they say of the code."""
 
+import itertools
 import re
 from pathlib import Path
 
@@ -7,12 +8,15 @@ import pytest
 
 from imagepipeline.defs.attempts import ANEW_TAG, GENERATION_TAG, MACHINE_TAG
 from imagepipeline.defs.batches import LANE_TAG
+from imagepipeline.defs.outcomes import REASON_TAG, STATUS_TAG
+from imagepipeline.errors import list_reasons, list_rejections
 from imagepipeline_tests import reference
 
 ROOT = Path(__file__).parent.parent
 PAGES = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").rglob("*.md")])
 MAX_README_WORDS = 700
 
+SECTION = re.MULTILINE | re.DOTALL
 FENCE = re.compile(r"^```.*?^```$", flags=re.MULTILINE | re.DOTALL)
 LINK = re.compile(r"\]\(([^)\s]+)\)")
 HEADING = re.compile(r"^#+ (.+)$", flags=re.MULTILINE)
@@ -23,7 +27,8 @@ CODE = sorted(
     if path.suffix in (".py", ".yaml", ".sh", ".mjs")
 )
 PAGE_IN_CODE = re.compile(r"\bdocs/[\w/-]+\.md\b")
-TAGS = {ANEW_TAG, GENERATION_TAG, LANE_TAG, MACHINE_TAG}  # of runs, which look like paths
+# Tags of runs, which look like paths.
+TAGS = {ANEW_TAG, GENERATION_TAG, LANE_TAG, MACHINE_TAG, REASON_TAG, STATUS_TAG}
 PATH_OF_OURS = re.compile(r"`(imagepipeline(?:_tests)?/[^`\s]*)`")
 # As in docs/architecture.md: a path, then names to look for in it.
 PATH_WITH_NAMES = re.compile(r"`(imagepipeline/[^`\s]+\.py)`(?: \(|, )(`\w+`(?:, `\w+`)*)\)")
@@ -73,6 +78,19 @@ def test_paths_named_in_a_page_exist(page):
     paths = PATH_OF_OURS.findall(page.read_text())
     missing = [path for path in paths if path not in TAGS and not (ROOT / path).exists()]
     assert not missing, f"{name_page(page)} names files that were moved or deleted"
+
+
+def test_every_failure_reason_is_described_once_and_under_rejected_uploads_if_it_is_one():
+    page = (ROOT / "docs" / "failures.md").read_text()
+    sections = dict(re.findall(r"^## (.+?)$(.*?)(?=^## |\Z)", page, SECTION))
+    reasons = {
+        title: re.findall(r"^### `(\w+)`$", text, re.MULTILINE) for title, text in sections.items()
+    }
+    assert sorted(itertools.chain(*reasons.values())) == sorted(list_reasons())
+    assert set(reasons["Rejected uploads"]) == list_rejections()
+    for title, text in sections.items():
+        for mark in ("**Sentence:**", "**Why:**", "**To do:**"):
+            assert text.count(mark) == len(reasons[title]), (title, mark)
 
 
 def test_names_in_the_architecture_exist():

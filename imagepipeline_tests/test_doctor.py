@@ -35,7 +35,7 @@ def environment(tmp_path, redis_url, queue):
 
 
 # The tests in end_to_end examine a running stack.
-STACK = {"code server", "workers", "daemon", "sensors", "webserver"}
+STACK = {"supervisor", "code server", "workers", "daemon", "sensors", "webserver"}
 
 
 def examine_all(environment):

@@ -13,6 +13,8 @@ from pathlib import Path
 
 import pytest
 
+from imagepipeline.settings import Settings
+from imagepipeline.stores.catalogue import Catalogue
 from imagepipeline_tests.conftest import PHOTOS
 from imagepipeline_tests.end_to_end.processes import find_port
 
@@ -23,7 +25,7 @@ CHECKS = """{ assetNodeOrError(assetKey: {path: "metadata"}) { ... on AssetNode 
     assetChecksOrError { ... on AssetChecks { checks { name executionForLatestMaterialization {
         evaluation { success severity metadataEntries { ... on TextMetadataEntry { text } } }
     } } } } } } }"""
-pytestmark = [pytest.mark.stack, pytest.mark.xdist_group("examples")]
+pytestmark = pytest.mark.stack
 
 
 class Stack:
@@ -48,19 +50,14 @@ class Stack:
     def wait_for(self, image_id):
         """The image's row, once its run has ended."""
         deadline = time.monotonic() + PATIENCE_SECONDS
-        while time.monotonic() < deadline:
-            result = subprocess.run(
-                [COMMAND, "status", image_id, "--json"],
-                capture_output=True,
-                text=True,
-                env=self.environment,
-                check=False,
-            )
-            row = json.loads(result.stdout) if result.returncode == 0 else {"status": "unknown"}
-            if row["status"] in ("completed", "failed"):
-                return row
-            time.sleep(0.3)
-        raise AssertionError(f"{image_id} did not end: {result.stdout}{result.stderr}")
+        catalogue = Catalogue(Settings.load(self.environment).database_url)
+        while (row := catalogue.get(image_id)) is None or row["status"] not in (
+            "completed",
+            "failed",
+        ):
+            assert time.monotonic() < deadline, row
+            time.sleep(0.1)
+        return row
 
     def ask(self, query):
         body = json.dumps({"query": query}).encode()

@@ -5,7 +5,14 @@ from dataclasses import asdict
 
 import pytest
 
-from imagepipeline.machines import describe, find_differences, leave_mark, read_answer
+from imagepipeline.machines import (
+    answers_ping,
+    describe,
+    find_differences,
+    find_silent,
+    leave_mark,
+    read_answer,
+)
 from imagepipeline.settings import Settings
 from imagepipeline.stores.catalogue import Catalogue
 from imagepipeline_tests.conftest import redis_server
@@ -37,6 +44,17 @@ def compare(here, there):
 def test_two_homes_on_shared_stores_do_not_differ(here, tmp_path, queue):
     assert compare(here, here | {"IMAGEPIPELINE_HOME": str(tmp_path / "there")}) == []
     assert list(tmp_path.rglob(".doctor-*")) == []
+
+
+def test_processes_that_do_not_answer_are_named(here, tmp_path, queue):
+    settings = Settings.load(here)
+    machine = asdict(describe(settings, "0" * 32))
+    assert not answers_ping(settings)  # there is no resident
+    processes = {"resident": False, "zygote": True}
+    answers = {"w": machine | {"processes": processes}, "old": machine}
+    assert find_silent(answers) == [
+        f"the resident of the worker on {machine['host']} does not answer"
+    ]
 
 
 def test_each_difference_is_one_sentence(here, tmp_path):
@@ -92,11 +110,11 @@ def test_two_buckets_are_distinguished_and_no_password_is_shown(here, bucket_url
     assert "canary" not in repr(shown)
 
 
-def test_a_worker_with_an_unknown_answer_has_another_version(here):
+def test_a_worker_with_an_unknown_answer_is_reported(here):
     for answer in ({"error": "No such control command"}, None, [], {"host": 1}):
         assert read_answer(answer) is None
         [line] = find_differences(Settings.load(here), {"w@host": answer})
-        assert "'w@host' runs another version" in line
+        assert "'w@host' did not describe its configuration" in line
 
 
 @pytest.mark.parametrize("mark", ["../../etc/passwd", "", "A" * 32, "0" * 33])

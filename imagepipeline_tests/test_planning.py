@@ -303,3 +303,12 @@ def test_one_image_is_explained(library, catalogue):
     ]
     assert rows[0]["made_by"] == "openai:m:prompt-1"
     assert rows[0]["today"] == "openai:m2:prompt-1"
+
+
+def test_a_sample_is_drawn_by_its_seed(plans, library):
+    recipes = change("metadata", Recipe("openai", "m2", "prompt-1"))
+    drawn = [tuple(plans.draw_outdated(recipes, 2, seed)) for seed in range(30)]
+    assert drawn == [tuple(plans.draw_outdated(recipes, 2, seed)) for seed in range(30)]
+    assert len(set(drawn)) == 10  # all pairs of five
+    assert plans.draw_outdated(recipes, 9, 0) == library
+    assert plans.draw_outdated(RECIPES, 9, 0) == []

@@ -58,6 +58,7 @@ def list_failed(settings: Settings, reason: str | None, as_json: bool) -> None:
         rows[:MAX_LISTED],
         ("id", "reason", "error", "attempts", "retries", "updated_at"),
         as_json,
+        shown=("id", "updated_at", "reason", "error"),
     )
 
 
@@ -70,7 +71,7 @@ def show(settings: Settings, failure_id: str, as_json: bool) -> None:
     from imagepipeline import display
 
     row = open_failures(settings).get(failure_id).row
-    display.show_status(lambda: row, as_json, False)
+    display.show_status(lambda: row, dict, as_json, False)
 
 
 @failed.command(epilog=EPILOG)

@@ -13,6 +13,7 @@ from imagepipeline import uploading
 from imagepipeline.commands.shared import (
     EPILOG,
     EXIT_FAILED,
+    MAX_LISTED,
     dry_run_option,
     json_option,
     note,
@@ -21,11 +22,23 @@ from imagepipeline.commands.shared import (
     with_settings,
 )
 from imagepipeline.errors import ImagePipelineError, InvalidUploadError
-from imagepipeline.models import PRIORITY_LIMIT, Status, Upload
+from imagepipeline.models import PRIORITY_LIMIT, Status, Upload, now_utc
 from imagepipeline.opening import open_catalogue, open_queue
 from imagepipeline.settings import Settings
 from imagepipeline.text import to_json
 
+UNENDED = ("id", "status", "priority", "generation", "attempts", "accepted_at", "not_before")
+LIST_COLUMNS: dict[str | None, Sequence[str]] = {
+    None: ("id", "status", "generation", "attempts", "reason", "error", "updated_at"),
+    "waiting": ("id", "path", "priority", "copies", "entry", "error"),
+    "pending": (*UNENDED, "error"),
+    "processing": (*UNENDED, "run_id"),
+    "dead": ("id", "copies", "reason", "entry", "updated_at"),
+}
+SHOWN = {  # the others are only in the JSON
+    *("id", "status", "updated_at", "accepted_at", "reason", "error"),
+    *("path", "priority", "copies", "entry", "run_id"),
+}
 photo_type = click.Path(exists=True, dir_okay=False, readable=True, path_type=Path)
 
 
@@ -80,53 +93,91 @@ def push(
 @click.command(epilog=EPILOG)
 @click.argument("image_id", required=False, type=to_text)
 @click.option("--watch", is_flag=True, help="Show it again every second until Ctrl-C.")
+@click.option("--verbose", is_flag=True, help="Show everything that is known about IMAGE_ID.")
 @json_option
 @with_settings
-def status(settings: Settings, image_id: str | None, watch: bool, as_json: bool) -> None:
-    """Count the images by status, or show everything about IMAGE_ID.
+def status(
+    settings: Settings, image_id: str | None, watch: bool, verbose: bool, as_json: bool
+) -> None:
+    """Count the images by status, or show what is known about IMAGE_ID.
 
     \b
     waiting     pushed, not yet in the catalogue
     pending     in the catalogue, waiting for a run
     processing  a run is processing it
     completed   metadata, variants and embedding are stored
-    failed      given up; `status ID` says why
+    failed      given up, by reason; `status ID` says why
     dead        malformed entries of the Redis list; the newest 1000 are kept
     dropped     only if there were more: how many older ones were dropped
-    paused      only while paid work is paused: why, and until when
+    throughput  how many images ended in the last minute
+    time left   at this throughput, for all that waits and runs
+    paused      only during a pause: why, and until when
     """
     from imagepipeline import display, overview
+    from imagepipeline.runtime import supervisor
     from imagepipeline.stores.ledger import Ledger
 
     catalogue, ledger = open_catalogue(settings), Ledger(settings.database_url)
 
-    def read() -> dict[str, Any]:
-        if image_id is None:
-            counts = overview.count_images(settings, catalogue, note)
-            return counts | overview.find_pause(settings, ledger)
-        row = catalogue.get(image_id)
+    def read_stack() -> dict[str, Any]:
+        counts: dict[str, Any] = dict(overview.count_images(settings, catalogue, note))
+        counts |= overview.measure_progress(catalogue, counts)
+        return counts | overview.find_pause(settings, ledger)
+
+    def read_image() -> dict[str, Any]:
+        row = catalogue.get(str(image_id))
         if row is None:
             raise ImagePipelineError(f"no image {image_id!r:.80} is in the catalogue")
         return row
 
-    display.show_status(read, as_json, watch)
+    def describe_image(row: Mapping[str, Any]) -> Mapping[str, Any]:
+        return overview.describe_image(row, now_utc(), webserver_url)
+
+    if image_id is None:
+        display.show_status(read_stack, overview.describe_stack, as_json, watch)
+        return
+    webserver_url = (supervisor.find_running(settings) or {}).get("webserver_url")
+    display.show_status(read_image, dict if verbose else describe_image, as_json, watch)
 
 
 @click.command("list", epilog=EPILOG)
 @click.option("--all", "is_all", is_flag=True, help="Include those that ended earlier.")
+@click.option(
+    "--status",
+    "chosen",
+    type=click.Choice(["waiting", *(status.value for status in Status), "dead"]),
+    help="Only images of this status, whenever they ended.",
+)
+@click.option(
+    "--limit",
+    type=click.IntRange(1, MAX_LISTED),
+    default=50,
+    show_default=True,
+    help="How many, with --status.",
+)
 @json_option
 @with_settings
-def list_finished(settings: Settings, is_all: bool, as_json: bool) -> None:
+def list_images(
+    settings: Settings, is_all: bool, chosen: str | None, limit: int, as_json: bool
+) -> None:
     """List the images that completed within the last hour or failed within the last day.
 
-    IMAGEPIPELINE_LIST_COMPLETED_HOURS and IMAGEPIPELINE_LIST_FAILED_HOURS change these times.
+    IMAGEPIPELINE_LIST_COMPLETED_HOURS and IMAGEPIPELINE_LIST_FAILED_HOURS change these times. With
+    --status, list what waits, runs or has ended: `waiting` are entries of the Redis list that are
+    not in the catalogue yet, `dead` those that could not be read. What has not ended comes in the
+    order in which it goes on; what has ended, newest first.
     """
     from imagepipeline import display, overview
 
-    rows = overview.list_finished(settings, open_catalogue(settings), is_all, note)
-    display.show_rows(
-        rows, ("id", "status", "generation", "attempts", "reason", "error", "updated_at"), as_json
-    )
+    catalogue = open_catalogue(settings)
+    if chosen is None:
+        rows = overview.list_finished(settings, catalogue, is_all, note)
+    elif is_all:
+        raise click.UsageError("give --all or --status: --status lists all images of a status")
+    else:
+        rows = overview.list_by_status(settings, catalogue, chosen, limit)
+    columns = LIST_COLUMNS.get(chosen, LIST_COLUMNS[None])
+    display.show_rows(rows, columns, as_json, shown=[name for name in columns if name in SHOWN])
 
 
 @click.command(epilog=EPILOG)

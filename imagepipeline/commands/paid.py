@@ -1,4 +1,4 @@
-"""Commands about paid calls: costs, rate limit, pauses."""
+"""Commands about paid calls: costs, rate limit."""
 
 from datetime import UTC, datetime
 
@@ -6,7 +6,6 @@ import click
 
 from imagepipeline.commands.shared import (
     EPILOG,
-    dry_run_option,
     json_option,
     say,
     to_text,
@@ -71,24 +70,3 @@ def limit(settings: Settings, rate: str | None, reset: bool, as_json: bool) -> N
             limiter.set_limits(None if reset else rate)
         text = limiter.get_limits()
     say(to_json({"rate_limit": text}) if as_json else text)
-
-
-@click.command(epilog=EPILOG)
-@dry_run_option
-@json_option
-@with_settings
-def resume(settings: Settings, dry_run: bool, as_json: bool) -> None:
-    """End all pauses of paid work now, for example after topping up an account."""
-    from imagepipeline.stores.ledger import Ledger
-
-    open_catalogue(settings)
-    ledger = Ledger(settings.database_url)
-    pauses = [{"reason": pause.reason, "message": pause.message} for pause in ledger.list_pauses()]
-    if not dry_run:
-        ledger.resume()
-    lines = [
-        f"{'would resume' if dry_run else 'resumed'} ({pause['reason']}): {pause['message']}"
-        for pause in pauses
-    ]
-    done = {"pauses": pauses, "dry_run": dry_run}
-    say(*([to_json(done)] if as_json else lines or ["nothing is paused"]))

@@ -4,6 +4,7 @@ import contextlib
 import sys
 from collections.abc import Mapping
 from dataclasses import asdict
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import click
@@ -17,7 +18,8 @@ from imagepipeline.commands.shared import (
     to_text,
     with_settings,
 )
-from imagepipeline.errors import ImagePipelineError
+from imagepipeline.errors import ImagePipelineError, InvalidFilterError
+from imagepipeline.filters import FIELDS, Filter
 from imagepipeline.models import ASSETS, Recipe
 from imagepipeline.opening import open_catalogue
 from imagepipeline.settings import Settings
@@ -25,7 +27,11 @@ from imagepipeline.text import to_json
 
 if TYPE_CHECKING:  # it takes as long to import as all else
     from imagepipeline.planning import Step
+    from imagepipeline.sampling import Sample
     from imagepipeline.stores.applies import Applies
+    from imagepipeline.stores.catalogue import Catalogue
+
+MAX_SAMPLED = 100  # a page of them has some 10 MB
 
 asset_option = click.option(
     "--asset",
@@ -36,28 +42,87 @@ asset_option = click.option(
 )
 
 
+def read_filter(_: click.Context, __: click.Parameter, texts: tuple[str, ...]) -> Filter:
+    """The filter that several options give."""
+    try:
+        return Filter.parse(map(to_text, texts))
+    except InvalidFilterError as error:
+        raise click.BadParameter(str(error)) from None
+
+
+where_option = click.option(
+    "--where",
+    metavar="FIELD=VALUE",
+    multiple=True,
+    callback=read_filter,
+    help="Only images with this value; if given several times, all must hold. Fields: "
+    f"{', '.join(FIELDS)}. Dates are in UTC; id=abc* means all IDs that start with abc.",
+)
+
+
 @click.command(epilog=EPILOG)
 @click.argument("image_id", required=False, type=to_text)
 @asset_option
+@where_option
+@click.option(
+    "--sample",
+    "count",
+    metavar="N",
+    type=click.IntRange(1, MAX_SAMPLED),
+    help="Make N of the planned images, for money, and show old and new side by side. No image is "
+    "changed; the paid answers are kept for `apply`.",
+)
+@click.option("--seed", type=int, help="Draw another sample: 1, 2, 3 … [default: 0]")
+@click.option(
+    "--page",
+    type=click.Path(dir_okay=False, path_type=Path),
+    help="Also write the sample to this file, a web page with the pictures.",
+)
+@click.option("--discard", is_flag=True, help="Keep no answer of the sample for `apply`.")
 @json_option
 @with_settings
-def plan(settings: Settings, image_id: str | None, assets: tuple[str, ...], as_json: bool) -> None:
+def plan(
+    settings: Settings,
+    image_id: str | None,
+    assets: tuple[str, ...],
+    where: Filter,
+    count: int | None,
+    seed: int | None,
+    page: Path | None,
+    discard: bool,
+    as_json: bool,
+) -> None:
     """Show which images are not what today's settings would make, and what it costs to make them.
 
-    Nothing is changed. With IMAGE_ID, explain one image. Costs are the mean of earlier calls.
+    Nothing is changed. With IMAGE_ID, explain one image. Costs are the mean of earlier calls;
+    --sample finds out.
     """
     from imagepipeline import display, planning
     from imagepipeline.providers import build_recipes
 
+    if not count and (seed is not None or page or discard):
+        raise click.UsageError("--seed, --page and --discard need --sample")
     catalogue = open_catalogue(settings)
     recipes = planning.select_recipes(build_recipes(settings), assets)
     if image_id is not None:
+        if where.conditions or count:
+            raise click.UsageError("give an IMAGE_ID, or --where and --sample")
         if not catalogue.get_states([image_id]):
             raise ImagePipelineError(f"there is no image {image_id}")
         rows = planning.explain_image(catalogue, image_id, recipes)
         display.show_rows(rows, ("asset", "cause", "made_by", "today"), as_json)
         return
-    steps = make_plan(settings, recipes)
+    if count:
+        sample = make_sample(settings, catalogue, recipes, where, count, seed or 0, discard)
+        if page:
+            from imagepipeline.pages import build_sample_page
+
+            page.write_text(build_sample_page(sample), encoding="utf-8")
+        display.show_sample(sample, as_json)
+        if any(trial.error for trial in sample.trials):
+            sys.exit(EXIT_FAILED)
+        return
+    steps = make_plan(settings, recipes, where)
     if not steps and not as_json:
         say("All results are what today's settings would make.")
         return
@@ -65,8 +130,34 @@ def plan(settings: Settings, image_id: str | None, assets: tuple[str, ...], as_j
     display.show_rows([asdict(step) for step in steps], columns, as_json)
 
 
-def make_plan(settings: Settings, recipes: Mapping[str, Recipe]) -> "list[Step]":
-    """What all images need, at the present prices and rate limits."""
+def make_sample(
+    settings: Settings,
+    catalogue: "Catalogue",
+    recipes: Mapping[str, Recipe],
+    where: Filter,
+    count: int,
+    seed: int,
+    discard: bool,
+) -> "Sample":
+    """Tries some of the planned images, and shows progress on stderr."""
+    from imagepipeline import display
+    from imagepipeline.sampling import Sample, open_sampler
+    from imagepipeline.stores.plans import Plans
+
+    plans = Plans(settings.database_url)
+    drawn = plans.draw_outdated(recipes, count, seed, where)
+    with open_sampler(settings, catalogue, recipes, display.report) as sampler:
+        trials = []
+        for trial in sampler.try_images(drawn):
+            trials.append(trial)
+            display.report(f"{len(trials)} of {len(drawn)}: {trial.error or trial.image_id}")
+        if discard:
+            sampler.discard()
+    return Sample(trials, plans.count_images(recipes, where))
+
+
+def make_plan(settings: Settings, recipes: Mapping[str, Recipe], where: Filter) -> "list[Step]":
+    """What these images need, at the present prices and rate limits."""
     from imagepipeline import planning
     from imagepipeline.providers import list_prices, open_limiter
     from imagepipeline.stores.ledger import Ledger
@@ -75,7 +166,7 @@ def make_plan(settings: Settings, recipes: Mapping[str, Recipe]) -> "list[Step]"
     with open_limiter(settings) as limiter:
         rate_limits = limiter.get_limits()
     plans, ledger = Plans(settings.database_url), Ledger(settings.database_url)
-    return planning.plan(plans, ledger, recipes, list_prices(settings), rate_limits)
+    return planning.plan(plans, ledger, recipes, list_prices(settings), rate_limits, where)
 
 
 @click.command(epilog=EPILOG)
@@ -85,6 +176,7 @@ def make_plan(settings: Settings, recipes: Mapping[str, Recipe]) -> "list[Step]"
 )
 @asset_option
 @click.option("--stop", "is_stopped", is_flag=True, help="End the apply that is under way.")
+@where_option
 @click.option("--dry-run", is_flag=True, help="Only list the images.")
 @json_option
 @with_settings
@@ -94,6 +186,7 @@ def apply(
     budget: float | None,
     assets: tuple[str, ...],
     is_stopped: bool,
+    where: Filter,
     dry_run: bool,
     as_json: bool,
 ) -> None:
@@ -115,13 +208,15 @@ def apply(
         return
     recipes = planning.select_recipes(build_recipes(settings), assets)
     if dry_run:
-        found = plans.list_outdated(recipes, "", limit or MAX_LISTED)
+        found = plans.list_outdated(recipes, "", limit or MAX_LISTED, where)
         display.show_rows([{"image_id": one} for one in found], ("image_id",), as_json)
         return
-    if budget and (problem := planning.explain_unknown_cost(make_plan(settings, recipes))):
-        raise click.UsageError(problem)
-    total = plans.count_images(recipes)
-    begun = applies.start(recipes, limit, budget, planning.LEASE_SECONDS)
+    if budget:
+        planned = make_plan(settings, recipes, where)
+        if problem := planning.explain_unknown_cost(planned):
+            raise click.UsageError(problem)
+    total = plans.count_images(recipes, where)
+    begun = applies.start(recipes, limit, budget, where, planning.LEASE_SECONDS)
     with contextlib.closing(planning.follow(applies, begun)) as steps:
         *_, last = display.follow_apply(steps, min(total, limit or total))
     display.show_rows([asdict(last)], tuple(asdict(last)), as_json)

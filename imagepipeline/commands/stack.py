@@ -53,6 +53,7 @@ def demo(settings: Settings, photos: Sequence[Path], exits: bool, as_json: bool)
         display.add_nearest(rows, settings, build_embedder(settings).recipe.version)
         display.show_results(rows, time.monotonic() - began, as_json)
         if not exits:
+            display.show_link(stack.webserver_url, rows, as_json)
             display.show_addresses(settings, stack.webserver_url, as_json)
             with contextlib.suppress(KeyboardInterrupt):
                 stack.wait()

@@ -4,8 +4,10 @@ from collections.abc import Iterator
 
 import dagster as dg
 
-from imagepipeline.defs.attempts import RETRY_POLICY, attempt
+from imagepipeline.defs.attempts import RETRY_POLICY, Work, attempt
+from imagepipeline.defs.outcomes import ORIGINAL
 from imagepipeline.defs.partitions import uploads
+from imagepipeline.defs.showing import link_to
 from imagepipeline.defs.stages import Made, make_embedding, make_metadata, make_variants
 from imagepipeline.imaging.variants import Renderer
 from imagepipeline.index import EmbeddingStore
@@ -21,6 +23,7 @@ OWNERS = ["team:imagepipeline"]
 
 @dg.asset(
     partitions_def=uploads,
+    deps=[ORIGINAL],
     group_name="images",
     kinds={"python", "ai"},
     owners=OWNERS,
@@ -44,16 +47,15 @@ def metadata(
     down or overloaded is tried three times. The answer is in the image's row of the catalogue. To
     ask again all the same, launch the run with the tag `imagepipeline/anew` = `metadata`.
     """
-    with attempt(context, catalogue) as work:
+    with attempt(context, catalogue, originals) as work:
         if work is not None:
-            yield _to_result(
-                make_metadata(work, catalogue, files, originals, vision, paid_calls, renderer)
-            )
+            made = make_metadata(work, catalogue, files, originals, vision, paid_calls, renderer)
+            yield _to_result(made, work)
 
 
 @dg.asset(
     partitions_def=uploads,
-    deps=[metadata],
+    deps=[ORIGINAL, metadata],
     group_name="images",
     kinds={"python", "pillow"},
     owners=OWNERS,
@@ -74,9 +76,10 @@ def variants(
     are read back and checked; wrong ones are made again. No provider is involved: if this fails,
     check the original and the disk.
     """
-    with attempt(context, catalogue) as work:
+    with attempt(context, catalogue, originals) as work:
         if work is not None:
-            yield _to_result(make_variants(work, catalogue, files, originals, renderer))
+            made = make_variants(work, catalogue, files, originals, renderer)
+            yield _to_result(made, work)
 
 
 @dg.asset(
@@ -91,6 +94,7 @@ def variants(
 def embedding(
     context: dg.AssetExecutionContext,
     catalogue: dg.ResourceParam[Catalogue],
+    originals: dg.ResourceParam[Originals],
     embedder: dg.ResourceParam[Embedder],
     index: dg.ResourceParam[EmbeddingStore],
     paid_calls: dg.ResourceParam[PaidCalls],
@@ -100,12 +104,14 @@ def embedding(
     The index has one row for each image and embedding model. After this asset the image is
     `completed`. If it fails with `missing_metadata`, materialize `metadata` of the partition first.
     """
-    with attempt(context, catalogue) as work:
+    with attempt(context, catalogue, originals) as work:
         if work is not None:
-            yield _to_result(make_embedding(work, catalogue, embedder, index, paid_calls))
+            made = make_embedding(work, catalogue, embedder, index, paid_calls)
+            yield _to_result(made, work)
 
 
-def _to_result(made: Made) -> dg.MaterializeResult[None]:
+def _to_result(made: Made, work: Work) -> dg.MaterializeResult[None]:
+    link = {"see_original": link_to("original", work.claim.image_id)}
     return dg.MaterializeResult(
-        data_version=dg.DataVersion(made.data_version), metadata=made.metadata
+        data_version=dg.DataVersion(made.data_version), metadata={**made.metadata, **link}
     )

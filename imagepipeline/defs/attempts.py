@@ -5,11 +5,12 @@ import socket
 import threading
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import dagster as dg
 from dagster._core.errors import DagsterExecutionInterruptedError
 
+from imagepipeline.defs.outcomes import REASON_TAG, STATUS_TAG, build_outcome
 from imagepipeline.errors import (
     ImageBusyError,
     InvalidUploadError,
@@ -18,7 +19,8 @@ from imagepipeline.errors import (
     RetryableError,
     StaleClaimError,
 )
-from imagepipeline.models import ASSETS, Claim, check_image_id
+from imagepipeline.models import ASSETS, Claim, Status, check_image_id
+from imagepipeline.originals import Originals
 from imagepipeline.stores.catalogue import Catalogue
 from imagepipeline.text import clean_error
 
@@ -58,25 +60,43 @@ class Verdict:
     Attributes:
         text: a sentence for the run's log.
         wait_seconds: until the next attempt; None if this run makes no other.
-        reason: the code, if the image has failed.
+        status: of the image, if this run has ended its claim: `failed`, or `pending`.
+        reason: the code of the failure or the wait, if this run has ended its claim.
+        needs_operator: whether the run must be red.
     """
 
     text: str
     wait_seconds: float | None = None
+    status: Status | None = None
     reason: str | None = None
+    needs_operator: bool = True
+
+    @property
+    def tags(self) -> dict[str, str]:
+        """The tags by which the list of runs shows it."""
+        if self.status is None or self.reason is None:
+            return {}
+        return {STATUS_TAG: self.status.value, REASON_TAG: self.reason}
 
 
 @contextmanager
-def attempt(context: dg.AssetExecutionContext, catalogue: Catalogue) -> Iterator[Work | None]:
+def attempt(
+    context: dg.AssetExecutionContext, catalogue: Catalogue, originals: Originals
+) -> Iterator[Work | None]:
     """Claims the partition's image for the body, and ends the claim after the run's last asset.
 
     Yields None if another run has taken over the image: the asset then yields nothing, its step
     succeeds and later steps are skipped. A retryable error is retried after 1 s, 2 s, or the time
-    that the provider asked for. A permanent error, or the last attempt, fails the image.
+    that the provider asked for. A permanent error, or the last attempt, fails the image. The run
+    fails only if an operator must act; otherwise it succeeds, and later steps are skipped. The
+    asset `original` shows what became of the image.
     """
     claim = _claim(context, catalogue)
     if claim is None:
-        context.log.info(f"{context.partition_key} belongs to another run now: nothing was done.")
+        context.log.info(
+            f"{context.partition_key} was cancelled, or belongs to another run now: nothing was "
+            "done."
+        )
         yield None
         return
     number = context.retry_number + 1
@@ -86,27 +106,52 @@ def attempt(context: dg.AssetExecutionContext, catalogue: Catalogue) -> Iterator
         if start_heartbeat(catalogue, claim):
             context.instance.add_run_tags(context.run.run_id, {MACHINE_TAG: socket.gethostname()})
         yield Work(claim, number, asked, context.log.info)
-        if _is_last_asset(context):
-            context.log.info(f"{claim.image_id} is {catalogue.finish(claim)}.")
-            stop_heartbeat(claim)
-    except DagsterExecutionInterruptedError as interrupt:
+        if not _is_last_asset(context):
+            return
+        context.log.info(f"{claim.image_id} is {catalogue.finish(claim)}.")
+        stop_heartbeat(claim)
+        verdict = Verdict("", needs_operator=False)
+    except DagsterExecutionInterruptedError as error:
         # If it were re-raised, Dagster would retry the step and ignore the stop.
+        cause: BaseException = error
         verdict = interrupt_work(context, catalogue, claim)
-        raise _to_failure(claim, verdict) from interrupt
     except Exception as error:
+        cause = error
         verdict = settle(catalogue, claim, context.asset_key.to_user_string(), number, error)
         if isinstance(error, StaleClaimError):
             context.log.warning(verdict.text)
             return
-        if verdict.wait_seconds is None:
-            context.log.error(verdict.text)
-            raise _to_failure(claim, verdict) from error
+        if verdict.wait_seconds is not None:
+            context.log.warning(verdict.text)
+            if not isinstance(error, RetryableError):
+                raise  # RETRY_POLICY waits as long
+            raise dg.RetryRequested(
+                max_retries=MAX_ATTEMPTS - 1, seconds_to_wait=verdict.wait_seconds
+            ) from error
+    _show_end(context, catalogue, claim, originals, verdict)
+    if verdict.needs_operator:
+        context.log.error(verdict.text)
+        raise _to_failure(claim, verdict) from cause
+
+
+def _show_end(
+    context: dg.AssetExecutionContext,
+    catalogue: Catalogue,
+    claim: Claim,
+    originals: Originals,
+    verdict: Verdict,
+) -> None:
+    if verdict.text and not verdict.needs_operator:
         context.log.warning(verdict.text)
-        if not isinstance(error, RetryableError):
-            raise  # RETRY_POLICY waits as long
-        raise dg.RetryRequested(
-            max_retries=MAX_ATTEMPTS - 1, seconds_to_wait=verdict.wait_seconds
-        ) from error
+    if verdict.tags:
+        context.instance.add_run_tags(context.run.run_id, verdict.tags)
+    with suppress(PostponedError):  # the row has it all
+        thumbnail = originals.find_thumbnail(claim.image_id)
+        outcome = build_outcome(catalogue, claim.image_id, thumbnail)
+        if verdict.needs_operator:  # Dagster drops what a step that fails has logged
+            context.instance.report_runless_asset_event(outcome)
+        else:
+            context.log_event(outcome)
 
 
 def settle(
@@ -119,9 +164,11 @@ def settle(
     if isinstance(error, StaleClaimError):
         return Verdict(f"{error}: this run writes nothing more.")
     if isinstance(error, PostponedError):
-        return _hand_back(catalogue, claim, str(error), error.wait_seconds)
+        verdict = _hand_back(catalogue, claim, str(error), error.wait_seconds, error.reason)
+        return replace(verdict, needs_operator=error.needs_operator)
     if isinstance(error, PermanentError):
-        return _fail(catalogue, claim, error.reason, str(error))
+        verdict = _fail(catalogue, claim, error.reason, str(error))
+        return replace(verdict, needs_operator=error.needs_operator)
     if isinstance(error, RetryableError):
         reason, text = error.reason, str(error)
         wait_seconds = max(error.retry_after_seconds or 0, 2 ** (number - 1))
@@ -148,7 +195,7 @@ def interrupt_work(
     run = context.instance.get_run_by_id(context.run.run_id)
     if run is not None and run.status in CANCELLED:
         return _fail(catalogue, claim, "cancelled", f"run {run.run_id} was cancelled")
-    return _hand_back(catalogue, claim, "the run was stopped", 0)
+    return _hand_back(catalogue, claim, "the run was stopped", 0, "stopped")
 
 
 def _claim(context: dg.AssetExecutionContext, catalogue: Catalogue) -> Claim | None:
@@ -228,15 +275,19 @@ def _fail(catalogue: Catalogue, claim: Claim, reason: str, error: str) -> Verdic
         catalogue.fail(claim, reason, error)
     except (StaleClaimError, PostponedError) as problem:  # the reconciler recovers it
         return Verdict(f"{problem}. It failed anyway: {error}")
-    return Verdict(f"{claim.image_id} failed ({reason}): {error}", reason=reason)
+    text = f"{claim.image_id} failed ({reason}): {error}"
+    return Verdict(text, status=Status.FAILED, reason=reason)
 
 
-def _hand_back(catalogue: Catalogue, claim: Claim, cause: str, wait_seconds: float) -> Verdict:
+def _hand_back(
+    catalogue: Catalogue, claim: Claim, cause: str, wait_seconds: float, reason: str
+) -> Verdict:
     try:
         catalogue.hand_back(claim, cause, wait_seconds)
     except (StaleClaimError, PostponedError) as problem:  # the reconciler hands it back
         return Verdict(f"{cause}; {problem}.")
-    return Verdict(f"{cause}; {claim.image_id} waits for another run.")
+    text = f"{cause}; {claim.image_id} waits for another run."
+    return Verdict(text, status=Status.PENDING, reason=reason)
 
 
 def _to_failure(claim: Claim, verdict: Verdict) -> dg.Failure:

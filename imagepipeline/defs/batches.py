@@ -5,6 +5,7 @@ import socket
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field
 from enum import Enum
 from functools import partial
@@ -21,9 +22,12 @@ from imagepipeline.defs.attempts import (
     start_heartbeat,
     stop_heartbeat,
 )
+from imagepipeline.defs.outcomes import ORIGINAL, build_outcome
 from imagepipeline.defs.partitions import uploads
+from imagepipeline.defs.showing import link_to
 from imagepipeline.defs.stages import Made, make_embedding, make_metadata, make_variants
 from imagepipeline.errors import PostponedError
+from imagepipeline.filters import Filter
 from imagepipeline.imaging.variants import Renderer
 from imagepipeline.index import EmbeddingStore
 from imagepipeline.models import ASSETS, BULK_PRIORITY, Claim, Recipe
@@ -42,7 +46,18 @@ MAX_SECONDS = 60  # then a run takes no more images: a worker that drains waits 
 LINGER_SECONDS = 2  # without images: the next tick of the sensor may bring some
 DATA_VERSION_TAG = "dagster/data_version"
 DEPS = {"metadata": [], "variants": ["metadata"], "embedding": ["metadata", "variants"]}
-THUMBNAILS = ("picture",)  # of several kB each; the partition page has those of single runs
+# What a materialization shows, so that an event takes 2 to 3 kB of Dagster's tables; the rest is
+# in the catalogue (`imagepipeline status ID`).
+SHOWN = (
+    *("description", "tags", "category", "cost_usd", "cause"),
+    *("bytes_in", "bytes_out", "problems"),
+)
+MADE_FROM_ORIGINAL = ("metadata", "variants")
+# What Dagster records for `original`, which has no data version.
+OF_ORIGINAL = {
+    f"dagster/input_data_version/{ORIGINAL.to_user_string()}": "INITIAL",
+    f"dagster/input_event_pointer/{ORIGINAL.to_user_string()}": "NULL",
+}
 
 
 @dataclass(frozen=True)
@@ -60,14 +75,14 @@ class Batch:
     Args:
         catalogue: where images are claimed.
         stages: what is done for each.
-        release: frees what is held for an image.
+        originals: holds what was read of an image until it has ended.
         run_id: the run that holds the claims.
         max_images: how many images it takes.
     """
 
     catalogue: Catalogue
     stages: Stages
-    release: Callable[[str], None]
+    originals: Originals
     run_id: str
     max_images: int
     claims: dict[str, Claim] = field(default_factory=dict)  # those that this run holds
@@ -130,15 +145,23 @@ class Batch:
     def _process(self, claim: Claim) -> None:
         start_heartbeat(self.catalogue, claim)
         try:
-            if all(self._make(claim, asset) for asset in ASSETS):
+            is_changed, made = False, None
+            for asset in ASSETS:
+                made = self._make(claim, asset)
+                is_changed = is_changed or made is None or not made.is_current
+                if made is None:
+                    break
+            if made is not None:
                 self._events.put(Event(image_id=claim.image_id))
+            if is_changed:
+                self._show_outcome(claim)
         finally:
-            self.release(claim.image_id)
+            self.originals.release(claim.image_id)
             stop_heartbeat(claim)
             self.claims.pop(claim.image_id, None)
 
-    def _make(self, claim: Claim, asset: str) -> bool:
-        """Makes one asset of an image, in up to three attempts; returns whether it is in place."""
+    def _make(self, claim: Claim, asset: str) -> Made | None:
+        """Makes one asset of an image, in up to three attempts; returns None if it failed."""
         number = 0
         while not self._stopping.is_set():
             number += 1
@@ -149,14 +172,14 @@ class Batch:
                     self._record(claim, asset, made)
                 if asset == ASSETS[-1] and not self._stopping.is_set():
                     self.catalogue.finish(claim)
-                return True
+                return made
             except Exception as error:
                 verdict = settle(self.catalogue, claim, asset, number, error)
                 self._report(verdict.text)
                 if verdict.wait_seconds is None:
-                    return False
+                    return None
                 self._stopping.wait(verdict.wait_seconds)
-        return False
+        return None
 
     def _record(self, claim: Claim, asset: str, made: Made) -> None:
         """Has Dagster record a materialization, before the image can be `completed`."""
@@ -164,13 +187,19 @@ class Batch:
             DATA_VERSION_TAG: made.data_version,
             "dagster/code_version": self.stages.recipes[asset].version,
         }
-        metadata = {key: value for key, value in made.metadata.items() if key not in THUMBNAILS}
-        event = Event(
-            image_id=claim.image_id,
-            materialization=dg.AssetMaterialization(
-                asset, partition=claim.image_id, metadata=metadata, tags=tags
-            ),
+        metadata = {key: value for key, value in made.metadata.items() if key in SHOWN}
+        metadata["see_original"] = link_to("original", claim.image_id)
+        self._put(
+            dg.AssetMaterialization(asset, partition=claim.image_id, metadata=metadata, tags=tags)
         )
+
+    def _show_outcome(self, claim: Claim) -> None:
+        with suppress(PostponedError):  # the row has it
+            thumbnail = self.originals.find_thumbnail(claim.image_id)
+            self._put(build_outcome(self.catalogue, claim.image_id, thumbnail))
+
+    def _put(self, materialization: dg.AssetMaterialization) -> None:
+        event = Event(image_id=materialization.partition, materialization=materialization)
         self._events.put(event)
         while not (event.is_recorded.wait(1) or self._stopping.is_set()):
             pass
@@ -235,7 +264,7 @@ def process_images(
         "variants": renderer.recipe,
         "embedding": embedder.recipe,
     }
-    batch = Batch(catalogue, Stages(makers, recipes), originals.release, context.run_id, batch_size)
+    batch = Batch(catalogue, Stages(makers, recipes), originals, context.run_id, batch_size)
     context.instance.add_run_tags(context.run_id, {MACHINE_TAG: socket.gethostname()})
     finished = 0
     try:
@@ -261,7 +290,11 @@ def relate(instance: dg.DagsterInstance, made: dg.AssetMaterialization) -> dg.As
     partition = str(made.partition)
     if not instance.has_dynamic_partition(str(uploads.name), partition):
         instance.add_dynamic_partitions(str(uploads.name), [partition])
+    if made.asset_key == ORIGINAL:
+        return made
     tags = dict(made.tags or {})
+    if made.asset_key.to_user_string() in MADE_FROM_ORIGINAL:
+        tags |= OF_ORIGINAL
     for dep in DEPS[made.asset_key.to_user_string()]:
         newest = instance.fetch_materializations(
             dg.AssetRecordsFilter(asset_key=dg.AssetKey(dep), asset_partitions=[partition]), limit=1
@@ -301,6 +334,7 @@ class ApplyConfig(dg.Config):
         None, gt=0, description="Begin no more images after this many US dollars."
     )
     assets: list[AssetName] = Field([], description="Only these assets; none means all.")
+    where: list[str] = Field([], description="Only these images, such as `category=animal`.")
 
 
 @dg.op
@@ -308,9 +342,9 @@ def start_apply(
     context: dg.OpExecutionContext, config: ApplyConfig, applier: dg.ResourceParam[Applier]
 ) -> None:
     """Lets runs of the bulk lane make what is outdated, and returns at once."""
-    apply, count = applier.start(
-        [asset.value for asset in config.assets], config.limit, config.budget_usd
-    )
+    assets = [asset.value for asset in config.assets]
+    where = Filter.parse(config.where)
+    apply, count = applier.start(assets, config.limit, config.budget_usd, where)
     context.log.info(
         f"Apply {apply.id} has begun: {count} images are outdated. Runs of process_batch make "
         "them; `imagepipeline apply --stop` stops them."

@@ -12,7 +12,7 @@ from functools import partial
 import dagster as dg
 from dagster_celery.tags import DAGSTER_CELERY_TASK_ID_TAG as TASK_ID_TAG
 
-from imagepipeline.defs.attempts import GENERATION_TAG
+from imagepipeline.defs.attempts import GENERATION_TAG, read_generation
 from imagepipeline.defs.batches import process_batch
 from imagepipeline.defs.jobs import process_upload
 from imagepipeline.errors import PostponedError, StaleClaimError
@@ -27,6 +27,11 @@ MAX_PENDING_CHECKED = 50
 RENEWAL_WAITS_SECONDS = (1, 5, 30, 120)  # for runs that repeatedly end before they claim
 CANCELLED = "its run was cancelled before it began"
 JOB_NAMES = (process_upload.name, "__ASSET_JOB")  # the latter: runs that a person starts
+CANCELLABLE = [
+    dg.DagsterRunStatus.QUEUED,
+    dg.DagsterRunStatus.STARTING,
+    dg.DagsterRunStatus.STARTED,
+]
 HOLDING_A_SLOT = [
     dg.DagsterRunStatus.STARTING,
     dg.DagsterRunStatus.STARTED,
@@ -87,13 +92,8 @@ def reconcile(
     for row in processing:
         watched.add((row.image_id, row.fence))
         lines += _look_at(row.image_id, partial(_recover_if_lost, catalogue, instance, watch, row))
-    next_ones = catalogue.list_pending(MAX_PENDING_CHECKED)
-    next_pictures = catalogue.list_pending(MAX_PENDING_CHECKED, has_no_variants=True)
-    for pending in dict.fromkeys((*next_ones, *next_pictures)):
-        lines += _look_at(
-            pending.image_id, partial(_renew_if_run_ended, catalogue, instance, pending)
-        )
     idle = _list_idle_runs(instance, owners={row.run_id for row in processing})
+    lines += _cancel_runs(catalogue, instance)
     waiting = tasks.list_waiting() if any(TASK_ID_TAG in run.tags for run in idle) else set()
     for run in idle:
         watched.add(run.run_id)
@@ -103,6 +103,35 @@ def reconcile(
             end_run(instance, run, "it holds no image")
             lines.append(f"Run {run.run_id} was ended: it held a slot and no image.")
     watch.forget_all_but(watched)
+    # Last, so that an image whose run was just ended need not wait for the next tick.
+    next_ones = catalogue.list_pending(MAX_PENDING_CHECKED)
+    next_pictures = catalogue.list_pending(MAX_PENDING_CHECKED, has_no_variants=True)
+    for pending in dict.fromkeys((*next_ones, *next_pictures)):
+        lines += _look_at(
+            pending.image_id, partial(_renew_if_run_ended, catalogue, instance, pending)
+        )
+    return lines
+
+
+def _cancel_runs(catalogue: Catalogue, instance: dg.DagsterInstance) -> list[str]:
+    """Cancels the unfinished runs of images that were cancelled on the command line."""
+    records = instance.get_run_records(dg.RunsFilter(statuses=CANCELLABLE))
+    runs = {
+        record.dagster_run.run_id: record.dagster_run
+        for record in records
+        if "dagster/partition" in record.dagster_run.tags
+    }
+    found = catalogue.find_cancelled([run.tags["dagster/partition"] for run in runs.values()])
+    lines = []
+    for run_id, run in runs.items():
+        image_id = run.tags["dagster/partition"]
+        image = found.get(image_id)
+        generation = read_generation(run.tags)
+        if image is None or (image.run_id != run_id and image.generation != generation):
+            continue
+        instance.report_engine_event(f"{image_id} was cancelled: {image.error}.", run)
+        if instance.run_coordinator.cancel_run(run_id):  # as the UI does
+            lines.append(f"Run {run_id} was cancelled: {image_id} was cancelled.")
     return lines
 
 

@@ -54,7 +54,7 @@ def upload_sensor(
     The list is `image-processing:wait`; malformed entries go to `image-processing:dead`. If Redis
     is down, images in the catalogue still get their runs. While paid calls are paused or behind
     their rate limit, runs make variants alone, and images stay `pending` for the rest; after a
-    pause one is tried first.
+    pause one is tried first. While a person has paused all work, no run is started.
     """
     problem = None
     try:
@@ -71,6 +71,11 @@ def upload_sensor(
     except StackError as error:
         problem = str(error)
         context.log.error(problem)
+    except PostponedError as error:
+        return dg.SkipReason(str(error))
+    try:
+        if full := ledger.find_full_pause():
+            return dg.SkipReason(f"A person has paused all work: {full.message}.")
     except PostponedError as error:
         return dg.SkipReason(str(error))
     unfinished, full_count = find_unfinished(context.instance)

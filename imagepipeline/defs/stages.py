@@ -3,12 +3,9 @@
 The work itself is elsewhere; Dagster sees it through `assets` and `batches`.
 """
 
-import base64
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
-
-import dagster as dg
 
 from imagepipeline.defs.attempts import Work
 from imagepipeline.defs.checks import (
@@ -16,6 +13,12 @@ from imagepipeline.defs.checks import (
     describe_problems,
     read_stored,
     refuse_wrong,
+)
+from imagepipeline.defs.showing import (
+    describe_metadata,
+    read_metadata,
+    show_picture,
+    tabulate,
 )
 from imagepipeline.errors import MissingMetadataError
 from imagepipeline.imaging.palette import choose_visible
@@ -85,7 +88,7 @@ def make_metadata(
         return Made(
             _data_version(known.embedding_text),
             {
-                "picture": _placeholder(row["placeholder"]),
+                "picture": show_picture(row["placeholder"]),
                 **_describe_answer(VisionAnswer(known)),
                 **_describe_recipe(vision.recipe),
                 "is_reused": True,
@@ -117,7 +120,7 @@ def make_metadata(
     return Made(
         _data_version(answer.metadata.embedding_text),
         {
-            "picture": _picture(original),
+            "picture": show_picture(original.prepared.thumbnail),
             **_describe_answer(answer),
             **_describe_receipt(receipt),
             "is_reused": is_reused,
@@ -140,14 +143,15 @@ def make_variants(
     original = originals.load(claim, catalogue)
     note_original(catalogue, claim, original)
     cause = find_causes(work, catalogue, variants=renderer.recipe)["variants"]
-    stored = [] if cause else (catalogue.get(claim.image_id) or {"variants": []})["variants"]
+    row = (None if cause else catalogue.get(claim.image_id)) or {}
+    stored = row.get("variants", [])
     data_version = _data_version(original.sha256 + renderer.recipe.version)
     if cause is None and is_in_place(files, stored, renderer, original):
         catalogue.confirm_result(claim, "variants")
         return Made(
             data_version,
             {
-                "variants": _tabulate(stored),
+                "variants": tabulate(stored, row["original_bytes"]),
                 "settings": renderer.recipe.settings,
                 "is_reused": True,
             },
@@ -174,10 +178,10 @@ def make_variants(
             "problems": describe_problems(found),
             "is_reused": False,
             "cause": cause or "its files were not in place",
-            "variants": _tabulate(rows),
+            "variants": tabulate(rows, original.facts.original_bytes),
             "settings": renderer.recipe.settings,
             "dominant_color": original.facts.dominant_color,
-            "placeholder": _placeholder(original.facts.placeholder),
+            "placeholder": show_picture(original.facts.placeholder),
             **_describe_usage(usage),
             "attempt": work.number,
             "dagster/uri": files.locate(rendered[0][0]).rpartition("/")[0],
@@ -233,6 +237,7 @@ def make_embedding(
             **_describe_embedding(result),
             **_describe_receipt(receipt),
             "is_reused": is_reused,
+            **({"cause": cause} if cause else {}),
             **_describe_recipe(embedder.recipe),
             "attempt": work.number,
         },
@@ -268,14 +273,6 @@ def find_vector(
     return None
 
 
-def read_metadata(row: Mapping[str, Any] | None) -> ImageMetadata | None:
-    """The stored answer of a row; None if there is none, or one of an earlier kind."""
-    try:
-        return ImageMetadata.model_validate((row or {}).get("metadata"))
-    except ValueError:
-        return None
-
-
 def is_in_place(
     files: Storage, stored: Sequence[Mapping[str, Any]], renderer: Renderer, original: Original
 ) -> bool:
@@ -290,31 +287,6 @@ def _with_visible_colors(metadata: ImageMetadata, facts: PixelFacts) -> ImageMet
     return metadata.model_copy(
         update={"dominant_colors": choose_visible(metadata.dominant_colors, facts)}
     )
-
-
-def _picture(original: Original) -> dg.MetadataValue:
-    """A thumbnail of a few kB in Markdown, for the UI."""
-    thumbnail = base64.b64encode(original.prepared.thumbnail).decode()
-    return dg.MetadataValue.md(f"![the image](data:image/jpeg;base64,{thumbnail})")
-
-
-def _placeholder(data_uri: str) -> dg.MetadataValue:
-    return dg.MetadataValue.md(f"![placeholder]({data_uri})")
-
-
-def _tabulate(variants: Sequence[Mapping[str, Any]]) -> dg.MetadataValue:
-    records = [
-        dg.TableRecord(
-            {
-                "path": variant["path"],
-                "width_px": variant["width"],
-                "height_px": variant["height"],
-                "bytes": variant["size"],
-            }
-        )
-        for variant in variants
-    ]
-    return dg.MetadataValue.table(records=records)
 
 
 def _describe_recipe(recipe: Recipe) -> dict[str, str]:
@@ -338,17 +310,8 @@ def _describe_usage(usage: Usage) -> dict[str, float | int]:
     return {"cpu_seconds": round(usage.cpu_seconds, 3), "peak_memory_bytes": usage.peak_bytes}
 
 
-def _describe_answer(answer: VisionAnswer) -> dict[str, dg.MetadataValue | str | int]:
-    described = answer.metadata
-    swatches = " ".join(f"`{value}`" for value in described.dominant_colors)
-    return {
-        "description": dg.MetadataValue.text(described.description),
-        "tags": dg.MetadataValue.text(", ".join(described.tags)),
-        "category": described.category,
-        "dominant_colors": dg.MetadataValue.md(swatches),
-        "mood": described.mood,
-        **_describe_tokens(answer.usage),
-    }
+def _describe_answer(answer: VisionAnswer) -> dict[str, Any]:
+    return describe_metadata(answer.metadata) | _describe_tokens(answer.usage)
 
 
 def _describe_embedding(result: Embedding) -> dict[str, str | int]:

@@ -4,8 +4,14 @@ from dataclasses import dataclass
 
 from imagepipeline.imaging.decoding import Decoded
 from imagepipeline.imaging.palette import measure
-from imagepipeline.imaging.variants import render_placeholder, render_preview, render_square, shrink
-from imagepipeline.models import THUMBNAIL_PX, PixelFacts
+from imagepipeline.imaging.variants import (
+    render_placeholder,
+    render_preview,
+    render_square,
+    render_thumbnail,
+    shrink,
+)
+from imagepipeline.models import PixelFacts
 
 SMALL_PX = 1024  # long side of the copy from which all smaller ones are made
 
@@ -20,7 +26,7 @@ class Prepared:
         facts: size, colours and camera.
         preview: the vision model's input: a JPEG, or for the offline model the central square as
             raw RGB [224, 224, 3].
-        thumbnail: a JPEG of at most 160 px for the UI.
+        thumbnail: a data URI of at most 96 px for the UI.
         placeholder: a data URI for a page to show first.
     """
 
@@ -28,7 +34,7 @@ class Prepared:
     flaw: str | None
     facts: PixelFacts
     preview: bytes
-    thumbnail: bytes
+    thumbnail: str
     placeholder: str
 
 
@@ -47,6 +53,6 @@ def prepare(decoded: Decoded, preview_px: int | None = None) -> Prepared:
         render_square(small)
         if preview_px is None
         else render_preview(small if preview_px <= SMALL_PX else decoded.image, preview_px),
-        render_preview(small, THUMBNAIL_PX),
+        render_thumbnail(small),
         render_placeholder(small),
     )

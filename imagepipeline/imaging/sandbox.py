@@ -108,6 +108,10 @@ class Zygote:
                 self._start()
             return self._confinement
 
+    def is_alive(self) -> bool:
+        """Whether the zygote that this process started is running."""
+        return self._process is not None and self._process.poll() is None
+
     @property
     def descriptor(self) -> int | None:
         """The descriptor that a forked process must keep open to share the zygote.

@@ -19,11 +19,19 @@ from imagepipeline.imaging.verification import (
     verify_own_inspections,
     verify_variants,
 )
-from imagepipeline.models import CLASSIFIER_PX, OriginalFacts, Recipe, Variant, VariantSpec
+from imagepipeline.models import (
+    CLASSIFIER_PX,
+    MAX_THUMBNAIL_CHARACTERS,
+    OriginalFacts,
+    Recipe,
+    Variant,
+    VariantSpec,
+)
 from imagepipeline.output_formats import OUTPUT_FORMATS
 
 CROP_SHARE = 0.875  # of the shorter side, as in the published evaluation of EfficientNet-Lite0
 PLACEHOLDER_PX = 16
+THUMBNAIL_SIDES_PX = (96, 80, 64, 48, 16)  # the last one always fits
 
 
 class Renderer:
@@ -202,8 +210,27 @@ def render_placeholder(image: Image.Image) -> str:
     """
     small = image.copy()
     small.thumbnail((PLACEHOLDER_PX, PLACEHOLDER_PX), Image.Resampling.BOX)
+    return _encode_data_uri(small, quality=50, method=6)
+
+
+def render_thumbnail(image: Image.Image) -> str:
+    """Renders the largest of a few small WebPs that the UI shows without a click.
+
+    Returns:
+        A data URI of at most `MAX_THUMBNAIL_CHARACTERS`.
+    """
+    uri = ""
+    for long_side_px in THUMBNAIL_SIDES_PX:
+        image = shrink(image, long_side_px)
+        uri = _encode_data_uri(image, quality=20, method=4)
+        if len(uri) <= MAX_THUMBNAIL_CHARACTERS:
+            break
+    return uri
+
+
+def _encode_data_uri(image: Image.Image, quality: int, method: int) -> str:
     buffer = io.BytesIO()
-    small.save(buffer, "webp", quality=50, method=6)
+    image.save(buffer, "webp", quality=quality, method=method)
     return "data:image/webp;base64," + base64.b64encode(buffer.getvalue()).decode()
 
 

@@ -6,7 +6,13 @@ from typing import TYPE_CHECKING
 
 from imagepipeline.imaging.formats import FORMATS
 from imagepipeline.imaging.headers import measure_jpeg, measure_variant
-from imagepipeline.models import CLASSIFIER_PX, THUMBNAIL_PX, PixelFacts, Variant, VariantSpec
+from imagepipeline.models import (
+    CLASSIFIER_PX,
+    MAX_THUMBNAIL_CHARACTERS,
+    PixelFacts,
+    Variant,
+    VariantSpec,
+)
 
 if TYPE_CHECKING:  # these modules import this one
     from imagepipeline.imaging.decoding import Rules
@@ -19,7 +25,7 @@ MAX_TEXT_CHARACTERS = 500
 ROUNDING_PX = 2  # each copy is scaled from the next larger one, and its height rounded
 COLOR = re.compile(r"#[0-9a-f]{6}")
 NAME = re.compile(r"[a-z -]{1,30}")
-PLACEHOLDER = re.compile(r"data:image/[a-z]+;base64,[A-Za-z0-9+/]+={0,2}")
+DATA_URI = re.compile(r"data:image/[a-z]+;base64,[A-Za-z0-9+/]+={0,2}")
 
 
 class ImpossibleAnswerError(Exception):
@@ -39,17 +45,13 @@ def verify_prepared(prepared: "Prepared", rules: "Rules", preview_px: int | None
     """
     _require(prepared.format in FORMATS, "its format")
     _require(len(prepared.flaw or "") <= MAX_TEXT_CHARACTERS, "its flaw")
-    is_placeholder = len(prepared.placeholder) <= MAX_PLACEHOLDER_CHARACTERS
-    _require(
-        is_placeholder and PLACEHOLDER.fullmatch(prepared.placeholder) is not None,
-        "its placeholder",
-    )
+    _verify_data_uri("placeholder", prepared.placeholder, MAX_PLACEHOLDER_CHARACTERS)
+    _verify_data_uri("thumbnail", prepared.thumbnail, MAX_THUMBNAIL_CHARACTERS)
     _verify_facts(prepared.facts, rules)
-    _verify_jpeg("thumbnail", prepared.thumbnail, THUMBNAIL_PX)
     if preview_px is None:
         _require(len(prepared.preview) == 3 * CLASSIFIER_PX**2, "the size of the preview")
     else:
-        _verify_jpeg("preview", prepared.preview, preview_px)
+        _verify_preview(prepared.preview, preview_px)
 
 
 def verify_variants(
@@ -122,13 +124,18 @@ def verify_inspections(
         _require(-1.001 <= (inspection.similarity or 0) <= 1.001, "an inspection's similarity")
 
 
-def _verify_jpeg(name: str, content: bytes, most_px: int) -> None:
+def _verify_data_uri(name: str, uri: str, most_characters: int) -> None:
+    is_right = len(uri) <= most_characters and DATA_URI.fullmatch(uri) is not None
+    _require(is_right, f"its {name}")
+
+
+def _verify_preview(content: bytes, most_px: int) -> None:
     try:
         size = measure_jpeg(content)
     except ValueError as error:
-        raise ImpossibleAnswerError(f"the {name}: {error}") from None
+        raise ImpossibleAnswerError(f"the preview: {error}") from None
     is_small = len(content) <= MAX_PREVIEW_BYTES and max(size) <= most_px
-    _require(is_small and min(size) >= 1, f"the size of the {name}")
+    _require(is_small and min(size) >= 1, "the size of the preview")
 
 
 def _verify_facts(facts: PixelFacts, rules: "Rules") -> None:

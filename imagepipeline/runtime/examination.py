@@ -13,7 +13,10 @@ from dagster import DagsterInstance
 
 from imagepipeline.runtime.services import HEARTBEAT_TOLERANCE_SECONDS
 
-SENSORS = ("upload_sensor", "reconciler", "notification_sensor", "check_sensor", "event_sensor")
+SENSORS = (
+    *("upload_sensor", "reconciler", "notification_sensor", "check_sensor", "event_sensor"),
+    *("queue_sensor", "index_sensor"),
+)
 
 
 def main() -> None:

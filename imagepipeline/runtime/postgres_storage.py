@@ -3,10 +3,12 @@
 `imagepipeline migrate` creates the tables, so runs need not check for them.
 """
 
+import functools
 from typing import Any, Self
 
+import sqlalchemy as sa
 from dagster._serdes import ConfigurableClassData
-from dagster_postgres import DagsterPostgresStorage
+from dagster_postgres import DagsterPostgresStorage, PostgresRunStorage
 
 STATEMENT_TIMEOUT_MS, RECYCLE_SECONDS = 30_000, 3600
 # Each process keeps one connection open and may open more for the daemon's and webserver's threads.
@@ -18,12 +20,9 @@ class PooledPostgresStorage(DagsterPostgresStorage):
 
     def __init__(self, postgres_url: str, inst_data: ConfigurableClassData | None = None) -> None:
         super().__init__(postgres_url, should_autocreate_tables=False, inst_data=inst_data)
-        self.run_storage.optimize_for_webserver(
-            STATEMENT_TIMEOUT_MS, RECYCLE_SECONDS, MAX_OVERFLOW_CONNECTIONS
-        )
-        for storage in (self.event_log_storage, self.schedule_storage):
+        for storage in (self.run_storage, self.event_log_storage, self.schedule_storage):
             # Private attributes, because a storage takes no engine as an argument.
-            vars(storage)["_engine"] = vars(self.run_storage)["_engine"]
+            vars(storage)["_engine"] = _get_engine(postgres_url)
 
     @classmethod
     def config_type(cls) -> Any:
@@ -36,3 +35,15 @@ class PooledPostgresStorage(DagsterPostgresStorage):
     def from_config_value(cls, inst_data: ConfigurableClassData | None, config_value: Any) -> Self:
         """Returns the storage that `dagster.yaml` configures."""
         return cls(inst_data=inst_data, **config_value)
+
+
+@functools.cache
+def _get_engine(postgres_url: str) -> sa.Engine:
+    """Returns this process's engine for a URL, which all its instances of Dagster share.
+
+    The code server makes an instance for each tick, and leaves its connections open.
+    """
+    storage = PostgresRunStorage(postgres_url, should_autocreate_tables=False)
+    storage.optimize_for_webserver(STATEMENT_TIMEOUT_MS, RECYCLE_SECONDS, MAX_OVERFLOW_CONNECTIONS)
+    engine: sa.Engine = vars(storage)["_engine"]
+    return engine

@@ -43,6 +43,7 @@ SECRETS_OF = {
     "migration": {"DATABASE_URL"} | INSTANCE_SECRETS,
     "examination": INSTANCE_SECRETS,
     "resident": BUCKET_SECRETS,  # a worker starts it
+    "erasure": {"DATABASE_URL", "REDIS_URL"} | BUCKET_SECRETS | INSTANCE_SECRETS,
 }
 DEFAULT_WEBSERVER_PORT = 3000
 # Each sensor's tick takes one. The default, four and one for each processor, would leave none.
@@ -206,6 +207,24 @@ def examine_daemon(settings: Settings) -> dict[str, dict[str, str]]:
         raise StackError(f"Dagster's database cannot be read: {last_line.partition(':')[0]:.100}")
     problems: dict[str, dict[str, str]] = json.loads(result.stdout.splitlines()[-1])
     return problems
+
+
+def erase(settings: Settings, image_ids: Sequence[str], is_dry_run: bool) -> list[dict[str, Any]]:
+    """Erases images and returns a receipt for each, see `erasing.Receipt`.
+
+    Raises:
+        StackError: One could not be erased. The message ends with the last line that was printed.
+    """
+    prepare(settings)
+    command = [sys.executable, "-m", "imagepipeline.runtime.erasure"]
+    command += ["--dry-run"] * is_dry_run + list(image_ids)
+    environment = build_environment(settings, "erasure")
+    result = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    if result.returncode != 0:
+        last_line = (result.stderr.strip().splitlines() or ["no message"])[-1]
+        raise StackError(f"not everything was erased: {last_line:.500}")
+    receipts: list[dict[str, Any]] = json.loads(result.stdout.splitlines()[-1])
+    return receipts
 
 
 def answers_socket(path: Path) -> bool:

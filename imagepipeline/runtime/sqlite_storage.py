@@ -22,7 +22,7 @@ from dagster._core.storage.sqlite import SQLITE_BUSY_TIMEOUT_SECONDS, create_db_
 from dagster._core.storage.sqlite_storage import DagsterSqliteStorage
 from dagster._serdes import ConfigurableClassData
 
-from imagepipeline.stores.database import create_sqlite_engine
+from imagepipeline.stores.database import create_sqlite_engine, truncate_sqlite_log
 
 
 class PooledSqliteStorage(DagsterSqliteStorage):
@@ -120,6 +120,11 @@ def close_connections() -> None:
         engine.dispose()
 
 
+def truncate_logs() -> bool:
+    """Empties the write-ahead logs of this process's storages; False if a reader prevents it."""
+    return all(list(map(truncate_sqlite_log, _engines)))
+
+
 _engines: list[sa.Engine] = []
 
 
@@ -140,3 +145,4 @@ def _prepare_connection(connection: Any, _: Any) -> None:
     # No fsync per event: a power cut may lose the latest events but cannot damage the database, and
     # the reconciler repairs any disagreement between the catalogue and Dagster.
     connection.execute("PRAGMA synchronous = NORMAL")
+    connection.execute("PRAGMA secure_delete = ON")  # an erased image leaves no bytes

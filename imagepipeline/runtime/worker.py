@@ -141,11 +141,12 @@ def build_app(settings: Settings) -> Celery:
         # In a separate process: clients of object stores and databases start threads, and children
         # that are forked later must not inherit them.
         command = [sys.executable, "-m", machines.__name__, mark]
-        return json.loads(
-            subprocess.run(
-                command, capture_output=True, check=True, timeout=DESCRIBE_SECONDS
-            ).stdout
-        )
+        shown = subprocess.run(
+            command, capture_output=True, check=True, timeout=DESCRIBE_SECONDS
+        ).stdout
+        machine = json.loads(shown)
+        machine["processes"]["zygote"] = DECODERS.is_alive()
+        return machine
 
     @signals.worker_before_create_process.connect(weak=False)  # type: ignore[untyped-decorator]
     def share_memory(**_: Any) -> None:

@@ -4,6 +4,7 @@ One is remote; the other is local and needs neither key nor network.
 """
 
 import base64
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -46,6 +47,10 @@ FORMAT_INSTRUCTION = (
 MAX_ANSWER_TOKENS = 2000
 MIN_LABEL_PROBABILITY = 0.30
 MIN_GROUP_PROBABILITY = 0.50
+SAID_COLORS = 3
+PANORAMA_RATIO = 2
+MAX_GREY_SATURATION = 2  # mean chroma
+STRONG_CONTRAST, LITTLE_CONTRAST = 25, 17  # the highest and the lowest third of camera photos
 
 
 class VisionModel(Protocol):
@@ -105,7 +110,7 @@ def build_prompt(prompt: str, options: VisionOptions) -> str:
     return prompt
 
 
-LOCAL_RECIPE = Recipe("local", "efficientnet-lite0", "facts-2")
+LOCAL_RECIPE = Recipe("local", "efficientnet-lite0", "facts-3")
 
 
 class OpenAIVision:
@@ -228,23 +233,25 @@ class LocalVision:
 def _compose(
     facts: PixelFacts, label: str | None, group: str | None, certainty: float
 ) -> ImageMetadata:
-    orientation = _orientation(facts)
+    shape = _shape(facts)
     color_names = [name for name, _, _ in facts.colors]
     mood = _mood(facts)
-    sentence = f"{orientation.capitalize()} picture, mostly {' and '.join(color_names[:2])}, {mood}"
-    if group or label:
-        sentence += f"; looks like: {group or label} ({certainty:.0%} sure)"
+    kind = f"black-and-white {shape}" if facts.saturation < MAX_GREY_SATURATION else shape
+    picture = f"a {kind} picture, mostly {_enumerate(color_names[:SAID_COLORS])}, {mood}"
+    picture += _contrast(facts)
+    subject = f"looks like {group or label} ({certainty:.0%} sure)" if group or label else ""
     if group and label:
-        sentence += f", most of all {label}"
+        subject += f", most likely {label}"
+    sentence = f"{subject}: {picture}" if subject else picture
     taken = [
         f"with {facts.camera}" if facts.camera else "",
         f"on {facts.taken_on}" if facts.taken_on else "",
     ]
     if any(taken):
         sentence += ". Taken " + " ".join(part for part in taken if part)
-    tags = [tag for tag in (label, group, orientation, *color_names) if tag]
+    tags = [tag for tag in (label, group, shape, *color_names) if tag]
     answer = {
-        "description": sentence + ".",
+        "description": sentence[0].upper() + sentence[1:] + ".",
         "tags": tags,
         "category": group or label or "picture",
         "dominantColors": [value for _, value, _ in facts.colors],
@@ -253,11 +260,25 @@ def _compose(
     return ImageMetadata.model_validate(clean(answer, NoVocabulary()))
 
 
-def _orientation(facts: PixelFacts) -> str:
+def _shape(facts: PixelFacts) -> str:
     ratio = facts.width / facts.height
     if abs(ratio - 1) <= 0.05:
         return "square"
+    if ratio >= PANORAMA_RATIO:
+        return "panoramic"
     return "landscape" if ratio > 1 else "portrait"
+
+
+def _contrast(facts: PixelFacts) -> str:
+    """Returns what is notable about the contrast; most pictures are between the two."""
+    if facts.contrast > STRONG_CONTRAST:
+        return ", with strong contrast"
+    return ", with little contrast" if facts.contrast < LITTLE_CONTRAST else ""
+
+
+def _enumerate(names: Sequence[str]) -> str:
+    *first, last = names
+    return f"{', '.join(first)} and {last}" if first else last
 
 
 def _mood(facts: PixelFacts) -> str:

@@ -1,5 +1,6 @@
 """Applies: what people have asked to be made of a plan, how far it is, and what it has cost."""
 
+import json
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from datetime import datetime, timedelta
@@ -7,6 +8,7 @@ from datetime import datetime, timedelta
 import sqlalchemy as sa
 
 from imagepipeline.errors import StackError
+from imagepipeline.filters import ALL, Filter
 from imagepipeline.models import Recipe, Status, now_utc
 from imagepipeline.stores.database import Database
 from imagepipeline.stores.tables import applies, images
@@ -23,6 +25,7 @@ class Apply:
         max_images: how many images it may begin; None for all.
         budget_usd: US dollars after which it begins no more; None for no limit.
         recipes: the versions of the recipes that were planned, by asset.
+        conditions: which images it may begin: JSON of `Filter.to_list`.
         begun_count: the images begun so far.
         last_id: the last of them; images begin in the order of their IDs.
         spent_usd: what paid calls for its images have cost so far.
@@ -34,9 +37,15 @@ class Apply:
     max_images: int | None
     budget_usd: float | None
     recipes: Mapping[str, str]
+    conditions: str
     begun_count: int
     last_id: str
     spent_usd: float
+
+    @property
+    def where(self) -> Filter:
+        """Which images it may begin."""
+        return Filter.parse(json.loads(self.conditions))
 
 
 @dataclass(frozen=True)
@@ -71,6 +80,7 @@ class Applies:
         recipes: Mapping[str, Recipe],
         max_images: int | None = None,
         budget_usd: float | None = None,
+        where: Filter = ALL,
         lease_seconds: float | None = None,
     ) -> Apply:
         """Opens an apply of images that need one of these recipes.
@@ -79,6 +89,7 @@ class Applies:
             recipes: by asset.
             max_images: how many images it may begin; None for all.
             budget_usd: US dollars after which it begins no more; None for no limit.
+            where: which images it may begin.
             lease_seconds: it ends unless `renew` is called as often; None if it need not be.
 
         Raises:
@@ -99,6 +110,7 @@ class Applies:
                     expires_at=_expire(now, lease_seconds),
                     max_images=max_images,
                     budget_usd=budget_usd,
+                    conditions=json.dumps(where.to_list()),
                     recipes={asset: recipe.version for asset, recipe in recipes.items()},
                     begun_count=0,
                     last_id="",
@@ -173,6 +185,7 @@ _COLUMNS = [
         "max_images",
         "budget_usd",
         "recipes",
+        "conditions",
         "begun_count",
         "last_id",
         "spent_usd",

@@ -40,10 +40,12 @@ from imagepipeline.stores.database import Database
 from imagepipeline.stores.tables import (
     applies,
     catalogue_owner,
+    erasures,
     image_history,
     image_results,
     image_variants,
     images,
+    provider_calls,
 )
 from imagepipeline.text import hash_text
 
@@ -86,6 +88,15 @@ class Pending:
     image_id: str
     generation: int
     priority: int
+
+
+@dataclass(frozen=True)
+class Cancelled:
+    """An image that was cancelled, the run that held it, if one did, and the sentence."""
+
+    generation: int
+    run_id: str | None
+    error: str
 
 
 class Catalogue:
@@ -385,6 +396,17 @@ class Catalogue:
             )
             return [Processing(*row) for row in rows]
 
+    def list_unended(self, status: Status, limit: int) -> list[dict[str, Any]]:
+        """The rows of pending or processing images: highest priority first, then oldest."""
+        query = (
+            sa.select(images)
+            .where(images.c.status == status)
+            .order_by(images.c.priority.desc(), images.c.accepted_at, images.c.id)
+            .limit(limit)
+        )
+        with self._database.reading() as connection:
+            return [{**row} for row in connection.execute(query).mappings()]
+
     def list_ended(
         self, status: Status, since: datetime | None = None, limit: int = 1000
     ) -> list[dict[str, Any]]:
@@ -431,7 +453,9 @@ class Catalogue:
             ).first()
             if known is None:
                 connection.execute(
-                    sa.insert(images).values(id=image_id, priority=0, **_first_generation(now))
+                    sa.insert(images).values(
+                        id=image_id, priority=0, **_first_generation(now, image_id)
+                    )
                 )
             elif known.status in ENDED:
                 connection.execute(
@@ -652,6 +676,40 @@ class Catalogue:
         self.fail(claim, reason, error)
         return True
 
+    def cancel(self, image_id: str, error: str) -> Status | None:
+        """Ends a pending or processing image as `failed` with the reason `cancelled`.
+
+        This covers all pushes so far. A run that holds the image can write nothing more.
+
+        Returns:
+            The status it had; None if there is no such image, or it has ended.
+        """
+        of_image = images.c.id == image_id
+        unended = sa.select(images.c.status).where(of_image, images.c.status.not_in(ENDED))
+        with self._database.transaction() as connection:
+            status = connection.execute(unended.with_for_update()).scalar()
+            if status is None:
+                return None
+            if status == Status.PENDING:
+                self._take(connection, "cancelled", of_image)
+            columns = (images.c.id, images.c.generation, images.c.fence, images.c.requested_path)
+            statement = sa.update(images).where(of_image).values(pushes_seen=images.c.pushes)
+            claim = Claim(*connection.execute(statement.returning(*columns)).one())
+            self._fail(connection, claim, "cancelled", error)
+            return Status(status)
+
+    def find_cancelled(self, image_ids: Sequence[str]) -> dict[str, Cancelled]:
+        """Those of the images that ended as `cancelled`, by ID."""
+        columns = (images.c.id, images.c.generation, images.c.run_id, images.c.error)
+        query = sa.select(*columns).where(
+            images.c.id.in_(image_ids),
+            images.c.status == Status.FAILED,
+            images.c.reason == "cancelled",
+        )
+        with self._database.reading() as connection:
+            rows = connection.execute(query).all()
+        return {row.id: Cancelled(row.generation, row.run_id, row.error) for row in rows}
+
     def prioritize(self, image_id: str, priority: int) -> bool:
         """Changes the priority of a pending image; returns False if it is not pending."""
         statement = (
@@ -777,6 +835,37 @@ class Catalogue:
         with self._database.reading() as connection:
             counts = dict(connection.execute(query).tuples().all())
         return {status.value: counts.get(status, 0) for status in Status}
+
+    def count_failures(self) -> dict[str, int]:
+        """The number of failed images by reason, most frequent first, without discarded ones."""
+        number = sa.func.count()
+        query = (
+            sa.select(images.c.reason, number)
+            .where(images.c.status == Status.FAILED, images.c.discarded_at.is_(None))
+            .group_by(images.c.reason)
+            .order_by(number.desc(), images.c.reason)
+        )
+        with self._database.reading() as connection:
+            return dict(connection.execute(query).tuples().all())
+
+    def sum_cost_usd(self, image_id: str) -> float | None:
+        """The known cost of all paid calls for an image, in US dollars; None if there is none."""
+        query = sa.select(sa.func.sum(provider_calls.c.cost_usd)).where(
+            provider_calls.c.image_id == image_id
+        )
+        with self._database.reading() as connection:
+            cost_usd: float | None = connection.execute(query).scalar_one()
+        return cost_usd
+
+    def find_oldest(self) -> datetime | None:
+        """When the oldest upload that has not ended was accepted; planned work does not count."""
+        query = sa.select(sa.func.min(images.c.accepted_at)).where(
+            images.c.status.in_([Status.PENDING, Status.PROCESSING]),
+            images.c.priority > BULK_PRIORITY,
+        )
+        with self._database.reading() as connection:
+            oldest: datetime | None = connection.execute(query).scalar_one()
+        return oldest
 
     def _is_due(self) -> sa.ColumnElement[bool]:
         is_due = sa.or_(images.c.not_before.is_(None), images.c.not_before <= self._clock())
@@ -915,7 +1004,7 @@ class Catalogue:
             priority=upload.priority,
             requested_path=upload.path,
             pushes=1,
-            **_first_generation(self._clock()),
+            **_first_generation(self._clock(), upload.image_id),
         )
         new_life = _new_generation(self._clock()) | {
             "priority": insert.excluded.priority,
@@ -960,13 +1049,18 @@ def _accepted_at(image_id: str) -> sa.ScalarSelect[Any]:
     return sa.select(images.c.accepted_at).where(images.c.id == image_id).scalar_subquery()
 
 
-def _first_generation(now: datetime) -> dict[str, Any]:
-    """Column values of an unknown image."""
+def _first_generation(now: datetime, image_id: str) -> dict[str, Any]:
+    """Column values of an unknown image; one that was erased goes on with its numbers."""
+    erased = [
+        sa.select(column).where(erasures.c.image_id == image_id).scalar_subquery()
+        for column in (erasures.c.generation, erasures.c.fence)
+    ]
+    generation, fence = (sa.func.coalesce(number, 0) for number in erased)
     return {
         "status": Status.PENDING,
-        "generation": 1,
-        "accepted_generation": 1,
-        "fence": 0,
+        "generation": generation + 1,
+        "accepted_generation": generation + 1,
+        "fence": fence,
         "attempts": 0,
         "beat": 0,
         "accepted_at": now,

@@ -3,7 +3,7 @@
 import functools
 import json
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from typing import Any
 
 import sqlalchemy as sa
@@ -47,6 +47,14 @@ class Database:
         with self._begin(self.engine) as connection:
             yield connection
 
+    def truncate_log(self) -> bool:
+        """On SQLite, empties the write-ahead log, which holds what was deleted; else does nothing.
+
+        Returns:
+            False if a reader has prevented it for half a minute.
+        """
+        return self.engine.dialect.name != "sqlite" or truncate_sqlite_log(self.engine)
+
     @contextmanager
     def reading(self) -> Iterator[sa.Connection]:
         """A transaction that only reads: on SQLite, it neither waits for writers nor stops them.
@@ -66,6 +74,13 @@ class Database:
             raise CatalogueDownError(
                 f"the catalogue does not answer ({type(error.orig).__name__})"
             ) from None
+
+
+def truncate_sqlite_log(engine: sa.Engine) -> bool:
+    """Empties the write-ahead log of a SQLite database; False if a reader prevents it."""
+    with closing(engine.raw_connection()) as connection:
+        is_busy, _, _ = connection.cursor().execute("PRAGMA wal_checkpoint(TRUNCATE)").fetchone()
+    return not is_busy
 
 
 def read_json(text: str) -> Any:
@@ -119,6 +134,7 @@ def _prepare_sqlite(connection: Any, _: Any) -> None:
     connection.execute("PRAGMA busy_timeout = 30000")
     connection.execute("PRAGMA journal_mode = WAL")
     connection.execute("PRAGMA foreign_keys = ON")
+    connection.execute("PRAGMA secure_delete = ON")  # an erased image leaves no bytes
 
 
 def _begin(connection: sa.Connection) -> None:

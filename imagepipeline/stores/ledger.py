@@ -1,4 +1,4 @@
-"""Ledger: the calls to paid providers and their cost, and the pauses of paid work."""
+"""Ledger: the calls to paid providers and their cost, and the pauses of paid or all work."""
 
 from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass
@@ -7,7 +7,7 @@ from typing import Any
 
 import sqlalchemy as sa
 
-from imagepipeline.models import PaidCall, Pause, now_utc
+from imagepipeline.models import BY_PERSON, PaidCall, Pause, now_utc
 from imagepipeline.stores.database import Database
 from imagepipeline.stores.tables import answers, applies, images, pauses, provider_calls
 from imagepipeline.text import make_printable
@@ -17,7 +17,7 @@ GROUPS = ("model", "stage", "day")
 NO_ANSWER = ("provider_unavailable", "timed_out")
 STREAK = timedelta(hours=1)
 MEMORY = timedelta(days=31)
-ANSWERS_KEPT = timedelta(days=7)
+ANSWERS_KEPT = timedelta(days=31)  # an `apply` of a great plan takes weeks at a low rate limit
 MEAN_CALLS = 1000
 
 
@@ -45,7 +45,7 @@ class Ledger:
         """Records a call, whatever its outcome, and keeps its answer under a key.
 
         Answers are kept until `forget`, so that a run that is killed before its result is in place
-        does not make its successor pay again; at most a week. The cost counts for the apply that
+        does not make its successor pay again; at most 31 days. The cost counts for the apply that
         began the image.
         """
         now = self._clock()
@@ -208,7 +208,9 @@ class Ledger:
     def pause(
         self, reason: str, message: str, wait_seconds: float | None, stage: str | None = None
     ) -> None:
-        """Starts a pause of all paid work, or extends the one of the same reason and stage.
+        """Starts a pause of paid work, or extends the one of the same reason and stage.
+
+        With the reason BY_PERSON it is one of all work.
 
         Args:
             reason: the pause's code.
@@ -256,9 +258,14 @@ class Ledger:
             connection.execute(query.values(ended_at=self._clock()))
 
     def list_pauses(self) -> list[Pause]:
-        """The pauses that have not ended; those on probation come last."""
-        found = self._find_pauses(pauses.c.ended_at.is_(None))
-        return sorted(found, key=lambda pause: pause.is_over)
+        """The pauses of paid work that have not ended; those on probation come last."""
+        open_ones = sa.and_(pauses.c.ended_at.is_(None), pauses.c.reason != BY_PERSON)
+        return sorted(self._find_pauses(open_ones), key=lambda pause: pause.is_over)
+
+    def find_full_pause(self) -> Pause | None:
+        """The pause of all work that a person started and nobody has ended, or None."""
+        open_one = sa.and_(pauses.c.ended_at.is_(None), pauses.c.reason == BY_PERSON)
+        return next(iter(self._find_pauses(open_one)), None)
 
     def list_untold(self, channel: str) -> list[Pause]:
         """The pauses, also ended ones, of which `webhook` or `mail` was not notified yet."""

@@ -112,6 +112,15 @@ class CallLimiter:
         left, _, is_shared = min(found)
         return Permits(left, max(-wait for _, wait, _ in found), is_shared)
 
+    def count_used(self) -> list[tuple[CallLimit, int]]:
+        """Each limit with the number of its permits that are used in its window now.
+
+        Raises:
+            PostponedError: Redis does not answer.
+        """
+        limits = parse_limits(self.get_limits())
+        return [(limit, limit.count - self._look_at(limit)[0]) for limit in limits]
+
     def _look_at(self, limit: CallLimit) -> tuple[int, float]:
         """How many permits one limit has left, and the seconds until the next."""
         key = f"{self._key}:{limit.stage or 'all'}:{limit.seconds}"

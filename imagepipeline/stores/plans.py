@@ -1,13 +1,16 @@
 """Plans: which results are not what today's settings would make, counted and listed in SQL."""
 
+import random
 from collections.abc import Mapping
 from dataclasses import dataclass
 
 import sqlalchemy as sa
 
+from imagepipeline.filters import ALL, Filter
 from imagepipeline.models import Recipe, Status
 from imagepipeline.needs import MISSING, find_cause
 from imagepipeline.stores.database import Database
+from imagepipeline.stores.filters import build_conditions
 from imagepipeline.stores.tables import image_results, images
 
 MADE = image_results.c
@@ -28,14 +31,18 @@ class Plans:
     def __init__(self, url: str) -> None:
         self._database = Database(url)
 
-    def count_outdated(self, recipes: Mapping[str, Recipe]) -> list[Outdated]:
+    def count_outdated(self, recipes: Mapping[str, Recipe], where: Filter = ALL) -> list[Outdated]:
         """Counts results by asset and cause; all images count, whatever their status."""
         columns = (MADE.asset, MADE.provider, MADE.model, MADE.settings, MADE.is_stale)
         # In the order of the index, so that the database need not sort.
         query = sa.select(*columns, sa.func.count().label("count")).group_by(*columns)
+        count = sa.select(sa.func.count()).select_from(images)
+        if conditions := self._build(where):
+            query = query.join(images, images.c.id == MADE.image_id).where(*conditions)
+            count = count.where(*conditions)
         with self._database.reading() as connection:
             groups = connection.execute(query).mappings().all()
-            total = connection.execute(sa.select(sa.func.count()).select_from(images)).scalar_one()
+            total = connection.execute(count).scalar_one()
         counts: dict[tuple[str, str], int] = {}
         for asset in recipes:
             made = [group for group in groups if group["asset"] == asset]
@@ -45,10 +52,17 @@ class Plans:
                     counts[asset, cause] = counts.get((asset, cause), 0) + group["count"]
         return [Outdated(*key, count) for key, count in counts.items() if count]
 
-    def list_outdated(self, recipes: Mapping[str, Recipe], after_id: str, limit: int) -> list[str]:
+    def count_all(self) -> int:
+        """The number of images, whatever their status."""
+        with self._database.reading() as connection:
+            return connection.execute(sa.select(sa.func.count()).select_from(images)).scalar_one()
+
+    def list_outdated(
+        self, recipes: Mapping[str, Recipe], after_id: str, limit: int, where: Filter = ALL
+    ) -> list[str]:
         """Up to `limit` completed images that need one of these assets, by ID, after one ID."""
         query = (
-            _select_outdated(recipes)
+            self._select_outdated(recipes, where)
             .where(MADE.image_id > after_id)
             .order_by(MADE.image_id)
             .limit(limit)
@@ -56,32 +70,56 @@ class Plans:
         with self._database.reading() as connection:
             return list(connection.execute(query).scalars())
 
-    def count_images(self, recipes: Mapping[str, Recipe]) -> int:
+    def count_images(self, recipes: Mapping[str, Recipe], where: Filter = ALL) -> int:
         """How many images `list_outdated` lists."""
-        query = sa.select(sa.func.count()).select_from(_select_outdated(recipes).subquery())
+        outdated = self._select_outdated(recipes, where).subquery()
         with self._database.reading() as connection:
-            return connection.execute(query).scalar_one()
+            return connection.execute(sa.select(sa.func.count()).select_from(outdated)).scalar_one()
 
+    def draw_outdated(
+        self, recipes: Mapping[str, Recipe], count: int, seed: int, where: Filter = ALL
+    ) -> list[str]:
+        """Up to `count` of the images that `list_outdated` lists, drawn at random, by ID.
 
-def _select_outdated(recipes: Mapping[str, Recipe]) -> sa.Select[tuple[str]]:
-    """The completed images that need one of these assets."""
-    is_outdated = sa.or_(
-        *(
-            sa.and_(
-                MADE.asset == asset,
-                sa.or_(
-                    MADE.provider != recipe.provider,
-                    MADE.model != recipe.model,
-                    MADE.settings != recipe.settings,
-                    MADE.is_stale.is_(True),
-                ),
-            )
-            for asset, recipe in recipes.items()
+        The same seed draws the same images of the same plan.
+        """
+        total = self.count_images(recipes, where)
+        drawn = random.Random(seed).sample(range(1, total + 1), min(count, total))  # noqa: S311
+        outdated = self._select_outdated(recipes, where).subquery()
+        position = sa.func.row_number().over(order_by=outdated.c.image_id).label("position")
+        numbered = sa.select(outdated.c.image_id, position).subquery()
+        query = (
+            sa.select(numbered.c.image_id)
+            .where(numbered.c.position.in_(drawn))
+            .order_by(numbered.c.image_id)
         )
-    )
-    return (
-        sa.select(MADE.image_id)
-        .distinct()
-        .join(images, images.c.id == MADE.image_id)
-        .where(is_outdated, images.c.status == Status.COMPLETED)
-    )
+        with self._database.reading() as connection:
+            return list(connection.execute(query).scalars())
+
+    def _select_outdated(
+        self, recipes: Mapping[str, Recipe], where: Filter
+    ) -> sa.Select[tuple[str]]:
+        """The completed images that need one of these assets."""
+        is_outdated = sa.or_(
+            *(
+                sa.and_(
+                    MADE.asset == asset,
+                    sa.or_(
+                        MADE.provider != recipe.provider,
+                        MADE.model != recipe.model,
+                        MADE.settings != recipe.settings,
+                        MADE.is_stale.is_(True),
+                    ),
+                )
+                for asset, recipe in recipes.items()
+            )
+        )
+        return (
+            sa.select(MADE.image_id)
+            .distinct()
+            .join(images, images.c.id == MADE.image_id)
+            .where(is_outdated, images.c.status == Status.COMPLETED, *self._build(where))
+        )
+
+    def _build(self, where: Filter) -> list[sa.ColumnElement[bool]]:
+        return build_conditions(where, self._database.engine.dialect.name == "postgresql")

@@ -139,6 +139,7 @@ applies = sa.Table(
     sa.Column("max_images", sa.Integer),
     sa.Column("budget_usd", sa.Float),
     sa.Column("recipes", sa.JSON, nullable=False),  # version by asset
+    sa.Column("conditions", sa.Text, nullable=False),  # JSON: what `Filter.to_list` gives
     sa.Column("begun_count", sa.Integer, nullable=False),
     sa.Column("last_id", sa.String(64), nullable=False),  # images begin in the order of their IDs
     sa.Column("spent_usd", sa.Float, nullable=False),
@@ -158,6 +159,16 @@ image_history = sa.Table(
     sa.Column("detail", sa.String(300)),
     sa.Index(None, "image_id", "seq"),
     sa.Index(None, "event", "at"),
+)
+
+# Images that were erased: if one is pushed again, its generation and fence go on from here.
+erasures = sa.Table(
+    "erasures",
+    schema,
+    sa.Column("image_id", sa.String(64), primary_key=True),
+    sa.Column("generation", sa.Integer, nullable=False),
+    sa.Column("fence", sa.Integer, nullable=False),
+    sa.Column("erased_at", UtcDateTime, nullable=False),
 )
 
 # The outbox: one row for each final failure, written in the transaction that fails the image.
@@ -240,7 +251,8 @@ provider_calls = sa.Table(
     sa.Index(None, "image_id", "generation"),
 )
 
-# What stops all paid work: a bad key, no credit, a budget. Open while ended_at is empty.
+# What stops all paid work: a bad key, no credit, a budget; or all work: a person. Open while
+# ended_at is empty.
 pauses = sa.Table(
     "pauses",
     schema,

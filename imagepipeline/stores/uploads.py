@@ -11,7 +11,7 @@ import hashlib
 import json
 import time
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Mapping, Set
 from contextlib import suppress
 from typing import Annotated, Any
 
@@ -99,6 +99,25 @@ class UploadQueue:
         for entry in [*left[::-1], *waiting[::-1]]:
             counted[entry] = counted.pop(entry, 0) + 1
         return counted
+
+    def find_waiting(self, image_ids: Set[str]) -> dict[str, list[bytes]]:
+        """The different entries of some images on the list, by image ID; removes nothing."""
+        found: dict[str, list[bytes]] = {}
+        with translated_errors():
+            # From the end where entries are pushed: those that are taken off at the other end
+            # meanwhile move none of the rest.
+            for first in range(0, self.redis.llen(self.wait_key), READ_TOGETHER):
+                for entry in self.redis.lrange(self.wait_key, first, first + READ_TOGETHER - 1):
+                    with suppress(InvalidUploadError):
+                        image_id = Upload.from_entry(entry).image_id
+                        if image_id in image_ids and entry not in found.get(image_id, []):
+                            found.setdefault(image_id, []).append(entry)
+        return found
+
+    def withdraw(self, entry: bytes) -> bool:
+        """Removes all copies of an entry from the list; False if there are none any more."""
+        with translated_errors():
+            return bool(self.redis.lrem(self.wait_key, 0, entry))
 
     def wait(self, seconds: float) -> None:
         """Waits up to `seconds` (under 5) for an entry; returns at once if Redis is full."""

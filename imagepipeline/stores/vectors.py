@@ -11,7 +11,8 @@ import queue
 import re
 import tempfile
 import threading
-from collections.abc import Sequence
+import time
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from datetime import timedelta
 from pathlib import Path
@@ -28,6 +29,8 @@ PRIMARY_KEY = {"lance-schema:unenforced-primary-key": "true"}
 
 Write = tuple[Claim, Embedding]
 MIN_COMMITS = 20
+MAX_CONFLICTS = 10
+SETTLE_SECONDS = 3  # reads and writes take less
 READERS_PATIENCE = timedelta(hours=1)  # how long a reader may use an old version
 log = logging.getLogger(__name__)
 
@@ -108,6 +111,40 @@ class EmbeddingIndex:
         """See `SearchIndex.count_rows`."""
         tables = [self._open(name) for name in self._table_names()]
         return sum(table.count_rows() for table in tables if table)
+
+    def count_rows_of(self, image_ids: Sequence[str]) -> int:
+        """The number of rows of these images, of all versions."""
+        tables = [self._open(name) for name in self._table_names()]
+        return sum(table.count_rows(_name_images(image_ids)) for table in tables if table)
+
+    def erase(self, image_ids: Sequence[str]) -> None:
+        """Removes all rows of these images, and all old versions and files that hold them.
+
+        Others may read and write meanwhile. A file that a killed writer left, and that never became
+        part of a version, is removed after a week by compaction.
+        """
+        names = self._table_names()
+        for name in names:
+            _repeat_on_conflict(functools.partial(self._rewrite, name, image_ids))
+        # Whoever had opened a version before that may still read it.
+        compacted = time.monotonic()
+        time.sleep(SETTLE_SECONDS)
+        for name in names:
+            table = self._open(name)
+            age = timedelta(seconds=time.monotonic() - compacted)
+            _repeat_on_conflict(functools.partial(table.optimize, cleanup_older_than=age))
+
+    def _rewrite(self, name: str, image_ids: Sequence[str]) -> None:
+        """Removes rows and rewrites the files they were in."""
+        table = self._database.open_table(name)
+        table.delete(_name_images(image_ids))
+        # Compaction leaves a file with few deleted rows alone, unless it can merge it with another:
+        # a row that is written again is in a file of its own.
+        if any_row := table.search().select(["image_id"]).limit(1).to_list():
+            table.update(
+                where=_name_images([any_row[0]["image_id"]]), values_sql={"fence": "fence"}
+            )
+        table.optimize()
 
     def nearest(self, query: Embedding, count: int) -> list[Neighbour]:
         """See `SearchIndex.nearest`."""
@@ -283,6 +320,22 @@ def create_table(uri: str, name: str, schema: Any) -> None:
                     mode="create",
                     use_multipart=False,
                 )
+
+
+def _name_images(image_ids: Sequence[str]) -> str:
+    """A condition for the rows of these images."""
+    return "image_id IN ({})".format(", ".join(f"'{check_image_id(one)}'" for one in image_ids))
+
+
+def _repeat_on_conflict(change: Callable[[], object]) -> None:
+    """Repeats a change that another writer's commit has overtaken."""
+    for attempt in range(1, MAX_CONFLICTS + 1):
+        try:
+            change()
+            return
+        except Exception as error:
+            if "conflict" not in str(error).lower() or attempt == MAX_CONFLICTS:
+                raise
 
 
 def _table_name(embedding: Embedding) -> str:

@@ -13,8 +13,9 @@ from dagster._core.definitions.data_version import CachingStaleStatusResolver, S
 from dagster._core.loader import LoadingContextForTest
 
 from imagepipeline.definitions import NICEST, defs
-from imagepipeline.defs.batches import process_batch
-from imagepipeline.errors import ProviderUnavailableError
+from imagepipeline.defs.batches import apply_plan, process_batch
+from imagepipeline.defs.outcomes import ORIGINAL
+from imagepipeline.errors import ProviderUnavailableError, StackError
 from imagepipeline.imaging.decoding import Rules, decode
 from imagepipeline.imaging.sandbox import Sandbox
 from imagepipeline.imaging.variants import Renderer
@@ -22,6 +23,7 @@ from imagepipeline.models import ASSETS, BULK_PRIORITY, Upload, build_variant_sp
 from imagepipeline.originals import Originals
 from imagepipeline.services.embedder import LocalEmbedder
 from imagepipeline.services.vision import LocalVision
+from imagepipeline.stores.applies import Applies
 from imagepipeline.stores.catalogue import Catalogue
 from imagepipeline_tests.conftest import PHOTOS
 
@@ -118,6 +120,12 @@ def test_a_bad_file_and_an_outage_cost_the_neighbours_nothing(
     assert (rows["b"]["status"], rows["b"]["reason"]) == ("failed", "unsupported")
     assert sum(row["attempts"] for row in rows.values()) in (4, 5)  # two calls failed
     assert list_materialized(instance, "metadata") == {"a", "c"}
+    events = instance.fetch_materializations(ORIGINAL, limit=9).records
+    shown = {event.partition_key: event.asset_materialization.metadata for event in events}
+    assert {image_id: entries["status"].value for image_id, entries in shown.items()} == {
+        image_id: row["status"] for image_id, row in rows.items()
+    }
+    assert shown["b"]["error"].value == rows["b"]["error"]
 
 
 def test_a_batch_takes_no_more_images_than_its_size(run_batch, push, catalogue):
@@ -169,3 +177,14 @@ def test_threads_claim_different_images(catalogue_url):
     assert sorted(claim.image_id for claim in claims if claim) == sorted(
         f"i{number}" for number in range(20)
     )
+
+
+def test_the_apply_job_opens_an_apply(instance, applier, catalogue, sqlite_catalogue_url):
+    config = {"limit": 7, "budget_usd": 2.5, "assets": ["variants"]}
+    run_config = {"ops": {"start_apply": {"config": config}}}
+    options = {"instance": instance, "resources": {"applier": applier}}
+    assert apply_plan.execute_in_process(run_config=run_config, **options).success
+    apply = Applies(sqlite_catalogue_url).find_open()
+    assert (apply.max_images, apply.budget_usd, [*apply.recipes]) == (7, 2.5, ["variants"])
+    with pytest.raises(StackError, match="an apply is under way"):
+        apply_plan.execute_in_process(**options)

@@ -8,6 +8,7 @@ import pytest
 import sqlalchemy as sa
 
 from imagepipeline.defs.assets import variants
+from imagepipeline.defs.outcomes import ORIGINAL
 from imagepipeline.errors import CatalogueDownError
 from imagepipeline.imaging.variants import Renderer
 from imagepipeline.models import Recipe, Upload, build_variant_specs
@@ -41,6 +42,7 @@ def process(run, catalogue):
         return {
             event.asset_key.to_user_string(): event.materialization.metadata["is_reused"].value
             for event in result.get_asset_materialization_events()
+            if event.asset_key != ORIGINAL
         }
 
     return process

@@ -2,6 +2,12 @@
 
 import dagster as dg
 import pytest
+from dagster._core.remote_origin import (
+    RegisteredCodeLocationOrigin,
+    RemoteJobOrigin,
+    RemoteRepositoryOrigin,
+)
+from dagster._core.run_coordinator import QueuedRunCoordinator
 
 from imagepipeline.defs.reconciler import (
     RENEWAL_WAITS_SECONDS,
@@ -165,3 +171,32 @@ def test_a_tick_reports_what_it_did(catalogue, instance, tasks, start_run):
     assert tick() == "Nothing to repair."
     accept_claimed(catalogue, "a", start_run("a", status=dg.DagsterRunStatus.FAILURE))
     assert tick() == "1 repaired."
+
+
+def test_the_runs_of_cancelled_images_are_cancelled_as_the_ui_does(
+    recover, catalogue, instance, start_run, monkeypatch
+):
+    asked = []
+    coordinator = QueuedRunCoordinator()
+    coordinator.register_instance(instance)
+    monkeypatch.setattr(instance, "_run_coordinator", coordinator)
+    monkeypatch.setattr(instance.run_launcher, "terminate", lambda run_id: not asked.append(run_id))
+    repository = RemoteRepositoryOrigin(RegisteredCodeLocationOrigin("location"), "repository")
+    origin = RemoteJobOrigin(repository, "process_upload")
+
+    def enqueue_run(image_id, generation=1):
+        status = dg.DagsterRunStatus.QUEUED
+        return start_run(image_id, generation, status, remote_job_origin=origin)
+
+    busy, queued, newer = start_run("busy"), enqueue_run("queued"), enqueue_run("queued", 2)
+    enqueue_run("other")
+    accept_claimed(catalogue, "busy", busy)
+    catalogue.accept([Upload("queued"), Upload("other")])
+    for image_id in ("busy", "queued"):
+        catalogue.cancel(image_id, "a person cancelled it")
+    assert len(recover()) == 2
+    assert asked == [busy.run_id]  # the launcher stops the worker's child
+    assert instance.get_run_by_id(queued.run_id).status == dg.DagsterRunStatus.CANCELED
+    assert instance.get_run_by_id(newer.run_id).status == dg.DagsterRunStatus.QUEUED
+    messages = [log.message for log in instance.all_logs(busy.run_id)]
+    assert "busy was cancelled: a person cancelled it." in messages

@@ -19,6 +19,7 @@ from typing import Any
 import yaml
 
 from imagepipeline.runtime import valkey
+from imagepipeline.runtime.services import answers_socket
 from imagepipeline_tests.end_to_end.processes import find_port
 
 ROOT = Path(__file__).parents[2]
@@ -74,16 +75,26 @@ class Composed:
                 start_new_session=True,
             )
         deadline = time.monotonic() + 90
-        while not self.is_healthy(name):
+        while not (self.listens(name) and self.is_healthy(name)):
             assert self.running[name].poll() is None, self.read_log(name)
             assert time.monotonic() < deadline, self.read_log(name)
             time.sleep(0.3)
 
+    def listens(self, name: str) -> bool:
+        """Returns whether a service listens on its port or socket; True for one without.
+
+        Costs nothing, while a health check in vain takes CPU time from the start of the service.
+        """
+        sockets = {"code-server": "code.sock", "worker": "resident.sock"}
+        if name in sockets:
+            return answers_socket(self.folder / name / "sockets" / sockets[name])
+        with socket.socket() as client:
+            return name == "daemon" or client.connect_ex(("127.0.0.1", self.ports[name])) == 0
+
     def is_healthy(self, name: str) -> bool:
         """Runs the Compose file's health check; for Redis and the proxy, connects to the port."""
         if name in ("redis", "proxy"):
-            with socket.socket() as client:
-                return client.connect_ex(("127.0.0.1", self.ports[name])) == 0
+            return self.listens(name)
         command = self._rename(name, self.services[name]["healthcheck"]["test"][1:])
         result = subprocess.run(
             command, env=self.build_environment(name), capture_output=True, check=False

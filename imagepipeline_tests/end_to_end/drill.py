@@ -184,6 +184,11 @@ class Drill:
         self._processes.clear()
         self.log.close()
 
+    @property
+    def pid(self) -> int:
+        """The process ID of the supervisor."""
+        return self._processes["up"].pid
+
     def show_logs(self) -> None:
         """Prints the ends of the logs."""
         for log in (

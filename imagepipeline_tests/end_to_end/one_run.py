@@ -1,10 +1,6 @@
-"""Executes one run of the image `cat`, for tests that kill it.
+"""Executes one run of the image `cat` in a forked process, for tests that kill it."""
 
-    python -m imagepipeline_tests.end_to_end.one_run FOLDER GENERATION [EFFECT before|after SIGNAL]
-
-DATABASE_URL names the catalogue. With PAID_CALLS_REDIS_URL, the models count as paid ones.
-"""
-
+import multiprocessing
 import os
 import signal
 import sys
@@ -29,11 +25,25 @@ from imagepipeline.stores.files import FileStore
 from imagepipeline.stores.ledger import Ledger
 from imagepipeline.stores.limiter import CallLimiter
 from imagepipeline.stores.vectors import EmbeddingIndex
-from imagepipeline_tests.end_to_end.test_crashes import EFFECTS
+
+EFFECTS = {
+    "claim": (Catalogue, "claim"),
+    "read": (FileStore, "read"),
+    "provider call": (LocalVision, "describe"),
+    "store the answer": (Catalogue, "save_metadata"),
+    "variant rows": (Catalogue, "save_variants"),
+    "rename": (FileStore, "write"),
+    "embed": (LocalEmbedder, "embed"),
+    "index commit": (EmbeddingIndex, "upsert"),
+    "result": (Catalogue, "record_result"),
+    "final status": (Catalogue, "finish"),
+}
+CONTEXT = multiprocessing.get_context("forkserver")
+CONTEXT.set_forkserver_preload(["imagepipeline_tests.end_to_end.preloaded"])
 
 
 def signal_at(effect: str, moment: str, name: str) -> None:
-    """Makes the process send itself a signal before or after the first call of an effect."""
+    """Makes this process send itself a signal before or after the first call of an effect."""
     owner, method = EFFECTS[effect]
     original = getattr(owner, method)
     sent = []
@@ -69,29 +79,42 @@ class PaidEmbedder(LocalEmbedder):
         return replace(super().embed(text), version=self.recipe.version)
 
 
-def main() -> None:
-    """Executes the run; the exit code is 0 if it succeeds."""
-    folder, generation = Path(sys.argv[1]), sys.argv[2]
-    if len(sys.argv) > 3:
-        signal_at(*sys.argv[3:])
-    redis_url = os.environ.get("PAID_CALLS_REDIS_URL")
+def execute(
+    folder: Path,
+    catalogue_url: str,
+    generation: int,
+    fault: tuple[str, str, str] | None,
+    redis_url: str | None,
+) -> None:
+    """Executes a run and ends this process; the exit code is 0 if the run succeeds.
+
+    Args:
+        folder: holds files, index and Dagster's home; its `runs.log` gets the output.
+        catalogue_url: of the catalogue.
+        generation: of the image.
+        fault: the arguments of `signal_at`, if the run is to be killed or stopped.
+        redis_url: if given, the models count as paid ones.
+    """
+    with open(folder / "runs.log", "ab") as log:
+        os.dup2(log.fileno(), 1)
+        os.dup2(log.fileno(), 2)
+    if fault:
+        signal_at(*fault)
     with dg.DagsterInstance.from_config(str(folder)) as instance:
         instance.add_dynamic_partitions("uploads", ["cat"])
         result = dg.materialize(
             [metadata, variants, embedding],
             partition_key="cat",
             instance=instance,
-            tags={GENERATION_TAG: generation},
+            tags={GENERATION_TAG: str(generation)},
             resources={
-                "catalogue": Catalogue(os.environ["DATABASE_URL"]),
+                "catalogue": Catalogue(catalogue_url),
                 "files": (files := FileStore(folder / "storage")),
                 "originals": Originals(files, Sandbox(), Rules()),
                 "renderer": Renderer(build_variant_specs()),
                 "index": EmbeddingIndex(str(folder / "lancedb")),
                 "paid_calls": PaidCalls(
-                    Ledger(os.environ["DATABASE_URL"]),
-                    CallLimiter(redis_url or "redis://", "x", "off"),
-                    {},
+                    Ledger(catalogue_url), CallLimiter(redis_url or "redis://", "x", "off"), {}
                 ),
                 "vision": PaidVision() if redis_url else LocalVision(),
                 "embedder": PaidEmbedder() if redis_url else LocalEmbedder(),
@@ -99,7 +122,3 @@ def main() -> None:
             raise_on_error=False,
         )
     sys.exit(int(not result.success))
-
-
-if __name__ == "__main__":
-    main()

@@ -13,6 +13,7 @@ import urllib.error
 import urllib.parse
 import urllib.request
 from base64 import b64encode
+from contextlib import closing
 from pathlib import Path
 
 import boto3
@@ -23,16 +24,19 @@ import yaml
 from celery import Celery
 from PIL import Image
 
+from imagepipeline.models import Status
 from imagepipeline.runtime.services import SECRETS_OF
 from imagepipeline.settings import is_secret
 from imagepipeline.stores import broker
+from imagepipeline.stores.catalogue import Catalogue
+from imagepipeline.stores.uploads import UploadQueue
 from imagepipeline_tests.conftest import PHOTOS
 from imagepipeline_tests.end_to_end.composed import ROOT, Composed
 from imagepipeline_tests.end_to_end.processes import list_tree
 
 SERVICES = yaml.safe_load((ROOT / "docker-compose.yml").read_text())["services"]
 # All tests share one stack, and run in this order.
-pytestmark = [pytest.mark.stack, pytest.mark.xdist_group("compose")]
+pytestmark = pytest.mark.stack
 # Set, but not used.
 API_KEYS = {
     "OPENAI_API_KEY": "sk-composed-openai",
@@ -159,13 +163,15 @@ def push(stack, bucket, name, photo):
 
 
 def wait_for(stack, **counts):
+    """Waits until the numbers of images are these, as `imagepipeline status` shows them."""
     deadline = time.monotonic() + 150
-    while True:
-        status = json.loads(stack.call("worker", ["imagepipeline", "status", "--json"]))
-        if {name: status[name] for name in counts} == counts:
-            return
-        assert time.monotonic() < deadline, (status, stack.read_log("worker")[-3000:])
-        time.sleep(0.3)
+    with (
+        closing(Catalogue(stack.read_secret("catalogue_database_url"))) as catalogue,
+        closing(UploadQueue(stack.read_secret("redis_pipeline_url"))) as queue,
+    ):
+        while not counts.items() <= (found := queue.count() | catalogue.count()).items():
+            assert time.monotonic() < deadline, (found, stack.read_log("worker")[-3000:])
+            time.sleep(0.1)
 
 
 def list_runs(stack, status):
@@ -530,7 +536,8 @@ def test_a_backup_made_by_the_operations_page_restores_everything(stack, bucket,
         return [entry["Key"] for page in pages for entry in page.get("Contents", [])]
 
     def count():
-        return json.loads(stack.call("worker", ["imagepipeline", "status", "--json"]))
+        counts = json.loads(stack.call("worker", ["imagepipeline", "status", "--json"]))
+        return {name: counts[name] for name in ("waiting", *Status, "dead")}
 
     push(stack, bucket, "kept", PHOTOS / "cat.jpg")
     wait_for(stack, waiting=0, pending=0, processing=0)

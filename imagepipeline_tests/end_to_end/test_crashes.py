@@ -13,6 +13,7 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import dagster as dg
 import pytest
@@ -21,31 +22,22 @@ from PIL import Image
 
 from imagepipeline.defs.reconciler import STALL_SECONDS, StandstillWatch, reconcile
 from imagepipeline.models import Status, Upload
+from imagepipeline.runtime.worker import is_stopped
 from imagepipeline.services.embedder import LocalEmbedder
-from imagepipeline.services.vision import LocalVision
 from imagepipeline.stores.broker import TaskQueue
 from imagepipeline.stores.catalogue import Catalogue
 from imagepipeline.stores.files import FileStore
 from imagepipeline.stores.ledger import Ledger
 from imagepipeline.stores.vectors import EmbeddingIndex
 from imagepipeline_tests.conftest import PHOTOS, count_answers
+from imagepipeline_tests.end_to_end.one_run import CONTEXT, EFFECTS, execute
 from imagepipeline_tests.end_to_end.processes import find_children, find_port, find_service
 
 pytestmark = pytest.mark.drills
 
 ROOT = Path(__file__).parent.parent.parent
-EFFECTS = {
-    "claim": (Catalogue, "claim"),
-    "read": (FileStore, "read"),
-    "provider call": (LocalVision, "describe"),
-    "store the answer": (Catalogue, "save_metadata"),
-    "variant rows": (Catalogue, "save_variants"),
-    "rename": (FileStore, "write"),
-    "embed": (LocalEmbedder, "embed"),
-    "index commit": (EmbeddingIndex, "upsert"),
-    "result": (Catalogue, "record_result"),
-    "final status": (Catalogue, "finish"),
-}
+# Where the database plays a role: runs die there on SQLite and on Postgres, elsewhere on SQLite.
+CHANGES_OF_THE_CATALOGUE = ("claim", "store the answer", "variant rows", "result", "final status")
 # Never contacted, because these runs have no task.
 TASKS = TaskQueue("redis://unused", "test")
 LEGAL = {  # the events that may follow an event in an image's history
@@ -91,26 +83,27 @@ class World:
             "class": "PooledPostgresStorage",
             "config": {"postgres_url": dagster_url},
         }
-        config = {"telemetry": {"enabled": False}} | (
-            {"storage": {"custom": storage}} if dagster_url else {}
-        )
+        if dagster_url is None:
+            storage = {
+                "module": "imagepipeline.runtime.sqlite_storage",
+                "class": "PooledSqliteStorage",
+                "config": {"base_dir": str(folder / "storage-of-dagster")},
+            }
+        config = {"telemetry": {"enabled": False}, "storage": {"custom": storage}}
         (folder / "dagster.yaml").write_text(yaml.safe_dump(config))
 
-    def start_run(self, *arguments: str, **variables: str) -> subprocess.Popen:
+    def start_run(self, *fault: str, redis_url: str | None = None) -> Any:
         """Starts a process that executes a run of the image's current generation."""
-        generation = str(self.catalogue.get("cat")["generation"])
-        command = [
-            sys.executable,
-            "-m",
-            "imagepipeline_tests.end_to_end.one_run",
-            str(self.folder),
-            generation,
-        ]
-        environment = os.environ | {"DATABASE_URL": self.catalogue_url} | variables
-        output = subprocess.DEVNULL
-        return subprocess.Popen(
-            [*command, *arguments], cwd=ROOT, env=environment, stdout=output, stderr=output
-        )
+        generation = self.catalogue.get("cat")["generation"]
+        arguments = (self.folder, self.catalogue_url, generation, fault, redis_url)
+        process = CONTEXT.Process(target=execute, args=arguments)
+        process.start()
+        return process
+
+    def finish(self, process: Any) -> int:
+        """Waits until a run's process has ended; returns its exit code."""
+        process.join()
+        return process.exitcode
 
     def hand_over(self) -> list[str]:
         """Runs the reconciler after the run has had no heartbeat for long enough."""
@@ -151,23 +144,32 @@ class World:
         assert [e["event"] for e in row["history"]].count("completed") == 1
 
 
-@pytest.mark.parametrize("effect", EFFECTS)
+def on_databases(*effects):
+    """Parametrizes a test with a database and an effect."""
+    cases = [("sqlite", effect) for effect in effects]
+    cases += [("postgres", effect) for effect in effects if effect in CHANGES_OF_THE_CATALOGUE]
+    return pytest.mark.parametrize(
+        ("database_urls", "effect"), cases, indirect=["database_urls"], ids=map("-".join, cases)
+    )
+
+
+@on_databases(*EFFECTS)
 @pytest.mark.parametrize("moment", ["before", "after"])
 def test_the_image_of_a_killed_run_is_completed_once_by_another_run(world, effect, moment):
     process = world.start_run(effect, moment, "SIGKILL")
-    assert process.wait() == -signal.SIGKILL
+    assert world.finish(process) == -signal.SIGKILL
     world.hand_over()
     if world.catalogue.get("cat")["status"] != "completed":
-        assert world.start_run().wait() == 0
+        assert world.finish(world.start_run()) == 0
     world.check()
 
 
 @pytest.mark.parametrize("effect", ["store the answer", "variant rows", "index commit"])
 def test_a_call_whose_run_is_killed_is_not_paid_for_again(world, redis_url, effect):
-    paid = {"PAID_CALLS_REDIS_URL": redis_url}
-    assert world.start_run(effect, "before", "SIGKILL", **paid).wait() == -signal.SIGKILL
+    process = world.start_run(effect, "before", "SIGKILL", redis_url=redis_url)
+    assert world.finish(process) == -signal.SIGKILL
     world.hand_over()
-    assert world.start_run(**paid).wait() == 0
+    assert world.finish(world.start_run(redis_url=redis_url)) == 0
     assert world.catalogue.get("cat")["status"] == "completed"
     ledger = Ledger(world.catalogue_url)
     calls = {row["stage"]: row["calls"] for row in ledger.summarize("stage")}
@@ -175,20 +177,21 @@ def test_a_call_whose_run_is_killed_is_not_paid_for_again(world, redis_url, effe
     assert count_answers(world.catalogue_url) == 0
 
 
-@pytest.mark.parametrize(
-    "effect",
-    ["store the answer", "variant rows", "rename", "index commit", "result", "final status"],
+@on_databases(
+    "store the answer", "variant rows", "rename", "index commit", "result", "final status"
 )
 def test_a_frozen_run_that_continues_after_its_replacement_changes_nothing(world, effect):
     zombie = world.start_run(effect, "before", "SIGSTOP")
-    assert os.WIFSTOPPED(os.waitpid(zombie.pid, os.WUNTRACED)[1])
+    while not is_stopped(zombie.pid):
+        assert zombie.is_alive()
+        time.sleep(0.02)
     assert world.hand_over()
-    assert world.start_run().wait() == 0
+    assert world.finish(world.start_run()) == 0
     world.check()
     before = world.catalogue.get("cat")
     files = {path: path.stat().st_size for path in (world.files.root / "variants").iterdir()}
     os.kill(zombie.pid, signal.SIGCONT)
-    assert zombie.wait() == 0  # it ends quietly
+    assert world.finish(zombie) == 0  # it ends quietly
     assert world.catalogue.get("cat") == before
     assert {
         path: path.stat().st_size for path in (world.files.root / "variants").iterdir()

@@ -20,7 +20,7 @@ from imagepipeline.stores.uploads import UploadQueue
 from imagepipeline_tests.end_to_end.composed import ROOT, Composed
 
 COMPOSE = yaml.safe_load((ROOT / "docker-compose.yml").read_text())
-pytestmark = [pytest.mark.stack, pytest.mark.xdist_group("fences")]
+pytestmark = pytest.mark.stack
 
 
 @pytest.fixture(scope="module")

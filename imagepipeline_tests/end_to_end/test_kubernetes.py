@@ -1,6 +1,5 @@
 """The manifests for Kubernetes are valid, and give each service what it needs but no more."""
 
-import json
 import os
 import re
 import signal
@@ -22,6 +21,7 @@ from imagepipeline import cli
 from imagepipeline.runtime.services import INSTANCE_SECRETS, NAMES, SECRETS_OF
 from imagepipeline.settings import BUCKET_SECRETS, Settings, is_secret
 from imagepipeline.stores.broker import QUEUE
+from imagepipeline.stores.catalogue import Catalogue
 from imagepipeline_tests.conftest import PHOTOS, postgres_database, redis_server
 from imagepipeline_tests.end_to_end.composed import ROOT
 from imagepipeline_tests.end_to_end.processes import find_port
@@ -291,16 +291,16 @@ def test_a_pod_and_a_worker_process_an_image(postgres_url, s3_server):
         )
         redis.Redis.from_url(stack.secret["REDIS_URL"]).lpush("image-processing:wait", "cat")
         deadline = time.monotonic() + 120
-        status = {}
-        while status.get("completed") != 1:
+        catalogue = Catalogue(stack.secret["DATABASE_URL"])
+        while catalogue.count()["completed"] != 1:
             assert {
                 name: process.poll()
                 for name, process in stack.running.items()
                 if process.poll() is not None
             } == {}
-            assert time.monotonic() < deadline, status
-            time.sleep(0.5)
-            status = json.loads(stack.call("worker", ["imagepipeline", "status", "--json"]).stdout)
+            assert time.monotonic() < deadline, catalogue.count()
+            time.sleep(0.1)
+        catalogue.close()
         found = bucket.list_objects_v2(Bucket="images", Prefix="pods/")["Contents"]
         folders = {entry["Key"].split("/")[1] for entry in found}
         assert folders == {"original", "variants", "lancedb"}

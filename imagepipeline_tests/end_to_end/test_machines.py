@@ -50,8 +50,8 @@ def test_two_machines_share_the_work_its_limits_and_its_results(pair_in, bucket_
         calls = pair.provider.calls.total()
         pair.alpha.run("limit", f"metadata={LIMIT}/hour")
         pair.push("limited", LIMIT + 4)
+        pair.wait_until(lambda: pair.count()["completed"] == 12 + LIMIT, COMPLETE_SECONDS)
         pair.wait_until(
             lambda: "rate_limit" in pair.alpha.run("status", "--json"), COMPLETE_SECONDS
         )
-        pair.wait_until(lambda: pair.count()["completed"] == 12 + LIMIT, COMPLETE_SECONDS)
         assert pair.provider.calls.total() - calls == LIMIT

@@ -6,7 +6,7 @@ from imagepipeline_tests.end_to_end import bounds
 from imagepipeline_tests.end_to_end.drill import drill
 from imagepipeline_tests.end_to_end.worker_drills import LIMIT_SECONDS, databases, perform
 
-pytestmark = [pytest.mark.drills, pytest.mark.xdist_group("drills")]
+pytestmark = pytest.mark.drills
 
 
 def test_faults_cause_no_image_to_be_lost_processed_twice_or_paid_twice():
@@ -28,4 +28,4 @@ def test_faults_cause_no_image_to_be_lost_processed_twice_or_paid_twice():
 def test_connections_and_keys_do_not_grow_with_the_number_of_runs():
     slots = {"IMAGEPIPELINE_WORKER_SLOTS": "2", "IMAGEPIPELINE_MAX_RUNS": "2"}
     with databases(True) as urls, drill(call_seconds=0.05, **slots, **urls) as stack:
-        bounds.check(*bounds.measure(stack, images=16))
+        bounds.check(bounds.process(stack, images=16), *bounds.kill_worker(stack))

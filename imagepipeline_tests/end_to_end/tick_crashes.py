@@ -244,6 +244,9 @@ def main() -> None:
     )
     parser.add_argument("--repeat", type=int, default=1)
     parser.add_argument("--batches", type=int, nargs="*", default=BATCHES)
+    parser.add_argument(
+        "--signals", nargs="*", default=[one.name for one in SIGNALS], help="by default both"
+    )
     parser.add_argument("--postgres", action="store_true", help="on Postgres instead of SQLite")
     parser.add_argument(
         "--json", action="store_true", help="print the totals as JSON and write no file"
@@ -253,7 +256,10 @@ def main() -> None:
     began = time.monotonic()
     with redis_server() as redis_url, choose_databases(options.postgres) as databases:
         for point, number, batch, _ in itertools.product(
-            POINTS, SIGNALS, options.batches, range(options.repeat)
+            POINTS,
+            [signal.Signals[name] for name in options.signals],
+            options.batches,
+            range(options.repeat),
         ):
             result = run_trial(redis_url, databases, point, number, batch)
             cell = table.setdefault((point, number.name), Counter())

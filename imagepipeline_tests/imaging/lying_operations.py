@@ -29,7 +29,7 @@ ABOUT_THE_IMAGE: dict[str, Callable[[Prepared], Prepared]] = {
         prepared, placeholder='data:image/webp;base64,AA=="><script>'
     ),
     "preview": lambda prepared: replace(prepared, preview=b"MZ" + prepared.preview),
-    "thumbnail": lambda prepared: replace(prepared, thumbnail=b""),
+    "thumbnail": lambda prepared: replace(prepared, thumbnail="x" * 1000),
     "no pixels": lambda prepared: replace(prepared, facts=replace(prepared.facts, width=0)),
     "too many pixels": lambda prepared: replace(
         prepared, facts=replace(prepared.facts, width=10**9)

@@ -8,8 +8,14 @@ import pytest
 from PIL import ExifTags, Image
 
 from imagepipeline.imaging.decoding import Decoded, Rules, decode
-from imagepipeline.imaging.variants import build_recipe, render, render_placeholder, render_preview
-from imagepipeline.models import build_variant_specs
+from imagepipeline.imaging.variants import (
+    build_recipe,
+    render,
+    render_placeholder,
+    render_preview,
+    render_thumbnail,
+)
+from imagepipeline.models import MAX_THUMBNAIL_CHARACTERS, build_variant_specs
 from imagepipeline_tests.conftest import PHOTOS
 
 SPECS = build_variant_specs()
@@ -162,6 +168,16 @@ def test_the_placeholder_is_a_tiny_picture_of_the_same_shape():
     assert (tiny.format, tiny.size) == ("WEBP", (16, 4))
     assert tiny.getpixel((2, 2))[3] == 0
     assert tiny.getpixel((13, 2))[1] > 150
+
+
+def test_the_thumbnail_is_as_large_as_the_ui_shows_without_a_click(photo):
+    noise = np.random.default_rng(0).integers(0, 256, (400, 300, 4), np.uint8)
+    sizes = []
+    for image in (photo.image, Image.fromarray(noise), Image.new("RGB", (4000, 10))):
+        uri = render_thumbnail(image)
+        assert len(uri) <= MAX_THUMBNAIL_CHARACTERS
+        sizes.append(Image.open(io.BytesIO(base64.b64decode(uri.partition(",")[2]))).size)
+    assert sizes == [(80, 70), (12, 16), (96, 1)]
 
 
 def test_a_wide_original_is_decoded_at_the_width_of_the_widest_variant():

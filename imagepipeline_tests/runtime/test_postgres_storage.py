@@ -17,10 +17,11 @@ def storage(dagster_postgres_url):
     vars(storage.run_storage)["_engine"].dispose()
 
 
-def test_a_process_has_one_connection_for_all_storages(storage, dagster_postgres_url):
-    storage.run_storage.get_runs_count()
-    storage.event_log_storage.get_maximum_record_id()
-    storage.schedule_storage.all_instigator_state()
+def test_a_process_has_one_connection_for_all_storages_and_instances(storage, dagster_postgres_url):
+    for one in (storage, PooledPostgresStorage(dagster_postgres_url)):
+        one.run_storage.get_runs_count()
+        one.event_log_storage.get_maximum_record_id()
+        one.schedule_storage.all_instigator_state()
     engine = sa.create_engine(dagster_postgres_url, isolation_level="AUTOCOMMIT")
     with engine.connect() as connection:
         name = sa.make_url(dagster_postgres_url).database

@@ -35,7 +35,7 @@ def test_tables_are_created_once_by_simultaneous_migrations(postgres_url, tmp_pa
         urls = {"DATABASE_URL": catalogue_url, "DAGSTER_DATABASE_URL": dagster_url}
         asked = [
             migrate(os.environ | urls | {"IMAGEPIPELINE_HOME": str(tmp_path / str(n))})
-            for n in range(4)
+            for n in range(3)
         ]
         for process in asked:
             output, error = process.communicate(timeout=120)
@@ -68,7 +68,9 @@ def test_a_second_dagster_on_the_same_catalogue_is_refused(catalogue_url, tmp_pa
 
     assert call("first", "migrate") == (0, "")
     assert call("first", "migrate") == (0, "")
-    for command in (["migrate"], ["service", "code-server"], ["up"]):
+    # The commands differ in nothing that depends on the database.
+    others = [["service", "code-server"], ["up"]] if catalogue_url.startswith("sqlite") else []
+    for command in (["migrate"], *others):
         code, error = call("second", *command)
         assert code != 0
         assert "belongs to another Dagster instance" in error.splitlines()[-1]

@@ -7,6 +7,7 @@ import json
 import socket
 import threading
 import time
+from dataclasses import replace
 from datetime import UTC, datetime, timedelta
 from email.utils import format_datetime
 
@@ -590,7 +591,19 @@ def test_the_local_model_states_only_what_it_is_sure_of(photo, category, color, 
     assert metadata.category == category
     assert color in metadata.tags
     assert mood in metadata.mood
-    assert ("looks like" in metadata.description) == (category != "picture")
+    assert metadata.description.startswith("Looks like ") == (category != "picture")
+
+
+def test_the_local_model_says_what_the_pixels_show():
+    assert describe("astronaut.jpg").description == (
+        "A square picture, mostly silver, black and sienna, warm and soft, with strong contrast."
+    )
+    grey = replace(FACTS, width=2000, height=900, saturation=1.0, contrast=5.0)
+    assert (
+        LocalVision()
+        .describe(bytes(224 * 224 * 3), grey)
+        .metadata.description.startswith("A black-and-white panoramic picture, mostly ")
+    )
 
 
 @pytest.mark.parametrize("charset", ["punycode", "utf-7", "unicode_escape", "idna", "utf-16"])

@@ -22,6 +22,7 @@ def upgrade() -> None:
         sa.Column("max_images", sa.Integer()),
         sa.Column("budget_usd", sa.Float()),
         sa.Column("recipes", sa.JSON(), nullable=False),
+        sa.Column("conditions", sa.Text(), nullable=False),
         sa.Column("begun_count", sa.Integer(), nullable=False),
         sa.Column("last_id", sa.String(64), nullable=False),
         sa.Column("spent_usd", sa.Float(), nullable=False),

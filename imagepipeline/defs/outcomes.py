@@ -1,0 +1,82 @@
+"""The asset `original`: each upload and what became of it, on one page of the UI."""
+
+from collections.abc import Mapping
+from typing import Any
+
+import dagster as dg
+
+from imagepipeline.defs.partitions import uploads
+from imagepipeline.defs.showing import (
+    describe_metadata,
+    link_to,
+    read_metadata,
+    show_picture,
+    tabulate,
+)
+from imagepipeline.models import ASSETS, Status
+from imagepipeline.stores.catalogue import Catalogue
+
+ORIGINAL = dg.AssetKey("original")
+STATUS_TAG = "imagepipeline/status"  # of runs after which an image is not completed
+REASON_TAG = "imagepipeline/reason"  # of the failure or the wait
+
+original_spec = dg.AssetSpec(
+    ORIGINAL,
+    deps=["queue"],
+    partitions_def=uploads,
+    group_name="images",
+    owners=["team:imagepipeline"],
+    kinds={"file"},
+    description="""Each upload and what became of it: `status`, and if it failed, why.
+
+Type an image ID into the filter of `Partitions` to see the picture, what was made of it, what it
+cost, and links to more. A partition is materialized at the end of each run, also if the upload was
+rejected: then the file is at fault, not the pipeline, and the run succeeds. `Runs` shows the reason
+of each failed image as a tag. docs/failures.md says what to do about each reason.""",
+)
+
+
+def build_outcome(
+    catalogue: Catalogue, image_id: str, thumbnail: str | None = None
+) -> dg.AssetMaterialization:
+    """The event that shows what became of an image, in the words of its row.
+
+    Args:
+        catalogue: has the row.
+        image_id: of an image that a run has just ended with.
+        thumbnail: a data URI; by default the placeholder is shown.
+
+    Raises:
+        PostponedError: the catalogue does not answer.
+    """
+    row = catalogue.get(image_id) or {}
+    cost_usd = catalogue.sum_cost_usd(image_id)
+    metadata = read_metadata(row)
+    facts = {
+        "picture": show_picture(thumbnail or row.get("placeholder")),
+        **(describe_metadata(metadata) if metadata else {}),
+        "width_px": row.get("width"),
+        "height_px": row.get("height"),
+        "bytes_in": row.get("original_bytes"),
+        "flaw": row.get("flaw"),
+        "variants": tabulate(row.get("variants", []), row.get("original_bytes")),
+        "cost_usd": cost_usd,
+        "attempts": row.get("attempts"),
+        "generation": row.get("generation"),
+        "path": row.get("path") or row.get("requested_path"),
+        "run": dg.MetadataValue.dagster_run(row["run_id"]) if row.get("run_id") else None,
+        **{f"see_{asset}": link_to(asset, image_id) for asset in ASSETS},
+    }
+    known = {name: value for name, value in facts.items() if value is not None}
+    return dg.AssetMaterialization(
+        ORIGINAL, partition=image_id, metadata={**_describe_end(row), **known}
+    )
+
+
+def _describe_end(row: Mapping[str, Any]) -> dict[str, str]:
+    end = {"status": str(row.get("status"))}
+    if end["status"] == Status.FAILED:
+        end |= {"reason": row["reason"], "error": row["error"]}
+    elif end["status"] == Status.PENDING and row["history"][-1]["detail"]:
+        end["waits_because"] = row["history"][-1]["detail"]
+    return end

@@ -1,0 +1,271 @@
+"""Samples: what today's settings make of some planned images, beside what the images have."""
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import closing, contextmanager, suppress
+from dataclasses import dataclass, field, replace
+from typing import Any, TypeVar
+
+from imagepipeline.errors import (
+    FormatRefusedError,
+    MissingOriginalError,
+    PermanentError,
+    RetryableError,
+)
+from imagepipeline.imaging.palette import choose_visible
+from imagepipeline.imaging.preparation import Prepared
+from imagepipeline.imaging.variants import Renderer
+from imagepipeline.models import Embedding, ImageMetadata, Recipe, VisionAnswer
+from imagepipeline.originals import Original, Originals, build_originals
+from imagepipeline.paid_calls import Answer, Kept, PaidCalls
+from imagepipeline.providers import build_embedder, build_renderer, build_vision, open_paid_calls
+from imagepipeline.services.embedder import Embedder
+from imagepipeline.services.vision import VisionModel
+from imagepipeline.settings import Settings
+from imagepipeline.storage import Storage, open_storage
+from imagepipeline.stores.catalogue import Catalogue
+from imagepipeline.text import hash_text
+
+MAX_ATTEMPTS = 3  # as in a run
+A = TypeVar("A", bound=Answer)
+
+
+@dataclass(frozen=True)
+class Picture:
+    """One variant: its content, and its similarity to the original if that was compared."""
+
+    name: str
+    content: bytes
+    similarity: float | None
+
+
+@dataclass(frozen=True)
+class Trial:
+    """What one image has and what it would get.
+
+    Attributes:
+        image_id: the image.
+        causes: why its assets must be made, by asset, of those that must.
+        thumbnail: its smallest stored variant; empty if there is none.
+        described: its metadata, and those it would get; None where there are none.
+        pictures: its variants by name, and those it would get, if they must be made.
+        cost_usd: of all calls for it, also of earlier ones whose answers were kept; None if it is
+            not known.
+        paid_usd: the part of it that this sample has paid, as far as it is known.
+        error: why it could not be made; empty if it could.
+    """
+
+    image_id: str
+    causes: Mapping[str, str]
+    thumbnail: bytes = b""
+    described: tuple[ImageMetadata | None, ImageMetadata | None] = (None, None)
+    pictures: tuple[Sequence[Picture], Sequence[Picture]] = ((), ())
+    cost_usd: float | None = 0.0
+    paid_usd: float = 0.0
+    error: str = ""
+
+
+@dataclass(frozen=True)
+class Sample:
+    """The trials of some images of a plan, and the number of images in all of it."""
+
+    trials: Sequence[Trial]
+    planned: int
+
+    @property
+    def cost_usd(self) -> float | None:
+        """What the calls for these images cost in US dollars; None if it is not known."""
+        costs = [trial.cost_usd for trial in self.trials]
+        known = [cost for cost in costs if cost is not None]
+        return sum(known) if len(known) == len(costs) else None
+
+    @property
+    def paid_usd(self) -> float:
+        """What this sample has paid of it in US dollars, as far as it is known."""
+        return sum(trial.paid_usd for trial in self.trials)
+
+    @property
+    def projected_usd(self) -> float | None:
+        """What all of the plan costs in US dollars, the sample included, at its mean cost."""
+        made = [trial for trial in self.trials if not trial.error]
+        cost_usd = Sample(made, self.planned).cost_usd
+        return None if cost_usd is None or not made else cost_usd / len(made) * self.planned
+
+
+@dataclass
+class Sampler:
+    """Makes what images need as their runs would, but stores nothing except the paid answers.
+
+    These are kept where a run finds them, until it has stored its result.
+
+    Args:
+        catalogue: has the results so far.
+        files: has the variants so far.
+        originals: decodes the images.
+        vision: describes them.
+        embedder: embeds the descriptions; called only if it is paid for, to know its cost.
+        renderer: makes the variants.
+        paid_calls: makes the calls, within rate limit and budget.
+        recipes: of the assets to make.
+        report: receives a line if a call must wait.
+    """
+
+    catalogue: Catalogue
+    files: Storage
+    originals: Originals
+    vision: VisionModel
+    embedder: Embedder
+    renderer: Renderer
+    paid_calls: PaidCalls
+    recipes: Mapping[str, Recipe]
+    report: Callable[[str], None] = lambda line: None
+    _asked: list[Kept[Any]] = field(default_factory=list)
+
+    def try_images(self, image_ids: Sequence[str]) -> Iterator[Trial]:
+        """Tries one image after the other; one that fails says why.
+
+        Raises:
+            PostponedError: paid work is paused, out of budget or behind its rate limit.
+        """
+        for image_id in image_ids:
+            found = self.catalogue.find_causes(image_id, self.recipes)
+            trial = Trial(image_id, {asset: cause for asset, cause in found.items() if cause})
+            try:
+                yield self._try(trial)
+            except (RetryableError, PermanentError) as error:
+                usage = getattr(error, "usage", None)  # a refusal is paid for, too
+                cost_usd = self.paid_calls.price(self.vision.recipe.model, usage) if usage else 0
+                yield replace(_add_cost(trial, cost_usd, cost_usd), error=str(error))
+
+    def discard(self) -> None:
+        """Drops the answers that were asked for, also those that were kept before."""
+        for kept in self._asked:
+            self.paid_calls.forget(kept)
+
+    def _try(self, trial: Trial) -> Trial:
+        row = self.catalogue.get(trial.image_id) or {"variants": []}
+        stored = [
+            (variant["path"], content)
+            for variant in sorted(row["variants"], key=lambda one: (one["width"], one["size"]))
+            if (content := self._read(variant["path"], variant["size"]))
+        ]
+        before = _read_metadata(row.get("metadata"))
+        trial = replace(trial, described=(before, before))
+        if stored:
+            trial = replace(trial, thumbnail=stored[0][1])
+        if trial.causes.keys() & {"metadata", "variants"}:
+            path, last_path = row.get("requested_path"), row.get("path")
+            with closing(self.originals.look(trial.image_id, path, last_path)) as original:
+                if "metadata" in trial.causes:
+                    trial = self._describe(trial, original)
+                if "variants" in trial.causes:
+                    trial = replace(trial, pictures=self._render(original, stored))
+        return self._embed(trial)
+
+    def _read(self, path: str, size: int) -> bytes:
+        try:
+            return self.files.read(path, size)
+        except (MissingOriginalError, PermanentError):
+            return b""
+
+    def _describe(self, trial: Trial, original: Original) -> Trial:
+        recipe, before = self.vision.recipe, trial.described[0]
+        for twin in self.catalogue.find_twins("metadata", recipe, original.sha256, 1):
+            known = _read_metadata((self.catalogue.get(twin) or {}).get("metadata"))
+            if known:
+                return replace(trial, described=(before, known))
+        prepared = original.prepared
+        answer, trial = self._ask(
+            trial,
+            "metadata",
+            recipe,
+            lambda: self._call(prepared),
+            Kept("metadata", recipe, original.sha256, VisionAnswer),
+        )
+        colors = choose_visible(answer.metadata.dominant_colors, prepared.facts)
+        after = answer.metadata.model_copy(update={"dominant_colors": colors})
+        return replace(trial, described=(before, after))
+
+    def _call(self, prepared: Prepared) -> VisionAnswer:
+        """Asks the model, again if it must do without a parameter; runs do so as attempts."""
+        for _ in range(MAX_ATTEMPTS - 1):
+            with suppress(FormatRefusedError):
+                return self.vision.describe(prepared.preview, prepared.facts)
+        return self.vision.describe(prepared.preview, prepared.facts)
+
+    def _render(
+        self, original: Original, stored: Sequence[tuple[str, bytes]]
+    ) -> tuple[Sequence[Picture], Sequence[Picture]]:
+        made, _ = self.renderer.render(original.session, original.facts)
+        names = [variant.spec.path_for(original.facts.path) for variant in made]
+        fresh = list(zip(names, (variant.content for variant in made), strict=True))
+        return self._inspect(original, stored), self._inspect(original, fresh)
+
+    def _inspect(
+        self, original: Original, variants: Sequence[tuple[str, bytes]]
+    ) -> Sequence[Picture]:
+        found = self.renderer.inspect(original.session, [content for _, content in variants])
+        return [
+            Picture(name, content, one.similarity)
+            for (name, content), one in zip(variants, found, strict=True)
+        ]
+
+    def _embed(self, trial: Trial) -> Trial:
+        """Pays for the embedding if a run would, for its cost; there is nothing to see."""
+        recipe, (before, after) = self.recipes.get("embedding"), trial.described
+        if recipe is None or recipe.provider == "local" or after is None:
+            return trial
+        text = after.embedding_text
+        is_unchanged = before is not None and before.embedding_text == text
+        if is_unchanged and "embedding" not in trial.causes:
+            return trial
+        if self.catalogue.find_twins("embedding", recipe, hash_text(text), 1):
+            return trial
+        kept = Kept("embedding", recipe, hash_text(text), Embedding)
+        return self._ask(trial, "embedding", recipe, lambda: self.embedder.embed(text), kept)[1]
+
+    def _ask(
+        self, trial: Trial, stage: str, recipe: Recipe, call: Callable[[], A], kept: Kept[A]
+    ) -> tuple[A, Trial]:
+        """The answer, and the trial with the cost of the call."""
+        self._asked.append(kept)
+        answer, receipt = self.paid_calls.make(None, stage, recipe, call, self.report, kept)
+        if recipe.provider == "local":
+            return answer, trial
+        cost_usd = self.paid_calls.price(recipe.model, answer.usage)
+        return answer, _add_cost(trial, cost_usd, receipt.cost_usd)
+
+
+def _add_cost(trial: Trial, cost_usd: float | None, paid_usd: float | None) -> Trial:
+    is_known = cost_usd is not None and trial.cost_usd is not None
+    total_usd = (trial.cost_usd or 0) + (cost_usd or 0) if is_known else None
+    return replace(trial, cost_usd=total_usd, paid_usd=trial.paid_usd + (paid_usd or 0))
+
+
+def _read_metadata(value: object) -> ImageMetadata | None:
+    try:
+        return ImageMetadata.model_validate(value)
+    except ValueError:
+        return None
+
+
+@contextmanager
+def open_sampler(
+    settings: Settings,
+    catalogue: Catalogue,
+    recipes: Mapping[str, Recipe],
+    report: Callable[[str], None],
+) -> Iterator[Sampler]:
+    """A sampler with the models and limits of these settings."""
+    files = open_storage(settings.storage)
+    with open_paid_calls(settings) as paid_calls:
+        yield Sampler(
+            catalogue,
+            files,
+            build_originals(settings, files),
+            build_vision(settings),
+            build_embedder(settings),
+            build_renderer(settings),
+            paid_calls,
+            recipes,
+            report,
+        )
