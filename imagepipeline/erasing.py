@@ -33,6 +33,7 @@ CANCELLED = "it is being erased"
 ALWAYS_REMAINS = (
     "backups and snapshots of databases, index and storage, and old versions in a bucket",
     "copies in your app, in browsers and in a CDN",
+    "its events on the Redis stream, until `image.erased` follows them there, within seconds",
     "the ID, in logs, in the ticks of sensors and in the list of erased images",
 )
 

@@ -6,6 +6,7 @@ from datetime import datetime
 import sqlalchemy as sa
 
 from imagepipeline.models import Status, now_utc
+from imagepipeline.stores import events
 from imagepipeline.stores.database import Database
 from imagepipeline.stores.tables import (
     answers,
@@ -15,9 +16,10 @@ from imagepipeline.stores.tables import (
     provider_calls,
     schema,
 )
+from imagepipeline.stores.tables import events as events_table
 
 # All others with the column `image_id` lose the image's rows.
-KEPT = (provider_calls, erasures)
+KEPT = (provider_calls, erasures, events_table)
 
 
 class Erasures:
@@ -96,7 +98,9 @@ class Erasures:
                 .values(image_id=None, generation=None)
             )
             connection.execute(sa.delete(answers).where(answers.c.key.in_(answer_keys)))
-            # An event for the app belongs here: it commits with the removal of the rows.
+            if row:
+                told = events.replace_by_erased(connection, image_id, row.generation, now)
+                removed[events_table.name] = told
         return {name: count for name, count in removed.items() if count}
 
     def forget_traces(self) -> bool:
