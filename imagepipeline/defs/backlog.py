@@ -30,7 +30,7 @@ queue_spec = dg.AssetSpec(
     group_name="images",
     owners=["team:imagepipeline"],
     kinds={"redis"},
-    description="""What waits, how long, and whether paid work is paused: look here first.
+    description="""What waits, how long, and why: look here first.
 
 `waiting_count` uploads are on the Redis list, `pending_count` images wait for a run,
 `processing_count` have one; the oldest of them was pushed `oldest_seconds` ago. `failures` lists
@@ -196,8 +196,8 @@ class Backlog:
         return _result(
             "no_dead_letters",
             WARN,
-            f"{count} entries could not be read: see `imagepipeline failed list --reason "
-            "unreadable`.",
+            f"{count:g} unreadable entries wait for a decision: see `imagepipeline failed list "
+            "--reason unreadable`.",
         )
 
 

@@ -19,11 +19,11 @@ index_spec = dg.AssetSpec(
     group_name="images",
     owners=["team:imagepipeline"],
     kinds={"lancedb"},
-    description="""How many images search finds: `searchable_count`.
+    description="""How many images search finds.
 
-Search compares vectors of today's embedding model only. After a change of that model,
-`unsearchable_count` images are not found until `imagepipeline apply` has made their embeddings
-again. Images without an embedding are in `outdated`.""",
+Search compares vectors of today's embedding model only: `searchable_count` images have one. After a
+change of that model, `unsearchable_count` images are not found until `imagepipeline apply` has made
+their embeddings again. Images without an embedding are in `outdated`.""",
 )
 outdated_spec = dg.AssetSpec(
     "outdated",
@@ -31,12 +31,12 @@ outdated_spec = dg.AssetSpec(
     group_name="images",
     owners=["team:imagepipeline"],
     kinds={"python"},
-    description="""How many images need `metadata`, `variants` or `embedding`, and why.
+    description="""How many results a change of settings outdated.
 
-`missing`: never made, which includes images that wait or failed. `model` and `settings`: made by
-another model, or with other settings, than today's. `input`: the original or the text has changed
-since. What it costs to make them again: `imagepipeline plan`. To make them: `imagepipeline apply`,
-or select partitions of the asset and click Materialize: runs make only what is outdated.""",
+For each asset, how many images need it and why. `missing`: never made, which includes images that
+wait or failed. `model` and `settings`: made by another model, or with other settings, than today's.
+`input`: the original or the text has changed since. What it costs to make them again:
+`imagepipeline plan`. To make them: `imagepipeline apply`, or the job `apply_plan`.""",
 )
 
 

@@ -17,7 +17,7 @@ from imagepipeline.models import ASSETS, Status
 from imagepipeline.stores.catalogue import Catalogue
 
 ORIGINAL = dg.AssetKey("original")
-STATUS_TAG = "imagepipeline/status"  # of runs after which an image is not completed
+STATUS_TAG = "imagepipeline/image_status"  # of runs after which the image is not completed
 REASON_TAG = "imagepipeline/reason"  # of the failure or the wait
 
 original_spec = dg.AssetSpec(
@@ -27,12 +27,13 @@ original_spec = dg.AssetSpec(
     group_name="images",
     owners=["team:imagepipeline"],
     kinds={"file"},
-    description="""Each upload and what became of it: `status`, and if it failed, why.
+    description="""Each upload and what became of it.
 
-Type an image ID into the filter of `Partitions` to see the picture, what was made of it, what it
-cost, and links to more. A partition is materialized at the end of each run, also if the upload was
-rejected: then the file is at fault, not the pipeline, and the run succeeds. `Runs` shows the reason
-of each failed image as a tag. docs/failures.md says what to do about each reason.""",
+Type an image ID into the filter of `Partitions` to see its `status`, why it failed or waits, the
+picture, what was made of it, what it cost, and links to more. A partition is materialized at the
+end of each run, also if the upload was rejected: then the file is at fault, not the pipeline, and
+the run succeeds. `Runs` shows the reason of each failed image as a tag; docs/failures.md says what
+to do about it.""",
 )
 
 

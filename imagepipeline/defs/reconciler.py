@@ -15,6 +15,7 @@ from dagster_celery.tags import DAGSTER_CELERY_TASK_ID_TAG as TASK_ID_TAG
 from imagepipeline.defs.attempts import GENERATION_TAG, read_generation
 from imagepipeline.defs.batches import process_batch
 from imagepipeline.defs.jobs import process_upload
+from imagepipeline.defs.outcomes import build_outcome
 from imagepipeline.errors import PostponedError, StaleClaimError
 from imagepipeline.stores.broker import TaskQueue
 from imagepipeline.stores.catalogue import Catalogue, Pending, Processing
@@ -91,7 +92,12 @@ def reconcile(
     lines = []
     for row in processing:
         watched.add((row.image_id, row.fence))
-        lines += _look_at(row.image_id, partial(_recover_if_lost, catalogue, instance, watch, row))
+        repaired = _look_at(
+            row.image_id, partial(_recover_if_lost, catalogue, instance, watch, row)
+        )
+        if repaired:
+            _look_at(row.image_id, partial(_show_outcome, catalogue, instance, row.image_id))
+        lines += repaired
     idle = _list_idle_runs(instance, owners={row.run_id for row in processing})
     lines += _cancel_runs(catalogue, instance)
     waiting = tasks.list_waiting() if any(TASK_ID_TAG in run.tags for run in idle) else set()
@@ -158,6 +164,11 @@ def _look_at(image_id: str, work: Callable[[], list[str]]) -> list[str]:
             f"{image_id!r:.80} could not be checked: "
             + make_printable(f"{type(error).__name__}: {error}")[:200]
         ]
+
+
+def _show_outcome(catalogue: Catalogue, instance: dg.DagsterInstance, image_id: str) -> list[str]:
+    instance.report_runless_asset_event(build_outcome(catalogue, image_id))
+    return []
 
 
 def _recover_if_lost(

@@ -118,20 +118,16 @@ def main() -> None:
             build_recipes(settings),
         )
         try:
-            receipts = erasing.erase(stores, image_ids, DRY_RUN in sys.argv, _report)
+            receipts = erasing.erase(stores, image_ids, DRY_RUN in sys.argv)
         except ImagePipelineError as error:
             sys.exit(str(error))
-    is_emptied = settings.dagster_database_url is not None or sqlite_storage.truncate_logs()
+    is_emptied = DRY_RUN in sys.argv or sqlite_storage.truncate_logs()
     for receipt in receipts:
         if settings.dagster_database_url or settings.explicit_database_url:
             receipt.remains.append("deleted rows on disk, until Postgres has vacuumed its tables")
         if not is_emptied:
             receipt.remains.append("Dagster's write-ahead logs, until they are next emptied")
     print(json.dumps([receipt.to_dict() for receipt in receipts]))
-
-
-def _report(line: str) -> None:
-    print(line, file=sys.stderr, flush=True)
 
 
 if __name__ == "__main__":

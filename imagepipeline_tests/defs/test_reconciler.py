@@ -9,6 +9,7 @@ from dagster._core.remote_origin import (
 )
 from dagster._core.run_coordinator import QueuedRunCoordinator
 
+from imagepipeline.defs.outcomes import ORIGINAL
 from imagepipeline.defs.reconciler import (
     RENEWAL_WAITS_SECONDS,
     STALL_SECONDS,
@@ -94,8 +95,8 @@ def test_a_run_without_a_heartbeat_loses_its_image_and_its_slot(
     assert instance.get_run_by_id(run.run_id).status == dg.DagsterRunStatus.FAILURE
 
 
-def test_the_third_loss_is_poison_and_the_administrators_are_told(
-    recover, catalogue, outbox, start_run
+def test_the_third_loss_is_poison_and_the_administrators_and_the_image_page_say_so(
+    recover, catalogue, outbox, start_run, instance
 ):
     catalogue.accept([Upload("a")])
     for generation in (1, 2, 3):
@@ -107,6 +108,9 @@ def test_the_third_loss_is_poison_and_the_administrators_are_told(
     assert (row["status"], row["reason"]) == ("failed", "poison")
     assert "3 times" in row["error"]
     assert [notice["reason"] for notice in outbox.list_unsent("webhook")] == ["poison"]
+    shown = instance.get_latest_materialization_event(ORIGINAL).asset_materialization
+    assert shown.partition == "a"
+    assert shown.metadata["error"].value == row["error"]
 
 
 def test_a_new_push_resets_the_count_of_losses(recover, catalogue, start_run):
