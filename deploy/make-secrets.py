@@ -29,7 +29,8 @@ user dagster on #{dagster} resetkeys ~image-processing:runs:* resetchannels \
 &image-processing:runs:* -@all {dispatch} {connection}
 user pipeline on #{pipeline} resetkeys ~image-processing:* resetchannels &image-processing:runs:* \
 -@all +blmove +rpush +lrange +lrem +ltrim +incrby +set +del +zadd +pexpire +zcard +zrange \
-+zremrangebyscore +xadd +xrange +xdel +evalsha +script|load +time {dispatch} {work} {connection}
++zremrangebyscore +xadd +xrange +xdel +bgrewriteaof +evalsha +script|load +time {dispatch} {work} \
+{connection}
 """
 # The commands that Celery needs to hand over and cancel runs, and to execute them. Workers
 # subscribe to one pattern of channels; Redis compares such a pattern literally.

@@ -24,7 +24,6 @@ from imagepipeline.paid_calls import Kept
 from imagepipeline.storage import Storage
 from imagepipeline.stores.catalogue import Catalogue
 from imagepipeline.stores.erasures import Erasures
-from imagepipeline.stores.stream import EventStream
 from imagepipeline.stores.uploads import UploadQueue
 from imagepipeline.stores.vectors import EmbeddingIndex
 from imagepipeline.text import hash_text
@@ -34,6 +33,7 @@ CANCELLED = "it is being erased"
 ALWAYS_REMAINS = (
     "backups and snapshots of databases, index and storage, and old versions in a bucket",
     "copies in your app, in browsers and in a CDN",
+    "its events on the Redis stream, until `image.erased` follows them there, within seconds",
     "the ID, in logs, in the ticks of sensors and in the list of erased images",
 )
 
@@ -62,7 +62,6 @@ class Stores:
     catalogue: Catalogue
     erasures: Erasures
     queue: UploadQueue
-    stream: EventStream
     files: Storage
     index: EmbeddingIndex
     orchestrator: Orchestrator
@@ -82,7 +81,6 @@ class Receipt:
         files: removed originals and variants.
         vectors: removed from the index; their old versions are removed, too.
         runs: removed from Dagster with all their events, and the partition with them.
-        stream_entries: events removed from the Redis stream; 0 in a dry run.
         rows: removed rows of the catalogue, by table.
         remains: what cannot be removed from here, in sentences.
     """
@@ -94,7 +92,6 @@ class Receipt:
     files: list[str] = field(default_factory=list)
     vectors: int = 0
     runs: int = 0
-    stream_entries: int = 0
     rows: dict[str, int] = field(default_factory=dict)
     remains: list[str] = field(default_factory=lambda: list(ALWAYS_REMAINS))
 
@@ -164,7 +161,6 @@ def _remove(stores: Stores, receipt: Receipt) -> None:
         stores.index.erase([image_id])
     else:
         raise StackError(f"{image_id} is pushed again and again: stop that, then erase it again")
-    receipt.stream_entries = stores.stream.remove(image_id)
     # A run that was cancelled by force may have lived until now, and may have written a variant or
     # a vector before it looked for its claim.
     _delete(stores, receipt, variants)

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from threading import Lock
 
 from imagepipeline.errors import NoticeRefusedError, NotificationError, PostponedError, StackError
+from imagepipeline.events import EventType
 from imagepipeline.services.notifier import EventWebhook
 from imagepipeline.stores.events import EventLog, StoredEvent
 from imagepipeline.stores.stream import EventStream
@@ -45,10 +46,17 @@ def relay_for(seconds: float, relay: Callable[[], Relayed], lock: Lock) -> Relay
 
 
 def relay_to_stream(log: EventLog, stream: EventStream) -> Relayed:
-    """Moves some events to the stream; those that cannot be wait."""
+    """Moves some events to the stream; those that cannot be wait.
+
+    Earlier events of an erased image are removed from it. Here, because nobody else can know that
+    none is on its way.
+    """
     try:
         unsent = log.list_unsent(STREAMED_TOGETHER)
         if unsent:
+            erased = {event.image_id for event in unsent if event.type == EventType.ERASED}
+            if erased:
+                stream.remove(erased)
             stream.add(event.payload for event in unsent)
             log.mark_streamed(unsent)
     except (StackError, PostponedError) as error:

@@ -25,7 +25,6 @@ from imagepipeline.settings import Settings
 from imagepipeline.storage import open_storage
 from imagepipeline.stores.catalogue import Catalogue
 from imagepipeline.stores.erasures import Erasures
-from imagepipeline.stores.stream import EventStream
 from imagepipeline.stores.uploads import UploadQueue
 from imagepipeline.stores.vectors import EmbeddingIndex
 
@@ -135,15 +134,11 @@ def main() -> None:
         dg.DagsterInstance.get() as instance,
         closing(Catalogue(settings.database_url)) as catalogue,
         closing(UploadQueue(settings.redis_url, settings.queue_prefix)) as queue,
-        closing(
-            EventStream(settings.redis_url, settings.queue_prefix, settings.event_stream_length)
-        ) as stream,
     ):
         stores = erasing.Stores(
             catalogue,
             Erasures(settings.database_url),
             queue,
-            stream,
             open_storage(settings.storage),
             EmbeddingIndex(settings.index_uri),
             Dagster(instance),

@@ -6,8 +6,8 @@ from datetime import datetime
 import sqlalchemy as sa
 
 from imagepipeline.models import Status, now_utc
+from imagepipeline.stores import events
 from imagepipeline.stores.database import Database
-from imagepipeline.stores.events import replace_by_erased
 from imagepipeline.stores.tables import (
     answers,
     erasures,
@@ -17,9 +17,10 @@ from imagepipeline.stores.tables import (
     provider_calls,
     schema,
 )
+from imagepipeline.stores.tables import events as events_table
 
 # All others with the column `image_id` lose the image's rows.
-KEPT = (provider_calls, erasures, events)
+KEPT = (provider_calls, erasures, events_table)
 
 
 class Erasures:
@@ -99,7 +100,8 @@ class Erasures:
             )
             connection.execute(sa.delete(answers).where(answers.c.key.in_(answer_keys)))
             if row:
-                replace_by_erased(connection, image_id, row.generation, now)
+                told = events.replace_by_erased(connection, image_id, row.generation, now)
+                removed[events_table.name] = told
         return {name: count for name, count in removed.items() if count}
 
     def forget_traces(self) -> bool:

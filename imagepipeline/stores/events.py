@@ -270,9 +270,12 @@ def add(connection: sa.Connection, image_id: str, kind: EventType, at: datetime)
 
 def replace_by_erased(
     connection: sa.Connection, image_id: str, generation: int, at: datetime
-) -> None:
-    """Deletes an image's events, which quote its description, and adds that it was erased."""
-    connection.execute(sa.delete(events).where(events.c.image_id == image_id))
+) -> int:
+    """Deletes an image's events, which quote its description, and adds that it was erased.
+
+    Returns the number of deleted ones. The relay deletes those on the stream.
+    """
+    deleted = connection.execute(sa.delete(events).where(events.c.image_id == image_id)).rowcount
     erased = Event(
         event_id=str(uuid.uuid4()),
         type=EventType.ERASED,
@@ -282,6 +285,7 @@ def replace_by_erased(
         status="erased",
     )
     _insert(connection, erased)
+    return deleted
 
 
 def lacks_description(connection: sa.Connection, image_id: str) -> bool:

@@ -1,10 +1,12 @@
 """EventStream: the Redis stream on which apps get events, for consumer groups."""
 
 import json
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
+from contextlib import suppress
 from typing import Any
 
-from imagepipeline.events import EventType
+import redis
+
 from imagepipeline.stores.connection import connect, translated_errors
 
 READ_TOGETHER = 500
@@ -42,10 +44,10 @@ class EventStream:
                 pipe.xadd(self.key, {FIELD: payload}, maxlen=self._max_length, approximate=True)
             pipe.execute()
 
-    def remove(self, image_id: str) -> int:
-        """Deletes the events about an image, which quote its description; returns their number.
+    def remove(self, image_ids: Collection[str]) -> int:
+        """Deletes the events about images, which quote their descriptions; returns their number.
 
-        Those that say that it was erased stay: apps need them.
+        Has the server write its file anew, so that they are not there, either, if it may.
 
         Raises:
             StackError: Redis does not answer.
@@ -53,15 +55,17 @@ class EventStream:
         removed, last = 0, "-"
         with translated_errors():
             while entries := self.redis.xrange(self.key, last, count=READ_TOGETHER):
-                found = [number for number, fields in entries if _is_about(fields, image_id)]
+                found = [number for number, fields in entries if _is_about(fields, image_ids)]
                 removed += self.redis.xdel(self.key, *found) if found else 0
                 last = f"({entries[-1][0].decode()}"
+            if removed:
+                with suppress(redis.ResponseError):  # it may not, or is at it
+                    self.redis.bgrewriteaof()
         return removed
 
 
-def _is_about(fields: dict[bytes, bytes], image_id: str) -> bool:
+def _is_about(fields: dict[bytes, bytes], image_ids: Collection[str]) -> bool:
     try:
-        event = json.loads(fields[FIELD.encode()])
-        return bool(event["imageId"] == image_id and event["type"] != EventType.ERASED)
+        return json.loads(fields[FIELD.encode()])["imageId"] in image_ids
     except (KeyError, TypeError, ValueError):  # another program wrote it
         return False

@@ -154,9 +154,9 @@ def test_tables_with_additions_of_a_newer_version_are_used_as_they_are(catalogue
 
 def test_tables_with_columns_removed_by_a_newer_version_are_refused(catalogue, catalogue_url):
     with sa.create_engine(catalogue_url).begin() as connection:
-        connection.exec_driver_sql("ALTER TABLE images DROP COLUMN flaw")
+        connection.exec_driver_sql("ALTER TABLE images DROP COLUMN discarded_at")
         connection.exec_driver_sql(f"UPDATE {VERSION_TABLE} SET version_num = '9999'")
-    with pytest.raises(StackError, match=r"newer version \(9999\), without images\.flaw"):
+    with pytest.raises(StackError, match=r"newer version \(9999\), without images\.discarded_at"):
         catalogue.migrate()
 
 
