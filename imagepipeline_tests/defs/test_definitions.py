@@ -21,7 +21,9 @@ DEFINITIONS = (
 )
 
 
-def test_everything_defined_in_defs_is_in_the_definitions():
+def test_everything_defined_in_defs_is_in_the_definitions(monkeypatch):
+    monkeypatch.setenv("IMAGEPIPELINE_EVENT_WEBHOOK_URL", "https://example.com/events")
+    monkeypatch.setenv("IMAGEPIPELINE_WEBHOOK_SECRET", "s" * 40)
     modules = [
         import_module(f"imagepipeline.defs.{info.name}")
         for info in pkgutil.iter_modules(imagepipeline.defs.__path__)
