@@ -38,7 +38,8 @@ from imagepipeline.stores.applies import ApplyProgress
 from imagepipeline.stores.catalogue import Catalogue
 from imagepipeline.text import make_printable, to_json
 
-if TYPE_CHECKING:  # it decodes images
+if TYPE_CHECKING:  # they decode images
+    from imagepipeline.batch_calls import Fetched
     from imagepipeline.sampling import Sample, Trial
 
 POLL_SECONDS = 0.3
@@ -159,6 +160,23 @@ def follow_apply(steps: Iterable[ApplyProgress], total: int) -> Iterator[ApplyPr
         for step in steps:
             done = step.completed + step.failed
             bar.update(task, completed=done, spent=f"{step.spent_usd:.4f} USD")
+            yield step
+
+
+def follow_batches(steps: Iterable["Fetched"]) -> Iterator["Fetched"]:
+    """Passes on the progress of batches, and shows it on stderr."""
+    bar = Progress(
+        TextColumn("fetching"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+        TextColumn("{task.fields[open]} open batches; Ctrl-C leaves them open"),
+        console=Console(stderr=True),
+    )
+    with bar:
+        task = bar.add_task("fetching", total=None, open=0)
+        for step in steps:
+            bar.update(task, total=step.requests, completed=step.done, open=step.open)
             yield step
 
 

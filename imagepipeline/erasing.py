@@ -6,7 +6,7 @@ Dagster's events go; the rows go last, because they say where the rest is.
 """
 
 import hashlib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any, Protocol
 
@@ -24,6 +24,7 @@ from imagepipeline.paid_calls import Kept
 from imagepipeline.storage import Storage
 from imagepipeline.stores.catalogue import Catalogue
 from imagepipeline.stores.erasures import Erasures
+from imagepipeline.stores.stream import EventStream
 from imagepipeline.stores.uploads import UploadQueue
 from imagepipeline.stores.vectors import EmbeddingIndex
 from imagepipeline.text import hash_text
@@ -61,6 +62,7 @@ class Stores:
     catalogue: Catalogue
     erasures: Erasures
     queue: UploadQueue
+    stream: EventStream
     files: Storage
     index: EmbeddingIndex
     orchestrator: Orchestrator
@@ -80,6 +82,7 @@ class Receipt:
         files: removed originals and variants.
         vectors: removed from the index; their old versions are removed, too.
         runs: removed from Dagster with all their events, and the partition with them.
+        stream_entries: events removed from the Redis stream; 0 in a dry run.
         rows: removed rows of the catalogue, by table.
         remains: what cannot be removed from here, in sentences.
     """
@@ -91,6 +94,7 @@ class Receipt:
     files: list[str] = field(default_factory=list)
     vectors: int = 0
     runs: int = 0
+    stream_entries: int = 0
     rows: dict[str, int] = field(default_factory=dict)
     remains: list[str] = field(default_factory=lambda: list(ALWAYS_REMAINS))
 
@@ -99,12 +103,7 @@ class Receipt:
         return asdict(self)
 
 
-def erase(
-    stores: Stores,
-    image_ids: Sequence[str],
-    is_dry_run: bool,
-    report: Callable[[str], None],
-) -> list[Receipt]:
+def erase(stores: Stores, image_ids: Sequence[str], is_dry_run: bool) -> list[Receipt]:
     """Erases images, and returns a receipt for each.
 
     Raises:
@@ -121,16 +120,15 @@ def erase(
         receipt.runs = stores.orchestrator.count_runs(image_id)
         receipt.vectors = stores.index.count_rows_of([image_id])
         receipt.rows = stores.erasures.count(image_id)
-        receipt.files = _list_files(stores, image_id, receipt)
+        originals, variants = _list_paths(stores, image_id, receipt)
+        receipt.files = sorted(path for path in originals | variants if _exists(stores.files, path))
     if not is_dry_run:
         for image_id in image_ids:
             for entry in waiting.get(image_id, []):
                 stores.queue.withdraw(entry)
             _end(stores, image_id)
-        report("removing vectors and their old versions")
         stores.index.erase(image_ids)
         for image_id in image_ids:
-            report(f"removing {image_id}")
             _remove(stores, receipts[image_id])
         if not stores.erasures.forget_traces():
             for receipt in receipts.values():
@@ -150,13 +148,13 @@ def _end(stores: Stores, image_id: str) -> None:
 def _remove(stores: Stores, receipt: Receipt) -> None:
     """Removes an ended image's files, events and rows; begins again if it is pushed meanwhile."""
     image_id = receipt.id
+    variants: set[str] = set()
     for _ in range(MAX_ROUNDS):
         row = stores.catalogue.get(image_id)
         keys = _list_answer_keys(stores, row)
-        found = _list_files(stores, image_id, receipt)
-        for path in found:
-            stores.files.delete(path)
-        receipt.files = sorted({*receipt.files, *found})
+        originals, known = _list_paths(stores, image_id, receipt)
+        variants |= known
+        _delete(stores, receipt, originals | variants)
         receipt.runs = max(receipt.runs, stores.orchestrator.remove(image_id))
         rows = stores.erasures.remove(image_id, row["fence"] if row else None, keys)
         if rows is not None:
@@ -166,17 +164,16 @@ def _remove(stores: Stores, receipt: Receipt) -> None:
         stores.index.erase([image_id])
     else:
         raise StackError(f"{image_id} is pushed again and again: stop that, then erase it again")
-    # A run that was cancelled by force may have lived until now, and may have written a file or a
-    # vector before it looked for its claim.
-    for path in set(_list_files(stores, image_id, receipt)) - set(receipt.files):
-        stores.files.delete(path)
-        receipt.files.append(path)
+    receipt.stream_entries = stores.stream.remove(image_id)
+    # A run that was cancelled by force may have lived until now, and may have written a variant or
+    # a vector before it looked for its claim.
+    _delete(stores, receipt, variants)
     if stores.index.count_rows_of([image_id]):
         stores.index.erase([image_id])
 
 
-def _list_files(stores: Stores, image_id: str, receipt: Receipt) -> list[str]:
-    """The paths of the image's original and variants, as far as there are files."""
+def _list_paths(stores: Stores, image_id: str, receipt: Receipt) -> tuple[set[str], set[str]]:
+    """Where the image's originals and its variants are, or may be, without other images' files."""
     row = stores.catalogue.get(image_id) or {}
     named = {row.get("path"), row.get("requested_path")} - {None}
     originals = {*map(str, named), *stores.files.list_originals_of(image_id)}
@@ -187,7 +184,15 @@ def _list_files(stores: Stores, image_id: str, receipt: Receipt) -> list[str]:
         sentence = f"{path}, which belongs to another image"
         if sentence not in receipt.remains:
             receipt.remains.append(sentence)
-    return sorted(path for path in (originals | variants) - foreign if _exists(stores.files, path))
+    return originals - foreign, variants - foreign
+
+
+def _delete(stores: Stores, receipt: Receipt, paths: set[str]) -> None:
+    """Deletes those files that exist, and notes them in the receipt."""
+    found = {path for path in paths if _exists(stores.files, path)}
+    for path in found:
+        stores.files.delete(path)
+    receipt.files = sorted({*receipt.files, *found})
 
 
 def _exists(files: Storage, path: str) -> bool:

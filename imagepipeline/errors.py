@@ -9,6 +9,8 @@
     ├── InvalidFilterError          a filter of images is malformed
     ├── NotificationError           a notice could not be sent; it will be tried again
     │   └── NoticeRefusedError      only this notice was refused
+    ├── BatchError                  a batch of paid calls cannot be sent
+    │   └── BatchBusyError          another process sends batches
     ├── ImageBusyError              another run is working on the image
     ├── StaleClaimError             the claim was taken over; write nothing more
     ├── PostponedError              the image is fine; it waits and no attempt is used
@@ -99,6 +101,14 @@ class NotificationError(ImagePipelineError):
 
 class NoticeRefusedError(NotificationError):
     """The receiver answers but refuses this notice; it may accept others."""
+
+
+class BatchError(ImagePipelineError):
+    """The provider has no batches, or answered nothing in one. Ordinary calls may work."""
+
+
+class BatchBusyError(BatchError):
+    """Another process sends batches."""
 
 
 class ImageBusyError(ImagePipelineError):

@@ -65,13 +65,15 @@ class Kept(Generic[A]):
         self.is_paid = recipe.provider != "local"
         self._adapter: TypeAdapter[A] = _build_adapter(answer_type)
 
-    def dump(self, answer: A) -> str:
-        """The answer as JSON."""
-        return self._adapter.dump_json(answer, by_alias=True).decode()
-
     def load(self, content: str) -> A:
-        """The answer that `dump` gave."""
+        """The answer that `dump_answer` wrote."""
         return self._adapter.validate_json(content)
+
+
+def dump_answer(answer: Answer) -> str:
+    """Returns an answer as it is kept: JSON."""
+    adapter: TypeAdapter[Answer] = _build_adapter(type(answer))
+    return adapter.dump_json(answer, by_alias=True).decode()
 
 
 @dataclass(frozen=True)
@@ -152,9 +154,7 @@ class PaidCalls:
             return call(), Receipt()
         if kept and (earlier := self._find_kept(kept)):
             return earlier, Receipt()
-        if problem := self._explain_unpriced(recipe):
-            raise PostponedError(problem)
-        self._check()
+        self.check(recipe)
         waited_seconds = self._wait(stage, report)
         try:
             return self._ask(claim, stage, recipe, call, waited_seconds, kept)
@@ -229,7 +229,7 @@ class PaidCalls:
         try:
             answer = call()
             usage = answer.usage
-            content = kept.dump(answer) if kept else None
+            content = dump_answer(answer) if kept else None
         except ImagePipelineError as error:
             reason = getattr(error, "reason", "unexpected")
             outcome, usage = (
@@ -263,13 +263,32 @@ class PaidCalls:
         self._ledger.end_probation(stage)
         return answer, receipt
 
-    def _check(self) -> None:
+    def check(self, recipe: Recipe) -> None:
+        """Checks that calls of a recipe may be made now, as far as price, pauses and budgets go.
+
+        Raises:
+            PostponedError: A budget is set but the price is unknown.
+            PausedError: Paid work is paused, or a budget is used up.
+        """
+        if problem := self._explain_unpriced(recipe):
+            raise PostponedError(problem)
         pause = next((pause for pause in self._ledger.list_pauses() if not pause.is_over), None)
         if pause is not None:
             raise PausedError(pause.reason, pause.message, None)
         if reached := self._explain_budget():
             self._ledger.pause("budget", *reached)
             raise PausedError("budget", *reached)
+
+    def find_left_usd(self) -> float | None:
+        """Returns the US dollars that today's and this month's budget leave; None without one."""
+        midnight = self._clock().replace(hour=0, minute=0, second=0, microsecond=0)
+        starts = {"daily": midnight, "monthly": midnight.replace(day=1)}
+        left_usd = [
+            budget_usd - self._ledger.sum_cost_usd(starts[name])
+            for name, budget_usd in self._budgets.items()
+            if budget_usd is not None
+        ]
+        return min(left_usd, default=None)
 
     def _explain_budget(self) -> tuple[str, float] | None:
         """Returns a sentence and the seconds to wait if a budget is used up, or None."""

@@ -24,6 +24,7 @@ from imagepipeline.stores.limiter import CallLimiter
 
 if TYPE_CHECKING:
     from imagepipeline.imaging.variants import Renderer
+    from imagepipeline.services.batch_api import BatchApi
 
 
 def build_vision(settings: Settings) -> VisionModel:
@@ -36,6 +37,14 @@ def build_vision(settings: Settings) -> VisionModel:
     return OpenAIVision(
         key, settings.openai_base_url, settings.vision_model, prompt, build_vision_options(settings)
     )
+
+
+def build_batch_api(settings: Settings) -> "BatchApi":
+    """The Batch API of the provider of the vision model."""
+    from imagepipeline.services.batch_api import BatchApi
+
+    key = settings.openai_api_key.get_secret_value() if settings.openai_api_key else NO_KEY
+    return BatchApi("the vision model", key, settings.openai_base_url)
 
 
 def build_vision_options(settings: Settings) -> VisionOptions:

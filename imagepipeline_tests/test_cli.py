@@ -200,6 +200,8 @@ def test_push_wait_waits_for_the_run_that_reads_the_pushed_bytes(
         (["push", str(PHOTOS / "cat.jpg"), "--priority", "5000"], 2, "5000"),
         (["status", "nobody"], 1, "nobody"),
         (["search", "  "], 2, "empty"),
+        (["erase", "good", "../x"], 2, "not an image ID"),
+        (["erase"], 2, "Missing argument"),
     ],
 )
 def test_wrong_usage_prints_one_line_and_has_an_exit_code(
@@ -234,7 +236,10 @@ READERS = [
         ["list"],
         ["prioritize", "a", "1"],
         ["sweep"],
+        ["pause"],
         ["resume"],
+        ["cancel", "a"],
+        ["erase", "a"],
         ["costs"],
         ["search", "x"],
     ),

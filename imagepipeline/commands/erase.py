@@ -62,9 +62,11 @@ def describe_receipt(receipt: dict[str, Any]) -> list[str]:
         "Dagster": receipt["runs"] and f"{receipt['runs']} runs with their events",
         "Redis list": receipt["entries"] and f"{receipt['entries']} entries",
     }
-    would = "would be erased" if receipt["is_dry_run"] else "was erased"
+    done, removed = (
+        ("would be erased", "removes") if receipt["is_dry_run"] else ("was erased", "removed")
+    )
     return [
-        f"{receipt['id']} {would}",
-        *(f"  removed  {name}: {part}" for name, part in parts.items() if part),
+        f"{receipt['id']} {done}",
+        *(f"  {removed}  {name}: {part}" for name, part in parts.items() if part),
         *(f"  remains  {sentence}" for sentence in receipt["remains"]),
     ]

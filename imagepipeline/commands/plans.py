@@ -2,6 +2,7 @@
 
 import contextlib
 import sys
+import time
 from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
@@ -18,9 +19,9 @@ from imagepipeline.commands.shared import (
     to_text,
     with_settings,
 )
-from imagepipeline.errors import ImagePipelineError, InvalidFilterError
+from imagepipeline.errors import ImagePipelineError, InvalidFilterError, StackError
 from imagepipeline.filters import FIELDS, Filter
-from imagepipeline.models import ASSETS, Recipe
+from imagepipeline.models import ASSETS, Recipe, now_utc
 from imagepipeline.opening import open_catalogue
 from imagepipeline.settings import Settings
 from imagepipeline.text import to_json
@@ -28,7 +29,7 @@ from imagepipeline.text import to_json
 if TYPE_CHECKING:  # it takes as long to import as all else
     from imagepipeline.planning import Step
     from imagepipeline.sampling import Sample
-    from imagepipeline.stores.applies import Applies
+    from imagepipeline.stores.applies import Applies, Apply
     from imagepipeline.stores.catalogue import Catalogue
 
 MAX_SAMPLED = 100  # a page of them has some 10 MB
@@ -177,6 +178,11 @@ def make_plan(settings: Settings, recipes: Mapping[str, Recipe], where: Filter) 
 @asset_option
 @click.option("--stop", "is_stopped", is_flag=True, help="End the apply that is under way.")
 @where_option
+@click.option(
+    "--batch",
+    is_flag=True,
+    help="First ask about all pictures in OpenAI's Batch API: at half the price, within a day.",
+)
 @click.option("--dry-run", is_flag=True, help="Only list the images.")
 @json_option
 @with_settings
@@ -187,6 +193,7 @@ def apply(
     assets: tuple[str, ...],
     is_stopped: bool,
     where: Filter,
+    batch: bool,
     dry_run: bool,
     as_json: bool,
 ) -> None:
@@ -199,9 +206,10 @@ def apply(
     from imagepipeline import display, planning
     from imagepipeline.providers import build_recipes
     from imagepipeline.stores.applies import Applies
+    from imagepipeline.stores.ledger import Ledger
     from imagepipeline.stores.plans import Plans
 
-    open_catalogue(settings)
+    catalogue = open_catalogue(settings)
     applies, plans = Applies(settings.database_url), Plans(settings.database_url)
     if is_stopped:
         stop_apply(applies, dry_run, as_json)
@@ -215,13 +223,64 @@ def apply(
         planned = make_plan(settings, recipes, where)
         if problem := planning.explain_unknown_cost(planned):
             raise click.UsageError(problem)
+    if batch:
+        ledger, since = Ledger(settings.database_url), now_utc()
+        limit = fetch_batches(settings, catalogue, recipes, where, limit, budget)
+        budget = None if budget is None else budget - ledger.sum_cost_usd(since)
+        if not limit:
+            say("Nothing is planned, or the budget allows no call.", err=True)
+            return
+        if budget is not None and budget <= 0:
+            say("The budget is used up; the next apply uses the answers that are paid.", err=True)
+            return
     total = plans.count_images(recipes, where)
-    begun = applies.start(recipes, limit, budget, where, planning.LEASE_SECONDS)
+    begun = start_apply(applies, recipes, limit, budget, where)
     with contextlib.closing(planning.follow(applies, begun)) as steps:
         *_, last = display.follow_apply(steps, min(total, limit or total))
     display.show_rows([asdict(last)], tuple(asdict(last)), as_json)
     if last.failed:
         sys.exit(EXIT_FAILED)
+
+
+def start_apply(
+    applies: "Applies",
+    recipes: Mapping[str, Recipe],
+    limit: int | None,
+    budget: float | None,
+    where: Filter,
+) -> "Apply":
+    """Opens an apply; waits until the lease of one whose command was killed has expired."""
+    from imagepipeline import planning
+
+    deadline = time.monotonic() + planning.LEASE_SECONDS
+    while True:
+        try:
+            return applies.start(recipes, limit, budget, where, planning.LEASE_SECONDS)
+        except StackError:
+            if time.monotonic() > deadline:
+                raise
+            time.sleep(planning.POLL_SECONDS)
+
+
+def fetch_batches(
+    settings: Settings,
+    catalogue: "Catalogue",
+    recipes: Mapping[str, Recipe],
+    where: Filter,
+    limit: int | None,
+    budget: float | None,
+) -> int:
+    """Fetches answers in batches, and shows progress; gives the number of images to apply."""
+    from imagepipeline import display
+    from imagepipeline.batch_calls import open_batch_calls
+
+    with open_batch_calls(settings, catalogue) as calls:
+        try:
+            *_, last = display.follow_batches(calls.fetch(recipes, where, limit, budget))
+        except KeyboardInterrupt:
+            say("Open batches go on at the provider: `apply --batch` continues.", err=True)
+            raise
+    return last.images
 
 
 def stop_apply(applies: "Applies", dry_run: bool, as_json: bool) -> None:

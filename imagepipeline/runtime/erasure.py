@@ -10,8 +10,11 @@ import json
 import sys
 import time
 from contextlib import closing
+from typing import Any
 
 import dagster as dg
+import sqlalchemy as sa
+from dagster._core.storage.event_log.schema import AssetEventTagsTable, SqlEventLogStorageTable
 
 from imagepipeline import erasing
 from imagepipeline.errors import ImagePipelineError, StackError
@@ -22,6 +25,7 @@ from imagepipeline.settings import Settings
 from imagepipeline.storage import open_storage
 from imagepipeline.stores.catalogue import Catalogue
 from imagepipeline.stores.erasures import Erasures
+from imagepipeline.stores.stream import EventStream
 from imagepipeline.stores.uploads import UploadQueue
 from imagepipeline.stores.vectors import EmbeddingIndex
 
@@ -71,18 +75,43 @@ class Dagster:
         runs = self._instance.get_runs(dg.RunsFilter(tags={PARTITION_TAG: image_id}))
         for run in runs:
             self._instance.delete_run(run.run_id)
-        self._replace_latest({run.run_id for run in runs})
+        self._delete_events(image_id)
+        self._replace_latest(image_id)
         self._instance.delete_dynamic_partition(PARTITIONS, image_id)
         return len(runs)
 
-    def _replace_latest(self, removed_ids: set[str]) -> None:
+    def _delete_events(self, image_id: str) -> None:
+        """Deletes the image's events outside its own runs: in batches, and without a run.
+
+        Dagster can wipe partitions only in its hosted product, so this deletes rows of its tables.
+        """
+        storage: Any = self._instance.event_log_storage
+        columns = SqlEventLogStorageTable.c
+        of_image = columns.partition == image_id
+        with storage.index_connection() as connection:
+            found = connection.execute(sa.select(columns.id, columns.run_id).where(of_image)).all()
+            if not found:
+                return
+            numbers = [row.id for row in found]
+            connection.execute(
+                sa.delete(AssetEventTagsTable).where(AssetEventTagsTable.c.event_id.in_(numbers))
+            )
+            # Lines of a batch's log begin with the ID of their image.
+            lines = [f'%"user_message": "{image_id}{mark}%' for mark in (" ", ":")]
+            is_line = sa.and_(
+                columns.run_id.in_({row.run_id for row in found} - {""}),
+                sa.or_(*(columns.event.like(line) for line in lines)),
+            )
+            connection.execute(sa.delete(SqlEventLogStorageTable).where(sa.or_(of_image, is_line)))
+
+    def _replace_latest(self, image_id: str) -> None:
         """Replaces the copy of its latest materialization that Dagster keeps with each asset.
 
-        Deleting a run leaves that copy.
+        Deleting a run or an event leaves that copy.
         """
         for record in self._instance.get_asset_records():
             latest = record.asset_entry.last_materialization_record
-            if latest is None or latest.run_id not in removed_ids:
+            if latest is None or latest.partition_key != image_id:
                 continue
             key = record.asset_entry.asset_key
             earlier = self._instance.fetch_materializations(key, limit=1).records
@@ -106,11 +135,15 @@ def main() -> None:
         dg.DagsterInstance.get() as instance,
         closing(Catalogue(settings.database_url)) as catalogue,
         closing(UploadQueue(settings.redis_url, settings.queue_prefix)) as queue,
+        closing(
+            EventStream(settings.redis_url, settings.queue_prefix, settings.event_stream_length)
+        ) as stream,
     ):
         stores = erasing.Stores(
             catalogue,
             Erasures(settings.database_url),
             queue,
+            stream,
             open_storage(settings.storage),
             EmbeddingIndex(settings.index_uri),
             Dagster(instance),
@@ -118,20 +151,16 @@ def main() -> None:
             build_recipes(settings),
         )
         try:
-            receipts = erasing.erase(stores, image_ids, DRY_RUN in sys.argv, _report)
+            receipts = erasing.erase(stores, image_ids, DRY_RUN in sys.argv)
         except ImagePipelineError as error:
             sys.exit(str(error))
-    is_emptied = settings.dagster_database_url is not None or sqlite_storage.truncate_logs()
+    is_emptied = DRY_RUN in sys.argv or sqlite_storage.truncate_logs()
     for receipt in receipts:
         if settings.dagster_database_url or settings.explicit_database_url:
             receipt.remains.append("deleted rows on disk, until Postgres has vacuumed its tables")
         if not is_emptied:
             receipt.remains.append("Dagster's write-ahead logs, until they are next emptied")
     print(json.dumps([receipt.to_dict() for receipt in receipts]))
-
-
-def _report(line: str) -> None:
-    print(line, file=sys.stderr, flush=True)
 
 
 if __name__ == "__main__":

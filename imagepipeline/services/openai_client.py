@@ -143,15 +143,33 @@ A = TypeVar("A", bound=RawAnswer)
 
 
 class ProviderClient:
-    """A client for one provider; `name` is what error messages call it.
+    """A client for one provider.
 
     It does not retry, because the pipeline does. It does not follow redirects, which would send the
     picture and the key elsewhere.
+
+    Args:
+        name: What error messages call the provider.
+        api_key: The key.
+        base_url: The address of the API.
+        max_answer_bytes: The largest answer that is read; None for `MAX_ANSWER_BYTES`.
+        call_seconds: The time for a whole call, even if data keeps arriving; None for
+            `CALL_SECONDS`.
     """
 
-    def __init__(self, name: str, api_key: str, base_url: str) -> None:
+    def __init__(
+        self,
+        name: str,
+        api_key: str,
+        base_url: str,
+        max_answer_bytes: int | None = None,
+        call_seconds: float | None = None,
+    ) -> None:
         self._name = name
-        self._open = functools.partial(_open_client, api_key, base_url)
+        self._call_seconds = call_seconds or CALL_SECONDS
+        self._open = functools.partial(
+            _open_client, api_key, base_url, max_answer_bytes or MAX_ANSWER_BYTES
+        )
         self._client = self._open()
 
     @contextmanager
@@ -193,19 +211,20 @@ class ProviderClient:
         """
         client = self._client
         try:
-            raw = call_within(CALL_SECONDS, lambda: request(client))
+            raw = call_within(self._call_seconds, lambda: request(client))
         except TimeoutError:
             self._client = self._open()
-            message = f"{self._name} did not complete its answer within {CALL_SECONDS:g} s"
+            message = f"{self._name} did not complete its answer within {self._call_seconds:g} s"
             raise ProviderTimedOutError(message) from None
         if error := _find_error(raw):
             raise _classify(self._name, error)
         return raw
 
 
-def _open_client(api_key: str, base_url: str) -> openai.OpenAI:
+def _open_client(api_key: str, base_url: str, max_answer_bytes: int) -> openai.OpenAI:
+    limit_size = functools.partial(_limit_size, max_bytes=max_answer_bytes)
     http_client = openai.DefaultHttpxClient(
-        verify=load_certificates(), follow_redirects=False, event_hooks={"response": [_limit_size]}
+        verify=load_certificates(), follow_redirects=False, event_hooks={"response": [limit_size]}
     )
     return openai.OpenAI(
         api_key=api_key,
@@ -224,7 +243,8 @@ class AnswerTooLargeError(Exception):
 class _SizeLimitedStream(httpx2.SyncByteStream):
     """Streams the bytes of an answer, decompressed, up to a limit."""
 
-    def __init__(self, response: httpx2.Response) -> None:
+    def __init__(self, response: httpx2.Response, max_bytes: int) -> None:
+        self._max_bytes = max_bytes
         headers = {"Content-Encoding": response.headers.pop("content-encoding", "identity")}
         self._compressed = httpx2.Response(200, headers=headers, stream=response.stream)
 
@@ -232,15 +252,15 @@ class _SizeLimitedStream(httpx2.SyncByteStream):
         length = 0
         for chunk in self._compressed.iter_bytes():
             length += len(chunk)
-            if length > MAX_ANSWER_BYTES:
-                raise AnswerTooLargeError(f"an answer of more than {MAX_ANSWER_BYTES:,} bytes")
+            if length > self._max_bytes:
+                raise AnswerTooLargeError(f"an answer of more than {self._max_bytes:,} bytes")
             yield chunk
 
     def close(self) -> None:
         self._compressed.close()
 
 
-def _limit_size(response: httpx2.Response) -> None:
+def _limit_size(response: httpx2.Response, max_bytes: int) -> None:
     """Limits the size of a response's body, before it is read.
 
     The limit applies to the decompressed body, as a provider may compress it although we ask for
@@ -248,7 +268,7 @@ def _limit_size(response: httpx2.Response) -> None:
     encoding that takes quadratic time.
     """
     response.encoding = "utf-8"
-    response.stream = _SizeLimitedStream(response)
+    response.stream = _SizeLimitedStream(response, max_bytes)
 
 
 @functools.cache
@@ -284,6 +304,11 @@ def _read_number(value: Any, maximum: float) -> float | None:
     return number if number is not None and 0 <= number <= maximum else None
 
 
+def _is_file(raw: RawAnswer) -> bool:
+    """Returns whether it is a file of ours or of answers, which may well contain errors."""
+    return raw.http_response.request.url.path.endswith("/content")
+
+
 @dataclass(frozen=True)
 class _ProviderError:
     """An error response: the HTTP status, the provider's code, and a text that names parameters."""
@@ -299,7 +324,7 @@ def _find_error(raw: RawAnswer) -> _ProviderError | None:
 
     Routers send such responses when an error occurs after they have begun to answer.
     """
-    if b'"error"' not in raw.content:
+    if b'"error"' not in raw.content or _is_file(raw):
         return None
     answer = json.loads(raw.content)
     parts = [answer, *(answer.get("choices") or [])[:1]] if isinstance(answer, dict) else []

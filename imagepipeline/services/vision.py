@@ -139,28 +139,51 @@ class OpenAIVision:
 
     def describe(self, preview: bytes, facts: PixelFacts) -> VisionAnswer:
         """Makes one call; validates and cleans the answer, which is untrusted text."""
-        from imagepipeline.services.openai_client import read_usage
-
-        usage = None
         try:
             with self._provider.call() as ask:
+                request = self.build_request(preview)
                 raw = ask(
-                    lambda client: client.chat.completions.with_raw_response.create(
-                        model=self.recipe.model,
-                        messages=self._build_messages(preview),
-                        **self._build_parameters(),
-                    )
+                    lambda client: client.chat.completions.with_raw_response.create(**request)
                 )
-                completion = raw.parse()
-                usage = read_usage(completion.usage)
-                metadata = read_answer(self._read_text(completion.choices[0]), self._options)
+                return self.read(raw.parse())
         except FormatRefusedError as error:
             self._drop_parameter(error.parameter)
             raise
+
+    def build_request(self, preview: bytes) -> dict[str, Any]:
+        """Returns the body of the request about a picture, a JPEG."""
+        return {
+            "model": self.recipe.model,
+            "messages": self._build_messages(preview),
+            **self._build_parameters(),
+        }
+
+    def read(self, completion: Any) -> VisionAnswer:
+        """Returns the answer in a chat completion.
+
+        Raises:
+            BadAnswerError: It does not fit; `usage` says what it cost.
+            RefusedError: The model refused; likewise.
+        """
+        from imagepipeline.services.openai_client import read_usage
+
+        usage = read_usage(completion.usage)
+        try:
+            metadata = read_answer(self._read_text(completion.choices[0]), self._options)
         except (BadAnswerError, RefusedError) as error:
             error.usage = usage
             raise
         return VisionAnswer(metadata, usage)
+
+    def read_body(self, body: Any) -> VisionAnswer:
+        """Returns the answer in the JSON of a chat completion; raises what `read` raises."""
+        from openai.types.chat import ChatCompletion
+        from pydantic import ValidationError
+
+        try:
+            return self.read(ChatCompletion.model_validate(body))
+        except (ValidationError, IndexError):
+            raise BadAnswerError("the vision model sent an answer that cannot be read") from None
 
     def _build_messages(self, preview: bytes) -> list[Any]:
         url = "data:image/jpeg;base64," + base64.b64encode(preview).decode()

@@ -7,9 +7,11 @@ import sqlalchemy as sa
 
 from imagepipeline.models import Status, now_utc
 from imagepipeline.stores.database import Database
+from imagepipeline.stores.events import replace_by_erased
 from imagepipeline.stores.tables import (
     answers,
     erasures,
+    events,
     image_variants,
     images,
     provider_calls,
@@ -17,7 +19,7 @@ from imagepipeline.stores.tables import (
 )
 
 # All others with the column `image_id` lose the image's rows.
-KEPT = (provider_calls, erasures)
+KEPT = (provider_calls, erasures, events)
 
 
 class Erasures:
@@ -96,7 +98,8 @@ class Erasures:
                 .values(image_id=None, generation=None)
             )
             connection.execute(sa.delete(answers).where(answers.c.key.in_(answer_keys)))
-            # An event for the app belongs here: it commits with the removal of the rows.
+            if row:
+                replace_by_erased(connection, image_id, row.generation, now)
         return {name: count for name, count in removed.items() if count}
 
     def forget_traces(self) -> bool:

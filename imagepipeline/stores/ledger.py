@@ -19,6 +19,7 @@ STREAK = timedelta(hours=1)
 MEMORY = timedelta(days=31)
 ANSWERS_KEPT = timedelta(days=31)  # an `apply` of a great plan takes weeks at a low rate limit
 MEAN_CALLS = 1000
+BATCH_PRICE_SHARE = 0.5  # of the price of an ordinary call
 
 
 @dataclass(frozen=True)
@@ -48,9 +49,8 @@ class Ledger:
         does not make its successor pay again; at most 31 days. The cost counts for the apply that
         began the image.
         """
-        now = self._clock()
         with self._database.transaction() as connection:
-            connection.execute(sa.insert(provider_calls).values(at=now, **asdict(call)))
+            write_call(self._database, connection, self._clock(), call, key, answer)
             if call.cost_usd and call.image_id:
                 of_image = sa.select(images.c.apply_id).where(images.c.id == call.image_id)
                 connection.execute(
@@ -58,12 +58,6 @@ class Ledger:
                     .where(applies.c.id == of_image.scalar_subquery())
                     .values(spent_usd=applies.c.spent_usd + call.cost_usd)
                 )
-            if key is None or answer is None:
-                return
-            insert = self._database.insert(answers).values(key=key, answer=answer, at=now)
-            values = {"answer": answer, "at": now}
-            connection.execute(insert.on_conflict_do_update(index_elements=["key"], set_=values))
-            connection.execute(sa.delete(answers).where(answers.c.at < now - ANSWERS_KEPT))
 
     def find_answer(self, key: str) -> str | None:
         """The answer that is kept under a key."""
@@ -104,10 +98,14 @@ class Ledger:
         return None if row is None else (bool(row[0]), row[1])
 
     def find_mean_usage(self, stage: str, model: str) -> MeanUsage | None:
-        """The mean usage of the last answered calls of a stage to a model; None without calls."""
+        """The mean usage of the last answered calls of a stage to a model; None without calls.
+
+        Calls in batches count at the price of ordinary ones.
+        """
         calls = provider_calls.c
+        share = sa.case((calls.batch.is_not(None), BATCH_PRICE_SHARE), else_=1.0)
         recent = (
-            sa.select(calls.tokens_in, calls.tokens_out, calls.cost_usd)
+            sa.select(calls.tokens_in, calls.tokens_out, (calls.cost_usd / share).label("cost_usd"))
             .where(calls.stage == stage, calls.model == model, calls.outcome == "answered")
             .where(calls.at >= self._clock() - MEMORY)
             .order_by(calls.at.desc())
@@ -301,3 +299,25 @@ class Ledger:
         return [
             Pause(**row, is_over=row["until"] is not None and row["until"] <= now) for row in rows
         ]
+
+
+def write_call(
+    database: Database,
+    connection: sa.Connection,
+    now: datetime,
+    call: PaidCall,
+    key: str | None,
+    answer: str | None,
+    batch: int | None = None,
+) -> None:
+    """Writes a call in a transaction, and keeps its answer under a key, if it has both.
+
+    `batch` is the sequence number of the batch in which it was made.
+    """
+    connection.execute(sa.insert(provider_calls).values(at=now, batch=batch, **asdict(call)))
+    if key is None or answer is None:
+        return
+    insert = database.insert(answers).values(key=key, answer=answer, at=now)
+    values = {"answer": answer, "at": now}
+    connection.execute(insert.on_conflict_do_update(index_elements=["key"], set_=values))
+    connection.execute(sa.delete(answers).where(answers.c.at < now - ANSWERS_KEPT))

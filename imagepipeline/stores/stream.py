@@ -4,6 +4,7 @@ import json
 from collections.abc import Iterable
 from typing import Any
 
+from imagepipeline.events import EventType
 from imagepipeline.stores.connection import connect, translated_errors
 
 READ_TOGETHER = 500
@@ -44,6 +45,8 @@ class EventStream:
     def remove(self, image_id: str) -> int:
         """Deletes the events about an image, which quote its description; returns their number.
 
+        Those that say that it was erased stay: apps need them.
+
         Raises:
             StackError: Redis does not answer.
         """
@@ -58,6 +61,7 @@ class EventStream:
 
 def _is_about(fields: dict[bytes, bytes], image_id: str) -> bool:
     try:
-        return bool(json.loads(fields[FIELD.encode()])["imageId"] == image_id)
+        event = json.loads(fields[FIELD.encode()])
+        return bool(event["imageId"] == image_id and event["type"] != EventType.ERASED)
     except (KeyError, TypeError, ValueError):  # another program wrote it
         return False

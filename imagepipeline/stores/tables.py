@@ -248,7 +248,37 @@ provider_calls = sa.Table(
     sa.Column("cost_usd", sa.Float),
     sa.Column("seconds", sa.Float, nullable=False),
     sa.Column("waited_seconds", sa.Float, nullable=False),
+    sa.Column("batch", sa.Integer),  # provider_batches.seq, if it was made in one
     sa.Index(None, "image_id", "generation"),
+)
+
+# Many questions that are sent to a provider at once, to be answered within a day at half the price.
+provider_batches = sa.Table(
+    "provider_batches",
+    schema,
+    sa.Column("seq", sa.Integer, primary_key=True, autoincrement=True),
+    sa.Column("stage", sa.String(16), nullable=False),
+    sa.Column("provider", sa.String(64), nullable=False),
+    sa.Column("model", sa.String(128), nullable=False),
+    sa.Column("file_id", sa.String(128)),  # the provider's, once the questions are uploaded
+    sa.Column("batch_id", sa.String(128)),  # the provider's, once the batch is created
+    sa.Column("state", sa.String(16), nullable=False),  # the provider's, or `sending`
+    sa.Column("requests", sa.Integer, nullable=False),
+    sa.Column("answered", sa.Integer, nullable=False),
+    sa.Column("failed", sa.Integer, nullable=False),
+    sa.Column("created_at", UtcDateTime, nullable=False),
+    sa.Column("ended_at", UtcDateTime, index=True),  # empty: answers may still come
+)
+
+# The questions of batches that are open, by the key under which the answer will be kept.
+batch_requests = sa.Table(
+    "batch_requests",
+    schema,
+    sa.Column("key", sa.String(64), primary_key=True),
+    sa.Column(
+        "batch", sa.Integer, sa.ForeignKey("provider_batches.seq"), nullable=False, index=True
+    ),
+    sa.Column("image_id", sa.String(64), nullable=False),
 )
 
 # What stops all paid work: a bad key, no credit, a budget; or all work: a person. Open while

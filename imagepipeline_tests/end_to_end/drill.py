@@ -147,6 +147,14 @@ class Drill:
         self.webserver_url = json.loads(self._processes["up"].stdout.readline())["webserver_url"]
         self.catalogue = Catalogue(self.settings.database_url)
 
+    def restart(self, **environment: str) -> None:
+        """Stops the stack and starts it with further environment variables."""
+        self.stop()
+        os.environ.update(environment)
+        self.settings = Settings.load()
+        self.log = (self.home.parent / "up.log").open("ab")
+        self.start()
+
     def start_services(self) -> None:
         """Starts each service by its command, as Compose does, and waits until all are up."""
         subprocess.run([COMMAND, "migrate"], check=True, stdout=self.log, stderr=self.log)

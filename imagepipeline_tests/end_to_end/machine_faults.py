@@ -51,7 +51,7 @@ def lose_frozen_briefly(pair: Pair) -> float:
 
 
 def lose_cut_off(pair: Pair) -> float:
-    """Cuts the machine off from Redis and Postgres until others have done its work."""
+    """Cuts the machine off from Redis, Postgres and bucket until others have done its work."""
     pair.cut_off()
     pair.provider.release()
     seconds = pair.wait_until_completed(COMPLETE_SECONDS)
@@ -60,7 +60,7 @@ def lose_cut_off(pair: Pair) -> float:
 
 
 def lose_cut_off_briefly(pair: Pair) -> float:
-    """Cuts the machine off from Redis and Postgres, until shortly before it counts as lost."""
+    """Cuts the machine off from the servers, until shortly before it counts as lost."""
     pair.cut_off()
     pair.provider.release()
     pair.stand_still(BRIEFLY_SECONDS)

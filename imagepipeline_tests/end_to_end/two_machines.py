@@ -57,12 +57,15 @@ def can_set_host_names() -> bool:
 class Provider:
     """Both paid APIs; counts the calls per picture, and those at the same time.
 
-    While it is held, it receives requests but does not answer them.
+    While it is held, it receives requests but does not answer them. While `refuses` is true, it
+    answers that the key is wrong, and counts the calls in `refused`.
     """
 
     def __init__(self) -> None:
         self.calls: Counter[str] = Counter()
         self.at_once = self.peak = 0
+        self.refuses = False
+        self.refused = 0
         self._is_answering = threading.Event()
         self.release()
         provider = self
@@ -76,6 +79,11 @@ class Provider:
 
             def do_POST(self) -> None:
                 asked = self.rfile.read(int(self.headers["Content-Length"]))
+                if provider.refuses:
+                    with lock:
+                        provider.refused += 1
+                    self.send(401, {"error": {"message": "wrong", "code": "invalid_api_key"}})
+                    return
                 is_chat = self.path.endswith("/chat/completions")
                 if is_chat:
                     with lock:
@@ -86,8 +94,11 @@ class Provider:
                     provider._is_answering.wait()
                     with lock:
                         provider.at_once -= 1
-                answer = json.dumps(_describe(key) if is_chat else EMBEDDED).encode()
-                self.send_response(200)
+                self.send(200, _describe(key) if is_chat else EMBEDDED)
+
+            def send(self, status: int, said: dict[str, Any]) -> None:
+                answer = json.dumps(said).encode()
+                self.send_response(status)
                 self.send_header("Content-Type", "application/json")
                 self.send_header("Content-Length", str(len(answer)))
                 self.end_headers()
@@ -141,13 +152,13 @@ EMBEDDED = {
 
 
 class Link:
-    """A local port that relays to a server's Unix socket until the link is cut.
+    """A local port that relays to a server's Unix socket or port until the link is cut.
 
     While the link is cut, nothing is relayed or refused, as if packets were dropped; data in
     transit arrives later.
     """
 
-    def __init__(self, target: Path) -> None:
+    def __init__(self, target: Path | tuple[str, int]) -> None:
         self._target = target
         self._is_whole = threading.Event()
         self._is_whole.set()
@@ -175,13 +186,14 @@ class Link:
 
     def _pass_on(self, client: socket.socket) -> None:
         self._is_whole.wait()
+        is_local = isinstance(self._target, Path)
         with (
             contextlib.suppress(OSError),
             client,
-            socket.socket(socket.AF_UNIX) as server,
+            socket.socket(socket.AF_UNIX if is_local else socket.AF_INET) as server,
             selectors.DefaultSelector() as selector,
         ):
-            server.connect(str(self._target))
+            server.connect(str(self._target) if is_local else self._target)
             selector.register(client, selectors.EVENT_READ, server)
             selector.register(server, selectors.EVENT_READ, client)
             while True:
@@ -292,6 +304,9 @@ class Pair:
         postgres_folder = sa.make_url(postgres_url).query["host"]
         self._links = [Link(redis_socket), Link(Path(str(postgres_folder), ".s.PGSQL.5432"))]
         redis_port, postgres_port = (link.port for link in self._links)
+        bucket = urlsplit(os.environ.get("AWS_ENDPOINT_URL", "")) if "://" in root else None
+        if bucket is not None:
+            self._links.append(Link((str(bucket.hostname), int(bucket.port or 80))))
         far = [sa.make_url(url).set(query={}, host="127.0.0.1", port=postgres_port) for url in urls]
         names = ("DATABASE_URL", "DAGSTER_DATABASE_URL")
         shared = {
@@ -312,6 +327,8 @@ class Pair:
             "REDIS_URL": f"redis://127.0.0.1:{redis_port}/0",
             **dict(zip(names, behind, strict=True)),
         }
+        if bucket is not None:
+            there["AWS_ENDPOINT_URL"] = f"http://127.0.0.1:{self._links[-1].port}"
         self.alpha, self.beta = (
             Machine(folder, "alpha", shared | near),
             Machine(folder, "beta", shared | there),
@@ -397,7 +414,7 @@ class Pair:
         assert self.index.count_rows() == len(self.image_ids)
 
     def cut_off(self) -> None:
-        """Cuts the second machine off from Redis and Postgres."""
+        """Cuts the second machine off from Redis, Postgres and the bucket."""
         for link in self._links:
             link.cut()
 

@@ -127,6 +127,7 @@ def test_each_process_is_given_only_the_secrets_it_needs(tmp_path, monkeypatch):
     assert held == {name: set() for name in services.SECRETS_OF} | {
         "worker": {"OPENAI_API_KEY", "AWS_SECRET_ACCESS_KEY"},
         "resident": {"AWS_SECRET_ACCESS_KEY"},
+        "erasure": {"AWS_SECRET_ACCESS_KEY"},
         "code-server": {"IMAGEPIPELINE_SMTP_URL"},
     }
 

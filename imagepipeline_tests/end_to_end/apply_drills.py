@@ -1,0 +1,109 @@
+"""Breaks an `apply` after a change of prompt, and checks what was made and what was paid.
+
+    python -m imagepipeline_tests.end_to_end.apply_drills [--images N] [--kills N] [--postgres]
+
+`apply` itself is killed first, then workers and the children that execute batches. Afterwards every
+image is made by the new prompt, each was asked for once, and no variant was touched.
+"""
+
+import argparse
+import json
+import random
+import signal
+import subprocess
+import time
+from collections import Counter
+
+from imagepipeline_tests.end_to_end.drill import COMMAND, Drill, drill
+from imagepipeline_tests.end_to_end.worker_drills import databases
+
+PROMPT = "Say which number is on the picture."
+
+
+def list_variants(stack: Drill) -> dict[str, int]:
+    """The modification times of all variants, in nanoseconds."""
+    folder = stack.home / "storage" / "variants"
+    return {path.name: path.stat().st_mtime_ns for path in folder.iterdir()}
+
+
+def kill_commands(stack: Drill, kills: int, rng: random.Random) -> None:
+    """Starts `apply` again and again, and kills it after some more calls."""
+    for _ in range(kills):
+        enough = len(stack.provider.calls) + rng.randrange(1, 8)
+        with subprocess.Popen([COMMAND, "apply"], stdout=stack.log, stderr=stack.log) as command:
+            stack.wait_for(
+                lambda enough=enough, command=command: (
+                    len(stack.provider.calls) >= enough or command.poll() is not None
+                )
+            )
+            command.kill()
+
+
+def kill_processes(stack: Drill, kills: int, rng: random.Random) -> None:
+    """Kills the worker, or a child that executes a run, while an apply is under way."""
+    with subprocess.Popen([COMMAND, "apply"], stdout=stack.log, stderr=stack.log) as command:
+        for number in range(kills):
+            stack.wait_for(lambda: stack.count("processing") or command.poll() is not None)
+            if command.poll() is not None:
+                break
+            time.sleep(rng.uniform(0, 1))
+            victims = stack.busy_children() if number % 2 else [stack.worker]
+            stack.tell(signal.SIGKILL, *victims[:1])
+            time.sleep(5)
+        command.wait()
+
+
+def apply_all(stack: Drill) -> dict[str, object]:
+    """Lets `apply` finish; returns its last progress."""
+    done = subprocess.run(
+        [COMMAND, "apply", "--json"], capture_output=True, text=True, check=True
+    ).stdout
+    return json.loads(done)[0]
+
+
+def check(stack: Drill, images: int, before: dict[str, int], calls_before: int) -> Counter[int]:
+    """Checks that all is as planned; returns the calls for each image."""
+    plan = subprocess.run(
+        [COMMAND, "plan", "--json"], capture_output=True, text=True, check=True
+    ).stdout
+    assert json.loads(plan) == [], plan
+    assert stack.count("completed") == images, stack.describe()
+    assert list_variants(stack) == before
+    calls = stack.provider.calls[calls_before:]
+    counts = Counter(number for stage, number, _ in calls if stage == "metadata")
+    assert len(counts) == images
+    assert all(stage == "metadata" for stage, _, _ in calls)  # no text has changed
+    return counts
+
+
+def main() -> None:
+    """Runs the drill; raises an AssertionError if something is wrong."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--images", type=int, default=200, help="at most 256")
+    parser.add_argument("--kills", type=int, default=20, help="of the command")
+    parser.add_argument("--process-kills", type=int, default=4, help="of workers and children")
+    parser.add_argument("--seed", type=int, default=random.randrange(10**6))
+    parser.add_argument("--postgres", action="store_true", help="on Postgres instead of SQLite")
+    options = parser.parse_args()
+    print(f"seed {options.seed}", flush=True)
+    rng = random.Random(options.seed)
+    with databases(options.postgres) as urls, drill(call_seconds=0.5, **urls) as stack:
+        stack.push(options.images)
+        stack.measure_completion(time.monotonic())
+        before, calls_before = list_variants(stack), len(stack.provider.calls)
+        stack.restart(IMAGEPIPELINE_VISION_PROMPT=PROMPT)
+        kill_commands(stack, options.kills, rng)
+        commands_made = len(stack.provider.calls) - calls_before
+        kill_processes(stack, options.process_kills, rng)
+        print(apply_all(stack), flush=True)
+        counts = check(stack, options.images, before, calls_before)
+        repeated = sum(counts.values()) - options.images
+        print(f"{commands_made} calls while the command was killed, {repeated} repeated ones")
+        # A call that was under way when its process was killed must be made again.
+        assert repeated <= 4 * options.process_kills, counts
+
+
+if __name__ == "__main__":
+    main()
