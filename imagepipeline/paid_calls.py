@@ -370,8 +370,9 @@ class PaidCalls:
         return use | {f"{name}_budget_usd": usd for name, usd in budgets if usd is not None}
 
     def list_pauses(self) -> list[Pause]:
-        """Returns the pauses of paid work."""
-        return self._ledger.list_pauses()
+        """Returns the pauses of paid work, after the pause of all work if there is one."""
+        full = self._ledger.find_full_pause()
+        return [*([full] if full else []), *self._ledger.list_pauses()]
 
     def update_pauses(self) -> list[Pause]:
         """Starts and ends the pauses that depend only on settings and ledger.

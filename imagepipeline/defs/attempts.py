@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 import dagster as dg
 from dagster._core.errors import DagsterExecutionInterruptedError
 
-from imagepipeline.defs.outcomes import REASON_TAG, STATUS_TAG, build_outcome
+from imagepipeline.defs.outcomes import REASON_TAG, STATUS_TAG, build_outcome, report_outcome
 from imagepipeline.errors import (
     ImageBusyError,
     InvalidUploadError,
@@ -148,8 +148,8 @@ def _show_end(
     with suppress(PostponedError):  # the row has it all
         thumbnail = originals.find_thumbnail(claim.image_id)
         outcome = build_outcome(catalogue, claim.image_id, thumbnail)
-        if verdict.needs_operator:  # Dagster drops what a step that fails has logged
-            context.instance.report_runless_asset_event(outcome)
+        if verdict.needs_operator:
+            report_outcome(context.instance, context.run, outcome)
         else:
             context.log_event(outcome)
 

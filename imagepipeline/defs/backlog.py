@@ -9,7 +9,7 @@ import dagster as dg
 from pydantic import BaseModel
 
 from imagepipeline.errors import PostponedError, StackError
-from imagepipeline.models import Pause, now_utc
+from imagepipeline.models import BY_PERSON, Pause, now_utc
 from imagepipeline.paid_calls import PaidCalls
 from imagepipeline.stores.catalogue import Catalogue
 from imagepipeline.stores.uploads import UploadQueue
@@ -43,7 +43,8 @@ CHECKS = {
     "not_stuck": "Whatever waits moves: a run has taken an image within ten minutes, unless paid "
     "work is paused.",
     "none_waits_long": "No upload has waited for more than an hour.",
-    "no_pause": "Paid work is not paused. A pause that only a person can end is an error.",
+    "no_pause": "Work is not paused. A pause that a provider caused and a person must end is an "
+    "error.",
     "no_dead_letters": "Every entry of the Redis list could be read.",
 }
 
@@ -186,7 +187,9 @@ class Backlog:
     def _check_pause(self) -> dg.AssetCheckEvaluation:
         if not self.pauses:
             return _result("no_pause")
-        needs_a_person = any(pause.until is None for pause in self.pauses)
+        needs_a_person = any(
+            pause.until is None and pause.reason != BY_PERSON for pause in self.pauses
+        )
         return _result("no_pause", ERROR if needs_a_person else WARN, self.paused)
 
     def _check_dead_letters(self) -> dg.AssetCheckEvaluation:

@@ -4,6 +4,7 @@ from collections.abc import Mapping
 from typing import Any
 
 import dagster as dg
+from dagster._core.events import StepMaterializationData
 
 from imagepipeline.defs.partitions import uploads
 from imagepipeline.defs.showing import (
@@ -72,6 +73,22 @@ def build_outcome(
     return dg.AssetMaterialization(
         ORIGINAL, partition=image_id, metadata={**_describe_end(row), **known}
     )
+
+
+def report_outcome(
+    instance: dg.DagsterInstance, run: dg.DagsterRun, outcome: dg.AssetMaterialization
+) -> None:
+    """Records an outcome as an event of a run whose step has failed, or which is lost.
+
+    Dagster drops what a failing step logs. An event without a run would outlive the image's
+    erasure, which deletes its runs.
+    """
+    event = dg.DagsterEvent(
+        dg.DagsterEventType.ASSET_MATERIALIZATION.value,
+        job_name=run.job_name,
+        event_specific_data=StepMaterializationData(outcome),
+    )
+    instance.report_dagster_event(event, run.run_id)
 
 
 def _describe_end(row: Mapping[str, Any]) -> dict[str, str]:

@@ -15,7 +15,7 @@ from dagster_celery.tags import DAGSTER_CELERY_TASK_ID_TAG as TASK_ID_TAG
 from imagepipeline.defs.attempts import GENERATION_TAG, read_generation
 from imagepipeline.defs.batches import process_batch
 from imagepipeline.defs.jobs import process_upload
-from imagepipeline.defs.outcomes import build_outcome
+from imagepipeline.defs.outcomes import build_outcome, report_outcome
 from imagepipeline.errors import PostponedError, StaleClaimError
 from imagepipeline.stores.broker import TaskQueue
 from imagepipeline.stores.catalogue import Catalogue, Pending, Processing
@@ -96,7 +96,7 @@ def reconcile(
             row.image_id, partial(_recover_if_lost, catalogue, instance, watch, row)
         )
         if repaired:
-            _look_at(row.image_id, partial(_show_outcome, catalogue, instance, row.image_id))
+            _look_at(row.image_id, partial(_show_outcome, catalogue, instance, row))
         lines += repaired
     idle = _list_idle_runs(instance, owners={row.run_id for row in processing})
     lines += _cancel_runs(catalogue, instance)
@@ -166,8 +166,9 @@ def _look_at(image_id: str, work: Callable[[], list[str]]) -> list[str]:
         ]
 
 
-def _show_outcome(catalogue: Catalogue, instance: dg.DagsterInstance, image_id: str) -> list[str]:
-    instance.report_runless_asset_event(build_outcome(catalogue, image_id))
+def _show_outcome(catalogue: Catalogue, instance: dg.DagsterInstance, row: Processing) -> list[str]:
+    if run := instance.get_run_by_id(row.run_id):
+        report_outcome(instance, run, build_outcome(catalogue, row.image_id))
     return []
 
 

@@ -11,7 +11,6 @@ from imagepipeline.stores.database import Database
 from imagepipeline.stores.tables import (
     answers,
     erasures,
-    events,
     image_variants,
     images,
     provider_calls,

@@ -30,9 +30,6 @@ def take(url: str, folder: Path) -> None:
         browser.click_link("Catalog")
         browser.page.get_by_text("Materialized").first.wait_for()
         browser.shoot("catalog")
-        browser.open("/assets/queue")
-        browser.page.get_by_text("oldest_seconds").first.wait_for()
-        browser.shoot("queue")
         stories.find_image(browser, "photo-01")
         browser.shoot("partition")
 
