@@ -49,7 +49,9 @@ DEFAULT_WEBSERVER_PORT = 3000
 # Each sensor's tick takes one. The default, four and one for each processor, would leave none.
 CODE_SERVER_THREADS = "12"
 GRPC_SECONDS = 5
-ANSWER_SECONDS, WORK_SECONDS = 3, 15
+# An overloaded machine takes half a minute to start the process that describes it.
+ANSWER_SECONDS, WORK_SECONDS = 3, 40
+REDIS_SECONDS = 15
 HEARTBEAT_TOLERANCE_SECONDS = 120
 MIGRATION_COMMAND = [sys.executable, "-m", "imagepipeline.runtime.migration"]
 
@@ -280,7 +282,9 @@ def ask_workers(
     from kombu.exceptions import OperationalError
 
     url = broker.build_url(settings.broker_url)
-    app = Celery(broker=url, config_source=broker.build_config(settings.queue_prefix, WORK_SECONDS))
+    answer_seconds = max(patience_seconds, REDIS_SECONDS)
+    config = broker.build_config(settings.queue_prefix, answer_seconds)
+    app = Celery(broker=url, config_source=config)
     destination: dict[str, Any] = {"destination": names, "limit": len(names)} if names else {}
     with app.connection_for_write() as connection:
         try:

@@ -57,7 +57,7 @@ STOPPED_SECONDS = 15
 RUNS_PER_CHILD = 20
 # A used child holds about 70 MB of its own; a fresh one shares nearly all its memory.
 IDLE_SECONDS = 10
-DESCRIBE_SECONDS = 10
+DESCRIBE_SECONDS = 30
 
 
 def main() -> None:

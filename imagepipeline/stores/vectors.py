@@ -31,6 +31,8 @@ Write = tuple[Claim, Embedding]
 MIN_COMMITS = 20
 MAX_CONFLICTS = 10
 SETTLE_SECONDS = 3  # reads and writes take less
+# Of files and versions of the index. Every upsert adds some, and LanceDB's own limit is far higher.
+METADATA_CACHE_BYTES = 4_000_000
 READERS_PATIENCE = timedelta(hours=1)  # how long a reader may use an old version
 log = logging.getLogger(__name__)
 
@@ -201,9 +203,11 @@ class EmbeddingIndex:
     def _database(self) -> Any:
         import lancedb
 
-        # Plain HTTP is used only if the operator sets such an address in AWS_ENDPOINT_URL.
         return lancedb.connect(
-            self._uri, storage_options={"allow_http": "true"} if "://" in self._uri else None
+            self._uri,
+            # Plain HTTP is used only if the operator sets such an address in AWS_ENDPOINT_URL.
+            storage_options={"allow_http": "true"} if "://" in self._uri else None,
+            session=lancedb.Session(metadata_cache_size_bytes=METADATA_CACHE_BYTES),
         )
 
     def _table_names(self) -> list[str]:
