@@ -440,7 +440,7 @@ def test_planned_images_wait_for_runs_of_the_bulk_lane(
     assert [request.job_name for request in requests] == ["process_upload", *["process_batch"] * 2]
     assert catalogue.count_bulk() == {"pending": 5, "processing": 0}
     instance.add_run(
-        dg.DagsterRun("process_batch", str(uuid.uuid4()), status=dg.DagsterRunStatus.QUEUED)
+        dg.DagsterRun("process_batch", str(uuid.uuid4()), status=dg.DagsterRunStatus.STARTED)
     )
     assert [request.job_name for request in tick().run_requests].count("process_batch") == 1
 
