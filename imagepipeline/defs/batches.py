@@ -38,6 +38,7 @@ from imagepipeline.services.embedder import Embedder
 from imagepipeline.services.vision import VisionModel
 from imagepipeline.storage import Storage
 from imagepipeline.stores.catalogue import Catalogue
+from imagepipeline.stores.ledger import Ledger
 
 LANE_TAG = "imagepipeline/lane"  # dagster.yaml limits the runs of `bulk`
 MAX_BATCH_RUNS = 2
@@ -76,6 +77,7 @@ class Batch:
         catalogue: where images are claimed.
         stages: what is done for each.
         originals: holds what was read of an image until it has ended.
+        ledger: knows whether a person has paused all work; then the run takes no more images.
         run_id: the run that holds the claims.
         max_images: how many images it takes.
     """
@@ -83,6 +85,7 @@ class Batch:
     catalogue: Catalogue
     stages: Stages
     originals: Originals
+    ledger: Ledger
     run_id: str
     max_images: int
     claims: dict[str, Claim] = field(default_factory=dict)  # those that this run holds
@@ -130,7 +133,7 @@ class Batch:
         give_up = time.monotonic() + LINGER_SECONDS
         while not self._stopping.is_set() and time.monotonic() < self._deadline:
             with self._lock:
-                if self._taken >= self.max_images:
+                if self._taken >= self.max_images or self.ledger.find_full_pause():
                     return None
                 claim = self.catalogue.claim_next(self.run_id)
                 if claim is not None:
@@ -229,6 +232,7 @@ def process_images(
     embedder: dg.ResourceParam[Embedder],
     index: dg.ResourceParam[EmbeddingStore],
     paid_calls: dg.ResourceParam[PaidCalls],
+    ledger: dg.ResourceParam[Ledger],
     batch_size: dg.ResourceParam[int],
 ) -> Iterator[dg.AssetMaterialization]:
     """Makes what images of the bulk lane need, several at a time.
@@ -264,7 +268,8 @@ def process_images(
         "variants": renderer.recipe,
         "embedding": embedder.recipe,
     }
-    batch = Batch(catalogue, Stages(makers, recipes), originals, context.run_id, batch_size)
+    stages = Stages(makers, recipes)
+    batch = Batch(catalogue, stages, originals, ledger, context.run_id, batch_size)
     context.instance.add_run_tags(context.run_id, {MACHINE_TAG: socket.gethostname()})
     finished = 0
     try:

@@ -19,7 +19,7 @@ from imagepipeline.errors import ProviderUnavailableError, StackError
 from imagepipeline.imaging.decoding import Rules, decode
 from imagepipeline.imaging.sandbox import Sandbox
 from imagepipeline.imaging.variants import Renderer
-from imagepipeline.models import ASSETS, BULK_PRIORITY, Upload, build_variant_specs
+from imagepipeline.models import ASSETS, BULK_PRIORITY, BY_PERSON, Upload, build_variant_specs
 from imagepipeline.originals import Originals
 from imagepipeline.services.embedder import LocalEmbedder
 from imagepipeline.services.vision import LocalVision
@@ -31,7 +31,7 @@ pytestmark = pytest.mark.stack
 
 
 @pytest.fixture
-def run_batch(instance, catalogue, files, index, paid_calls):
+def run_batch(instance, catalogue, files, index, paid_calls, ledger):
     """A function that runs one batch."""
 
     def run_batch(size=50, **resources):
@@ -44,6 +44,7 @@ def run_batch(instance, catalogue, files, index, paid_calls):
                 "renderer": Renderer(build_variant_specs()),
                 "index": index,
                 "paid_calls": paid_calls,
+                "ledger": ledger,
                 "vision": LocalVision(),
                 "embedder": LocalEmbedder(),
                 "batch_size": size,
@@ -133,6 +134,15 @@ def test_a_batch_takes_no_more_images_than_its_size(run_batch, push, catalogue):
     assert run_batch(size=2).success
     assert catalogue.count()["completed"] == 2
     assert [catalogue.get(image_id)["status"] for image_id in "abc"][2] == "pending"
+
+
+def test_a_batch_takes_no_images_once_a_person_has_paused_all_work(
+    run_batch, push, catalogue, ledger
+):
+    push("a")
+    ledger.pause(BY_PERSON, "the disk is being moved", None)
+    assert run_batch().success
+    assert catalogue.get("a")["status"] == "pending"
 
 
 def test_a_batch_that_is_stopped_hands_its_images_back(run_batch, push, catalogue):

@@ -100,6 +100,7 @@ class World:
                 "paid_calls": paid_calls_of(self),
                 "vision": LocalVision(),
                 "embedder": LocalEmbedder(),
+                "ledger": self.ledger,
                 "batch_size": 9,
             },
         ).success
