@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
 
+from imagepipeline.models import BULK_PRIORITY, Upload
 from imagepipeline.runtime import processes, valkey
 from imagepipeline.runtime.supervisor import find_running
 from imagepipeline.settings import Settings
@@ -35,12 +36,18 @@ class Stack:
     pid: int
     webserver_url: str
 
-    def push(self, photos: list[Path]) -> list[str]:
-        """Stores originals and pushes their IDs; returns the IDs."""
+    def push(self, photos: list[Path], is_bulk: bool = False) -> list[str]:
+        """Stores originals and pushes their IDs, or puts them into the bulk lane; returns the IDs."""
         files = open_storage(self.settings.storage)
         ids = [f"{photo.stem[:40]}-{time.time_ns()}" for photo in photos]
         for image_id, photo in zip(ids, photos, strict=True):
             files.put_original(image_id, photo.read_bytes(), photo.suffix[1:])
+        if is_bulk:
+            with closing(Catalogue(self.settings.database_url)) as catalogue:
+                catalogue.accept(Upload(image_id, priority=-1000) for image_id in ids)
+                for image_id in ids:
+                    catalogue.prioritize(image_id, BULK_PRIORITY)
+            return ids
         with closing(UploadQueue(self.settings.redis_url, self.settings.queue_prefix)) as queue:
             for image_id in ids:
                 queue.enqueue(image_id)

@@ -3,7 +3,7 @@
 Measures images per minute, the time to the first result, and CPU time by process.
 
 python -m benchmarks.throughput PHOTOS [--count 60] [--rounds 3] [--runs 5 10]
-    [--peer-concurrency 5 20] [--as-written]
+    [--peer-concurrency 5 20] [--bulk] [--as-written]
 """
 
 import argparse
@@ -26,10 +26,10 @@ CHAT_SECONDS, EMBED_SECONDS = 2.0, 0.3
 MATCHED = {"IMAGEPIPELINE_AVIF_QUALITY": "83"}
 
 
-def measure_burst(stack: Stack, photos: list[Path]) -> dict[str, Any]:
-    """Measures one burst; CPU seconds are per image."""
+def measure_burst(stack: Stack, photos: list[Path], is_bulk: bool = False) -> dict[str, Any]:
+    """Measures one burst, of uploads or in the bulk lane; CPU seconds are per image."""
     before = stack.measure_cpu_seconds()
-    ended = stack.wait(stack.push(photos))
+    ended = stack.wait(stack.push(photos, is_bulk))
     after = stack.measure_cpu_seconds()
     count, wall_seconds = len(photos), max(ended.values())
     cpu = {name: (seconds - before.get(name, 0)) / count for name, seconds in after.items()}
@@ -53,11 +53,11 @@ def read_codec_seconds(stack: Stack, count: int) -> float:
     """
     path = stack.settings.home / "dagster" / "storage" / "event_log.db"
     query = (
-        "SELECT event FROM event_logs WHERE dagster_event_type = 'ASSET_MATERIALIZATION' "
-        "ORDER BY id DESC LIMIT ?"
+        "SELECT event FROM event_logs WHERE dagster_event_type = 'ASSET_MATERIALIZATION' AND "
+        """asset_key IN ('["metadata"]', '["variants"]') ORDER BY id DESC LIMIT ?"""
     )
     with closing(sa.create_engine(f"sqlite:///{path}").raw_connection()) as connection:
-        rows = connection.execute(query, (3 * count,)).fetchall()
+        rows = connection.execute(query, (2 * count,)).fetchall()
     seconds = 0.0
     for (event,) in rows:
         entries = json.loads(event)["dagster_event"]["event_specific_data"]["materialization"][
@@ -83,7 +83,7 @@ def measure(folder: Path, options: argparse.Namespace) -> dict[str, Any]:
     machine, photos = describe_machine(), collect(folder, options.count)
     peer: dict[int, list[Any]] = {concurrency: [] for concurrency in options.peer_concurrency}
     ours: dict[int, list[Any]] = {runs: [] for runs in options.runs}
-    as_written = None
+    as_written, bulk = None, list[dict[str, Any]]()
     with run_provider(CHAT_SECONDS, EMBED_SECONDS) as provider:
         url = provider["OPENAI_BASE_URL"]
         for _ in range(options.rounds):
@@ -93,6 +93,9 @@ def measure(folder: Path, options: argparse.Namespace) -> dict[str, Any]:
                 changes = {"IMAGEPIPELINE_MAX_RUNS": str(runs)}
                 with run_stack(provider | MATCHED | changes) as stack:
                     bursts.append(measure_burst(stack, sorted(photos.iterdir())))
+            if options.bulk:
+                with run_stack(provider | MATCHED) as stack:
+                    bulk.append(measure_burst(stack, sorted(photos.iterdir()), is_bulk=True))
         if options.as_written:
             as_written = run_peer(photos, options.count, 4, url)
     shutil.rmtree(photos)
@@ -100,6 +103,7 @@ def measure(folder: Path, options: argparse.Namespace) -> dict[str, Any]:
         "machine": machine,
         "images": options.count,
         "ours_by_runs": ours,
+        "bulk": bulk,
         "peer_by_concurrency": peer,
         "peer_as_written": as_written,
         "images_per_minute": {
@@ -120,6 +124,7 @@ if __name__ == "__main__":
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--runs", type=int, nargs="+", default=[5])
     parser.add_argument("--peer-concurrency", type=int, nargs="+", default=[5, 20])
+    parser.add_argument("--bulk", action="store_true", help="also measure the bulk lane")
     parser.add_argument("--as-written", action="store_true")
     arguments = parser.parse_args()
     print(json.dumps(measure(arguments.photos, arguments), indent=2))
