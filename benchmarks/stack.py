@@ -37,7 +37,7 @@ class Stack:
     webserver_url: str
 
     def push(self, photos: list[Path], is_bulk: bool = False) -> list[str]:
-        """Stores originals and pushes their IDs, or puts them into the bulk lane; returns the IDs."""
+        """Stores originals, and pushes their IDs or puts them into the bulk lane; returns these."""
         files = open_storage(self.settings.storage)
         ids = [f"{photo.stem[:40]}-{time.time_ns()}" for photo in photos]
         for image_id, photo in zip(ids, photos, strict=True):
