@@ -60,7 +60,9 @@ def test_two_machines_share_the_work_its_limits_and_its_results(pair_in, bucket_
         pair.wait_until_completed(COMPLETE_SECONDS)
         pair.provider.refuses = True
         pair.push("refused", 8)
-        pair.wait_until(lambda: "auth: " in pair.beta.run("status", "--json"), COMPLETE_SECONDS)
+        pair.wait_until(
+            lambda: '"paused": "auth' in pair.beta.run("status", "--json"), COMPLETE_SECONDS
+        )
         pair.wait_until(lambda: pair.count()["processing"] == 0, COMPLETE_SECONDS)
         assert 0 < pair.provider.refused <= MAX_RUNS  # then neither machine asks again
         pair.provider.refuses = False

@@ -348,7 +348,7 @@ class Pair:
         def list_hosts() -> set[str]:
             return {name.rpartition("@")[2] for name in services.list_workers(self.alpha.settings)}
 
-        self.wait_until(lambda: list_hosts() == hosts, 60)
+        self.wait_until(lambda: list_hosts() == hosts, 150)
 
     def push(self, name: str, count: int) -> list[str]:
         """Pushes new images with different pictures; returns their IDs."""
