@@ -92,7 +92,7 @@ def test_an_upload_becomes_metadata_variants_and_an_embedding(
             variant["width"],
             variant["height"],
         )
-    assert index.get(cat, "local:all-MiniLM-L6-v2-int8")["text"].startswith("Landscape picture")
+    assert index.get(cat, "local:all-MiniLM-L6-v2-int8")["text"].startswith("Looks like cat")
     for asset in ASSETS:
         assert instance.get_materialized_partitions(dg.AssetKey(asset)) == {cat}
 
