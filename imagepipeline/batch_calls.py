@@ -327,25 +327,16 @@ class BatchCalls:
         known_usd = [one for one in left_usd if one is not None]
         if not known_usd:
             return MAX_REQUESTS
-        call_usd = self._estimate_usd()
-        if call_usd is None:
+        mean_usd = self._paid_calls.estimate_usd(STAGE, self._recipe.model)
+        if mean_usd is None:
             raise BatchError(
                 "what a call costs is not known, so no budget can be kept: "
                 "run `plan --sample 5` first"
             )
         under_way = sum(batch.requests for batch in self._list_open())
-        return int(min(known_usd) / call_usd) - under_way if call_usd else MAX_REQUESTS
-
-    def _estimate_usd(self) -> float | None:
-        """What a request costs in US dollars, by the mean of earlier calls."""
-        usage = self._ledger.find_mean_usage(STAGE, self._recipe.model)
-        if usage is None:
-            return None
-        if usage.cost_usd is not None:
-            return usage.cost_usd * BATCH_PRICE_SHARE
-        tokens = CallUsage(int(usage.tokens_in or 0), int(usage.tokens_out or 0))
-        cost_usd = self._paid_calls.price(self._recipe.model, tokens)
-        return None if cost_usd is None else cost_usd * BATCH_PRICE_SHARE
+        if not mean_usd:
+            return MAX_REQUESTS
+        return int(min(known_usd) / (mean_usd * BATCH_PRICE_SHARE)) - under_way
 
     def _look(self, batch: SentBatch) -> BatchState | None:
         """What the provider says of a batch; None if it does not answer now."""

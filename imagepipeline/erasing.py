@@ -209,9 +209,8 @@ def _list_answer_keys(stores: Stores, row: Mapping[str, Any] | None) -> list[str
     for path in filter(None, (row["path"], row["requested_path"])):
         if _exists(stores.files, path):
             inputs["metadata"].add(hashlib.sha256(stores.files.read(path)).hexdigest())
-    if row["metadata"]:
-        text = ImageMetadata.model_validate(row["metadata"]).embedding_text
-        inputs["embedding"].add(hash_text(text))
+    if metadata := ImageMetadata.read(row["metadata"]):
+        inputs["embedding"].add(hash_text(metadata.embedding_text))
     recipes = {asset: {recipe} for asset, recipe in stores.recipes.items()}
     for asset, made in row["made_by"].items():
         recipes.setdefault(asset, set()).add(

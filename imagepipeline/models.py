@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from enum import StrEnum
 from pathlib import PurePosixPath
-from typing import Annotated, Any
+from typing import Annotated, Any, Self
 from urllib.parse import unquote_plus
 
 from pydantic import BaseModel, ConfigDict, Field, StringConstraints
@@ -297,6 +297,14 @@ class ImageMetadata(BaseModel):
     category: Word
     dominant_colors: list[Color] = Field(alias="dominantColors", max_length=16)
     mood: Word
+
+    @classmethod
+    def read(cls, stored: object) -> Self | None:
+        """The answer in the column of a row; None if there is none, or one of an earlier kind."""
+        try:
+            return cls.model_validate(stored)
+        except ValueError:
+            return None
 
     @property
     def embedding_text(self) -> str:

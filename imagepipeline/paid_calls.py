@@ -199,6 +199,11 @@ class PaidCalls:
         per_million_in, per_million_out = price
         return (usage.tokens_in * per_million_in + usage.tokens_out * per_million_out) / 1_000_000
 
+    def estimate_usd(self, stage: str, model: str) -> float | None:
+        """Returns the US dollars of a call by the mean of earlier ones; None if not known."""
+        usage = self._ledger.find_mean_usage(stage, model)
+        return usage.estimate_usd(find_price(model, self._prices)) if usage else None
+
     def _pause(self, error: PausedError, claim: Claim | None, stage: str) -> None:
         # A pause caused by a search or the doctor has no stage, so that any answer ends it: neither
         # may ever make another call.

@@ -72,10 +72,7 @@ def _estimate(
         return Step(asset, cause, count, 0, 0, 0, 0, 0)
     usage = ledger.find_mean_usage(asset, recipe.model) or MeanUsage(None, None, None)
     limits = [one for one in parse_limits(rate_limits) if one.stage in (None, asset)]
-    cost_usd = usage.cost_usd
-    price = find_price(recipe.model, prices)
-    if cost_usd is None and usage.tokens_in is not None and price:
-        cost_usd = (usage.tokens_in * price[0] + (usage.tokens_out or 0) * price[1]) / 1e6
+    cost_usd = usage.estimate_usd(find_price(recipe.model, prices))
     return Step(
         asset=asset,
         cause=cause,

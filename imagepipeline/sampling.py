@@ -11,7 +11,7 @@ from imagepipeline.errors import (
     PermanentError,
     RetryableError,
 )
-from imagepipeline.imaging.palette import choose_visible
+from imagepipeline.imaging.palette import with_visible_colors
 from imagepipeline.imaging.preparation import Prepared
 from imagepipeline.imaging.variants import Renderer
 from imagepipeline.models import Embedding, ImageMetadata, Recipe, VisionAnswer
@@ -148,7 +148,7 @@ class Sampler:
             for variant in sorted(row["variants"], key=lambda one: (one["width"], one["size"]))
             if (content := self._read(variant["path"], variant["size"]))
         ]
-        before = _read_metadata(row.get("metadata"))
+        before = ImageMetadata.read(row.get("metadata"))
         trial = replace(trial, described=(before, before))
         if stored:
             trial = replace(trial, thumbnail=stored[0][1])
@@ -169,10 +169,8 @@ class Sampler:
 
     def _describe(self, trial: Trial, original: Original) -> Trial:
         recipe, before = self.vision.recipe, trial.described[0]
-        for twin in self.catalogue.find_twins("metadata", recipe, original.sha256, 1):
-            known = _read_metadata((self.catalogue.get(twin) or {}).get("metadata"))
-            if known:
-                return replace(trial, described=(before, known))
+        if known := self.catalogue.find_twin_metadata(recipe, original.sha256):
+            return replace(trial, described=(before, known))
         prepared = original.prepared
         answer, trial = self._ask(
             trial,
@@ -181,8 +179,7 @@ class Sampler:
             lambda: self._call(prepared),
             Kept("metadata", recipe, original.sha256, VisionAnswer),
         )
-        colors = choose_visible(answer.metadata.dominant_colors, prepared.facts)
-        after = answer.metadata.model_copy(update={"dominant_colors": colors})
+        after = with_visible_colors(answer.metadata, prepared.facts)
         return replace(trial, described=(before, after))
 
     def _call(self, prepared: Prepared) -> VisionAnswer:
@@ -239,13 +236,6 @@ def _add_cost(trial: Trial, cost_usd: float | None, paid_usd: float | None) -> T
     is_known = cost_usd is not None and trial.cost_usd is not None
     total_usd = (trial.cost_usd or 0) + (cost_usd or 0) if is_known else None
     return replace(trial, cost_usd=total_usd, paid_usd=trial.paid_usd + (paid_usd or 0))
-
-
-def _read_metadata(value: object) -> ImageMetadata | None:
-    try:
-        return ImageMetadata.model_validate(value)
-    except ValueError:
-        return None
 
 
 @contextmanager

@@ -217,3 +217,8 @@ def test_invalid_metadata_is_refused(change):
 def test_a_recipe_is_written_as_one_word():
     assert Recipe("openai", "gpt-4o-mini", "prompt-1").version == "openai:gpt-4o-mini:prompt-1"
     assert Recipe("local", "minilm").version == "local:minilm"
+
+
+@pytest.mark.parametrize("stored", [None, [], {}, {"description": "a cat", "keywords": ["cat"]}])
+def test_metadata_of_an_earlier_kind_count_as_none(stored):
+    assert ImageMetadata.read(stored) is None

@@ -1,8 +1,9 @@
 """Commands about failures: list, show, retry, discard."""
 
 import sys
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from itertools import islice
+from typing import Any
 
 import click
 
@@ -32,6 +33,15 @@ reason_option = click.option(
 all_option = click.option(
     "--all", "is_all", is_flag=True, help="All failures, or all of the given reason."
 )
+
+
+def choice_options(command: Callable[..., Any]) -> Callable[..., Any]:
+    """Gives a command the failures to act on, the settings, and how to act."""
+    argument = click.argument("failure_ids", nargs=-1, type=to_text)
+    decorated = with_settings(command)
+    for decorate in (json_option, dry_run_option, all_option, reason_option, argument):
+        decorated = decorate(decorated)
+    return decorated
 
 
 @click.group(epilog=EPILOG)
@@ -75,12 +85,7 @@ def show(settings: Settings, failure_id: str, as_json: bool) -> None:
 
 
 @failed.command(epilog=EPILOG)
-@click.argument("failure_ids", nargs=-1, type=to_text)
-@reason_option
-@all_option
-@dry_run_option
-@json_option
-@with_settings
+@choice_options
 def retry(
     settings: Settings,
     failure_ids: tuple[str, ...],
@@ -98,12 +103,7 @@ def retry(
 
 
 @failed.command(epilog=EPILOG)
-@click.argument("failure_ids", nargs=-1, type=to_text)
-@reason_option
-@all_option
-@dry_run_option
-@json_option
-@with_settings
+@choice_options
 def discard(
     settings: Settings,
     failure_ids: tuple[str, ...],

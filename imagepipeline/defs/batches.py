@@ -13,7 +13,7 @@ from functools import partial
 import dagster as dg
 from pydantic import Field
 
-from imagepipeline.defs.assets import OWNERS
+from imagepipeline.defs.assets import OWNERS, embedding, metadata, variants
 from imagepipeline.defs.attempts import (
     MACHINE_TAG,
     Work,
@@ -46,14 +46,13 @@ IMAGES_AT_ONCE = 4  # in one run: while some wait for a provider, others use the
 MAX_SECONDS = 60  # then a run takes no more images: a worker that drains waits no longer
 LINGER_SECONDS = 2  # without images: the next tick of the sensor may bring some
 DATA_VERSION_TAG = "dagster/data_version"
-DEPS = {"metadata": [], "variants": ["metadata"], "embedding": ["metadata", "variants"]}
+DEPS = {one.key: one.asset_deps[one.key] for one in (metadata, variants, embedding)}
 # What a materialization shows, so that an event takes 2 to 3 kB of Dagster's tables; the rest is
 # in the catalogue (`imagepipeline status ID`).
 SHOWN = (
     *("description", "tags", "category", "cost_usd", "cause"),
     *("bytes_in", "bytes_out", "problems"),
 )
-MADE_FROM_ORIGINAL = ("metadata", "variants")
 # What Dagster records for `original`, which has no data version.
 OF_ORIGINAL = {
     f"dagster/input_data_version/{ORIGINAL.to_user_string()}": "INITIAL",
@@ -190,10 +189,10 @@ class Batch:
             DATA_VERSION_TAG: made.data_version,
             "dagster/code_version": self.stages.recipes[asset].version,
         }
-        metadata = {key: value for key, value in made.metadata.items() if key in SHOWN}
-        metadata["see_original"] = link_to("original", claim.image_id)
+        shown = {key: value for key, value in made.metadata.items() if key in SHOWN}
+        shown["see_original"] = link_to("original", claim.image_id)
         self._put(
-            dg.AssetMaterialization(asset, partition=claim.image_id, metadata=metadata, tags=tags)
+            dg.AssetMaterialization(asset, partition=claim.image_id, metadata=shown, tags=tags)
         )
 
     def _show_outcome(self, claim: Claim) -> None:
@@ -298,11 +297,13 @@ def relate(instance: dg.DagsterInstance, made: dg.AssetMaterialization) -> dg.As
     if made.asset_key == ORIGINAL:
         return made
     tags = dict(made.tags or {})
-    if made.asset_key.to_user_string() in MADE_FROM_ORIGINAL:
-        tags |= OF_ORIGINAL
-    for dep in DEPS[made.asset_key.to_user_string()]:
+    for dep_key in DEPS[made.asset_key]:
+        if dep_key == ORIGINAL:
+            tags |= OF_ORIGINAL
+            continue
+        dep = dep_key.to_user_string()
         newest = instance.fetch_materializations(
-            dg.AssetRecordsFilter(asset_key=dg.AssetKey(dep), asset_partitions=[partition]), limit=1
+            dg.AssetRecordsFilter(asset_key=dep_key, asset_partitions=[partition]), limit=1
         ).records
         for record in newest:
             materialization = record.asset_materialization

@@ -10,11 +10,10 @@ from imagepipeline.defs.partitions import uploads
 from imagepipeline.defs.showing import (
     describe_metadata,
     link_to,
-    read_metadata,
     show_picture,
     tabulate,
 )
-from imagepipeline.models import ASSETS, Status
+from imagepipeline.models import ASSETS, ImageMetadata, Status
 from imagepipeline.stores.catalogue import Catalogue
 
 ORIGINAL = dg.AssetKey("original")
@@ -53,7 +52,7 @@ def build_outcome(
     """
     row = catalogue.get(image_id) or {}
     cost_usd = catalogue.sum_cost_usd(image_id)
-    metadata = read_metadata(row)
+    metadata = ImageMetadata.read(row.get("metadata"))
     facts = {
         "picture": show_picture(thumbnail or row.get("placeholder")),
         **(describe_metadata(metadata) if metadata else {}),

@@ -35,14 +35,6 @@ def show_colors(colors: Sequence[str]) -> dg.MetadataValue:
     return dg.MetadataValue.md(f"![swatches]({uri}) {' '.join(shown)}")
 
 
-def read_metadata(row: Mapping[str, Any] | None) -> ImageMetadata | None:
-    """The stored answer of a row; None if there is none, or one of an earlier kind."""
-    try:
-        return ImageMetadata.model_validate((row or {}).get("metadata"))
-    except ValueError:
-        return None
-
-
 def describe_metadata(described: ImageMetadata) -> dict[str, dg.MetadataValue | str]:
     """What a model said of an image."""
     return {

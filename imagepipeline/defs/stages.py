@@ -16,12 +16,11 @@ from imagepipeline.defs.checks import (
 )
 from imagepipeline.defs.showing import (
     describe_metadata,
-    read_metadata,
     show_picture,
     tabulate,
 )
 from imagepipeline.errors import MissingMetadataError
-from imagepipeline.imaging.palette import choose_visible
+from imagepipeline.imaging.palette import with_visible_colors
 from imagepipeline.imaging.sandbox import Usage
 from imagepipeline.imaging.variants import Renderer
 from imagepipeline.index import EmbeddingStore
@@ -30,7 +29,6 @@ from imagepipeline.models import (
     Embedding,
     ImageMetadata,
     OriginalFacts,
-    PixelFacts,
     Recipe,
     VisionAnswer,
 )
@@ -82,7 +80,7 @@ def make_metadata(
     cause = causes["metadata"]
     kept = Kept("metadata", vision.recipe, original.sha256, VisionAnswer)
     row = {} if cause else catalogue.get(claim.image_id) or {}
-    if known := read_metadata(row):
+    if known := ImageMetadata.read(row.get("metadata")):
         catalogue.confirm_result(claim, "metadata")
         paid_calls.forget(kept)
         return Made(
@@ -99,8 +97,7 @@ def make_metadata(
         renderer.begin(original.session, original.facts)
     described = None
     if cause != ASKED:
-        twins = catalogue.find_twins("metadata", vision.recipe, original.sha256, MAX_TWINS)
-        described = next(filter(None, (read_metadata(catalogue.get(one)) for one in twins)), None)
+        described = catalogue.find_twin_metadata(vision.recipe, original.sha256)
     is_reused = described is not None
     if described:
         answer, receipt = VisionAnswer(described), Receipt()
@@ -114,7 +111,7 @@ def make_metadata(
             work.report,
             kept,
         )
-        answer = replace(answer, metadata=_with_visible_colors(answer.metadata, prepared.facts))
+        answer = replace(answer, metadata=with_visible_colors(answer.metadata, prepared.facts))
     catalogue.save_metadata(claim, answer.metadata, vision.recipe, original.sha256)
     paid_calls.forget(kept)
     return Made(
@@ -280,12 +277,6 @@ def is_in_place(
     expected = {spec.path_for(original.path) for spec in renderer.specs}
     return expected == {variant["path"] for variant in stored} and all(
         len(read_stored(files, variant)) == variant["size"] for variant in stored
-    )
-
-
-def _with_visible_colors(metadata: ImageMetadata, facts: PixelFacts) -> ImageMetadata:
-    return metadata.model_copy(
-        update={"dominant_colors": choose_visible(metadata.dominant_colors, facts)}
     )
 
 

@@ -7,7 +7,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from imagepipeline.imaging.decoding import Decoded
-from imagepipeline.models import PixelFacts
+from imagepipeline.models import ImageMetadata, PixelFacts
 
 SAMPLE_PX = 128
 PALETTE_COLORS = 16
@@ -80,6 +80,12 @@ def measure(decoded: Decoded, image: Image.Image) -> PixelFacts:
         camera=decoded.camera,
         taken_on=decoded.taken_on,
     )
+
+
+def with_visible_colors(metadata: ImageMetadata, facts: PixelFacts) -> ImageMetadata:
+    """Returns metadata without the dominant colours that do not occur in the image."""
+    colors = choose_visible(metadata.dominant_colors, facts)
+    return metadata.model_copy(update={"dominant_colors": colors})
 
 
 def choose_visible(colors: Iterable[str], facts: PixelFacts) -> list[str]:

@@ -17,6 +17,8 @@ import sqlalchemy as sa
 from dagster._core.storage.event_log.schema import AssetEventTagsTable, SqlEventLogStorageTable
 
 from imagepipeline import erasing
+from imagepipeline.defs.partitions import uploads
+from imagepipeline.defs.sensors import UNFINISHED
 from imagepipeline.errors import ImagePipelineError, StackError
 from imagepipeline.models import build_variant_specs
 from imagepipeline.providers import build_recipes
@@ -29,17 +31,9 @@ from imagepipeline.stores.uploads import UploadQueue
 from imagepipeline.stores.vectors import EmbeddingIndex
 
 DRY_RUN = "--dry-run"
-PARTITIONS = "uploads"  # the name in imagepipeline.defs.partitions
 PARTITION_TAG = "dagster/partition"
 END_SECONDS = 90  # the reconciler ends the run of a lost worker within a minute
 POLL_SECONDS = 0.3
-UNFINISHED = [
-    dg.DagsterRunStatus.NOT_STARTED,
-    dg.DagsterRunStatus.QUEUED,
-    dg.DagsterRunStatus.STARTING,
-    dg.DagsterRunStatus.STARTED,
-    dg.DagsterRunStatus.CANCELING,
-]
 
 
 class Dagster:
@@ -76,7 +70,7 @@ class Dagster:
             self._instance.delete_run(run.run_id)
         self._delete_events(image_id)
         self._replace_latest(image_id)
-        self._instance.delete_dynamic_partition(PARTITIONS, image_id)
+        self._instance.delete_dynamic_partition(str(uploads.name), image_id)
         return len(runs)
 
     def _delete_events(self, image_id: str) -> None:

@@ -2,7 +2,7 @@
 
 import json
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from datetime import datetime, timedelta
 
 import sqlalchemy as sa
@@ -176,21 +176,7 @@ class Applies:
         )
 
 
-_COLUMNS = [
-    applies.c[name]
-    for name in (
-        "id",
-        "began_at",
-        "end_reason",
-        "max_images",
-        "budget_usd",
-        "recipes",
-        "conditions",
-        "begun_count",
-        "last_id",
-        "spent_usd",
-    )
-]
+_COLUMNS = [applies.c[one.name] for one in fields(Apply)]
 
 
 def _expire(now: datetime, lease_seconds: float | None) -> datetime | None:

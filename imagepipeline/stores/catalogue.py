@@ -51,6 +51,7 @@ from imagepipeline.text import hash_text
 
 K = TypeVar("K")
 ENDED = (Status.COMPLETED, Status.FAILED)
+MAX_TWINS = 3  # whose metadata may be of an earlier kind
 POISON_RECOVERIES, POISON_WINDOW = 3, timedelta(hours=72)
 HISTORY_FIELDS = ("at", "event", "generation", "fence", "run_id", "detail")
 
@@ -386,6 +387,13 @@ class Catalogue:
         )
         with self._database.reading() as connection:
             return list(connection.execute(query).scalars())
+
+    def find_twin_metadata(self, recipe: Recipe, input_sha256: str) -> ImageMetadata | None:
+        """What this recipe has said of another image with the same original, if that is stored."""
+        for image_id in self.find_twins("metadata", recipe, input_sha256, MAX_TWINS):
+            if known := ImageMetadata.read((self.get(image_id) or {}).get("metadata")):
+                return known
+        return None
 
     def list_processing(self) -> list[Processing]:
         """All images that a run holds."""

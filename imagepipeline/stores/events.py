@@ -7,7 +7,7 @@ marked separately.
 
 import uuid
 from collections.abc import Callable, Collection, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from datetime import datetime, timedelta
 from typing import Any
 
@@ -53,7 +53,7 @@ class StoredEvent:
     webhook_sent_at: datetime | None
 
 
-COLUMNS = [events.c[name] for name in StoredEvent.__dataclass_fields__]
+COLUMNS = [events.c[name] for name in (one.name for one in fields(StoredEvent))]
 
 
 @dataclass(frozen=True)
@@ -315,9 +315,8 @@ def _insert(connection: sa.Connection, event: Event) -> None:
 
 def _describe(stored: Any) -> dict[str, Any]:
     """The fields of a stored description; none if it is of an earlier kind."""
-    try:
-        metadata = ImageMetadata.model_validate(stored)
-    except ValueError:
+    metadata = ImageMetadata.read(stored)
+    if metadata is None:
         return {}
     return {
         "description": metadata.description,

@@ -30,6 +30,12 @@ class MeanUsage:
     tokens_out: float | None
     cost_usd: float | None
 
+    def estimate_usd(self, price: tuple[float, float] | None) -> float | None:
+        """The cost of a call as reported, or by the price of a million tokens in and out."""
+        if self.cost_usd is not None or self.tokens_in is None or price is None:
+            return self.cost_usd
+        return (self.tokens_in * price[0] + (self.tokens_out or 0) * price[1]) / 1e6
+
 
 class Ledger:
     """The paid calls and pauses in the catalogue's database."""
