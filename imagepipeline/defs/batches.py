@@ -41,6 +41,7 @@ from imagepipeline.stores.catalogue import Catalogue
 from imagepipeline.stores.ledger import Ledger
 
 LANE_TAG = "imagepipeline/lane"  # dagster.yaml limits the runs of `bulk`
+WORK_TAG = "imagepipeline/work"  # `planned`, or `backlog` of uploads
 MAX_BATCH_RUNS = 2
 IMAGES_AT_ONCE = 4  # in one run: while some wait for a provider, others use the CPU
 MAX_SECONDS = 60  # then a run takes no more images: a worker that drains waits no longer
@@ -79,6 +80,8 @@ class Batch:
         ledger: knows whether a person has paused all work; then the run takes no more images.
         run_id: the run that holds the claims.
         max_images: how many images it takes.
+        uploads_left: how many uploads it leaves to runs of their own; None if it takes no uploads,
+            but planned images.
     """
 
     catalogue: Catalogue
@@ -87,6 +90,7 @@ class Batch:
     ledger: Ledger
     run_id: str
     max_images: int
+    uploads_left: int | None = None
     claims: dict[str, Claim] = field(default_factory=dict)  # those that this run holds
     _events: "queue.SimpleQueue[Event | None]" = field(default_factory=queue.SimpleQueue)
     _lock: threading.Lock = field(default_factory=threading.Lock)
@@ -134,7 +138,7 @@ class Batch:
             with self._lock:
                 if self._taken >= self.max_images or self.ledger.find_full_pause():
                     return None
-                claim = self.catalogue.claim_next(self.run_id)
+                claim = self.catalogue.claim_next(self.run_id, self.uploads_left)
                 if claim is not None:
                     self._taken += 1
                     self.claims[claim.image_id] = claim
@@ -220,11 +224,24 @@ class Event:
     is_recorded: threading.Event = field(default_factory=threading.Event)
 
 
+class BatchConfig(dg.Config):
+    """Which images a run of the bulk lane takes."""
+
+    uploads_left: int | None = Field(
+        None,
+        ge=0,
+        description="Take uploads of a backlog, and leave so many, the first in line, to runs of "
+        "their own; without it, take planned images.",
+    )
+
+
 @dg.op(out={}, tags={"owner": OWNERS[0].replace(":", "/")})
 def process_images(
     context: dg.OpExecutionContext,
+    config: BatchConfig,
     catalogue: dg.ResourceParam[Catalogue],
     files: dg.ResourceParam[Storage],
+    originals: dg.ResourceParam[Originals],
     background_originals: dg.ResourceParam[Originals],
     vision: dg.ResourceParam[VisionModel],
     renderer: dg.ResourceParam[Renderer],
@@ -240,7 +257,8 @@ def process_images(
     until there are none, it has had enough, or a minute is over. Materializations appear on the
     images' partitions; images that fail are in this run's log and in `imagepipeline failed list`.
     """
-    originals = background_originals
+    if config.uploads_left is None:
+        originals = background_originals
     makers = {
         "metadata": partial(
             make_metadata,
@@ -268,7 +286,15 @@ def process_images(
         "embedding": embedder.recipe,
     }
     stages = Stages(makers, recipes)
-    batch = Batch(catalogue, stages, originals, ledger, context.run_id, batch_size)
+    batch = Batch(
+        catalogue,
+        stages,
+        originals,
+        ledger,
+        context.run_id,
+        batch_size,
+        config.uploads_left,
+    )
     context.instance.add_run_tags(context.run_id, {MACHINE_TAG: socket.gethostname()})
     finished = 0
     try:
@@ -316,7 +342,7 @@ def relate(instance: dg.DagsterInstance, made: dg.AssetMaterialization) -> dg.As
 @dg.job(
     tags={LANE_TAG: "bulk", "dagster/priority": str(BULK_PRIORITY)},
     description="Makes what many images need, such as after a change of model. The sensor starts "
-    "it for `imagepipeline apply`; at most two run at a time.",
+    "it for `imagepipeline apply` and for a backlog of uploads; at most two run at a time.",
     executor_def=dg.in_process_executor,
 )
 def process_batch() -> None:

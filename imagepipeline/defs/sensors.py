@@ -6,11 +6,16 @@ from collections.abc import Sequence, Set
 import dagster as dg
 
 from imagepipeline.defs.attempts import GENERATION_TAG, read_generation
-from imagepipeline.defs.batches import IMAGES_AT_ONCE, MAX_BATCH_RUNS, process_batch
+from imagepipeline.defs.batches import (
+    IMAGES_AT_ONCE,
+    MAX_BATCH_RUNS,
+    WORK_TAG,
+    process_batch,
+)
 from imagepipeline.defs.jobs import process_upload
 from imagepipeline.defs.partitions import uploads
 from imagepipeline.errors import InvalidUploadError, PostponedError, StackError
-from imagepipeline.models import Pause, Upload, check_image_id, is_image_id
+from imagepipeline.models import PRIORITY_LIMIT, Pause, Upload, check_image_id, is_image_id
 from imagepipeline.paid_calls import PaidCalls
 from imagepipeline.planning import Applier
 from imagepipeline.stores.catalogue import Catalogue, Pending
@@ -21,6 +26,7 @@ ENTRIES_PER_TICK = 500  # about half a second; a tick may take 60 s
 # The backlog waits in the catalogue, where priorities can change; Dagster's queue holds enough runs
 # to keep its slots busy.
 RUNS_PER_SLOT, DEFAULT_SLOTS = 3, 5
+BACKLOG_IMAGES = 50  # waiting uploads from which on runs of the bulk lane share the work
 VARIANTS = [dg.AssetKey("variants")]
 MAX_WAIT_SECONDS = 4  # for an entry; under the 5 s after which a silent Redis counts as down
 # Dagster abandons a tick after a minute and starts another while ours may still run: both would
@@ -79,7 +85,8 @@ def upload_sensor(
     except PostponedError as error:
         return dg.SkipReason(str(error))
     unfinished, full_count = find_unfinished(context.instance)
-    limit = find_limit(context.instance)
+    slots = find_slots(context.instance)
+    limit = RUNS_PER_SLOT * slots
     try:
         pauses = paid_calls.update_pauses()
         affordable, problem_of_rates = paid_calls.count_affordable()
@@ -87,7 +94,9 @@ def upload_sensor(
             context.log.warning(line)
         if ended := applier.feed():
             context.log.info(ended)
-        batches = 0 if pauses else count_batches(catalogue, context.instance)
+        batches = [] if pauses else request_batches(catalogue, context.instance)
+        if not pauses and affordable is None:
+            batches += request_backlog_batches(catalogue, context.instance, slots)
     except PostponedError as error:
         return dg.SkipReason(str(error))
     pending = catalogue.list_pending(limit, except_for=unfinished, is_rotating=bool(pauses))
@@ -111,7 +120,7 @@ def upload_sensor(
         run_requests=[
             *(build_run_request(image) for image in chosen),
             *(build_run_request(image, VARIANTS) for image in pictures),
-            *(dg.RunRequest(job_name=process_batch.name) for _ in range(batches)),
+            *batches,
         ],
         dynamic_partitions_requests=[uploads.build_add_request(image_ids)],
     )
@@ -127,10 +136,10 @@ def list_pictures(
     return [image for image in pending if is_image_id(image.image_id)]
 
 
-def find_limit(instance: dg.DagsterInstance) -> int:
-    """How many runs may be queued or running."""
+def find_slots(instance: dg.DagsterInstance) -> int:
+    """How many runs may run at once."""
     queue = instance.get_concurrency_config().run_queue_config
-    return RUNS_PER_SLOT * (queue.max_concurrent_runs if queue else DEFAULT_SLOTS)
+    return queue.max_concurrent_runs if queue else DEFAULT_SLOTS
 
 
 def count_room(pauses: Sequence[Pause], limit: int, full_count: int) -> int:
@@ -243,15 +252,39 @@ def build_run_request(image: Pending, assets: Sequence[dg.AssetKey] | None = Non
     )
 
 
-def count_batches(catalogue: Catalogue, instance: dg.DagsterInstance) -> int:
-    """How many runs of the bulk lane to start: one for each `IMAGES_AT_ONCE` images that wait."""
+def request_batches(catalogue: Catalogue, instance: dg.DagsterInstance) -> list[dg.RunRequest]:
+    """Runs of the bulk lane for planned images: one for each `IMAGES_AT_ONCE` that wait."""
     waiting = catalogue.count_bulk()["pending"]
     if not waiting:
-        return 0
-    unfinished = instance.get_runs_count(
-        dg.RunsFilter(job_name=process_batch.name, statuses=UNFINISHED)
+        return []
+    count = min(MAX_BATCH_RUNS, -(-waiting // IMAGES_AT_ONCE)) - count_batches(instance, "planned")
+    return [dg.RunRequest(job_name=process_batch.name, tags={WORK_TAG: "planned"})] * count
+
+
+def request_backlog_batches(
+    catalogue: Catalogue, instance: dg.DagsterInstance, slots: int
+) -> list[dg.RunRequest]:
+    """Runs of the bulk lane for a backlog of uploads, in at most half of the slots.
+
+    They go before the runs of single uploads, which would otherwise keep them waiting.
+    """
+    if catalogue.count_uploads(BACKLOG_IMAGES + 1) <= BACKLOG_IMAGES:
+        return []
+    count = min(MAX_BATCH_RUNS, slots // 2) - count_batches(instance, "backlog")
+    config = {"uploads_left": RUNS_PER_SLOT * slots}
+    request = dg.RunRequest(
+        job_name=process_batch.name,
+        run_config={"ops": {"process_images": {"config": config}}},
+        tags={WORK_TAG: "backlog", "dagster/priority": str(PRIORITY_LIMIT + 1)},
     )
-    return max(0, min(MAX_BATCH_RUNS, -(-waiting // IMAGES_AT_ONCE)) - unfinished)
+    return [request] * count
+
+
+def count_batches(instance: dg.DagsterInstance, work: str) -> int:
+    """How many runs of the bulk lane for this work have not ended."""
+    return instance.get_runs_count(
+        dg.RunsFilter(job_name=process_batch.name, statuses=UNFINISHED, tags={WORK_TAG: work})
+    )
 
 
 def explain_idleness(pending_count: int, unfinished_count: int) -> str:

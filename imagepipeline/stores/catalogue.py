@@ -51,6 +51,7 @@ from imagepipeline.text import hash_text
 
 K = TypeVar("K")
 ENDED = (Status.COMPLETED, Status.FAILED)
+CANDIDATES = 16  # more than there are threads of batch runs, each of which takes one
 MAX_TWINS = 3  # whose metadata may be of an earlier kind
 POISON_RECOVERIES, POISON_WINDOW = 3, timedelta(hours=72)
 HISTORY_FIELDS = ("at", "event", "generation", "fence", "run_id", "detail")
@@ -359,17 +360,34 @@ class Catalogue:
                 counts[name] = int(connection.execute(query).scalar_one())
         return counts
 
-    def claim_next(self, run_id: str) -> Claim | None:
-        """Claims the oldest image of the bulk lane that is due; None if none is."""
-        oldest = (
-            sa.select(images.c.id)
-            .where(self._is_due(), images.c.priority == BULK_PRIORITY)
-            .order_by(images.c.accepted_at, images.c.id)
+    def count_uploads(self, limit: int) -> int:
+        """The number of pending uploads that are due, or the limit if there are more."""
+        due = sa.select(images.c.id).where(self._is_due(), images.c.priority > BULK_PRIORITY)
+        query = sa.select(sa.func.count()).select_from(due.limit(limit).subquery())
+        with self._database.reading() as connection:
+            return int(connection.execute(query).scalar_one())
+
+    def claim_next(self, run_id: str, uploads_left: int | None = None) -> Claim | None:
+        """Claims the oldest planned image that is due; None if none is.
+
+        With `uploads_left`, it claims an upload instead: the first one in line after so many, which
+        are left to runs of their own. So are uploads that were handed back or recovered.
+        """
+        order = (images.c.priority.desc(), images.c.accepted_at, images.c.id)
+        which = images.c.priority == BULK_PRIORITY
+        if uploads_left is not None:
+            is_first_try = images.c.generation == images.c.accepted_generation
+            which = sa.and_(images.c.priority > BULK_PRIORITY, is_first_try)
+        next_ones = sa.select(images.c.id).where(self._is_due(), which).order_by(*order)
+        # By itself, because Postgres would lock those before the offset, too.
+        candidates = next_ones.offset(uploads_left or 0).limit(CANDIDATES)
+        first = (
+            next_ones.where(images.c.id.in_(candidates))
             .limit(1)
             .with_for_update(skip_locked=True)  # two workers take different ones
         )
         with self._database.transaction() as connection:
-            image_id = connection.execute(oldest).scalar()
+            image_id = connection.execute(first).scalar()
             if image_id is None:
                 return None
             self._take(connection, run_id, images.c.id == image_id)

@@ -34,12 +34,14 @@ pytestmark = pytest.mark.stack
 def run_batch(instance, catalogue, files, index, paid_calls, ledger):
     """A function that runs one batch."""
 
-    def run_batch(size=50, **resources):
+    def run_batch(size=50, config=None, **resources):
         return process_batch.execute_in_process(
             instance=instance,
+            run_config={"ops": {"process_images": {"config": config or {}}}},
             resources={
                 "catalogue": catalogue,
                 "files": files,
+                "originals": Originals(files, Sandbox(), Rules()),
                 "background_originals": Originals(files, Sandbox(niceness=NICEST), Rules()),
                 "renderer": Renderer(build_variant_specs()),
                 "index": index,
@@ -169,6 +171,21 @@ def test_an_image_whose_batch_died_gets_a_run_of_its_own(push, catalogue):
     assert [pending.image_id for pending in catalogue.list_pending(9)] == ["a"]
 
 
+def test_a_batch_takes_uploads_of_a_backlog_behind_those_with_runs_of_their_own(
+    run_batch, push, catalogue
+):
+    push("planned", *"abcde")
+    for image_id, priority in zip("abcde", (0, 5, 0, 0, -5), strict=True):
+        catalogue.prioritize(image_id, priority)
+    catalogue.hand_back(catalogue.claim("c", 1, "a run of its own"), "it was stopped")
+    assert run_batch(config={"uploads_left": 2}).success
+    completed = {
+        image_id for image_id in "abcde" if catalogue.get(image_id)["status"] == "completed"
+    }
+    assert completed == {"d", "e"}  # b and a are first in line, c runs alone
+    assert catalogue.get("planned")["status"] == "pending"
+
+
 def test_decoders_of_the_bulk_lane_yield_the_cpu():
     with Sandbox(niceness=NICEST).open(
         decode, (PHOTOS / "cat.jpg").read_bytes(), Rules()
@@ -176,17 +193,22 @@ def test_decoders_of_the_bulk_lane_yield_the_cpu():
         assert os.getpriority(os.PRIO_PROCESS, session.process_id) == NICEST
 
 
-def test_threads_claim_different_images(catalogue_url):
+@pytest.mark.parametrize(("uploads_left", "expected"), [(None, 20), (5, 15)])
+def test_threads_claim_different_images(catalogue_url, uploads_left, expected):
     with closing(Catalogue(catalogue_url)) as catalogue:
         catalogue.migrate()
-        catalogue.accept([Upload(f"i{number}") for number in range(20)])
-        for number in range(20):
-            catalogue.prioritize(f"i{number}", BULK_PRIORITY)
+        catalogue.accept([Upload(f"i{number:02}") for number in range(20)])
+        if uploads_left is None:
+            for number in range(20):
+                catalogue.prioritize(f"i{number:02}", BULK_PRIORITY)
         with ThreadPoolExecutor(8) as pool:
-            claims = list(pool.map(lambda number: catalogue.claim_next(f"run{number}"), range(24)))
-    assert sorted(claim.image_id for claim in claims if claim) == sorted(
-        f"i{number}" for number in range(20)
-    )
+            claims = list(
+                pool.map(
+                    lambda number: catalogue.claim_next(f"run{number}", uploads_left), range(24)
+                )
+            )
+    claimed = [claim.image_id for claim in claims if claim]
+    assert sorted(claimed) == [f"i{number:02}" for number in range(20 - expected, 20)]
 
 
 def test_the_apply_job_opens_an_apply(instance, applier, catalogue, sqlite_catalogue_url):

@@ -9,8 +9,16 @@ import dagster as dg
 import pytest
 
 from imagepipeline.defs.attempts import GENERATION_TAG
-from imagepipeline.defs.sensors import DEFAULT_SLOTS, RUNS_PER_SLOT, take_in, upload_sensor
-from imagepipeline.models import BY_PERSON, Recipe, Upload, now_utc
+from imagepipeline.defs.batches import WORK_TAG
+from imagepipeline.defs.sensors import (
+    BACKLOG_IMAGES,
+    DEFAULT_SLOTS,
+    RUNS_PER_SLOT,
+    request_backlog_batches,
+    take_in,
+    upload_sensor,
+)
+from imagepipeline.models import BY_PERSON, PRIORITY_LIMIT, Recipe, Upload, now_utc
 from imagepipeline.paid_calls import PaidCalls
 from imagepipeline.stores.applies import Applies
 from imagepipeline.stores.failures import FailedImages
@@ -38,8 +46,12 @@ def tick(instance, catalogue, queue, ledger, paid_calls, applier):
 
 
 def keys(result):
-    """The keys of the runs that make all assets."""
-    return [request.run_key for request in result.run_requests if request.asset_selection is None]
+    """The keys of the runs that make all assets of one image."""
+    return [
+        request.run_key
+        for request in result.run_requests
+        if request.run_key and request.asset_selection is None
+    ]
 
 
 def list_pictures(result):
@@ -440,7 +452,12 @@ def test_planned_images_wait_for_runs_of_the_bulk_lane(
     assert [request.job_name for request in requests] == ["process_upload", *["process_batch"] * 2]
     assert catalogue.count_bulk() == {"pending": 5, "processing": 0}
     instance.add_run(
-        dg.DagsterRun("process_batch", str(uuid.uuid4()), status=dg.DagsterRunStatus.STARTED)
+        dg.DagsterRun(
+            "process_batch",
+            str(uuid.uuid4()),
+            status=dg.DagsterRunStatus.STARTED,
+            tags={WORK_TAG: "planned"},
+        )
     )
     assert [request.job_name for request in tick().run_requests].count("process_batch") == 1
 
@@ -558,3 +575,20 @@ def test_images_that_failed_shortly_before_an_outage_was_noticed_wait_again(
     }
     assert states == {"a": "pending", "b": "failed", "c": "failed"}
     assert [row["image_id"] for row in outbox.list_unsent("webhook")] == ["b", "c"]
+
+
+def test_runs_of_the_bulk_lane_share_a_backlog_of_uploads(
+    tick, catalogue, instance, ledger, start_run
+):
+    catalogue.accept([Upload(f"i{number}") for number in range(BACKLOG_IMAGES)])
+    assert {request.job_name for request in tick().run_requests} == {"process_upload"}
+    catalogue.accept([Upload("one-more")])
+    requests = tick().run_requests
+    batches = [request for request in requests if request.job_name == "process_batch"]
+    assert len(requests) == LIMIT + 2
+    assert len(batches) == 2
+    assert int(batches[0].tags["dagster/priority"]) > PRIORITY_LIMIT  # else they would never start
+    assert batches[0].run_config["ops"]["process_images"]["config"] == {"uploads_left": LIMIT}
+    assert request_backlog_batches(catalogue, instance, slots=1) == []
+    ledger.pause("credits", "no credit is left", None)
+    assert not [one for one in tick().run_requests or () if one.job_name == "process_batch"]

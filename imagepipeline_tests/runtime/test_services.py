@@ -11,7 +11,7 @@ import pytest
 import sqlalchemy as sa
 import yaml
 
-from imagepipeline.defs.sensors import RUNS_PER_SLOT, find_limit
+from imagepipeline.defs.sensors import find_slots
 from imagepipeline.errors import StackError
 from imagepipeline.runtime import services
 from imagepipeline.settings import Settings
@@ -106,7 +106,7 @@ def test_dagsters_files_follow_the_settings(tmp_path):
     assert "canary" not in written
     services.prepare(Settings.load(settings))
     with dg.DagsterInstance.from_config(str(tmp_path / "dagster")) as instance:
-        assert find_limit(instance) == 7 * RUNS_PER_SLOT
+        assert find_slots(instance) == 7
 
 
 @pytest.mark.stack
