@@ -26,6 +26,7 @@ from imagepipeline.providers import (
     build_notifiers,
     build_recipes,
     build_renderer,
+    build_tenants,
     build_vision,
     open_paid_calls,
 )
@@ -128,6 +129,9 @@ def build_resources(settings: Settings) -> dict[str, dg.ResourceDefinition]:
         ),
         "batch_size": resources.made(
             lambda: settings.batch_size, "How many images a run of the bulk lane takes."
+        ),
+        "tenants": resources.made(
+            lambda: build_tenants(settings), "What tenants may use, and have used."
         ),
         "applier": resources.made(
             lambda: Applier(

@@ -23,6 +23,7 @@ IMAGE_ID_PATTERN = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]{0,63}")
 MAX_THUMBNAIL_CHARACTERS = 960
 CLASSIFIER_PX = 224  # width and height of the offline vision model's input, raw RGB
 PRIORITY_LIMIT = 1000
+TENANT_PATTERN = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.@-]{0,63}")
 BULK_PRIORITY = -PRIORITY_LIMIT - 1  # of planned work: below every upload
 MAX_ENTRY_BYTES = 4096
 # Database columns hold 512 characters; disks allow 255 bytes for each name (POSIX NAME_MAX).
@@ -124,12 +125,14 @@ class Upload:
         path: the original's path below the storage root; None means the one file
             `original/<image_id>.*` that exists when a run starts.
         priority: -1000 to 1000; higher runs sooner.
+        tenant: whose upload it is, if uploads of several customers share the stack; empty for none.
         ignored: unknown fields of the entry.
     """
 
     image_id: str
     path: str | None = None
     priority: int = 0
+    tenant: str = ""
     ignored: tuple[str, ...] = field(default=(), compare=False)
 
     def __post_init__(self) -> None:
@@ -141,10 +144,15 @@ class Upload:
                 f"priority of {self.image_id} must be a whole number from -{PRIORITY_LIMIT} "
                 f"to {PRIORITY_LIMIT}"
             )
+        if not isinstance(self.tenant, str) or not TENANT_PATTERN.fullmatch(self.tenant or "none"):
+            raise InvalidUploadError(
+                f"{self.tenant!r:.80}, the tenant of {self.image_id}, must be 1 to 64 letters, "
+                "digits, '-', '_', '.' or '@', the first a letter or digit"
+            )
 
     @classmethod
     def from_entry(cls, entry: bytes) -> "Upload":
-        """Parses an entry: a bare image ID, or `{"imageId": …, "path": …, "priority": …}`.
+        """Parses an entry: a bare image ID, or JSON with `imageId`, `path`, `priority`, `tenant`.
 
         Accepts what clients produce: surrounding whitespace, a quoted or numeric ID, and `null`
         for an absent field. Also accepts the message that S3 sends of a new object, and MinIO's.
@@ -171,17 +179,22 @@ class Upload:
             return cls(str(find_named_image(path)), path)
         given: dict[str, Any] = {"imageId": value} if isinstance(value, str) else value
         fields = {name: content for name, content in given.items() if content is not None}
-        ignored = tuple(sorted(given.keys() - {"imageId", "path", "priority"}))
+        ignored = tuple(sorted(given.keys() - {"imageId", "path", "priority", "tenant"}))
         return cls(
-            _read_id(fields.get("imageId")), fields.get("path"), fields.get("priority", 0), ignored
+            _read_id(fields.get("imageId")),
+            fields.get("path"),
+            fields.get("priority", 0),
+            _read_id(fields.get("tenant", "")),
+            ignored,
         )
 
     def to_entry(self) -> str:
         """The entry that `from_entry` parses: the bare ID if there is nothing else to say."""
-        if self.path is None and self.priority == 0:
+        if self.path is None and self.priority == 0 and not self.tenant:
             return self.image_id
         fields: dict[str, Any] = {"imageId": self.image_id, "priority": self.priority}
-        return json.dumps(fields if self.path is None else fields | {"path": self.path})
+        given = {"path": self.path, "tenant": self.tenant}
+        return json.dumps(fields | {name: value for name, value in given.items() if value})
 
 
 def _read_object_path(message: Any) -> str:
@@ -229,6 +242,7 @@ class Claim:
         path: the original's path, if the upload named one.
         last_path: where the original was when it was last read.
         last_sha256: the hash it had then.
+        tenant: whose image it is; empty for none.
     """
 
     image_id: str
@@ -237,6 +251,7 @@ class Claim:
     path: str | None
     last_path: str | None = None
     last_sha256: str | None = None
+    tenant: str = ""
 
 
 @dataclass(frozen=True)

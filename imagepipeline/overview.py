@@ -12,6 +12,7 @@ from imagepipeline.opening import open_queue
 from imagepipeline.settings import Settings
 from imagepipeline.stores.catalogue import Catalogue
 from imagepipeline.stores.ledger import Ledger
+from imagepipeline.tenants import describe_used
 
 MAX_LISTED = 1000
 Report = Callable[[str], None]
@@ -52,7 +53,7 @@ def measure_progress(catalogue: Catalogue, counts: Mapping[str, int | None]) -> 
 
 
 def describe_stack(counts: Mapping[str, Any]) -> dict[str, str]:
-    """What `count_images`, `measure_progress` and `find_pause` returned, as lines to read."""
+    """What `count_images`, `measure_progress`, `Tenants.list_used` and `find_pause` gave."""
     lines = {
         name: "unknown" if counts[name] is None else f"{counts[name]:,}"
         for name in ("waiting", *Status, "dead", "dropped")
@@ -64,6 +65,8 @@ def describe_stack(counts: Mapping[str, Any]) -> dict[str, str]:
     lines["throughput"] = f"{counts['images_per_minute']:,} images in the last minute"
     if counts["minutes_left"] is not None:
         lines["time left"] = describe_minutes(counts["minutes_left"])
+    for row in counts.get("tenants", ()):
+        lines[f"tenant {row['tenant'] or '(none)'}"] = describe_used(row)
     return lines | ({"paused": counts["paused"]} if "paused" in counts else {})
 
 
@@ -109,6 +112,7 @@ def describe_image(
     described = row["metadata"] or {}
     lines = {
         "image": row["id"],
+        "tenant": row["tenant"],
         "status": row["status"],
         "changed": f"{describe_age(row['updated_at'], now)}, at {row['updated_at']:%F %T} UTC",
         "reason": row["reason"],
@@ -244,6 +248,7 @@ def _describe_entry(entry: bytes, copies: int) -> dict[str, Any]:
         "id": upload.image_id,
         "path": upload.path,
         "priority": upload.priority,
+        "tenant": upload.tenant,
         "copies": copies,
         "error": None,
     }

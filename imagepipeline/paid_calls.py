@@ -23,6 +23,7 @@ from imagepipeline.errors import (
 from imagepipeline.models import Claim, PaidCall, Pause, Recipe, now_utc
 from imagepipeline.stores.ledger import MESSAGE_CHARACTERS, Ledger
 from imagepipeline.stores.limiter import CallLimiter
+from imagepipeline.tenants import Tenants
 from imagepipeline.text import hash_text
 from imagepipeline.usage import CallUsage
 
@@ -98,6 +99,7 @@ class PaidCalls:
             limit.
         clock: Returns the current time.
         recipes: The recipes by stage. Only calls of remote models are paid.
+        tenants: Know which tenant has used up its budget; None if no tenant has one.
     """
 
     def __init__(
@@ -109,7 +111,9 @@ class PaidCalls:
         monthly_budget_usd: float | None = None,
         clock: Callable[[], datetime] = now_utc,
         recipes: Mapping[str, Recipe] | None = None,
+        tenants: Tenants | None = None,
     ) -> None:
+        self._tenants = tenants
         self._all_recipes = recipes or {}
         self._recipes = {
             stage: recipe
@@ -147,7 +151,8 @@ class PaidCalls:
         Raises:
             PausedError: Paid work is paused.
             RateLimitError: The rate limit did not permit the call within `MAX_WAIT_SECONDS`.
-            PostponedError: A budget is set but the price is unknown, or Redis does not answer.
+            PostponedError: A budget is set but the price is unknown, the tenant's budget is used
+                up, or Redis does not answer.
             ImagePipelineError: Whatever the call raises.
         """
         if recipe.provider == "local":
@@ -155,6 +160,8 @@ class PaidCalls:
         if kept and (earlier := self._find_kept(kept)):
             return earlier, Receipt()
         self.check(recipe)
+        if claim and self._tenants and (spent := self._tenants.explain_spent(claim.tenant)):
+            raise PostponedError(spent)
         waited_seconds = self._wait(stage, report)
         try:
             return self._ask(claim, stage, recipe, call, waited_seconds, kept)
@@ -413,7 +420,7 @@ class PaidCalls:
 
     def _explain_unpriced(self, *recipes: Recipe) -> str | None:
         """Returns what to do if a budget is set but the cost of these models is unknown."""
-        if not any(self._budgets.values()):
+        if not any(self._budgets.values()) and not (self._tenants and self._tenants.has_budgets):
             return None
         unpriced, without_usage = [], []
         for recipe in recipes:

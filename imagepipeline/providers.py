@@ -19,8 +19,10 @@ from imagepipeline.services.vision import (
     VisionOptions,
 )
 from imagepipeline.settings import NO_KEY, Settings
+from imagepipeline.stores.catalogue import Catalogue
 from imagepipeline.stores.ledger import Ledger
 from imagepipeline.stores.limiter import CallLimiter
+from imagepipeline.tenants import Tenants
 
 if TYPE_CHECKING:
     from imagepipeline.imaging.variants import Renderer
@@ -120,7 +122,21 @@ def open_paid_calls(settings: Settings) -> Iterator[PaidCalls]:
             "metadata": build_vision_recipe(settings),
             "embedding": build_embedding_recipe(settings),
         }
-        yield PaidCalls(ledger, limiter, list_prices(settings), *budgets, recipes=recipes)
+        yield PaidCalls(
+            ledger,
+            limiter,
+            list_prices(settings),
+            *budgets,
+            recipes=recipes,
+            tenants=build_tenants(settings),
+        )
+
+
+def build_tenants(settings: Settings) -> Tenants:
+    """What tenants may use."""
+    url = settings.database_url
+    shares = (settings.tenant_max_runs, settings.tenant_daily_budgets_usd)
+    return Tenants(Catalogue(url), Ledger(url), *shares)
 
 
 def build_vision_recipe(settings: Settings) -> Recipe:

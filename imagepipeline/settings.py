@@ -327,6 +327,19 @@ class Settings(BaseModel):
         description="The monthly budget in US dollars. Once it is spent, paid work pauses until "
         "the next month.",
     )
+    tenant_daily_budgets_usd: Annotated[dict[str, Price], BeforeValidator(_parse_json)] = Field(
+        {},
+        alias="IMAGEPIPELINE_TENANT_DAILY_BUDGETS_USD",
+        description="Daily budgets of tenants in US dollars, `*` for all others: "
+        '`{"*": 1, "acme": 20}`. Once one is spent, that tenant\'s images get their variants, and '
+        "the rest waits until midnight UTC.",
+    )
+    tenant_max_runs: Annotated[dict[str, Positive], BeforeValidator(_parse_json)] = Field(
+        {},
+        alias="IMAGEPIPELINE_TENANT_MAX_RUNS",
+        description="How many images of a tenant may be in runs at once, `*` for all others: "
+        '`{"*": 3, "acme": 5}`. Unset: tenants share the slots in turn.',
+    )
     openrouter_api_key: SecretStr | None = Field(
         None,
         alias="OPENROUTER_API_KEY",

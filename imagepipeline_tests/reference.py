@@ -102,6 +102,12 @@ GROUPS: tuple[tuple[str, str, tuple[str, ...]], ...] = (
         ),
     ),
     (
+        "Tenants",
+        "What customers who share the stack may use; see "
+        "[uploads](uploads.md#share-the-stack-between-customers).",
+        ("tenant_max_runs", "tenant_daily_budgets_usd"),
+    ),
+    (
         "Notices",
         "Who is told of failures and pauses.",
         (

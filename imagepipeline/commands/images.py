@@ -111,17 +111,23 @@ def status(
     dropped     only if there were more: how many older ones were dropped
     throughput  how many images ended in the last minute
     time left   at this throughput, for all that waits and runs
+    tenant      only if uploads name tenants: what each has waiting, and its costs today
     paused      only during a pause: why, and until when
     """
     from imagepipeline import display, overview
     from imagepipeline.runtime import supervisor
     from imagepipeline.stores.ledger import Ledger
+    from imagepipeline.tenants import Tenants
 
     catalogue, ledger = open_catalogue(settings), Ledger(settings.database_url)
+    shares = (settings.tenant_max_runs, settings.tenant_daily_budgets_usd)
+    tenants = Tenants(catalogue, ledger, *shares)
 
     def read_stack() -> dict[str, Any]:
         counts: dict[str, Any] = dict(overview.count_images(settings, catalogue, note))
         counts |= overview.measure_progress(catalogue, counts)
+        if used := tenants.list_used():
+            counts["tenants"] = used
         return counts | overview.find_pause(settings, ledger)
 
     def read_image() -> dict[str, Any]:

@@ -19,7 +19,10 @@ from imagepipeline.text import to_json
 
 @click.command(epilog=EPILOG)
 @click.option(
-    "--by", type=click.Choice(["model", "stage", "day"]), default="model", show_default=True
+    "--by",
+    type=click.Choice(["model", "stage", "day", "tenant"]),
+    default="model",
+    show_default=True,
 )
 @click.option(
     "--since", type=click.DateTime(["%Y-%m-%d"]), help="Only calls on or after this day (UTC)."

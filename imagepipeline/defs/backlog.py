@@ -1,6 +1,6 @@
 """The asset `queue`: what waits and why, with its history, reported every minute."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from typing import Any
@@ -13,6 +13,7 @@ from imagepipeline.models import BY_PERSON, Pause, now_utc
 from imagepipeline.paid_calls import PaidCalls
 from imagepipeline.stores.catalogue import Catalogue
 from imagepipeline.stores.uploads import UploadQueue
+from imagepipeline.tenants import Tenants
 
 QUEUE = dg.AssetKey("queue")
 STUCK_AFTER = timedelta(minutes=10)  # a run takes seconds, a restart of all services one minute
@@ -35,7 +36,8 @@ queue_spec = dg.AssetSpec(
 `waiting_count` uploads are on the Redis list, `pending_count` images wait for a run,
 `processing_count` have one; the oldest of them was pushed `oldest_seconds` ago. `failures` lists
 the newest failed images of a day with their reasons. `Plots` shows the history. Dagster's own queue
-(Runs, Queued) holds only the next few runs; the rest waits here.
+(Runs, Queued) holds only the next few runs; the rest waits here. If uploads name tenants, `tenants`
+shows what each has waiting, its limits, and its costs of today.
 
 Red: an operator must act. The check says what to do.""",
 )
@@ -61,6 +63,7 @@ class Backlog:
         rate_problem: why no paid call is permitted soon, or empty.
         problem: why figures are missing: Redis does not answer.
         failures: the newest failures of a day.
+        tenants: what `Tenants.list_used` gives.
     """
 
     figures: Mapping[str, float]
@@ -70,10 +73,16 @@ class Backlog:
     rate_problem: str
     problem: str | None
     failures: list[dict[str, Any]]
+    tenants: list[dict[str, Any]]
 
     @classmethod
     def measure(
-        cls, queue: UploadQueue, catalogue: Catalogue, paid_calls: PaidCalls, now: datetime
+        cls,
+        queue: UploadQueue,
+        catalogue: Catalogue,
+        paid_calls: PaidCalls,
+        tenants: Tenants,
+        now: datetime,
     ) -> "Backlog":
         """Asks Redis and the catalogue.
 
@@ -106,6 +115,7 @@ class Backlog:
             rate_problem=rate_problem,
             problem=problem,
             failures=catalogue.list_events("failed", now - FAILURES_WITHIN, MAX_FAILURES),
+            tenants=tenants.list_used(),
         )
 
     @property
@@ -127,24 +137,21 @@ class Backlog:
     def build_materialization(self) -> dg.AssetMaterialization:
         """The event of the asset."""
         failures = [
-            dg.TableRecord(
-                {
-                    "at": f"{failure['at']:%F %T}",
-                    "image": failure["image_id"],
-                    "why": failure["detail"],
-                }
-            )
+            {
+                "at": f"{failure['at']:%F %T}",
+                "image": failure["image_id"],
+                "why": failure["detail"],
+            }
             for failure in self.failures
         ]
-        columns = [dg.TableColumn(name, "string") for name in ("at", "image", "why")]
-        table = dg.MetadataValue.table(failures, dg.TableSchema(columns))
         return dg.AssetMaterialization(
             QUEUE,
             metadata={
                 "paused": self.paused,
                 **self.figures,
                 "oldest_seconds": self.oldest_seconds,
-                **({"failures": table} if failures else {}),
+                **_build_table("failures", failures),
+                **_build_table("tenants", self.tenants),
                 **({"problem": self.problem} if self.problem else {}),
             },
         )
@@ -204,6 +211,15 @@ class Backlog:
         )
 
 
+def _build_table(name: str, rows: Sequence[Mapping[str, Any]]) -> dict[str, dg.TableMetadataValue]:
+    """The rows as a table, with all columns as texts; nothing without rows."""
+    if not rows:
+        return {}
+    records = [dg.TableRecord({key: str(value) for key, value in row.items()}) for row in rows]
+    columns = [dg.TableColumn(key, "string") for key in rows[0]]
+    return {name: dg.MetadataValue.table(records, dg.TableSchema(columns))}
+
+
 def _explain(pause: Pause) -> str:
     until = f"until {pause.until:%F %R} UTC" if pause.until else "until `imagepipeline resume`"
     return f"{pause.reason}, {until}: {pause.message}"
@@ -230,9 +246,10 @@ def queue_checks(
     queue: dg.ResourceParam[UploadQueue],
     catalogue: dg.ResourceParam[Catalogue],
     paid_calls: dg.ResourceParam[PaidCalls],
+    tenants: dg.ResourceParam[Tenants],
 ) -> Iterator[dg.AssetCheckResult]:
     """The checks of what waits now, as `queue_sensor` makes them."""
-    for one in Backlog.measure(queue, catalogue, paid_calls, now_utc()).evaluate():
+    for one in Backlog.measure(queue, catalogue, paid_calls, tenants, now_utc()).evaluate():
         yield dg.AssetCheckResult(
             passed=one.passed,
             check_name=one.check_name,
@@ -256,6 +273,7 @@ def queue_sensor(
     queue: dg.ResourceParam[UploadQueue],
     catalogue: dg.ResourceParam[Catalogue],
     paid_calls: dg.ResourceParam[PaidCalls],
+    tenants: dg.ResourceParam[Tenants],
 ) -> dg.SensorResult | dg.SkipReason:
     """Reports what waits, every minute if that changes and every 15 minutes if not.
 
@@ -263,7 +281,7 @@ def queue_sensor(
     """
     now = now_utc()
     try:
-        backlog = Backlog.measure(queue, catalogue, paid_calls, now)
+        backlog = Backlog.measure(queue, catalogue, paid_calls, tenants, now)
     except PostponedError as error:
         return dg.SkipReason(str(error))
     reported = Reported.model_validate_json(context.cursor) if context.cursor else Reported()

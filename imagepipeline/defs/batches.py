@@ -1,5 +1,6 @@
 """The bulk lane: one run makes what many images need, several at a time."""
 
+import math
 import queue
 import socket
 import threading
@@ -39,6 +40,7 @@ from imagepipeline.services.vision import VisionModel
 from imagepipeline.storage import Storage
 from imagepipeline.stores.catalogue import Catalogue
 from imagepipeline.stores.ledger import Ledger
+from imagepipeline.tenants import Tenants
 
 LANE_TAG = "imagepipeline/lane"  # dagster.yaml limits the runs of `bulk`
 WORK_TAG = "imagepipeline/work"  # `planned`, or `backlog` of uploads
@@ -82,6 +84,7 @@ class Batch:
         max_images: how many images it takes.
         uploads_left: how many uploads it leaves to runs of their own; None if it takes no uploads,
             but planned images.
+        find_limit: how many images of a tenant may be in runs at once.
     """
 
     catalogue: Catalogue
@@ -91,6 +94,7 @@ class Batch:
     run_id: str
     max_images: int
     uploads_left: int | None = None
+    find_limit: Callable[[str], float] = lambda tenant: math.inf
     claims: dict[str, Claim] = field(default_factory=dict)  # those that this run holds
     _events: "queue.SimpleQueue[Event | None]" = field(default_factory=queue.SimpleQueue)
     _lock: threading.Lock = field(default_factory=threading.Lock)
@@ -138,7 +142,7 @@ class Batch:
             with self._lock:
                 if self._taken >= self.max_images or self.ledger.find_full_pause():
                     return None
-                claim = self.catalogue.claim_next(self.run_id, self.uploads_left)
+                claim = self.catalogue.claim_next(self.run_id, self.uploads_left, self.find_limit)
                 if claim is not None:
                     self._taken += 1
                     self.claims[claim.image_id] = claim
@@ -241,7 +245,6 @@ def process_images(
     config: BatchConfig,
     catalogue: dg.ResourceParam[Catalogue],
     files: dg.ResourceParam[Storage],
-    originals: dg.ResourceParam[Originals],
     background_originals: dg.ResourceParam[Originals],
     vision: dg.ResourceParam[VisionModel],
     renderer: dg.ResourceParam[Renderer],
@@ -250,6 +253,7 @@ def process_images(
     paid_calls: dg.ResourceParam[PaidCalls],
     ledger: dg.ResourceParam[Ledger],
     batch_size: dg.ResourceParam[int],
+    tenants: dg.ResourceParam[Tenants],
 ) -> Iterator[dg.AssetMaterialization]:
     """Makes what images of the bulk lane need, several at a time.
 
@@ -257,8 +261,7 @@ def process_images(
     until there are none, it has had enough, or a minute is over. Materializations appear on the
     images' partitions; images that fail are in this run's log and in `imagepipeline failed list`.
     """
-    if config.uploads_left is None:
-        originals = background_originals
+    originals = background_originals  # also for uploads: those in runs of their own go before
     makers = {
         "metadata": partial(
             make_metadata,
@@ -294,6 +297,7 @@ def process_images(
         context.run_id,
         batch_size,
         config.uploads_left,
+        tenants.find_max_paid_runs,
     )
     context.instance.add_run_tags(context.run_id, {MACHINE_TAG: socket.gethostname()})
     finished = 0

@@ -1,11 +1,12 @@
 """The upload sensor: records uploads from the Redis list, then starts runs for pending images."""
 
 import threading
-from collections.abc import Sequence, Set
+from collections import Counter
+from collections.abc import Mapping, Sequence, Set
 
 import dagster as dg
 
-from imagepipeline.defs.attempts import GENERATION_TAG, read_generation
+from imagepipeline.defs.attempts import GENERATION_TAG
 from imagepipeline.defs.batches import (
     IMAGES_AT_ONCE,
     MAX_BATCH_RUNS,
@@ -14,20 +15,22 @@ from imagepipeline.defs.batches import (
 )
 from imagepipeline.defs.jobs import process_upload
 from imagepipeline.defs.partitions import uploads
+from imagepipeline.defs.sharing import TENANT_TAG, VARIANTS, InFlight, choose
 from imagepipeline.errors import InvalidUploadError, PostponedError, StackError
-from imagepipeline.models import PRIORITY_LIMIT, Pause, Upload, check_image_id, is_image_id
+from imagepipeline.models import Pause, Upload, check_image_id, is_image_id
 from imagepipeline.paid_calls import PaidCalls
 from imagepipeline.planning import Applier
 from imagepipeline.stores.catalogue import Catalogue, Pending
 from imagepipeline.stores.ledger import Ledger
 from imagepipeline.stores.uploads import UploadQueue
+from imagepipeline.tenants import Tenants
 
 ENTRIES_PER_TICK = 500  # about half a second; a tick may take 60 s
 # The backlog waits in the catalogue, where priorities can change; Dagster's queue holds enough runs
 # to keep its slots busy.
 RUNS_PER_SLOT, DEFAULT_SLOTS = 3, 5
+BATCH_PRIORITY = 1_000_000  # above all that `InFlight.rank` gives
 BACKLOG_IMAGES = 50  # waiting uploads from which on runs of the bulk lane share the work
-VARIANTS = [dg.AssetKey("variants")]
 MAX_WAIT_SECONDS = 4  # for an entry; under the 5 s after which a silent Redis counts as down
 # Dagster abandons a tick after a minute and starts another while ours may still run: both would
 # remove from the list what one has read. A catalogue has one code server (`Catalogue.bind`), so a
@@ -54,6 +57,7 @@ def upload_sensor(
     ledger: dg.ResourceParam[Ledger],
     paid_calls: dg.ResourceParam[PaidCalls],
     applier: dg.ResourceParam[Applier],
+    tenants: dg.ResourceParam[Tenants],
 ) -> dg.SensorResult | dg.SkipReason:
     """Moves uploads from the Redis list into the catalogue and starts runs of pending images.
 
@@ -84,7 +88,7 @@ def upload_sensor(
             return dg.SkipReason(f"A person has paused all work: {full.message}.")
     except PostponedError as error:
         return dg.SkipReason(str(error))
-    unfinished, full_count = find_unfinished(context.instance)
+    in_flight = find_unfinished(context.instance)
     slots = find_slots(context.instance)
     limit = RUNS_PER_SLOT * slots
     try:
@@ -97,42 +101,68 @@ def upload_sensor(
         batches = [] if pauses else request_batches(catalogue, context.instance)
         if not pauses and affordable is None:
             batches += request_backlog_batches(catalogue, context.instance, slots)
+        held = Counter(
+            row.tenant
+            for row in catalogue.list_processing()
+            if (row.image_id, row.generation) not in in_flight.images
+        )
+        held.update({tenant: len(all_of) for tenant, all_of in in_flight.priorities.items()})
+        pending = choose(
+            catalogue,
+            limit,
+            held,
+            tenants.find_max_paid_runs,
+            in_flight.images,
+            is_rotating=bool(pauses),
+        )
     except PostponedError as error:
         return dg.SkipReason(str(error))
-    pending = catalogue.list_pending(limit, except_for=unfinished, is_rotating=bool(pauses))
     for line in end_invalid(catalogue, pending):
         context.log.error(line)
     pending = [image for image in pending if is_image_id(image.image_id)]
     most = limit if affordable is None else min(limit, affordable)
-    chosen = pending[: count_room(pauses, most, full_count)]
-    room = max(0, limit - len(unfinished) - len(chosen))
-    taken = unfinished | {(image.image_id, image.generation) for image in chosen}
-    pictures = list_pictures(catalogue, room, taken) if pauses or affordable is not None else []
+    chosen = pending[: count_room(pauses, most, in_flight.full_count)]
+    pictures = []
+    if pauses or affordable is not None or tenants.has_budgets:
+        taken = in_flight.images | {(image.image_id, image.generation) for image in chosen}
+        held.update(image.tenant for image in chosen)
+        room = max(0, limit - len(taken))
+        pictures = list_pictures(catalogue, room, held, tenants, taken)
     if not chosen and not pictures and not batches:
         paused = (
             f"Paused ({pauses[0].reason}): {pauses[0].message}." if pauses and pending else None
         )
         if pending and problem_of_rates and not paused:
             paused = f"Paused: {problem_of_rates}."
-        return dg.SkipReason(paused or problem or explain_idleness(len(pending), len(unfinished)))
-    image_ids = [image.image_id for image in (*chosen, *pictures)]
+        waiting = pending or catalogue.list_pending(1, in_flight.images)
+        idle = explain_idleness(bool(waiting), len(in_flight.images))
+        return dg.SkipReason(paused or problem or idle)
+    following = [*chosen, *pictures]
+    assets = [None] * len(chosen) + [VARIANTS] * len(pictures)
+    requests = map(build_run_request, following, in_flight.rank(following, limit), assets)
+    image_ids = [image.image_id for image in following]
     return dg.SensorResult(
-        run_requests=[
-            *(build_run_request(image) for image in chosen),
-            *(build_run_request(image, VARIANTS) for image in pictures),
-            *batches,
-        ],
+        run_requests=[*requests, *batches],
         dynamic_partitions_requests=[uploads.build_add_request(image_ids)],
     )
 
 
 def list_pictures(
-    catalogue: Catalogue, room: int, except_for: Set[tuple[str, int]]
+    catalogue: Catalogue,
+    room: int,
+    held: Mapping[str, int],
+    tenants: Tenants,
+    except_for: Set[tuple[str, int]],
 ) -> list[Pending]:
     """Images whose variants can be made now, while their paid calls must wait."""
-    if not room:
-        return []
-    pending = catalogue.list_pending(room, except_for, has_no_variants=True)
+    pending = choose(
+        catalogue,
+        room,
+        held,
+        tenants.find_max_runs,
+        except_for,
+        has_no_variants=True,
+    )
     return [image for image in pending if is_image_id(image.image_id)]
 
 
@@ -218,24 +248,17 @@ def take_in(queue: UploadQueue, catalogue: Catalogue) -> list[str]:
     return lines
 
 
-def find_unfinished(instance: dg.DagsterInstance) -> tuple[set[tuple[str, int]], int]:
-    """The (image ID, generation) of each run of the job that has not ended.
-
-    Also gives how many of them are not runs of variants alone, which need no paid call.
-    """
+def find_unfinished(instance: dg.DagsterInstance) -> InFlight:
+    """The runs of single uploads that have not ended."""
     records = instance.get_run_records(
         dg.RunsFilter(job_name=process_upload.name, statuses=UNFINISHED)
     )
-    found, full_count = set(), 0
-    for run in (record.dagster_run for record in records):
-        image_id, generation = run.tags.get("dagster/partition"), read_generation(run.tags)
-        if image_id and generation is not None:
-            found.add((image_id, generation))
-            full_count += run.asset_selection != set(VARIANTS)
-    return found, full_count
+    return InFlight.read(record.dagster_run for record in records)
 
 
-def build_run_request(image: Pending, assets: Sequence[dg.AssetKey] | None = None) -> dg.RunRequest:
+def build_run_request(
+    image: Pending, priority: int, assets: Sequence[dg.AssetKey] | None = None
+) -> dg.RunRequest:
     """The request for an image's run, of all assets or of some.
 
     A repeated request has no effect, because a run key is used once.
@@ -247,7 +270,8 @@ def build_run_request(image: Pending, assets: Sequence[dg.AssetKey] | None = Non
         asset_selection=assets,
         tags={
             GENERATION_TAG: str(image.generation),
-            "dagster/priority": str(image.priority),
+            "dagster/priority": str(priority),
+            **({TENANT_TAG: image.tenant} if image.tenant else {}),
         },
     )
 
@@ -275,7 +299,7 @@ def request_backlog_batches(
     request = dg.RunRequest(
         job_name=process_batch.name,
         run_config={"ops": {"process_images": {"config": config}}},
-        tags={WORK_TAG: "backlog", "dagster/priority": str(PRIORITY_LIMIT + 1)},
+        tags={WORK_TAG: "backlog", "dagster/priority": str(BATCH_PRIORITY)},
     )
     return [request] * count
 
@@ -287,9 +311,9 @@ def count_batches(instance: dg.DagsterInstance, work: str) -> int:
     )
 
 
-def explain_idleness(pending_count: int, unfinished_count: int) -> str:
+def explain_idleness(is_waiting: bool, unfinished_count: int) -> str:
     """Why a tick starts no run, as a sentence."""
-    if pending_count:
+    if is_waiting:
         count = f"{unfinished_count} runs are queued or running"
-        return f"{count}, so there is no room for more; the rest waits."
+        return f"{count}, so there is no room for more, or not for that tenant; the rest waits."
     return "No upload waits."

@@ -4,6 +4,7 @@ Every change is one transaction. Every change by a run names the fencing token o
 a run that was thought dead and replaced can change nothing any more.
 """
 
+import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from datetime import datetime, timedelta
@@ -66,6 +67,7 @@ class Processing:
     fence: int
     run_id: str
     beat: int
+    tenant: str
 
     @property
     def claim(self) -> Claim:
@@ -90,6 +92,7 @@ class Pending:
     image_id: str
     generation: int
     priority: int
+    tenant: str = ""
 
 
 @dataclass(frozen=True)
@@ -277,6 +280,7 @@ class Catalogue:
         except_for: Iterable[tuple[str, int]] = (),
         is_rotating: bool = False,
         has_no_variants: bool = False,
+        tenant: str | None = None,
     ) -> list[Pending]:
         """Up to `limit` pending uploads that are due: highest priority first, then oldest.
 
@@ -284,15 +288,18 @@ class Catalogue:
 
         Leaves out the (ID, generation) pairs in `except_for`. With `is_rotating`, images that were
         not tried yet come first, then those tried least recently. With `has_no_variants`, only
-        images whose variants were not made or confirmed since they were accepted.
+        images whose variants were not made or confirmed since they were accepted. With a `tenant`,
+        only that tenant's.
         """
         by_trial = (images.c.attempts > 0, images.c.updated_at)
         order = by_trial if is_rotating else (images.c.priority.desc(), images.c.accepted_at)
         query = (
-            sa.select(images.c.id, images.c.generation, images.c.priority)
+            sa.select(images.c.id, images.c.generation, images.c.priority, images.c.tenant)
             .where(self._is_due(), images.c.priority > BULK_PRIORITY)
             .order_by(*order, images.c.id)
         )
+        if tenant is not None:
+            query = query.where(images.c.tenant == tenant)
         if has_no_variants:
             made = sa.select(image_results.c.image_id).where(
                 image_results.c.image_id == images.c.id,
@@ -307,6 +314,28 @@ class Catalogue:
             rows = connection.execute(query.limit(limit + len(known)))
             found = [Pending(*row) for row in rows if (row.id, row.generation) not in known]
         return found[:limit]
+
+    def list_waiting_tenants(self) -> list[str]:
+        """The tenants of pending images; the empty one stands for images without a tenant."""
+        # One look into the index for each tenant, however many images wait.
+        first = sa.select(sa.func.min(images.c.tenant)).where(images.c.status == Status.PENDING)
+        found = first.scalar_subquery()
+        known = sa.select(found.label("tenant")).cte("known", recursive=True)
+        following = first.where(images.c.tenant > known.c.tenant).scalar_subquery()
+        known = known.union_all(sa.select(following).where(known.c.tenant.is_not(None)))
+        query = sa.select(known.c.tenant).where(known.c.tenant.is_not(None))
+        with self._database.reading() as connection:
+            return list(connection.execute(query).scalars())
+
+    def count_by_tenant(self, status: Status) -> dict[str, int]:
+        """The number of images with that status, by tenant."""
+        query = (
+            sa.select(images.c.tenant, sa.func.count())
+            .where(images.c.status == status)
+            .group_by(images.c.tenant)
+        )
+        with self._database.reading() as connection:
+            return dict(connection.execute(query).tuples().all())
 
     def find_causes(self, image_id: str, recipes: Mapping[str, Recipe]) -> dict[str, str | None]:
         """Why each of these assets of an image must be made, or None if its result is current.
@@ -367,18 +396,39 @@ class Catalogue:
         with self._database.reading() as connection:
             return int(connection.execute(query).scalar_one())
 
-    def claim_next(self, run_id: str, uploads_left: int | None = None) -> Claim | None:
+    def claim_next(
+        self,
+        run_id: str,
+        uploads_left: int | None = None,
+        find_limit: Callable[[str], float] = lambda tenant: math.inf,
+    ) -> Claim | None:
         """Claims the oldest planned image that is due; None if none is.
 
         With `uploads_left`, it claims an upload instead: the first one in line after so many, which
-        are left to runs of their own. So are uploads that were handed back or recovered.
+        are left to runs of their own. So are uploads that were handed back or recovered. Tenants
+        take turns: the one with the fewest images in runs comes first, and none gets more than
+        `find_limit` gives for it.
         """
+        tenants = self.list_waiting_tenants()
+        held = self.count_by_tenant(Status.PROCESSING) if any(tenants) else {}
+        for tenant in sorted(tenants, key=lambda tenant: held.get(tenant, 0)):
+            if held.get(tenant, 0) >= find_limit(tenant):
+                continue
+            if claim := self._claim_next_of(tenant, run_id, uploads_left):
+                return claim
+        return None
+
+    def _claim_next_of(self, tenant: str, run_id: str, uploads_left: int | None) -> Claim | None:
         order = (images.c.priority.desc(), images.c.accepted_at, images.c.id)
         which = images.c.priority == BULK_PRIORITY
         if uploads_left is not None:
             is_first_try = images.c.generation == images.c.accepted_generation
             which = sa.and_(images.c.priority > BULK_PRIORITY, is_first_try)
-        next_ones = sa.select(images.c.id).where(self._is_due(), which).order_by(*order)
+        next_ones = (
+            sa.select(images.c.id)
+            .where(self._is_due(), images.c.tenant == tenant, which)
+            .order_by(*order)
+        )
         # By itself, because Postgres would lock those before the offset, too.
         candidates = next_ones.offset(uploads_left or 0).limit(CANDIDATES)
         first = (
@@ -415,7 +465,8 @@ class Catalogue:
 
     def list_processing(self) -> list[Processing]:
         """All images that a run holds."""
-        columns = (images.c.id, images.c.generation, images.c.fence, images.c.run_id, images.c.beat)
+        names = ("id", "generation", "fence", "run_id", "beat", "tenant")
+        columns = [images.c[name] for name in names]
         with self._database.reading() as connection:
             rows = connection.execute(
                 sa.select(*columns).where(images.c.status == Status.PROCESSING)
@@ -935,6 +986,7 @@ class Catalogue:
                 images.c.requested_path,
                 images.c.path,
                 images.c.original_sha256,
+                images.c.tenant,
             ).where(
                 images.c.id == image_id,
                 images.c.status == Status.PROCESSING,
@@ -1029,12 +1081,14 @@ class Catalogue:
             id=upload.image_id,
             priority=upload.priority,
             requested_path=upload.path,
+            tenant=upload.tenant,
             pushes=1,
             **_first_generation(self._clock(), upload.image_id),
         )
         new_life = _new_generation(self._clock()) | {
             "priority": insert.excluded.priority,
             "requested_path": insert.excluded.requested_path,
+            "tenant": upload.tenant or images.c.tenant,
             "pushes": images.c.pushes + 1,
         }
         statement = insert.on_conflict_do_update(
@@ -1050,7 +1104,12 @@ class Catalogue:
         statement = (
             sa.update(images)
             .where(images.c.id == upload.image_id)
-            .values(pushes=images.c.pushes + 1, requested_path=upload.path, priority=higher)
+            .values(
+                pushes=images.c.pushes + 1,
+                requested_path=upload.path,
+                priority=higher,
+                tenant=upload.tenant or images.c.tenant,
+            )
             .returning(images.c.status)
         )
         if connection.execute(statement).scalar_one() == Status.PROCESSING:

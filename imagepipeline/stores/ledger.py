@@ -13,7 +13,6 @@ from imagepipeline.stores.tables import answers, applies, images, pauses, provid
 from imagepipeline.text import make_printable
 
 MESSAGE_CHARACTERS = 300
-GROUPS = ("model", "stage", "day")
 NO_ANSWER = ("provider_unavailable", "timed_out")
 STREAK = timedelta(hours=1)
 MEMORY = timedelta(days=31)
@@ -79,11 +78,16 @@ class Ledger:
         with self._database.transaction() as connection:
             connection.execute(sa.delete(answers).where(answers.c.key == key))
 
-    def sum_cost_usd(self, since: datetime) -> float:
-        """The cost of all calls since then in US dollars, as far as it is known."""
+    def sum_cost_usd(self, since: datetime, tenant: str | None = None) -> float:
+        """The cost of all calls since then in US dollars, as far as it is known.
+
+        With a tenant, only of calls for its images.
+        """
         query = sa.select(sa.func.coalesce(sa.func.sum(provider_calls.c.cost_usd), 0)).where(
             provider_calls.c.at >= since
         )
+        if tenant is not None:
+            query = query.where(provider_calls.c.tenant == tenant)
         with self._database.reading() as connection:
             return float(connection.execute(query).scalar_one())
 
@@ -180,7 +184,7 @@ class Ledger:
             return connection.execute(others.limit(1)).first() is not None
 
     def summarize(self, by: str, since: datetime | None = None) -> list[dict[str, Any]]:
-        """One row for each `model`, `stage` or `day` (UTC).
+        """One row for each `model`, `stage`, `tenant` or `day` (UTC).
 
         Its keys are `calls`, `answered`, `tokens_in`, `tokens_out`, `cost_usd` and `unpriced`.
         """
@@ -320,10 +324,13 @@ def write_call(
 
     `batch` is the sequence number of the batch in which it was made.
     """
-    connection.execute(sa.insert(provider_calls).values(at=now, batch=batch, **asdict(call)))
+    of_image = sa.select(images.c.tenant).where(images.c.id == call.image_id).scalar_subquery()
+    tenant = sa.func.coalesce(of_image, "")
+    values = {"at": now, "batch": batch, "tenant": tenant, **asdict(call)}
+    connection.execute(sa.insert(provider_calls).values(values))
     if key is None or answer is None:
         return
     insert = database.insert(answers).values(key=key, answer=answer, at=now)
-    values = {"answer": answer, "at": now}
-    connection.execute(insert.on_conflict_do_update(index_elements=["key"], set_=values))
+    changes = {"answer": answer, "at": now}
+    connection.execute(insert.on_conflict_do_update(index_elements=["key"], set_=changes))
     connection.execute(sa.delete(answers).where(answers.c.at < now - ANSWERS_KEPT))

@@ -73,8 +73,10 @@ images = sa.Table(
     sa.Column("accepted_generation", sa.Integer, nullable=False, server_default="0"),
     sa.Column("updated_at", UtcDateTime, nullable=False),
     sa.Column("apply_id", sa.Integer),  # the last apply that began a generation
+    sa.Column("tenant", sa.String(64), nullable=False, server_default=""),  # empty: none is named
     sa.CheckConstraint(sa.column("status").in_([status.value for status in Status]), name="status"),
     sa.Index(None, "status", "priority", "accepted_at"),
+    sa.Index(None, "status", "tenant", "priority", "accepted_at"),
     sa.Index(None, "apply_id", "status"),
 )
 
@@ -249,7 +251,9 @@ provider_calls = sa.Table(
     sa.Column("seconds", sa.Float, nullable=False),
     sa.Column("waited_seconds", sa.Float, nullable=False),
     sa.Column("batch", sa.Integer),  # provider_batches.seq, if it was made in one
+    sa.Column("tenant", sa.String(64), nullable=False, server_default=""),  # the image's
     sa.Index(None, "image_id", "generation"),
+    sa.Index(None, "tenant", "at"),
 )
 
 # Many questions that are sent to a provider at once, to be answered within a day at half the price.

@@ -24,6 +24,7 @@ from imagepipeline.stores.broker import TaskQueue
 from imagepipeline.stores.ledger import Ledger
 from imagepipeline.stores.limiter import CallLimiter
 from imagepipeline.stores.plans import Plans
+from imagepipeline.tenants import Tenants
 from imagepipeline_tests.conftest import PHOTOS
 
 ASSETS = [getattr(pipeline, name) for name in models.ASSETS]
@@ -46,6 +47,12 @@ def tasks(redis_url):
 def ledger(sqlite_catalogue_url, catalogue):
     with closing(Ledger(sqlite_catalogue_url)) as ledger:
         yield ledger
+
+
+@pytest.fixture
+def tenants(catalogue, ledger):
+    """Tenants without limits of their own."""
+    return Tenants(catalogue, ledger, {}, {})
 
 
 @pytest.fixture

@@ -27,11 +27,11 @@ PASSED = {"not_stuck": True, "none_waits_long": True, "no_pause": True, "no_dead
 
 
 @pytest.fixture
-def measure(queue, catalogue, paid_calls):
+def measure(queue, catalogue, paid_calls, tenants):
     """A function that measures the backlog some time from now; gives it and what its checks say."""
 
     def measure(later=timedelta(0), **changes):
-        resources = {"queue": queue, "paid_calls": paid_calls} | changes
+        resources = {"queue": queue, "paid_calls": paid_calls, "tenants": tenants} | changes
         backlog = Backlog.measure(catalogue=catalogue, now=now_utc() + later, **resources)
         return backlog, {one.check_name: one for one in backlog.evaluate()}
 
@@ -117,10 +117,11 @@ def test_the_use_of_limits_and_budgets_is_shown_for_paid_models(measure, ledger,
 
 
 def test_the_sensor_reports_what_changes_and_the_rest_every_quarter_of_an_hour(
-    instance, queue, catalogue, paid_calls
+    instance, queue, catalogue, paid_calls, tenants
 ):
     def tick(cursor):
         resources = {"queue": queue, "catalogue": catalogue, "paid_calls": paid_calls}
+        resources |= {"tenants": tenants}
         context = dg.build_sensor_context(instance=instance, cursor=cursor, resources=resources)
         return queue_sensor(context)
 

@@ -31,7 +31,7 @@ pytestmark = pytest.mark.stack
 
 
 @pytest.fixture
-def run_batch(instance, catalogue, files, index, paid_calls, ledger):
+def run_batch(instance, catalogue, files, index, paid_calls, ledger, tenants):
     """A function that runs one batch."""
 
     def run_batch(size=50, config=None, **resources):
@@ -41,11 +41,11 @@ def run_batch(instance, catalogue, files, index, paid_calls, ledger):
             resources={
                 "catalogue": catalogue,
                 "files": files,
-                "originals": Originals(files, Sandbox(), Rules()),
                 "background_originals": Originals(files, Sandbox(niceness=NICEST), Rules()),
                 "renderer": Renderer(build_variant_specs()),
                 "index": index,
                 "paid_calls": paid_calls,
+                "tenants": tenants,
                 "ledger": ledger,
                 "vision": LocalVision(),
                 "embedder": LocalEmbedder(),

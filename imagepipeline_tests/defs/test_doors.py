@@ -31,7 +31,7 @@ CAT, BOAT = draw("orange"), draw("navy")
 
 
 @pytest.fixture
-def tick(instance, catalogue, queue, ledger, paid_calls, applier):
+def tick(instance, catalogue, queue, ledger, paid_calls, applier, tenants):
     def tick():
         resources = {
             "queue": queue,
@@ -39,6 +39,7 @@ def tick(instance, catalogue, queue, ledger, paid_calls, applier):
             "ledger": ledger,
             "paid_calls": paid_calls,
             "applier": applier,
+            "tenants": tenants,
         }
         return upload_sensor(dg.build_sensor_context(instance=instance, resources=resources))
 
@@ -81,7 +82,7 @@ def test_a_malformed_generation_fails_its_run_but_no_tick(run, instance, tick, q
             job_name="process_upload", tags=tags, status=dg.DagsterRunStatus.STARTED
         )
         instance.add_run(dg_run)
-    assert find_unfinished(instance) == (set(), 0)
+    assert find_unfinished(instance).images == set()
     queue.enqueue("good")
     assert [request.run_key for request in tick().run_requests] == ["good:1"]
 

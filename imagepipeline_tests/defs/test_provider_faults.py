@@ -24,6 +24,7 @@ from imagepipeline.paid_calls import PaidCalls
 from imagepipeline.services.embedder import OpenRouterEmbedder
 from imagepipeline.services.vision import OpenAIVision, VisionOptions
 from imagepipeline.stores.ledger import Ledger
+from imagepipeline.tenants import Tenants
 from imagepipeline_tests.imaging.odd_files import encode
 from imagepipeline_tests.services.test_embedder import answer_of
 from imagepipeline_tests.services.test_vision import METADATA, completion
@@ -157,6 +158,7 @@ class Pipeline:
             "catalogue": self.catalogue,
             "ledger": self.ledger,
             "applier": self.applier,
+            "tenants": Tenants(self.catalogue, self.ledger, {}, {}),
         }
         context = dg.build_sensor_context(
             instance=self.instance, resources={**resources, "paid_calls": self.paid_calls}

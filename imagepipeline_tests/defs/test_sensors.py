@@ -30,13 +30,14 @@ LIMIT = RUNS_PER_SLOT * DEFAULT_SLOTS
 
 
 @pytest.fixture
-def tick(instance, catalogue, queue, ledger, paid_calls, applier):
-    def tick(queue=queue, paid_calls=paid_calls):
+def tick(instance, catalogue, queue, ledger, paid_calls, applier, tenants):
+    def tick(queue=queue, paid_calls=paid_calls, tenants=tenants):
         resources = {
             "queue": queue,
             "catalogue": catalogue,
             "ledger": ledger,
             "paid_calls": paid_calls,
+            "tenants": tenants,
             "applier": applier,
         }
         context = dg.build_sensor_context(instance=instance, resources=resources)
