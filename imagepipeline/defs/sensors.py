@@ -1,6 +1,7 @@
 """The upload sensor: records uploads from the Redis list, then starts runs for pending images."""
 
 import threading
+import time
 from collections import Counter
 from collections.abc import Mapping, Sequence, Set
 
@@ -25,7 +26,8 @@ from imagepipeline.stores.ledger import Ledger
 from imagepipeline.stores.uploads import UploadQueue
 from imagepipeline.tenants import Tenants
 
-ENTRIES_PER_TICK = 500  # about half a second; a tick may take 60 s
+ENTRIES_AT_ONCE = 500  # in one transaction, of about a quarter of a second
+INTAKE_SECONDS = 2  # after which a tick starts runs, whatever is left on the list
 # The backlog waits in the catalogue, where priorities can change; Dagster's queue holds enough runs
 # to keep its slots busy.
 RUNS_PER_SLOT, DEFAULT_SLOTS = 3, 5
@@ -73,8 +75,11 @@ def upload_sensor(
             queue.wait(MAX_WAIT_SECONDS)
         if _taking_in.acquire(blocking=False):
             try:
-                for line in take_in(queue, catalogue):
-                    context.log.info(line)
+                deadline = time.monotonic() + INTAKE_SECONDS
+                while lines := take_in(queue, catalogue):
+                    context.log.info("\n".join(lines))
+                    if time.monotonic() > deadline:
+                        break
             finally:
                 _taking_in.release()
         queue.show_active({row.image_id: row.run_id for row in catalogue.list_processing()})
@@ -209,7 +214,7 @@ def end_invalid(catalogue: Catalogue, pending: Sequence[Pending]) -> list[str]:
 
 
 def take_in(queue: UploadQueue, catalogue: Catalogue) -> list[str]:
-    """Records entries of the Redis list and removes them; returns a log line for each.
+    """Records the oldest entries of the Redis list and removes them; returns a log line for each.
 
     It may be interrupted anywhere, and run twice at once: an entry is removed only after the
     catalogue has committed, and recording an upload twice changes nothing.
@@ -217,7 +222,9 @@ def take_in(queue: UploadQueue, catalogue: Catalogue) -> list[str]:
     lines = []
     uploads: dict[bytes, Upload] = {}
     unreadable: dict[bytes, str] = {}
-    entries = queue.read(ENTRIES_PER_TICK)
+    entries = queue.read(ENTRIES_AT_ONCE)
+    if not entries:
+        return []
     for entry in entries:
         try:
             uploads[entry] = Upload.from_entry(entry)

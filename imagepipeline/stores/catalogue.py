@@ -198,14 +198,15 @@ class Catalogue:
         For an image that is pending or processing, the push is counted. If its run has started, the
         image begins another generation when that run ends.
         """
-        begun = set()
+        # In the order of their IDs, so that two calls at once cannot lock each other out.
+        pushes = sorted(_merge(uploads, self._clock()), key=lambda push: push["image_id"])
+        if not pushes:
+            return set()
         with self._database.transaction() as connection:
-            for upload in uploads:
-                if self._begin(connection, upload):
-                    begun.add(upload.image_id)
-                    self._record(connection, upload.image_id, event)
-                else:
-                    self._note_push(connection, upload)
+            begun = self._begin(connection, pushes)
+            history.record_all(connection, begun, event, self._clock())
+            if others := [push for push in pushes if push["image_id"] not in begun]:
+                self._note_pushes(connection, others)
         return begun
 
     def find_owners(self, uploads: Mapping[K, Upload]) -> dict[K, str]:
@@ -1075,45 +1076,47 @@ class Catalogue:
         outbox.add(connection, claim.image_id, self._clock())
         return Status.FAILED
 
-    def _begin(self, connection: sa.Connection, upload: Upload) -> bool:
-        """Begins a generation of an image that is unknown or has ended; else returns False."""
+    def _begin(self, connection: sa.Connection, pushes: Sequence[Mapping[str, Any]]) -> set[str]:
+        """Begins a generation of those images that are unknown or have ended; gives their IDs."""
         insert = self._database.insert(images).values(
-            id=upload.image_id,
-            priority=upload.priority,
-            requested_path=upload.path,
-            tenant=upload.tenant,
-            pushes=1,
-            **_first_generation(self._clock(), upload.image_id),
+            id=sa.bindparam("image_id"),
+            priority=sa.bindparam("most"),
+            requested_path=sa.bindparam("last_path"),
+            tenant=sa.bindparam("of_tenant"),
+            pushes=sa.bindparam("count"),
+            **_first_generation(sa.bindparam("now"), sa.bindparam("known_id")),
         )
-        new_life = _new_generation(self._clock()) | {
+        new_life = _new_generation(insert.excluded.accepted_at) | {
             "priority": insert.excluded.priority,
             "requested_path": insert.excluded.requested_path,
-            "tenant": upload.tenant or images.c.tenant,
-            "pushes": images.c.pushes + 1,
+            "tenant": _prefer(insert.excluded.tenant),
+            "pushes": images.c.pushes + insert.excluded.pushes,
         }
         statement = insert.on_conflict_do_update(
-            index_elements=[images.c.id], set_=new_life, where=images.c.status.in_(ENDED)
-        )
-        return bool(connection.execute(statement).rowcount)
+            index_elements=[images.c.id],
+            set_=new_life,
+            where=sa.or_(*(images.c.status == status for status in ENDED)),
+        ).returning(images.c.id)
+        rows = [{**push, "known_id": push["image_id"]} for push in pushes]
+        return set(connection.execute(statement, rows).scalars())
 
-    def _note_push(self, connection: sa.Connection, upload: Upload) -> None:
-        """Counts a push of an image that has not ended; its next run uses this push's path."""
-        higher = sa.case(
-            (images.c.priority < upload.priority, upload.priority), else_=images.c.priority
-        )
+    def _note_pushes(self, connection: sa.Connection, pushes: Sequence[Mapping[str, Any]]) -> None:
+        """Counts pushes of images that have not ended; the next run uses the last push's path."""
+        most = sa.bindparam("most", type_=sa.Integer)
         statement = (
             sa.update(images)
-            .where(images.c.id == upload.image_id)
+            .where(images.c.id == sa.bindparam("image_id"))
             .values(
-                pushes=images.c.pushes + 1,
-                requested_path=upload.path,
-                priority=higher,
-                tenant=upload.tenant or images.c.tenant,
+                pushes=images.c.pushes + sa.bindparam("count", type_=sa.Integer),
+                requested_path=sa.bindparam("last_path"),
+                priority=sa.case((images.c.priority < most, most), else_=images.c.priority),
+                tenant=_prefer(sa.bindparam("of_tenant", type_=sa.String)),
             )
-            .returning(images.c.status)
         )
-        if connection.execute(statement).scalar_one() == Status.PROCESSING:
-            self._record(connection, upload.image_id, "pushed_again")
+        connection.execute(statement, list(pushes))
+        image_ids = {push["image_id"] for push in pushes}
+        processing = images.c.status == Status.PROCESSING
+        history.record_all(connection, image_ids, "pushed_again", self._clock(), processing)
 
     def _begin_if_pushed(self, connection: sa.Connection, image_id: str) -> bool:
         """Begins another generation of an image that has just ended, if it was pushed meanwhile."""
@@ -1134,7 +1137,33 @@ def _accepted_at(image_id: str) -> sa.ScalarSelect[Any]:
     return sa.select(images.c.accepted_at).where(images.c.id == image_id).scalar_subquery()
 
 
-def _first_generation(now: datetime, image_id: str) -> dict[str, Any]:
+def _merge(uploads: Iterable[Upload], now: datetime) -> list[dict[str, Any]]:
+    """One row of parameters for each image, however often it was pushed."""
+    rows: dict[str, dict[str, Any]] = {}
+    for position, upload in enumerate(uploads):
+        row = rows.setdefault(
+            upload.image_id,
+            {
+                "image_id": upload.image_id,
+                "count": 0,
+                "most": upload.priority,
+                "of_tenant": "",
+                "now": now + timedelta(microseconds=position),  # they keep their order
+            },
+        )
+        row["count"] += 1
+        row["most"] = max(row["most"], upload.priority)
+        row["last_path"] = upload.path
+        row["of_tenant"] = upload.tenant or row["of_tenant"]
+    return list(rows.values())
+
+
+def _prefer(tenant: sa.ColumnElement[str]) -> sa.ColumnElement[str]:
+    """That tenant, or the image's own if that is empty."""
+    return sa.func.coalesce(sa.func.nullif(tenant, ""), images.c.tenant)
+
+
+def _first_generation(now: Any, image_id: Any) -> dict[str, Any]:
     """Column values of an unknown image; one that was erased goes on with its numbers."""
     erased = [
         sa.select(column).where(erasures.c.image_id == image_id).scalar_subquery()
@@ -1153,7 +1182,7 @@ def _first_generation(now: datetime, image_id: str) -> dict[str, Any]:
     }
 
 
-def _new_generation(now: datetime) -> dict[str, Any]:
+def _new_generation(now: Any) -> dict[str, Any]:
     """Column values that begin a new generation; results stay until they are replaced."""
     return {
         "status": Status.PENDING,

@@ -1,5 +1,6 @@
 """History: the log of what happened to each image, written in the transaction that changes it."""
 
+from collections.abc import Collection
 from datetime import datetime
 
 import sqlalchemy as sa
@@ -14,6 +15,30 @@ def record(
     connection: sa.Connection, image_id: str, event: str, at: datetime, detail: str | None = None
 ) -> None:
     """Adds an event to an image's history, with the generation, fence and run its row has now."""
+    _insert(connection, images.c.id == image_id, event, at, detail)
+
+
+def record_all(
+    connection: sa.Connection,
+    image_ids: Collection[str],
+    event: str,
+    at: datetime,
+    which: sa.ColumnElement[bool] | None = None,
+) -> None:
+    """Adds an event to the history of each of these images, or of those for which `which` holds."""
+    if not image_ids:
+        return
+    condition = images.c.id.in_(image_ids)
+    _insert(connection, condition if which is None else sa.and_(condition, which), event, at, None)
+
+
+def _insert(
+    connection: sa.Connection,
+    condition: sa.ColumnElement[bool],
+    event: str,
+    at: datetime,
+    detail: str | None,
+) -> None:
     values = sa.select(
         sa.literal(at, UtcDateTime),
         images.c.id,
@@ -22,7 +47,7 @@ def record(
         images.c.run_id,
         sa.literal(event),
         sa.literal(cut(detail) if detail else None, sa.String),
-    ).where(images.c.id == image_id)
+    ).where(condition)
     names = ["at", "image_id", "generation", "fence", "run_id", "event", "detail"]
     connection.execute(sa.insert(image_history).from_select(names, values))
 

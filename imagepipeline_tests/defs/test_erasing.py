@@ -38,6 +38,7 @@ from imagepipeline.stores.events import EventLog
 from imagepipeline.stores.ledger import Ledger
 from imagepipeline.stores.stream import EventStream
 from imagepipeline.stores.vectors import EmbeddingIndex
+from imagepipeline.tenants import Tenants
 from imagepipeline_tests.conftest import PHOTOS
 from imagepipeline_tests.defs.conftest import ASSETS
 
@@ -102,6 +103,7 @@ class World:
                 "embedder": LocalEmbedder(),
                 "ledger": self.ledger,
                 "batch_size": 9,
+                "tenants": Tenants(self.stores.catalogue, self.ledger, {}, {}),
             },
         ).success
 

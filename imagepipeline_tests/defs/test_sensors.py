@@ -268,11 +268,11 @@ def test_two_thousand_pushes_half_of_them_duplicates_are_drained(queue, catalogu
         for number in range(1000):
             pipe.lpush(queue.wait_key, f"i{number}", f"i{(number * 7) % 1000}")
         pipe.execute()
-    lengths = []
-    while not lengths or lengths[-1]:
+    ticks = 0
+    while queue.count()["waiting"]:
         assert len(keys(tick())) == LIMIT
-        lengths.append(queue.count()["waiting"])
-    assert lengths == list(range(1500, -1, -500))
+        ticks += 1
+    assert 1 <= ticks <= 4
     assert catalogue.count()["pending"] == 1000
     assert queue.count()["dead"] == 0
 
