@@ -184,8 +184,8 @@ def _examine_workers(settings: Settings) -> Finding:
     differences += machines.find_differences(settings, answers)
     if differences:
         advice = (
-            "give all machines the same settings and versions; "
-            "docs/operations.md lists what they must share"
+            "give all machines the same settings and versions, and restart the stack after a "
+            "change; docs/operations.md lists what they must share"
         )
         return Finding("workers", False, "; ".join(differences), advice)
     if silent := machines.find_silent(answers):

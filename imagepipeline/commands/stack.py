@@ -5,6 +5,7 @@ import os
 import sys
 import time
 from collections.abc import Sequence
+from dataclasses import asdict
 from pathlib import Path
 
 import click
@@ -106,6 +107,25 @@ def doctor(as_json: bool) -> None:
     from imagepipeline.doctor import examine
 
     sys.exit(EXIT_FAILED if display.show_findings(examine(Settings.load()), as_json) else 0)
+
+
+@click.command("settings", epilog=EPILOG)
+@json_option
+def show_settings(as_json: bool) -> None:
+    """Show each setting, and whether it comes from a file, the environment or is the default.
+
+    Secrets are masked. A name without IMAGEPIPELINE_ is for imagepipeline.toml.
+    """
+    settings = Settings.load()
+    stated = list(settings.state())
+    if as_json:
+        file = str(settings.config) if settings.config else None
+        say(to_json({"file": file, "settings": [asdict(one) for one in stated]}))
+        return
+    say(f"settings file: {settings.config or 'none'}")
+    for one in stated:
+        value = "unset" if one.value is None else to_json(one.value, ensure_ascii=False)
+        say(f"{one.key or one.variable:28} {one.source:12} {value}")
 
 
 @click.command(epilog=EPILOG)
