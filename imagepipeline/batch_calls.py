@@ -17,6 +17,7 @@ from datetime import datetime
 from itertools import islice
 from typing import IO, Any
 
+from imagepipeline.describing import find_source
 from imagepipeline.errors import (
     BadAnswerError,
     BatchError,
@@ -262,7 +263,8 @@ class BatchCalls:
 
     def _ask(self, image_id: str) -> Question | None:
         """The question about an image; None if its run would not ask, or cannot."""
-        if not self._catalogue.find_causes(image_id, {STAGE: self._recipe})[STAGE]:
+        cause = self._catalogue.find_causes(image_id, {STAGE: self._recipe})[STAGE]
+        if not cause:
             return None
         row = self._catalogue.get(image_id) or {}
         if self._is_known(str(row.get("original_sha256"))):
@@ -270,7 +272,11 @@ class BatchCalls:
         try:
             path, last_path = row.get("requested_path"), row.get("path")
             with closing(self._originals.look(image_id, path, last_path)) as original:
-                if self._is_known(original.sha256):
+                # A translation needs no picture, and costs little: its run asks for it.
+                is_text_enough = any(
+                    find_source(self._catalogue, self._vision, image_id, original.sha256, cause)
+                )
+                if is_text_enough or self._is_known(original.sha256):
                     return None
                 body = self._vision.build_request(original.prepared.preview)
                 key = self._build_key(original.sha256)

@@ -450,11 +450,14 @@ def _examine_sandbox(settings: Settings) -> Finding:
 
 
 def _examine_vision(settings: Settings) -> Finding:
+    from imagepipeline import providers
+
     if not settings.has_remote_vision:
+        if problem := providers.explain_languages(settings):
+            sentence, _, advice = problem.partition(": ")
+            return Finding("vision model", False, sentence, advice)
         return Finding("vision model", True, "the local model is used: no key, network or cost")
     from PIL import Image
-
-    from imagepipeline import providers
 
     buffer = io.BytesIO()
     Image.new("RGB", (32, 32), "#3060c0").save(buffer, "JPEG")

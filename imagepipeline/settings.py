@@ -31,6 +31,7 @@ from pydantic import (
 from imagepipeline import settings_file
 from imagepipeline.errors import SettingsError
 from imagepipeline.imaging.limits import CPU_SECONDS, MAX_SIDE_PX, MEMORY_BYTES, Rules
+from imagepipeline.languages import DEFAULT, parse_languages
 from imagepipeline.output_formats import AVIF, WEBP
 from imagepipeline.rates import DEFAULT_RATE_LIMIT, EXAMPLES, parse_limits
 from imagepipeline.settings_file import PREFIX, name_key
@@ -142,6 +143,13 @@ def _check_rate_limit(value: str) -> str:
     except SettingsError:  # which quotes the value, as no message about a setting may
         raise ValueError(f"must look like {EXAMPLES}") from None
     return value
+
+
+def _check_languages(value: tuple[str, ...]) -> tuple[str, ...]:
+    try:
+        return parse_languages(value)
+    except SettingsError as error:
+        raise ValueError(str(error)) from None
 
 
 def _split_words(value: Any) -> Any:
@@ -317,6 +325,12 @@ class Settings(BaseModel):
         alias="IMAGEPIPELINE_CATEGORIES",
         description="The only allowed categories, comma-separated; an answer that fits none "
         "becomes `other`. Unset: any category.",
+    )
+    languages: Annotated[Words, AfterValidator(_check_languages)] = Field(
+        DEFAULT,
+        description="The languages of descriptions, comma-separated, the most important first: "
+        "BCP 47 tags such as `en,de,pt-BR`. With others than `en`, each language also gets an alt "
+        "text of at most 125 characters.",
     )
     rate_limit: Annotated[str, AfterValidator(_check_rate_limit)] = Field(
         DEFAULT_RATE_LIMIT,

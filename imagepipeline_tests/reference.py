@@ -103,7 +103,7 @@ GROUPS: tuple[tuple[str, str, tuple[str, ...]], ...] = (
         (
             *("vision", "openai_api_key", "openai_base_url", "vision_model", "vision_prompt"),
             *("vision_long_side_px", "vision_detail", "answer_format"),
-            *("vision_tags", "vision_categories"),
+            *("languages", "vision_tags", "vision_categories"),
         ),
     ),
     (
@@ -226,6 +226,8 @@ def format_default(value: Any) -> str:
         return ""
     if isinstance(value, bool):
         return f"`{int(value)}`"
+    if isinstance(value, tuple):
+        return f"`{','.join(value)}`"
     return f"`{json.dumps(value)}`" if isinstance(value, dict) else f"`{value}`"
 
 

@@ -418,3 +418,25 @@ def test_a_file_is_found_here_if_it_is_ours_or_named_by_a_variable(write_file, t
         Settings.load(named)
     with pytest.raises(SettingsError, match="cannot be read"):
         Settings.load({"IMAGEPIPELINE_CONFIG": str(tmp_path)})
+
+
+@pytest.mark.parametrize(
+    ("languages", "expected"),
+    [
+        ("", ("en",)),
+        ("EN, de", ("en", "de")),
+        ("pt-br,ZH-HANT-tw,es-419,fil", ("pt-BR", "zh-Hant-TW", "es-419", "fil")),
+        ("english", "'english' is no language: use BCP 47 tags such as"),
+        ("en_US", "'en_US' is no language"),
+        ("jp", "'jp' is no language"),
+        ("de,DE", "each language once"),
+        ("de,en,fr,it,es,pt,nl,da,sv", "at most 8 languages"),
+    ],
+)
+def test_languages_are_bcp_47_tags(languages, expected):
+    environment = {"IMAGEPIPELINE_LANGUAGES": languages}
+    if isinstance(expected, tuple):
+        assert Settings.load(environment).languages == expected
+    else:
+        with pytest.raises(SettingsError, match=f"IMAGEPIPELINE_LANGUAGES: .*{expected}"):
+            Settings.load(environment)

@@ -70,12 +70,14 @@ def demo(settings: Settings, photos: Sequence[Path], exits: bool, as_json: bool)
 def up(settings: Settings, dev: bool, as_json: bool) -> None:
     """Run the local stack until Ctrl-C or `imagepipeline down`; running uploads finish first."""
     from imagepipeline import display
-    from imagepipeline.providers import explain_unpriced_models
+    from imagepipeline.providers import explain_languages, explain_unpriced_models
     from imagepipeline.runtime.supervisor import Stack
 
     with Stack(settings, display.report, reloads_code=dev) as stack:
         if problem := explain_unpriced_models(settings):
             display.report(f"Paid work is paused: {problem}")
+        if problem := explain_languages(settings):
+            display.report(f"Languages: {problem}")
         display.show_addresses(settings, stack.webserver_url, as_json)
         with contextlib.suppress(KeyboardInterrupt):
             stack.wait()
