@@ -2,11 +2,9 @@
 
 import re
 
-from imagepipeline.errors import SettingsError
-
 DEFAULT = ("en",)
 MAX_LANGUAGES = 8  # each lengthens every answer, and the text that is embedded
-TAG = re.compile(r"([a-z]{2,3})(-[a-z]{4})?(-(?:[a-z]{2}|[0-9]{3}))?", re.IGNORECASE)
+TAG = re.compile(r"([a-z]{2,3})(-[a-z]{4})?(-(?:[a-z]{2}|[0-9]{3}))?", re.IGNORECASE | re.ASCII)
 # ISO 639-1: a two-letter code that is none is most likely a country's, such as `jp`.
 TWO_LETTERS = (
     "aa ab ae af ak am an ar as av ay az ba be bg bi bm bn bo br bs ca ce ch co cr cs cu cv cy da "
@@ -22,13 +20,13 @@ def parse_languages(tags: tuple[str, ...]) -> tuple[str, ...]:
     """The tags in their usual spelling; the default language if there are none.
 
     Raises:
-        SettingsError: one is no language, or there are too many; the message says which.
+        ValueError: one is no language, or there are too many; the message says which.
     """
     spelt = tuple(map(_spell, tags))
     if len(spelt) > MAX_LANGUAGES:
-        raise SettingsError(f"must be at most {MAX_LANGUAGES} languages")
+        raise ValueError(f"must be at most {MAX_LANGUAGES} languages")
     if len(set(spelt)) < len(spelt):
-        raise SettingsError("must name each language once")
+        raise ValueError("must name each language once")
     return spelt or DEFAULT
 
 
@@ -40,7 +38,7 @@ def is_english(tag: str) -> bool:
 def _spell(tag: str) -> str:
     found = TAG.fullmatch(tag)
     if not found or (len(found[1]) == 2 and found[1].lower() not in TWO_LETTERS.split()):
-        raise SettingsError(
+        raise ValueError(
             f"{tag!r:.40} is no language: use BCP 47 tags such as en, de, ja, pt-BR or zh-Hant"
         )
     language, script, region = found.groups(default="")

@@ -145,13 +145,6 @@ def _check_rate_limit(value: str) -> str:
     return value
 
 
-def _check_languages(value: tuple[str, ...]) -> tuple[str, ...]:
-    try:
-        return parse_languages(value)
-    except SettingsError as error:
-        raise ValueError(str(error)) from None
-
-
 def _split_words(value: Any) -> Any:
     if isinstance(value, list) and any(isinstance(word, str) and "," in word for word in value):
         raise ValueError("must have no comma in a word")
@@ -326,7 +319,7 @@ class Settings(BaseModel):
         description="The only allowed categories, comma-separated; an answer that fits none "
         "becomes `other`. Unset: any category.",
     )
-    languages: Annotated[Words, AfterValidator(_check_languages)] = Field(
+    languages: Annotated[Words, AfterValidator(parse_languages)] = Field(
         DEFAULT,
         description="The languages of descriptions, comma-separated, the most important first: "
         "BCP 47 tags such as `en,de,pt-BR`. With others than `en`, each language also gets an alt "
