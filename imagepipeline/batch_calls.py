@@ -267,16 +267,15 @@ class BatchCalls:
         if not cause:
             return None
         row = self._catalogue.get(image_id) or {}
-        if self._is_known(str(row.get("original_sha256"))):
+        sha256 = str(row.get("original_sha256"))
+        # A translation needs no picture, and costs little: its run asks for it.
+        is_text_enough = any(find_source(self._catalogue, self._vision, image_id, sha256, cause))
+        if is_text_enough or self._is_known(sha256):
             return None
         try:
             path, last_path = row.get("requested_path"), row.get("path")
             with closing(self._originals.look(image_id, path, last_path)) as original:
-                # A translation needs no picture, and costs little: its run asks for it.
-                is_text_enough = any(
-                    find_source(self._catalogue, self._vision, image_id, original.sha256, cause)
-                )
-                if is_text_enough or self._is_known(original.sha256):
+                if self._is_known(original.sha256):
                     return None
                 body = self._vision.build_request(original.prepared.preview)
                 key = self._build_key(original.sha256)

@@ -7,7 +7,7 @@ from werkzeug import Response
 
 from imagepipeline.models import ImageMetadata
 from imagepipeline.needs import SETTINGS
-from imagepipeline.providers import build_recipes, build_vision
+from imagepipeline.providers import build_recipes, build_vision, explain_languages
 from imagepipeline.sampling import open_sampler
 from imagepipeline.settings import Settings
 from imagepipeline.stores.events import EventLog
@@ -130,3 +130,14 @@ def test_another_prompt_or_original_is_described_anew_in_all_languages(
     files.put_original(cat, (files.root / "original" / "cat.jpg").read_bytes() + b"0", "jpg")
     speak("de,en")
     assert provider.asked == [([], True), (["en", "de"], True), (["de", "en"], True)]
+
+
+def test_the_offline_model_ignores_the_setting_and_says_so():
+    spoken = {"IMAGEPIPELINE_LANGUAGES": "en,de"}
+    offline = Settings.load(spoken)
+    assert "speaks only English, so descriptions are not made in en, de" in str(
+        explain_languages(offline)
+    )
+    assert build_recipes(offline)["metadata"] == build_recipes(Settings.load({}))["metadata"]
+    assert explain_languages(Settings.load({})) is None
+    assert explain_languages(Settings.load(spoken | {"OPENAI_API_KEY": "k"})) is None
