@@ -17,6 +17,7 @@ from datetime import datetime
 from itertools import islice
 from typing import IO, Any
 
+from imagepipeline.describing import find_source
 from imagepipeline.errors import (
     BadAnswerError,
     BatchError,
@@ -262,10 +263,14 @@ class BatchCalls:
 
     def _ask(self, image_id: str) -> Question | None:
         """The question about an image; None if its run would not ask, or cannot."""
-        if not self._catalogue.find_causes(image_id, {STAGE: self._recipe})[STAGE]:
+        cause = self._catalogue.find_causes(image_id, {STAGE: self._recipe})[STAGE]
+        if not cause:
             return None
         row = self._catalogue.get(image_id) or {}
-        if self._is_known(str(row.get("original_sha256"))):
+        sha256 = str(row.get("original_sha256"))
+        # A translation needs no picture, and costs little: its run asks for it.
+        is_text_enough = any(find_source(self._catalogue, self._vision, image_id, sha256, cause))
+        if is_text_enough or self._is_known(sha256):
             return None
         try:
             path, last_path = row.get("requested_path"), row.get("path")

@@ -90,7 +90,8 @@ def cli() -> None:
     Then, elsewhere:       imagepipeline push PHOTO.jpg --wait
                            imagepipeline search "a boat at sunset"
 
-    All state is in one folder: .imagepipeline, or IMAGEPIPELINE_HOME.
+    All state is in one folder: .imagepipeline, or IMAGEPIPELINE_HOME. Settings are environment
+    variables, or in imagepipeline.toml.
     """
 
 
@@ -114,6 +115,7 @@ for command in (
     paid.limit,
     control.pause,
     control.resume,
+    stack.show_settings,
     stack.doctor,
     stack.migrate,
     stack.service,

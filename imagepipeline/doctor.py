@@ -184,8 +184,8 @@ def _examine_workers(settings: Settings) -> Finding:
     differences += machines.find_differences(settings, answers)
     if differences:
         advice = (
-            "give all machines the same settings and versions; "
-            "docs/operations.md lists what they must share"
+            "give all machines the same settings and versions, and restart the stack after a "
+            "change; docs/operations.md lists what they must share"
         )
         return Finding("workers", False, "; ".join(differences), advice)
     if silent := machines.find_silent(answers):
@@ -450,11 +450,14 @@ def _examine_sandbox(settings: Settings) -> Finding:
 
 
 def _examine_vision(settings: Settings) -> Finding:
+    from imagepipeline import providers
+
     if not settings.has_remote_vision:
+        if problem := providers.explain_languages(settings):
+            sentence, _, advice = problem.partition(": ")
+            return Finding("vision model", False, sentence, advice)
         return Finding("vision model", True, "the local model is used: no key, network or cost")
     from PIL import Image
-
-    from imagepipeline import providers
 
     buffer = io.BytesIO()
     Image.new("RGB", (32, 32), "#3060c0").save(buffer, "JPEG")

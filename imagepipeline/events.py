@@ -35,6 +35,16 @@ class EventVariant(_Payload):
     bytes: int
 
 
+class EventWording(_Payload):
+    """A description in one language."""
+
+    description: str
+    alt_text: str = Field(description="At most 125 characters.")
+    tags: tuple[str, ...]
+    category: str
+    mood: str
+
+
 class Event(_Payload):
     """What happened to an image, and all that a page needs to show it, as it was at that moment.
 
@@ -65,6 +75,11 @@ class Event(_Payload):
     tags: tuple[str, ...] = ()
     category: str | None = None
     mood: str | None = None
+    languages: dict[str, EventWording] = Field(
+        default_factory=dict,
+        description="The description by language, a BCP 47 tag; absent for English alone.",
+        exclude_if=lambda value: not value,
+    )
     variants: tuple[EventVariant, ...] = Field(
         (), description="The files made from this original, by format, then width."
     )

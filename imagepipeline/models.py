@@ -5,6 +5,7 @@ Storing, rendering and fetching them belongs to `stores`, `imaging` and `service
 
 import json
 import re
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from enum import StrEnum
@@ -299,10 +300,32 @@ Word = Annotated[str, StringConstraints(strip_whitespace=True, min_length=1, max
 Color = Annotated[str, StringConstraints(pattern=r"^#[0-9a-fA-F]{6}$", to_lower=True)]
 
 
+MAX_ALT_CHARACTERS = 125  # screen readers read longer ones in parts
+MAX_EMBEDDED_CHARACTERS = 6000  # of all languages together; embedding models take 8,192 tokens
+
+
+class Wording(BaseModel):
+    """A description in one language."""
+
+    model_config = ConfigDict(frozen=True, populate_by_name=True, extra="forbid")
+
+    description: Text
+    alt_text: Annotated[Text, Field(max_length=MAX_ALT_CHARACTERS)] = Field(alias="altText")
+    tags: list[Word] = Field(max_length=50)
+    category: Word
+    mood: Word
+
+    @property
+    def embedding_text(self) -> str:
+        """The text that is embedded: description, tags, category, mood."""
+        return " ".join([self.description, *self.tags, self.category, self.mood])
+
+
 class ImageMetadata(BaseModel):
     """The vision model's answer; the aliases are the names that the web product reads.
 
-    The bounds are far above any honest answer. An answer that exceeds them is refused.
+    The bounds are far above any honest answer. An answer that exceeds them is refused. Without
+    `languages` it is in the default language; otherwise its own fields are in the first of them.
     """
 
     model_config = ConfigDict(frozen=True, populate_by_name=True, extra="forbid")
@@ -312,6 +335,20 @@ class ImageMetadata(BaseModel):
     category: Word
     dominant_colors: list[Color] = Field(alias="dominantColors", max_length=16)
     mood: Word
+    languages: dict[str, Wording] = Field(default_factory=dict, exclude_if=lambda value: not value)
+
+    @classmethod
+    def combine(cls, wordings: Mapping[str, Wording], dominant_colors: Sequence[str]) -> Self:
+        """Metadata in several languages."""
+        first = next(iter(wordings.values()))
+        return cls(
+            description=first.description,
+            tags=first.tags,
+            category=first.category,
+            dominant_colors=list(dominant_colors),
+            mood=first.mood,
+            languages=dict(wordings),
+        )
 
     @classmethod
     def read(cls, stored: object) -> Self | None:
@@ -323,8 +360,11 @@ class ImageMetadata(BaseModel):
 
     @property
     def embedding_text(self) -> str:
-        """The text that is embedded: description, tags, category, mood."""
-        return " ".join([self.description, *self.tags, self.category, self.mood])
+        """The text that is embedded: description, tags, category, mood, in each language."""
+        if not self.languages:
+            return " ".join([self.description, *self.tags, self.category, self.mood])
+        share = MAX_EMBEDDED_CHARACTERS // len(self.languages)
+        return " ".join(one.embedding_text[:share] for one in self.languages.values())
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,7 @@ MISSING, MODEL, SETTINGS, INPUT = "missing", "model", "settings", "input"
 CAUSES = {
     MISSING: "it was never made",
     MODEL: "another model made it",
-    SETTINGS: "it was made with other settings: prompt, sizes or quality",
+    SETTINGS: "it was made with other settings: prompt, languages, sizes or quality",
     INPUT: "its input has changed: the original, or the text of the embedding",
 }
 

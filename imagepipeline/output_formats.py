@@ -15,7 +15,6 @@ class OutputFormat:
     Attributes:
         name: the files' suffix without the dot, Pillow's name, and the word in the catalogue.
         mime_type: the content type a browser is told.
-        quality_setting: the environment variable that sets the quality.
         default_quality: 1 to 100; the scales of two formats cannot be compared.
         encoder_options: what Pillow's encoder is given beside the quality; see
             docs/decisions/0003-encoder-settings.md for how they were chosen.
@@ -23,16 +22,14 @@ class OutputFormat:
 
     name: str
     mime_type: str
-    quality_setting: str
     default_quality: int
     encoder_options: Mapping[str, object] = field(hash=False)
 
 
-WEBP = OutputFormat("webp", "image/webp", "IMAGEPIPELINE_WEBP_QUALITY", 80, {"method": 2})
+WEBP = OutputFormat("webp", "image/webp", 80, {"method": 2})
 AVIF = OutputFormat(
     "avif",
     "image/avif",
-    "IMAGEPIPELINE_AVIF_QUALITY",
     80,
     {
         "speed": 9,

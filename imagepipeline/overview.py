@@ -124,6 +124,11 @@ def describe_image(
         "tags": ", ".join(map(str, described.get("tags", []))),
         "category": described.get("category"),
         "mood": described.get("mood"),
+        **{
+            f"{label} ({tag})": wording.get(name)
+            for tag, wording in described.get("languages", {}).items()
+            for name, label in (("description", "description"), ("altText", "alt text"))
+        },
         "colours": " ".join(map(str, described.get("dominantColors", []))),
         "variants": _describe_variants(row),
         "made by": ", ".join(

@@ -6,7 +6,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import zip_longest
 
-from imagepipeline.models import ImageMetadata
+from imagepipeline.models import ImageMetadata, Wording
 from imagepipeline.sampling import Picture, Sample, Trial
 from imagepipeline.text import make_printable
 
@@ -93,10 +93,16 @@ def build_sample_page(sample: Sample) -> str:
 
 def _compare_metadata(now: ImageMetadata | None, new: ImageMetadata | None) -> list[Row]:
     names = ("description", "tags", "category", "mood", "dominant_colors")
-    return [Row(name.replace("_", " "), _read(now, name), _read(new, name)) for name in names]
+    rows = [Row(name.replace("_", " "), _read(now, name), _read(new, name)) for name in names]
+    one, other = (metadata.languages if metadata else {} for metadata in (now, new))
+    return rows + [
+        Row(f"{label} ({tag})", _read(one.get(tag), name), _read(other.get(tag), name))
+        for tag in {**other, **one}
+        for name, label in (("description", "description"), ("alt_text", "alt text"))
+    ]
 
 
-def _read(metadata: ImageMetadata | None, name: str) -> str:
+def _read(metadata: ImageMetadata | Wording | None, name: str) -> str:
     value = getattr(metadata, name, "")
     return value if isinstance(value, str) else ", ".join(value)
 

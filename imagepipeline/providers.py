@@ -5,6 +5,7 @@ from contextlib import closing, contextmanager
 from typing import TYPE_CHECKING
 
 from imagepipeline.index import EmbeddingStore, open_index
+from imagepipeline.languages import DEFAULT
 from imagepipeline.models import Embedding, Recipe, build_variant_specs
 from imagepipeline.paid_calls import PaidCalls, explain_unpriced, find_price
 from imagepipeline.resident import ResidentEmbedder, ResidentIndex, ResidentVision
@@ -57,6 +58,7 @@ def build_vision_options(settings: Settings) -> VisionOptions:
         settings.answer_format,
         settings.vision_tags,
         settings.vision_categories,
+        settings.languages,
     )
 
 
@@ -193,6 +195,16 @@ def explain_unpriced_models(settings: Settings) -> str | None:
     prices = list_prices(settings)
     unpriced = [model for model in models if find_price(model, prices) is None]
     return explain_unpriced(unpriced) if unpriced else None
+
+
+def explain_languages(settings: Settings) -> str | None:
+    """Returns what to do if the settings name languages that the vision model does not speak."""
+    if settings.has_remote_vision or settings.languages == DEFAULT:
+        return None
+    return (
+        "the offline vision model speaks only English, so descriptions are not made in "
+        f"{', '.join(settings.languages)}: set OPENAI_API_KEY, or unset IMAGEPIPELINE_LANGUAGES"
+    )
 
 
 def list_prices(settings: Settings) -> dict[str, tuple[float, float]]:

@@ -3,8 +3,10 @@
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager, suppress
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any, TypeVar
 
+from imagepipeline.describing import find_source
 from imagepipeline.errors import (
     FormatRefusedError,
     MissingOriginalError,
@@ -12,7 +14,6 @@ from imagepipeline.errors import (
     RetryableError,
 )
 from imagepipeline.imaging.palette import with_visible_colors
-from imagepipeline.imaging.preparation import Prepared
 from imagepipeline.imaging.variants import Renderer
 from imagepipeline.models import Embedding, ImageMetadata, Recipe, VisionAnswer
 from imagepipeline.originals import Original, Originals, build_originals
@@ -169,25 +170,29 @@ class Sampler:
 
     def _describe(self, trial: Trial, original: Original) -> Trial:
         recipe, before = self.vision.recipe, trial.described[0]
-        if known := self.catalogue.find_twin_metadata(recipe, original.sha256):
+        known, translate = find_source(
+            self.catalogue, self.vision, trial.image_id, original.sha256, trial.causes["metadata"]
+        )
+        if known:
             return replace(trial, described=(before, known))
         prepared = original.prepared
+        describe = partial(self.vision.describe, prepared.preview, prepared.facts)
         answer, trial = self._ask(
             trial,
             "metadata",
             recipe,
-            lambda: self._call(prepared),
+            lambda: self._call(translate or describe),
             Kept("metadata", recipe, original.sha256, VisionAnswer),
         )
         after = with_visible_colors(answer.metadata, prepared.facts)
         return replace(trial, described=(before, after))
 
-    def _call(self, prepared: Prepared) -> VisionAnswer:
+    def _call(self, ask: Callable[[], VisionAnswer]) -> VisionAnswer:
         """Asks the model, again if it must do without a parameter; runs do so as attempts."""
         for _ in range(MAX_ATTEMPTS - 1):
             with suppress(FormatRefusedError):
-                return self.vision.describe(prepared.preview, prepared.facts)
-        return self.vision.describe(prepared.preview, prepared.facts)
+                return ask()
+        return ask()
 
     def _render(
         self, original: Original, stored: Sequence[tuple[str, bytes]]

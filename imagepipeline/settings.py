@@ -1,6 +1,7 @@
 """Every knob, validated once. The only module that reads the environment.
 
-A setting's alias is its environment variable; its description is the text of docs/settings.md.
+A setting's alias is its environment variable, IMAGEPIPELINE_ and its name unless said otherwise;
+its description is the text of docs/settings.md.
 """
 
 import difflib
@@ -10,7 +11,8 @@ import json
 import os
 import re
 import socket
-from collections.abc import Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 from urllib.parse import parse_qsl, quote, urlsplit
@@ -21,14 +23,18 @@ from pydantic import (
     BeforeValidator,
     ConfigDict,
     Field,
+    PrivateAttr,
     SecretStr,
     ValidationError,
 )
 
+from imagepipeline import settings_file
 from imagepipeline.errors import SettingsError
 from imagepipeline.imaging.limits import CPU_SECONDS, MAX_SIDE_PX, MEMORY_BYTES, Rules
+from imagepipeline.languages import DEFAULT, parse_languages
 from imagepipeline.output_formats import AVIF, WEBP
 from imagepipeline.rates import DEFAULT_RATE_LIMIT, EXAMPLES, parse_limits
+from imagepipeline.settings_file import PREFIX, name_key
 
 OPENAI_URL, OPENROUTER_URL = "https://api.openai.com/v1", "https://openrouter.ai/api/v1"
 NO_KEY = "none"  # what servers that need no key are sent as one
@@ -90,10 +96,11 @@ def _is_known_to_postgres(name: str) -> bool:
 
 
 def _check_home(value: Path) -> Path:
+    home = value.expanduser().absolute()
     # In the URL of a SQLite file, parameters begin at a question mark.
-    if re.search(r"[?\x00-\x1f]", str(value)):
-        raise ValueError("must have no question mark or control character in its name")
-    return value
+    if re.search(r"[?\x00-\x1f]", str(home)):
+        raise ValueError(f"must have no question mark or control character: {str(home)!r}")
+    return home
 
 
 def _check_postgres_url(value: SecretStr) -> SecretStr:
@@ -139,6 +146,8 @@ def _check_rate_limit(value: str) -> str:
 
 
 def _split_words(value: Any) -> Any:
+    if isinstance(value, list) and any(isinstance(word, str) and "," in word for word in value):
+        raise ValueError("must have no comma in a word")
     return (
         tuple(word.strip() for word in value.split(",") if word.strip())
         if isinstance(value, str)
@@ -151,7 +160,7 @@ def _parse_json(value: Any) -> Any:
 
 
 Words = Annotated[tuple[str, ...], BeforeValidator(_split_words)]
-Price = Annotated[float, Field(ge=0, allow_inf_nan=False)]
+Price = Annotated[float, Field(ge=0)]
 HttpUrl = Annotated[str, AfterValidator(_check_http_url)]
 Quality = Annotated[int, Field(ge=1, le=100)]
 Positive = Annotated[int, Field(ge=1)]
@@ -159,19 +168,47 @@ Provider = Literal["auto", "local", "remote"]
 Port = Annotated[int, Field(ge=1, le=65535)]
 
 
+@dataclass(frozen=True)
+class Stated:
+    """A setting as a person reads it.
+
+    Attributes:
+        key: its name in the settings file; None for a secret, which is never in it.
+        variable: its environment variable.
+        value: JSON; None if it is unset, and asterisks instead of a secret.
+        source: `default`, `file` or `environment`.
+    """
+
+    key: str | None
+    variable: str
+    value: Any
+    source: str
+
+
 class Settings(BaseModel):
     """All settings, with their defaults: nothing needs to be set for a local stack."""
 
-    model_config = ConfigDict(frozen=True, extra="ignore")
+    model_config = ConfigDict(
+        frozen=True,
+        extra="ignore",
+        allow_inf_nan=False,
+        alias_generator=lambda name: PREFIX + name.upper(),
+    )
+    # What the file says, as variables; only what the environment does not say itself.
+    _from_file: dict[str, str] = PrivateAttr(default_factory=dict)
 
+    config: Path | None = Field(
+        None,
+        description="The settings file. Unset: `imagepipeline.toml` in the working directory, if "
+        "there is one.",
+    )
     home: Annotated[Path, AfterValidator(_check_home)] = Field(
         Path(".imagepipeline"),
-        alias="IMAGEPIPELINE_HOME",
         description="The folder that holds all state of the local stack.",
+        validate_default=True,
     )
     storage_root: Annotated[str, AfterValidator(_check_storage_root)] | None = Field(
         None,
-        alias="IMAGEPIPELINE_STORAGE_ROOT",
         description="The folder that holds `original/` and `variants/`, or its URL: `file://`, "
         "`s3://`, `gs://` or `az://`. Unset: `storage` in the home.",
     )
@@ -191,9 +228,7 @@ class Settings(BaseModel):
         description="The port of the Redis server, instead of `REDIS_URL`.",
     )
     queue_prefix: Annotated[str, Field(pattern=r"^[A-Za-z0-9:_-]{1,64}$")] = Field(
-        "image-processing",
-        alias="IMAGEPIPELINE_QUEUE_PREFIX",
-        description="The first part of all Redis keys.",
+        "image-processing", description="The first part of all Redis keys."
     )
     explicit_database_url: Annotated[SecretStr, AfterValidator(_check_database_url)] | None = Field(
         None,
@@ -208,19 +243,15 @@ class Settings(BaseModel):
         "SQLite files in the home.",
     )
     max_runs: Annotated[int, Field(ge=1, le=100)] = Field(
-        5,
-        alias="IMAGEPIPELINE_MAX_RUNS",
-        description="How many uploads are processed at the same time, by all workers together.",
+        5, description="How many uploads are processed at the same time, by all workers together."
     )
     batch_size: Annotated[int, Field(ge=1, le=1000)] = Field(
         50,
-        alias="IMAGEPIPELINE_BATCH_SIZE",
         description="How many images a run of the bulk lane takes, such as for "
         "`imagepipeline apply`. It ends after a minute in any case.",
     )
     worker_slots: Annotated[int, Field(ge=1, le=100)] | None = Field(
         None,
-        alias="IMAGEPIPELINE_WORKER_SLOTS",
         description="How many uploads one worker processes at the same time. Unset: "
         "`IMAGEPIPELINE_MAX_RUNS`.",
     )
@@ -232,32 +263,26 @@ class Settings(BaseModel):
     )
     index_root: Annotated[str, AfterValidator(_check_storage_root)] | None = Field(
         None,
-        alias="IMAGEPIPELINE_INDEX_ROOT",
         description="The folder of the LanceDB index, or its URL. Unset: `lancedb` in the "
         "bucket, or in the home if files are on a disk.",
     )
     vision: Provider = Field(
         "auto",
-        alias="IMAGEPIPELINE_VISION",
         description="Which model describes images: `local`, `remote`, or `auto`, which means "
         "remote if a key or an address is set.",
     )
     embedding: Provider = Field(
         "auto",
-        alias="IMAGEPIPELINE_EMBEDDING",
         description="Which model embeds texts: `local`, `remote`, or `auto`, which means remote "
         "if a key or an address is set.",
     )
     allow_plain_http: bool = Field(
         False,
-        alias="IMAGEPIPELINE_ALLOW_PLAIN_HTTP",
         description="Allows keys to be sent over plain HTTP, where anybody on the way can read "
         "them.",
     )
     openai_api_key: SecretStr | None = Field(
-        None,
-        alias="OPENAI_API_KEY",
-        description="The key for the remote vision model.",
+        None, alias="OPENAI_API_KEY", description="The key for the remote vision model."
     )
     openai_base_url: HttpUrl = Field(
         OPENAI_URL,
@@ -265,29 +290,21 @@ class Settings(BaseModel):
         description="The address of the vision model: any OpenAI-compatible API.",
     )
     vision_model: Annotated[str, Field(min_length=1, max_length=128)] = Field(
-        "gpt-4o-mini",
-        alias="IMAGEPIPELINE_VISION_MODEL",
-        description="The name of the vision model.",
+        "gpt-4o-mini", description="The name of the vision model."
     )
     vision_prompt: Annotated[str, Field(min_length=1)] | None = Field(
-        None,
-        alias="IMAGEPIPELINE_VISION_PROMPT",
-        description="The prompt for the vision model. Unset: the built-in prompt.",
+        None, description="The prompt for the vision model. Unset: the built-in prompt."
     )
     vision_long_side_px: Annotated[int, Field(ge=64, le=2048)] = Field(
-        1024,
-        alias="IMAGEPIPELINE_VISION_LONG_SIDE_PX",
-        description="The long side, in pixels, of the copy sent to the vision model.",
+        1024, description="The long side, in pixels, of the copy sent to the vision model."
     )
     vision_detail: Literal["auto", "low", "high"] = Field(
         "auto",
-        alias="IMAGEPIPELINE_VISION_DETAIL",
         description="OpenAI's `detail` parameter: `auto`, `low` or `high`. `low` uses fewer "
         "tokens.",
     )
     answer_format: Literal["auto", "json_schema", "json_object", "text"] = Field(
         "auto",
-        alias="IMAGEPIPELINE_ANSWER_FORMAT",
         description="How the vision model is asked for JSON: `json_schema`, `json_object` or "
         "`text`. `auto` tries them in this order.",
     )
@@ -302,48 +319,46 @@ class Settings(BaseModel):
         description="The only allowed categories, comma-separated; an answer that fits none "
         "becomes `other`. Unset: any category.",
     )
+    languages: Annotated[Words, AfterValidator(parse_languages)] = Field(
+        DEFAULT,
+        description="The languages of descriptions, comma-separated, the most important first: "
+        "BCP 47 tags such as `en,de,pt-BR`. With others than `en`, each language also gets an alt "
+        "text of at most 125 characters.",
+    )
     rate_limit: Annotated[str, AfterValidator(_check_rate_limit)] = Field(
         DEFAULT_RATE_LIMIT,
-        alias="IMAGEPIPELINE_RATE_LIMIT",
         description="The rate limit for paid calls: `10/minute` for all stages together, "
         "`metadata=10/minute,embedding=100/minute` for each stage, or `off`.",
     )
     prices: Annotated[dict[str, tuple[Price, Price]], BeforeValidator(_parse_json)] = Field(
         {"gpt-4o-mini": (0.15, 0.60), "openai/text-embedding-3-small": (0.02, 0.0)},
-        alias="IMAGEPIPELINE_PRICES",
         description="Prices in US dollars per million input and output tokens, for providers "
         'that report no cost: `{"model": [0.15, 0.6]}`. What you set is added to '
         "the default.",
     )
     daily_budget_usd: Price | None = Field(
         None,
-        alias="IMAGEPIPELINE_DAILY_BUDGET_USD",
         description="The daily budget in US dollars. Once it is spent, paid work pauses until "
         "midnight UTC.",
     )
     monthly_budget_usd: Price | None = Field(
         None,
-        alias="IMAGEPIPELINE_MONTHLY_BUDGET_USD",
         description="The monthly budget in US dollars. Once it is spent, paid work pauses until "
         "the next month.",
     )
     tenant_daily_budgets_usd: Annotated[dict[str, Price], BeforeValidator(_parse_json)] = Field(
         {},
-        alias="IMAGEPIPELINE_TENANT_DAILY_BUDGETS_USD",
         description="Daily budgets of tenants in US dollars, `*` for all others: "
         '`{"*": 1, "acme": 20}`. Once one is spent, that tenant\'s images get their variants, and '
         "the rest waits until midnight UTC.",
     )
     tenant_max_runs: Annotated[dict[str, Positive], BeforeValidator(_parse_json)] = Field(
         {},
-        alias="IMAGEPIPELINE_TENANT_MAX_RUNS",
         description="How many images of a tenant may be in runs at once, `*` for all others: "
         '`{"*": 3, "acme": 5}`. Unset: tenants share the slots in turn.',
     )
     openrouter_api_key: SecretStr | None = Field(
-        None,
-        alias="OPENROUTER_API_KEY",
-        description="The key for the remote embedding model.",
+        None, alias="OPENROUTER_API_KEY", description="The key for the remote embedding model."
     )
     openrouter_base_url: HttpUrl = Field(
         OPENROUTER_URL,
@@ -351,169 +366,114 @@ class Settings(BaseModel):
         description="The address of the embedding model: any OpenAI-compatible API.",
     )
     embedding_model: Annotated[str, Field(min_length=1, max_length=128)] = Field(
-        "openai/text-embedding-3-small",
-        alias="IMAGEPIPELINE_EMBEDDING_MODEL",
-        description="The name of the embedding model.",
+        "openai/text-embedding-3-small", description="The name of the embedding model."
     )
     webp_quality: Quality = Field(
-        WEBP.default_quality,
-        alias=WEBP.quality_setting,
-        description="The quality of the WebP variants, 1 to 100.",
+        WEBP.default_quality, description="The quality of the WebP variants, 1 to 100."
     )
     avif_quality: Quality = Field(
         AVIF.default_quality,
-        alias=AVIF.quality_setting,
         description="The quality of the AVIF variants, 1 to 100. At 80 an AVIF looks better "
         "than the WebP and is larger; at 63 it looks the same and is smaller.",
     )
     animation: Literal["first-frame", "keep"] = Field(
         "first-frame",
-        alias="IMAGEPIPELINE_ANIMATION",
         description="What becomes of an animation: `first-frame` for a still picture, or `keep` "
         "for animated variants.",
     )
     accept_truncated: bool = Field(
         False,
-        alias="IMAGEPIPELINE_ACCEPT_TRUNCATED",
         description="Salvages truncated and damaged files instead of failing them. What cannot "
         "be read becomes grey.",
     )
-    keep_copyright: bool = Field(
-        False,
-        alias="IMAGEPIPELINE_KEEP_COPYRIGHT",
-        description="Keeps artist and copyright in the variants.",
-    )
+    keep_copyright: bool = Field(False, description="Keeps artist and copyright in the variants.")
     compared_share: Annotated[float, Field(ge=0, le=1)] = Field(
         0.05,
-        alias="IMAGEPIPELINE_COMPARED_SHARE",
         description="The share of images, 0 to 1, of which all variants are decoded and compared "
         "with the original. Of the other images, the smallest variant of each format is.",
     )
-    max_bytes: Positive = Field(
-        Rules.max_bytes,
-        alias="IMAGEPIPELINE_MAX_BYTES",
-        description="The largest original, in bytes.",
-    )
+    max_bytes: Positive = Field(Rules.max_bytes, description="The largest original, in bytes.")
     max_pixels: Positive = Field(
         Rules.max_pixels,
-        alias="IMAGEPIPELINE_MAX_PIXELS",
         description="The most pixels to decode, over all frames that are kept. A JPEG may have "
         "five times as many, because it is decoded at a reduced size.",
     )
     max_side_px: Annotated[int, Field(ge=1, le=MAX_SIDE_PX)] = Field(
         Rules.max_side_px,
-        alias="IMAGEPIPELINE_MAX_SIDE_PX",
         description="The longest side of a variant, in pixels. WebP allows no more.",
     )
     max_frames: Positive = Field(
-        Rules.max_frames,
-        alias="IMAGEPIPELINE_MAX_FRAMES",
-        description="The most frames of an animation that is kept.",
+        Rules.max_frames, description="The most frames of an animation that is kept."
     )
     max_icc_bytes: Positive = Field(
-        Rules.max_icc_bytes,
-        alias="IMAGEPIPELINE_MAX_ICC_BYTES",
-        description="The largest colour profile, in bytes.",
+        Rules.max_icc_bytes, description="The largest colour profile, in bytes."
     )
     max_text_bytes: Positive = Field(
-        Rules.max_text_bytes,
-        alias="IMAGEPIPELINE_MAX_TEXT_BYTES",
-        description="The most text in a PNG, in bytes after decompression.",
+        Rules.max_text_bytes, description="The most text in a PNG, in bytes after decompression."
     )
     max_memory_bytes: Annotated[int, Field(ge=100_000_000)] = Field(
-        MEMORY_BYTES,
-        alias="IMAGEPIPELINE_MAX_MEMORY_BYTES",
-        description="The memory for decoding and encoding one image, in bytes.",
+        MEMORY_BYTES, description="The memory for decoding and encoding one image, in bytes."
     )
     max_cpu_seconds: Positive = Field(
-        CPU_SECONDS,
-        alias="IMAGEPIPELINE_MAX_CPU_SECONDS",
-        description="The CPU time for decoding and encoding one image, in seconds.",
+        CPU_SECONDS, description="The CPU time for decoding and encoding one image, in seconds."
     )
     require_confinement: bool = Field(
         False,
-        alias="IMAGEPIPELINE_REQUIRE_CONFINEMENT",
         description="Decodes nothing on a kernel that cannot filter the decoder's system calls; "
         "images wait.",
     )
     webserver_port: Port | None = Field(
         None,
-        alias="IMAGEPIPELINE_WEBSERVER_PORT",
         description="The port of the Dagster UI. Unset: 3000, or a free port if that is taken.",
     )
     webserver_host: Annotated[str, Field(min_length=1)] = Field(
         "127.0.0.1",
-        alias="IMAGEPIPELINE_WEBSERVER_HOST",
         description="The address on which the Dagster UI listens. The UI has no login: never "
         "choose an address that others can reach.",
     )
     webhook_url: Annotated[SecretStr, AfterValidator(_check_webhook_url)] | None = Field(
         None,
-        alias="IMAGEPIPELINE_WEBHOOK_URL",
         description="The HTTPS address that is sent a POST of JSON about final failures and "
         "pauses.",
     )
     webhook_secret: Annotated[SecretStr, Field(min_length=16)] | None = Field(
-        None,
-        alias="IMAGEPIPELINE_WEBHOOK_SECRET",
-        description="The secret that signs both webhooks' messages; at least 16 characters.",
+        None, description="The secret that signs both webhooks' messages; at least 16 characters."
     )
     webhook_allow_private: bool = Field(
-        False,
-        alias="IMAGEPIPELINE_WEBHOOK_ALLOW_PRIVATE",
-        description="Allows webhooks at private addresses or over plain HTTP.",
+        False, description="Allows webhooks at private addresses or over plain HTTP."
     )
     event_webhook_url: Annotated[SecretStr, AfterValidator(_check_webhook_url)] | None = Field(
         None,
-        alias="IMAGEPIPELINE_EVENT_WEBHOOK_URL",
         description="The HTTPS address of your app that is sent a POST of JSON about each image "
         "that has its pictures, completes, fails or is erased.",
     )
     event_stream_length: Positive = Field(
         10_000,
-        alias="IMAGEPIPELINE_EVENT_STREAM_LENGTH",
         description="About how many events the Redis stream keeps. Each takes 1 to 3 kB of the "
         "server's memory.",
     )
     smtp_url: SecretStr | None = Field(
-        None,
-        alias="IMAGEPIPELINE_SMTP_URL",
-        description="The mail server for the same notices: `smtps://user:password@host:465`.",
+        None, description="The mail server for the same notices: `smtps://user:password@host:465`."
     )
-    mail_from: str = Field(
-        "imagepipeline@localhost",
-        alias="IMAGEPIPELINE_MAIL_FROM",
-        description="The sender of these mails.",
-    )
-    mail_to: str = Field(
-        "",
-        alias="IMAGEPIPELINE_MAIL_TO",
-        description="The recipients of these mails, comma-separated.",
-    )
+    mail_from: str = Field("imagepipeline@localhost", description="The sender of these mails.")
+    mail_to: str = Field("", description="The recipients of these mails, comma-separated.")
     list_completed_hours: Annotated[float, Field(gt=0)] = Field(
-        1,
-        alias="IMAGEPIPELINE_LIST_COMPLETED_HOURS",
-        description="How many hours `imagepipeline list` shows completed images.",
+        1, description="How many hours `imagepipeline list` shows completed images."
     )
     list_failed_hours: Annotated[float, Field(gt=0)] = Field(
-        24,
-        alias="IMAGEPIPELINE_LIST_FAILED_HOURS",
-        description="How many hours `imagepipeline list` shows failed images.",
+        24, description="How many hours `imagepipeline list` shows failed images."
     )
     definitions: Annotated[str, Field(pattern=r"^[A-Za-z_][\w.]*$")] = Field(
         "imagepipeline.definitions",
-        alias="IMAGEPIPELINE_DEFINITIONS",
         description="The Python module with the Dagster definitions, which may add to ours.",
     )
     code_socket: Path | None = Field(
         None,
-        alias="IMAGEPIPELINE_CODE_SOCKET",
         description="the code server's socket, which Dagster looks for there",
         json_schema_extra={"internal": True},
     )
     resident_socket: Path | None = Field(
         None,
-        alias="IMAGEPIPELINE_RESIDENT_SOCKET",
         description="the socket of the process that keeps index and models; a worker sets it "
         "for its runs",
         json_schema_extra={"internal": True},
@@ -528,7 +488,7 @@ class Settings(BaseModel):
         Raises:
             SettingsError: names every malformed variable and what is wrong, but never its value.
         """
-        known = {field.alias for field in cls.model_fields.values() if field.alias}
+        known = {str(field.alias) for field in cls.model_fields.values()}
         secrets = _read_secrets(environment)
         links = {name for name, value in environment.items() if _is_service_link(name, value)}
         if environment is os.environ:  # Dagster, cloud libraries and our children read it
@@ -537,28 +497,21 @@ class Settings(BaseModel):
             os.environ.update(secrets | _build_no_proxy(environment))
             for name in {f"{name}_FILE" for name in SECRETS} | links:
                 os.environ.pop(name, None)
-        environment = {name: value for name, value in environment.items() if name not in links}
-        for name in environment:
-            if (
-                name.startswith("IMAGEPIPELINE_")
-                and name not in known
-                and name.removesuffix("_FILE") not in SECRETS
+        for name in environment.keys() - links:
+            if name.startswith(PREFIX) and not (
+                name in known or name.removesuffix("_FILE") in SECRETS
             ):
-                similar = difflib.get_close_matches(name, known, n=1)
-                raise SettingsError(
-                    f"{name} is not a setting"
-                    + (f": did you mean {similar[0]}?" if similar else "")
-                )
-        try:
-            settings = cls.model_validate(
-                {name: value for name, value in {**environment, **secrets}.items() if value}
-            )
-        except ValidationError as error:
-            problems = [
-                f"{problem['loc'][0]}: {_explain(problem)}"
-                for problem in error.errors(include_input=False)
-            ]
-            raise SettingsError("; ".join(problems)) from None
+                raise SettingsError(f"{name} is not a setting{_suggest(name, known)}")
+        told = {
+            name: value
+            for name, value in {**environment, **secrets}.items()
+            if value and name not in links
+        }
+        path = settings_file.find(told.get(settings_file.CHOICE))
+        from_file = cls._read_file(path) if path else {}
+        told |= {settings_file.CHOICE: str(path)} if path else {}
+        settings = cls._validate(from_file | told)
+        settings._from_file = {name: value for name, value in from_file.items() if name not in told}
         if settings.explicit_redis_url and (settings.redis_host or settings.redis_port):
             raise SettingsError(
                 "REDIS_URL and REDIS_HOST/REDIS_PORT exclude each other: unset one of them"
@@ -577,12 +530,76 @@ class Settings(BaseModel):
                 "migrations"
             )
         settings._check_keys()
-        home = settings.home.expanduser().absolute()
+        return settings
+
+    @classmethod
+    def _validate(cls, values: Mapping[str, Any], rename: Callable[[str], str] = str) -> Self:
         try:
-            _check_home(home)
-        except ValueError as error:
-            raise SettingsError(f"IMAGEPIPELINE_HOME, which is {home}, {error}") from None
-        return settings.model_copy(update={"home": home})
+            return cls.model_validate(values)
+        except ValidationError as error:
+            problems = [_explain(problem, rename) for problem in error.errors(include_input=False)]
+            raise SettingsError("; ".join(problems)) from None
+
+    @classmethod
+    def _read_file(cls, path: Path) -> dict[str, str]:
+        """What the settings file says, as variables. Its relative folders are beside it.
+
+        Raises:
+            SettingsError: it cannot be read, or says what it may not; the message names both.
+        """
+        allowed = {
+            name_key(str(field.alias)): name
+            for name, field in cls.model_fields.items()
+            if not (field.json_schema_extra or field.alias in {*SECRETS, settings_file.CHOICE})
+        }
+        said = {key: value for key, value in settings_file.read(path).items() if value != ""}
+        for key, value in said.items():
+            for secret in SECRETS & {key.upper(), PREFIX + key.upper()}:
+                raise SettingsError(
+                    f"{path}: {key} is a secret, and many can read such a file: remove it, and set "
+                    f"{secret} or {secret}_FILE in the environment"
+                )
+            if key not in allowed:
+                similar = _suggest(name_key(key), allowed)
+                raise SettingsError(f"{path}: {key!r:.60} is no setting of this file{similar}")
+            if settings_file.find_text(value, lambda text: bool(PASSWORD.search(text))):
+                raise SettingsError(
+                    f"{path}: {key} has a password, and many can read such a file: set "
+                    f"{cls.model_fields[allowed[key]].alias} in the environment"
+                )
+            if settings_file.find_text(value, lambda text: "\0" in text):
+                raise SettingsError(f"{path}: {key}: must have no NUL character")
+            if key in FOLDERS and isinstance(value, str) and "://" not in value:
+                said[key] = str(path.parent / Path(value).expanduser())
+        aliases = {key: str(cls.model_fields[name].alias) for key, name in allowed.items()}
+        try:
+            read = cls._validate({aliases[key]: said[key] for key in said}, name_key)
+        except SettingsError as error:
+            raise SettingsError(f"{path}: {error}") from None
+        for key, value in said.items():
+            made = getattr(read, allowed[key])
+            fitting = (int, float) if type(made) is float else (type(made),)
+            if isinstance(made, bool | int | float) and type(value) not in fitting:
+                what = "true or false" if isinstance(made, bool) else "a number"
+                raise SettingsError(f"{path}: {key}: must be {what}, without quotes")
+        return {aliases[key]: settings_file.to_variable(value) for key, value in said.items()}
+
+    def state(self) -> Iterator[Stated]:
+        """Each setting, its value and where it comes from; secrets are masked."""
+        values = self.model_dump(mode="json")
+        for name, field in Settings.model_fields.items():
+            alias, value = str(field.alias), values[name]
+            if field.json_schema_extra or name == "config":
+                continue
+            if isinstance(value, str) and re.fullmatch(r"\w+://\S*", value):
+                value = re.sub(r"(?<=://)[^/@]*@|(?<=\?).*", "***", value)
+            source = "environment" if name in self.model_fields_set else "default"
+            yield Stated(
+                None if alias in SECRETS else name_key(alias),
+                alias,
+                value,
+                "file" if alias in self._from_file else source,
+            )
 
     def _check_keys(self) -> None:
         for name, key, url in (
@@ -597,8 +614,12 @@ class Settings(BaseModel):
                 )
 
     def build_environment(self, **changes: str) -> dict[str, str]:
-        """The environment for a process of this stack: ours, with the home's absolute path."""
-        return {**os.environ, "IMAGEPIPELINE_HOME": str(self.home), **changes}
+        """The environment for a process of this stack: ours, with the home's absolute path.
+
+        It has what the settings file said, so that a later change of it reaches all or none.
+        """
+        told = {settings_file.CHOICE: os.devnull, "IMAGEPIPELINE_HOME": str(self.home)}
+        return {**os.environ, **self._from_file, **told, **changes}
 
     def publish_resident_socket(self) -> None:
         """Tells this process and its children where the resident listens."""
@@ -699,6 +720,8 @@ class Settings(BaseModel):
         return Path(f"/tmp/imagepipeline-{os.getuid()}-{digest}")  # noqa: S108
 
 
+FOLDERS = ("home", "storage_root", "index_root")
+PASSWORD = re.compile(r"://[^/?#\s]*:[^/?#\s]*@")  # in an address
 BUCKET_SECRETS = {
     *("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY", "AWS_SESSION_TOKEN"),
     *("AZURE_STORAGE_ACCOUNT_KEY", "GOOGLE_SERVICE_ACCOUNT_KEY", "GOOGLE_APPLICATION_CREDENTIALS"),
@@ -791,8 +814,14 @@ def _read_secrets(environment: Mapping[str, str]) -> dict[str, str]:
     return secrets
 
 
-def _explain(problem: Any) -> str:
-    message: str = problem["msg"]
-    return (
-        message.removeprefix("Value error, ")[0].lower() + message.removeprefix("Value error, ")[1:]
-    )
+def _suggest(name: str, known: Iterable[str]) -> str:
+    similar = difflib.get_close_matches(name, known, n=1)
+    return f": did you mean {similar[0]}?" if similar else ""
+
+
+def _explain(problem: Any, rename: Callable[[str], str]) -> str:
+    first, *rest = map(str, problem["loc"])
+    if first in Settings.model_fields:  # a default
+        first = str(Settings.model_fields[first].alias)
+    message = problem["msg"].removeprefix("Value error, ")
+    return f"{'.'.join([rename(first), *rest])}: {message[0].lower()}{message[1:]}"

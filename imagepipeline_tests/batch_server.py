@@ -137,7 +137,7 @@ class BatchServer:
             fault = self.faults.get(position)
             if fault is None:
                 self.charged[line["custom_id"]] += 1
-                output.append(describe(line, 200, completion(METADATA)))
+                output.append(describe(line, 200, completion(METADATA | speak(line["body"]))))
             elif fault == "prose":
                 self.charged[line["custom_id"]] += 1
                 output.append(describe(line, 200, completion("Sure! It is a cat.")))
@@ -163,6 +163,13 @@ def describe(line, status, body):
         "response": response,
         "error": None,
     }
+
+
+def speak(body):
+    """The languages of an answer, if its schema asks for them."""
+    schema = body["response_format"]["json_schema"]["schema"]["properties"]
+    asked = schema.get("languages", {"properties": {}})["properties"]
+    return {"languages": {tag: METADATA | {"altText": "A cat"} for tag in asked}} if asked else {}
 
 
 def check_request(line):

@@ -17,6 +17,7 @@ from pydantic.fields import FieldInfo
 from imagepipeline.cli import EPILOG, cli
 from imagepipeline.events import Event
 from imagepipeline.settings import BUCKET_SECRETS, Settings
+from imagepipeline.settings_file import CHOICE, name_key
 
 DOCS = Path(__file__).parent.parent / "docs"
 SCHEMA = DOCS.parent / "imagepipeline" / "event.schema.json"
@@ -26,8 +27,25 @@ NOTE = f"<!-- Written by `{COMMAND}`. Do not edit. -->"
 HELP_COLUMNS = 96
 
 SETTINGS_INTRODUCTION = """\
-All settings are environment variables, all are optional, and all are checked at start. An empty
-variable counts as unset. A switch is on with `1` and off with `0`.
+All settings are optional, and all are checked at start. Each is an environment variable; an empty
+one counts as unset. A switch is on with `1` and off with `0`.
+
+Settings that are no secrets may instead be in a file, `imagepipeline.toml` in the working
+directory, or the file that `IMAGEPIPELINE_CONFIG` names:
+
+```toml
+vision_model = "gpt-4o"
+max_runs = 10
+keep_copyright = true
+tags = ["harbour", "night"]
+
+[prices]
+"gpt-4o" = [2.5, 10.0]
+```
+
+Tables such as `[prices]` come last. Relative folders are beside the file. The environment wins. The
+processes that `up` and `service` start get what the file said at that moment: restart the stack
+after a change. `imagepipeline settings` shows each value and where it comes from.
 
 An unknown variable that starts with `IMAGEPIPELINE_` is refused, because it is most likely a typo.
 Variables that Kubernetes sets for neighbouring services (`REDIS_PORT=tcp://…`,
@@ -36,15 +54,15 @@ Variables that Kubernetes sets for neighbouring services (`REDIS_PORT=tcp://…`
 Dagster's own options are in `dagster.yaml`."""
 
 SECRETS_INTRODUCTION = """\
-Each of these variables holds a secret and may be given as a file instead: set `<NAME>_FILE` to the
-file's path, for example `OPENAI_API_KEY_FILE`."""
+Each of these variables holds a secret, which `imagepipeline.toml` may not. It may be given as a
+file of its own instead: set `<NAME>_FILE` to its path, for example `OPENAI_API_KEY_FILE`."""
 
 # A subject, what it is about, and its settings by their names in `Settings`.
 GROUPS: tuple[tuple[str, str, tuple[str, ...]], ...] = (
     (
         "Files and folders",
         "Where everything is kept.",
-        ("home", "storage_root", "index_root"),
+        ("config", "home", "storage_root", "index_root"),
     ),
     (
         "Redis and databases",
@@ -85,7 +103,7 @@ GROUPS: tuple[tuple[str, str, tuple[str, ...]], ...] = (
         (
             *("vision", "openai_api_key", "openai_base_url", "vision_model", "vision_prompt"),
             *("vision_long_side_px", "vision_detail", "answer_format"),
-            *("vision_tags", "vision_categories"),
+            *("languages", "vision_tags", "vision_categories"),
         ),
     ),
     (
@@ -180,7 +198,7 @@ def build_settings() -> str:
     for title, introduction, names in GROUPS:
         rows = [describe_setting(public[name]) for name in names if name in public]
         if rows:
-            head = "| variable | default | meaning |\n|---|---|---|\n"
+            head = "| variable | in the file | default | meaning |\n|---|---|---|---|\n"
             parts.append(f"## {title}\n\n{introduction}\n\n{head}" + "\n".join(rows) + "\n")
     secrets = [field.alias for field in public.values() if holds_secret(field)]
     lines = "\n".join(f"- `{name}`" for name in [*secrets, *sorted(BUCKET_SECRETS)])
@@ -203,7 +221,9 @@ def holds_secret(field: FieldInfo) -> bool:
 def describe_setting(field: FieldInfo) -> str:
     """A setting as a row of the table."""
     description = str(field.description).replace("|", "\\|")
-    return f"| `{field.alias}` | {format_default(field.default)} | {description} |"
+    is_in_file = not (holds_secret(field) or field.alias == CHOICE)
+    key = f"`{name_key(str(field.alias))}`" if is_in_file else ""
+    return f"| `{field.alias}` | {key} | {format_default(field.default)} | {description} |"
 
 
 def format_default(value: Any) -> str:
@@ -212,6 +232,8 @@ def format_default(value: Any) -> str:
         return ""
     if isinstance(value, bool):
         return f"`{int(value)}`"
+    if isinstance(value, tuple):
+        return f"`{','.join(value)}`"
     return f"`{json.dumps(value)}`" if isinstance(value, dict) else f"`{value}`"
 
 

@@ -25,6 +25,7 @@ from imagepipeline.models import (
     Upload,
     Variant,
     VariantSpec,
+    Wording,
 )
 from imagepipeline.relaying import POSTED_TOGETHER, WebhookRelay, relay_to_stream
 from imagepipeline.runtime import processes, valkey
@@ -240,7 +241,7 @@ def test_the_views_show_what_is_published(catalogue, catalogue_url):
         assert list(a) == [
             "id", "generation", "status", "reason", "error", "flaw", "width", "height",
             "placeholder", "dominant_color", "description", "tags", "category", "mood",
-            "accepted_at", "updated_at",
+            "accepted_at", "updated_at", "languages",
         ]  # fmt: skip
         assert (a["status"], a["description"], a["mood"]) == (
             "processing",
@@ -250,6 +251,7 @@ def test_the_views_show_what_is_published(catalogue, catalogue_url):
         tags = json.loads(a["tags"]) if isinstance(a["tags"], str) else a["tags"]
         assert tags == ["cat", "sofa"]
         assert (b["id"], b["description"], b["tags"]) == ("b", None, None)
+        assert a["languages"] is b["languages"] is None
         variants = ask("SELECT * FROM published_variants_v1 ORDER BY format, width")
         assert len(variants) == 4
         assert variants[0] == {
@@ -262,6 +264,27 @@ def test_the_views_show_what_is_published(catalogue, catalogue_url):
         [a, _] = ask_all(connection, "published_images_v1")
         assert (a["description"], a["tags"], a["width"]) == (None, None, 400)
         assert len(ask_all(connection, "published_variants_v1")) == 4
+
+
+def test_apps_get_a_description_in_each_language(catalogue, log, catalogue_url):
+    complete(catalogue, "a")
+    assert "languages" not in json.loads(log.list_after()[-1].payload)
+    words = {
+        **{"description": "Eine Katze.", "altText": "Katze", "tags": ["Katze"]},
+        **{"category": "Tier", "mood": "ruhig"},
+    }
+    spoken = METADATA.model_copy(update={"languages": {"de": Wording.model_validate(words)}})
+    claim = catalogue.claim_anew("a", "run")
+    catalogue.save_metadata(claim, spoken, RECIPE, "0" * 64)
+    catalogue.record_result(claim, "embedding", RECIPE, "1" * 64)
+    catalogue.finish(claim)
+    payload = json.loads(log.list_after()[-1].payload)
+    jsonschema.validate(payload, json.loads(reference.SCHEMA.read_text()))
+    assert payload["languages"] == {"de": words}
+    with sa.create_engine(catalogue_url).connect() as connection:
+        [a] = ask_all(connection, "published_images_v1")
+    shown = json.loads(a["languages"]) if isinstance(a["languages"], str) else a["languages"]
+    assert shown == {"de": words}
 
 
 def ask_all(connection, view):

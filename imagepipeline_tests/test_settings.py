@@ -1,9 +1,12 @@
 """Every setting is checked at start-up, and an error names the setting."""
 
+import json
 import os
 
 import pytest
+from click.testing import CliRunner
 
+from imagepipeline import cli
 from imagepipeline.errors import SettingsError
 from imagepipeline.settings import Settings, is_secret
 
@@ -218,9 +221,7 @@ def test_a_home_may_have_any_name_without_question_mark_or_line_break():
 def test_a_default_home_below_a_folder_with_a_question_mark_is_refused(tmp_path, monkeypatch):
     (tmp_path / "what?").mkdir()
     monkeypatch.chdir(tmp_path / "what?")
-    with pytest.raises(
-        SettingsError, match=r"IMAGEPIPELINE_HOME, which is .*what\?.*question mark"
-    ):
+    with pytest.raises(SettingsError, match=r"IMAGEPIPELINE_HOME: .*question mark.*/what\?/"):
         Settings.load({})
 
 
@@ -316,3 +317,126 @@ def test_a_process_without_a_key_can_be_told_that_the_models_are_remote():
 )
 def test_a_secret_is_recognised_by_its_name(name, expected):
     assert is_secret(name) == expected
+
+
+@pytest.fixture
+def write_file(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+
+    def write(text):
+        path = tmp_path / "imagepipeline.toml"
+        path.write_text(text, "utf-8-sig")
+        return path
+
+    return write
+
+
+def test_the_file_says_what_the_environment_does_not_and_children_get_both(write_file, monkeypatch):
+    path = write_file(
+        'storage_root = "photos"\nvision_model = "gpt-4o"\nmax_runs = 7\nkeep_copyright = true\n'
+        'list_failed_hours = 2\ntags = ["old town", "sea"]\nredis_host = ""\n'
+        '[prices]\n"gpt-4o" = [2.5, 10]\n'
+    )
+    monkeypatch.setenv("IMAGEPIPELINE_MAX_RUNS", "3")
+    monkeypatch.setenv("OPENAI_API_KEY", "canary")
+    result = CliRunner().invoke(cli.cli, ["settings", "--json"])
+    shown = json.loads(result.output)
+    assert shown["file"] == str(path)
+    by_name = {one["variable"]: one for one in shown["settings"]}
+    assert {name for name, one in by_name.items() if one["source"] == "file"} == {
+        *("IMAGEPIPELINE_STORAGE_ROOT", "IMAGEPIPELINE_VISION_MODEL", "IMAGEPIPELINE_PRICES"),
+        *("IMAGEPIPELINE_TAGS", "IMAGEPIPELINE_KEEP_COPYRIGHT", "IMAGEPIPELINE_LIST_FAILED_HOURS"),
+    }
+    assert by_name["IMAGEPIPELINE_MAX_RUNS"] == {
+        **{"key": "max_runs", "variable": "IMAGEPIPELINE_MAX_RUNS"},
+        **{"value": 3, "source": "environment"},
+    }
+    assert by_name["OPENAI_API_KEY"]["key"] is None
+    assert by_name["IMAGEPIPELINE_HOME"]["source"] == "default"
+    assert "canary" not in result.output + CliRunner().invoke(cli.cli, ["settings"]).output
+
+    settings = Settings.load()
+    assert settings.prices == {"gpt-4o": (2.5, 10.0)}
+    assert settings.vision_tags == ("old town", "sea")
+    assert settings.storage == str(path.parent / "photos")
+    environment = settings.build_environment()
+    path.write_text("max_runs = 'changed since'")
+    child = Settings.load(environment)
+    named = {"config": settings.config}
+    assert child.model_copy(update=named).model_dump() == settings.model_dump()
+
+
+@pytest.mark.parametrize(
+    ("text", "problem"),
+    [
+        ("vision_model = gpt-4o", r"not TOML: .*line 1, column 16.*quotes"),
+        ("vison_model = 'x'", "'vison_model' is no setting .*did you mean vision_model"),
+        ("IMAGEPIPELINE_TAGS = ['x']", "did you mean tags"),
+        ("[vision]\nmodel = 'x'", "vision: input should be 'auto', 'local' or 'remote'"),
+        ("[prices]\nx = [1, 2]\nmax_runs = 3", r"prices\.max_runs: input should be a valid tuple"),
+        ("openai_api_key = 'canary'", "a secret, .*set OPENAI_API_KEY or OPENAI_API_KEY_FILE"),
+        ("webhook_secret = 'canary'", "set IMAGEPIPELINE_WEBHOOK_SECRET or"),
+        ("aws_secret_access_key = 'canary'", "set AWS_SECRET_ACCESS_KEY or"),
+        ("index_root = 's3://me:canary@host/x'", "index_root has a password"),
+        ("openai_api_key_file = '/canary'", "no setting of this file"),
+        ("config = 'other.toml'", "no setting of this file"),
+        ("code_socket = '/x'", "no setting of this file"),
+        ("max_runs = 101\nmax_bytes = 'many'", "max_runs: .*less than.*100; max_bytes: .*integer"),
+        ("max_runs = '5'", "max_runs: must be a number, without quotes"),
+        ("max_runs = true", "max_runs: must be a number"),
+        ("keep_copyright = 'yes'", "keep_copyright: must be true or false"),
+        ("vision_model = 4", "vision_model: input should be a valid string"),
+        ("vision_prompt = 2026-01-01", "vision_prompt: input should be a valid string"),
+        ("tags = ['sea, side']", "tags: must have no comma in a word"),
+        ("list_failed_hours = inf", "list_failed_hours: input should be a finite number"),
+        ('vision_prompt = "a\\u0000"', "NUL"),
+        ("home = 'what?'", "home: must have no question mark"),
+        ("tags = " + "[" * 5000, "nested too deeply"),
+    ],
+)
+def test_the_file_is_checked_like_the_environment(write_file, text, problem):
+    path = write_file(text)
+    with pytest.raises(SettingsError, match=problem) as caught:
+        Settings.load({})
+    assert str(caught.value).startswith(str(path))
+    assert "canary" not in str(caught.value)
+
+
+def test_a_file_is_found_here_if_it_is_ours_or_named_by_a_variable(write_file, tmp_path):
+    path = write_file("max_runs = 7")
+    path.chmod(0o666)
+    with pytest.raises(SettingsError, match="can be changed by other users"):
+        Settings.load({})
+    named = {"IMAGEPIPELINE_CONFIG": str(path)}  # its folder is the operator's choice
+    assert Settings.load(named).max_runs == 7
+    path.write_bytes(b"max_runs = 7 # \xff")
+    with pytest.raises(SettingsError, match="not UTF-8"):
+        Settings.load(named)
+    path.unlink()
+    assert Settings.load({}).max_runs == 5
+    with pytest.raises(SettingsError, match=r"cannot be read \(No such file.*IMAGEPIPELINE_CONFIG"):
+        Settings.load(named)
+    with pytest.raises(SettingsError, match="cannot be read"):
+        Settings.load({"IMAGEPIPELINE_CONFIG": str(tmp_path)})
+
+
+@pytest.mark.parametrize(
+    ("languages", "expected"),
+    [
+        ("", ("en",)),
+        ("EN, de", ("en", "de")),
+        ("pt-br,ZH-HANT-tw,es-419,fil", ("pt-BR", "zh-Hant-TW", "es-419", "fil")),
+        ("english", "'english' is no language: use BCP 47 tags such as"),
+        ("en_US", "'en_US' is no language"),
+        ("jp", "'jp' is no language"),
+        ("de,DE", "each language once"),
+        ("de,en,fr,it,es,pt,nl,da,sv", "at most 8 languages"),
+    ],
+)
+def test_languages_are_bcp_47_tags(languages, expected):
+    environment = {"IMAGEPIPELINE_LANGUAGES": languages}
+    if isinstance(expected, tuple):
+        assert Settings.load(environment).languages == expected
+    else:
+        with pytest.raises(SettingsError, match=f"IMAGEPIPELINE_LANGUAGES: .*{expected}"):
+            Settings.load(environment)

@@ -5,6 +5,7 @@ import os
 import sys
 import time
 from collections.abc import Sequence
+from dataclasses import asdict
 from pathlib import Path
 
 import click
@@ -69,12 +70,14 @@ def demo(settings: Settings, photos: Sequence[Path], exits: bool, as_json: bool)
 def up(settings: Settings, dev: bool, as_json: bool) -> None:
     """Run the local stack until Ctrl-C or `imagepipeline down`; running uploads finish first."""
     from imagepipeline import display
-    from imagepipeline.providers import explain_unpriced_models
+    from imagepipeline.providers import explain_languages, explain_unpriced_models
     from imagepipeline.runtime.supervisor import Stack
 
     with Stack(settings, display.report, reloads_code=dev) as stack:
         if problem := explain_unpriced_models(settings):
             display.report(f"Paid work is paused: {problem}")
+        if problem := explain_languages(settings):
+            display.report(f"Languages: {problem}")
         display.show_addresses(settings, stack.webserver_url, as_json)
         with contextlib.suppress(KeyboardInterrupt):
             stack.wait()
@@ -106,6 +109,25 @@ def doctor(as_json: bool) -> None:
     from imagepipeline.doctor import examine
 
     sys.exit(EXIT_FAILED if display.show_findings(examine(Settings.load()), as_json) else 0)
+
+
+@click.command("settings", epilog=EPILOG)
+@json_option
+def show_settings(as_json: bool) -> None:
+    """Show each setting, and whether it comes from a file, the environment or is the default.
+
+    Secrets are masked. A name without IMAGEPIPELINE_ is for imagepipeline.toml.
+    """
+    settings = Settings.load()
+    stated = list(settings.state())
+    if as_json:
+        file = str(settings.config) if settings.config else None
+        say(to_json({"file": file, "settings": [asdict(one) for one in stated]}))
+        return
+    say(f"settings file: {settings.config or 'none'}")
+    for one in stated:
+        value = "unset" if one.value is None else to_json(one.value, ensure_ascii=False)
+        say(f"{one.key or one.variable:28} {one.source:12} {value}")
 
 
 @click.command(epilog=EPILOG)

@@ -37,13 +37,24 @@ def show_colors(colors: Sequence[str]) -> dg.MetadataValue:
 
 def describe_metadata(described: ImageMetadata) -> dict[str, dg.MetadataValue | str]:
     """What a model said of an image."""
-    return {
+    shown: dict[str, dg.MetadataValue | str] = {
         "description": dg.MetadataValue.text(described.description),
         "tags": dg.MetadataValue.text(", ".join(described.tags)),
         "category": described.category,
         "dominant_colors": show_colors(described.dominant_colors),
         "mood": described.mood,
     }
+    records = [
+        dg.TableRecord(
+            {
+                "language": tag,
+                **one.model_dump(exclude={"tags"}),
+                "tags": ", ".join(one.tags),
+            }
+        )
+        for tag, one in described.languages.items()
+    ]
+    return shown | ({"languages": dg.MetadataValue.table(records=records)} if records else {})
 
 
 def tabulate(

@@ -19,6 +19,7 @@ from imagepipeline.defs.showing import (
     show_picture,
     tabulate,
 )
+from imagepipeline.describing import find_source
 from imagepipeline.errors import MissingMetadataError
 from imagepipeline.imaging.palette import with_visible_colors
 from imagepipeline.imaging.sandbox import Usage
@@ -95,9 +96,11 @@ def make_metadata(
         )
     if causes["variants"]:
         renderer.begin(original.session, original.facts)
-    described = None
+    described, translate = None, None
     if cause != ASKED:
-        described = catalogue.find_twin_metadata(vision.recipe, original.sha256)
+        described, translate = find_source(
+            catalogue, vision, claim.image_id, original.sha256, cause
+        )
     is_reused = described is not None
     if described:
         answer, receipt = VisionAnswer(described), Receipt()
@@ -107,7 +110,7 @@ def make_metadata(
             claim,
             "metadata",
             vision.recipe,
-            lambda: vision.describe(prepared.preview, prepared.facts),
+            translate or (lambda: vision.describe(prepared.preview, prepared.facts)),
             work.report,
             kept,
         )
@@ -124,7 +127,7 @@ def make_metadata(
             "cause": cause,
             **_describe_recipe(vision.recipe),
             **_describe_original(original),
-            "bytes_to_model": len(original.prepared.preview),
+            "bytes_to_model": 0 if translate else len(original.prepared.preview),
             **_describe_usage(original.usage),
             "attempt": work.number,
             "dagster/uri": files.locate(original.facts.path),

@@ -7,15 +7,17 @@ a picture may tell the model what to write.
 import json
 import re
 import unicodedata
-from collections.abc import Iterable, Sequence
-from typing import Any, Protocol
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any, Protocol, TypeVar
 
 import inflection
 from pydantic import ValidationError
 
 from imagepipeline.errors import BadAnswerError
-from imagepipeline.models import ImageMetadata
+from imagepipeline.languages import is_english
+from imagepipeline.models import MAX_ALT_CHARACTERS, ImageMetadata, Wording
 
+T = TypeVar("T")
 MAX_TAGS, MAX_COLORS, MAX_WORD_CHARACTERS = 20, 8, 80
 # Far above any genuine answer. Longer input is refused or cut before a regex or parser sees it.
 MAX_ANSWER_CHARACTERS, MAX_TEXT_CHARACTERS, MAX_ITEMS = 100_000, 4_000, 200
@@ -75,14 +77,47 @@ def read_answer(text: str, vocabulary: Vocabulary) -> ImageMetadata:
         BadAnswerError: The answer contains no JSON object, or the object does not fit the schema.
             The message quotes nothing of the answer.
     """
+    return _read_object(
+        text, lambda answer: ImageMetadata.model_validate(clean(answer, vocabulary))
+    )
+
+
+def read_languages(
+    text: str, languages: Sequence[str], vocabulary: Vocabulary, has_colors: bool
+) -> tuple[dict[str, Wording], list[str]]:
+    """Returns the wording in each language, and the colours, if asked for, of a model's answer.
+
+    The vocabulary is that of the first language.
+
+    Raises:
+        BadAnswerError: Like `read_answer`; also if a language is missing.
+    """
+
+    def read(answer: Any) -> tuple[dict[str, Wording], list[str]]:
+        given = answer["languages"]
+        by_tag = {tag.lower(): given[tag] for tag in given}
+        wordings = {}
+        for language in languages:
+            allowed = vocabulary if language == languages[0] else NoVocabulary()
+            wording = by_tag.get(language.lower())
+            if not isinstance(wording, dict):
+                raise BadAnswerError(f"the vision model's answer lacks the language {language}")
+            words = _clean_words(wording, allowed, is_english(language))
+            alt_text = _shorten(to_plain(_read_text(wording, "altText")))
+            wordings[language] = Wording.model_validate({**words, "altText": alt_text})
+        return wordings, _read_colors(answer) if has_colors else []
+
+    return _read_object(text, read)
+
+
+def _read_object(text: str, read: Callable[[Any], T]) -> T:
     if len(text) > MAX_ANSWER_CHARACTERS:
         raise BadAnswerError(f"the vision model's answer is too long: {len(text):,} characters")
     start, end = text.find("{"), text.rfind("}")
     if start < 0 or end < start:
         raise BadAnswerError("the vision model's answer contains no JSON object")
     try:
-        answer = json.loads(text[start : end + 1])
-        return ImageMetadata.model_validate(clean(answer, vocabulary))
+        return read(json.loads(text[start : end + 1]))
     except (ValueError, TypeError, AttributeError, KeyError, RecursionError) as error:
         if not isinstance(error, ValidationError):
             raise BadAnswerError(
@@ -106,23 +141,41 @@ def clean(answer: Any, vocabulary: Vocabulary) -> dict[str, Any]:
     Raises:
         BadAnswerError: A field is missing or has the wrong type.
     """
+    return {**_clean_words(answer, vocabulary), "dominantColors": _read_colors(answer)}
+
+
+def _clean_words(answer: Any, vocabulary: Vocabulary, is_english: bool = True) -> dict[str, Any]:
+    """Returns the fields that are words; only those of English have a known singular."""
     if not isinstance(answer, dict):
         raise BadAnswerError("the vision model's answer is not the JSON object it was asked for")
-    category = to_word(_read_text(answer, "category"))[:MAX_WORD_CHARACTERS].strip() or "other"
+    spell = to_word if is_english else to_term
+    category = spell(_read_text(answer, "category"))[:MAX_WORD_CHARACTERS].strip() or "other"
+    return {
+        "description": to_plain(_read_text(answer, "description")),
+        "mood": to_plain(_read_text(answer, "mood"))[:MAX_WORD_CHARACTERS].strip() or "unknown",
+        "tags": choose_tags(_read_list(answer, "tags"), vocabulary.tags, spell),
+        "category": choose(category, vocabulary.categories, spell) or "other"
+        if vocabulary.categories
+        else category,
+    }
+
+
+def _read_colors(answer: dict[str, Any]) -> list[str]:
     colors = [
         color.lower()
         for item in _read_list(answer, "dominantColors")
         for color in COLOR.findall(item)
     ]
-    return {
-        "description": to_plain(_read_text(answer, "description")),
-        "mood": to_plain(_read_text(answer, "mood"))[:MAX_WORD_CHARACTERS].strip() or "unknown",
-        "tags": choose_tags(_read_list(answer, "tags"), vocabulary.tags),
-        "category": choose(category, vocabulary.categories) or "other"
-        if vocabulary.categories
-        else category,
-        "dominantColors": list(dict.fromkeys(colors))[:MAX_COLORS],
-    }
+    return list(dict.fromkeys(colors))[:MAX_COLORS]
+
+
+def _shorten(text: str) -> str:
+    """Returns an alt text that is not too long; it ends with a whole word if it has any."""
+    if len(text) <= MAX_ALT_CHARACTERS:
+        return text
+    cut = text[: MAX_ALT_CHARACTERS - 1]
+    whole = cut.rpartition(" ")[0] if text[len(cut)] != " " else cut
+    return (whole or cut).rstrip(" ,;:") + "…"
 
 
 def clean_metadata(metadata: ImageMetadata) -> ImageMetadata:
@@ -185,31 +238,38 @@ def to_plain(text: str) -> str:
 
 def to_word(text: str) -> str:
     """Returns a tag or category in normal form: plain, lower case, with its last word singular."""
-    *first, last = to_plain(text).lower().strip("#.,;:!?\"' ").split() or [""]
+    *first, last = to_term(text).lower().split() or [""]
     if not (last.endswith(("ss", "us", "is")) or last in SINGULAR):
         last = inflection.singularize(last)
     return " ".join([*first, last]).strip()
 
 
-def choose_tags(tags: Iterable[str], allowed: Sequence[str]) -> list[str]:
+def to_term(text: str) -> str:
+    """Returns a tag or category of any language, plain; German nouns keep their capitals."""
+    return to_plain(text).strip("#.,;:!?\"' ")
+
+
+def choose_tags(
+    tags: Iterable[str], allowed: Sequence[str], spell: Callable[[str], str] = to_word
+) -> list[str]:
     """Returns the tags in normal form without duplicates.
 
     If `allowed` is not empty, only its tags are kept, as it spells them.
     """
-    words = [to_word(tag) for tag in tags]
+    words = [spell(tag) for tag in tags]
     if allowed:
-        spellings = _by_normal_form(allowed)
-        words = [spellings.get(word, "") for word in words]
+        spellings = _by_normal_form(allowed, spell)
+        words = [spellings.get(word.casefold(), "") for word in words]
     return list(dict.fromkeys(word for word in words if 0 < len(word) <= MAX_WORD_CHARACTERS))[
         :MAX_TAGS
     ]
 
 
-def choose(word: str, allowed: Sequence[str]) -> str | None:
+def choose(word: str, allowed: Sequence[str], spell: Callable[[str], str] = to_word) -> str | None:
     """Returns the allowed word with this normal form, as the vocabulary spells it, or None."""
-    return _by_normal_form(allowed).get(word)
+    return _by_normal_form(allowed, spell).get(word.casefold())
 
 
-def _by_normal_form(allowed: Sequence[str]) -> dict[str, str]:
+def _by_normal_form(allowed: Sequence[str], spell: Callable[[str], str]) -> dict[str, str]:
     """Returns the words of a vocabulary by normal form; if two share one, the first wins."""
-    return {to_word(entry): entry for entry in reversed(allowed)}
+    return {spell(entry).casefold(): entry for entry in reversed(allowed)}

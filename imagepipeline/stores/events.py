@@ -13,7 +13,7 @@ from typing import Any
 
 import sqlalchemy as sa
 
-from imagepipeline.events import Event, EventType, EventVariant
+from imagepipeline.events import Event, EventType, EventVariant, EventWording
 from imagepipeline.models import ImageMetadata, Status, now_utc
 from imagepipeline.stores.database import Database
 from imagepipeline.stores.tables import (
@@ -323,6 +323,9 @@ def _describe(stored: Any) -> dict[str, Any]:
         "tags": tuple(metadata.tags),
         "category": metadata.category,
         "mood": metadata.mood,
+        "languages": {
+            tag: EventWording(**wording.model_dump()) for tag, wording in metadata.languages.items()
+        },
     }
 
 

@@ -18,7 +18,7 @@ from imagepipeline.errors import BatchBusyError, BatchError, PausedError
 from imagepipeline.filters import Filter
 from imagepipeline.models import ImageMetadata, OriginalFacts, PaidCall, Recipe, Upload
 from imagepipeline.originals import build_originals
-from imagepipeline.providers import build_recipes, build_vision
+from imagepipeline.providers import build_recipes, build_vision, build_vision_recipe
 from imagepipeline.settings import Settings
 from imagepipeline.stores.batches import Answered, Batches
 from imagepipeline.stores.catalogue import Catalogue
@@ -59,8 +59,8 @@ def environment(tmp_path, redis_url, sqlite_catalogue_url, files, httpserver, mo
     monkeypatch.setattr(batch_calls, "POLL_SECONDS", 0)
 
 
-def complete(catalogue, files, image_id, photo):
-    """An image that was described by an earlier model."""
+def complete(catalogue, files, image_id, photo, recipe=EARLIER):
+    """An image that was described by an earlier model, or by another recipe."""
     content = (PHOTOS / f"{photo}.jpg").read_bytes()
     files.put_original(image_id, content, "jpg")
     catalogue.accept([Upload(image_id)])
@@ -72,7 +72,7 @@ def complete(catalogue, files, image_id, photo):
     described = ImageMetadata(
         description="old", tags=[], category="c", dominant_colors=[], mood="calm"
     )
-    catalogue.save_metadata(claim, described, EARLIER, sha256)
+    catalogue.save_metadata(claim, described, recipe, sha256)
     for asset in ("variants", "embedding"):
         catalogue.record_result(claim, asset, EARLIER, sha256)
     catalogue.finish(claim)
@@ -108,6 +108,18 @@ def read_calls(url):
 def count_asked(url):
     with sa.create_engine(url).connect() as connection:
         return connection.execute(sa.select(sa.func.count()).select_from(batch_requests)).scalar()
+
+
+def test_a_batch_asks_about_pictures_in_all_languages_and_leaves_translations_to_runs(
+    fetch, provider, catalogue, files, monkeypatch
+):
+    complete(catalogue, files, "cat", "cat", build_vision_recipe(Settings.load()))
+    monkeypatch.setenv("IMAGEPIPELINE_LANGUAGES", "en,de")
+    last = fetch()
+    assert (last.images, last.requests) == (1, 0)
+    complete(catalogue, files, "coffee", "coffee")
+    last = fetch()
+    assert (last.images, last.requests, last.answered) == (2, 1, 1)
 
 
 def test_runs_find_what_a_batch_has_fetched_and_pay_nothing(

@@ -33,10 +33,14 @@ class Composed:
         folder: holds its files; the path must be short because of sockets.
         postgres_url: of the superuser.
         settings: those that a user would put into `imagepipeline.env`.
+        file: the content of `imagepipeline.toml`.
     """
 
-    def __init__(self, folder: Path, postgres_url: str, settings: Mapping[str, str]) -> None:
+    def __init__(
+        self, folder: Path, postgres_url: str, settings: Mapping[str, str], file: str = ""
+    ) -> None:
         self.folder = folder
+        (folder / "imagepipeline.toml").write_text(file)
         self.services: dict[str, Any] = yaml.safe_load((ROOT / "docker-compose.yml").read_text())[
             "services"
         ]
@@ -195,6 +199,7 @@ class Composed:
                 "/run/secrets": self.folder / "secrets",
                 "/run/imagepipeline": self.folder / name,
                 "/var/lib/imagepipeline": self.folder / "volume",
+                "/etc/imagepipeline.toml": self.folder / "imagepipeline.toml",
                 "/etc/caddy/Caddyfile": ROOT / "deploy" / "Caddyfile",
                 "$$": "$",
             }.items():

@@ -25,7 +25,7 @@ from celery import Celery
 from PIL import Image
 
 from imagepipeline.models import Status
-from imagepipeline.runtime.services import SECRETS_OF
+from imagepipeline.runtime.services import NAMES, SECRETS_OF
 from imagepipeline.settings import is_secret
 from imagepipeline.stores import broker
 from imagepipeline.stores.catalogue import Catalogue
@@ -131,7 +131,7 @@ def stack(postgres_url, s3_server):
         keys = {
             name: settings.pop(name) for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY")
         } | API_KEYS
-        stack = Composed(Path(folder), postgres_url, settings)
+        stack = Composed(Path(folder), postgres_url, settings, "max_runs = 4")
         for name, key in keys.items():
             secret = stack.folder / "secrets" / name.lower()
             secret.chmod(0o600)
@@ -251,6 +251,12 @@ def test_photos_are_processed_even_if_worker_and_code_server_are_killed(
         ("dagster", "dagster"),
     }
     assert all(count <= limits[user] / 2 for user, _, count in used), used
+
+
+def test_all_services_know_what_the_settings_file_says(stack):
+    for name in NAMES:
+        config = yaml.safe_load((stack.folder / name / "dagster" / "dagster.yaml").read_text())
+        assert config["concurrency"]["runs"]["max_concurrent_runs"] == 4
 
 
 def test_a_run_cancelled_in_the_ui_is_cancelled(stack):

@@ -51,7 +51,7 @@ PODS = {
 CONTAINERS = {
     container["name"]: container for pod in PODS.values() for container in pod["containers"]
 }
-SETTINGS = read("settings.yaml")[0]["data"]
+SETTINGS, FILE = read("settings.yaml")[0]["data"], read("settings.yaml")[1]
 SECRET = read("secret.example.yaml")[0]["stringData"]
 
 
@@ -87,7 +87,7 @@ def test_variables_in_manifests_are_settings():
     assert not any(is_secret(name) for name in SETTINGS)
     assert SECRET.keys() <= known | BUCKET_SECRETS
     assert all(is_secret(name) and value == "" for name, value in SECRET.items())
-    Settings.load(SETTINGS)
+    Settings.load(SETTINGS | {"IMAGEPIPELINE_CONFIG": os.devnull})
     for container in CONTAINERS.values():
         told = {entry["name"] for entry in container["env"]} - find_secrets(container)
         assert told <= known
@@ -117,7 +117,8 @@ def test_pods_have_minimal_privileges():
         assert pod["securityContext"]["runAsUser"] == 10001, name  # as in the Dockerfile
         assert not pod["automountServiceAccountToken"], name
         assert not {"hostNetwork", "hostPID", "hostIPC"} & pod.keys(), name
-        assert all("emptyDir" in volume for volume in pod["volumes"]), name
+        [file] = [one["configMap"]["name"] for one in pod["volumes"] if "emptyDir" not in one]
+        assert file == FILE["metadata"]["name"], name
         for container in pod["containers"]:
             assert container["securityContext"] == {
                 "allowPrivilegeEscalation": False,
@@ -126,6 +127,7 @@ def test_pods_have_minimal_privileges():
             }
             assert container["resources"]["limits"]["memory"]
             mounts = [mount["mountPath"] for mount in container["volumeMounts"]]
+            assert SETTINGS["IMAGEPIPELINE_CONFIG"] in mounts
             assert any(Path(SETTINGS["IMAGEPIPELINE_HOME"]).is_relative_to(path) for path in mounts)
             # A volume's folder belongs to root, so each user creates its home in it.
             assert SETTINGS["IMAGEPIPELINE_HOME"] not in mounts
@@ -208,6 +210,9 @@ class Pods:
             **self.settings,
         }
         environment["IMAGEPIPELINE_HOME"] = str(self.folder / pod.partition(".")[0])
+        file = self.folder / "imagepipeline.toml"
+        file.write_text(FILE["data"][file.name])
+        environment["IMAGEPIPELINE_CONFIG"] = str(file)
         for entry in CONTAINERS[name]["env"]:
             if "value" in entry:
                 environment.setdefault(entry["name"], entry["value"])

@@ -7,12 +7,13 @@ import time
 import pytest
 
 from imagepipeline.errors import BadAnswerError
-from imagepipeline.models import CLASSIFIER_PX, ImageMetadata, PixelFacts
+from imagepipeline.models import CLASSIFIER_PX, ImageMetadata, PixelFacts, Wording
 from imagepipeline.services import answers
 from imagepipeline.services.answers import (
     MAX_ANSWER_CHARACTERS,
     choose_tags,
     read_answer,
+    read_languages,
     to_plain,
     to_word,
 )
@@ -116,3 +117,59 @@ def test_the_residents_answer_is_cleaned_again():
     )
     with pytest.raises(BadAnswerError):
         answers.clean_metadata(metadata.model_copy(update={"description": "<b>"}))
+
+
+GERMAN = {
+    "description": "Eine Katze liegt auf <b>einem</b> Sofa.",
+    "altText": "Eine Katze " + "schnurrt und " * 30,
+    "tags": ["Katzen", "Glas", "#Haus"],
+    "category": "Tiere",
+    "mood": "ruhig",
+}
+ENGLISH = {
+    "description": "A cat on a sofa.",
+    "altText": "A cat",
+    "tags": "Cats, sofas, dogs",
+    "category": "Animals",
+    "mood": "calm",
+}
+
+
+def test_each_language_is_cleaned_and_bounded_by_itself():
+    answer = {"languages": {"EN": ENGLISH, "de": GERMAN}, "dominantColors": ["#ABCDEF is blue"]}
+    vocabulary = VisionOptions(tags=("Cat", "Sofa"), categories=("animal",))
+    words, colors = read_languages(json.dumps(answer), ("en", "de"), vocabulary, True)
+    assert colors == ["#abcdef"]
+    assert (words["en"].tags, words["en"].category) == (["Cat", "Sofa"], "animal")
+    german = words["de"]
+    assert german.description == "Eine Katze liegt auf einem Sofa."
+    # No language but English has plurals that we know; German nouns have capitals.
+    assert (german.tags, german.category) == (["Katzen", "Glas", "Haus"], "Tiere")
+    assert len(german.alt_text) <= 125
+    assert german.alt_text.endswith((" und…", " schnurrt…"))
+    assert len(Wording(**dict(german) | {"alt_text": "x" * 125}).alt_text) == 125
+
+
+@pytest.mark.parametrize(
+    ("languages", "problem"),
+    [
+        ({"en": ENGLISH}, "lacks the language de"),
+        ({"en": ENGLISH, "de": None}, "lacks the language de"),
+        ({"en": ENGLISH, "de": GERMAN | {"altText": "<br>"}}, "does not fit the schema: altText"),
+        ({"en": ENGLISH, "de": GERMAN | {"altText": None}}, "altText is not a string"),
+        ({"en": ENGLISH, "de": GERMAN | {"description": "x " * 1500}}, "schema: description"),
+        ([ENGLISH, GERMAN], "not the JSON object it was asked for"),
+        (None, "not the JSON object it was asked for"),
+    ],
+)
+def test_an_answer_that_lacks_a_language_is_refused(languages, problem):
+    answer = json.dumps({"languages": languages, "dominantColors": []})
+    with pytest.raises(BadAnswerError, match=problem):
+        read_languages(answer, ("en", "de"), VisionOptions(), True)
+
+
+def test_colors_are_needed_where_they_are_asked_for():
+    answer = json.dumps({"languages": {"en": ENGLISH}})
+    assert read_languages(answer, ("en",), VisionOptions(), False)[1] == []
+    with pytest.raises(BadAnswerError, match="dominantColors"):
+        read_languages(answer, ("en",), VisionOptions(), True)

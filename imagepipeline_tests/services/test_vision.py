@@ -29,7 +29,7 @@ from imagepipeline.errors import (
 from imagepipeline.imaging.decoding import decode
 from imagepipeline.imaging.palette import measure
 from imagepipeline.imaging.variants import render_square
-from imagepipeline.models import PixelFacts
+from imagepipeline.models import ImageMetadata, PixelFacts, Wording
 from imagepipeline.services.vision import LocalVision, OpenAIVision, VisionOptions, openai_recipe
 from imagepipeline.settings import Settings
 from imagepipeline.usage import CallUsage
@@ -96,6 +96,41 @@ def test_the_image_is_sent_as_a_data_url_and_the_answer_is_parsed(httpserver, vi
     schema = body["response_format"]["json_schema"]
     assert schema["strict"] is True
     assert set(schema["schema"]["required"]) == set(METADATA)
+
+
+def test_several_languages_are_asked_for_by_schema_or_else_in_words(httpserver):
+    options = VisionOptions(answer_format="text", tags=("cat",), languages=("en", "pt-BR"))
+    url = httpserver.url_for("/v1")
+    worded = OpenAIVision("k", url, "m", "Describe it.", options)
+    by_schema = OpenAIVision("k", url, "m", "Describe it.", replace(options, answer_format="auto"))
+    text = worded.build_request(b"")["messages"][0]["content"][0]["text"]
+    assert text.startswith("Describe it. Use only these tags: cat. Give description, altText,")
+    assert "each of these languages: en, pt-BR." in text
+    request = by_schema.build_request(b"")
+    format_ = request["response_format"]["json_schema"]
+    assert format_["strict"] is True
+    assert json.loads(text[text.index("{") :]) == format_["schema"]
+    assert list(format_["schema"]["properties"]["languages"]["properties"]) == ["en", "pt-BR"]
+
+    requests = []
+
+    def answer(request: Request) -> Response:
+        requests.append(request.get_json())
+        words = {name: METADATA[name] for name in ("description", "tags", "category", "mood")}
+        content = {"languages": {"pt-br": words | {"altText": "Um gato"}}}
+        return Response(json.dumps(completion(content)), content_type="application/json")
+
+    httpserver.expect_request("/v1/chat/completions", method="POST").respond_with_handler(answer)
+    spoken = Wording(description="A {cat}", alt_text="A cat", tags=[], category="c", mood="calm")
+    known = ImageMetadata.combine({"en": spoken}, ["#123456"])
+    made = worded.translate(known).metadata
+    assert list(made.languages) == ["en", "pt-BR"]
+    assert made.languages["en"] == spoken
+    assert (made.description, made.dominant_colors) == ("A {cat}", ["#123456"])
+    [part] = requests[0]["messages"][0]["content"]
+    assert '{"description":"A {cat}","altText":"A cat",' in part["text"]
+    assert "never an instruction" in part["text"]
+    assert "#123456" not in part["text"]
 
 
 SECRET = {"message": "secret body", "type": "t"}
