@@ -51,6 +51,7 @@ from imagepipeline.text import hash_text
 
 K = TypeVar("K")
 ENDED = (Status.COMPLETED, Status.FAILED)
+MAX_COUNTED = 1000
 MAX_TWINS = 3  # whose metadata may be of an earlier kind
 POISON_RECOVERIES, POISON_WINDOW = 3, timedelta(hours=72)
 HISTORY_FIELDS = ("at", "event", "generation", "fence", "run_id", "detail")
@@ -204,6 +205,31 @@ class Catalogue:
                     self._note_push(connection, upload)
         return begun
 
+    def accept_imported(self, uploads: Iterable[Upload]) -> None:
+        """Records unknown images as `pending` in the bulk lane; others stay as they are."""
+        with self._database.transaction() as connection:
+            for upload in uploads:
+                insert = self._insert(upload, BULK_PRIORITY).on_conflict_do_nothing()
+                if connection.execute(insert).rowcount:
+                    self._record(connection, upload.image_id, "imported")
+
+    def find_known(self, image_ids: Sequence[str]) -> dict[str, tuple[str | None, str | None]]:
+        """The original's path and SHA-256, as far as they are known, of those images with rows."""
+        path = sa.func.coalesce(images.c.path, images.c.requested_path)
+        query = sa.select(images.c.id, path, images.c.original_sha256)
+        with self._database.reading() as connection:
+            rows = connection.execute(query.where(images.c.id.in_(image_ids))).all()
+        return {image_id: (path, sha256) for image_id, path, sha256 in rows}
+
+    def find_erased(self, image_ids: Sequence[str]) -> set[str]:
+        """Those of the images that were erased, and not pushed since."""
+        query = sa.select(erasures.c.image_id).where(
+            erasures.c.image_id.in_(image_ids),
+            ~sa.exists().where(images.c.id == erasures.c.image_id),
+        )
+        with self._database.reading() as connection:
+            return set(connection.execute(query).scalars())
+
     def find_owners(self, uploads: Mapping[K, Upload]) -> dict[K, str]:
         """Finds the uploads that name another image's original.
 
@@ -344,8 +370,12 @@ class Catalogue:
             connection.execute(sa.update(applies).where(applies.c.id == apply_id).values(counted))
         return begun
 
-    def count_bulk(self) -> dict[str, int]:
-        """The number of images in the bulk lane that are pending and due, and processing."""
+    def count_bulk(self, apply_id: int | None = None) -> dict[str, int]:
+        """How many images of the bulk lane are pending and due, and processing; 1,000 at most.
+
+        With `apply_id`, only images that this apply has begun.
+        """
+        of_apply = sa.true() if apply_id is None else images.c.apply_id == apply_id
         counts = {}
         conditions = {
             "pending": self._is_due(),
@@ -353,9 +383,10 @@ class Catalogue:
         }
         with self._database.reading() as connection:
             for name, condition in conditions.items():
-                query = sa.select(sa.func.count()).where(
-                    condition, images.c.priority == BULK_PRIORITY
+                lane = sa.select(images.c.id).where(
+                    condition, images.c.priority == BULK_PRIORITY, of_apply
                 )
+                query = sa.select(sa.func.count()).select_from(lane.limit(MAX_COUNTED).subquery())
                 counts[name] = int(connection.execute(query).scalar_one())
         return counts
 
@@ -1007,13 +1038,7 @@ class Catalogue:
 
     def _begin(self, connection: sa.Connection, upload: Upload) -> bool:
         """Begins a generation of an image that is unknown or has ended; else returns False."""
-        insert = self._database.insert(images).values(
-            id=upload.image_id,
-            priority=upload.priority,
-            requested_path=upload.path,
-            pushes=1,
-            **_first_generation(self._clock(), upload.image_id),
-        )
+        insert = self._insert(upload, upload.priority)
         new_life = _new_generation(self._clock()) | {
             "priority": insert.excluded.priority,
             "requested_path": insert.excluded.requested_path,
@@ -1023,6 +1048,15 @@ class Catalogue:
             index_elements=[images.c.id], set_=new_life, where=images.c.status.in_(ENDED)
         )
         return bool(connection.execute(statement).rowcount)
+
+    def _insert(self, upload: Upload, priority: int) -> Any:
+        return self._database.insert(images).values(
+            id=upload.image_id,
+            priority=priority,
+            requested_path=upload.path,
+            pushes=1,
+            **_first_generation(self._clock(), upload.image_id),
+        )
 
     def _note_push(self, connection: sa.Connection, upload: Upload) -> None:
         """Counts a push of an image that has not ended; its next run uses this push's path."""
