@@ -224,7 +224,7 @@ def collect_results(catalogue: Catalogue, image_ids: Sequence[str]) -> list[dict
                 "tags": described.get("tags", []),
                 "description": described.get("description"),
                 "bytes_in": row.get("original_bytes"),
-                "bytes_out": sum(variant["size"] for variant in row["variants"]),
+                "bytes_out": sum(one["size"] for one in row["variants"] if not one["is_alias"]),
                 "largest": largest
                 and {name: largest[name] for name in ("path", "width", "height", "format", "size")},
             }

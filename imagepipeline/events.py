@@ -66,5 +66,5 @@ class Event(_Payload):
     category: str | None = None
     mood: str | None = None
     variants: tuple[EventVariant, ...] = Field(
-        (), description="The files made from this original, by format, then width."
+        (), description="The files made from this original, by format, then width; each once."
     )

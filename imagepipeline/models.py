@@ -5,6 +5,7 @@ Storing, rendering and fetching them belongs to `stores`, `imaging` and `service
 
 import json
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from enum import StrEnum
@@ -396,6 +397,14 @@ class Variant:
     width: int
     height: int
     content: bytes
+
+
+def place_variants(variants: Sequence[Variant], original_path: str) -> list[tuple[str, Variant]]:
+    """Each variant with its path; those of the same bytes share that of the first."""
+    paths: dict[bytes, str] = {}
+    return [
+        (paths.setdefault(one.content, one.spec.path_for(original_path)), one) for one in variants
+    ]
 
 
 @dataclass(frozen=True)

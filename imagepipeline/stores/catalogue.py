@@ -4,7 +4,7 @@ Every change is one transaction. Every change by a run names the fencing token o
 a run that was thought dead and replaced can change nothing any more.
 """
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from datetime import datetime, timedelta
 from pathlib import Path
@@ -550,6 +550,8 @@ class Catalogue:
     def save_variants(self, claim: Claim, variants: Sequence[tuple[str, Variant]]) -> None:
         """Stores (path, variant) rows in place of older ones; call it before writing the files.
 
+        Of rows with the same path, all but the first are aliases.
+
         Raises:
             PathTakenError: a path belongs to another image; nothing was stored.
         """
@@ -562,8 +564,9 @@ class Catalogue:
                 "format": variant.spec.format,
                 "path": path,
                 "size": len(variant.content),
+                "is_alias": path in [earlier for earlier, _ in variants[:position]],
             }
-            for path, variant in variants
+            for position, (path, variant) in enumerate(variants)
         ]
         try:
             with self._database.transaction() as connection:
@@ -579,6 +582,12 @@ class Catalogue:
                 f"another image already has a variant at {rows[0]['path']}: originals that differ "
                 "only in their extension share their variants' paths, so rename one"
             ) from None
+
+    def find_free_paths(self, paths: Collection[str]) -> set[str]:
+        """Those of the paths at which no image has a variant."""
+        query = sa.select(image_variants.c.path).where(image_variants.c.path.in_(paths))
+        with self._database.reading() as connection:
+            return set(paths) - set(connection.execute(query).scalars())
 
     def record_result(self, claim: Claim, asset: str, recipe: Recipe, input_sha256: str) -> None:
         """Records that an asset's result is stored, what made it, and from which input."""
