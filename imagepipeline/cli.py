@@ -9,7 +9,17 @@ import sys
 
 import click
 
-from imagepipeline.commands import control, erase, events, failed, images, paid, plans, stack
+from imagepipeline.commands import (
+    control,
+    erase,
+    events,
+    failed,
+    images,
+    imports,
+    paid,
+    plans,
+    stack,
+)
 from imagepipeline.commands.shared import (
     EPILOG,
     EXIT_FAILED,
@@ -100,6 +110,7 @@ for command in (
     stack.up,
     stack.down,
     images.push,
+    imports.import_images,
     images.status,
     images.list_images,
     images.prioritize,

@@ -4,6 +4,7 @@ Tables have no lines and fit 80 columns. Where stdout is not a terminal, each ro
 length, for `grep` and `awk`.
 """
 
+import contextlib
 import io
 import os
 import re
@@ -21,6 +22,7 @@ from rich.progress import (
     BarColumn,
     MofNCompleteColumn,
     Progress,
+    TaskID,
     TextColumn,
     TimeElapsedColumn,
     TimeRemainingColumn,
@@ -163,6 +165,30 @@ def follow_apply(steps: Iterable[ApplyProgress], total: int) -> Iterator[ApplyPr
             yield step
 
 
+@contextlib.contextmanager
+def show_progress() -> Iterator[Callable[[str, int, int], None]]:
+    """Yields a function that shows on stderr what is done, and how many of how many more are."""
+    columns = [
+        TextColumn("{task.description:<9}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TextColumn("{task.fields[rate]:,.0f}/s"),
+        TimeElapsedColumn(),
+        TimeRemainingColumn(),
+    ]
+    bars: dict[str, TaskID] = {}
+    with Progress(*columns, console=err, speed_estimate_period=300) as progress:
+
+        def advance(verb: str, count: int, total: int) -> None:
+            if verb not in bars:
+                bars[verb] = progress.add_task(verb, total=total, rate=0)
+            progress.advance(bars[verb], count)
+            [task] = [task for task in progress.tasks if task.id == bars[verb]]
+            progress.update(task.id, rate=task.completed / max(task.elapsed or 0, 0.001))
+
+        yield advance
+
+
 def follow_batches(steps: Iterable["Fetched"]) -> Iterator["Fetched"]:
     """Passes on the progress of batches, and shows it on stderr."""
     bar = Progress(
@@ -198,7 +224,7 @@ def collect_results(catalogue: Catalogue, image_ids: Sequence[str]) -> list[dict
                 "tags": described.get("tags", []),
                 "description": described.get("description"),
                 "bytes_in": row.get("original_bytes"),
-                "bytes_out": sum(variant["size"] for variant in row["variants"]),
+                "bytes_out": sum(one["size"] for one in row["variants"] if not one["is_alias"]),
                 "largest": largest
                 and {name: largest[name] for name in ("path", "width", "height", "format", "size")},
             }

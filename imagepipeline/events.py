@@ -81,5 +81,5 @@ class Event(_Payload):
         exclude_if=lambda value: not value,
     )
     variants: tuple[EventVariant, ...] = Field(
-        (), description="The files made from this original, by format, then width."
+        (), description="The files made from this original, by format, then width; each once."
     )

@@ -98,6 +98,11 @@ def check_original_path(value: object) -> str:
     return str(path)
 
 
+def choose_extension(name: str) -> str:
+    """The extension that an original of that file name gets: up to 8 of a-z and 0-9."""
+    return re.sub(r"[^a-z0-9]", "", PurePosixPath(name).suffix.lower())[:8] or "bin"
+
+
 def now_utc() -> datetime:
     """The current time in UTC."""
     return datetime.now(UTC)
@@ -230,6 +235,15 @@ def _read_id(value: object) -> Any:
     if isinstance(value, str):
         return value.strip()
     return str(value) if type(value) is int else value
+
+
+@dataclass(frozen=True)
+class StoredFile:
+    """A file in a storage: its path, its size in bytes, and why it cannot be read, if so."""
+
+    path: str
+    size: int
+    fault: str | None = None
 
 
 @dataclass(frozen=True)
@@ -437,6 +451,14 @@ class Variant:
     width: int
     height: int
     content: bytes
+
+
+def place_variants(variants: Sequence[Variant], original_path: str) -> list[tuple[str, Variant]]:
+    """Each variant with its path; those of the same bytes share that of the first."""
+    paths: dict[bytes, str] = {}
+    return [
+        (paths.setdefault(one.content, one.spec.path_for(original_path)), one) for one in variants
+    ]
 
 
 @dataclass(frozen=True)

@@ -166,8 +166,9 @@ def _describe_variants(row: Mapping[str, Any]) -> str | None:
     largest = find_largest(row["variants"])
     if largest is None:
         return None
+    file_count = sum(not variant["is_alias"] for variant in row["variants"])
     line = (
-        f"{len(row['variants'])} files; largest {largest['width']} x {largest['height']} px, "
+        f"{file_count} files; largest {largest['width']} x {largest['height']} px, "
         f"{count_bytes(largest['size'])} {largest['format'].upper()}"
     )
     if not row["original_bytes"]:

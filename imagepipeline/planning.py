@@ -139,7 +139,7 @@ class Applier:
 
     def _begin(self, apply: Apply) -> bool:
         """Begins images, and returns whether there may be more."""
-        in_flight = sum(self._catalogue.count_bulk().values())
+        in_flight = sum(self._catalogue.count_bulk(apply.id).values())
         room = MAX_IN_FLIGHT - in_flight
         if apply.max_images is not None:
             room = min(room, apply.max_images - apply.begun_count)

@@ -15,7 +15,7 @@ from imagepipeline.errors import (
 )
 from imagepipeline.imaging.palette import with_visible_colors
 from imagepipeline.imaging.variants import Renderer
-from imagepipeline.models import Embedding, ImageMetadata, Recipe, VisionAnswer
+from imagepipeline.models import Embedding, ImageMetadata, Recipe, VisionAnswer, place_variants
 from imagepipeline.originals import Original, Originals, build_originals
 from imagepipeline.paid_calls import Answer, Kept, PaidCalls
 from imagepipeline.providers import build_embedder, build_renderer, build_vision, open_paid_calls
@@ -147,7 +147,7 @@ class Sampler:
         stored = [
             (variant["path"], content)
             for variant in sorted(row["variants"], key=lambda one: (one["width"], one["size"]))
-            if (content := self._read(variant["path"], variant["size"]))
+            if not variant["is_alias"] and (content := self._read(variant["path"], variant["size"]))
         ]
         before = ImageMetadata.read(row.get("metadata"))
         trial = replace(trial, described=(before, before))
@@ -198,9 +198,9 @@ class Sampler:
         self, original: Original, stored: Sequence[tuple[str, bytes]]
     ) -> tuple[Sequence[Picture], Sequence[Picture]]:
         made, _ = self.renderer.render(original.session, original.facts)
-        names = [variant.spec.path_for(original.facts.path) for variant in made]
-        fresh = list(zip(names, (variant.content for variant in made), strict=True))
-        return self._inspect(original, stored), self._inspect(original, fresh)
+        placed = place_variants(made, original.facts.path)
+        fresh = {path: variant.content for path, variant in placed}
+        return self._inspect(original, stored), self._inspect(original, list(fresh.items()))
 
     def _inspect(
         self, original: Original, variants: Sequence[tuple[str, bytes]]

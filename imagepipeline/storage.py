@@ -3,9 +3,11 @@
 `FileStore` (a folder) and `ObjectStore` (a bucket) are the two there are.
 """
 
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Protocol
 
+from imagepipeline.models import StoredFile
 from imagepipeline.stores.files import FileStore
 from imagepipeline.stores.objects import ObjectStore
 
@@ -72,17 +74,26 @@ class Storage(Protocol):
             UnsafePathError: the path leads through a link or a file.
         """
 
+    def create(self, path: str, content: bytes) -> bool:
+        """Writes a file as `write` does, or returns False if there is one already."""
+
     def delete(self, path: str) -> None:
         """Deletes a file; does nothing if there is none."""
 
     def locate(self, path: str) -> str:
         """Where a file is, as people write it: an absolute path or a URL without credentials."""
 
-    def list_originals(self) -> dict[str, str]:
+    def list_originals(self, with_new: bool = False) -> dict[str, str]:
         """The path of each `original/<image_id>.<extension>`, by image ID.
 
-        Left out are files in folders, names that are not image IDs, and files that were written
-        within the last minute: their uploader may be about to push them.
+        Left out are files in folders, names that are not image IDs, and unless `with_new`, files
+        that were written within the last minute: their uploader may be about to push them.
+        """
+
+    def list_files(self) -> Iterator[StoredFile]:
+        """All files below the root, but none whose name, or a folder's, begins with a dot.
+
+        What cannot be read, such as a symbolic link, comes with its fault.
         """
 
     def list_leftovers(self) -> list[str]:

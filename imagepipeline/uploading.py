@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from imagepipeline.errors import InvalidUploadError, PostponedError, StackError
-from imagepipeline.models import check_original_path
+from imagepipeline.models import check_original_path, choose_extension
 from imagepipeline.opening import open_catalogue, open_queue
 from imagepipeline.settings import Settings
 from imagepipeline.storage import Storage, open_storage
@@ -30,8 +30,7 @@ def enqueue(settings: Settings, images: Mapping[str, Path], priority: int, repor
     queue = open_queue(settings)
     files = open_storage(settings.storage)
     for image_id, photo in images.items():
-        extension = re.sub(r"[^a-z0-9]", "", photo.suffix.lower())[:8] or "bin"
-        path = files.put_original(image_id, photo.read_bytes(), extension)
+        path = files.put_original(image_id, photo.read_bytes(), choose_extension(photo.name))
         _replace_others(settings, files, image_id, path, report)
         try:
             queue.enqueue(image_id, path, priority)

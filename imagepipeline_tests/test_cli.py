@@ -121,6 +121,43 @@ def test_push_uses_a_given_id(invoke, queue):
     assert json.loads(entry)["imageId"] == "tom"
 
 
+def test_push_takes_the_images_of_a_folder(invoke, tmp_path, queue):
+    (tmp_path / "site" / "sub").mkdir(parents=True)
+    for number, name in enumerate(("a.png", "sub/b.PNG", ".hidden.png")):
+        Image.new("RGB", (9, 9), (number, 0, 0)).save(tmp_path / "site" / name)
+    (tmp_path / "site" / "note.txt").write_text("no image")
+    code, out, err = invoke("push", str(tmp_path / "site"), str(PHOTOS / "cat.jpg"))
+    assert code == 0
+    assert [line[:2] for line in out.splitlines()] == ["a-", "b-", "ca"]
+    assert "note.txt: the original is not a picture" in err
+    assert queue.count()["waiting"] == 3
+    assert invoke("push", str(tmp_path / "site" / "sub"), "--id", "tom")[1] == "tom\n"
+    (tmp_path / "none").mkdir()
+    code, _, err = invoke("push", str(tmp_path / "none"))
+    assert (code, err) == (1, "Error: there is no image to push\n")
+
+
+def test_import_says_what_it_does(invoke, tmp_path, catalogue):
+    site = tmp_path / "site"
+    site.mkdir()
+    Image.new("RGB", (9, 9)).save(site / "a.png")
+    (site / "empty.jpg").touch()
+    code, out, err = invoke("import", str(site), "--dry-run")
+    assert code == 1
+    assert "2 files: 1 new, 1 empty" in out
+    code, out, err = invoke("import", f"file://{site}/", "--link")
+    assert (code, out.splitlines()[-1][:24]) == (1, "1 images were imported; ")
+    assert "1/1" in err
+    for source, word in (
+        (tmp_path / "nowhere", "is not a folder"),
+        (tmp_path / "home" / "storage" / "original", "`sweep` takes in"),
+        (tmp_path, "the storage root"),
+    ):
+        code, _, err = invoke("import", str(source))
+        assert (code, word in err) == (2, True), err
+    assert invoke("import", "s3://bucket/prefix", "--link")[0] == 2
+
+
 def test_push_with_another_extension_replaces_the_original(invoke, tmp_path, catalogue, queue):
     originals = tmp_path / "home" / "storage" / "original"
     invoke("push", str(PHOTOS / "cat.jpg"), "--id", "tom")

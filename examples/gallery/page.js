@@ -13,12 +13,11 @@ function make(name, attributes = {}, ...children) {
   return element;
 }
 
-// A small original has the same width several times; a browser needs it once.
 function listWidths(event, format) {
-  const byWidth = new Map(
-    event.variants.filter((one) => one.format === format).map((one) => [one.width, one.path]),
-  );
-  return [...byWidth].map(([width, path]) => `/${path}?g=${event.generation} ${width}w`).join(', ');
+  return event.variants
+    .filter((one) => one.format === format)
+    .map((one) => `/${one.path}?g=${event.generation} ${one.width}w`)
+    .join(', ');
 }
 
 function makePicture(event) {

@@ -39,7 +39,7 @@ SHOWN = {  # the others are only in the JSON
     *("id", "status", "updated_at", "accepted_at", "reason", "error"),
     *("path", "priority", "copies", "entry", "run_id"),
 }
-photo_type = click.Path(exists=True, dir_okay=False, readable=True, path_type=Path)
+photo_type = click.Path(exists=True, readable=True, path_type=Path)
 
 
 @click.command(epilog=EPILOG)
@@ -66,8 +66,10 @@ def push(
 ) -> None:
     """Store PHOTOS as originals and enqueue their IDs.
 
-    A photo that is pushed again is processed again: at once, or after the run that processes it.
+    Of a folder, all images in it and below are pushed; for thousands, use `import`. A photo that is
+    pushed again is processed again: at once, or after the run that processes it.
     """
+    photos = [found for photo in photos for found in find_photos(settings, photo)]
     if image_id is not None and len(photos) != 1:
         raise click.UsageError("--id names one image: push one PHOTO with it")
     if image_id is not None:
@@ -76,6 +78,8 @@ def push(
         except InvalidUploadError as error:
             raise click.UsageError(str(error)) from None
     open_queue(settings).count()  # where Redis does not answer, no original is left behind
+    if not photos:
+        raise ImagePipelineError("there is no image to push")
     images = {image_id or uploading.build_image_id(photo): photo for photo in photos}
     if waits:
         from imagepipeline import display
@@ -254,6 +258,21 @@ def search(settings: Settings, text: str, count: int, as_json: bool) -> None:
         embed_query(settings, text, display.report), count
     )
     display.show_neighbours(catalogue, neighbours, as_json)
+
+
+def find_photos(settings: Settings, photo: Path) -> list[Path]:
+    """The file itself, or the images of a folder; what is none is told."""
+    if not photo.is_dir():
+        return [photo]
+    from imagepipeline import importing
+    from imagepipeline.stores.files import FileStore
+
+    source = importing.Source(FileStore(photo), "hash", settings.max_bytes)
+    files = importing.find_images(source, lambda *_: None)
+    for file in files:
+        if file.error:
+            note(f"{photo / file.name}: {file.error}")
+    return [photo / file.name for file in files if not file.error]
 
 
 def push_and_follow(

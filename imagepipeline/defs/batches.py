@@ -346,7 +346,7 @@ def relate(instance: dg.DagsterInstance, made: dg.AssetMaterialization) -> dg.As
 @dg.job(
     tags={LANE_TAG: "bulk", "dagster/priority": str(BULK_PRIORITY)},
     description="Makes what many images need, such as after a change of model. The sensor starts "
-    "it for `imagepipeline apply` and for a backlog of uploads; at most two run at a time.",
+    "it for `imagepipeline apply`, `import`, and a backlog of uploads; at most two run at a time.",
     executor_def=dg.in_process_executor,
 )
 def process_batch() -> None:

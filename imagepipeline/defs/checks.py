@@ -158,11 +158,12 @@ def check_variants(
     figures = {
         "variant_count": len(found),
         "bytes_in": original.facts.original_bytes,
-        "bytes_out": sum(one["size"] for one in found),
+        "bytes_out": sum(one["size"] for one in found if not one["is_alias"]),
         "compared_count": len(similarities),
         "min_similarity": round(min(similarities, default=0), 4),
     }
-    return problems, figures
+    # Rows that share a file have the same problems.
+    return {name: list(dict.fromkeys(texts)) for name, texts in problems.items()}, figures
 
 
 def refuse_wrong(problems: Problems) -> None:

@@ -71,7 +71,8 @@ def upload_sensor(
     problem = None
     try:
         # Without work, a tick waits for it: the daemon would start the next one too late.
-        if not (catalogue.list_pending(1) or applier.is_busy):
+        is_busy = applier.is_busy or catalogue.count_bulk()["pending"]
+        if not (is_busy or catalogue.list_pending(1)):
             queue.wait(MAX_WAIT_SECONDS)
         if _taking_in.acquire(blocking=False):
             try:

@@ -32,6 +32,7 @@ from imagepipeline.models import (
     OriginalFacts,
     Recipe,
     VisionAnswer,
+    place_variants,
 )
 from imagepipeline.originals import Original, Originals
 from imagepipeline.paid_calls import Kept, PaidCalls, Receipt
@@ -158,11 +159,16 @@ def make_variants(
             is_current=True,
         )
     made, usage = renderer.render(original.session, original.facts)
-    rendered = [(variant.spec.path_for(original.facts.path), variant) for variant in made]
+    rendered = place_variants(made, original.facts.path)
+    contents = {path: variant.content for path, variant in rendered}
     # Rows first: they refuse another image's path before its file is overwritten.
     catalogue.save_variants(claim, rendered)
-    for variant_path, variant in rendered:
-        files.write(variant_path, variant.content)
+    for path, content in contents.items():
+        files.write(path, content)
+    # A file of a larger original, or of an earlier version, must not be served any more.
+    unused = {spec.path_for(original.facts.path) for spec in renderer.specs} - contents.keys()
+    for path in catalogue.find_free_paths(unused) if unused else ():
+        files.delete(path)
     found, figures = check_variants(claim, catalogue, files, original, renderer)
     catalogue.record_problems(claim, found)
     refuse_wrong(found)
@@ -278,8 +284,9 @@ def is_in_place(
 ) -> bool:
     """Whether the files of all variants are where they belong, with the sizes of their rows."""
     expected = {spec.path_for(original.path) for spec in renderer.specs}
-    return expected == {variant["path"] for variant in stored} and all(
-        len(read_stored(files, variant)) == variant["size"] for variant in stored
+    return len(stored) == len(expected) and all(
+        variant["path"] in expected and len(read_stored(files, variant)) == variant["size"]
+        for variant in stored
     )
 
 

@@ -5,7 +5,7 @@ a run that was thought dead and replaced can change nothing any more.
 """
 
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from datetime import datetime, timedelta
 from pathlib import Path
@@ -53,6 +53,7 @@ from imagepipeline.text import hash_text
 K = TypeVar("K")
 ENDED = (Status.COMPLETED, Status.FAILED)
 CANDIDATES = 16  # more than there are threads of batch runs, each of which takes one
+MAX_COUNTED = 1000
 MAX_TWINS = 3  # whose metadata may be of an earlier kind
 POISON_RECOVERIES, POISON_WINDOW = 3, timedelta(hours=72)
 HISTORY_FIELDS = ("at", "event", "generation", "fence", "run_id", "detail")
@@ -208,6 +209,33 @@ class Catalogue:
             if others := [push for push in pushes if push["image_id"] not in begun]:
                 self._note_pushes(connection, others)
         return begun
+
+    def accept_imported(self, uploads: Iterable[Upload]) -> None:
+        """Records unknown images as `pending` in the bulk lane; others stay as they are."""
+        rows = [{**row, "most": BULK_PRIORITY} for row in _merge(uploads, self._clock())]
+        if not rows:
+            return
+        insert = self._insert().on_conflict_do_nothing().returning(images.c.id)
+        with self._database.transaction() as connection:
+            begun = set(connection.execute(insert, rows).scalars())
+            history.record_all(connection, begun, "imported", self._clock())
+
+    def find_known(self, image_ids: Sequence[str]) -> dict[str, tuple[str | None, str | None]]:
+        """The original's path and SHA-256, as far as they are known, of those images with rows."""
+        path = sa.func.coalesce(images.c.path, images.c.requested_path)
+        query = sa.select(images.c.id, path, images.c.original_sha256)
+        with self._database.reading() as connection:
+            rows = connection.execute(query.where(images.c.id.in_(image_ids))).all()
+        return {image_id: (path, sha256) for image_id, path, sha256 in rows}
+
+    def find_erased(self, image_ids: Sequence[str]) -> set[str]:
+        """Those of the images that were erased, and not pushed since."""
+        query = sa.select(erasures.c.image_id).where(
+            erasures.c.image_id.in_(image_ids),
+            ~sa.exists().where(images.c.id == erasures.c.image_id),
+        )
+        with self._database.reading() as connection:
+            return set(connection.execute(query).scalars())
 
     def find_owners(self, uploads: Mapping[K, Upload]) -> dict[K, str]:
         """Finds the uploads that name another image's original.
@@ -375,8 +403,12 @@ class Catalogue:
             connection.execute(sa.update(applies).where(applies.c.id == apply_id).values(counted))
         return begun
 
-    def count_bulk(self) -> dict[str, int]:
-        """The number of images in the bulk lane that are pending and due, and processing."""
+    def count_bulk(self, apply_id: int | None = None) -> dict[str, int]:
+        """How many images of the bulk lane are pending and due, and processing; 1,000 at most.
+
+        With `apply_id`, only images that this apply has begun.
+        """
+        of_apply = sa.true() if apply_id is None else images.c.apply_id == apply_id
         counts = {}
         conditions = {
             "pending": self._is_due(),
@@ -384,9 +416,10 @@ class Catalogue:
         }
         with self._database.reading() as connection:
             for name, condition in conditions.items():
-                query = sa.select(sa.func.count()).where(
-                    condition, images.c.priority == BULK_PRIORITY
+                lane = sa.select(images.c.id).where(
+                    condition, images.c.priority == BULK_PRIORITY, of_apply
                 )
+                query = sa.select(sa.func.count()).select_from(lane.limit(MAX_COUNTED).subquery())
                 counts[name] = int(connection.execute(query).scalar_one())
         return counts
 
@@ -589,6 +622,8 @@ class Catalogue:
     def save_variants(self, claim: Claim, variants: Sequence[tuple[str, Variant]]) -> None:
         """Stores (path, variant) rows in place of older ones; call it before writing the files.
 
+        Of rows with the same path, all but the first are aliases.
+
         Raises:
             PathTakenError: a path belongs to another image; nothing was stored.
         """
@@ -601,8 +636,9 @@ class Catalogue:
                 "format": variant.spec.format,
                 "path": path,
                 "size": len(variant.content),
+                "is_alias": path in [earlier for earlier, _ in variants[:position]],
             }
-            for path, variant in variants
+            for position, (path, variant) in enumerate(variants)
         ]
         try:
             with self._database.transaction() as connection:
@@ -618,6 +654,12 @@ class Catalogue:
                 f"another image already has a variant at {rows[0]['path']}: originals that differ "
                 "only in their extension share their variants' paths, so rename one"
             ) from None
+
+    def find_free_paths(self, paths: Collection[str]) -> set[str]:
+        """Those of the paths at which no image has a variant."""
+        query = sa.select(image_variants.c.path).where(image_variants.c.path.in_(paths))
+        with self._database.reading() as connection:
+            return set(paths) - set(connection.execute(query).scalars())
 
     def record_result(self, claim: Claim, asset: str, recipe: Recipe, input_sha256: str) -> None:
         """Records that an asset's result is stored, what made it, and from which input."""
@@ -1078,14 +1120,7 @@ class Catalogue:
 
     def _begin(self, connection: sa.Connection, pushes: Sequence[Mapping[str, Any]]) -> set[str]:
         """Begins a generation of those images that are unknown or have ended; gives their IDs."""
-        insert = self._database.insert(images).values(
-            id=sa.bindparam("image_id"),
-            priority=sa.bindparam("most"),
-            requested_path=sa.bindparam("last_path"),
-            tenant=sa.bindparam("of_tenant"),
-            pushes=sa.bindparam("count"),
-            **_first_generation(sa.bindparam("now"), sa.bindparam("known_id")),
-        )
+        insert = self._insert()
         new_life = _new_generation(insert.excluded.accepted_at) | {
             "priority": insert.excluded.priority,
             "requested_path": insert.excluded.requested_path,
@@ -1097,8 +1132,18 @@ class Catalogue:
             set_=new_life,
             where=sa.or_(*(images.c.status == status for status in ENDED)),
         ).returning(images.c.id)
-        rows = [{**push, "known_id": push["image_id"]} for push in pushes]
-        return set(connection.execute(statement, rows).scalars())
+        return set(connection.execute(statement, list(pushes)).scalars())
+
+    def _insert(self) -> Any:
+        """An insert of an unknown image, which takes the rows of `_merge`."""
+        return self._database.insert(images).values(
+            id=sa.bindparam("image_id"),
+            priority=sa.bindparam("most"),
+            requested_path=sa.bindparam("last_path"),
+            tenant=sa.bindparam("of_tenant"),
+            pushes=sa.bindparam("count"),
+            **_first_generation(sa.bindparam("now"), sa.bindparam("known_id")),
+        )
 
     def _note_pushes(self, connection: sa.Connection, pushes: Sequence[Mapping[str, Any]]) -> None:
         """Counts pushes of images that have not ended; the next run uses the last push's path."""
@@ -1145,6 +1190,7 @@ def _merge(uploads: Iterable[Upload], now: datetime) -> list[dict[str, Any]]:
             upload.image_id,
             {
                 "image_id": upload.image_id,
+                "known_id": upload.image_id,  # a column's name may stand for its value alone
                 "count": 0,
                 "most": upload.priority,
                 "of_tenant": "",

@@ -332,7 +332,7 @@ def _describe(stored: Any) -> dict[str, Any]:
 def _list_variants(connection: sa.Connection, image_id: str) -> tuple[EventVariant, ...]:
     query = (
         sa.select(image_variants)
-        .where(image_variants.c.image_id == image_id)
+        .where(image_variants.c.image_id == image_id, ~image_variants.c.is_alias)
         .order_by(image_variants.c.format, image_variants.c.width, image_variants.c.path)
     )
     return tuple(

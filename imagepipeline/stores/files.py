@@ -14,11 +14,11 @@ import shutil
 import stat
 import time
 import uuid
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
 from imagepipeline.errors import DiskFullError, MissingOriginalError, UnsafePathError
-from imagepipeline.models import IMAGE_ID_PATTERN, check_image_id
+from imagepipeline.models import IMAGE_ID_PATTERN, StoredFile, check_image_id
 
 SETTLED_SECONDS, LEFTOVER_SECONDS = 60, 3600
 ENTER, WRITE = 0o011, 0o022  # mode bits of a folder for group and others
@@ -77,6 +77,33 @@ class FileStore:
 
     def write(self, path: str, content: bytes) -> None:
         """See `Storage.write`: a temporary file beside it is synced, then renamed."""
+        self._write(path, content, os.rename)
+
+    def create(self, path: str, content: bytes) -> bool:
+        """See `Storage.create`."""
+        try:
+            self._write(path, content, _rename_new)
+        except FileExistsError:
+            return False
+        return True
+
+    def link(self, path: str, source: Path) -> bool:
+        """Makes a second name of a file on the same file system; False if `path` exists.
+
+        Raises:
+            OSError: it is on another file system, or hard links are not possible there.
+        """
+        *parents, name = Path(path).parts
+        self.make_root()
+        with self._open_folder(parents, is_created=True) as folder:
+            try:
+                os.link(source, name, dst_dir_fd=folder, follow_symlinks=False)
+            except FileExistsError:
+                return False
+            os.fsync(folder)
+        return True
+
+    def _write(self, path: str, content: bytes, place: Callable[..., None]) -> None:
         *parents, name = Path(path).parts
         beside = f".{uuid.uuid4().hex}.tmp"  # without `name`, which may have the maximum length
         self.make_root()
@@ -92,7 +119,7 @@ class FileStore:
                         file.write(content)
                         file.flush()
                         os.fsync(descriptor)
-                    os.rename(beside, name, src_dir_fd=folder, dst_dir_fd=folder)
+                    place(beside, name, src_dir_fd=folder, dst_dir_fd=folder)
                 finally:
                     with contextlib.suppress(FileNotFoundError):
                         os.unlink(beside, dir_fd=folder)
@@ -118,9 +145,10 @@ class FileStore:
     @property
     def free_bytes(self) -> int:
         """The free space of the disk."""
-        return shutil.disk_usage(self.root).free
+        made = next(folder for folder in (self.root, *self.root.parents) if folder.exists())
+        return shutil.disk_usage(made).free
 
-    def list_originals(self) -> dict[str, str]:
+    def list_originals(self, with_new: bool = False) -> dict[str, str]:
         """See `Storage.list_originals`."""
         before = time.time() - SETTLED_SECONDS
         found = {}
@@ -131,12 +159,32 @@ class FileStore:
                         state = os.stat(name, dir_fd=folder, follow_symlinks=False)
                     except FileNotFoundError:  # deleted since
                         continue
-                    is_settled = stat.S_ISREG(state.st_mode) and state.st_mtime < before
-                    if is_settled and "." in name and IMAGE_ID_PATTERN.fullmatch(Path(name).stem):
+                    is_settled = with_new or state.st_mtime < before
+                    is_original = stat.S_ISREG(state.st_mode) and is_settled
+                    if is_original and "." in name and IMAGE_ID_PATTERN.fullmatch(Path(name).stem):
                         found[Path(name).stem] = f"original/{name}"
         except FileNotFoundError:
             return found
         return found
+
+    def list_files(self) -> Iterator[StoredFile]:
+        """See `Storage.list_files`."""
+        unread: list[OSError] = []
+        for folder, names, files in os.walk(self.root, onerror=unread.append):
+            names[:] = sorted(name for name in names if not name.startswith("."))
+            for name in sorted({*names, *files}):
+                path = Path(folder, name)
+                with contextlib.suppress(FileNotFoundError):  # deleted since
+                    state = path.lstat()
+                    if stat.S_ISDIR(state.st_mode) or name.startswith("."):
+                        continue
+                    fault = None if stat.S_ISREG(state.st_mode) else "it is not a plain file"
+                    if stat.S_ISLNK(state.st_mode):
+                        fault = "it is a symbolic link, which is not followed"
+                    yield StoredFile(path.relative_to(self.root).as_posix(), state.st_size, fault)
+        for error in unread:
+            path = Path(error.filename).relative_to(self.root)
+            yield StoredFile(path.as_posix(), 0, f"the folder cannot be read: {error.strerror}")
 
     def list_leftovers(self) -> list[str]:
         """See `Storage.list_leftovers`."""
@@ -169,6 +217,20 @@ class FileStore:
 def _set_mode(descriptor: int, mode: int) -> None:
     with contextlib.suppress(PermissionError):  # a file system without modes
         os.fchmod(descriptor, mode)
+
+
+def _rename_new(source: str, name: str, *, src_dir_fd: int, dst_dir_fd: int) -> None:
+    """Renames a file, unless there is one of that name."""
+    try:
+        os.link(source, name, src_dir_fd=src_dir_fd, dst_dir_fd=dst_dir_fd)
+    except FileExistsError:
+        raise
+    except OSError:  # a file system without hard links
+        with contextlib.suppress(FileNotFoundError):
+            os.lstat(name, dir_fd=dst_dir_fd)
+            raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST), name) from None
+        os.rename(source, name, src_dir_fd=src_dir_fd, dst_dir_fd=dst_dir_fd)
+    os.fsync(dst_dir_fd)  # before the only other copy may be deleted
 
 
 def _make_entry(name: str, parent: int) -> bool:

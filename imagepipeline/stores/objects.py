@@ -9,17 +9,19 @@ import functools
 from collections.abc import Iterator
 from datetime import UTC, datetime, timedelta
 from pathlib import PurePosixPath
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, Literal
 
 from imagepipeline.errors import MissingOriginalError, StorageDownError
-from imagepipeline.models import IMAGE_ID_PATTERN, check_image_id
+from imagepipeline.models import IMAGE_ID_PATTERN, StoredFile, check_image_id
 from imagepipeline.output_formats import OUTPUT_FORMATS
 
 if TYPE_CHECKING:
+    from obstore import ObjectMeta
     from obstore.store import ObjectStore as Bucket
 
 SETTLED = timedelta(seconds=60)
 TIMEOUT_SECONDS, RETRIES = 30, 3
+CHUNK_BYTES = 10_000_000
 # Only variants get a type that browsers show. Originals come from strangers and get none.
 CONTENT_TYPES = {f".{one.name}": one.mime_type for one in OUTPUT_FORMATS.values()}
 
@@ -36,17 +38,19 @@ class ObjectStore:
         """See `Storage.list_originals_of`."""
         found = []
         # Starts after the longer IDs `<image_id>-…`, of which there may be many.
-        for path, _ in self._list("original", offset=f"original/{check_image_id(image_id)}-~"):
-            if not path.startswith(f"original/{image_id}."):
+        for entry in self._list("original", offset=f"original/{check_image_id(image_id)}-~"):
+            if not entry["path"].startswith(f"original/{image_id}."):
                 break
-            found.append(path)
+            found.append(entry["path"])
         return found
 
     def read(self, path: str, max_bytes: int | None = None) -> bytes:
         """See `Storage.read`."""
         content = bytearray()
         with _talking(path):
-            for chunk in self._bucket.get(path).stream():
+            # A chunk is read whole, so it must not be much more than what is asked for.
+            chunk_bytes = min(CHUNK_BYTES, max_bytes + 1) if max_bytes is not None else CHUNK_BYTES
+            for chunk in self._bucket.get(path).stream(min_chunk_size=chunk_bytes):
                 content += chunk
                 if max_bytes is not None and len(content) > max_bytes:
                     break
@@ -60,10 +64,16 @@ class ObjectStore:
 
     def write(self, path: str, content: bytes) -> None:
         """See `Storage.write`."""
-        kind = CONTENT_TYPES.get(PurePosixPath(path).suffix, "application/octet-stream")
-        with _talking(path):
-            # Not in parts: those of a killed writer would stay, cost money and be hard to see.
-            self._bucket.put(path, content, attributes={"Content-Type": kind}, use_multipart=False)
+        self._put(path, content, "overwrite")
+
+    def create(self, path: str, content: bytes) -> bool:
+        """See `Storage.create`."""
+        from obstore.exceptions import AlreadyExistsError
+
+        with contextlib.suppress(AlreadyExistsError):
+            self._put(path, content, "create")
+            return True
+        return False
 
     def delete(self, path: str) -> None:
         """See `Storage.delete`."""
@@ -74,26 +84,39 @@ class ObjectStore:
         """The object's URL."""
         return f"{self._url}/{path}"
 
-    def list_originals(self) -> dict[str, str]:
+    def list_originals(self, with_new: bool = False) -> dict[str, str]:
         """See `Storage.list_originals`."""
         before = datetime.now(UTC) - SETTLED
         found = {}
-        for path, modified in self._list("original", offset=None):
-            name = PurePosixPath(path)
+        for entry in self._list("original"):
+            name = PurePosixPath(entry["path"])
             is_direct = len(name.parts) == 2 and name.suffix
-            if is_direct and modified < before and IMAGE_ID_PATTERN.fullmatch(name.stem):
-                found[name.stem] = path
+            is_settled = with_new or entry["last_modified"] < before
+            if is_direct and is_settled and IMAGE_ID_PATTERN.fullmatch(name.stem):
+                found[name.stem] = entry["path"]
         return found
+
+    def list_files(self) -> Iterator[StoredFile]:
+        """See `Storage.list_files`."""
+        for entry in self._list(None):
+            if not any(part.startswith(".") for part in entry["path"].split("/")):
+                yield StoredFile(entry["path"], entry["size"])
 
     def list_leftovers(self) -> list[str]:
         """An empty list: a put leaves no temporary file."""
         return []
 
-    def _list(self, folder: str, offset: str | None) -> Iterator[tuple[str, datetime]]:
-        with _talking(folder):
+    def _put(self, path: str, content: bytes, mode: Literal["create", "overwrite"]) -> None:
+        kind = CONTENT_TYPES.get(PurePosixPath(path).suffix, "application/octet-stream")
+        options: Any = {"attributes": {"Content-Type": kind}, "mode": mode}
+        with _talking(path):
+            # Not in parts: those of a killed writer would stay, cost money and be hard to see.
+            self._bucket.put(path, content, use_multipart=False, **options)
+
+    def _list(self, folder: str | None, offset: str | None = None) -> "Iterator[ObjectMeta]":
+        with _talking(folder or "the list of objects"):
             for page in self._bucket.list(folder, offset=offset):
-                for entry in page:
-                    yield entry["path"], entry["last_modified"]
+                yield from page
 
     @functools.cached_property
     def _bucket(self) -> "Bucket":
@@ -115,10 +138,12 @@ def open_bucket(url: str) -> "Bucket":
 
 @contextlib.contextmanager
 def _talking(path: str) -> Iterator[None]:
-    from obstore.exceptions import BaseError
+    from obstore.exceptions import AlreadyExistsError, BaseError
 
     try:
         yield
+    except AlreadyExistsError:
+        raise
     except FileNotFoundError:
         raise MissingOriginalError(f"{path} is not below the storage root") from None
     except (BaseError, PermissionError) as error:  # their texts contain addresses and replies

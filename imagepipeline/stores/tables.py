@@ -97,8 +97,17 @@ image_variants = sa.Table(
     sa.Column("width", sa.Integer, nullable=False),
     sa.Column("height", sa.Integer, nullable=False),
     sa.Column("format", sa.String(8), nullable=False),
-    sa.Column("path", sa.String(512), nullable=False, unique=True),
+    sa.Column("path", sa.String(512), nullable=False),
     sa.Column("size", sa.Integer, nullable=False),
+    # It has the pixels of an earlier variant of the image, and usually its file.
+    sa.Column("is_alias", sa.Boolean, nullable=False, server_default=sa.false()),
+    sa.Index(
+        "uq_image_variants_path",
+        "path",
+        unique=True,
+        sqlite_where=sa.text("NOT is_alias"),
+        postgresql_where=sa.text("NOT is_alias"),
+    ),
 )
 
 # What made each image's current results.

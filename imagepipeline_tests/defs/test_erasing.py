@@ -238,7 +238,7 @@ def test_an_erased_image_is_found_nowhere_and_may_be_pushed_again(world):
 
     [dry] = erase(world, "victim", is_dry_run=True)
     assert world.find(traces) == before
-    assert (dry.is_known, dry.entries, dry.vectors, dry.runs, len(dry.files)) == (True, 1, 1, 1, 7)
+    assert (dry.is_known, dry.entries, dry.vectors, dry.runs, len(dry.files)) == (True, 1, 1, 1, 3)
 
     world.stores.catalogue.accept([Upload("victim")])  # pending: no run may take it
     [receipt, unknown] = erase(world, "victim", "nobody")

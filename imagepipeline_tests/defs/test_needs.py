@@ -1,5 +1,6 @@
 """Runs make what an image needs, and nothing else."""
 
+import json
 from dataclasses import replace
 from unittest.mock import Mock
 
@@ -11,8 +12,9 @@ from imagepipeline.defs.assets import variants
 from imagepipeline.defs.outcomes import ORIGINAL
 from imagepipeline.errors import CatalogueDownError
 from imagepipeline.imaging.variants import Renderer
-from imagepipeline.models import Recipe, Upload, build_variant_specs
+from imagepipeline.models import ASSETS, Recipe, Upload, build_variant_specs
 from imagepipeline.services.embedder import LocalEmbedder
+from imagepipeline.stores.events import EventLog
 from imagepipeline_tests.conftest import PHOTOS, count_answers
 from imagepipeline_tests.defs.test_assets import ANSWER, ScriptedVision
 
@@ -100,13 +102,13 @@ def test_another_quality_makes_variants_alone(process, cat, ledger):
 
 def test_a_variant_that_is_gone_is_made_again(process, cat, files):
     process(cat, ScriptedVision(ANSWER))
-    (files.root / "variants" / "cat-md.avif").unlink()
+    (files.root / "variants" / "cat-sm.avif").unlink()
     assert process(cat, ScriptedVision()) == {
         "metadata": True,
         "variants": False,
         "embedding": True,
     }
-    assert (files.root / "variants" / "cat-md.avif").exists()
+    assert (files.root / "variants" / "cat-sm.avif").exists()
 
 
 def test_the_same_bytes_under_another_id_are_paid_for_once(process, cat, catalogue, files, ledger):
@@ -173,7 +175,7 @@ def test_pictures_alone_leave_the_rest_to_a_later_run(run, cat, catalogue):
 
 def test_variants_are_not_current_while_they_are_made_again(run, process, cat, catalogue, files):
     process(cat, ScriptedVision(ANSWER))
-    (files.root / "variants" / "cat-md.avif").write_bytes(b"torn")  # a disk that lost its end
+    (files.root / "variants" / "cat-sm.avif").write_bytes(b"torn")  # a disk that lost its end
     torn = []
 
     def write(path, content):
@@ -198,10 +200,52 @@ def test_an_original_that_has_moved_gets_its_variants_where_they_belong(
     (files.root / "original" / "moved.jpg").write_bytes(content)
     assert process(cat, ScriptedVision(), path="original/moved.jpg")["variants"] is False
     assert {row["path"] for row in catalogue.get(cat)["variants"]} == {
-        f"variants/moved-{suffix}.{name}"
-        for suffix in ("sm", "md", "lg")
-        for name in ("webp", "avif")
+        "variants/moved-sm.webp",
+        "variants/moved-sm.avif",
     }
+
+
+def test_a_picture_that_becomes_small_leaves_no_file_of_the_large_one(
+    process, cat, files, catalogue, sqlite_catalogue_url
+):
+    def list_files():
+        return sorted(path.name for path in (files.root / "variants").iterdir())
+
+    small = ["cat-sm.avif", "cat-sm.webp"]
+    process(cat, ScriptedVision(ANSWER))
+    assert list_files() == small
+    files.put_original(cat, (PHOTOS / "galaxies.jpg").read_bytes(), "jpg")  # 1000 px wide
+    process(cat, ScriptedVision(ANSWER))
+    assert list_files() == ["cat-md.avif", "cat-md.webp", *small]
+    with sa.create_engine(sqlite_catalogue_url).connect() as connection:
+        published = connection.exec_driver_sql("SELECT format, width FROM published_variants_v1")
+        widths = sorted(published.tuples())
+    assert widths == [("avif", 640), ("avif", 1000), ("webp", 640), ("webp", 1000)]
+    payload = EventLog(sqlite_catalogue_url).list_latest(cat, 1)[0].payload
+    told = [(one["format"], one["width"]) for one in json.loads(payload)["variants"]]
+    assert told == widths
+    files.put_original(cat, (PHOTOS / "cat.jpg").read_bytes(), "jpg")
+    process(cat, ScriptedVision(ANSWER))
+    assert list_files() == small
+    assert process(cat, ScriptedVision()) == dict.fromkeys(ASSETS, True)
+
+
+def test_three_equal_files_of_an_earlier_version_stay_current(
+    process, cat, files, catalogue, sqlite_catalogue_url
+):
+    process(cat, ScriptedVision(ANSWER))
+    with sa.create_engine(sqlite_catalogue_url).begin() as connection:
+        for suffix in ("md", "lg"):
+            for name in ("webp", "avif"):
+                path = f"variants/cat-{suffix}.{name}"
+                files.write(path, files.read(f"variants/cat-sm.{name}"))
+                connection.exec_driver_sql(
+                    f"UPDATE image_variants SET path = '{path}' WHERE id = 'cat-{suffix}-{name}'"
+                )
+    before = list_modification_times(files)
+    assert process(cat, ScriptedVision()) == dict.fromkeys(ASSETS, True)
+    assert list_modification_times(files) == before
+    assert len(before) == 6
 
 
 def test_a_stored_answer_of_another_kind_is_asked_for_again(

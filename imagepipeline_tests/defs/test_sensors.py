@@ -20,6 +20,7 @@ from imagepipeline.defs.sensors import (
 )
 from imagepipeline.models import BY_PERSON, PRIORITY_LIMIT, Recipe, Upload, now_utc
 from imagepipeline.paid_calls import PaidCalls
+from imagepipeline.planning import MAX_IN_FLIGHT
 from imagepipeline.stores.applies import Applies
 from imagepipeline.stores.failures import FailedImages
 from imagepipeline.stores.ledger import Ledger
@@ -461,6 +462,29 @@ def test_planned_images_wait_for_runs_of_the_bulk_lane(
         )
     )
     assert [request.job_name for request in tick().run_requests].count("process_batch") == 1
+
+
+def test_imported_images_wait_for_the_bulk_lane_and_uploads_come_first(tick, catalogue, queue):
+    catalogue.accept_imported([Upload(f"i{number}") for number in range(9)])
+    queue.enqueue("new")
+    queue.enqueue("i3")  # the app needs it now, so it leaves the lane
+    requests = tick().run_requests
+    assert [request.run_key for request in requests] == ["i3:1", "new:1", None, None]
+    assert catalogue.count_bulk()["pending"] == 8
+    catalogue.accept_imported([Upload("i3"), Upload("new")])
+    assert catalogue.get_states(["i3", "new"])["new"].pushes == 1
+
+
+def test_an_import_does_not_hold_up_an_apply(tick, catalogue, sqlite_catalogue_url):
+    catalogue.accept([Upload("old")])
+    claim = catalogue.claim("old", 1, "run")
+    for asset in ("metadata", "variants", "embedding"):
+        catalogue.record_result(claim, asset, Recipe("local", "m"), "0" * 64)
+    catalogue.finish(claim)
+    catalogue.accept_imported([Upload(f"i{number}") for number in range(MAX_IN_FLIGHT)])
+    Applies(sqlite_catalogue_url).start(RECIPES)
+    tick()
+    assert catalogue.get_states(["old"])["old"].status == "pending"
 
 
 def test_after_a_pause_one_image_is_tried_first(tick, queue, sqlite_catalogue_url, ledger):

@@ -34,7 +34,7 @@ def test_an_image_and_what_was_made_of_it_are_three_clicks_away(browser):
     assert browser.clicks <= 3
     assert shown["status"] == "completed"
     assert "saved_percent" in shown["variants"]
-    assert "photo-01-lg.avif" in shown["variants"]
+    assert "photo-01-sm.avif" in shown["variants"]
     assert "Show Markdown" not in "".join(shown.values())
     for name in ("picture", "swatches"):
         picture = browser.page.get_by_alt_text(name)

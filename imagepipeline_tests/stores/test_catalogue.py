@@ -30,6 +30,8 @@ from imagepipeline.models import (
     Upload,
     Variant,
     VariantSpec,
+    build_variant_specs,
+    place_variants,
 )
 from imagepipeline.stores import migrations
 from imagepipeline.stores.catalogue import Catalogue, State
@@ -111,6 +113,65 @@ def make_tables_of_0_1_0(url):
             )
         connection.exec_driver_sql(f"CREATE TABLE alembic_version AS SELECT * FROM {VERSION_TABLE}")
         connection.exec_driver_sql(f"DROP TABLE {VERSION_TABLE}")
+
+
+def test_small_images_of_an_earlier_version_keep_their_files_and_are_published_once(catalogue_url):
+    config = Config()
+    config.set_main_option("script_location", "imagepipeline.stores:migrations")
+    with sa.create_engine(catalogue_url).begin() as connection:
+        config.attributes["connection"] = connection
+        command.upgrade(config, "0010")
+        connection.exec_driver_sql(
+            "INSERT INTO images (id, status, generation, fence, priority, attempts, beat, "
+            "accepted_at, updated_at) VALUES ('a', 'completed', 1, 1, 0, 1, 1, '2026-01-01', "
+            "'2026-01-01')"
+        )
+        connection.exec_driver_sql(
+            "INSERT INTO image_results (image_id, asset, generation, provider, model, settings, "
+            "input_sha256, made_at) VALUES ('a', 'variants', 1, 'local', 'pillow', '', 'x', "
+            "'2026-01-01')"
+        )
+        for suffix, width in (("sm", 640), ("md", 700), ("lg", 700)):
+            connection.exec_driver_sql(
+                "INSERT INTO image_variants (id, image_id, width, height, format, path, size) "
+                f"VALUES ('a-{suffix}-webp', 'a', {width}, 9, 'webp', 'variants/a-{suffix}.webp', "
+                f"{width})"
+            )
+    catalogue = Catalogue(catalogue_url)
+    catalogue.migrate()
+    variants = catalogue.get("a")["variants"]
+    assert {one["path"]: one["is_alias"] for one in variants} == {
+        "variants/a-sm.webp": False,
+        "variants/a-md.webp": False,
+        "variants/a-lg.webp": True,
+    }
+    with sa.create_engine(catalogue_url).begin() as connection:
+        published = connection.exec_driver_sql("SELECT path FROM published_variants_v1")
+        assert sorted(published.scalars()) == ["variants/a-md.webp", "variants/a-sm.webp"]
+        config.attributes["connection"] = connection
+        command.downgrade(config, "0010")
+        command.upgrade(config, "head")
+
+
+def test_variants_of_an_image_share_a_path_and_others_cannot_take_it(catalogue_url):
+    catalogue = Catalogue(catalogue_url)
+    catalogue.migrate()
+    specs = build_variant_specs()[::2]
+    for image_id in ("a", "b"):
+        catalogue.accept([Upload(image_id)])
+        claim = catalogue.claim(image_id, 1, "run")
+        variants = place_variants(
+            [Variant(spec, 9, 7, b"webp") for spec in specs], "original/x.jpg"
+        )
+        assert {path for path, _ in variants} == {"variants/x-sm.webp"}
+        if image_id == "a":
+            catalogue.save_variants(claim, variants)
+        else:
+            with pytest.raises(PathTakenError):
+                catalogue.save_variants(claim, variants)
+    assert [one["is_alias"] for one in catalogue.get("a")["variants"]] == [True, True, False]
+    free = catalogue.find_free_paths(["variants/x-sm.webp", "variants/x-lg.webp"])
+    assert free == {"variants/x-lg.webp"}
 
 
 def read_versions(url):
@@ -341,6 +402,7 @@ def test_an_image_is_completed_once_it_has_all_results(catalogue):
         "format": "webp",
         "path": "variants/a-md.webp",
         "size": 3,
+        "is_alias": False,
     }
     assert row["made_by"]["embedding"]["version"] == "local:m"
     assert catalogue.get_states(["a", "b"]) == {"a": State(1, Status.COMPLETED, 1, 1)}

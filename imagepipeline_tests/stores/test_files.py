@@ -1,6 +1,7 @@
 """Files and objects are replaced atomically, and nothing outside the storage root is opened."""
 
 import contextlib
+import errno
 import os
 from concurrent.futures import ThreadPoolExecutor
 from datetime import timedelta
@@ -234,3 +235,19 @@ def test_neither_content_nor_keys_are_sent_to_the_target_of_a_redirect(httpserve
         if request.path == "/elsewhere":
             assert request.get_data() == b""
             assert "Authorization" not in request.headers
+
+
+def test_create_never_replaces_a_file(storage):
+    assert storage.create("original/a.png", b"first")
+    assert not storage.create("original/a.png", b"second")
+    assert storage.read("original/a.png") == b"first"
+    assert [file.path for file in storage.list_files()] == ["original/a.png"]
+
+
+def test_create_without_hard_links(files, monkeypatch):
+    def refuse(*_, **__):
+        raise PermissionError(errno.EPERM, "Operation not permitted")
+
+    monkeypatch.setattr(os, "link", refuse)
+    test_create_never_replaces_a_file(files)
+    assert not files.list_leftovers()
