@@ -13,11 +13,15 @@ function make(name, attributes = {}, ...children) {
   return element;
 }
 
+// Crops have another shape and do not belong here.
+function isWhole(event, one) {
+  return Math.abs(one.width * event.height - one.height * event.width) <= 2 * event.width;
+}
+
 // A small original has the same width several times; a browser needs it once.
 function listWidths(event, format) {
-  const byWidth = new Map(
-    event.variants.filter((one) => one.format === format).map((one) => [one.width, one.path]),
-  );
+  const fitting = event.variants.filter((one) => one.format === format && isWhole(event, one));
+  const byWidth = new Map(fitting.map((one) => [one.width, one.path]));
   return [...byWidth].map(([width, path]) => `/${path}?g=${event.generation} ${width}w`).join(', ');
 }
 

@@ -4,7 +4,7 @@ Every change is one transaction. Every change by a run names the fencing token o
 a run that was thought dead and replaced can change nothing any more.
 """
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from datetime import datetime, timedelta
 from pathlib import Path
@@ -516,44 +516,110 @@ class Catalogue:
             of_text = image_results.c.asset == "embedding"
             self._mark_stale(connection, claim, of_text, hash_text(metadata.embedding_text))
 
-    def save_variants(self, claim: Claim, variants: Sequence[tuple[str, Variant]]) -> None:
+    def save_variants(
+        self,
+        claim: Claim,
+        variants: Sequence[tuple[str, Variant]],
+        kept: Mapping[str, str] | None = None,
+    ) -> None:
         """Stores (path, variant) rows in place of older ones; call it before writing the files.
+
+        Until `record_result`, none of them is known to be right, and new ones are not published.
+
+        Args:
+            claim: the run's claim.
+            variants: what was rendered, with the paths the files will have.
+            kept: what made the variants that stay as they are, by row ID.
 
         Raises:
             PathTakenError: a path belongs to another image; nothing was stored.
         """
         rows = [
             {
-                "id": f"{claim.image_id}-{variant.spec.suffix}-{variant.spec.format}",
+                "id": f"{claim.image_id}-{variant.spec.id}",
                 "image_id": claim.image_id,
                 "width": variant.width,
                 "height": variant.height,
                 "format": variant.spec.format,
                 "path": path,
                 "size": len(variant.content),
+                "recipe": None,
+                "is_published": False,
             }
             for path, variant in variants
         ]
+        insert = self._database.insert(image_variants)
+        # An earlier file at the same path is shown until it is replaced.
+        is_shown = sa.and_(
+            image_variants.c.is_published, image_variants.c.path == insert.excluded.path
+        )
+        changes = {name: insert.excluded[name] for name in rows[0]} if rows else {}
+        insert = insert.on_conflict_do_update(
+            index_elements=["id"], set_=changes | {"is_published": is_shown}
+        )
         try:
             with self._database.transaction() as connection:
                 self._update(connection, claim)
                 # Until all files are written and checked, the earlier result is not current.
                 self._mark_stale(connection, claim, image_results.c.asset == "variants")
-                connection.execute(
-                    sa.delete(image_variants).where(image_variants.c.image_id == claim.image_id)
-                )
-                connection.execute(sa.insert(image_variants), rows)
+                self._note_recipes(connection, kept or {})
+                if rows:
+                    connection.execute(insert, rows)
         except sa.exc.IntegrityError:
             raise PathTakenError(
                 f"another image already has a variant at {rows[0]['path']}: originals that differ "
                 "only in their extension share their variants' paths, so rename one"
             ) from None
 
-    def record_result(self, claim: Claim, asset: str, recipe: Recipe, input_sha256: str) -> None:
-        """Records that an asset's result is stored, what made it, and from which input."""
+    def distrust_variants(self, claim: Claim) -> None:
+        """Forgets what made the image's variants, so that all of them are made again."""
+        with self._database.transaction() as connection:
+            self._update(connection, claim)
+            self._mark_stale(connection, claim, image_results.c.asset == "variants")
+            connection.execute(
+                sa.update(image_variants)
+                .where(image_variants.c.image_id == claim.image_id)
+                .values(recipe=None)
+            )
+
+    def remove_variants(self, claim: Claim, row_ids: Collection[str]) -> None:
+        """Removes rows of variants whose files are deleted."""
+        of_image = image_variants.c.image_id == claim.image_id
+        with self._database.transaction() as connection:
+            self._update(connection, claim)
+            connection.execute(
+                sa.delete(image_variants).where(of_image, image_variants.c.id.in_(row_ids))
+            )
+
+    def record_result(
+        self,
+        claim: Claim,
+        asset: str,
+        recipe: Recipe,
+        input_sha256: str,
+        variants: Mapping[str, str] | None = None,
+    ) -> None:
+        """Records that an asset's result is stored, what made it, and from which input.
+
+        Args:
+            claim: the run's claim.
+            asset: the asset.
+            recipe: what made it.
+            input_sha256: what it was made from.
+            variants: what made each variant, by row ID. They are published, and the image's other
+                variants are not any more. None publishes all.
+        """
         with self._database.transaction() as connection:
             self._update(connection, claim)
             self._record_result(connection, claim, asset, recipe, input_sha256)
+            if asset == "variants":
+                self._note_recipes(connection, variants or {})
+                is_one = variants is None or image_variants.c.id.in_(variants)
+                connection.execute(
+                    sa.update(image_variants)
+                    .where(image_variants.c.image_id == claim.image_id)
+                    .values(is_published=is_one)
+                )
             if asset == "variants" and events.lacks_description(connection, claim.image_id):
                 self._tell(connection, claim.image_id, EventType.PICTURES_READY)
 
@@ -910,20 +976,23 @@ class Catalogue:
 
     def _claim_of(self, connection: sa.Connection, image_id: str, run_id: str) -> Claim | None:
         row = connection.execute(
-            sa.select(
-                images.c.id,
-                images.c.generation,
-                images.c.fence,
-                images.c.requested_path,
-                images.c.path,
-                images.c.original_sha256,
-            ).where(
+            sa.select(images).where(
                 images.c.id == image_id,
                 images.c.status == Status.PROCESSING,
                 images.c.run_id == run_id,
             )
         ).first()
-        return Claim(*row) if row else None
+        if row is None:
+            return None
+        return Claim(
+            image_id=row.id,
+            generation=row.generation,
+            fence=row.fence,
+            path=row.requested_path,
+            last_path=row.path,
+            last_sha256=row.original_sha256,
+            focus=read_focus(row.focus),
+        )
 
     def _record_result(
         self, connection: sa.Connection, claim: Claim, asset: str, recipe: Recipe, input_sha256: str
@@ -944,6 +1013,15 @@ class Catalogue:
             insert.on_conflict_do_update(index_elements=["image_id", "asset"], set_=values)
         )
         self._record(connection, claim.image_id, "made", f"{asset} by {recipe.version}")
+
+    def _note_recipes(self, connection: sa.Connection, recipes: Mapping[str, str]) -> None:
+        """Writes what made variants into their rows, by row ID."""
+        statement = sa.update(image_variants).where(image_variants.c.id == sa.bindparam("row_id"))
+        if recipes:
+            connection.execute(
+                statement.values(recipe=sa.bindparam("made_by")),
+                [{"row_id": row_id, "made_by": made_by} for row_id, made_by in recipes.items()],
+            )
 
     def _mark_stale(
         self,
@@ -1011,12 +1089,14 @@ class Catalogue:
             id=upload.image_id,
             priority=upload.priority,
             requested_path=upload.path,
+            focus=_store_focus(upload),
             pushes=1,
             **_first_generation(self._clock(), upload.image_id),
         )
         new_life = _new_generation(self._clock()) | {
             "priority": insert.excluded.priority,
             "requested_path": insert.excluded.requested_path,
+            "focus": sa.func.coalesce(insert.excluded.focus, images.c.focus),
             "pushes": images.c.pushes + 1,
         }
         statement = insert.on_conflict_do_update(
@@ -1032,7 +1112,12 @@ class Catalogue:
         statement = (
             sa.update(images)
             .where(images.c.id == upload.image_id)
-            .values(pushes=images.c.pushes + 1, requested_path=upload.path, priority=higher)
+            .values(
+                pushes=images.c.pushes + 1,
+                requested_path=upload.path,
+                priority=higher,
+                **({"focus": _store_focus(upload)} if upload.focus else {}),
+            )
             .returning(images.c.status)
         )
         if connection.execute(statement).scalar_one() == Status.PROCESSING:
@@ -1051,6 +1136,15 @@ class Catalogue:
             connection, image_id, "accepted", "it was pushed again while a run processed it"
         )
         return True
+
+
+def read_focus(stored: Any) -> tuple[float, float] | None:
+    """The focus in the column of a row; None if no upload gave one."""
+    return (stored["x"], stored["y"]) if stored else None
+
+
+def _store_focus(upload: Upload) -> dict[str, float] | None:
+    return dict(zip("xy", upload.focus, strict=True)) if upload.focus else None
 
 
 def _accepted_at(image_id: str) -> sa.ScalarSelect[Any]:
@@ -1099,6 +1193,9 @@ def _describe_result(result: sa.RowMapping) -> dict[str, Any]:
         "version": recipe.version,
         **{
             name: result[name]
-            for name in ("provider", "model", "settings", "generation", "input_sha256", "made_at")
+            for name in (
+                *("provider", "model", "settings", "generation", "input_sha256", "made_at"),
+                "is_stale",
+            )
         },
     }

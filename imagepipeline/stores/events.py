@@ -329,12 +329,17 @@ def _describe(stored: Any) -> dict[str, Any]:
 def _list_variants(connection: sa.Connection, image_id: str) -> tuple[EventVariant, ...]:
     query = (
         sa.select(image_variants)
-        .where(image_variants.c.image_id == image_id)
+        .where(image_variants.c.image_id == image_id, image_variants.c.is_published)
         .order_by(image_variants.c.format, image_variants.c.width, image_variants.c.path)
     )
     return tuple(
         EventVariant(
-            path=row.path, format=row.format, width=row.width, height=row.height, bytes=row.size
+            name=row.id.removeprefix(f"{image_id}-").removesuffix(f"-{row.format}"),
+            path=row.path,
+            format=row.format,
+            width=row.width,
+            height=row.height,
+            bytes=row.size,
         )
         for row in connection.execute(query)
     )

@@ -38,7 +38,7 @@ def reopened(variant):
 
 def test_six_variants_are_rendered_and_none_is_enlarged(photo):
     variants = render(photo, SPECS)
-    assert [(v.spec.suffix, v.spec.format, v.width) for v in variants] == [
+    assert [(v.spec.name, v.spec.format, v.width) for v in variants] == [
         ("sm", "webp", 640),
         ("sm", "avif", 640),
         ("md", "webp", 1000),
