@@ -77,9 +77,10 @@ def _measure_red(xyz: NDArray[np.float64]) -> NDArray[np.float64]:
 
 
 def _blur(values: NDArray[np.float64], sigma: float) -> NDArray[np.float64]:
-    """A Gaussian blur; beyond its edges, an image goes on as it ends."""
-    radius = math.ceil(3 * sigma)
+    """A Gaussian blur as libvips makes it; at its edges, the image goes on."""
+    radius = math.floor(sigma * math.sqrt(2 * math.log(5)))
     kernel = np.exp(-0.5 * (np.arange(-radius, radius + 1) / sigma) ** 2)
+    kernel = np.rint(20 * kernel)
     kernel /= kernel.sum()
     for axis in (0, 1):
         padded = np.pad(
