@@ -23,6 +23,7 @@ from imagepipeline.imaging.verification import (
 )
 from imagepipeline.models import (
     CLASSIFIER_PX,
+    DEFAULT_WIDTHS_PX,
     MAX_SETTINGS_CHARACTERS,
     MAX_THUMBNAIL_CHARACTERS,
     OriginalFacts,
@@ -177,44 +178,44 @@ def render(
     """
     specs = list(specs)
     options = _animation_options(decoded) | (_rights_options(decoded) if has_rights else {})
-    by_size = _scale(decoded, specs)
-    made: dict[tuple[VariantSpec | int, str, int | None], bytes] = {}
+    sizes = _Sizes(decoded)
+    made: dict[tuple[int, str, int | None], bytes] = {}  # variants of a small original may be equal
     variants = []
     for spec in specs:
-        frames = by_size[_describe_size(spec)]
-        # Without a box, variants of a small original may be equal.
-        key = (
-            frames[0].width if spec.height_px is None else replace(spec, name=""),
-            spec.format,
-            spec.quality,
-        )
+        frames = sizes.get(spec)
+        key = (id(frames[0]), spec.format, spec.quality)
         if key not in made:
             made[key] = _encode(frames, spec, options)
         variants.append(Variant(spec, *frames[0].size, made[key]))
     return variants
 
 
-def _scale(
-    decoded: Decoded, specs: Iterable[VariantSpec]
-) -> dict[VariantSpec, Sequence[Image.Image]]:
-    """The frames in each size, by `_describe_size`."""
-    scaled: dict[VariantSpec, Sequence[Image.Image]] = {}
-    frames: Sequence[Image.Image] = decoded.frames
-    # Each width is scaled from the next larger one, which has far fewer pixels to filter than the
-    # original. The difference is not visible.
-    for size in sorted({*map(_describe_size, specs)}, key=lambda one: -one.width_px):
-        if size.height_px is None:
-            frames = scaled[size] = [resize(frame, size.size_for(*frame.size)) for frame in frames]
-        else:
-            region = find_region(decoded.image, size)
-            target = size.size_for(decoded.width, decoded.height)
-            scaled[size] = [resize(frame.crop(region), target) for frame in decoded.frames]
-    return scaled
+class _Sizes:
+    """The frames of an image in the sizes of its variants, each made when it is first needed."""
 
+    def __init__(self, decoded: Decoded) -> None:
+        self._decoded = decoded
+        self._made: dict[VariantSpec, Sequence[Image.Image]] = {}
 
-def _describe_size(spec: VariantSpec) -> VariantSpec:
-    """The spec without what does not change the pixels before they are encoded."""
-    return replace(spec, name="", format="", quality=None)
+    def get(self, spec: VariantSpec) -> Sequence[Image.Image]:
+        size = replace(spec, name="", format="", quality=None)
+        if size not in self._made:
+            self._made[size] = self._scale(size) if size.height_px is None else self._crop(size)
+        return self._made[size]
+
+    def _scale(self, size: VariantSpec) -> list[Image.Image]:
+        # From the next larger default width, which has far fewer pixels to filter than the
+        # original. The difference is not visible, and the same whatever else is rendered.
+        larger = [width_px for width_px in DEFAULT_WIDTHS_PX.values() if width_px > size.width_px]
+        frames = self._decoded.frames
+        if larger:
+            frames = tuple(self.get(replace(size, width_px=min(larger))))
+        return [resize(frame, size.size_for(*frame.size)) for frame in frames]
+
+    def _crop(self, size: VariantSpec) -> list[Image.Image]:
+        region = find_region(self._decoded.image, size)
+        target = size.size_for(self._decoded.width, self._decoded.height)
+        return [resize(frame.crop(region), target) for frame in self._decoded.frames]
 
 
 def render_and_inspect(
