@@ -581,6 +581,12 @@ class Settings(BaseModel):
                 "migrations"
             )
         settings._check_keys()
+        for spec in settings.variants:
+            if max(spec.width_px, spec.height_px or 0) > settings.max_side_px:
+                raise SettingsError(
+                    f"IMAGEPIPELINE_VARIANTS: variant {spec.name}: a side may have "
+                    f"{settings.max_side_px:,} px (IMAGEPIPELINE_MAX_SIDE_PX)"
+                )
         home = settings.home.expanduser().absolute()
         try:
             _check_home(home)
