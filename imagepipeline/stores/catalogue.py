@@ -553,18 +553,15 @@ class Catalogue:
         is_shown = sa.and_(
             image_variants.c.is_published, image_variants.c.path == insert.excluded.path
         )
-        changes = {name: insert.excluded[name] for name in rows[0]} if rows else {}
-        insert = insert.on_conflict_do_update(
-            index_elements=["id"], set_=changes | {"is_published": is_shown}
-        )
+        changes = {name: insert.excluded[name] for name in rows[0]} | {"is_published": is_shown}
+        insert = insert.on_conflict_do_update(index_elements=["id"], set_=changes)
         try:
             with self._database.transaction() as connection:
                 self._update(connection, claim)
                 # Until all files are written and checked, the earlier result is not current.
                 self._mark_stale(connection, claim, image_results.c.asset == "variants")
                 self._note_recipes(connection, kept or {})
-                if rows:
-                    connection.execute(insert, rows)
+                connection.execute(insert, rows)
         except sa.exc.IntegrityError:
             raise PathTakenError(
                 f"another image already has a variant at {rows[0]['path']}: originals that differ "
@@ -572,10 +569,9 @@ class Catalogue:
             ) from None
 
     def distrust_variants(self, claim: Claim) -> None:
-        """Forgets what made the image's variants, so that all of them are made again."""
+        """Forgets what made the saved variants, also those kept, so that all are made again."""
         with self._database.transaction() as connection:
             self._update(connection, claim)
-            self._mark_stale(connection, claim, image_results.c.asset == "variants")
             connection.execute(
                 sa.update(image_variants)
                 .where(image_variants.c.image_id == claim.image_id)
