@@ -69,7 +69,7 @@ def variants(
     originals: dg.ResourceParam[Originals],
     renderer: dg.ResourceParam[Renderer],
 ) -> Iterator[dg.MaterializeResult[None]]:
-    """The image at 640, 1024 and 1920 px width, each as WebP and AVIF; never enlarged.
+    """The image in the sizes and formats that the settings name; never enlarged.
 
     They are upright, in sRGB, with transparency, and without EXIF, GPS or comments. Each file
     appears whole below `variants/` in the storage, and has a row in the catalogue. The stored files
