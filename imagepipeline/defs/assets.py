@@ -71,9 +71,9 @@ def variants(
 ) -> Iterator[dg.MaterializeResult[None]]:
     """The image in the sizes and formats that the settings name; never enlarged.
 
-    They are upright, in sRGB, with transparency, and without EXIF, GPS or comments. Each file
-    appears whole below `variants/` in the storage, and has a row in the catalogue. The stored files
-    are read back and checked; wrong ones are made again. No provider is involved: if this fails,
+    They are upright, in sRGB, transparent if the format can be, and have no EXIF, GPS or comments.
+    Each file appears whole below `variants/`, and has a row in the catalogue. The stored files are
+    read back and checked; wrong ones are made again. No provider is involved: if this fails,
     check the original and the disk.
     """
     with attempt(context, catalogue, originals) as work:
