@@ -5,12 +5,14 @@ fence, so that no run can write to it; its runs end, so that none writes a file;
 Dagster's events go; the rows go last, because they say where the rest is.
 """
 
+import contextlib
 import hashlib
+import itertools
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any, Protocol
 
-from imagepipeline.errors import MissingOriginalError, StackError
+from imagepipeline.errors import MissingOriginalError, StackError, UnsafePathError
 from imagepipeline.models import (
     ASSETS,
     Embedding,
@@ -173,7 +175,10 @@ def _list_paths(stores: Stores, image_id: str, receipt: Receipt) -> tuple[set[st
     row = stores.catalogue.get(image_id) or {}
     named = {row.get("path"), row.get("requested_path")} - {None}
     originals = {*map(str, named), *stores.files.list_originals_of(image_id)}
-    variants = {spec.path_for(path) for path in originals for spec in stores.specs}
+    variants = set()
+    for spec, path in itertools.product(stores.specs, originals):
+        with contextlib.suppress(UnsafePathError):  # then there is no such file
+            variants.add(spec.path_for(path))
     variants |= {str(variant["path"]) for variant in row.get("variants", [])}
     foreign = stores.erasures.find_foreign(image_id, originals | variants)
     for path in sorted(foreign):

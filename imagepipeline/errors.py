@@ -314,7 +314,7 @@ class PathTakenError(PermanentError):
 
 
 class UnsafePathError(PermanentError):
-    """The path of a file leads through a symbolic link, or through a file."""
+    """The path of a file leads through a symbolic link or a file, or its name is too long."""
 
     reason = "unsafe_path"
     can_be_retried = True

@@ -28,8 +28,9 @@ class _Payload(BaseModel):
 class EventVariant(_Payload):
     """One file of an image that a page can show."""
 
+    name: str = Field(description="As in the settings; the first versions' are sm, md and lg.")
     path: str = Field(description="Below the storage root.")
-    format: str = Field(description="webp or avif.")
+    format: str = Field(description="webp, avif, jpeg or png.")
     width: int = Field(description="In pixels.")
     height: int = Field(description="In pixels.")
     bytes: int

@@ -5,18 +5,18 @@ Storing, rendering and fetching them belongs to `stores`, `imaging` and `service
 
 import json
 import re
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
 from enum import StrEnum
 from pathlib import PurePosixPath
-from typing import Annotated, Any, Self
+from typing import Annotated, Any, Literal, Self
 from urllib.parse import unquote_plus
 
 from pydantic import BaseModel, ConfigDict, Field, StringConstraints
 
-from imagepipeline.errors import InvalidUploadError
-from imagepipeline.output_formats import OUTPUT_FORMATS
+from imagepipeline.errors import InvalidUploadError, UnsafePathError
+from imagepipeline.output_formats import AVIF, OUTPUT_FORMATS, WEBP
 from imagepipeline.usage import CallUsage
 
 IMAGE_ID_PATTERN = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]{0,63}")
@@ -24,13 +24,19 @@ IMAGE_ID_PATTERN = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]{0,63}")
 MAX_THUMBNAIL_CHARACTERS = 960
 CLASSIFIER_PX = 224  # width and height of the offline vision model's input, raw RGB
 PRIORITY_LIMIT = 1000
+FIELDS = {"imageId", "path", "priority", "tenant", "focus"}  # of an entry
 TENANT_PATTERN = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.@-]{0,63}")
 BULK_PRIORITY = -PRIORITY_LIMIT - 1  # of planned work: below every upload
 MAX_ENTRY_BYTES = 4096
 # Database columns hold 512 characters; disks allow 255 bytes for each name (POSIX NAME_MAX).
 MAX_PATH_BYTES, MAX_NAME_BYTES = 480, 255
-VARIANT_WIDTHS_PX = {"sm": 640, "md": 1024, "lg": 1920}
-VARIANT_SUFFIX_BYTES = max(len(f"-sm.{name}") for name in OUTPUT_FORMATS)
+DEFAULT_WIDTHS_PX = {"sm": 640, "md": 1024, "lg": 1920}
+DEFAULT_FORMATS = (WEBP, AVIF)
+MAX_VARIANT_NAME_CHARACTERS = 16
+SHORT_ENDING_BYTES = len("-sm.avif")  # for longer ones, see `VariantSpec.path_for`
+MAX_SIDE_PX = 16_383  # of a variant; WebP can encode no more
+MAX_SETTINGS_CHARACTERS = 128  # of a recipe, as its column holds
+ROUNDING_PX = 2  # each width is scaled from the next larger one, and its height rounded
 ASSETS = ("metadata", "variants", "embedding")  # in the order they are made
 
 
@@ -87,7 +93,7 @@ def check_original_path(value: object) -> str:
             f"{value!r:.80} is not the path of an original: it must look like "
             "original/NAME.EXT, below the storage root"
         )
-    names = [*path.parts, path.stem + VARIANT_SUFFIX_BYTES * "x"]
+    names = [*path.parts, path.stem + SHORT_ENDING_BYTES * "x"]
     longest = max(len(name.encode()) for name in names)
     if longest > MAX_NAME_BYTES or len(str(path).encode()) > MAX_PATH_BYTES:
         raise InvalidUploadError(
@@ -133,6 +139,8 @@ class Upload:
         priority: -1000 to 1000; higher runs sooner.
         tenant: whose upload it is, if uploads of several customers share the stack; empty for none.
         ignored: unknown fields of the entry.
+        focus: what cropped variants keep in view, as fractions (0 to 1) of the upright image's
+            width and height; None keeps what an earlier push said.
     """
 
     image_id: str
@@ -140,6 +148,7 @@ class Upload:
     priority: int = 0
     tenant: str = ""
     ignored: tuple[str, ...] = field(default=(), compare=False)
+    focus: tuple[float, float] | None = None
 
     def __post_init__(self) -> None:
         check_image_id(self.image_id)
@@ -155,10 +164,12 @@ class Upload:
                 f"{self.tenant!r:.80}, the tenant of {self.image_id}, must be 1 to 64 letters, "
                 "digits, '-', '_', '.' or '@', the first a letter or digit"
             )
+        if self.focus is not None:
+            object.__setattr__(self, "focus", _check_focus(self.image_id, self.focus))
 
     @classmethod
     def from_entry(cls, entry: bytes) -> "Upload":
-        """Parses an entry: a bare image ID, or JSON with `imageId`, `path`, `priority`, `tenant`.
+        """Parses an entry: a bare image ID, or JSON, whose fields are those of `docs/uploads.md`.
 
         Accepts what clients produce: surrounding whitespace, a quoted or numeric ID, and `null`
         for an absent field. Also accepts the message that S3 sends of a new object, and MinIO's.
@@ -185,22 +196,25 @@ class Upload:
             return cls(str(find_named_image(path)), path)
         given: dict[str, Any] = {"imageId": value} if isinstance(value, str) else value
         fields = {name: content for name, content in given.items() if content is not None}
-        ignored = tuple(sorted(given.keys() - {"imageId", "path", "priority", "tenant"}))
+        ignored = tuple(sorted(given.keys() - FIELDS))
         return cls(
             _read_id(fields.get("imageId")),
             fields.get("path"),
             fields.get("priority", 0),
             _read_id(fields.get("tenant", "")),
             ignored,
+            fields.get("focus"),
         )
 
     def to_entry(self) -> str:
         """The entry that `from_entry` parses: the bare ID if there is nothing else to say."""
-        if self.path is None and self.priority == 0 and not self.tenant:
+        if self == Upload(self.image_id):
             return self.image_id
         fields: dict[str, Any] = {"imageId": self.image_id, "priority": self.priority}
-        given = {"path": self.path, "tenant": self.tenant}
-        return json.dumps(fields | {name: value for name, value in given.items() if value})
+        further = {"path": self.path, "tenant": self.tenant or None, "focus": self.focus}
+        return json.dumps(
+            fields | {name: value for name, value in further.items() if value is not None}
+        )
 
 
 def _read_object_path(message: Any) -> str:
@@ -228,6 +242,16 @@ def _read_object_path(message: Any) -> str:
             "that folder only, and push other paths with their IDs"
         )
     return path
+
+
+def _check_focus(image_id: str, value: Any) -> tuple[float, float]:
+    is_point = isinstance(value, (list, tuple)) and len(value) == 2
+    if not is_point or not all(type(part) in (int, float) and 0 <= part <= 1 for part in value):
+        raise InvalidUploadError(
+            f"focus of {image_id} must be two numbers from 0 to 1, such as [0.5, 0.3]: how far "
+            "from the left and from the top"
+        )
+    return round(float(value[0]), 4), round(float(value[1]), 4)
 
 
 def _read_id(value: object) -> Any:
@@ -258,6 +282,7 @@ class Claim:
         last_path: where the original was when it was last read.
         last_sha256: the hash it had then.
         tenant: whose image it is; empty for none.
+        focus: see `Upload`.
     """
 
     image_id: str
@@ -267,6 +292,7 @@ class Claim:
     last_path: str | None = None
     last_sha256: str | None = None
     tenant: str = ""
+    focus: tuple[float, float] | None = None
 
 
 @dataclass(frozen=True)
@@ -416,30 +442,109 @@ class Neighbour:
 
 @dataclass(frozen=True)
 class VariantSpec:
-    """One variant to make: at most `width_px` wide, never enlarged, at `quality` (1..100)."""
+    """One variant to make: a size in one format.
 
-    suffix: str
+    Attributes:
+        name: of the size; unique together with the format.
+        width_px: the most pixels across.
+        format: one of OUTPUT_FORMATS.
+        quality: 1 to 100; None if the format is lossless.
+        height_px: the most pixels down; None for any height.
+        fit: `inside` shows the whole image; `cover` shows the part with the box's proportions. No
+            image is enlarged: of one that is too small, `cover` shows as much as it can.
+        focus: what `cover` keeps: the centre, what draws attention, or what is around a point,
+            given as fractions of width and height.
+    """
+
+    name: str
     width_px: int
     format: str
-    quality: int
+    quality: int | None
+    height_px: int | None = None
+    fit: Literal["inside", "cover"] = "inside"
+    focus: Literal["centre", "attention"] | tuple[float, float] = "centre"
+
+    @property
+    def id(self) -> str:
+        """Its name and format, which identify it among those of an image."""
+        return f"{self.name}-{self.format}"
+
+    @property
+    def recipe(self) -> str:
+        """What it is as text: `640-webp-80`, or `thumb-300x300-cover-attention-jpeg-80`.
+
+        The names of the default widths are left out, as in the first versions, so that what those
+        made is current.
+        """
+        parts = [str(self.width_px)]
+        if self.height_px is not None:
+            parts = [f"{self.width_px}x{self.height_px}"]
+        if DEFAULT_WIDTHS_PX.get(self.name) != self.width_px or self.height_px is not None:
+            parts = [self.name, *parts]
+        if self.fit == "cover":
+            is_word = isinstance(self.focus, str)
+            parts += ["cover", str(self.focus) if is_word else "{:g}x{:g}".format(*self.focus)]
+        quality = [] if self.quality is None else [str(self.quality)]
+        return "-".join([*parts, self.format, *quality])
+
+    def at(self, focus: tuple[float, float] | None) -> "VariantSpec":
+        """The same around a point of one image; itself if there is none, or nothing is cut off."""
+        return self if focus is None or self.fit != "cover" else replace(self, focus=focus)
 
     def path_for(self, original_path: str) -> str:
-        """The variant's path: `variants/a/b-sm.webp` for `original/a/b.jpg`."""
+        """The variant's path: `variants/a/b-sm.webp` for `original/a/b.jpg`.
+
+        Raises:
+            UnsafePathError: its name would be too long for a disk.
+        """
         path = PurePosixPath("variants", *PurePosixPath(original_path).parts[1:])
-        return str(path.with_name(f"{path.stem}-{self.suffix}.{self.format}"))
+        path = path.with_name(f"{path.stem}-{self.name}.{OUTPUT_FORMATS[self.format].suffix}")
+        if len(path.name.encode()) > MAX_NAME_BYTES:
+            raise UnsafePathError(
+                f"the name of {original_path!r:.80} is too long for the variant {self.name}: "
+                f"{path.name!r:.80} would have more than {MAX_NAME_BYTES} bytes"
+            )
+        return str(path)
+
+    def scale_for(self, width: int, height: int) -> float:
+        """The smallest scale (at most 1) at which an image of that size has enough pixels."""
+        scales = [self.width_px / width]
+        if self.height_px is not None:
+            scales.append(self.height_px / height)
+        return min(1.0, max(scales) if self.fit == "cover" else min(scales))
+
+    def size_for(self, width: int, height: int) -> tuple[int, int]:
+        """Its width and height if it is made of an image of that size."""
+        if self.fit == "cover" and self.height_px is not None:
+            scale = min(1.0, width / self.width_px, height / self.height_px)
+            sides = self.width_px * scale, self.height_px * scale
+            return max(1, round(sides[0])), max(1, round(sides[1]))
+        if self.height_px is not None and self.height_px * width < self.width_px * height:
+            if height <= self.height_px:
+                return width, height
+            return max(1, round(width * self.height_px / height)), self.height_px
+        if width <= self.width_px:
+            return width, height
+        return self.width_px, max(1, round(height * self.width_px / width))
+
+    def is_possible(self, size: tuple[int, int], original: tuple[int, int]) -> bool:
+        """Whether it may have that size, made of an original of that size."""
+        width, height = self.size_for(*original)
+        most = ROUNDING_PX if self.height_px is None else 0
+        return size[0] == width and abs(size[1] - height) <= most
 
 
 def build_variant_specs(*qualities: int) -> tuple[VariantSpec, ...]:
-    """The specs of the six variants: each width in each format.
+    """The specs of the default variants: each of DEFAULT_WIDTHS_PX in each of DEFAULT_FORMATS.
 
     Args:
-        qualities: one for each of OUTPUT_FORMATS, in their order; none for the default ones.
+        qualities: one for each format, in their order; none for the default ones.
     """
-    chosen = qualities or [one.default_quality for one in OUTPUT_FORMATS.values()]
+    chosen = qualities or [one.default_quality for one in DEFAULT_FORMATS]
     return tuple(
-        VariantSpec(suffix, width_px, name, quality)
-        for suffix, width_px in VARIANT_WIDTHS_PX.items()
-        for name, quality in zip(OUTPUT_FORMATS, chosen, strict=True)
+        VariantSpec(name, width_px, one.name, quality)
+        for name, width_px in DEFAULT_WIDTHS_PX.items()
+        for one, quality in zip(DEFAULT_FORMATS, chosen, strict=True)
     )
 
 
@@ -453,12 +558,21 @@ class Variant:
     content: bytes
 
 
-def place_variants(variants: Sequence[Variant], original_path: str) -> list[tuple[str, Variant]]:
-    """Each variant with its path; those of the same bytes share that of the first."""
-    paths: dict[bytes, str] = {}
-    return [
-        (paths.setdefault(one.content, one.spec.path_for(original_path)), one) for one in variants
-    ]
+def place_variants(
+    specs: Iterable[VariantSpec], width: int, height: int, original_path: str
+) -> dict[str, str]:
+    """The path of each variant of an original of that size, by the spec's ID.
+
+    Variants that show all its pixels in the same format and quality share the file of the first.
+    """
+    shared: dict[tuple[str, int | None], str] = {}
+    placed = {}
+    for spec in specs:
+        path = spec.path_for(original_path)
+        if spec.fit == "inside" and spec.size_for(width, height) == (width, height):
+            path = shared.setdefault((spec.format, spec.quality), path)
+        placed[spec.id] = path
+    return placed
 
 
 @dataclass(frozen=True)

@@ -209,6 +209,7 @@ def build_originals(settings: Settings, files: Storage, niceness: int = 0) -> Or
         max_frames=settings.max_frames,
         max_icc_bytes=settings.max_icc_bytes,
         max_text_bytes=settings.max_text_bytes,
+        variants=settings.specs,
         is_animation_kept=settings.animation == "keep",
         is_truncated_accepted=settings.accept_truncated,
     )

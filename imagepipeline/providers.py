@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 from imagepipeline.index import EmbeddingStore, open_index
 from imagepipeline.languages import DEFAULT
-from imagepipeline.models import Embedding, Recipe, build_variant_specs
+from imagepipeline.models import Embedding, Recipe
 from imagepipeline.paid_calls import PaidCalls, explain_unpriced, find_price
 from imagepipeline.resident import ResidentEmbedder, ResidentIndex, ResidentVision
 from imagepipeline.services import embedder, vision
@@ -166,9 +166,7 @@ def build_recipes(settings: Settings) -> dict[str, Recipe]:
     return {
         "metadata": build_vision_recipe(settings),
         "variants": build_recipe(
-            build_variant_specs(*settings.qualities),
-            settings.animation == "keep",
-            settings.keep_copyright,
+            settings.specs, settings.animation == "keep", settings.keep_copyright
         ),
         "embedding": build_embedding_recipe(settings),
     }
@@ -179,7 +177,7 @@ def build_renderer(settings: Settings) -> "Renderer":
     from imagepipeline.imaging.variants import Renderer
 
     return Renderer(
-        build_variant_specs(*settings.qualities),
+        settings.specs,
         settings.animation == "keep",
         settings.keep_copyright,
         settings.compared_share,

@@ -15,7 +15,14 @@ from imagepipeline.errors import (
 )
 from imagepipeline.imaging.palette import with_visible_colors
 from imagepipeline.imaging.variants import Renderer
-from imagepipeline.models import Embedding, ImageMetadata, Recipe, VisionAnswer, place_variants
+from imagepipeline.models import (
+    Embedding,
+    ImageMetadata,
+    Recipe,
+    VariantSpec,
+    VisionAnswer,
+    place_variants,
+)
 from imagepipeline.originals import Original, Originals, build_originals
 from imagepipeline.paid_calls import Answer, Kept, PaidCalls
 from imagepipeline.providers import build_embedder, build_renderer, build_vision, open_paid_calls
@@ -23,7 +30,7 @@ from imagepipeline.services.embedder import Embedder
 from imagepipeline.services.vision import VisionModel
 from imagepipeline.settings import Settings
 from imagepipeline.storage import Storage, open_storage
-from imagepipeline.stores.catalogue import Catalogue
+from imagepipeline.stores.catalogue import Catalogue, read_focus
 from imagepipeline.text import hash_text
 
 MAX_ATTEMPTS = 3  # as in a run
@@ -145,10 +152,11 @@ class Sampler:
     def _try(self, trial: Trial) -> Trial:
         row = self.catalogue.get(trial.image_id) or {"variants": []}
         stored = [
-            (variant["path"], content)
+            (variant, content)
             for variant in sorted(row["variants"], key=lambda one: (one["width"], one["size"]))
             if not variant["is_alias"] and (content := self._read(variant["path"], variant["size"]))
         ]
+        specs = self.renderer.specs_for(read_focus(row.get("focus")))
         before = ImageMetadata.read(row.get("metadata"))
         trial = replace(trial, described=(before, before))
         if stored:
@@ -159,7 +167,7 @@ class Sampler:
                 if "metadata" in trial.causes:
                     trial = self._describe(trial, original)
                 if "variants" in trial.causes:
-                    trial = replace(trial, pictures=self._render(original, stored))
+                    trial = replace(trial, pictures=self._render(original, stored, specs))
         return self._embed(trial)
 
     def _read(self, path: str, size: int) -> bytes:
@@ -195,20 +203,37 @@ class Sampler:
         return ask()
 
     def _render(
-        self, original: Original, stored: Sequence[tuple[str, bytes]]
+        self,
+        original: Original,
+        stored: Sequence[tuple[Mapping[str, Any], bytes]],
+        specs: Sequence[VariantSpec],
     ) -> tuple[Sequence[Picture], Sequence[Picture]]:
-        made, _ = self.renderer.render(original.session, original.facts)
-        placed = place_variants(made, original.facts.path)
-        fresh = {path: variant.content for path, variant in placed}
-        return self._inspect(original, stored), self._inspect(original, list(fresh.items()))
+        made, _ = self.renderer.render(original.session, original.facts, specs)
+        size = original.facts.width, original.facts.height
+        placed = place_variants(specs, *size, original.facts.path)
+        by_place = {placed[variant.spec.id]: variant for variant in reversed(made)}
+        after = [(path, one.content, one.spec) for path, one in reversed(by_place.items())]
+        by_path = {path: spec for path, _, spec in after}
+        before = []
+        for row, content in stored:
+            spec = by_path.get(row["path"])
+            # What shows another part of the original cannot be compared.
+            is_same = spec is not None and spec.is_possible((row["width"], row["height"]), size)
+            before.append((row["path"], content, spec if is_same else None))
+        return self._inspect(original, before), self._inspect(original, after)
 
     def _inspect(
-        self, original: Original, variants: Sequence[tuple[str, bytes]]
+        self, original: Original, variants: Sequence[tuple[str, bytes, VariantSpec | None]]
     ) -> Sequence[Picture]:
-        found = self.renderer.inspect(original.session, [content for _, content in variants])
+        found = self.renderer.inspect(
+            original.session,
+            original.facts,
+            [content for _, content, _ in variants],
+            [spec for _, _, spec in variants],
+        )
         return [
-            Picture(name, content, one.similarity)
-            for (name, content), one in zip(variants, found, strict=True)
+            Picture(path, content, one.similarity)
+            for (path, content, _), one in zip(variants, found, strict=True)
         ]
 
     def _embed(self, trial: Trial) -> Trial:

@@ -12,7 +12,7 @@ import os
 import re
 import socket
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 from urllib.parse import parse_qsl, quote, urlsplit
@@ -30,11 +30,13 @@ from pydantic import (
 
 from imagepipeline import settings_file
 from imagepipeline.errors import SettingsError
-from imagepipeline.imaging.limits import CPU_SECONDS, MAX_SIDE_PX, MEMORY_BYTES, Rules
+from imagepipeline.imaging.limits import CPU_SECONDS, MEMORY_BYTES, Rules
 from imagepipeline.languages import DEFAULT, parse_languages
-from imagepipeline.output_formats import AVIF, WEBP
+from imagepipeline.models import MAX_SIDE_PX, VariantSpec, build_variant_specs
+from imagepipeline.output_formats import AVIF, DEFAULT_QUALITY, OUTPUT_FORMATS, WEBP
 from imagepipeline.rates import DEFAULT_RATE_LIMIT, EXAMPLES, parse_limits
 from imagepipeline.settings_file import PREFIX, name_key
+from imagepipeline.variant_settings import parse_variants
 
 OPENAI_URL, OPENROUTER_URL = "https://api.openai.com/v1", "https://openrouter.ai/api/v1"
 NO_KEY = "none"  # what servers that need no key are sent as one
@@ -159,7 +161,15 @@ def _parse_json(value: Any) -> Any:
     return json.loads(value) if isinstance(value, str) else value
 
 
+def _read_variants(value: Any) -> tuple[VariantSpec, ...]:
+    try:
+        return parse_variants(_parse_json(value))
+    except json.JSONDecodeError as error:
+        raise ValueError(f"is not valid JSON, at character {error.pos + 1}") from None
+
+
 Words = Annotated[tuple[str, ...], BeforeValidator(_split_words)]
+Variants = Annotated[tuple[VariantSpec, ...], BeforeValidator(_read_variants)]
 Price = Annotated[float, Field(ge=0)]
 HttpUrl = Annotated[str, AfterValidator(_check_http_url)]
 Quality = Annotated[int, Field(ge=1, le=100)]
@@ -368,12 +378,18 @@ class Settings(BaseModel):
     embedding_model: Annotated[str, Field(min_length=1, max_length=128)] = Field(
         "openai/text-embedding-3-small", description="The name of the embedding model."
     )
+    variants: Variants = Field(
+        (),
+        description="The variants to make, as a JSON list; see [variants](variants.md). Without "
+        "it, 640, 1024 and 1920 px wide as WebP and AVIF.",
+    )
     webp_quality: Quality = Field(
-        WEBP.default_quality, description="The quality of the WebP variants, 1 to 100."
+        DEFAULT_QUALITY,
+        description="The quality of WebP variants that have none of their own, 1 to 100.",
     )
     avif_quality: Quality = Field(
-        AVIF.default_quality,
-        description="The quality of the AVIF variants, 1 to 100. At 80 an AVIF looks better "
+        DEFAULT_QUALITY,
+        description="The same of AVIF variants. At 80 an AVIF looks better "
         "than the WebP and is larger; at 63 it looks the same and is smaller.",
     )
     animation: Literal["first-frame", "keep"] = Field(
@@ -530,6 +546,12 @@ class Settings(BaseModel):
                 "migrations"
             )
         settings._check_keys()
+        for spec in settings.variants:
+            if max(spec.width_px, spec.height_px or 0) > settings.max_side_px:
+                raise SettingsError(
+                    f"IMAGEPIPELINE_VARIANTS: variant {spec.name}: a side may have "
+                    f"{settings.max_side_px:,} px (IMAGEPIPELINE_MAX_SIDE_PX)"
+                )
         return settings
 
     @classmethod
@@ -663,9 +685,15 @@ class Settings(BaseModel):
         )
 
     @property
-    def qualities(self) -> tuple[int, ...]:
-        """The quality of each of OUTPUT_FORMATS, in their order."""
-        return self.webp_quality, self.avif_quality
+    def specs(self) -> tuple[VariantSpec, ...]:
+        """The variants to make, each with its quality."""
+        chosen = {WEBP.name: self.webp_quality, AVIF.name: self.avif_quality}
+        if not self.variants:
+            return build_variant_specs(*chosen.values())
+        defaults = {one.name: one.default_quality for one in OUTPUT_FORMATS.values()} | chosen
+        return tuple(
+            replace(spec, quality=spec.quality or defaults[spec.format]) for spec in self.variants
+        )
 
     @property
     def slots(self) -> int:

@@ -81,6 +81,7 @@ GROUPS: tuple[tuple[str, str, tuple[str, ...]], ...] = (
         "Variants",
         "What the variants look like and what they keep.",
         (
+            "variants",
             "webp_quality",
             "avif_quality",
             "animation",

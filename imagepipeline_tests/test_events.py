@@ -157,7 +157,7 @@ def test_each_event_has_what_a_page_needs_as_it_was_at_that_moment(catalogue, lo
 
     pictures, completed = read(log)
     variants = [
-        {"path": f"variants/a-{suffix}.{kind}", "format": kind,
+        {"name": suffix, "path": f"variants/a-{suffix}.{kind}", "format": kind,
          "width": width, "height": width * 3 // 4, "bytes": 3}
         for kind in ("avif", "webp")
         for suffix, width in (("sm", 200), ("md", 400))
@@ -256,7 +256,7 @@ def test_the_views_show_what_is_published(catalogue, catalogue_url):
         assert len(variants) == 4
         assert variants[0] == {
             "image_id": "a", "path": "variants/a-sm.avif", "format": "avif", "width": 200,
-            "height": 150, "bytes": 3,
+            "height": 150, "bytes": 3, "name": "sm",
         }  # fmt: skip
     # A description of another original is none; its pictures stay until they are replaced.
     catalogue.save_original(replaced, build_facts("a", "9" * 64))

@@ -42,9 +42,12 @@ def test_an_invalid_id_is_refused(image_id):
         Upload.from_entry(json.dumps({"imageId": image_id}).encode())
 
 
-def test_json_entries_carry_a_path_and_a_priority():
-    entry = b'{"imageId": "a", "path": "original/2024/x.jpg", "priority": 5}'
-    assert Upload.from_entry(entry) == Upload("a", "original/2024/x.jpg", 5)
+def test_json_entries_carry_a_path_a_priority_and_a_focus():
+    entry = b'{"imageId": "a", "path": "original/2024/x.jpg", "priority": 5, "focus": [0.2, 1]}'
+    upload = Upload("a", "original/2024/x.jpg", 5, focus=(0.2, 1.0))
+    assert Upload.from_entry(entry) == upload
+    assert Upload.from_entry(upload.to_entry().encode()) == upload
+    assert Upload("a", focus=(0.123456, 0)).focus == (0.1235, 0.0)  # as its recipe says
 
 
 @pytest.mark.parametrize(
@@ -58,6 +61,12 @@ def test_json_entries_carry_a_path_and_a_priority():
         b'{"imageId": "a", "priority": "high"}',
         b'{"imageId": "a", "priority": true}',
         b'{"imageId": "a", "priority": 1001}',
+        b'{"imageId": "a", "focus": [0.5]}',
+        b'{"imageId": "a", "focus": [0.5, 1.01]}',
+        b'{"imageId": "a", "focus": [0.5, NaN]}',
+        b'{"imageId": "a", "focus": [0.5, true]}',
+        b'{"imageId": "a", "focus": "centre"}',
+        b'{"imageId": "a", "focus": 0}',
         b"[" * 100_000,
         b'{"a":' * 100_000,
         b"x" * 2_000_000,

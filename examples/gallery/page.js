@@ -13,9 +13,14 @@ function make(name, attributes = {}, ...children) {
   return element;
 }
 
+// Crops have another shape and do not belong here.
+function isWhole(event, one) {
+  return Math.abs(one.width * event.height - one.height * event.width) <= 2 * event.width;
+}
+
 function listWidths(event, format) {
   return event.variants
-    .filter((one) => one.format === format)
+    .filter((one) => one.format === format && isWhole(event, one))
     .map((one) => `/${one.path}?g=${event.generation} ${one.width}w`)
     .join(', ');
 }

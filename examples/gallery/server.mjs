@@ -31,6 +31,8 @@ const TYPES = {
   js: 'text/javascript',
   webp: 'image/webp',
   avif: 'image/avif',
+  jpg: 'image/jpeg',
+  png: 'image/png',
 };
 
 const images = new Map(readDatabase()); // the last event of each image, by its ID
@@ -111,7 +113,7 @@ async function answer(request, response) {
     'Content-Security-Policy',
     "default-src 'self'; img-src 'self' data:; style-src 'self' 'unsafe-inline'",
   );
-  const variant = /^\/(variants\/[\w-]+\.(?:webp|avif))$/.exec(url.pathname);
+  const variant = /^\/(variants\/[\w-]+\.(?:webp|avif|jpg|png))$/.exec(url.pathname);
   const extension = /^\/upload\/(\w{1,8})$/.exec(url.pathname);
   if (request.method === 'POST' && extension) {
     if (request.headers.origin !== `http://${request.headers.host}`) return send(403, {});

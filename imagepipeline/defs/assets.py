@@ -69,11 +69,11 @@ def variants(
     originals: dg.ResourceParam[Originals],
     renderer: dg.ResourceParam[Renderer],
 ) -> Iterator[dg.MaterializeResult[None]]:
-    """The image at 640, 1024 and 1920 px width, each as WebP and AVIF; never enlarged.
+    """The image in the sizes and formats that the settings name; never enlarged.
 
-    They are upright, in sRGB, with transparency, and without EXIF, GPS or comments. Each file
-    appears whole below `variants/` in the storage, and has a row in the catalogue. The stored files
-    are read back and checked; wrong ones are made again. No provider is involved: if this fails,
+    They are upright, in sRGB, transparent if the format can be, and have no EXIF, GPS or comments.
+    Each file appears whole below `variants/`, and has a row in the catalogue. The stored files are
+    read back and checked; wrong ones are made again. No provider is involved: if this fails,
     check the original and the disk.
     """
     with attempt(context, catalogue, originals) as work:

@@ -21,10 +21,10 @@ MAX_ATTACHED_BYTES = 1_000_000
 # AVIF looks like WebP at a quality 17 points lower. Above that it looks better, and may be larger.
 AVIF_QUALITY_MARGIN = 15
 CHECKS = {
-    "complete": "All six variants exist and have the size and format of their rows.",
+    "complete": "All variants exist and have the size and format of their rows.",
     "clean": "The variants contain nothing but pixels: no EXIF, GPS, XMP, comment or profile.",
-    "small": "No variant is larger than the original, and no AVIF larger than its WebP unless its "
-    "quality asks for that.",
+    "small": "No variant is larger than the original, unless its format is lossless, and no AVIF "
+    "larger than its WebP, unless its quality asks for that.",
     "similar": "The variants look like the original: a structural similarity of "
     f"{MIN_SIMILARITY} or more. The smallest variant of each format is decoded and compared; of "
     "a sample of images (IMAGEPIPELINE_COMPARED_SHARE), all are.",
@@ -137,15 +137,19 @@ def check_variants(
     Returns:
         The problems by the names of CHECKS, and figures about the variants.
     """
-    variants = (catalogue.get(claim.image_id) or {"variants": []})["variants"]
+    specs = {f"{claim.image_id}-{spec.id}": spec for spec in renderer.specs_for(claim.focus)}
+    rows = (catalogue.get(claim.image_id) or {"variants": []})["variants"]
+    variants = [row for row in rows if row["id"] in specs]
     contents = [read_stored(files, variant) for variant in variants]
-    inspections = renderer.inspect(original.session, contents)
+    inspections = renderer.inspect(
+        original.session, original.facts, contents, [specs[variant["id"]] for variant in variants]
+    )
     found = [
-        {**variant, "found": inspection, "spec": _spec_of(variant, renderer.specs)}
+        {**variant, "found": inspection, "spec": specs[variant["id"]]}
         for variant, inspection in zip(variants, inspections, strict=True)
     ]
     problems = {
-        "complete": [*_find_incomplete(found, original, len(renderer.specs))],
+        "complete": [*_find_incomplete(found, original, len(specs))],
         "clean": [
             f"{one['path']}: {', '.join(one['found'].attachments)}"
             for one in found
@@ -166,6 +170,11 @@ def check_variants(
     return {name: list(dict.fromkeys(texts)) for name, texts in problems.items()}, figures
 
 
+def is_wrong(problems: Problems) -> bool:
+    """Whether a check of severity ERROR failed."""
+    return any(problems[name] for name, severity in SEVERITIES.items() if severity == ERROR)
+
+
 def refuse_wrong(problems: Problems) -> None:
     """Refuses variants that must not be shown.
 
@@ -183,12 +192,6 @@ def describe_problems(problems: Problems) -> str:
     return ". ".join(texts)[:1000] or "none"
 
 
-def _spec_of(variant: Mapping[str, Any], specs: Sequence[VariantSpec]) -> VariantSpec | None:
-    return next(
-        (spec for spec in specs if variant["path"].endswith(f"-{spec.suffix}.{spec.format}")), None
-    )
-
-
 def read_stored(files: Storage, variant: Mapping[str, Any]) -> bytes:
     """A variant's stored bytes, and enough of anything attached since to notice it."""
     try:
@@ -204,28 +207,24 @@ def _find_incomplete(
         yield f"there are {len(found)} variants instead of {spec_count}"
     for variant in found:
         inspection: Inspection = variant["found"]
-        spec: VariantSpec | None = variant["spec"]
+        spec: VariantSpec = variant["spec"]
         made = (inspection.format, inspection.width, inspection.height)
         if inspection.fault:
             yield f"{variant['path']} cannot be decoded: {inspection.fault}"
         elif made != (variant["format"], variant["width"], variant["height"]):
             yield f"{variant['path']} is {made} where its row says otherwise"
-        elif spec and inspection.width != min(spec.width_px, original.facts.width):
-            yield f"{variant['path']} is {inspection.width} px wide"
+        elif not spec.is_possible(made[1:], (original.facts.width, original.facts.height)):
+            yield f"{variant['path']} is {inspection.width} x {inspection.height} px"
 
 
 def _find_large(found: Iterable[Mapping[str, Any]], original: Original) -> Iterator[str]:
-    webp = {
-        variant["spec"].width_px: variant
-        for variant in found
-        if variant["spec"] and variant["format"] == "webp"
-    }
+    webp = {variant["spec"].name: variant for variant in found if variant["format"] == "webp"}
     for variant in found:
         size, spec = variant["size"], variant["spec"]
-        if size > original.facts.original_bytes:
+        if size > original.facts.original_bytes and spec.quality is not None:
             original_bytes = original.facts.original_bytes
             yield f"{variant['path']} has {size:,} bytes, the original {original_bytes:,}"
-        twin = webp.get(spec.width_px) if spec and spec.format == "avif" else None
+        twin = webp.get(spec.name) if spec.format == "avif" else None
         if (
             twin
             and spec.quality <= twin["spec"].quality - AVIF_QUALITY_MARGIN

@@ -3,7 +3,7 @@
 The work itself is elsewhere; Dagster sees it through `assets` and `batches`.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -11,6 +11,7 @@ from imagepipeline.defs.attempts import Work
 from imagepipeline.defs.checks import (
     check_variants,
     describe_problems,
+    is_wrong,
     read_stored,
     refuse_wrong,
 )
@@ -31,9 +32,12 @@ from imagepipeline.models import (
     ImageMetadata,
     OriginalFacts,
     Recipe,
+    Variant,
+    VariantSpec,
     VisionAnswer,
     place_variants,
 )
+from imagepipeline.needs import is_variant_current
 from imagepipeline.originals import Original, Originals
 from imagepipeline.paid_calls import Kept, PaidCalls, Receipt
 from imagepipeline.services.embedder import Embedder
@@ -96,7 +100,11 @@ def make_metadata(
             is_current=True,
         )
     if causes["variants"]:
-        renderer.begin(original.session, original.facts)
+        known_row = catalogue.get(claim.image_id) or {"variants": []}
+        _, missing = sort_variants(claim, causes["variants"], known_row, files, original, renderer)
+        if missing:
+            rendered = choose_rendered(original, renderer, known_row, missing)
+            renderer.begin(original.session, original.facts, rendered)
     described, translate = None, None
     if cause != ASKED:
         described, translate = find_source(
@@ -139,60 +147,170 @@ def make_metadata(
 def make_variants(
     work: Work, catalogue: Catalogue, files: Storage, originals: Originals, renderer: Renderer
 ) -> Made:
-    """Renders, stores and checks the variants, or confirms that they are current and in place."""
+    """Renders, stores and checks the variants that are not current and in place.
+
+    The others stay untouched. Those that the settings no longer have are removed at the end.
+    """
     claim = work.claim
     original = originals.load(claim, catalogue)
     note_original(catalogue, claim, original)
     cause = find_causes(work, catalogue, variants=renderer.recipe)["variants"]
-    row = (None if cause else catalogue.get(claim.image_id)) or {}
-    stored = row.get("variants", [])
-    data_version = _data_version(original.sha256 + renderer.recipe.version)
-    if cause is None and is_in_place(files, stored, renderer, original):
-        catalogue.confirm_result(claim, "variants")
-        return Made(
-            data_version,
-            {
-                "variants": tabulate(stored, row["original_bytes"]),
-                "settings": renderer.recipe.settings,
-                "is_reused": True,
-            },
-            is_current=True,
+    row = catalogue.get(claim.image_id) or {"variants": []}
+    kept, missing = sort_variants(claim, cause, row, files, original, renderer)
+    recipes = {
+        f"{claim.image_id}-{spec.id}": renderer.recipe_of(spec)
+        for spec in renderer.specs_for(claim.focus)
+    }
+    shown: dict[str, Any] = {"is_reused": True}
+    if missing:
+        shown = _render_variants(
+            claim,
+            catalogue,
+            files,
+            original,
+            renderer,
+            row,
+            missing,
+            {one: recipes[one] for one in kept},
         )
-    made, usage = renderer.render(original.session, original.facts)
-    rendered = place_variants(made, original.facts.path)
-    contents = {path: variant.content for path, variant in rendered}
+    if missing or cause:
+        catalogue.record_result(claim, "variants", renderer.recipe, original.sha256, recipes)
+        shown |= {
+            "is_reused": not missing,
+            "rendered_count": len(missing),
+            "cause": cause or "its files were not in place",
+            "attempt": work.number,
+        }
+    else:
+        catalogue.confirm_result(claim, "variants")
+    remove_others(claim, catalogue, files, row["variants"], recipes)
+    row = catalogue.get(claim.image_id) or row
+    return Made(
+        _data_version(f"{original.sha256}{renderer.recipe.version}{claim.focus or ''}"),
+        {
+            **shown,
+            "variants": tabulate(row["variants"], row["original_bytes"]),
+            "settings": renderer.recipe.settings,
+            "dagster/uri": files.locate(row["variants"][0]["path"]).rpartition("/")[0],
+        },
+        is_current=not (missing or cause),
+    )
+
+
+def sort_variants(
+    claim: Claim,
+    cause: str | None,
+    row: Mapping[str, Any],
+    files: Storage,
+    original: Original,
+    renderer: Renderer,
+) -> tuple[list[str], list[VariantSpec]]:
+    """The IDs of rows of variants that can stay as they are, and the specs of those that cannot."""
+    rows = {one["id"]: one for one in row["variants"]}
+    made = row.get("made_by", {}).get("variants")
+    placed = place(original, renderer, row)
+    kept, missing = [], []
+    for spec in renderer.specs_for(claim.focus):
+        known = rows.get(f"{claim.image_id}-{spec.id}")
+        if (
+            cause != ASKED
+            and known
+            and is_variant_current(known, renderer.recipe_of(spec), made, original.sha256)
+            and known["path"] in (placed[spec.id], spec.path_for(original.path))
+            and len(read_stored(files, known)) == known["size"]
+        ):
+            kept.append(str(known["id"]))
+        else:
+            missing.append(spec)
+    return kept, missing
+
+
+def place(original: Original, renderer: Renderer, row: Mapping[str, Any]) -> dict[str, str]:
+    """The path of each variant by the spec's ID; the image's row has the original's size."""
+    return place_variants(renderer.specs, row["width"], row["height"], original.path)
+
+
+def choose_rendered(
+    original: Original,
+    renderer: Renderer,
+    row: Mapping[str, Any],
+    missing: Sequence[VariantSpec],
+) -> list[VariantSpec]:
+    """Those of the missing variants that have a file of their own, and none that stays as it is."""
+    placed = place(original, renderer, row)
+    absent = {f"{row['id']}-{spec.id}" for spec in missing}
+    files = {one["path"] for one in row["variants"] if one["id"] not in absent}
+    chosen = []
+    for spec in missing:
+        if placed[spec.id] not in files:
+            files.add(placed[spec.id])
+            chosen.append(spec)
+    return chosen
+
+
+def _render_variants(
+    claim: Claim,
+    catalogue: Catalogue,
+    files: Storage,
+    original: Original,
+    renderer: Renderer,
+    row: Mapping[str, Any],
+    missing: Sequence[VariantSpec],
+    kept: Mapping[str, str],
+) -> dict[str, Any]:
+    """Renders what is missing, stores and checks it, and says what the UI shows of that."""
+    chosen = choose_rendered(original, renderer, row, missing)
+    made, usage = renderer.render(original.session, original.facts, chosen)
+    placed = place(original, renderer, row)
+    contents = {placed[variant.spec.id]: variant.content for variant in made}
+    sizes = {placed[one.spec.id]: (one.width, one.height) for one in made}
+    shared = {one["path"]: one for one in row["variants"] if one["id"] in kept}
+    variants = []
+    for spec in missing:
+        path = placed[spec.id]
+        if path in contents:
+            variants.append((path, Variant(spec, *sizes[path], contents[path])))
+        else:
+            known = shared[path]
+            content = read_stored(files, known)
+            variants.append((path, Variant(spec, known["width"], known["height"], content)))
+    aliases = {spec.id for spec in missing if placed[spec.id] not in contents}
     # Rows first: they refuse another image's path before its file is overwritten.
-    catalogue.save_variants(claim, rendered)
+    catalogue.save_variants(claim, variants, kept, aliases)
     for path, content in contents.items():
         files.write(path, content)
     # A file of a larger original, or of an earlier version, must not be served any more.
-    unused = {spec.path_for(original.facts.path) for spec in renderer.specs} - contents.keys()
+    unused = {spec.path_for(original.path) for spec in missing} - set(placed.values())
     for path in catalogue.find_free_paths(unused) if unused else ():
         files.delete(path)
     found, figures = check_variants(claim, catalogue, files, original, renderer)
     catalogue.record_problems(claim, found)
+    if is_wrong(found):
+        catalogue.distrust_variants(claim)
     refuse_wrong(found)
-    catalogue.record_result(claim, "variants", renderer.recipe, original.sha256)
-    rows = [
-        {"path": path, "width": one.width, "height": one.height, "size": len(one.content)}
-        for path, one in rendered
-    ]
-    return Made(
-        data_version,
-        {
-            **figures,
-            "problems": describe_problems(found),
-            "is_reused": False,
-            "cause": cause or "its files were not in place",
-            "variants": tabulate(rows, original.facts.original_bytes),
-            "settings": renderer.recipe.settings,
-            "dominant_color": original.facts.dominant_color,
-            "placeholder": show_picture(original.facts.placeholder),
-            **_describe_usage(usage),
-            "attempt": work.number,
-            "dagster/uri": files.locate(rendered[0][0]).rpartition("/")[0],
-        },
-    )
+    return {
+        **figures,
+        "problems": describe_problems(found),
+        "dominant_color": original.facts.dominant_color,
+        "placeholder": show_picture(original.facts.placeholder),
+        **_describe_usage(usage),
+    }
+
+
+def remove_others(
+    claim: Claim,
+    catalogue: Catalogue,
+    files: Storage,
+    rows: Sequence[Mapping[str, Any]],
+    row_ids: Collection[str],
+) -> None:
+    """Removes files and rows of an image's variants except these; it is safe to repeat."""
+    paths = {one["path"] for one in rows if one["id"] in row_ids}
+    others = {one["id"]: one["path"] for one in rows if one["id"] not in row_ids}
+    for path in set(others.values()) - paths:
+        files.delete(path)
+    if others:
+        catalogue.remove_variants(claim, others)
 
 
 def make_embedding(
@@ -277,17 +395,6 @@ def find_vector(
         if known and known["text"] == text:
             return Embedding(text, tuple(known["vector"]), recipe.version)
     return None
-
-
-def is_in_place(
-    files: Storage, stored: Sequence[Mapping[str, Any]], renderer: Renderer, original: Original
-) -> bool:
-    """Whether the files of all variants are where they belong, with the sizes of their rows."""
-    expected = {spec.path_for(original.path) for spec in renderer.specs}
-    return len(stored) == len(expected) and all(
-        variant["path"] in expected and len(read_stored(files, variant)) == variant["size"]
-        for variant in stored
-    )
 
 
 def _describe_recipe(recipe: Recipe) -> dict[str, str]:

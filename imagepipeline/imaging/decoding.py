@@ -17,7 +17,7 @@ from imagepipeline.imaging import exif
 from imagepipeline.imaging.color import to_srgb
 from imagepipeline.imaging.formats import identify
 from imagepipeline.imaging.limits import Rules as Rules  # re-exported for callers of `decode`
-from imagepipeline.imaging.limits import check_variants
+from imagepipeline.imaging.limits import check_variants, find_scale
 from imagepipeline.imaging.readers import READERS
 from imagepipeline.imaging.readers.source import Picture, Source, explain
 from imagepipeline.imaging.scaling import resize
@@ -28,8 +28,8 @@ class Decoded:
     """A decoded original: upright, in sRGB, without metadata in the images.
 
     Attributes:
-        frames: one image, or the frames of a kept animation, all in mode RGB or all in RGBA; at
-            most `Rules.max_width_px` wide.
+        frames: one image, or the frames of a kept animation, all in mode RGB or all in RGBA; no
+            larger than `Rules.max_width_px` and `Rules.variants` need.
         format: format of the file.
         width: pixels of the upright original.
         height: pixels of the upright original.
@@ -112,10 +112,8 @@ def _finish(source: Source, format_: str, rules: Rules) -> Decoded:
     check_variants(width, height, rules)
     frames, durations_ms, flaw = [], [], None
     for picture in source.load(is_on_its_side):
-        scale = min(
-            1.0,
-            rules.max_width_px / (picture.image.height if is_on_its_side else picture.image.width),
-        )
+        across, down = picture.image.size
+        scale = find_scale(*((down, across) if is_on_its_side else (across, down)), rules)
         upright = _to_rgb(_scale(picture, scale), source)
         frames.append(_without_attachments(upright if turn is None else upright.transpose(turn)))
         durations_ms.append(picture.duration_ms)

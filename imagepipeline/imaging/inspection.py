@@ -8,14 +8,17 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import ExifTags, Image
 
+from imagepipeline.imaging.cropping import Box, find_region
 from imagepipeline.imaging.decoding import Decoded
-from imagepipeline.imaging.formats import identify
-from imagepipeline.imaging.scaling import resize
+from imagepipeline.imaging.scaling import put_on_white, resize
 from imagepipeline.models import VariantSpec
+from imagepipeline.output_formats import OUTPUT_FORMATS
 
+References = dict[tuple[Box, tuple[int, int]], Image.Image]  # by region and size
 BLOCK_PX = 8
 # Width at which larger variants are compared. Encoder damage still shows at this size.
 COMPARED_PX = 640
+NAMES = {one.encoder: one.name for one in OUTPUT_FORMATS.values()}
 ALLOWED_TAGS = {ExifTags.Base.Artist, ExifTags.Base.Copyright}
 
 
@@ -35,59 +38,70 @@ class Inspection:
     similarity: float | None = None
 
 
-def choose_compared(specs: Sequence[VariantSpec]) -> list[int]:
+def choose_compared(specs: Sequence[VariantSpec | None]) -> list[int]:
     """The positions of the smallest variant of each format: the cheapest look that sees them all.
 
     Each width is scaled down from the next larger one, so wrong pixels of any width are in the
     smallest, too; and each format has its own encoder.
     """
-    smallest: dict[str, int] = {}
+    smallest: dict[str, tuple[int, int]] = {}  # width and position, by format
     for position, spec in enumerate(specs):
-        known = smallest.setdefault(spec.format, position)
-        if spec.width_px < specs[known].width_px:
-            smallest[spec.format] = position
-    return sorted(smallest.values())
+        if spec is not None:
+            candidate = spec.width_px, position
+            smallest[spec.format] = min(smallest.get(spec.format, candidate), candidate)
+    return sorted(position for _, position in smallest.values())
 
 
 def inspect(
-    original: Decoded, contents: Sequence[bytes], compared: Sequence[int] | None = None
+    original: Decoded,
+    contents: Sequence[bytes],
+    specs: Sequence[VariantSpec | None],
+    compared: Sequence[int] | None = None,
 ) -> list[Inspection]:
     """Reads the headers of stored variants, and compares the pixels of some with the original.
 
-    `compared` holds the positions of those; None compares them all.
+    `compared` holds the positions of those; None compares all that have a spec, which says what
+    part of the original they show.
     """
-    references: dict[tuple[int, int], Image.Image] = {}
+    references: References = {}
     return [
-        _inspect(content, original, references, compared is None or position in compared)
-        for position, content in enumerate(contents)
+        _inspect(
+            content,
+            original,
+            references,
+            spec if compared is None or position in compared else None,
+        )
+        for position, (content, spec) in enumerate(zip(contents, specs, strict=True))
     ]
 
 
 def _inspect(
     content: bytes,
     original: Decoded,
-    references: dict[tuple[int, int], Image.Image],
-    is_compared: bool,
+    references: References,
+    spec: VariantSpec | None,
 ) -> Inspection:
     try:
-        format_ = identify(content)
-        image = Image.open(io.BytesIO(content), formats=[format_])
-        similarity = _measure_similarity(image, original, references) if is_compared else None
+        image = Image.open(io.BytesIO(content), formats=list(NAMES))
+        similarity = _measure_similarity(image, original, references, spec) if spec else None
     except Exception as error:  # decoders raise all kinds of errors
         return Inspection(fault=" ".join(str(error).split())[:200] or type(error).__name__)
-    return Inspection(None, format_.lower(), *image.size, _list_attachments(image), similarity)
+    name = NAMES[str(image.format)]
+    return Inspection(None, name, *image.size, _list_attachments(image), similarity)
 
 
 def _measure_similarity(
-    image: Image.Image, original: Decoded, references: dict[tuple[int, int], Image.Image]
+    image: Image.Image, original: Decoded, references: References, spec: VariantSpec
 ) -> float:
     image.load()
     size = image.size
     if image.width > COMPARED_PX:
         size = COMPARED_PX, max(1, round(image.height * COMPARED_PX / image.width))
-    if size not in references:
-        references[size] = resize(_to_luma(original.image), size)
-    return compare(references[size], resize(_to_luma(image), size))
+    region = find_region(original.image, spec)
+    if (region, size) not in references:
+        part = original.image.crop(region)
+        references[region, size] = resize(_to_luma(part), size)
+    return compare(references[region, size], resize(_to_luma(image), size))
 
 
 def _list_attachments(image: Image.Image) -> tuple[str, ...]:
@@ -115,9 +129,7 @@ def compare(reference: Image.Image, image: Image.Image) -> float:
 def _to_luma(image: Image.Image) -> Image.Image:
     """Converts an image to greyscale, on a white background if it is transparent."""
     image = image.convert("RGBA") if image.has_transparency_data else image
-    if image.mode == "RGBA":
-        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
-    return image.convert("L")
+    return put_on_white(image).convert("L")
 
 
 def _blocks(image: Image.Image) -> NDArray[np.float32]:

@@ -3,8 +3,8 @@
 from dataclasses import dataclass
 
 from imagepipeline.errors import LimitError
+from imagepipeline.models import MAX_SIDE_PX, VariantSpec
 
-MAX_SIDE_PX = 16_383  # WebP can encode no more
 MEMORY_BYTES, CPU_SECONDS = 2_000_000_000, 20  # of a process that decodes and encodes one image
 
 
@@ -20,7 +20,8 @@ class Rules:
         max_frames: frames of an animation; checked only if all of them are kept.
         max_icc_bytes: size of the colour profile.
         max_text_bytes: size of the decompressed text chunks of a PNG.
-        max_width_px: wider images are scaled down to this width.
+        max_width_px: wider images are scaled down to this width, or as far as `variants` allow.
+        variants: what is to be made of the image.
         is_animation_kept: decode all frames instead of the first only.
         is_truncated_accepted: decode what is left of a truncated or damaged file, and fill the
             missing pixels with grey.
@@ -33,6 +34,7 @@ class Rules:
     max_icc_bytes: int = 1_000_000
     max_text_bytes: int = 1_000_000
     max_width_px: int = 1920
+    variants: tuple[VariantSpec, ...] = ()
     is_animation_kept: bool = False
     is_truncated_accepted: bool = False
 
@@ -65,10 +67,17 @@ def check_profile(profile: bytes | None, rules: Rules) -> bytes | None:
     return profile or None
 
 
+def find_scale(width: int, height: int, rules: Rules) -> float:
+    """The scale (at most 1) to which an upright image is reduced before anything else."""
+    needed = [spec.scale_for(width, height) for spec in rules.variants]
+    return min(1.0, max([rules.max_width_px / width, *needed]))
+
+
 def check_variants(width: int, height: int, rules: Rules) -> None:
     """Raises LimitError if a side of a variant would be longer than WebP or AVIF allow."""
-    scale = min(1.0, rules.max_width_px / width)
-    largest = max(round(width * scale), round(height * scale))
+    scale = find_scale(width, height, rules)
+    sizes = [spec.size_for(width, height) for spec in rules.variants]
+    largest = max(max(size) for size in sizes or [(round(width * scale), round(height * scale))])
     if largest > rules.max_side_px:
         raise LimitError(
             f"the original is {width} x {height} px, its variants would be up to {largest:,} px "

@@ -14,12 +14,20 @@ from imagepipeline.imaging.decoding import decode
 from imagepipeline.imaging.inspection import inspect
 from imagepipeline.imaging.preparation import prepare
 from imagepipeline.imaging.variants import render, render_and_inspect
-from imagepipeline.models import build_variant_specs
+from imagepipeline.models import VariantSpec, build_variant_specs
+from imagepipeline.output_formats import OUTPUT_FORMATS
 
 MAKERS: tuple[Callable[..., Any], ...] = (decode,)  # each makes the value that a child holds
 # Each takes the held value as its first argument.
 CALLS: tuple[Callable[..., Any], ...] = (prepare, render, render_and_inspect, inspect)
 # MPO is a JPEG with more than one picture.
+WARMED_SPECS = (
+    *build_variant_specs(),
+    *(
+        VariantSpec("", 40, one.name, one.default_quality, 40, "cover", "attention")
+        for one in OUTPUT_FORMATS.values()
+    ),
+)
 WARMED_FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "AVIF", "TIFF", "BMP", "MPO")
 
 
@@ -35,7 +43,7 @@ def warm_up() -> None:
         picture.save(buffer, format_, exif=exif, icc_profile=profile, **further)
         decoded = decode(buffer.getvalue())
         prepare(decoded)
-        render_and_inspect(decoded, build_variant_specs(), has_rights=True)
+        render_and_inspect(decoded, WARMED_SPECS, has_rights=True)
         for damaged in (
             buffer.getvalue()[:-40],
             buffer.getvalue()[:20],

@@ -52,7 +52,7 @@ OPERATIONS = "imagepipeline.imaging.operations"
 START_SECONDS = 60  # for the zygote to start: a busy machine imports slowly
 FORK_SECONDS = 20
 END_SECONDS = 5  # between the end of a child's connection and the report of its exit status
-MAX_ANSWER_BYTES = 256_000_000  # more than six variants of the largest originals take
+MAX_ANSWER_BYTES = 256_000_000  # more than the default variants of the largest originals take
 # Errors that a child may report. Errors about claims, pauses or stores are not among them, because
 # the run would act on them.
 VERDICTS = (

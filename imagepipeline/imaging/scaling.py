@@ -1,4 +1,4 @@
-"""Resizing with a Lanczos filter."""
+"""Resizing with a Lanczos filter, and a background for what is transparent."""
 
 from PIL import Image
 
@@ -23,3 +23,10 @@ def resize(image: Image.Image, size: tuple[int, int]) -> Image.Image:
     resized = Image.new(image.mode, size)
     _resizer.resize_pil(image, resized, LANCZOS)
     return resized
+
+
+def put_on_white(image: Image.Image) -> Image.Image:
+    """The image as RGB, on white where it is transparent."""
+    if image.mode == "RGBA":
+        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+    return image.convert("RGB")

@@ -1,11 +1,12 @@
 """Checks whether the answers of a decoding process, which the run does not trust, are possible."""
 
 import re
-from collections.abc import Sequence
+import struct
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
+from imagepipeline.headers import measure_jpeg
 from imagepipeline.imaging.formats import FORMATS
-from imagepipeline.imaging.headers import measure_jpeg, measure_variant
 from imagepipeline.models import (
     CLASSIFIER_PX,
     MAX_THUMBNAIL_CHARACTERS,
@@ -13,6 +14,7 @@ from imagepipeline.models import (
     Variant,
     VariantSpec,
 )
+from imagepipeline.output_formats import OUTPUT_FORMATS
 
 if TYPE_CHECKING:  # these modules import this one
     from imagepipeline.imaging.decoding import Rules
@@ -22,7 +24,6 @@ if TYPE_CHECKING:  # these modules import this one
 MAX_PREVIEW_BYTES = 20_000_000
 MAX_PLACEHOLDER_CHARACTERS = 4_000
 MAX_TEXT_CHARACTERS = 500
-ROUNDING_PX = 2  # each copy is scaled from the next larger one, and its height rounded
 COLOR = re.compile(r"#[0-9a-f]{6}")
 NAME = re.compile(r"[a-z -]{1,30}")
 DATA_URI = re.compile(r"data:image/[a-z]+;base64,[A-Za-z0-9+/]+={0,2}")
@@ -63,22 +64,14 @@ def verify_variants(
         ImpossibleAnswerError: the variants are not the requested ones.
     """
     _require([variant.spec for variant in variants] == list(specs), "the list of variants")
-    width, height = size
     for variant in variants:
-        name = f"variant {variant.spec.suffix}.{variant.spec.format}"
-        try:
-            measured = measure_variant(variant.content, variant.spec.format)
-        except ValueError as error:
-            raise ImpossibleAnswerError(f"{name}: {error}") from None
+        name = f"variant {variant.spec.id}"
+        measured = _measure(name, variant.content, OUTPUT_FORMATS[variant.spec.format].measure)
         _require(
             measured == (variant.width, variant.height),
             f"{name} says {variant.width} x {variant.height} px",
         )
-        expected_width = min(variant.spec.width_px, width)
-        expected_height = max(1, height * expected_width / width)
-        is_expected = (
-            variant.width == expected_width and abs(variant.height - expected_height) <= ROUNDING_PX
-        )
+        is_expected = variant.spec.is_possible((variant.width, variant.height), size)
         _require(is_expected, f"{name} is {variant.width} x {variant.height} px")
 
 
@@ -130,12 +123,18 @@ def _verify_data_uri(name: str, uri: str, most_characters: int) -> None:
 
 
 def _verify_preview(content: bytes, most_px: int) -> None:
-    try:
-        size = measure_jpeg(content)
-    except ValueError as error:
-        raise ImpossibleAnswerError(f"the preview: {error}") from None
+    size = _measure("the preview", content, measure_jpeg)
     is_small = len(content) <= MAX_PREVIEW_BYTES and max(size) <= most_px
     _require(is_small and min(size) >= 1, "the size of the preview")
+
+
+def _measure(
+    name: str, content: bytes, measure: Callable[[bytes], tuple[int, int]]
+) -> tuple[int, int]:
+    try:
+        return measure(content)
+    except (IndexError, ValueError, struct.error) as error:
+        raise ImpossibleAnswerError(f"{name}: its header is not one of ours: {error}") from None
 
 
 def _verify_facts(facts: PixelFacts, rules: "Rules") -> None:

@@ -20,7 +20,6 @@ from imagepipeline import erasing
 from imagepipeline.defs.partitions import uploads
 from imagepipeline.defs.sensors import UNFINISHED
 from imagepipeline.errors import ImagePipelineError, StackError
-from imagepipeline.models import build_variant_specs
 from imagepipeline.providers import build_recipes
 from imagepipeline.runtime import sqlite_storage
 from imagepipeline.settings import Settings
@@ -136,7 +135,7 @@ def main() -> None:
             open_storage(settings.storage),
             EmbeddingIndex(settings.index_uri),
             Dagster(instance),
-            build_variant_specs(*settings.qualities),
+            settings.specs,
             build_recipes(settings),
         )
         try:

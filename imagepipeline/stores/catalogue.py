@@ -619,36 +619,57 @@ class Catalogue:
             of_text = image_results.c.asset == "embedding"
             self._mark_stale(connection, claim, of_text, hash_text(metadata.embedding_text))
 
-    def save_variants(self, claim: Claim, variants: Sequence[tuple[str, Variant]]) -> None:
+    def save_variants(
+        self,
+        claim: Claim,
+        variants: Sequence[tuple[str, Variant]],
+        kept: Mapping[str, str] | None = None,
+        aliases: Collection[str] = (),
+    ) -> None:
         """Stores (path, variant) rows in place of older ones; call it before writing the files.
 
-        Of rows with the same path, all but the first are aliases.
+        Until `record_result`, none of them is known to be right, and new ones are not published. Of
+        rows with the same path, all but the first are aliases.
+
+        Args:
+            claim: the run's claim.
+            variants: what was rendered, with the paths the files will have.
+            kept: what made the variants that stay as they are, by row ID.
+            aliases: the IDs of the specs whose file is that of a variant that stays as it is.
 
         Raises:
             PathTakenError: a path belongs to another image; nothing was stored.
         """
         rows = [
             {
-                "id": f"{claim.image_id}-{variant.spec.suffix}-{variant.spec.format}",
+                "id": f"{claim.image_id}-{variant.spec.id}",
                 "image_id": claim.image_id,
                 "width": variant.width,
                 "height": variant.height,
                 "format": variant.spec.format,
                 "path": path,
                 "size": len(variant.content),
-                "is_alias": path in [earlier for earlier, _ in variants[:position]],
+                "is_alias": variant.spec.id in aliases
+                or path in [earlier for earlier, _ in variants[:position]],
+                "recipe": None,
+                "is_published": False,
             }
             for position, (path, variant) in enumerate(variants)
         ]
+        insert = self._database.insert(image_variants)
+        # An earlier file at the same path is shown until it is replaced.
+        is_shown = sa.and_(
+            image_variants.c.is_published, image_variants.c.path == insert.excluded.path
+        )
+        changes = {name: insert.excluded[name] for name in rows[0]} | {"is_published": is_shown}
+        insert = insert.on_conflict_do_update(index_elements=["id"], set_=changes)
         try:
             with self._database.transaction() as connection:
                 self._update(connection, claim)
                 # Until all files are written and checked, the earlier result is not current.
                 self._mark_stale(connection, claim, image_results.c.asset == "variants")
-                connection.execute(
-                    sa.delete(image_variants).where(image_variants.c.image_id == claim.image_id)
-                )
-                connection.execute(sa.insert(image_variants), rows)
+                self._note_recipes(connection, kept or {})
+                connection.execute(insert, rows)
         except sa.exc.IntegrityError:
             raise PathTakenError(
                 f"another image already has a variant at {rows[0]['path']}: originals that differ "
@@ -661,11 +682,54 @@ class Catalogue:
         with self._database.reading() as connection:
             return set(paths) - set(connection.execute(query).scalars())
 
-    def record_result(self, claim: Claim, asset: str, recipe: Recipe, input_sha256: str) -> None:
-        """Records that an asset's result is stored, what made it, and from which input."""
+    def distrust_variants(self, claim: Claim) -> None:
+        """Forgets what made the saved variants, also those kept, so that all are made again."""
+        with self._database.transaction() as connection:
+            self._update(connection, claim)
+            connection.execute(
+                sa.update(image_variants)
+                .where(image_variants.c.image_id == claim.image_id)
+                .values(recipe=None)
+            )
+
+    def remove_variants(self, claim: Claim, row_ids: Collection[str]) -> None:
+        """Removes rows of variants whose files are deleted."""
+        of_image = image_variants.c.image_id == claim.image_id
+        with self._database.transaction() as connection:
+            self._update(connection, claim)
+            connection.execute(
+                sa.delete(image_variants).where(of_image, image_variants.c.id.in_(row_ids))
+            )
+
+    def record_result(
+        self,
+        claim: Claim,
+        asset: str,
+        recipe: Recipe,
+        input_sha256: str,
+        variants: Mapping[str, str] | None = None,
+    ) -> None:
+        """Records that an asset's result is stored, what made it, and from which input.
+
+        Args:
+            claim: the run's claim.
+            asset: the asset.
+            recipe: what made it.
+            input_sha256: what it was made from.
+            variants: what made each variant, by row ID. They are published, and the image's other
+                variants are not any more. None publishes all.
+        """
         with self._database.transaction() as connection:
             self._update(connection, claim)
             self._record_result(connection, claim, asset, recipe, input_sha256)
+            if asset == "variants":
+                self._note_recipes(connection, variants or {})
+                is_one = variants is None or image_variants.c.id.in_(variants)
+                connection.execute(
+                    sa.update(image_variants)
+                    .where(image_variants.c.image_id == claim.image_id)
+                    .values(is_published=is_one)
+                )
             if asset == "variants" and events.lacks_description(connection, claim.image_id):
                 self._tell(connection, claim.image_id, EventType.PICTURES_READY)
 
@@ -1022,21 +1086,24 @@ class Catalogue:
 
     def _claim_of(self, connection: sa.Connection, image_id: str, run_id: str) -> Claim | None:
         row = connection.execute(
-            sa.select(
-                images.c.id,
-                images.c.generation,
-                images.c.fence,
-                images.c.requested_path,
-                images.c.path,
-                images.c.original_sha256,
-                images.c.tenant,
-            ).where(
+            sa.select(images).where(
                 images.c.id == image_id,
                 images.c.status == Status.PROCESSING,
                 images.c.run_id == run_id,
             )
         ).first()
-        return Claim(*row) if row else None
+        if row is None:
+            return None
+        return Claim(
+            image_id=row.id,
+            generation=row.generation,
+            fence=row.fence,
+            path=row.requested_path,
+            last_path=row.path,
+            last_sha256=row.original_sha256,
+            tenant=row.tenant,
+            focus=read_focus(row.focus),
+        )
 
     def _record_result(
         self, connection: sa.Connection, claim: Claim, asset: str, recipe: Recipe, input_sha256: str
@@ -1057,6 +1124,15 @@ class Catalogue:
             insert.on_conflict_do_update(index_elements=["image_id", "asset"], set_=values)
         )
         self._record(connection, claim.image_id, "made", f"{asset} by {recipe.version}")
+
+    def _note_recipes(self, connection: sa.Connection, recipes: Mapping[str, str]) -> None:
+        """Writes what made variants into their rows, by row ID."""
+        statement = sa.update(image_variants).where(image_variants.c.id == sa.bindparam("row_id"))
+        if recipes:
+            connection.execute(
+                statement.values(recipe=sa.bindparam("made_by")),
+                [{"row_id": row_id, "made_by": made_by} for row_id, made_by in recipes.items()],
+            )
 
     def _mark_stale(
         self,
@@ -1124,6 +1200,7 @@ class Catalogue:
         new_life = _new_generation(insert.excluded.accepted_at) | {
             "priority": insert.excluded.priority,
             "requested_path": insert.excluded.requested_path,
+            "focus": sa.func.coalesce(insert.excluded.focus, images.c.focus),
             "tenant": _prefer(insert.excluded.tenant),
             "pushes": images.c.pushes + insert.excluded.pushes,
         }
@@ -1140,6 +1217,7 @@ class Catalogue:
             id=sa.bindparam("image_id"),
             priority=sa.bindparam("most"),
             requested_path=sa.bindparam("last_path"),
+            focus=sa.bindparam("last_focus"),
             tenant=sa.bindparam("of_tenant"),
             pushes=sa.bindparam("count"),
             **_first_generation(sa.bindparam("now"), sa.bindparam("known_id")),
@@ -1155,6 +1233,9 @@ class Catalogue:
                 pushes=images.c.pushes + sa.bindparam("count", type_=sa.Integer),
                 requested_path=sa.bindparam("last_path"),
                 priority=sa.case((images.c.priority < most, most), else_=images.c.priority),
+                focus=sa.func.coalesce(
+                    sa.bindparam("last_focus", type_=images.c.focus.type), images.c.focus
+                ),
                 tenant=_prefer(sa.bindparam("of_tenant", type_=sa.String)),
             )
         )
@@ -1178,6 +1259,15 @@ class Catalogue:
         return True
 
 
+def read_focus(stored: Any) -> tuple[float, float] | None:
+    """The focus in the column of a row; None if no upload gave one."""
+    return (stored["x"], stored["y"]) if stored else None
+
+
+def _store_focus(upload: Upload) -> dict[str, float] | None:
+    return dict(zip("xy", upload.focus, strict=True)) if upload.focus else None
+
+
 def _accepted_at(image_id: str) -> sa.ScalarSelect[Any]:
     return sa.select(images.c.accepted_at).where(images.c.id == image_id).scalar_subquery()
 
@@ -1194,6 +1284,7 @@ def _merge(uploads: Iterable[Upload], now: datetime) -> list[dict[str, Any]]:
                 "count": 0,
                 "most": upload.priority,
                 "of_tenant": "",
+                "last_focus": None,
                 "now": now + timedelta(microseconds=position),  # they keep their order
             },
         )
@@ -1201,6 +1292,7 @@ def _merge(uploads: Iterable[Upload], now: datetime) -> list[dict[str, Any]]:
         row["most"] = max(row["most"], upload.priority)
         row["last_path"] = upload.path
         row["of_tenant"] = upload.tenant or row["of_tenant"]
+        row["last_focus"] = _store_focus(upload) or row["last_focus"]
     return list(rows.values())
 
 
@@ -1251,6 +1343,9 @@ def _describe_result(result: sa.RowMapping) -> dict[str, Any]:
         "version": recipe.version,
         **{
             name: result[name]
-            for name in ("provider", "model", "settings", "generation", "input_sha256", "made_at")
+            for name in (
+                *("provider", "model", "settings", "generation", "input_sha256", "made_at"),
+                "is_stale",
+            )
         },
     }

@@ -332,12 +332,21 @@ def _describe(stored: Any) -> dict[str, Any]:
 def _list_variants(connection: sa.Connection, image_id: str) -> tuple[EventVariant, ...]:
     query = (
         sa.select(image_variants)
-        .where(image_variants.c.image_id == image_id, ~image_variants.c.is_alias)
+        .where(
+            image_variants.c.image_id == image_id,
+            image_variants.c.is_published,
+            ~image_variants.c.is_alias,
+        )
         .order_by(image_variants.c.format, image_variants.c.width, image_variants.c.path)
     )
     return tuple(
         EventVariant(
-            path=row.path, format=row.format, width=row.width, height=row.height, bytes=row.size
+            name=row.id.removeprefix(f"{image_id}-").removesuffix(f"-{row.format}"),
+            path=row.path,
+            format=row.format,
+            width=row.width,
+            height=row.height,
+            bytes=row.size,
         )
         for row in connection.execute(query)
     )

@@ -23,7 +23,7 @@ SETTLED = timedelta(seconds=60)
 TIMEOUT_SECONDS, RETRIES = 30, 3
 CHUNK_BYTES = 10_000_000
 # Only variants get a type that browsers show. Originals come from strangers and get none.
-CONTENT_TYPES = {f".{one.name}": one.mime_type for one in OUTPUT_FORMATS.values()}
+CONTENT_TYPES = {f".{one.suffix}": one.mime_type for one in OUTPUT_FORMATS.values()}
 
 
 class ObjectStore:

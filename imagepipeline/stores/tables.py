@@ -50,6 +50,7 @@ images = sa.Table(
     # What the upload named; empty: the one file original/<id>.*
     sa.Column("requested_path", sa.String(512), index=True),
     sa.Column("path", sa.String(512), index=True),  # where the original was when it was last read
+    sa.Column("focus", sa.JSON(none_as_null=True)),  # what crops keep in view: x and y, 0 to 1
     # How often the ID was pushed, and how often before the last claim: that run covers those.
     sa.Column("pushes", sa.Integer, nullable=False, server_default="0"),
     sa.Column("pushes_seen", sa.Integer, nullable=False, server_default="0"),
@@ -92,7 +93,7 @@ catalogue_owner = sa.Table(
 image_variants = sa.Table(
     "image_variants",
     schema,
-    sa.Column("id", sa.String(80), primary_key=True),
+    sa.Column("id", sa.String(96), primary_key=True),  # <image_id>-<name>-<format>
     sa.Column("image_id", sa.String(64), sa.ForeignKey("images.id"), nullable=False, index=True),
     sa.Column("width", sa.Integer, nullable=False),
     sa.Column("height", sa.Integer, nullable=False),
@@ -101,6 +102,12 @@ image_variants = sa.Table(
     sa.Column("size", sa.Integer, nullable=False),
     # It has the pixels of an earlier variant of the image, and usually its file.
     sa.Column("is_alias", sa.Boolean, nullable=False, server_default=sa.false()),
+    # What made the file. Empty: an earlier version did, and the result says what, if it is not
+    # stale; or the file is being made.
+    sa.Column("recipe", sa.String(128)),
+    # Whether there is a file for apps to show: not before the first one is checked, and not when
+    # the variant is to be removed.
+    sa.Column("is_published", sa.Boolean, nullable=False, server_default=sa.true()),
     sa.Index(
         "uq_image_variants_path",
         "path",

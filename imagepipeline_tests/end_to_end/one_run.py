@@ -4,6 +4,7 @@ import multiprocessing
 import os
 import signal
 import sys
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,7 @@ from imagepipeline.defs.attempts import GENERATION_TAG
 from imagepipeline.imaging.decoding import Rules
 from imagepipeline.imaging.sandbox import Sandbox
 from imagepipeline.imaging.variants import Renderer
-from imagepipeline.models import Embedding, Recipe, build_variant_specs
+from imagepipeline.models import Embedding, Recipe, VariantSpec
 from imagepipeline.originals import Originals
 from imagepipeline.paid_calls import PaidCalls
 from imagepipeline.services.embedder import LocalEmbedder
@@ -38,13 +39,14 @@ EFFECTS = {
     "result": (Catalogue, "record_result"),
     "final status": (Catalogue, "finish"),
 }
+REMOVALS = {"removed file": (FileStore, "delete")}  # if the set of variants has changed
 CONTEXT = multiprocessing.get_context("forkserver")
 CONTEXT.set_forkserver_preload(["imagepipeline_tests.end_to_end.preloaded"])
 
 
 def signal_at(effect: str, moment: str, name: str) -> None:
     """Makes this process send itself a signal before or after the first call of an effect."""
-    owner, method = EFFECTS[effect]
+    owner, method = (EFFECTS | REMOVALS)[effect]
     original = getattr(owner, method)
     sent = []
 
@@ -85,6 +87,7 @@ def execute(
     generation: int,
     fault: tuple[str, str, str] | None,
     redis_url: str | None,
+    specs: Sequence[VariantSpec],
 ) -> None:
     """Executes a run and ends this process; the exit code is 0 if the run succeeds.
 
@@ -94,6 +97,7 @@ def execute(
         generation: of the image.
         fault: the arguments of `signal_at`, if the run is to be killed or stopped.
         redis_url: if given, the models count as paid ones.
+        specs: the variants to make.
     """
     with open(folder / "runs.log", "ab") as log:
         os.dup2(log.fileno(), 1)
@@ -111,7 +115,7 @@ def execute(
                 "catalogue": Catalogue(catalogue_url),
                 "files": (files := FileStore(folder / "storage")),
                 "originals": Originals(files, Sandbox(), Rules()),
-                "renderer": Renderer(build_variant_specs()),
+                "renderer": Renderer(specs),
                 "index": EmbeddingIndex(str(folder / "lancedb")),
                 "paid_calls": PaidCalls(
                     Ledger(catalogue_url), CallLimiter(redis_url or "redis://", "x", "off"), {}

@@ -11,17 +11,24 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import dagster as dg
 import pytest
+import sqlalchemy as sa
 import yaml
 from PIL import Image
 
 from imagepipeline.defs.reconciler import STALL_SECONDS, StandstillWatch, reconcile
-from imagepipeline.models import ImageMetadata, Status, Upload
+from imagepipeline.models import (
+    ImageMetadata,
+    Status,
+    Upload,
+    VariantSpec,
+    build_variant_specs,
+)
 from imagepipeline.runtime.worker import is_stopped
 from imagepipeline.services.embedder import LocalEmbedder
 from imagepipeline.stores.broker import TaskQueue
@@ -92,10 +99,15 @@ class World:
         config = {"telemetry": {"enabled": False}, "storage": {"custom": storage}}
         (folder / "dagster.yaml").write_text(yaml.safe_dump(config))
 
-    def start_run(self, *fault: str, redis_url: str | None = None) -> Any:
+    def start_run(
+        self,
+        *fault: str,
+        redis_url: str | None = None,
+        specs: Sequence[VariantSpec] = build_variant_specs(),
+    ) -> Any:
         """Starts a process that executes a run of the image's current generation."""
         generation = self.catalogue.get("cat")["generation"]
-        arguments = (self.folder, self.catalogue_url, generation, fault, redis_url)
+        arguments = (self.folder, self.catalogue_url, generation, fault, redis_url, specs)
         process = CONTEXT.Process(target=execute, args=arguments)
         process.start()
         return process
@@ -164,6 +176,42 @@ def test_the_image_of_a_killed_run_is_completed_once_by_another_run(world, effec
     if world.catalogue.get("cat")["status"] != "completed":
         assert world.finish(world.start_run()) == 0
     world.check()
+
+
+@pytest.mark.parametrize(
+    ("database_urls", "effect", "moment"),
+    [
+        ("sqlite", "variant rows", "after"),
+        ("sqlite", "rename", "after"),
+        ("postgres", "result", "after"),
+        ("sqlite", "removed file", "after"),
+    ],
+    indirect=["database_urls"],
+)
+def test_a_run_killed_while_the_set_of_variants_changes_leaves_no_stray_and_no_gap(
+    world, effect, moment
+):
+    def list_states():
+        folder = world.files.root / "variants"
+        return {path.name: path.stat().st_mtime_ns for path in folder.iterdir()}
+
+    assert world.finish(world.start_run()) == 0
+    before = list_states()
+    world.catalogue.accept([Upload("cat")])
+    specs = [VariantSpec("xs", 320, "webp", 80), *build_variant_specs()[:4]]
+    run = world.start_run(effect, moment, "SIGKILL", specs=specs)
+    assert world.finish(run) == -signal.SIGKILL
+    with sa.create_engine(world.catalogue_url).connect() as connection:
+        shown = connection.exec_driver_sql("SELECT path FROM published_variants_v1").scalars()
+        published = {Path(path).name for path in shown}
+    assert published <= list_states().keys()
+    world.hand_over()
+    assert world.finish(world.start_run(specs=specs)) == 0
+    row = world.catalogue.get("cat")
+    assert row["status"] == "completed"
+    after = {name: at for name, at in list_states().items() if not name.endswith(".tmp")}
+    assert {Path(one["path"]).name for one in row["variants"]} == after.keys()
+    assert {name for name in after if after[name] != before.get(name)} == {"cat-xs.webp"}
 
 
 @pytest.mark.parametrize("effect", ["store the answer", "variant rows", "index commit"])

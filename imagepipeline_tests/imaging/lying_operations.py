@@ -65,7 +65,7 @@ ABOUT_VARIANTS: dict[str, Callable[[list[Variant]], list[Variant]]] = {
         *variants[1:],
     ],
     "path": lambda variants: [
-        replace(variants[0], spec=replace(variants[0].spec, suffix="/../x")),
+        replace(variants[0], spec=replace(variants[0].spec, name="/../x")),
         *variants[1:],
     ],
 }

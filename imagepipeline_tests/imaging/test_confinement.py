@@ -169,7 +169,8 @@ def test_the_zygote_imports_only_imaging_and_what_it_needs():
         [sys.executable, "-I", "-c", code], env={}, capture_output=True, text=True, check=True
     )
     ours, foreign = result.stdout.splitlines()
-    names = ("errors", "imaging", "models", "output_formats", "text", "usage", "wire")
+    shared = ("errors", "headers", "models", "output_formats", "text", "usage", "wire")
+    names = sorted(["imaging", *shared])
     assert sorted(ast.literal_eval(ours)) == [f"imagepipeline.{name}" for name in names]
     assert foreign == "set()"
 
@@ -295,7 +296,7 @@ def process(liar, files, catalogue, monkeypatch):
         renderer = Renderer(build_variant_specs())
         with closing(Originals(files, Sandbox(zygote=liar), Rules())) as originals:
             original = originals.load(catalogue.claim_anew("cat", "run"), catalogue)
-            made, _ = renderer.render(original.session, original.facts)
+            made, _ = renderer.render(original.session, original.facts, renderer.specs)
             return renderer, made
 
     return process

@@ -7,9 +7,10 @@ import numpy as np
 import pytest
 import pyvips
 
+from imagepipeline.imaging.cropping import find_region
 from imagepipeline.imaging.decoding import decode
 from imagepipeline.imaging.variants import render
-from imagepipeline.models import build_variant_specs
+from imagepipeline.models import VariantSpec, build_variant_specs
 from imagepipeline_tests.conftest import PHOTOS
 from imagepipeline_tests.imaging.odd_files import TURNS, encode, wide_profile
 
@@ -72,3 +73,20 @@ def test_variants_agree_with_another_decoder_and_resizer(name):
         reference = pixels(resize_by_vips(content, variant.spec.width_px))
         made = pixels(pyvips.Image.new_from_buffer(variant.content, ""))
         assert decibels(made, reference) > MIN_ENCODED_DB, variant.spec
+
+
+@pytest.mark.parametrize("name", ["astronaut.jpg", "cat.jpg", "coffee.jpg"])
+@pytest.mark.parametrize("focus", ["centre", "attention"])
+@pytest.mark.parametrize("box", [(200, 200), (300, 100)])
+def test_a_crop_shows_what_libvips_shows(name, focus, box):
+    image = decode((PHOTOS / name).read_bytes()).image
+    spec = VariantSpec("crop", box[0], "webp", 80, box[1], "cover", focus)
+    scale = max(box[0] / image.width, box[1] / image.height)
+    theirs = (
+        pyvips.Image.new_from_file(PHOTOS / name)
+        .resize(scale, kernel="lanczos3")
+        .smartcrop(*box, interesting=focus)
+    )
+    left, top, *_ = find_region(image, spec)
+    apart = left * scale + theirs.get("xoffset"), top * scale + theirs.get("yoffset")
+    assert max(abs(apart[0]) / box[0], abs(apart[1]) / box[1]) < 0.125

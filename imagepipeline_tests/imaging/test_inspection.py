@@ -19,7 +19,7 @@ def photo():
 def test_rendered_variants_pass(photo):
     variants = render(photo, build_variant_specs())
     for variant, inspection in zip(
-        variants, inspect(photo, [v.content for v in variants]), strict=True
+        variants, inspect(photo, [v.content for v in variants], build_variant_specs()), strict=True
     ):
         assert inspection.fault is None
         assert (inspection.format, inspection.width, inspection.height) == (
@@ -39,31 +39,31 @@ def test_only_the_chosen_variants_are_compared(photo):
         (640, "avif"),
     }
     contents = [variant.content for variant in render(photo, specs)]
-    found = inspect(photo, contents, chosen)
+    found = inspect(photo, contents, specs, chosen)
     assert [found[position].similarity for position in chosen] == [
-        inspect(photo, contents)[position].similarity for position in chosen
+        inspect(photo, contents, specs)[position].similarity for position in chosen
     ]
     assert all(
         one.similarity is None for position, one in enumerate(found) if position not in chosen
     )
     assert [(one.format, one.width, one.attachments) for one in found] == [
-        (one.format, one.width, one.attachments) for one in inspect(photo, contents)
+        (one.format, one.width, one.attachments) for one in inspect(photo, contents, specs)
     ]
 
 
 def test_undecodable_bytes_are_a_fault(photo):
     whole = render(photo, build_variant_specs())[0].content
     for content in (b"", b"<html>", whole[:500]):
-        assert inspect(photo, [content])[0].fault
+        assert inspect(photo, [content], [None])[0].fault
 
 
 def test_attachments_are_listed(photo):
     exif = Image.Exif()
     exif[ExifTags.Base.Artist] = "Ann"
-    assert inspect(photo, [encode(photo.image, "WEBP", exif=exif)])[0].attachments == ()
+    assert inspect(photo, [encode(photo.image, "WEBP", exif=exif)], [None])[0].attachments == ()
     exif.get_ifd(ExifTags.IFD.GPSInfo)[1] = "N"
     content = encode(photo.image, "WEBP", exif=exif, xmp=b"<x/>", icc_profile=b"profile")
-    assert inspect(photo, [content])[0].attachments == ("icc_profile", "xmp", "exif")
+    assert inspect(photo, [content], [None])[0].attachments == ("icc_profile", "xmp", "exif")
 
 
 def test_similarity_falls_with_damage(photo):

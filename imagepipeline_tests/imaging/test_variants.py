@@ -2,6 +2,7 @@
 
 import base64
 import io
+import struct
 
 import numpy as np
 import pytest
@@ -15,7 +16,9 @@ from imagepipeline.imaging.variants import (
     render_preview,
     render_thumbnail,
 )
-from imagepipeline.models import MAX_THUMBNAIL_CHARACTERS, build_variant_specs
+from imagepipeline.imaging.verification import verify_variants
+from imagepipeline.models import MAX_THUMBNAIL_CHARACTERS, VariantSpec, build_variant_specs
+from imagepipeline.output_formats import OUTPUT_FORMATS
 from imagepipeline_tests.conftest import PHOTOS
 
 SPECS = build_variant_specs()
@@ -38,7 +41,7 @@ def reopened(variant):
 
 def test_six_variants_are_rendered_and_none_is_enlarged(photo):
     variants = render(photo, SPECS)
-    assert [(v.spec.suffix, v.spec.format, v.width) for v in variants] == [
+    assert [(v.spec.name, v.spec.format, v.width) for v in variants] == [
         ("sm", "webp", 640),
         ("sm", "avif", 640),
         ("md", "webp", 1000),
@@ -178,6 +181,63 @@ def test_the_thumbnail_is_as_large_as_the_ui_shows_without_a_click(photo):
         assert len(uri) <= MAX_THUMBNAIL_CHARACTERS
         sizes.append(Image.open(io.BytesIO(base64.b64decode(uri.partition(",")[2]))).size)
     assert sizes == [(80, 70), (12, 16), (96, 1)]
+
+
+BOX = (100, "cover")
+
+
+@pytest.mark.parametrize(
+    ("spec", "size"),
+    [
+        (VariantSpec("a", 200, "png", None, 100), (200, 60)),
+        (VariantSpec("a", 1000, "png", None, 60), (200, 60)),
+        (VariantSpec("a", 2000, "png", None, 2000), (1000, 300)),
+        (VariantSpec("a", 100, "png", None, *BOX), (100, 100)),
+        (VariantSpec("a", 900, "png", None, 900, "cover"), (300, 300)),
+        (VariantSpec("a", 100, "jpeg", 80, *BOX, "attention"), (100, 100)),
+        (VariantSpec("a", 300, "webp", 80, *BOX, (1.0, 0.0)), (300, 100)),
+    ],
+)
+@pytest.mark.parametrize("max_width_px", [1920, 50])  # also when it is decoded as small as can be
+def test_a_box_limits_both_sides_and_a_crop_fills_it(spec, size, max_width_px):
+    content = io.BytesIO()
+    Image.linear_gradient("L").resize((1000, 300)).save(content, "PNG")
+    decoded = decode(content.getvalue(), Rules(max_width_px=max_width_px, variants=(spec,)))
+    [variant] = variants = render(decoded, [spec])
+    assert reopened(variant).size == (variant.width, variant.height) == size
+    verify_variants(variants, [spec], (1000, 300))
+
+
+def test_a_crop_keeps_what_the_focus_names():
+    image = Image.new("RGB", (900, 300), "white")
+    image.paste("red", (600, 0, 900, 300))
+    for focus, color in [("centre", 255), ((1.0, 0.5), 0), ((0.0, 0.0), 255), ("attention", 0)]:
+        [crop] = render(
+            decoded_from(image), [VariantSpec("a", 90, "png", None, 90, "cover", focus)]
+        )
+        assert reopened(crop).convert("RGB").getpixel((50, 45))[1] == color, focus
+
+
+def test_each_format_shows_what_is_transparent_and_moves_if_it_can():
+    clear = Image.new("RGBA", (80, 80), (200, 0, 0, 0))
+    solid = Image.new("RGBA", (80, 80), (0, 0, 200, 255))
+    decoded = Decoded((clear, solid), "GIF", 80, 80, (100, 100))
+    for name, format_ in OUTPUT_FORMATS.items():
+        [variant] = render(
+            decoded, [VariantSpec("a", 80, name, format_.default_quality)], has_rights=True
+        )
+        image = reopened(variant)
+        assert image.format == format_.encoder
+        assert getattr(image, "n_frames", 1) == (2 if format_.is_animated else 1)
+        expected = (200, 0, 0, 0) if name == "png" else None
+        shown = image.convert("RGBA").getpixel((40, 40))
+        assert shown[3] == 0 if format_.has_alpha else shown == (255, 255, 255, 255)
+        assert expected is None or shown == expected
+        assert format_.measure(variant.content) == (80, 80)
+        for cut in (0, 3, 20, len(variant.content) - 1):
+            with pytest.raises((ValueError, IndexError, struct.error)):
+                format_.measure(variant.content[:cut])
+    assert len({one.suffix for one in OUTPUT_FORMATS.values()}) == len(OUTPUT_FORMATS)
 
 
 def test_a_wide_original_is_decoded_at_the_width_of_the_widest_variant():

@@ -403,6 +403,8 @@ def test_an_image_is_completed_once_it_has_all_results(catalogue):
         "path": "variants/a-md.webp",
         "size": 3,
         "is_alias": False,
+        "recipe": None,
+        "is_published": True,
     }
     assert row["made_by"]["embedding"]["version"] == "local:m"
     assert catalogue.get_states(["a", "b"]) == {"a": State(1, Status.COMPLETED, 1, 1)}

@@ -17,7 +17,7 @@ from imagepipeline.errors import (
 from imagepipeline.imaging import exif, jpeg
 from imagepipeline.imaging.color import ColorSpace
 from imagepipeline.imaging.drawing import Drawn, draw
-from imagepipeline.imaging.limits import Rules, check_profile
+from imagepipeline.imaging.limits import Rules, check_profile, find_scale
 from imagepipeline.imaging.readers.source import Picture, Source, miss_start, open_image, to_picture
 
 EXTRANEOUS = re.compile(r"(\d+) extraneous bytes before marker 0xd9")
@@ -58,11 +58,11 @@ def _choose_size(width: int, height: int, is_on_its_side: bool, rules: Rules) ->
         LimitError: the JPEG has too many pixels even so.
     """
     across = height if is_on_its_side else width
-    eighths = next((part for part in (1, 2, 4) if across * part // 8 >= 2 * rules.max_width_px), 8)
+    down = width if is_on_its_side else height
+    needed_px = round(across * find_scale(across, down, rules))
+    eighths = next((part for part in (1, 2, 4) if across * part // 8 >= 2 * needed_px), 8)
     size = _scale_by_eighths(width, height, eighths)
-    while size[0] * size[1] > rules.max_pixels and across * (eighths - 1) / 8 >= min(
-        across, rules.max_width_px
-    ):
+    while size[0] * size[1] > rules.max_pixels and across * (eighths - 1) / 8 >= needed_px:
         eighths -= 1
         size = _scale_by_eighths(width, height, eighths)
     if size[0] * size[1] > rules.max_pixels:

@@ -4,17 +4,23 @@ import sqlalchemy as sa
 from alembic import op
 
 revision = "0013"
-down_revision = "0010"
+down_revision = "0011"
 branch_labels = None
 depends_on = None
 
 VIEW = """
 CREATE{replacing} VIEW published_variants_v1 AS
 SELECT image_variants.image_id, image_variants.path, image_variants.format, image_variants.width,
-    image_variants.height, image_variants.size AS bytes
+    image_variants.height, image_variants.size AS bytes,
+    {name} AS name
 FROM image_variants JOIN image_results AS made
     ON made.image_id = image_variants.image_id AND made.asset = 'variants'
-{condition}"""
+WHERE image_variants.is_published{condition}"""
+# As in 0011: the ID is `<image_id>-<name>-<format>`.
+NAME = (
+    "substr(image_variants.id, length(image_variants.image_id) + 2, length(image_variants.id) "
+    "- length(image_variants.image_id) - length(image_variants.format) - 2)"
+)
 # Of results that an earlier version made, the first name (-sm after -md after -lg) is published;
 # their files stay where they are.
 MARK = """
@@ -47,7 +53,9 @@ def upgrade() -> None:
     )
     # In Postgres, rights on the view stay.
     replacing = "" if is_sqlite else " OR REPLACE"
-    op.execute(VIEW.format(condition="WHERE NOT image_variants.is_alias", replacing=replacing))
+    op.execute(
+        VIEW.format(name=NAME, condition=" AND NOT image_variants.is_alias", replacing=replacing)
+    )
 
 
 def downgrade() -> None:
@@ -58,4 +66,4 @@ def downgrade() -> None:
     with op.batch_alter_table("image_variants") as table:
         table.drop_column("is_alias")
         table.create_unique_constraint("uq_image_variants_path", ["path"])
-    op.execute(VIEW.format(condition="", replacing=""))
+    op.execute(VIEW.format(name=NAME, condition="", replacing=""))
