@@ -183,15 +183,16 @@ def make_variants(
         }
     else:
         catalogue.confirm_result(claim, "variants")
-    remove_others(claim, catalogue, files, row["variants"], recipes)
     row = catalogue.get(claim.image_id) or row
+    remove_others(claim, catalogue, files, row["variants"], recipes)
+    stored = [one for one in row["variants"] if one["id"] in recipes]
     return Made(
         _data_version(f"{original.sha256}{renderer.recipe.version}{claim.focus or ''}"),
         {
             **shown,
-            "variants": tabulate(row["variants"], row["original_bytes"]),
+            "variants": tabulate(stored, row["original_bytes"]),
             "settings": renderer.recipe.settings,
-            "dagster/uri": files.locate(row["variants"][0]["path"]).rpartition("/")[0],
+            "dagster/uri": files.locate(stored[0]["path"]).rpartition("/")[0],
         },
         is_current=not (missing or cause),
     )

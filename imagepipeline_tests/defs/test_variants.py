@@ -21,6 +21,7 @@ DEFAULT = [
     {"name": "lg", "width": 1920},
 ]
 XS = {"name": "xs", "width": 320}
+XL = {"name": "xl", "width": 2560}
 SQUARE = {
     "name": "square", "width": 200, "height": 200, "fit": "cover", "formats": ["jpeg", "png"],
 }  # fmt: skip
@@ -68,7 +69,8 @@ def test_each_change_of_the_set_touches_only_its_own_files(
 
     process(cat, ScriptedVision(), renderer=build(*DEFAULT, XS, IMAGEPIPELINE_AVIF_QUALITY=60))
     recoded = list_files(files)
-    assert list_changed(wider, recoded) == {f"cat-{name}.avif" for name in ("xs", "sm", "md", "lg")}
+    # The picture is small: `md` and `lg` have the file of `sm`.
+    assert list_changed(wider, recoded) == {"cat-xs.avif", "cat-sm.avif"}
 
     process(cat, ScriptedVision(), renderer=build(SQUARE, XS, IMAGEPIPELINE_AVIF_QUALITY=60))
     last = list_files(files)
@@ -120,3 +122,20 @@ def test_a_torn_file_among_those_that_stay_is_made_again(process, cat, files, ca
     process(cat, ScriptedVision(), renderer=build(*DEFAULT, XS))
     assert catalogue.get(cat)["attempts"] == 2
     assert path.read_bytes() == content
+
+
+def test_a_further_variant_of_a_small_picture_has_the_file_that_is_there(
+    process, cat, files, catalogue
+):
+    process(cat, ScriptedVision(ANSWER))
+    first = list_files(files)
+    assert first.keys() == {"cat-sm.webp", "cat-sm.avif"}
+    process(cat, ScriptedVision(), renderer=build(*DEFAULT, XL))
+    assert list_files(files) == first
+    rows = {one["id"]: one for one in catalogue.get(cat)["variants"]}
+    assert rows["cat-xl-webp"]["path"] == rows["cat-sm-webp"]["path"]
+    assert rows["cat-xl-webp"]["is_alias"]
+    process(cat, ScriptedVision(), renderer=build(XL))  # the file gets the name of the first
+    assert list_files(files).keys() == {"cat-xl.webp", "cat-xl.avif"}
+    assert list_rows(catalogue) == list_files(files).keys()
+    assert not any(one["is_alias"] for one in catalogue.get(cat)["variants"])

@@ -160,9 +160,8 @@ def test_variants_of_an_image_share_a_path_and_others_cannot_take_it(catalogue_u
     for image_id in ("a", "b"):
         catalogue.accept([Upload(image_id)])
         claim = catalogue.claim(image_id, 1, "run")
-        variants = place_variants(
-            [Variant(spec, 9, 7, b"webp") for spec in specs], "original/x.jpg"
-        )
+        placed = place_variants(specs, 9, 7, "original/x.jpg")
+        variants = [(placed[spec.id], Variant(spec, 9, 7, b"webp")) for spec in specs]
         assert {path for path, _ in variants} == {"variants/x-sm.webp"}
         if image_id == "a":
             catalogue.save_variants(claim, variants)
