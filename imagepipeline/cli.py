@@ -9,7 +9,17 @@ import sys
 
 import click
 
-from imagepipeline.commands import control, erase, events, failed, images, paid, plans, stack
+from imagepipeline.commands import (
+    control,
+    erase,
+    events,
+    failed,
+    images,
+    paid,
+    plans,
+    retention,
+    stack,
+)
 from imagepipeline.commands.shared import (
     EPILOG,
     EXIT_FAILED,
@@ -114,6 +124,8 @@ for command in (
     paid.limit,
     control.pause,
     control.resume,
+    retention.prune,
+    retention.restore,
     stack.doctor,
     stack.migrate,
     stack.service,

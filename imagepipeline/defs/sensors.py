@@ -5,10 +5,12 @@ from collections.abc import Sequence, Set
 
 import dagster as dg
 
+from imagepipeline.dagster_records import UNFINISHED
 from imagepipeline.defs.attempts import GENERATION_TAG, read_generation
 from imagepipeline.defs.batches import IMAGES_AT_ONCE, MAX_BATCH_RUNS, process_batch
 from imagepipeline.defs.jobs import process_upload
 from imagepipeline.defs.partitions import uploads
+from imagepipeline.defs.restoring import restore
 from imagepipeline.errors import InvalidUploadError, PostponedError, StackError
 from imagepipeline.models import Pause, Upload, check_image_id, is_image_id
 from imagepipeline.paid_calls import PaidCalls
@@ -27,13 +29,6 @@ MAX_WAIT_SECONDS = 4  # for an entry; under the 5 s after which a silent Redis c
 # remove from the list what one has read. A catalogue has one code server (`Catalogue.bind`), so a
 # lock is enough.
 _taking_in = threading.Lock()
-UNFINISHED = [
-    dg.DagsterRunStatus.NOT_STARTED,
-    dg.DagsterRunStatus.QUEUED,
-    dg.DagsterRunStatus.STARTING,
-    dg.DagsterRunStatus.STARTED,
-    dg.DagsterRunStatus.CANCELING,
-]
 
 
 @dg.sensor(
@@ -107,6 +102,8 @@ def upload_sensor(
             paused = f"Paused: {problem_of_rates}."
         return dg.SkipReason(paused or problem or explain_idleness(len(pending), len(unfinished)))
     image_ids = [image.image_id for image in (*chosen, *pictures)]
+    for image_id in catalogue.find_gone(image_ids):
+        restore(context.instance, catalogue, image_id)
     return dg.SensorResult(
         run_requests=[
             *(build_run_request(image) for image in chosen),
@@ -214,16 +211,22 @@ def find_unfinished(instance: dg.DagsterInstance) -> tuple[set[tuple[str, int]],
 
     Also gives how many of them are not runs of variants alone, which need no paid call.
     """
-    records = instance.get_run_records(
-        dg.RunsFilter(job_name=process_upload.name, statuses=UNFINISHED)
-    )
     found, full_count = set(), 0
-    for run in (record.dagster_run for record in records):
+    for run in list_unfinished(instance, process_upload.name):
         image_id, generation = run.tags.get("dagster/partition"), read_generation(run.tags)
         if image_id and generation is not None:
             found.add((image_id, generation))
             full_count += run.asset_selection != set(VARIANTS)
     return found, full_count
+
+
+def list_unfinished(instance: dg.DagsterInstance, job_name: str) -> list[dg.DagsterRun]:
+    """A job's runs that have not ended.
+
+    Filtered here, because with both conditions SQLite would read every run of the job.
+    """
+    records = instance.get_run_records(dg.RunsFilter(statuses=UNFINISHED))
+    return [record.dagster_run for record in records if record.dagster_run.job_name == job_name]
 
 
 def build_run_request(image: Pending, assets: Sequence[dg.AssetKey] | None = None) -> dg.RunRequest:
@@ -248,9 +251,7 @@ def count_batches(catalogue: Catalogue, instance: dg.DagsterInstance) -> int:
     waiting = catalogue.count_bulk()["pending"]
     if not waiting:
         return 0
-    unfinished = instance.get_runs_count(
-        dg.RunsFilter(job_name=process_batch.name, statuses=UNFINISHED)
-    )
+    unfinished = len(list_unfinished(instance, process_batch.name))
     return max(0, min(MAX_BATCH_RUNS, -(-waiting // IMAGES_AT_ONCE)) - unfinished)
 
 

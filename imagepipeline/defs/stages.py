@@ -84,7 +84,7 @@ def make_metadata(
         catalogue.confirm_result(claim, "metadata")
         paid_calls.forget(kept)
         return Made(
-            _data_version(known.embedding_text),
+            build_data_version(known.embedding_text),
             {
                 "picture": show_picture(row["placeholder"]),
                 **_describe_answer(VisionAnswer(known)),
@@ -115,7 +115,7 @@ def make_metadata(
     catalogue.save_metadata(claim, answer.metadata, vision.recipe, original.sha256)
     paid_calls.forget(kept)
     return Made(
-        _data_version(answer.metadata.embedding_text),
+        build_data_version(answer.metadata.embedding_text),
         {
             "picture": show_picture(original.prepared.thumbnail),
             **_describe_answer(answer),
@@ -142,7 +142,7 @@ def make_variants(
     cause = find_causes(work, catalogue, variants=renderer.recipe)["variants"]
     row = (None if cause else catalogue.get(claim.image_id)) or {}
     stored = row.get("variants", [])
-    data_version = _data_version(original.sha256 + renderer.recipe.version)
+    data_version = build_data_version(original.sha256 + renderer.recipe.version)
     if cause is None and is_in_place(files, stored, renderer, original):
         catalogue.confirm_result(claim, "variants")
         return Made(
@@ -229,7 +229,7 @@ def make_embedding(
         catalogue.record_result(claim, "embedding", embedder.recipe, input_sha256)
     paid_calls.forget(kept)
     return Made(
-        _data_version(result.text + result.version),
+        build_data_version(result.text + result.version),
         {
             **_describe_embedding(result),
             **_describe_receipt(receipt),
@@ -322,5 +322,6 @@ def _describe_receipt(receipt: Receipt) -> dict[str, float]:
     return described if receipt.cost_usd is None else described | {"cost_usd": receipt.cost_usd}
 
 
-def _data_version(content: str) -> str:
+def build_data_version(content: str) -> str:
+    """A data version of the same content is the same."""
     return hash_text(content)[:16]

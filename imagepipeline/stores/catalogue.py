@@ -4,7 +4,7 @@ Every change is one transaction. Every change by a run names the fencing token o
 a run that was thought dead and replaced can change nothing any more.
 """
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from datetime import datetime, timedelta
 from pathlib import Path
@@ -37,6 +37,7 @@ from imagepipeline.models import (
 from imagepipeline.needs import find_cause
 from imagepipeline.stores import events, history, outbox
 from imagepipeline.stores.database import Database
+from imagepipeline.stores.retention import WITH_RUNS
 from imagepipeline.stores.tables import (
     applies,
     catalogue_owner,
@@ -821,6 +822,17 @@ class Catalogue:
             for row in rows
         }
 
+    def find_gone(self, image_ids: Collection[str]) -> list[str]:
+        """Those of these images that have results and are not in Dagster any more."""
+        has_results = sa.select(image_results.c.image_id).where(
+            image_results.c.image_id == images.c.id
+        )
+        query = sa.select(images.c.id).where(
+            images.c.id.in_(image_ids), images.c.in_dagster.is_(None), has_results.exists()
+        )
+        with self._database.reading() as connection:
+            return list(connection.execute(query).scalars())
+
     def find_unknown(self, originals: Mapping[str, str]) -> dict[str, str]:
         """Those originals (path by ID) whose ID has no row and whose path no image uses."""
         with self._database.reading() as connection:
@@ -858,12 +870,14 @@ class Catalogue:
 
     def sum_cost_usd(self, image_id: str) -> float | None:
         """The known cost of all paid calls for an image, in US dollars; None if there is none."""
-        query = sa.select(sa.func.sum(provider_calls.c.cost_usd)).where(
+        of_calls = sa.select(sa.func.sum(provider_calls.c.cost_usd)).where(
             provider_calls.c.image_id == image_id
         )
+        of_pruned = sa.select(images.c.pruned_cost_usd).where(images.c.id == image_id)
         with self._database.reading() as connection:
-            cost_usd: float | None = connection.execute(query).scalar_one()
-        return cost_usd
+            costs = [connection.execute(query).scalar() for query in (of_calls, of_pruned)]
+        known = [cost for cost in costs if cost is not None]
+        return sum(known) if known else None
 
     def find_oldest(self) -> datetime | None:
         """When the oldest upload that has not ended was accepted; planned work does not count."""
@@ -901,6 +915,8 @@ class Catalogue:
                 beat=images.c.beat + 1,
                 pushes_seen=images.c.pushes,
                 not_before=None,
+                in_dagster=WITH_RUNS,
+                in_dagster_since=self._clock(),
                 updated_at=self._clock(),
             )
             .returning(images.c.id)

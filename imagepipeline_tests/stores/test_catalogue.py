@@ -123,7 +123,7 @@ def test_tables_of_an_earlier_version_are_migrated_and_keep_its_version_table(ca
     make_tables_of_0_1_0(catalogue_url)
     catalogue = Catalogue(catalogue_url)
     catalogue.migrate()
-    assert read_versions(catalogue_url) == {"alembic_version": ["0003"], VERSION_TABLE: ["0010"]}
+    assert read_versions(catalogue_url) == {"alembic_version": ["0003"], VERSION_TABLE: ["0012"]}
     assert [catalogue.get(image_id)["requested_path"] for image_id in ("a_b", "axb")] == [
         None,
         "original/a_b.png",
@@ -140,7 +140,7 @@ def test_another_programs_version_table_is_left_alone(catalogue_url):
         connection.exec_driver_sql("INSERT INTO alembic_version VALUES ('0003')")
     Catalogue(catalogue_url).migrate()
     Catalogue(catalogue_url).check()
-    assert read_versions(catalogue_url) == {"alembic_version": ["0003"], VERSION_TABLE: ["0010"]}
+    assert read_versions(catalogue_url) == {"alembic_version": ["0003"], VERSION_TABLE: ["0012"]}
 
 
 def test_tables_with_additions_of_a_newer_version_are_used_as_they_are(catalogue, catalogue_url):
