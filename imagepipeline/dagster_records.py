@@ -44,9 +44,8 @@ FINISHED = [
 ]
 # What a materialization keeps when its run is removed; the rest is in the catalogue.
 KEPT_METADATA = {
-    *("status", "reason", "error", "waits_because", "flaw", "problems", "cause"),
-    *("description", "tags", "category", "cost_usd", "bytes_in", "bytes_out"),
-    *("provider", "model", "settings", "restored", "see_original"),
+    *("status", "reason", "error", "waits_because", "flaw", "problems"),
+    *("description", "tags", "category", "cost_usd", "bytes_out", "restored", "see_original"),
 }
 # The events that name a partition.
 OF_PARTITIONS = (

@@ -43,7 +43,7 @@ def _replace_others(
     settings: Settings, files: Storage, image_id: str, path: str, report: Report
 ) -> None:
     """Deletes an image's older originals of another extension, unless a run may be reading them."""
-    others = [other for other in files.list_originals_of(image_id) if other != path]
+    others = [other for other in files.find_originals_of(image_id) if other != path]
     if not others:
         return
     try:

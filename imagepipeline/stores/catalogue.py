@@ -52,6 +52,7 @@ from imagepipeline.text import hash_text
 
 K = TypeVar("K")
 ENDED = (Status.COMPLETED, Status.FAILED)
+LOOKED_UP_TOGETHER = 500  # rows in one statement
 MAX_TWINS = 3  # whose metadata may be of an earlier kind
 POISON_RECOVERIES, POISON_WINDOW = 3, timedelta(hours=72)
 HISTORY_FIELDS = ("at", "event", "generation", "fence", "run_id", "detail")
@@ -230,10 +231,14 @@ class Catalogue:
                 | pushed
             )
             columns = (images.c.id, images.c.requested_path, images.c.path)
-            of_paths = sa.or_(images.c.requested_path.in_(paths), images.c.path.in_(paths))
-            rows = connection.execute(sa.select(*columns).where(of_paths)).all()
+            # Two statements, because SQLite reads all rows for an OR of two lists.
+            rows = {
+                row
+                for column in (images.c.requested_path, images.c.path)
+                for row in connection.execute(sa.select(*columns).where(column.in_(paths)))
+            }
         holders: dict[str, list[str]] = {}
-        for row in rows:
+        for row in sorted(rows, key=lambda row: row.id):
             for path in {row.requested_path, row.path} & paths:
                 holders.setdefault(path, []).append(row.id)
         owners = {}
@@ -835,19 +840,19 @@ class Catalogue:
 
     def find_unknown(self, originals: Mapping[str, str]) -> dict[str, str]:
         """Those originals (path by ID) whose ID has no row and whose path no image uses."""
+        unknown, all_ids = dict(originals), list(originals)
         with self._database.reading() as connection:
-            rows = connection.execute(
-                sa.select(images.c.id, images.c.requested_path, images.c.path)
-            ).all()
-        ids, paths = (
-            {row.id for row in rows},
-            {path for row in rows for path in (row.requested_path, row.path)},
-        )
-        return {
-            image_id: path
-            for image_id, path in originals.items()
-            if image_id not in ids and path not in paths
-        }
+            for start in range(0, len(all_ids), LOOKED_UP_TOGETHER):
+                ids = all_ids[start : start + LOOKED_UP_TOGETHER]
+                paths = {originals[image_id]: image_id for image_id in ids}
+                of_ids = sa.select(images.c.id).where(images.c.id.in_(ids))
+                for known in connection.execute(of_ids).scalars():
+                    unknown.pop(known, None)
+                for column in (images.c.requested_path, images.c.path):
+                    of_paths = sa.select(column).where(column.in_(paths))
+                    for known in connection.execute(of_paths).scalars():
+                        unknown.pop(paths[known], None)
+        return unknown
 
     def count(self) -> dict[str, int]:
         """The number of images in each status."""

@@ -121,12 +121,11 @@ class World:
         return record
 
     def count_bytes(self, image_id):
-        """How much Dagster's event log has of an image."""
+        """How much Dagster's event log has of an image, without the runs of others."""
         storage = self.instance.event_log_storage
+        query = sa.text("SELECT sum(length(event)) FROM event_logs WHERE partition = :image_id")
         with storage.index_connection() as connection:
-            rows = connection.exec_driver_sql("SELECT event, partition, run_id FROM event_logs")
-            runs = {run.run_id for run in self.instance.get_runs()}
-            return sum(len(row[0]) for row in rows if row[1] == image_id or row[2] in runs)
+            return connection.execute(query, {"image_id": image_id}).scalar_one()
 
 
 @pytest.fixture(params=["sqlite", "postgres", "files per run"])
@@ -168,14 +167,11 @@ def test_an_image_loses_its_runs_then_its_partition_and_comes_back(world, tmp_pa
     assert world.run("new").success
 
     planned = world.pruner().plan(world.instance)
-    assert (planned.summaries, planned.runs, planned.partitions) == (3, 0, 0)  # made just now
+    assert (planned.summaries, planned.runs, planned.partitions) == (3, 1, 0)
     done = world.prune()
-    assert (done.summaries, done.partitions, done.waits_because) == (3, 0, "")
+    assert (done.summaries, done.runs, done.partitions, done.waits_because) == (3, 1, 0, "")
     assert world.catalogue.get("old") == story | {"in_dagster": "summary"}
-    assert [run.tags["dagster/partition"] for run in world.instance.get_runs()] == [
-        "new",
-        None,
-    ] or [run.tags.get("dagster/partition") for run in world.instance.get_runs()] == ["new", None]
+    assert [run.tags["dagster/partition"] for run in world.instance.get_runs()] == ["new"]
     for image_id in ("old", "together", "also", "new"):
         assert world.list_shown(image_id) == set(SHOWN)
     for asset, record in before.items():
@@ -183,7 +179,7 @@ def test_an_image_loses_its_runs_then_its_partition_and_comes_back(world, tmp_pa
         assert (after.storage_id, after.timestamp) == (record.storage_id, record.timestamp)
         assert after.asset_materialization.tags == record.asset_materialization.tags
         assert after.run_id == ""
-    assert world.count_bytes("old") < 10_000 + world.count_bytes("new")
+    assert world.count_bytes("old") < 8_000 < world.count_bytes("new")
     assert not [*tmp_path.rglob(f"{story['run_id']}*")]
     assert world.prune().total == 0
 
@@ -200,8 +196,7 @@ def test_an_image_loses_its_runs_then_its_partition_and_comes_back(world, tmp_pa
     for asset in ("metadata", "variants", "embedding"):
         tags = world.get_shown(asset, "old").asset_materialization.tags
         was = before[asset].asset_materialization.tags
-        for tag in ("dagster/data_version", "dagster/code_version"):
-            assert tags[tag] == was.get(tag, tags[tag])
+        assert tags["dagster/data_version"] == was["dagster/data_version"]
     assert world.prune(partitions=2).total == 0, "what was restored is not the oldest"
 
     assert world.run("together").success  # as a new upload
@@ -231,9 +226,10 @@ def test_a_prune_that_is_killed_at_any_step_is_continued_by_the_next(world, monk
 
             limits = {"runs_days": 1e-9} if name == "detach" else {"partitions_days": 1e-9}
             world.now += timedelta(seconds=1)
-            with monkeypatch.context() as patch, pytest.raises(Killed):
+            with monkeypatch.context() as patch:
                 patch.setattr(DagsterRecords, name, die)
-                world.prune(**limits)
+                with pytest.raises(Killed):
+                    world.prune(**limits)
             assert world.catalogue.get(image_id)["in_dagster"] == "runs"
             world.prune(**limits)
             shown = set(SHOWN) if name == "detach" else set()
@@ -256,7 +252,7 @@ def test_what_is_at_work_is_left_alone(world, monkeypatch):
     unfinished = dg.DagsterRun(
         job_name="__ASSET_JOB",
         run_id="00000000-0000-4000-8000-000000000000",
-        status=dg.DagsterRunStatus.QUEUED,
+        status=dg.DagsterRunStatus.STARTED,
         tags={"dagster/partition": "running"},
     )
     world.instance.add_run(unfinished)
