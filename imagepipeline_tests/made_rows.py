@@ -48,8 +48,8 @@ def make_rows(url: str, count: int, days: float = 30, is_lean: bool = False) -> 
     statements = [
         "INSERT INTO images (id, status, generation, fence, priority, attempts, run_id, path, "
         "requested_path, pushes, pushes_seen, original_bytes, original_sha256, width, height, "
-        "placeholder, dominant_color, metadata, reason, error, beat, accepted_at, accepted_generation, "
-        "updated_at, in_dagster, in_dagster_since) "
+        "placeholder, dominant_color, metadata, reason, error, beat, accepted_at, "
+        "accepted_generation, updated_at, in_dagster, in_dagster_since) "
         f"SELECT {image_id}, {status}, 1, 1, 0, 1, 'made-run-' || made.n, 'original/' || "
         f"{image_id} || '.jpg', CASE WHEN made.n % 2 = 0 THEN 'original/' || {image_id} || '.jpg' "
         f"END, 1, 1, 3000000, {sha256}, 4000, 3000, "

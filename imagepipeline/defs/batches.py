@@ -269,10 +269,11 @@ def process_images(
         for event in batch.run():
             if event.line:
                 context.log.warning(event.line)
+            if event.image_id and not context.instance.has_dynamic_partition(
+                str(uploads.name), event.image_id
+            ):
+                restore(context.instance, catalogue, event.image_id)
             if event.materialization:
-                image_id = str(event.image_id)
-                if not context.instance.has_dynamic_partition(str(uploads.name), image_id):
-                    restore(context.instance, catalogue, image_id)
                 yield relate(context.instance, event.materialization)
             elif event.image_id:
                 finished += 1

@@ -27,7 +27,7 @@ from imagepipeline_tests.defs.conftest import RECIPES
 from imagepipeline_tests.made_rows import make_rows
 
 COUNT = 100_000
-LARGE = ("images", "image_results", "image_history", "image_variants", "provider_calls", "events")
+LARGE = ("images", "image_results", "image_history", "provider_calls", "events")
 TICK_STATEMENTS = 40  # of an upload tick that starts fifteen runs; it was 37
 
 

@@ -212,33 +212,40 @@ def test_a_prune_that_is_killed_at_any_step_is_continued_by_the_next(world, monk
     class Killed(BaseException):
         pass
 
-    steps = ("detach", "remove_runs", "remove_run", "remove_events", "remove_partition")
-    for name in steps:
-        for is_after in (False, True):
-            image_id = f"{name}-{is_after}".replace("_", "-")
-            assert world.run(image_id).success
-            original = getattr(DagsterRecords, name)
+    def kill_at(name, is_after, **limits):
+        original = getattr(DagsterRecords, name)
 
-            def die(self, *arguments, original=original, is_after=is_after):
-                if is_after:
-                    original(self, *arguments)
-                raise Killed
+        def die(*arguments):
+            if is_after:
+                original(*arguments)
+            raise Killed
 
-            limits = {"runs_days": 1e-9} if name == "detach" else {"partitions_days": 1e-9}
-            world.now += timedelta(seconds=1)
-            with monkeypatch.context() as patch:
-                patch.setattr(DagsterRecords, name, die)
-                with pytest.raises(Killed):
-                    world.prune(**limits)
-            assert world.catalogue.get(image_id)["in_dagster"] == "runs"
-            world.prune(**limits)
-            shown = set(SHOWN) if name == "detach" else set()
-            assert world.list_shown(image_id) == shown
-            assert world.records.count_runs(image_id) == 0
-            assert world.prune(**limits).total == 0
-            assert world.run(image_id).success
-            assert world.list_shown(image_id) == set(SHOWN)
-            world.prune(partitions_days=1e-9)
+        with monkeypatch.context() as patch:
+            patch.setattr(DagsterRecords, name, die)
+            with pytest.raises(Killed):
+                world.prune(**limits)
+
+    of_runs = ("detach", "remove_run", "remove_runs")
+    of_partitions = ("remove_runs", "remove_events", "remove_partition")
+    for image_id, steps, limits in (
+        ("shortened", of_runs, {"runs_days": 1e-9}),
+        ("removed", of_partitions, {"partitions_days": 1e-9}),
+    ):
+        assert world.run(image_id).success
+        world.now += timedelta(seconds=1)
+        for name in steps:
+            for is_after in (False, True):
+                kill_at(name, is_after, **limits)
+                assert world.catalogue.get(image_id)["in_dagster"] == "runs"
+                if limits == {"runs_days": 1e-9}:
+                    assert world.list_shown(image_id) == set(SHOWN)
+        assert world.prune(**limits).total > 0
+        assert world.records.count_runs(image_id) == 0
+        assert world.prune(**limits).total == 0
+    assert world.list_shown("shortened") == world.list_shown("removed") == set()
+    for image_id in ("shortened", "removed"):
+        assert world.run(image_id).success
+        assert world.list_shown(image_id) == set(SHOWN)
 
 
 @pytest.mark.stack
