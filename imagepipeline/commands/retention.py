@@ -45,7 +45,10 @@ def prune(settings: Settings, dry_run: bool, as_json: bool) -> None:
         say(to_json(pruned | {"dry_run": dry_run}))
         return
     counts = {name: count for name, count in pruned.items() if name in LABELS and count}
-    say("would be pruned:" if dry_run else "pruned:" if counts else "nothing to prune")
+    if counts:
+        say("would be pruned:" if dry_run else "pruned:")
+    else:
+        say("nothing to prune")
     say(*(f"  {count:,} {LABELS[name]}" for name, count in counts.items()))
     if pruned["waits_because"]:
         say(f"images wait: {pruned['waits_because']}")

@@ -70,7 +70,8 @@ class Retention:
                 query = (
                     sa.select(*columns)
                     .where(images.c.in_dagster == state, images.c.in_dagster.is_not(None))
-                    .where(images.c.status.in_(ENDED))
+                    # As an expression, lest SQLite sort all ended images by the index on status.
+                    .where((images.c.status + "").in_(ENDED))
                     .order_by(images.c.in_dagster_since)
                     .limit(limit)
                 )
