@@ -18,6 +18,7 @@ from imagepipeline.commands import (
     imports,
     paid,
     plans,
+    retention,
     stack,
 )
 from imagepipeline.commands.shared import (
@@ -127,6 +128,8 @@ for command in (
     control.pause,
     control.resume,
     stack.show_settings,
+    retention.prune,
+    retention.restore,
     stack.doctor,
     stack.migrate,
     stack.service,

@@ -14,6 +14,7 @@ from imagepipeline.defs import (
     outcomes,
     reconciler,
     resources,
+    retention,
     sensors,
 )
 from imagepipeline.homes import secure_home
@@ -39,6 +40,7 @@ from imagepipeline.stores.events import EventLog
 from imagepipeline.stores.ledger import Ledger
 from imagepipeline.stores.outbox import Outbox
 from imagepipeline.stores.plans import Plans
+from imagepipeline.stores.retention import Retention
 from imagepipeline.stores.stream import EventStream
 from imagepipeline.stores.uploads import UploadQueue
 
@@ -75,6 +77,7 @@ def defs() -> dg.Definitions:
             *([events.event_webhook_sensor] if settings.event_webhook_url else []),
             backlog.queue_sensor,
             index.index_sensor,
+            retention.prune_sensor,
         ],
         resources=build_resources(settings),
         executor=dg.in_process_executor,
@@ -139,6 +142,7 @@ def build_resources(settings: Settings) -> dict[str, dg.ResourceDefinition]:
             ),
             "Begins the images of `imagepipeline apply`.",
         ),
+        "pruner": resources.made(lambda: build_pruner(settings), "Forgets what is old."),
         "renderer": resources.made(lambda: build_renderer(settings), "How variants are made."),
         "index": resources.made(lambda: build_index(settings), "The embeddings, in LanceDB."),
         "vision": resources.made(
@@ -148,3 +152,16 @@ def build_resources(settings: Settings) -> dict[str, dg.ResourceDefinition]:
             lambda: build_embedder(settings), "The model that embeds texts."
         ),
     }
+
+
+def build_pruner(settings: Settings) -> retention.Pruner:
+    """Returns what forgets what is old, by the settings."""
+    kept = retention.Kept(
+        settings.keep_runs_days,
+        settings.keep_partitions,
+        settings.keep_partitions_days,
+        settings.keep_calls_days,
+        settings.keep_notices_days,
+        [notifier.channel for notifier in build_notifiers(settings)],
+    )
+    return retention.Pruner(Retention(settings.database_url), kept)

@@ -149,7 +149,7 @@ class Originals:
 
     def _find(self, image_id: str, last_path: str | None) -> str:
         """The path if the upload named none: the image's own file, or where it was last read."""
-        found = self._files.list_originals_of(image_id)
+        found = self._files.find_originals_of(image_id)
         if not found and last_path and not last_path.startswith(f"original/{image_id}."):
             return last_path
         if not found:

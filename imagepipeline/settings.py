@@ -174,6 +174,20 @@ Price = Annotated[float, Field(ge=0)]
 HttpUrl = Annotated[str, AfterValidator(_check_http_url)]
 Quality = Annotated[int, Field(ge=1, le=100)]
 Positive = Annotated[int, Field(ge=1)]
+
+
+def check_days(least: float) -> AfterValidator:
+    """Checks a number of days: 0, or at least so many."""
+
+    def check(days: float) -> float:
+        if days and days < least:
+            raise ValueError(f"must be 0 or at least {least:g}")
+        return days
+
+    return AfterValidator(check)
+
+
+Days = Annotated[float, Field(ge=0)]
 Provider = Literal["auto", "local", "remote"]
 Port = Annotated[int, Field(ge=1, le=65535)]
 
@@ -478,6 +492,34 @@ class Settings(BaseModel):
     )
     list_failed_hours: Annotated[float, Field(gt=0)] = Field(
         24, description="How many hours `imagepipeline list` shows failed images."
+    )
+    keep_runs_days: Days = Field(
+        7,
+        alias="IMAGEPIPELINE_KEEP_RUNS_DAYS",
+        description="After so many days the runs of an image leave Dagster with their logs. Its "
+        "partition shows a short form of its results. 0 keeps all.",
+    )
+    keep_partitions: Annotated[int, Field(ge=0)] = Field(
+        5000,
+        alias="IMAGEPIPELINE_KEEP_PARTITIONS",
+        description="How many images Dagster shows: the newest ones. Others leave it, and stay in "
+        "the catalogue, the storage and search. More make its pages slow. 0 keeps all.",
+    )
+    keep_partitions_days: Days = Field(
+        0,
+        alias="IMAGEPIPELINE_KEEP_PARTITIONS_DAYS",
+        description="After so many days an image leaves Dagster. 0 keeps all.",
+    )
+    keep_calls_days: Annotated[Days, check_days(32)] = Field(
+        90,
+        alias="IMAGEPIPELINE_KEEP_CALLS_DAYS",
+        description="How many days each paid call is kept, at least 32; sums of costs are kept for "
+        "ever. 0 keeps all.",
+    )
+    keep_notices_days: Annotated[Days, check_days(7)] = Field(
+        30,
+        alias="IMAGEPIPELINE_KEEP_NOTICES_DAYS",
+        description="How many days sent notices are kept, at least 7. 0 keeps all.",
     )
     definitions: Annotated[str, Field(pattern=r"^[A-Za-z_][\w.]*$")] = Field(
         "imagepipeline.definitions",

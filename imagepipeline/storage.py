@@ -37,6 +37,12 @@ class Storage(Protocol):
     def free_bytes(self) -> int | None:
         """How much can still be written; None if there is no limit."""
 
+    def find_originals_of(self, image_id: str) -> list[str]:
+        """As `list_originals_of`, in the same time however many files there are.
+
+        It may miss files with unusual extensions beside one with a usual extension.
+        """
+
     def list_originals_of(self, image_id: str) -> list[str]:
         """The paths of all `original/<image_id>.*`, sorted; empty if there are none.
 

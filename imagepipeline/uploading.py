@@ -42,7 +42,7 @@ def _replace_others(
     settings: Settings, files: Storage, image_id: str, path: str, report: Report
 ) -> None:
     """Deletes an image's older originals of another extension, unless a run may be reading them."""
-    others = [other for other in files.list_originals_of(image_id) if other != path]
+    others = [other for other in files.find_originals_of(image_id) if other != path]
     if not others:
         return
     try:
@@ -73,14 +73,15 @@ def sweep(settings: Settings, is_dry_run: bool, report: Report) -> Swept:
     `report` is told what is left alone and why. A dry run returns what would be done.
     """
     files, queue = open_storage(settings.storage), open_queue(settings)
-    unknown = open_catalogue(settings).find_unknown(files.list_originals())
-    leftovers = files.list_leftovers()
-    for image_id, path in list(unknown.items()):
+    originals = files.list_originals()
+    for image_id, path in list(originals.items()):
         try:
             check_original_path(path)
         except InvalidUploadError as error:
             report(str(error))
-            del unknown[image_id]
+            del originals[image_id]
+    unknown = open_catalogue(settings).find_unknown(originals)
+    leftovers = files.list_leftovers()
     if not is_dry_run:
         for image_id, path in unknown.items():
             queue.enqueue(image_id, path)

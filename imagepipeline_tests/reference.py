@@ -140,6 +140,15 @@ GROUPS: tuple[tuple[str, str, tuple[str, ...]], ...] = (
         ("event_stream_length", "event_webhook_url"),
     ),
     (
+        "Retention",
+        "What is forgotten, and when; rows, history, files and vectors of images stay. See "
+        "[scale](scale.md).",
+        (
+            *("keep_runs_days", "keep_partitions", "keep_partitions_days"),
+            *("keep_calls_days", "keep_notices_days"),
+        ),
+    ),
+    (
         "Your own definitions",
         "Assets, checks and sensors of your own; `examples/own_checks.py` adds one.",
         ("definitions",),

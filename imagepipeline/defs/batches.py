@@ -14,7 +14,7 @@ from functools import partial
 import dagster as dg
 from pydantic import Field
 
-from imagepipeline.defs.assets import OWNERS, embedding, metadata, variants
+from imagepipeline.defs.assets import OWNERS
 from imagepipeline.defs.attempts import (
     MACHINE_TAG,
     Work,
@@ -23,8 +23,9 @@ from imagepipeline.defs.attempts import (
     start_heartbeat,
     stop_heartbeat,
 )
-from imagepipeline.defs.outcomes import ORIGINAL, build_outcome
+from imagepipeline.defs.outcomes import build_outcome
 from imagepipeline.defs.partitions import uploads
+from imagepipeline.defs.restoring import CODE_VERSION_TAG, DATA_VERSION_TAG, relate, restore
 from imagepipeline.defs.showing import link_to
 from imagepipeline.defs.stages import Made, make_embedding, make_metadata, make_variants
 from imagepipeline.errors import PostponedError
@@ -48,19 +49,12 @@ MAX_BATCH_RUNS = 2
 IMAGES_AT_ONCE = 4  # in one run: while some wait for a provider, others use the CPU
 MAX_SECONDS = 60  # then a run takes no more images: a worker that drains waits no longer
 LINGER_SECONDS = 2  # without images: the next tick of the sensor may bring some
-DATA_VERSION_TAG = "dagster/data_version"
-DEPS = {one.key: one.asset_deps[one.key] for one in (metadata, variants, embedding)}
 # What a materialization shows, so that an event takes 2 to 3 kB of Dagster's tables; the rest is
 # in the catalogue (`imagepipeline status ID`).
 SHOWN = (
     *("description", "tags", "category", "cost_usd", "cause"),
     *("bytes_in", "bytes_out", "problems"),
 )
-# What Dagster records for `original`, which has no data version.
-OF_ORIGINAL = {
-    f"dagster/input_data_version/{ORIGINAL.to_user_string()}": "INITIAL",
-    f"dagster/input_event_pointer/{ORIGINAL.to_user_string()}": "NULL",
-}
 
 
 @dataclass(frozen=True)
@@ -195,7 +189,7 @@ class Batch:
         """Has Dagster record a materialization, before the image can be `completed`."""
         tags = {
             DATA_VERSION_TAG: made.data_version,
-            "dagster/code_version": self.stages.recipes[asset].version,
+            CODE_VERSION_TAG: self.stages.recipes[asset].version,
         }
         shown = {key: value for key, value in made.metadata.items() if key in SHOWN}
         shown["see_original"] = link_to("original", claim.image_id)
@@ -305,6 +299,10 @@ def process_images(
         for event in batch.run():
             if event.line:
                 context.log.warning(event.line)
+            if event.image_id and not context.instance.has_dynamic_partition(
+                str(uploads.name), event.image_id
+            ):
+                restore(context.instance, catalogue, event.image_id)
             if event.materialization:
                 yield relate(context.instance, event.materialization)
             elif event.image_id:
@@ -314,33 +312,6 @@ def process_images(
         for claim in list(batch.claims.values()):  # the run is being stopped
             context.log.warning(interrupt_work(context, catalogue, claim).text)
     context.log.info(f"{finished} images are made.")
-
-
-def relate(instance: dg.DagsterInstance, made: dg.AssetMaterialization) -> dg.AssetMaterialization:
-    """Names the results of earlier assets from which this one was made, as Dagster's own do.
-
-    Without them, the UI would call the result unsynced. A new partition key is added, too.
-    """
-    partition = str(made.partition)
-    if not instance.has_dynamic_partition(str(uploads.name), partition):
-        instance.add_dynamic_partitions(str(uploads.name), [partition])
-    if made.asset_key == ORIGINAL:
-        return made
-    tags = dict(made.tags or {})
-    for dep_key in DEPS[made.asset_key]:
-        if dep_key == ORIGINAL:
-            tags |= OF_ORIGINAL
-            continue
-        dep = dep_key.to_user_string()
-        newest = instance.fetch_materializations(
-            dg.AssetRecordsFilter(asset_key=dep_key, asset_partitions=[partition]), limit=1
-        ).records
-        for record in newest:
-            materialization = record.asset_materialization
-            version = ((materialization and materialization.tags) or {}).get(DATA_VERSION_TAG, "")
-            tags[f"dagster/input_data_version/{dep}"] = version
-            tags[f"dagster/input_event_pointer/{dep}"] = str(record.storage_id)
-    return made._replace(tags=tags)
 
 
 @dg.job(

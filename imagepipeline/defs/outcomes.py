@@ -51,7 +51,6 @@ def build_outcome(
         PostponedError: the catalogue does not answer.
     """
     row = catalogue.get(image_id) or {}
-    cost_usd = catalogue.sum_cost_usd(image_id)
     metadata = ImageMetadata.read(row.get("metadata"))
     facts = {
         "picture": show_picture(thumbnail or row.get("placeholder")),
@@ -61,7 +60,7 @@ def build_outcome(
         "bytes_in": row.get("original_bytes"),
         "flaw": row.get("flaw"),
         "variants": tabulate(row.get("variants", []), row.get("original_bytes")),
-        "cost_usd": cost_usd,
+        "cost_usd": catalogue.sum_cost_usd(image_id),
         "attempts": row.get("attempts"),
         "generation": row.get("generation"),
         "path": row.get("path") or row.get("requested_path"),

@@ -2,4 +2,6 @@
 
 import dagster as dg
 
-uploads = dg.DynamicPartitionsDefinition(name="uploads")
+from imagepipeline.dagster_records import PARTITIONS
+
+uploads = dg.DynamicPartitionsDefinition(name=PARTITIONS)

@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence, Set
 
 import dagster as dg
 
+from imagepipeline.dagster_records import UNFINISHED
 from imagepipeline.defs.attempts import GENERATION_TAG
 from imagepipeline.defs.batches import (
     IMAGES_AT_ONCE,
@@ -16,6 +17,7 @@ from imagepipeline.defs.batches import (
 )
 from imagepipeline.defs.jobs import process_upload
 from imagepipeline.defs.partitions import uploads
+from imagepipeline.defs.restoring import restore
 from imagepipeline.defs.sharing import TENANT_TAG, VARIANTS, InFlight, choose
 from imagepipeline.errors import InvalidUploadError, PostponedError, StackError
 from imagepipeline.models import Pause, Upload, check_image_id, is_image_id
@@ -38,13 +40,6 @@ MAX_WAIT_SECONDS = 4  # for an entry; under the 5 s after which a silent Redis c
 # remove from the list what one has read. A catalogue has one code server (`Catalogue.bind`), so a
 # lock is enough.
 _taking_in = threading.Lock()
-UNFINISHED = [
-    dg.DagsterRunStatus.NOT_STARTED,
-    dg.DagsterRunStatus.QUEUED,
-    dg.DagsterRunStatus.STARTING,
-    dg.DagsterRunStatus.STARTED,
-    dg.DagsterRunStatus.CANCELING,
-]
 
 
 @dg.sensor(
@@ -147,6 +142,8 @@ def upload_sensor(
     assets = [None] * len(chosen) + [VARIANTS] * len(pictures)
     requests = map(build_run_request, following, in_flight.rank(following, limit), assets)
     image_ids = [image.image_id for image in following]
+    for image_id in catalogue.find_gone(image_ids):
+        restore(context.instance, catalogue, image_id)
     return dg.SensorResult(
         run_requests=[*requests, *batches],
         dynamic_partitions_requests=[uploads.build_add_request(image_ids)],
@@ -258,10 +255,16 @@ def take_in(queue: UploadQueue, catalogue: Catalogue) -> list[str]:
 
 def find_unfinished(instance: dg.DagsterInstance) -> InFlight:
     """The runs of single uploads that have not ended."""
-    records = instance.get_run_records(
-        dg.RunsFilter(job_name=process_upload.name, statuses=UNFINISHED)
-    )
-    return InFlight.read(record.dagster_run for record in records)
+    return InFlight.read(list_unfinished(instance, process_upload.name))
+
+
+def list_unfinished(instance: dg.DagsterInstance, job_name: str) -> list[dg.DagsterRun]:
+    """A job's runs that have not ended.
+
+    Filtered here, because with both conditions SQLite would read every run of the job.
+    """
+    records = instance.get_run_records(dg.RunsFilter(statuses=UNFINISHED))
+    return [record.dagster_run for record in records if record.dagster_run.job_name == job_name]
 
 
 def build_run_request(
@@ -314,9 +317,8 @@ def request_backlog_batches(
 
 def count_batches(instance: dg.DagsterInstance, work: str) -> int:
     """How many runs of the bulk lane for this work have not ended."""
-    return instance.get_runs_count(
-        dg.RunsFilter(job_name=process_batch.name, statuses=UNFINISHED, tags={WORK_TAG: work})
-    )
+    runs = list_unfinished(instance, process_batch.name)
+    return sum(run.tags.get(WORK_TAG) == work for run in runs)
 
 
 def explain_idleness(is_waiting: bool, unfinished_count: int) -> str:

@@ -90,7 +90,7 @@ def make_metadata(
         catalogue.confirm_result(claim, "metadata")
         paid_calls.forget(kept)
         return Made(
-            _data_version(known.embedding_text),
+            build_data_version(known.embedding_text),
             {
                 "picture": show_picture(row["placeholder"]),
                 **_describe_answer(VisionAnswer(known)),
@@ -127,7 +127,7 @@ def make_metadata(
     catalogue.save_metadata(claim, answer.metadata, vision.recipe, original.sha256)
     paid_calls.forget(kept)
     return Made(
-        _data_version(answer.metadata.embedding_text),
+        build_data_version(answer.metadata.embedding_text),
         {
             "picture": show_picture(original.prepared.thumbnail),
             **_describe_answer(answer),
@@ -187,7 +187,7 @@ def make_variants(
     remove_others(claim, catalogue, files, row["variants"], recipes)
     stored = [one for one in row["variants"] if one["id"] in recipes]
     return Made(
-        _data_version(f"{original.sha256}{renderer.recipe.version}{claim.focus or ''}"),
+        build_data_version(f"{original.sha256}{renderer.recipe.version}{claim.focus or ''}"),
         {
             **shown,
             "variants": tabulate(stored, row["original_bytes"]),
@@ -357,7 +357,7 @@ def make_embedding(
         catalogue.record_result(claim, "embedding", embedder.recipe, input_sha256)
     paid_calls.forget(kept)
     return Made(
-        _data_version(result.text + result.version),
+        build_data_version(result.text + result.version),
         {
             **_describe_embedding(result),
             **_describe_receipt(receipt),
@@ -440,5 +440,6 @@ def _describe_receipt(receipt: Receipt) -> dict[str, float]:
     return described if receipt.cost_usd is None else described | {"cost_usd": receipt.cost_usd}
 
 
-def _data_version(content: str) -> str:
+def build_data_version(content: str) -> str:
+    """A data version of the same content is the same."""
     return hash_text(content)[:16]

@@ -10,15 +10,11 @@ import json
 import sys
 import time
 from contextlib import closing
-from typing import Any
 
 import dagster as dg
-import sqlalchemy as sa
-from dagster._core.storage.event_log.schema import AssetEventTagsTable, SqlEventLogStorageTable
 
 from imagepipeline import erasing
-from imagepipeline.defs.partitions import uploads
-from imagepipeline.defs.sensors import UNFINISHED
+from imagepipeline.dagster_records import PARTITION_TAG, UNFINISHED, DagsterRecords
 from imagepipeline.errors import ImagePipelineError, StackError
 from imagepipeline.providers import build_recipes
 from imagepipeline.runtime import sqlite_storage
@@ -30,30 +26,22 @@ from imagepipeline.stores.uploads import UploadQueue
 from imagepipeline.stores.vectors import EmbeddingIndex
 
 DRY_RUN = "--dry-run"
-PARTITION_TAG = "dagster/partition"
 END_SECONDS = 90  # the reconciler ends the run of a lost worker within a minute
 POLL_SECONDS = 0.3
 
 
-class Dagster:
+class Dagster(DagsterRecords):
     """What a Dagster instance knows of images; see `erasing.Orchestrator`."""
-
-    def __init__(self, instance: dg.DagsterInstance) -> None:
-        self._instance = instance
-
-    def count_runs(self, image_id: str) -> int:
-        """See `Orchestrator.count_runs`."""
-        return self._instance.get_runs_count(dg.RunsFilter(tags={PARTITION_TAG: image_id}))
 
     def end_runs(self, image_id: str) -> None:
         """See `Orchestrator.end_runs`."""
         unfinished = dg.RunsFilter(tags={PARTITION_TAG: image_id}, statuses=UNFINISHED)
         deadline = time.monotonic() + END_SECONDS
         asked: set[str] = set()
-        while runs := self._instance.get_runs(unfinished):
+        while runs := self.instance.get_runs(unfinished):
             for run in runs:
                 if run.run_id not in asked and run.status != dg.DagsterRunStatus.CANCELING:
-                    self._instance.run_coordinator.cancel_run(run.run_id)  # as the UI does
+                    self.instance.run_coordinator.cancel_run(run.run_id)  # as the UI does
                     asked.add(run.run_id)
             if time.monotonic() > deadline:
                 raise StackError(
@@ -64,55 +52,29 @@ class Dagster:
 
     def remove(self, image_id: str) -> int:
         """See `Orchestrator.remove`."""
-        runs = self._instance.get_runs(dg.RunsFilter(tags={PARTITION_TAG: image_id}))
-        for run in runs:
-            self._instance.delete_run(run.run_id)
-        self._delete_events(image_id)
+        count = self.remove_runs(image_id)
+        self.remove_events(image_id, is_logged=True)
         self._replace_latest(image_id)
-        self._instance.delete_dynamic_partition(str(uploads.name), image_id)
-        return len(runs)
-
-    def _delete_events(self, image_id: str) -> None:
-        """Deletes the image's events outside its own runs: in batches, and without a run.
-
-        Dagster can wipe partitions only in its hosted product, so this deletes rows of its tables.
-        """
-        storage: Any = self._instance.event_log_storage
-        columns = SqlEventLogStorageTable.c
-        of_image = columns.partition == image_id
-        with storage.index_connection() as connection:
-            found = connection.execute(sa.select(columns.id, columns.run_id).where(of_image)).all()
-            if not found:
-                return
-            numbers = [row.id for row in found]
-            connection.execute(
-                sa.delete(AssetEventTagsTable).where(AssetEventTagsTable.c.event_id.in_(numbers))
-            )
-            # Lines of a batch's log begin with the ID of their image.
-            lines = [f'%"user_message": "{image_id}{mark}%' for mark in (" ", ":")]
-            is_line = sa.and_(
-                columns.run_id.in_({row.run_id for row in found} - {""}),
-                sa.or_(*(columns.event.like(line) for line in lines)),
-            )
-            connection.execute(sa.delete(SqlEventLogStorageTable).where(sa.or_(of_image, is_line)))
+        self.remove_partition(image_id)
+        return count
 
     def _replace_latest(self, image_id: str) -> None:
         """Replaces the copy of its latest materialization that Dagster keeps with each asset.
 
         Deleting a run or an event leaves that copy.
         """
-        for record in self._instance.get_asset_records():
+        for record in self.instance.get_asset_records():
             latest = record.asset_entry.last_materialization_record
             if latest is None or latest.partition_key != image_id:
                 continue
             key = record.asset_entry.asset_key
-            earlier = self._instance.fetch_materializations(key, limit=1).records
+            earlier = self.instance.fetch_materializations(key, limit=1).records
             if earlier:
-                self._instance.event_log_storage.store_asset_event(  # type: ignore[attr-defined]
+                self.instance.event_log_storage.store_asset_event(  # type: ignore[attr-defined]
                     earlier[0].event_log_entry, earlier[0].storage_id
                 )
             else:
-                self._instance.wipe_assets([key])
+                self.instance.wipe_assets([key])
 
 
 def main() -> None:

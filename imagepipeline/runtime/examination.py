@@ -15,7 +15,7 @@ from imagepipeline.runtime.services import HEARTBEAT_TOLERANCE_SECONDS
 
 SENSORS = (
     *("upload_sensor", "reconciler", "notification_sensor", "check_sensor", "event_sensor"),
-    *("queue_sensor", "index_sensor"),
+    *("queue_sensor", "index_sensor", "prune_sensor"),
 )
 
 

@@ -43,6 +43,8 @@ SECRETS_OF = {
     "migration": {"DATABASE_URL"} | INSTANCE_SECRETS,
     "examination": INSTANCE_SECRETS,
     "resident": BUCKET_SECRETS,  # a worker starts it
+    "pruning": {"DATABASE_URL", *NOTIFIERS} | INSTANCE_SECRETS,
+    "restoration": {"DATABASE_URL"} | INSTANCE_SECRETS,
     "erasure": {"DATABASE_URL", "REDIS_URL"} | BUCKET_SECRETS | INSTANCE_SECRETS,
 }
 DEFAULT_WEBSERVER_PORT = 3000
@@ -217,16 +219,49 @@ def erase(settings: Settings, image_ids: Sequence[str], is_dry_run: bool) -> lis
     Raises:
         StackError: One could not be erased. The message ends with the last line that was printed.
     """
+    arguments = ["--dry-run"] * is_dry_run + list(image_ids)
+    receipts: list[dict[str, Any]] = _run_module(
+        settings, "erasure", arguments, "not everything was erased"
+    )
+    return receipts
+
+
+def prune(settings: Settings, is_dry_run: bool) -> dict[str, Any]:
+    """Prunes what is old and returns what that was, see `defs.retention.Pruned`.
+
+    Raises:
+        StackError: Not all could be pruned. The message ends with the last line that was printed.
+    """
+    arguments = ["--dry-run"] * is_dry_run
+    pruned: dict[str, Any] = _run_module(
+        settings, "pruning", arguments, "not everything was pruned"
+    )
+    return pruned
+
+
+def restore(settings: Settings, image_ids: Sequence[str], is_dry_run: bool) -> list[dict[str, Any]]:
+    """Brings images back to Dagster and returns what became of each.
+
+    Raises:
+        StackError: One could not be restored. The message ends with the last line printed.
+    """
+    arguments = ["--dry-run"] * is_dry_run + list(image_ids)
+    rows: list[dict[str, Any]] = _run_module(
+        settings, "restoration", arguments, "not every image was restored"
+    )
+    return rows
+
+
+def _run_module(settings: Settings, name: str, arguments: Sequence[str], failure: str) -> Any:
+    """Runs one of our modules that import Dagster, and returns the JSON that it printed last."""
     prepare(settings)
-    command = [sys.executable, "-m", "imagepipeline.runtime.erasure"]
-    command += ["--dry-run"] * is_dry_run + list(image_ids)
-    environment = build_environment(settings, "erasure")
+    command = [sys.executable, "-m", f"imagepipeline.runtime.{name}", *arguments]
+    environment = build_environment(settings, name)
     result = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
     if result.returncode != 0:
         last_line = (result.stderr.strip().splitlines() or ["no message"])[-1]
-        raise StackError(f"not everything was erased: {last_line:.500}")
-    receipts: list[dict[str, Any]] = json.loads(result.stdout.splitlines()[-1])
-    return receipts
+        raise StackError(f"{failure}: {last_line:.500}")
+    return json.loads(result.stdout.splitlines()[-1])
 
 
 def answers_socket(path: Path) -> bool:

@@ -38,6 +38,7 @@ from imagepipeline.models import (
 from imagepipeline.needs import find_cause
 from imagepipeline.stores import events, history, outbox
 from imagepipeline.stores.database import Database
+from imagepipeline.stores.retention import WITH_RUNS
 from imagepipeline.stores.tables import (
     applies,
     catalogue_owner,
@@ -54,6 +55,7 @@ K = TypeVar("K")
 ENDED = (Status.COMPLETED, Status.FAILED)
 CANDIDATES = 16  # more than there are threads of batch runs, each of which takes one
 MAX_COUNTED = 1000
+LOOKED_UP_TOGETHER = 500  # rows in one statement
 MAX_TWINS = 3  # whose metadata may be of an earlier kind
 POISON_RECOVERIES, POISON_WINDOW = 3, timedelta(hours=72)
 HISTORY_FIELDS = ("at", "event", "generation", "fence", "run_id", "detail")
@@ -262,10 +264,14 @@ class Catalogue:
                 | pushed
             )
             columns = (images.c.id, images.c.requested_path, images.c.path)
-            of_paths = sa.or_(images.c.requested_path.in_(paths), images.c.path.in_(paths))
-            rows = connection.execute(sa.select(*columns).where(of_paths)).all()
+            # Two statements, because SQLite reads all rows for an OR of two lists.
+            rows = {
+                row
+                for column in (images.c.requested_path, images.c.path)
+                for row in connection.execute(sa.select(*columns).where(column.in_(paths)))
+            }
         holders: dict[str, list[str]] = {}
-        for row in rows:
+        for row in sorted(rows, key=lambda row: row.id):
             for path in {row.requested_path, row.path} & paths:
                 holders.setdefault(path, []).append(row.id)
         owners = {}
@@ -997,21 +1003,32 @@ class Catalogue:
             for row in rows
         }
 
+    def find_gone(self, image_ids: Collection[str]) -> list[str]:
+        """Those of these images that have results and are not in Dagster any more."""
+        has_results = sa.select(image_results.c.image_id).where(
+            image_results.c.image_id == images.c.id
+        )
+        query = sa.select(images.c.id).where(
+            images.c.id.in_(image_ids), images.c.in_dagster.is_(None), has_results.exists()
+        )
+        with self._database.reading() as connection:
+            return list(connection.execute(query).scalars())
+
     def find_unknown(self, originals: Mapping[str, str]) -> dict[str, str]:
         """Those originals (path by ID) whose ID has no row and whose path no image uses."""
+        unknown, all_ids = dict(originals), list(originals)
         with self._database.reading() as connection:
-            rows = connection.execute(
-                sa.select(images.c.id, images.c.requested_path, images.c.path)
-            ).all()
-        ids, paths = (
-            {row.id for row in rows},
-            {path for row in rows for path in (row.requested_path, row.path)},
-        )
-        return {
-            image_id: path
-            for image_id, path in originals.items()
-            if image_id not in ids and path not in paths
-        }
+            for start in range(0, len(all_ids), LOOKED_UP_TOGETHER):
+                ids = all_ids[start : start + LOOKED_UP_TOGETHER]
+                paths = {originals[image_id]: image_id for image_id in ids}
+                of_ids = sa.select(images.c.id).where(images.c.id.in_(ids))
+                for known in connection.execute(of_ids).scalars():
+                    unknown.pop(known, None)
+                for column in (images.c.requested_path, images.c.path):
+                    of_paths = sa.select(column).where(column.in_(paths))
+                    for known in connection.execute(of_paths).scalars():
+                        unknown.pop(paths[known], None)
+        return unknown
 
     def count(self) -> dict[str, int]:
         """The number of images in each status."""
@@ -1034,12 +1051,14 @@ class Catalogue:
 
     def sum_cost_usd(self, image_id: str) -> float | None:
         """The known cost of all paid calls for an image, in US dollars; None if there is none."""
-        query = sa.select(sa.func.sum(provider_calls.c.cost_usd)).where(
+        of_calls = sa.select(sa.func.sum(provider_calls.c.cost_usd)).where(
             provider_calls.c.image_id == image_id
         )
+        of_pruned = sa.select(images.c.pruned_cost_usd).where(images.c.id == image_id)
         with self._database.reading() as connection:
-            cost_usd: float | None = connection.execute(query).scalar_one()
-        return cost_usd
+            costs = [connection.execute(query).scalar() for query in (of_calls, of_pruned)]
+        known = [cost for cost in costs if cost is not None]
+        return sum(known) if known else None
 
     def find_oldest(self) -> datetime | None:
         """When the oldest upload that has not ended was accepted; planned work does not count."""
@@ -1077,6 +1096,8 @@ class Catalogue:
                 beat=images.c.beat + 1,
                 pushes_seen=images.c.pushes,
                 not_before=None,
+                in_dagster=WITH_RUNS,
+                in_dagster_since=self._clock(),
                 updated_at=self._clock(),
             )
             .returning(images.c.id)

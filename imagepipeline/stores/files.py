@@ -21,6 +21,15 @@ from imagepipeline.errors import DiskFullError, MissingOriginalError, UnsafePath
 from imagepipeline.models import IMAGE_ID_PATTERN, StoredFile, check_image_id
 
 SETTLED_SECONDS, LEFTOVER_SECONDS = 60, 3600
+# Tried first, because to list a folder of a million files takes a second.
+USUAL_EXTENSIONS = tuple(
+    spelling
+    for extension in (
+        *("jpg", "jpeg", "jpe", "jfif", "png", "webp", "gif", "avif", "heic", "heif", "tif"),
+        *("tiff", "bmp", "jxl", "svg", "bin"),
+    )
+    for spelling in (extension, extension.upper())
+)
 ENTER, WRITE = 0o011, 0o022  # mode bits of a folder for group and others
 
 
@@ -33,6 +42,18 @@ class FileStore:
     def make_root(self) -> None:
         """Creates the root with the permissions of its parent, but writable only by us."""
         _make_folder(self.root)
+
+    def find_originals_of(self, image_id: str) -> list[str]:
+        """See `Storage.find_originals_of`."""
+        found: dict[tuple[int, int], str] = {}
+        with contextlib.suppress(OSError), self._open_folder(["original"]) as folder:
+            for extension in USUAL_EXTENSIONS:
+                name = f"{check_image_id(image_id)}.{extension}"
+                with contextlib.suppress(FileNotFoundError):
+                    state = os.stat(name, dir_fd=folder, follow_symlinks=False)
+                    # Once, where the disk takes `a.jpg` and `a.JPG` for the same file.
+                    found.setdefault((state.st_dev, state.st_ino), f"original/{name}")
+        return sorted(found.values()) or self.list_originals_of(image_id)
 
     def list_originals_of(self, image_id: str) -> list[str]:
         """See `Storage.list_originals_of`."""

@@ -2,17 +2,25 @@
 
 from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass
-from datetime import datetime, timedelta
+from datetime import UTC, datetime, timedelta
 from typing import Any
 
 import sqlalchemy as sa
 
 from imagepipeline.models import BY_PERSON, PaidCall, Pause, now_utc
 from imagepipeline.stores.database import Database
-from imagepipeline.stores.tables import answers, applies, images, pauses, provider_calls
+from imagepipeline.stores.tables import (
+    answers,
+    applies,
+    call_sums,
+    images,
+    pauses,
+    provider_calls,
+)
 from imagepipeline.text import make_printable
 
 MESSAGE_CHARACTERS = 300
+SUMS = ("calls", "answered", "tokens_in", "tokens_out", "cost_usd", "unpriced")
 NO_ANSWER = ("provider_unavailable", "timed_out")
 STREAK = timedelta(hours=1)
 MEMORY = timedelta(days=31)
@@ -81,15 +89,24 @@ class Ledger:
     def sum_cost_usd(self, since: datetime, tenant: str | None = None) -> float:
         """The cost of all calls since then in US dollars, as far as it is known.
 
-        With a tenant, only of calls for its images.
+        With a tenant, only of calls for its images, since the end of that day unless it is
+        midnight. Calls of the first day are kept for 32 days at
+        least; whole days are known for ever.
         """
-        query = sa.select(sa.func.coalesce(sa.func.sum(provider_calls.c.cost_usd), 0)).where(
-            provider_calls.c.at >= since
-        )
-        if tenant is not None:
-            query = query.where(provider_calls.c.tenant == tenant)
+        since = since.astimezone(UTC)
+        midnight = since.replace(hour=0, minute=0, second=0, microsecond=0)
+        first_whole_day = midnight if since == midnight else midnight + timedelta(days=1)
+        sums, calls = call_sums.c, provider_calls.c
+        of_tenant = sa.true() if tenant is None else sums.tenant == tenant
+        parts = [(sums.cost_usd, sa.and_(sums.day >= f"{first_whole_day:%F}", of_tenant))]
+        if since != midnight and tenant is None:
+            parts.append((calls.cost_usd, sa.and_(calls.at >= since, calls.at < first_whole_day)))
         with self._database.reading() as connection:
-            return float(connection.execute(query).scalar_one())
+            costs = [
+                connection.execute(sa.select(sa.func.sum(cost)).where(condition)).scalar()
+                for cost, condition in parts
+            ]
+        return float(sum(cost or 0.0 for cost in costs))
 
     def find_last_usage(self, provider: str, model: str) -> tuple[bool, float | None] | None:
         """Whether the last answered call to a model reported its usage, and its cost in US dollars.
@@ -184,34 +201,27 @@ class Ledger:
             return connection.execute(others.limit(1)).first() is not None
 
     def summarize(self, by: str, since: datetime | None = None) -> list[dict[str, Any]]:
-        """One row for each `model`, `stage`, `tenant` or `day` (UTC).
+        """One row for each `model`, `stage`, `tenant` or `day` (UTC), of calls since a day.
 
         Its keys are `calls`, `answered`, `tokens_in`, `tokens_out`, `cost_usd` and `unpriced`.
         """
-        calls = provider_calls.c
-        group = self._day() if by == "day" else calls[by]
-        query = (
-            sa.select(
-                group.label(by),
-                sa.func.count().label("calls"),
-                sa.func.sum(sa.case((calls.outcome == "answered", 1), else_=0)).label("answered"),
-                sa.func.coalesce(sa.func.sum(calls.tokens_in), 0).label("tokens_in"),
-                sa.func.coalesce(sa.func.sum(calls.tokens_out), 0).label("tokens_out"),
-                sa.func.coalesce(sa.func.sum(calls.cost_usd), 0.0).label("cost_usd"),
-                sa.func.sum(
-                    sa.case(
-                        (sa.and_(calls.cost_usd.is_(None), calls.tokens_in.is_not(None)), 1),
-                        else_=0,
-                    )
-                ).label("unpriced"),
-            )
-            .group_by(group)
-            .order_by(group)
-        )
+        sums = [sa.func.sum(call_sums.c[name]).label(name) for name in SUMS]
+        group = call_sums.c[by]
+        query = sa.select(group, *sums).group_by(group).order_by(group)
         if since is not None:
-            query = query.where(calls.at >= since)
+            query = query.where(call_sums.c.day >= f"{since.astimezone(UTC):%F}")
         with self._database.reading() as connection:
-            return [{**row} for row in connection.execute(query).mappings()]
+            return [
+                {
+                    name: float(value)
+                    if name == "cost_usd"
+                    else value
+                    if name == by
+                    else int(value)
+                    for name, value in row.items()
+                }
+                for row in connection.execute(query).mappings()
+            ]
 
     def pause(
         self, reason: str, message: str, wait_seconds: float | None, stage: str | None = None
@@ -288,13 +298,6 @@ class Ledger:
                     sa.update(pauses).where(pauses.c.seq == pause.seq).values(values)
                 )
 
-    def _day(self) -> sa.ColumnElement[str]:
-        """The day of a call in UTC, whatever the time zone of the Postgres session."""
-        at = provider_calls.c.at
-        if self._database.engine.dialect.name == "postgresql":
-            return sa.func.to_char(sa.func.timezone("UTC", at), "YYYY-MM-DD")
-        return sa.func.substr(sa.cast(at, sa.String), 1, 10)
-
     def _find_pauses(self, condition: sa.ColumnElement[bool]) -> list[Pause]:
         columns = [
             pauses.c[name] for name in ("seq", "reason", "message", "since", "until", "stage")
@@ -324,13 +327,37 @@ def write_call(
 
     `batch` is the sequence number of the batch in which it was made.
     """
-    of_image = sa.select(images.c.tenant).where(images.c.id == call.image_id).scalar_subquery()
-    tenant = sa.func.coalesce(of_image, "")
-    values = {"at": now, "batch": batch, "tenant": tenant, **asdict(call)}
-    connection.execute(sa.insert(provider_calls).values(values))
+    connection.execute(sa.insert(provider_calls).values(at=now, batch=batch, **asdict(call)))
+    _add_to_sums(database, connection, now, call)
     if key is None or answer is None:
         return
     insert = database.insert(answers).values(key=key, answer=answer, at=now)
     changes = {"answer": answer, "at": now}
     connection.execute(insert.on_conflict_do_update(index_elements=["key"], set_=changes))
     connection.execute(sa.delete(answers).where(answers.c.at < now - ANSWERS_KEPT))
+
+
+def _add_to_sums(
+    database: Database, connection: sa.Connection, now: datetime, call: PaidCall
+) -> None:
+    """Adds a call to the sums of its day."""
+    numbers = {
+        "calls": 1,
+        "answered": int(call.outcome == "answered"),
+        "tokens_in": call.tokens_in or 0,
+        "tokens_out": call.tokens_out or 0,
+        "cost_usd": call.cost_usd or 0.0,
+        "unpriced": int(call.cost_usd is None and call.tokens_in is not None),
+    }
+    of_day: dict[str, Any] = {"day": f"{now.astimezone(UTC):%F}"} | {
+        name: getattr(call, name) for name in ("stage", "provider", "model")
+    }
+    of_image = sa.select(images.c.tenant).where(images.c.id == call.image_id).scalar_subquery()
+    of_day["tenant"] = sa.func.coalesce(of_image, "")
+    insert = database.insert(call_sums).values(**of_day, **numbers)
+    connection.execute(
+        insert.on_conflict_do_update(
+            index_elements=list(of_day),
+            set_={name: call_sums.c[name] + number for name, number in numbers.items()},
+        )
+    )

@@ -34,6 +34,10 @@ class ObjectStore:
     def __init__(self, url: str) -> None:
         self._url = url
 
+    def find_originals_of(self, image_id: str) -> list[str]:
+        """See `Storage.find_originals_of`; a bucket lists by prefix."""
+        return self.list_originals_of(image_id)
+
     def list_originals_of(self, image_id: str) -> list[str]:
         """See `Storage.list_originals_of`."""
         found = []

@@ -75,10 +75,26 @@ images = sa.Table(
     sa.Column("updated_at", UtcDateTime, nullable=False),
     sa.Column("apply_id", sa.Integer),  # the last apply that began a generation
     sa.Column("tenant", sa.String(64), nullable=False, server_default=""),  # empty: none is named
+    # What Dagster has of it: its `runs`, or a `summary` of them, or nothing.
+    sa.Column("in_dagster", sa.String(8)),
+    sa.Column("in_dagster_since", UtcDateTime),  # when a run took it last, or it was restored
+    sa.Column("pruned_cost_usd", sa.Float),  # of paid calls for it whose rows were pruned
     sa.CheckConstraint(sa.column("status").in_([status.value for status in Status]), name="status"),
-    sa.Index(None, "status", "priority", "accepted_at"),
-    sa.Index(None, "status", "tenant", "priority", "accepted_at"),
+    # In the order in which runs start, so that a tick reads the first rows alone.
+    sa.Index("ix_images_next", "status", sa.column("priority").desc(), "accepted_at", "id"),
+    sa.Index(
+        "ix_images_next_of_tenant",
+        *("status", "tenant", sa.column("priority").desc(), "accepted_at", "id"),
+    ),
+    sa.Index(None, "status", "updated_at"),
     sa.Index(None, "apply_id", "status"),
+    sa.Index(
+        "ix_images_in_dagster",
+        "in_dagster",
+        "in_dagster_since",
+        sqlite_where=sa.column("in_dagster").is_not(None),
+        postgresql_where=sa.column("in_dagster").is_not(None),
+    ),
 )
 
 # One row: the Dagster instance whose runs are named above.
@@ -198,7 +214,7 @@ notifications = sa.Table(
     sa.Column("reason", sa.String(32), nullable=False),
     sa.Column("error", sa.String(300), nullable=False),
     sa.Column("attempts", sa.Integer, nullable=False),
-    sa.Column("failed_at", UtcDateTime, nullable=False),
+    sa.Column("failed_at", UtcDateTime, nullable=False, index=True),
     sa.Column("webhook_sent_at", UtcDateTime),
     sa.Column("mail_sent_at", UtcDateTime),
 )
@@ -249,7 +265,7 @@ event_webhook = sa.Table(
     sa.Column("problem", sa.String(300)),
 )
 
-# One row for each call to a paid provider, whatever its outcome.
+# One row for each call to a paid provider, whatever its outcome; old ones are pruned.
 provider_calls = sa.Table(
     "provider_calls",
     schema,
@@ -267,9 +283,24 @@ provider_calls = sa.Table(
     sa.Column("seconds", sa.Float, nullable=False),
     sa.Column("waited_seconds", sa.Float, nullable=False),
     sa.Column("batch", sa.Integer),  # provider_batches.seq, if it was made in one
-    sa.Column("tenant", sa.String(64), nullable=False, server_default=""),  # the image's
     sa.Index(None, "image_id", "generation"),
-    sa.Index(None, "tenant", "at"),
+)
+
+# What the calls of each day cost, written with each call: it outlives the calls.
+call_sums = sa.Table(
+    "call_sums",
+    schema,
+    sa.Column("day", sa.String(10), primary_key=True),  # in UTC, such as 2026-11-23
+    sa.Column("stage", sa.String(16), primary_key=True),
+    sa.Column("provider", sa.String(64), primary_key=True),
+    sa.Column("model", sa.String(128), primary_key=True),
+    sa.Column("tenant", sa.String(64), primary_key=True, server_default=""),  # the image's
+    sa.Column("calls", sa.BigInteger, nullable=False),
+    sa.Column("answered", sa.BigInteger, nullable=False),
+    sa.Column("tokens_in", sa.BigInteger, nullable=False),
+    sa.Column("tokens_out", sa.BigInteger, nullable=False),
+    sa.Column("cost_usd", sa.Float, nullable=False),
+    sa.Column("unpriced", sa.BigInteger, nullable=False),  # of unknown cost
 )
 
 # Many questions that are sent to a provider at once, to be answered within a day at half the price.

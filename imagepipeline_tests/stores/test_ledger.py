@@ -64,7 +64,7 @@ def test_costs_are_summed_by_model_stage_and_day(ledger, clock):
         ("2026-11-23", 3),
         ("2026-11-24", 1),
     ]
-    assert [row["calls"] for row in ledger.summarize("model", since=NOON + timedelta(hours=1))] == [
+    assert [row["calls"] for row in ledger.summarize("model", since=NOON + timedelta(days=1))] == [
         1
     ]
     assert ledger.sum_cost_usd(NOON) == 1.0

@@ -1,0 +1,126 @@
+"""With 100,000 images no tick and no page reads more than it needs, by an index."""
+
+import re
+from contextlib import closing
+from datetime import timedelta
+
+import dagster as dg
+import pytest
+import sqlalchemy as sa
+
+from imagepipeline.defs import reconciler as reconciling
+from imagepipeline.defs.checks import Recent
+from imagepipeline.defs.sensors import upload_sensor
+from imagepipeline.models import Recipe, Upload, now_utc
+from imagepipeline.paid_calls import PaidCalls
+from imagepipeline.planning import Applier
+from imagepipeline.stores.applies import Applies
+from imagepipeline.stores.catalogue import Catalogue
+from imagepipeline.stores.database import Database
+from imagepipeline.stores.events import EventLog
+from imagepipeline.stores.failures import FailedImages
+from imagepipeline.stores.ledger import Ledger
+from imagepipeline.stores.outbox import Outbox
+from imagepipeline.stores.plans import Plans
+from imagepipeline.stores.retention import Retention
+from imagepipeline_tests.defs.conftest import RECIPES
+from imagepipeline_tests.made_rows import make_rows
+
+COUNT = 100_000
+LARGE = ("images", "image_results", "image_history", "provider_calls", "events")
+TICK_STATEMENTS = 40  # of an upload tick that starts fifteen runs; it was 37
+
+
+class Statements:
+    """The statements that a database has executed, and how it would find their rows."""
+
+    def __init__(self, url):
+        self.engine = Database(url).engine
+        self.seen = []
+        sa.event.listen(self.engine, "before_cursor_execute", self._note)
+
+    def _note(self, _, cursor, statement, parameters, context, is_many):
+        if re.match(r"SELECT|UPDATE|DELETE", statement) and not is_many:
+            self.seen.append((statement, parameters))
+
+    def stop(self):
+        sa.event.remove(self.engine, "before_cursor_execute", self._note)
+
+    def find_scans(self):
+        """The tables that a statement reads as a whole, with the statement.
+
+        The indexes `ix_events_for_…` have only what must still be sent.
+        """
+        is_sqlite = self.engine.dialect.name == "sqlite"
+        prefix = "EXPLAIN QUERY PLAN " if is_sqlite else "EXPLAIN "
+        scan = re.compile(
+            r"SCAN (\w+)(?! USING INDEX ix_events_for_)" if is_sqlite else r"Seq Scan on (\w+)"
+        )
+        found = set()
+        with self.engine.connect() as connection:
+            for statement, parameters in self.seen:
+                rows = connection.exec_driver_sql(prefix + statement, parameters)
+                plan = "\n".join(str(row[-1]) for row in rows)
+                found |= {
+                    f"{table}: {statement} {plan}" for table in scan.findall(plan) if table in LARGE
+                }
+        return found
+
+
+@pytest.mark.stack
+def test_nothing_scans(catalogue_url, queue, instance, limiter, tasks):
+    make_rows(catalogue_url, COUNT, days=90, is_lean=True)
+    now = now_utc()
+    catalogue, ledger = Catalogue(catalogue_url), Ledger(catalogue_url)
+    plans, retention = Plans(catalogue_url), Retention(catalogue_url)
+    applier = Applier(Applies(catalogue_url), plans, catalogue, RECIPES)
+    paid_calls = PaidCalls(ledger, limiter, {}, daily_budget_usd=1e6)
+    statements = Statements(catalogue_url)
+    resources = {
+        "queue": queue,
+        "catalogue": catalogue,
+        "ledger": ledger,
+        "paid_calls": paid_calls,
+        "applier": applier,
+    }
+    queue.enqueue("new")
+    with closing(catalogue):
+        context = dg.build_sensor_context(instance=instance, resources=resources)
+        result = upload_sensor(context)
+        assert len(result.run_requests) == 15
+        assert len(statements.seen) <= TICK_STATEMENTS
+        reconciling.reconcile(catalogue, instance, tasks, reconciling.StandstillWatch())
+        Recent.load(catalogue, now)
+        catalogue.list_pending(15, is_rotating=True)
+        catalogue.claim_next("run")
+        catalogue.find_oldest()
+        catalogue.reopen("provider_unavailable", now - timedelta(hours=1))
+        ledger.sum_cost_usd(now - timedelta(days=90))
+        ledger.sum_cost_usd(now - timedelta(hours=1))
+        ledger.summarize("day", now - timedelta(days=30))
+        ledger.find_mean_usage("metadata", "a-model")
+        ledger.find_last_usage("openai", "a-model")
+        ledger.count_unanswered("metadata")
+        # Pages and commands.
+        assert catalogue.get("made-7")["id"] == "made-7"
+        catalogue.sum_cost_usd("made-7")
+        catalogue.find_owners({0: Upload("x", "original/made-9.jpg")})
+        catalogue.find_unknown({"made-1": "original/made-1.jpg", "y": "original/y.jpg"})
+        catalogue.list_ended("completed", now - timedelta(hours=1))
+        catalogue.list_ended("failed", limit=50)
+        catalogue.list_unended("pending", 50)
+        catalogue.count_failures()
+        failures = FailedImages(catalogue_url).iterate()
+        assert len([row for row, _ in zip(failures, range(1500), strict=False)]) == 1500
+        outdated = {"metadata": Recipe("local", "another")}
+        assert len(plans.list_outdated(outdated, "made-5", 30)) == 30
+        # What is relayed and pruned.
+        log = EventLog(catalogue_url)
+        log.list_unsent(500), log.list_owed(25), log.prune(), log.list_latest("made-9", 5)
+        Outbox(catalogue_url).list_unsent("mail")
+        assert len(retention.list_oldest(50)) == 50
+        assert len(retention.list_oldest(50, ("runs",), now - timedelta(days=7))) == 50
+        assert retention.prune_calls(now - timedelta(days=80), 50) == 50
+        retention.prune_notices(now, ["mail"], 50)
+        statements.stop()
+        assert statements.find_scans() == set()
