@@ -23,6 +23,7 @@ from imagepipeline.stores.ledger import Ledger
 from imagepipeline.stores.outbox import Outbox
 from imagepipeline.stores.plans import Plans
 from imagepipeline.stores.retention import Retention
+from imagepipeline.tenants import Tenants
 from imagepipeline_tests.defs.conftest import RECIPES
 from imagepipeline_tests.made_rows import make_rows
 
@@ -82,17 +83,20 @@ def test_nothing_scans(catalogue_url, queue, instance, limiter, tasks):
         "ledger": ledger,
         "paid_calls": paid_calls,
         "applier": applier,
+        "tenants": Tenants(catalogue, ledger, {"*": 20}, {"*": 1e6}),
     }
     queue.enqueue("new")
     with closing(catalogue):
         context = dg.build_sensor_context(instance=instance, resources=resources)
         result = upload_sensor(context)
-        assert len(result.run_requests) == 15
+        assert len(result.run_requests) == 15 + 2  # and two batches
         assert len(statements.seen) <= TICK_STATEMENTS
         reconciling.reconcile(catalogue, instance, tasks, reconciling.StandstillWatch())
         Recent.load(catalogue, now)
         catalogue.list_pending(15, is_rotating=True)
         catalogue.claim_next("run")
+        catalogue.claim_next("run", 15)
+        catalogue.count_by_tenant("processing")
         catalogue.find_oldest()
         catalogue.reopen("provider_unavailable", now - timedelta(hours=1))
         ledger.sum_cost_usd(now - timedelta(days=90))

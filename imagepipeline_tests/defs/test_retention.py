@@ -34,6 +34,7 @@ from imagepipeline.stores.catalogue import Catalogue
 from imagepipeline.stores.ledger import Ledger
 from imagepipeline.stores.outbox import Outbox
 from imagepipeline.stores.retention import Retention
+from imagepipeline.tenants import Tenants
 from imagepipeline_tests.conftest import PHOTOS
 from imagepipeline_tests.defs.conftest import ASSETS
 
@@ -72,6 +73,7 @@ class World:
             "paid_calls": PaidCalls(self.ledger, None, {}),
             "ledger": self.ledger,
             "batch_size": 9,
+            "tenants": Tenants(self.catalogue, self.ledger, {}, {}),
             "vision": LocalVision(),
             "embedder": LocalEmbedder(),
         }
