@@ -187,6 +187,7 @@ def carry_out(
     catalogue: Catalogue,
     mode: Mode,
     progress: Progress,
+    tenant: str = "",
 ) -> None:
     """Takes in the files that the plan calls new, and notes in it what became of each.
 
@@ -198,7 +199,8 @@ def carry_out(
         taken = _in_threads(lambda file: _store(file, planned, source, files, mode), portion)
         stored = [file for file in taken if file.state is State.IMPORTED]
         catalogue.accept_imported(
-            Upload(str(file.image_id), planned.stored[str(file.image_id)]) for file in stored
+            Upload(str(file.image_id), planned.stored[str(file.image_id)], tenant=tenant)
+            for file in stored
         )
         if mode is Mode.MOVE:
             for file in stored:

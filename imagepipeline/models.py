@@ -55,6 +55,20 @@ def check_image_id(value: object) -> str:
     return value
 
 
+def check_tenant(value: object) -> str:
+    """The value itself, if it is a tenant, or empty for none.
+
+    Raises:
+        InvalidUploadError: it is neither.
+    """
+    if not isinstance(value, str) or not TENANT_PATTERN.fullmatch(value or "none"):
+        raise InvalidUploadError(
+            f"{value!r:.80} is not a tenant: 1 to 64 letters, digits, '-', '_', '.' or '@', the "
+            "first a letter or digit"
+        )
+    return value
+
+
 def is_image_id(value: str) -> bool:
     """Whether it is a valid image ID."""
     return IMAGE_ID_PATTERN.fullmatch(value) is not None
@@ -159,11 +173,7 @@ class Upload:
                 f"priority of {self.image_id} must be a whole number from -{PRIORITY_LIMIT} "
                 f"to {PRIORITY_LIMIT}"
             )
-        if not isinstance(self.tenant, str) or not TENANT_PATTERN.fullmatch(self.tenant or "none"):
-            raise InvalidUploadError(
-                f"{self.tenant!r:.80}, the tenant of {self.image_id}, must be 1 to 64 letters, "
-                "digits, '-', '_', '.' or '@', the first a letter or digit"
-            )
+        check_tenant(self.tenant)
         if self.focus is not None:
             object.__setattr__(self, "focus", _check_focus(self.image_id, self.focus))
 

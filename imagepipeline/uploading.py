@@ -21,7 +21,13 @@ def build_image_id(photo: Path) -> str:
     return f"{name}-{hashlib.sha256(photo.read_bytes()).hexdigest()[:8]}"
 
 
-def enqueue(settings: Settings, images: Mapping[str, Path], priority: int, report: Report) -> None:
+def enqueue(
+    settings: Settings,
+    images: Mapping[str, Path],
+    priority: int,
+    report: Report,
+    tenant: str = "",
+) -> None:
     """Stores each photo as its image's original, then pushes the ID.
 
     Raises:
@@ -33,7 +39,7 @@ def enqueue(settings: Settings, images: Mapping[str, Path], priority: int, repor
         path = files.put_original(image_id, photo.read_bytes(), choose_extension(photo.name))
         _replace_others(settings, files, image_id, path, report)
         try:
-            queue.enqueue(image_id, path, priority)
+            queue.enqueue(image_id, path, priority, tenant)
         except StackError as error:
             raise StackError(f"{error}; {path} is stored and not enqueued: push it again") from None
 

@@ -18,6 +18,7 @@ from imagepipeline.commands.shared import (
     json_option,
     note,
     say,
+    tenant_option,
     to_text,
     with_settings,
 )
@@ -53,6 +54,7 @@ photo_type = click.Path(exists=True, readable=True, path_type=Path)
     default=0,
     help="Higher is run sooner.",
 )
+@tenant_option
 @click.option("--wait", "waits", is_flag=True, help="Show progress until every image has ended.")
 @json_option
 @with_settings
@@ -61,6 +63,7 @@ def push(
     photos: Sequence[Path],
     image_id: str | None,
     priority: int,
+    tenant: str,
     waits: bool,
     as_json: bool,
 ) -> None:
@@ -85,11 +88,11 @@ def push(
         from imagepipeline import display
 
         began = time.monotonic()
-        results = push_and_follow(settings, images, priority, pause=time.sleep)
+        results = push_and_follow(settings, images, priority, time.sleep, tenant)
         display.show_results(results, time.monotonic() - began, as_json)
         exit_by(results)
         return
-    uploading.enqueue(settings, images, priority, note)
+    uploading.enqueue(settings, images, priority, note, tenant)
     rows = [{"image_id": image_id, "photo": str(photo)} for image_id, photo in images.items()]
     say(*([to_json(rows)] if as_json else images))
 
@@ -276,14 +279,18 @@ def find_photos(settings: Settings, photo: Path) -> list[Path]:
 
 
 def push_and_follow(
-    settings: Settings, images: Mapping[str, Path], priority: int, pause: Callable[[float], None]
+    settings: Settings,
+    images: Mapping[str, Path],
+    priority: int,
+    pause: Callable[[float], None],
+    tenant: str = "",
 ) -> list[dict[str, Any]]:
     """Enqueues photos by ID, shows progress until all have ended, and returns the results."""
     from imagepipeline import display
 
     catalogue = open_catalogue(settings)
     before = catalogue.get_states(list(images))
-    uploading.enqueue(settings, images, priority, note)
+    uploading.enqueue(settings, images, priority, note, tenant)
     # A run covers the pushes before its start: wait for one that started after our push.
     awaited = {
         image_id: before[image_id].pushes + 1 if image_id in before else 1 for image_id in images

@@ -13,6 +13,7 @@ from imagepipeline.commands.shared import (
     dry_run_option,
     json_option,
     say,
+    tenant_option,
     to_text,
     with_settings,
 )
@@ -45,11 +46,18 @@ MAX_SHOWN = 20  # problems in the table
     show_default=True,
     help="The ID of 2026/cat.jpg: cat, 2026-cat, or the SHA-256 of its bytes.",
 )
+@tenant_option
 @dry_run_option
 @json_option
 @with_settings
 def import_images(
-    settings: Settings, source: str, mode: str, id_from: str, dry_run: bool, as_json: bool
+    settings: Settings,
+    source: str,
+    mode: str,
+    id_from: str,
+    tenant: str,
+    dry_run: bool,
+    as_json: bool,
 ) -> None:
     """Take in all images of a FOLDER, or of a bucket such as s3://bucket/prefix.
 
@@ -73,7 +81,9 @@ def import_images(
         if mode == "copy":
             check_room(planned, files)
         with display.show_progress() as progress:
-            importing.carry_out(planned, origin, files, catalogue, importing.Mode(mode), progress)
+            importing.carry_out(
+                planned, origin, files, catalogue, importing.Mode(mode), progress, tenant
+            )
     show_result(planned, dry_run, as_json)
     if planned.problems:
         sys.exit(EXIT_FAILED)

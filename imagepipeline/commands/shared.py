@@ -6,7 +6,9 @@ from typing import Any
 
 import click
 
+from imagepipeline.errors import InvalidUploadError
 from imagepipeline.homes import secure_home
+from imagepipeline.models import check_tenant
 from imagepipeline.settings import Settings
 from imagepipeline.text import make_printable
 
@@ -19,6 +21,21 @@ Exit codes: 0 all went well; 1 an image failed or is unknown; 2 wrong usage;
 json_option = click.option("--json", "as_json", is_flag=True, help="Print JSON instead of text.")
 dry_run_option = click.option(
     "--dry-run", is_flag=True, help="Say what would be done, but change nothing."
+)
+
+
+def _check_tenant(_: click.Context, __: click.Parameter, value: str) -> str:
+    try:
+        return check_tenant(value)
+    except InvalidUploadError as error:
+        raise click.BadParameter(str(error)) from None
+
+
+tenant_option = click.option(
+    "--tenant",
+    default="",
+    callback=_check_tenant,
+    help="Whose images they are, if customers share the stack.",
 )
 
 

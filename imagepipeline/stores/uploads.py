@@ -60,7 +60,14 @@ class UploadQueue:
         """Closes all connections; a later use opens new ones."""
         self.redis.close()
 
-    def enqueue(self, image_id: str, path: str | None = None, priority: int = 0) -> None:
+    def enqueue(
+        self,
+        image_id: str,
+        path: str | None = None,
+        priority: int = 0,
+        tenant: str = "",
+        focus: tuple[float, float] | None = None,
+    ) -> None:
         """Requests the processing of an image, whose original must be in place.
 
         Args:
@@ -68,12 +75,14 @@ class UploadQueue:
             path: the original's path below the storage root; by default the one file
                 `original/<image_id>.*`.
             priority: -1000 to 1000; higher runs sooner.
+            tenant: whose upload it is; empty for none.
+            focus: what crops keep in view: x and y, 0 to 1; None keeps what an earlier push said.
 
         Raises:
             InvalidUploadError: an argument is malformed; nothing was pushed.
             StackError: Redis does not answer or accept it.
         """
-        entry = Upload(image_id, path, priority).to_entry()
+        entry = Upload(image_id, path, priority, tenant, focus=focus).to_entry()
         with translated_errors():
             self.redis.lpush(self.wait_key, entry)
 

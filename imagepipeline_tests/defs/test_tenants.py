@@ -72,7 +72,7 @@ def test_an_entry_may_name_a_tenant():
     assert Upload.from_entry(b'{"imageId": "cat", "tenant": null}').to_entry() == "cat"
     for tenant in ("a b", "x" * 65, "*", "-a", "a\nb", [1], {"a": 1}, True):
         entry = json.dumps({"imageId": "cat", "tenant": tenant}).encode()
-        with pytest.raises(InvalidUploadError, match="the tenant of cat, must be 1 to 64 letters"):
+        with pytest.raises(InvalidUploadError, match="is not a tenant: 1 to 64 letters"):
             Upload.from_entry(entry)
 
 
