@@ -55,6 +55,7 @@ class World:
     folder: Path
     databases: list[str]
     bucket: str | None
+    prefix: str  # in the bucket, which other tests use at the same time
     stream: EventStream
 
     def run(self, image_id: str, photo: str) -> None:
@@ -133,7 +134,8 @@ class World:
             engine.dispose()
         if self.bucket:
             client = boto3.client("s3", endpoint_url=self.bucket, region_name="us-east-1")
-            for entry in client.list_objects_v2(Bucket="images").get("Contents", []):
+            listed = client.list_objects_v2(Bucket="images", Prefix=self.prefix)
+            for entry in listed.get("Contents", []):
                 body = client.get_object(Bucket="images", Key=entry["Key"])["Body"].read()
                 look(entry["Key"], body)
         for number, fields in self.stream.redis.xrange(self.stream.key):
@@ -195,7 +197,8 @@ def world(request, tmp_path, queue, redis_url, monkeypatch):
             RECIPES,
         )
         stream = EventStream(redis_url, "test", 100)
-        yield World(stores, instance, ledger, folder, databases, bucket, stream)
+        prefix = root.removeprefix("s3://images/")
+        yield World(stores, instance, ledger, folder, databases, bucket, prefix, stream)
         if request.param == "production":
             vars(instance.run_storage)["_engine"].dispose()
     sqlite_storage.close_connections()

@@ -381,7 +381,8 @@ def test_apps_consume_events_and_read_two_views_and_nothing_else(stack):
     events.xgroup_create("image-processing:events", "app", id="0")
     [[_, entries]] = events.xreadgroup("app", "one", {"image-processing:events": ">"})
     told = [json.loads(fields[b"event"]) for _, fields in entries]
-    completed = {one["imageId"] for one in told if one["type"] == "image.completed"}
+    last = {one["imageId"]: one for one in told if one["type"] == "image.completed"}
+    completed = last.keys()
     assert len(completed) == 10
     assert events.xack("image-processing:events", "app", *(number for number, _ in entries))
 
@@ -390,7 +391,8 @@ def test_apps_consume_events_and_read_two_views_and_nothing_else(stack):
         query = "SELECT id FROM published_images_v1 WHERE status = 'completed'"
         assert set(connection.exec_driver_sql(query).scalars()) == completed
         query = "SELECT count(*) FROM published_variants_v1"
-        assert connection.exec_driver_sql(query).scalar_one() == 60
+        files = sum(len(one["variants"]) for one in last.values())
+        assert connection.exec_driver_sql(query).scalar_one() == files >= 20
         connection.rollback()
         for refused in (
             "SELECT * FROM images",

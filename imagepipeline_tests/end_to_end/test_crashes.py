@@ -198,7 +198,7 @@ def test_a_run_killed_while_the_set_of_variants_changes_leaves_no_stray_and_no_g
     assert world.finish(world.start_run()) == 0
     before = list_states()
     world.catalogue.accept([Upload("cat")])
-    specs = [VariantSpec("xs", 320, "webp", 80), *build_variant_specs()[:4]]
+    specs = [VariantSpec("xs", 320, "webp", 80), *build_variant_specs()[::2]]
     run = world.start_run(effect, moment, "SIGKILL", specs=specs)
     assert world.finish(run) == -signal.SIGKILL
     with sa.create_engine(world.catalogue_url).connect() as connection:

@@ -129,6 +129,7 @@ def test_each_process_is_given_only_the_secrets_it_needs(tmp_path, monkeypatch):
         "resident": {"AWS_SECRET_ACCESS_KEY"},
         "erasure": {"AWS_SECRET_ACCESS_KEY"},
         "code-server": {"IMAGEPIPELINE_SMTP_URL"},
+        "pruning": {"IMAGEPIPELINE_SMTP_URL"},  # it knows thereby which notices are owed
     }
 
 
