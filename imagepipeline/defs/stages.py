@@ -239,8 +239,10 @@ def choose_rendered(
 ) -> list[VariantSpec]:
     """Those of the missing variants that have a file of their own, and none that stays as it is."""
     placed = place(original, renderer, row)
-    absent = {f"{row['id']}-{spec.id}" for spec in missing}
-    files = {one["path"] for one in row["variants"] if one["id"] not in absent}
+    staying = {f"{row['id']}-{spec.id}" for spec in renderer.specs} - {
+        f"{row['id']}-{spec.id}" for spec in missing
+    }
+    files = {one["path"] for one in row["variants"] if one["id"] in staying}
     chosen = []
     for spec in missing:
         if placed[spec.id] not in files:

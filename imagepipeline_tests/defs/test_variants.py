@@ -135,6 +135,11 @@ def test_a_further_variant_of_a_small_picture_has_the_file_that_is_there(
     rows = {one["id"]: one for one in catalogue.get(cat)["variants"]}
     assert rows["cat-xl-webp"]["path"] == rows["cat-sm-webp"]["path"]
     assert rows["cat-xl-webp"]["is_alias"]
+    only_sm = build(DEFAULT[0], IMAGEPIPELINE_WEBP_QUALITY=60)  # what shared its file goes
+    process(cat, ScriptedVision(), renderer=only_sm)
+    assert list_changed(first, list_files(files)) == {"cat-sm.webp"}
+    assert list_rows(catalogue) == first.keys()
+    process(cat, ScriptedVision(), renderer=build(*DEFAULT, XL))
     process(cat, ScriptedVision(), renderer=build(XL))  # the file gets the name of the first
     assert list_files(files).keys() == {"cat-xl.webp", "cat-xl.avif"}
     assert list_rows(catalogue) == list_files(files).keys()

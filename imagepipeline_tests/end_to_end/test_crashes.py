@@ -181,7 +181,6 @@ def test_the_image_of_a_killed_run_is_completed_once_by_another_run(world, effec
 @pytest.mark.parametrize(
     ("database_urls", "effect", "moment"),
     [
-        ("sqlite", "variant rows", "after"),
         ("sqlite", "rename", "after"),
         ("postgres", "result", "after"),
         ("sqlite", "removed file", "after"),
