@@ -516,6 +516,10 @@ class VariantSpec:
             )
         return str(path)
 
+    def is_alias(self, path: str) -> bool:
+        """Whether the file at a path has the name of another variant."""
+        return not PurePosixPath(path).stem.endswith(f"-{self.name}")
+
     def scale_for(self, width: int, height: int) -> float:
         """The smallest scale (at most 1) at which an image of that size has enough pixels."""
         scales = [self.width_px / width]

@@ -218,6 +218,7 @@ def sort_variants(
             and known
             and is_variant_current(known, renderer.recipe_of(spec), made, original.sha256)
             and known["path"] in (placed[spec.id], spec.path_for(original.path))
+            and (spec.is_alias(placed[spec.id]) or not known["is_alias"])  # apps are told of it
             and len(read_stored(files, known)) == known["size"]
         ):
             kept.append(str(known["id"]))
@@ -277,9 +278,8 @@ def _render_variants(
             known = shared[path]
             content = read_stored(files, known)
             variants.append((path, Variant(spec, known["width"], known["height"], content)))
-    aliases = {spec.id for spec in missing if placed[spec.id] not in contents}
     # Rows first: they refuse another image's path before its file is overwritten.
-    catalogue.save_variants(claim, variants, kept, aliases)
+    catalogue.save_variants(claim, variants, kept)
     for path, content in contents.items():
         files.write(path, content)
     # A file of a larger original, or of an earlier version, must not be served any more.

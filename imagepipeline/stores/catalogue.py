@@ -630,18 +630,15 @@ class Catalogue:
         claim: Claim,
         variants: Sequence[tuple[str, Variant]],
         kept: Mapping[str, str] | None = None,
-        aliases: Collection[str] = (),
     ) -> None:
         """Stores (path, variant) rows in place of older ones; call it before writing the files.
 
-        Until `record_result`, none of them is known to be right, and new ones are not published. Of
-        rows with the same path, all but the first are aliases.
+        Until `record_result`, none of them is known to be right, and new ones are not published.
 
         Args:
             claim: the run's claim.
             variants: what was rendered, with the paths the files will have.
             kept: what made the variants that stay as they are, by row ID.
-            aliases: the IDs of the specs whose file is that of a variant that stays as it is.
 
         Raises:
             PathTakenError: a path belongs to another image; nothing was stored.

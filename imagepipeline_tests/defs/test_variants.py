@@ -140,6 +140,11 @@ def test_a_further_variant_of_a_small_picture_has_the_file_that_is_there(
     assert list_changed(first, list_files(files)) == {"cat-sm.webp"}
     assert list_rows(catalogue) == first.keys()
     process(cat, ScriptedVision(), renderer=build(*DEFAULT, XL))
+    before = list_files(files)
+    process(cat, ScriptedVision(), renderer=build({"name": "sm", "width": 700}, *DEFAULT[1:], XL))
+    assert list_files(files) == before  # the others lend `sm` its file, and one is still shown
+    rows = catalogue.get(cat)["variants"]
+    assert [one["id"] for one in rows if not one["is_alias"]] == ["cat-sm-avif", "cat-sm-webp"]
     process(cat, ScriptedVision(), renderer=build(XL))  # the file gets the name of the first
     assert list_files(files).keys() == {"cat-xl.webp", "cat-xl.avif"}
     assert list_rows(catalogue) == list_files(files).keys()
