@@ -652,12 +652,11 @@ class Catalogue:
                 "format": variant.spec.format,
                 "path": path,
                 "size": len(variant.content),
-                "is_alias": variant.spec.id in aliases
-                or path in [earlier for earlier, _ in variants[:position]],
+                "is_alias": variant.spec.is_alias(path),
                 "recipe": None,
                 "is_published": False,
             }
-            for position, (path, variant) in enumerate(variants)
+            for path, variant in variants
         ]
         insert = self._database.insert(image_variants)
         # An earlier file at the same path is shown until it is replaced.
@@ -727,12 +726,13 @@ class Catalogue:
             self._record_result(connection, claim, asset, recipe, input_sha256)
             if asset == "variants":
                 self._note_recipes(connection, variants or {})
-                is_one = variants is None or image_variants.c.id.in_(variants)
-                connection.execute(
-                    sa.update(image_variants)
-                    .where(image_variants.c.image_id == claim.image_id)
-                    .values(is_published=is_one)
+                of_image = sa.update(image_variants).where(
+                    image_variants.c.image_id == claim.image_id
                 )
+                connection.execute(of_image.values(is_published=True))
+                if variants is not None:  # the others are of whatever original was there before
+                    others = of_image.where(image_variants.c.id.not_in(variants))
+                    connection.execute(others.values(is_published=False, recipe=None))
             if asset == "variants" and events.lacks_description(connection, claim.image_id):
                 self._tell(connection, claim.image_id, EventType.PICTURES_READY)
 

@@ -7,6 +7,7 @@ import pytest
 import sqlalchemy as sa
 from PIL import Image
 
+from imagepipeline.errors import StorageDownError
 from imagepipeline.models import Upload
 from imagepipeline.providers import build_renderer
 from imagepipeline.settings import Settings
@@ -149,3 +150,22 @@ def test_a_further_variant_of_a_small_picture_has_the_file_that_is_there(
     assert list_files(files).keys() == {"cat-xl.webp", "cat-xl.avif"}
     assert list_rows(catalogue) == list_files(files).keys()
     assert not any(one["is_alias"] for one in catalogue.get(cat)["variants"])
+
+
+def test_a_variant_that_could_not_be_removed_is_not_current_for_the_next_original(
+    process, run, cat, files, catalogue, monkeypatch
+):
+    process(cat, ScriptedVision(ANSWER), renderer=build(*DEFAULT, XS))
+    before = list_files(files)
+    path = files.root / "original" / "cat.jpg"
+    path.write_bytes(path.read_bytes() + b"changed")
+    catalogue.accept([Upload(cat)])
+
+    def refuse(*_):
+        raise StorageDownError("it does not delete")
+
+    with monkeypatch.context() as patch:
+        patch.setattr("imagepipeline.defs.stages.remove_others", refuse)
+        run(cat, generation=2, vision=ScriptedVision(ANSWER), renderer=build(*DEFAULT))
+    process(cat, ScriptedVision(), renderer=build(*DEFAULT, XS))
+    assert list_changed(before, list_files(files)) == before.keys()
