@@ -4,7 +4,7 @@ Dagster can wipe partitions and old events only in its hosted product. So some r
 are deleted here; nothing else in the package touches them.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -129,15 +129,30 @@ class DagsterRecords:
                 newest[event.asset_key] = max(event.id, newest.get(event.asset_key, 0))
         kept = set(newest.values())
         with self._storage.index_connection() as connection:
-            for number in sorted(kept):
-                query = sa.select(EVENTS.event).where(EVENTS.id == number)
-                stored = connection.execute(query).scalar_one()
-                connection.execute(
-                    sa.update(SqlEventLogStorageTable)
-                    .where(EVENTS.id == number)
-                    .values(run_id="", event=_shorten(stored))
-                )
+            _free(connection, kept)
             _delete(connection, [event.id for event in found if event.id not in kept])
+
+    def remove_run_of_many(self, run_id: str) -> None:
+        """Removes a run of many images; what it made last of any image stays as `detach` does it.
+
+        A later run may have made only some of an image's results anew, or none.
+        """
+        later = sa.alias(SqlEventLogStorageTable).c
+        is_newer = (
+            (later.asset_key == EVENTS.asset_key)
+            & (later.dagster_event_type == EVENTS.dagster_event_type)
+            & (later.partition == EVENTS.partition)
+            & (later.id > EVENTS.id)
+        )
+        newest = sa.select(EVENTS.id).where(
+            EVENTS.run_id == run_id,
+            EVENTS.dagster_event_type == dg.DagsterEventType.ASSET_MATERIALIZATION.value,
+            EVENTS.partition.is_not(None),
+            ~sa.exists().where(is_newer),
+        )
+        with self._storage.index_connection() as connection:
+            _free(connection, connection.execute(newest).scalars().all())
+        self.remove_run(run_id)
 
     def remove_events(self, image_id: str, is_logged: bool = False) -> None:
         """Removes an image's events outside its own runs: in batches, and without a run.
@@ -210,6 +225,17 @@ class DagsterRecords:
                 sa.select(*columns).where(of_image)
             ).all()
         return found
+
+
+def _free(connection: sa.Connection, numbers: Iterable[int]) -> None:
+    """Shortens materializations, and frees them of their run."""
+    for number in sorted(numbers):
+        stored = connection.execute(sa.select(EVENTS.event).where(EVENTS.id == number))
+        connection.execute(
+            sa.update(SqlEventLogStorageTable)
+            .where(EVENTS.id == number)
+            .values(run_id="", event=_shorten(stored.scalar_one()))
+        )
 
 
 def _delete(connection: sa.Connection, numbers: Sequence[int]) -> None:

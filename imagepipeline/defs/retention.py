@@ -123,8 +123,7 @@ class Pruner:
         done.partitions = repeat(lambda: self._prune_partitions(records))
         done.summaries = repeat(lambda: self._prune_runs_of_images(records))
         done.waits_because = _explain_wait(records)
-        if time.monotonic() < until and not done.waits_because:  # no image needs these any more
-            done.runs = repeat(lambda: self._prune_runs_of_many(records))
+        done.runs = repeat(lambda: self._prune_runs_of_many(records))
         done.reports = repeat(lambda: self._prune_reports(records))
         return done
 
@@ -182,7 +181,7 @@ class Pruner:
             for run_id in records.list_finished(name, before, IMAGES_AT_ONCE)
         ]
         for run_id in found:
-            records.remove_run(run_id)
+            records.remove_run_of_many(run_id)
         return len(found)
 
     def _prune_reports(self, records: DagsterRecords) -> int:
