@@ -99,9 +99,9 @@ def upload_sensor(
             context.log.warning(line)
         if ended := applier.feed():
             context.log.info(ended)
-        batches = [] if pauses else request_batches(catalogue, context.instance)
+        batches = [] if pauses else request_batches(catalogue, context.instance, tenants)
         if not pauses and affordable is None:
-            batches += request_backlog_batches(catalogue, context.instance, slots)
+            batches += request_backlog_batches(catalogue, context.instance, slots, tenants)
         held = Counter(
             row.tenant
             for row in catalogue.list_processing()
@@ -287,26 +287,31 @@ def build_run_request(
     )
 
 
-def request_batches(catalogue: Catalogue, instance: dg.DagsterInstance) -> list[dg.RunRequest]:
+def request_batches(
+    catalogue: Catalogue, instance: dg.DagsterInstance, tenants: Tenants
+) -> list[dg.RunRequest]:
     """Runs of the bulk lane for planned images: one for each `IMAGES_AT_ONCE` that wait."""
     waiting = catalogue.count_bulk()["pending"]
-    if not waiting:
+    if not waiting or not catalogue.has_next(None, tenants.find_max_paid_runs):
         return []
     count = min(MAX_BATCH_RUNS, -(-waiting // IMAGES_AT_ONCE)) - count_batches(instance, "planned")
     return [dg.RunRequest(job_name=process_batch.name, tags={WORK_TAG: "planned"})] * count
 
 
 def request_backlog_batches(
-    catalogue: Catalogue, instance: dg.DagsterInstance, slots: int
+    catalogue: Catalogue, instance: dg.DagsterInstance, slots: int, tenants: Tenants
 ) -> list[dg.RunRequest]:
     """Runs of the bulk lane for a backlog of uploads, in at most half of the slots.
 
     They go before the runs of single uploads, which would otherwise keep them waiting.
     """
-    if catalogue.count_uploads(BACKLOG_IMAGES + 1) <= BACKLOG_IMAGES:
+    uploads_left = RUNS_PER_SLOT * slots
+    if catalogue.count_uploads(BACKLOG_IMAGES + 1) <= BACKLOG_IMAGES or not catalogue.has_next(
+        uploads_left, tenants.find_max_paid_runs
+    ):
         return []
     count = min(MAX_BATCH_RUNS, slots // 2) - count_batches(instance, "backlog")
-    config = {"uploads_left": RUNS_PER_SLOT * slots}
+    config = {"uploads_left": uploads_left}
     request = dg.RunRequest(
         job_name=process_batch.name,
         run_config={"ops": {"process_images": {"config": config}}},

@@ -5,7 +5,7 @@ a run that was thought dead and replaced can change nothing any more.
 """
 
 import math
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from datetime import datetime, timedelta
 from pathlib import Path
@@ -444,31 +444,46 @@ class Catalogue:
     ) -> Claim | None:
         """Claims the oldest planned image that is due; None if none is.
 
-        With `uploads_left`, it claims an upload instead: the first one in line after so many, which
-        are left to runs of their own. So are uploads that were handed back or recovered. Tenants
-        take turns: the one with the fewest images in runs comes first, and none gets more than
-        `find_limit` gives for it.
+        With `uploads_left`, it claims an upload instead: the first one in line after so many of its
+        tenant, which are left to runs of their own. So are uploads that were handed back or
+        recovered. Tenants take turns: the one with the fewest images in runs comes first, and none
+        gets more than `find_limit` gives for it.
         """
-        tenants = self.list_waiting_tenants()
-        held = self.count_by_tenant(Status.PROCESSING) if any(tenants) else {}
-        for tenant in sorted(tenants, key=lambda tenant: held.get(tenant, 0)):
-            if held.get(tenant, 0) >= find_limit(tenant):
-                continue
+        for tenant in self._take_turns(find_limit):
             if claim := self._claim_next_of(tenant, run_id, uploads_left):
                 return claim
         return None
 
-    def _claim_next_of(self, tenant: str, run_id: str, uploads_left: int | None) -> Claim | None:
+    def has_next(self, uploads_left: int | None, find_limit: Callable[[str], float]) -> bool:
+        """Whether there is an image that `claim_next` would claim."""
+        for tenant in self._take_turns(find_limit):
+            query = self._select_next(tenant, uploads_left).offset(uploads_left or 0).limit(1)
+            with self._database.reading() as connection:
+                if connection.execute(query).first():
+                    return True
+        return False
+
+    def _take_turns(self, find_limit: Callable[[str], float]) -> Iterator[str]:
+        tenants = self.list_waiting_tenants()
+        held = self.count_by_tenant(Status.PROCESSING) if any(tenants) else {}
+        for tenant in sorted(tenants, key=lambda tenant: held.get(tenant, 0)):
+            if held.get(tenant, 0) < find_limit(tenant):
+                yield tenant
+
+    def _select_next(self, tenant: str, uploads_left: int | None) -> sa.Select[tuple[str]]:
         order = (images.c.priority.desc(), images.c.accepted_at, images.c.id)
         which = images.c.priority == BULK_PRIORITY
         if uploads_left is not None:
             is_first_try = images.c.generation == images.c.accepted_generation
             which = sa.and_(images.c.priority > BULK_PRIORITY, is_first_try)
-        next_ones = (
+        return (
             sa.select(images.c.id)
             .where(self._is_due(), images.c.tenant == tenant, which)
             .order_by(*order)
         )
+
+    def _claim_next_of(self, tenant: str, run_id: str, uploads_left: int | None) -> Claim | None:
+        next_ones = self._select_next(tenant, uploads_left)
         # By itself, because Postgres would lock those before the offset, too.
         candidates = next_ones.offset(uploads_left or 0).limit(CANDIDATES)
         first = (

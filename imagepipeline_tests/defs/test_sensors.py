@@ -603,7 +603,7 @@ def test_images_that_failed_shortly_before_an_outage_was_noticed_wait_again(
 
 
 def test_runs_of_the_bulk_lane_share_a_backlog_of_uploads(
-    tick, catalogue, instance, ledger, start_run
+    tick, catalogue, instance, ledger, start_run, tenants
 ):
     catalogue.accept([Upload(f"i{number}") for number in range(BACKLOG_IMAGES)])
     assert {request.job_name for request in tick().run_requests} == {"process_upload"}
@@ -614,6 +614,6 @@ def test_runs_of_the_bulk_lane_share_a_backlog_of_uploads(
     assert len(batches) == 2
     assert int(batches[0].tags["dagster/priority"]) > PRIORITY_LIMIT  # else they would never start
     assert batches[0].run_config["ops"]["process_images"]["config"] == {"uploads_left": LIMIT}
-    assert request_backlog_batches(catalogue, instance, slots=1) == []
+    assert request_backlog_batches(catalogue, instance, 1, tenants) == []
     ledger.pause("credits", "no credit is left", None)
     assert not [one for one in tick().run_requests or () if one.job_name == "process_batch"]

@@ -7,10 +7,17 @@ import dagster as dg
 import pytest
 
 from imagepipeline.defs.backlog import Backlog
-from imagepipeline.defs.sensors import BACKLOG_IMAGES, DEFAULT_SLOTS, RUNS_PER_SLOT, upload_sensor
+from imagepipeline.defs.sensors import (
+    BACKLOG_IMAGES,
+    DEFAULT_SLOTS,
+    RUNS_PER_SLOT,
+    request_backlog_batches,
+    request_batches,
+    upload_sensor,
+)
 from imagepipeline.defs.sharing import TENANT_TAG, InFlight
 from imagepipeline.errors import InvalidUploadError, PostponedError
-from imagepipeline.models import PaidCall, Recipe, Upload, now_utc
+from imagepipeline.models import BULK_PRIORITY, PaidCall, Recipe, Upload, now_utc
 from imagepipeline.paid_calls import PaidCalls
 from imagepipeline.stores.catalogue import Catalogue, Pending
 from imagepipeline.stores.ledger import Ledger
@@ -161,7 +168,7 @@ def spend(ledger, image_id, cost_usd):
 
 
 def test_a_tenant_whose_budget_is_spent_gets_its_pictures_and_waits_for_the_rest(
-    tick, catalogue, sqlite_catalogue_url, limiter
+    tick, catalogue, instance, sqlite_catalogue_url, limiter
 ):
     ledger = Ledger(sqlite_catalogue_url)
     tenants = Tenants(catalogue, ledger, {}, {"acme": 1.0})
@@ -178,6 +185,15 @@ def test_a_tenant_whose_budget_is_spent_gets_its_pictures_and_waits_for_the_rest
     with pytest.raises(PostponedError, match="the daily budget of 1 USD of the tenant acme is"):
         paid_calls.make(claim, "metadata", REMOTE["metadata"], lambda: None)
     assert catalogue.claim_next("run", 0, tenants.find_max_paid_runs).tenant == "other"
+
+    push(catalogue, "acme", BACKLOG_IMAGES, name="many")  # no batch could take any of them
+    catalogue.prioritize("many-0", BULK_PRIORITY)
+    for spent_by, count in ((tenants, 0), (Tenants(catalogue, ledger, {}, {}), 3)):
+        requests = [
+            *request_batches(catalogue, instance, spent_by),
+            *request_backlog_batches(catalogue, instance, DEFAULT_SLOTS, spent_by),
+        ]
+        assert len(requests) == count
     ledger.close()
 
 
