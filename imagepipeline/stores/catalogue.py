@@ -5,6 +5,7 @@ a run that was thought dead and replaced can change nothing any more.
 """
 
 import math
+import random
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from datetime import datetime, timedelta
@@ -466,6 +467,7 @@ class Catalogue:
     def _take_turns(self, find_limit: Callable[[str], float]) -> Iterator[str]:
         tenants = self.list_waiting_tenants()
         held = self.count_by_tenant(Status.PROCESSING) if any(tenants) else {}
+        random.shuffle(tenants)  # so that none of many is always last
         for tenant in sorted(tenants, key=lambda tenant: held.get(tenant, 0)):
             if held.get(tenant, 0) < find_limit(tenant):
                 yield tenant

@@ -197,6 +197,20 @@ def test_a_tenant_whose_budget_is_spent_gets_its_pictures_and_waits_for_the_rest
     ledger.close()
 
 
+def test_a_batch_that_takes_one_image_at_a_time_serves_all_tenants(catalogue_url):
+    catalogue = Catalogue(catalogue_url)
+    catalogue.migrate()
+    for tenant in ("a", "b", "c"):
+        push(catalogue, tenant, 40)
+    served = set()
+    for _ in range(40):
+        claim = catalogue.claim_next("run", 0)
+        catalogue.fail(claim, "unexpected", "no")
+        served.add(claim.tenant)
+    assert served == {"a", "b", "c"}
+    catalogue.close()
+
+
 def test_what_tenants_have_used_is_shown(queue, catalogue, paid_calls, ledger, tenants):
     push(catalogue, "", 2)
     assert tenants.list_used() == []
