@@ -157,15 +157,7 @@ def plan(source: Source, files: Storage, catalogue: Catalogue, progress: Progres
     planned.stored = files.list_originals(with_new=True)
     new = planned.select(State.NEW)
     for portion in _divide(new, LOOKED_UP_TOGETHER):
-        image_ids = [str(file.image_id) for file in portion]
-        comparison = _Comparison(
-            source,
-            files,
-            planned.stored,
-            catalogue.find_known(image_ids),
-            catalogue.find_erased(image_ids),
-        )
-        planned.note(_in_threads(comparison.judge, portion))
+        planned.note(_compare(portion, source, files, catalogue, planned.stored))
         progress("comparing", len(portion), len(new))
     return planned
 
@@ -196,6 +188,8 @@ def carry_out(
     """
     new = planned.select(State.NEW)
     for portion in _divide(new, TAKEN_TOGETHER):
+        # An app may have pushed some of them since, or a person may have erased one.
+        portion = _compare(portion, source, files, catalogue, {})
         taken = _in_threads(lambda file: _store(file, planned, source, files, mode), portion)
         stored = [file for file in taken if file.state is State.IMPORTED]
         catalogue.accept_imported(
@@ -267,6 +261,19 @@ def _is_same(one: File, other: File, source: Source) -> bool:
     return first == second
 
 
+def _compare(
+    portion: Sequence[File],
+    source: Source,
+    files: Storage,
+    catalogue: Catalogue,
+    stored: Mapping[str, str],
+) -> list[File]:
+    """The files, as known, or as problems, or as they are."""
+    image_ids = [str(file.image_id) for file in portion]
+    known, erased = catalogue.find_known(image_ids), catalogue.find_erased(image_ids)
+    return _in_threads(_Comparison(source, files, stored, known, erased).judge, portion)
+
+
 @dataclass(frozen=True)
 class _Comparison:
     """Compares files with what storage and catalogue have of their IDs."""
@@ -287,6 +294,7 @@ class _Comparison:
             return file
         path, sha256 = self.known.get(image_id, (None, None))
         path = path or self.stored.get(image_id)
+        path = path or next(iter(self.files.find_originals_of(image_id)), None)
         try:
             content = self.source.read(file.name, self.source.max_bytes)
         except MissingOriginalError as error:
@@ -298,7 +306,9 @@ class _Comparison:
 
 
 def _store(file: File, planned: Plan, source: Source, files: Storage, mode: Mode) -> File:
-    """Stores a file as its image's original, unless that is there."""
+    """Stores a new file as its image's original, unless that is there."""
+    if file.state is not State.NEW:
+        return file
     image_id = str(file.image_id)
     path = f"original/{image_id}.{choose_extension(file.name)}"
     path = planned.stored.setdefault(image_id, path)

@@ -178,8 +178,8 @@ def test_what_is_known_stays_as_it_is(take_in, site, catalogue, storage, sqlite_
     assert catalogue.get_states(["done"])["done"].pushes == 1
 
 
-def test_a_folder_that_changes_meanwhile(take_in, site, catalogue, storage):
-    for number, name in enumerate(("gone", "grown", "pushed", "stays")):
+def test_a_folder_that_changes_meanwhile(take_in, site, catalogue, storage, sqlite_catalogue_url):
+    for number, name in enumerate(("gone", "grown", "pushed", "stays", "elsewhere", "erased")):
         draw(site / f"{name}.png", number)
 
     def change():
@@ -187,7 +187,11 @@ def test_a_folder_that_changes_meanwhile(take_in, site, catalogue, storage):
         draw(site / "grown.png", 9, size=(99, 99))
         draw(site / "new.png", 10)
         storage.write("original/pushed.png", b"by the app")
-        catalogue.accept([Upload("pushed")])
+        storage.write("original/elsewhere.jpg", b"by the app")
+        catalogue.accept([Upload("pushed"), Upload("elsewhere"), Upload("erased")])
+        catalogue.cancel("erased", "it is being erased")
+        fence = catalogue.get("erased")["fence"]
+        Erasures(sqlite_catalogue_url).remove("erased", fence, [])
 
     plan = take_in(site, change=change)
     assert states(plan) == {
@@ -195,11 +199,15 @@ def test_a_folder_that_changes_meanwhile(take_in, site, catalogue, storage):
         "grown.png": State.CHANGED,
         "pushed.png": State.OTHER_BYTES,
         "stays.png": State.IMPORTED,
+        "elsewhere.png": State.OTHER_BYTES,
+        "erased.png": State.ERASED,
     }
     assert storage.read("original/pushed.png") == b"by the app"
+    assert storage.list_originals_of("elsewhere") == ["original/elsewhere.jpg"]
+    assert storage.list_originals_of("erased") == []
     assert catalogue.get("gone") is None
     again = take_in(site)
-    assert again.count() == {"imported": 2, "known": 1, "other_bytes": 1}
+    assert again.count() == {"imported": 2, "known": 1, "other_bytes": 2, "erased": 1}
 
 
 def test_moving_deletes_only_what_is_stored(take_in, site, catalogue, storage):

@@ -2,6 +2,7 @@
 
 import os
 import sys
+from collections.abc import Set
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -77,6 +78,7 @@ def import_images(
         planned = importing.plan(origin, files, catalogue, progress)
     if not as_json:
         show_plan(planned)
+    told = {file.name for file in planned.problems}
     if not dry_run:
         if mode == "copy":
             check_room(planned, files)
@@ -84,7 +86,7 @@ def import_images(
             importing.carry_out(
                 planned, origin, files, catalogue, importing.Mode(mode), progress, tenant
             )
-    show_result(planned, dry_run, as_json)
+    show_result(planned, told, dry_run, as_json)
     if planned.problems:
         sys.exit(EXIT_FAILED)
 
@@ -150,8 +152,8 @@ def show_plan(planned: "Plan") -> None:
     say(f"{len(planned.files):,} files: {counts}" if counts else "There is no file.")
 
 
-def show_result(planned: "Plan", dry_run: bool, as_json: bool) -> None:
-    """Prints what was done: of all files as JSON, and else the numbers."""
+def show_result(planned: "Plan", told: Set[str], dry_run: bool, as_json: bool) -> None:
+    """Prints what was done: of all files as JSON, and else numbers, and problems not yet told."""
     from imagepipeline.importing import State
 
     if as_json:
@@ -166,8 +168,9 @@ def show_result(planned: "Plan", dry_run: bool, as_json: bool) -> None:
         ]
         say(to_json({"dry_run": dry_run, "counts": planned.count(), "files": files}))
         return
-    for file in planned.select(State.CHANGED):
-        say(f"{to_text(file.name)}: {file.error}")
+    for file in planned.problems:
+        if file.name not in told:
+            say(f"{to_text(file.name)}: {file.error}")
     if not dry_run:
         say(
             f"{len(planned.select(State.IMPORTED)):,} images were imported; they are processed "
