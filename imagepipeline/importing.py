@@ -313,7 +313,9 @@ def _store(file: File, planned: Plan, source: Source, files: Storage, mode: Mode
     path = f"original/{image_id}.{choose_extension(file.name)}"
     path = planned.stored.setdefault(image_id, path)
     if mode is not Mode.COPY and _link(file, path, source.files, files):
-        return replace(file, state=State.IMPORTED)
+        if source.id_from != "hash" or _hash_stored(files, path) == image_id:
+            return replace(file, state=State.IMPORTED)
+        files.delete(path)
     try:
         content = source.read(file.name, source.max_bytes)
     except MissingOriginalError as error:

@@ -235,7 +235,15 @@ def test_links_share_the_files_of_the_site(site, catalogue, files):
     stored = files.root / "original" / "a.png"
     assert stored.samefile(site / "a.png")
     files.write("original/a.png", b"replaced")
-    assert (site / "a.png").read_bytes() != b"replaced"
+    content = (site / "a.png").read_bytes()
+    assert content != b"replaced"
+
+    source = Source(FileStore(site), "hash", MAX_BYTES)
+    plan = importing.plan(source, files, catalogue, print)
+    (site / "a.png").write_bytes(content[:-1] + b"?")
+    importing.carry_out(plan, source, files, catalogue, Mode.LINK, print)
+    assert states(plan) == {"a.png": State.CHANGED}
+    assert files.list_originals(with_new=True).keys() == {"a"}
 
 
 @pytest.fixture
