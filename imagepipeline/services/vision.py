@@ -172,7 +172,11 @@ class OpenAIVision:
 
     def can_translate(self, known: ImageMetadata, made_by: Recipe) -> bool:
         """Returns whether metadata are what this model would make, but for the languages."""
-        options = replace(self._options, languages=tuple(known.languages) or DEFAULT)
+        languages = tuple(known.languages) or DEFAULT
+        has_vocabulary = bool(self._options.tags or self._options.categories)
+        if has_vocabulary and languages[0] != self._options.languages[0]:
+            return False  # the first one alone has only allowed tags and categories
+        options = replace(self._options, languages=languages)
         return made_by == openai_recipe(self.recipe.model, self._own_prompt, options)
 
     def list_missing(self, known: ImageMetadata) -> list[str]:
@@ -187,10 +191,9 @@ class OpenAIVision:
         missing = self.list_missing(known)
         if not missing:
             return VisionAnswer(self._merge(known, {}))
-        vocabulary = self._options if missing[0] == self._options.languages[0] else NoVocabulary()
 
         def parse(text: str) -> ImageMetadata:
-            return self._merge(known, read_languages(text, missing, vocabulary, False)[0])
+            return self._merge(known, read_languages(text, missing, NoVocabulary(), False)[0])
 
         schema = build_schema({"languages": build_schema(dict.fromkeys(missing, WORDING_SCHEMA))})
         source = next(iter(known.languages.values()), known)

@@ -121,7 +121,7 @@ def test_a_further_language_is_made_without_the_picture_and_changes_nothing_else
     assert provider.asked[3:] == [(["en", "de"], True)]
 
 
-def test_another_prompt_or_original_is_described_anew_in_all_languages(
+def test_another_prompt_original_or_language_of_the_vocabulary_is_described_anew(
     speak, provider, monkeypatch, files, cat
 ):
     speak("en")
@@ -130,6 +130,11 @@ def test_another_prompt_or_original_is_described_anew_in_all_languages(
     files.put_original(cat, (files.root / "original" / "cat.jpg").read_bytes() + b"0", "jpg")
     speak("de,en")
     assert provider.asked == [([], True), (["en", "de"], True), (["de", "en"], True)]
+    monkeypatch.setenv("IMAGEPIPELINE_TAGS", "tag de,tag en")
+    assert speak("en,de").tags == ["tag en"]
+    speak("en,de,fr")
+    speak("de,en")  # whose tags were not bound to the vocabulary
+    assert provider.asked[3:] == [(["en", "de"], True), (["fr"], False), (["de", "en"], True)]
 
 
 def test_the_offline_model_ignores_the_setting_and_says_so():
