@@ -187,7 +187,8 @@ def check_days(least: float) -> AfterValidator:
     return AfterValidator(check)
 
 
-Days = Annotated[float, Field(ge=0)]
+Days = Annotated[float, Field(ge=0, le=36_500)]
+Hours = Annotated[float, Field(gt=0, le=876_000)]  # of a hundred years, like the days
 Provider = Literal["auto", "local", "remote"]
 Port = Annotated[int, Field(ge=1, le=65535)]
 
@@ -487,10 +488,10 @@ class Settings(BaseModel):
     )
     mail_from: str = Field("imagepipeline@localhost", description="The sender of these mails.")
     mail_to: str = Field("", description="The recipients of these mails, comma-separated.")
-    list_completed_hours: Annotated[float, Field(gt=0)] = Field(
+    list_completed_hours: Hours = Field(
         1, description="How many hours `imagepipeline list` shows completed images."
     )
-    list_failed_hours: Annotated[float, Field(gt=0)] = Field(
+    list_failed_hours: Hours = Field(
         24, description="How many hours `imagepipeline list` shows failed images."
     )
     keep_runs_days: Days = Field(
@@ -644,7 +645,7 @@ class Settings(BaseModel):
             made = getattr(read, allowed[key])
             fitting = (int, float) if type(made) is float else (type(made),)
             if isinstance(made, bool | int | float) and type(value) not in fitting:
-                what = "true or false" if isinstance(made, bool) else "a number"
+                what = {bool: "true or false", int: "a whole number", float: "a number"}[type(made)]
                 raise SettingsError(f"{path}: {key}: must be {what}, without quotes")
         return {aliases[key]: settings_file.to_variable(value) for key, value in said.items()}
 
