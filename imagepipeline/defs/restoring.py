@@ -83,7 +83,7 @@ def _describe(
     asset: str, row: Mapping[str, Any], described: ImageMetadata | None
 ) -> dict[str, dg.MetadataValue | str | int]:
     if asset == "variants":
-        return {"bytes_out": sum(variant["size"] for variant in row["variants"])}
+        return {"bytes_out": sum(one["size"] for one in row["variants"] if not one["is_alias"])}
     if asset != "metadata" or described is None:
         return {}
     return {

@@ -201,6 +201,11 @@ def test_an_image_loses_its_runs_then_its_partition_and_comes_back(world, tmp_pa
         tags = world.get_shown(asset, "old").asset_materialization.tags
         was = before[asset].asset_materialization.tags
         assert tags["dagster/data_version"] == was["dagster/data_version"]
+    sizes = [
+        record.asset_materialization.metadata["bytes_out"]
+        for record in (before["variants"], world.get_shown("variants", "old"))
+    ]
+    assert sizes[0] == sizes[1]
     assert world.prune(partitions=2).total == 0, "what was restored is not the oldest"
 
     assert world.run("together").success  # as a new upload
