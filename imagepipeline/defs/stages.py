@@ -282,8 +282,9 @@ def _render_variants(
     catalogue.save_variants(claim, variants, kept)
     for path, content in contents.items():
         files.write(path, content)
-    # A file of a larger original, or of an earlier version, must not be served any more.
-    unused = {spec.path_for(original.path) for spec in missing} - set(placed.values())
+    # A file of a larger original, of an earlier path or version must not be served any more.
+    earlier = {one["path"] for one in row["variants"]}
+    unused = earlier.union(spec.path_for(original.path) for spec in missing) - {*placed.values()}
     for path in catalogue.find_free_paths(unused) if unused else ():
         files.delete(path)
     found, figures = check_variants(claim, catalogue, files, original, renderer)

@@ -203,6 +203,7 @@ def test_an_original_that_has_moved_gets_its_variants_where_they_belong(
         "variants/moved-sm.webp",
         "variants/moved-sm.avif",
     }
+    assert list_modification_times(files).keys() == {"moved-sm.webp", "moved-sm.avif"}
 
 
 def test_a_picture_that_becomes_small_leaves_no_file_of_the_large_one(
