@@ -138,9 +138,16 @@ def describe_image(
         ),
         "run": row["run_id"]
         and f"{row['run_id']}, generation {row['generation']}, attempts {row['attempts']}",
-        "in the UI": webserver_url and locate_image(webserver_url, row["id"]),
+        "in the UI": _explain_gone(row)
+        or (webserver_url and locate_image(webserver_url, row["id"])),
     }
     return {name: str(line) for name, line in lines.items() if line}
+
+
+def _explain_gone(row: Mapping[str, Any]) -> str | None:
+    """How an image that has left Dagster comes back; None for others."""
+    is_gone = Status(row["status"]).has_ended and row["in_dagster"] is None
+    return f"not any more: `imagepipeline restore {row['id']}`" if is_gone else None
 
 
 def _explain_next(row: Mapping[str, Any]) -> str | None:

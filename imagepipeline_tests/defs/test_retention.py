@@ -9,6 +9,7 @@ import sqlalchemy as sa
 import yaml
 from dagster._core.execution.backfill import BulkActionStatus, PartitionBackfill
 
+from imagepipeline import overview
 from imagepipeline.dagster_records import DagsterRecords
 from imagepipeline.defs.attempts import GENERATION_TAG
 from imagepipeline.defs.batches import process_batch
@@ -191,6 +192,8 @@ def test_an_image_loses_its_runs_then_its_partition_and_comes_back(world, tmp_pa
     assert done.partitions == 4
     assert world.instance.get_dynamic_partitions("uploads") == ["new"]
     assert world.list_shown("old") == set()
+    told = overview.describe_image(world.catalogue.get("old"), world.now, "http://ui")
+    assert told["in the UI"] == "not any more: `imagepipeline restore old`"
     assert world.list_shown("new") == set(SHOWN)
     assert world.catalogue.get("old")["history"] == story["history"]
 
