@@ -81,10 +81,6 @@ class EventLog:
         self._database = Database(url)
         self._clock = clock
 
-    def close(self) -> None:
-        """Closes all connections; a later use opens new ones."""
-        self._database.engine.dispose()
-
     def list_unsent(self, limit: int) -> list[StoredEvent]:
         """Up to `limit` events that the stream has not got, oldest first."""
         return self._list(events.c.stream_sent_at.is_(None), limit=limit)

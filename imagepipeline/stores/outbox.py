@@ -24,10 +24,6 @@ class Outbox:
         self._database = Database(url)
         self._clock = clock
 
-    def close(self) -> None:
-        """Closes all connections; a later use opens new ones."""
-        self._database.engine.dispose()
-
     def list_unsent(self, channel: str, limit: int = 100) -> list[dict[str, Any]]:
         """Failures of the last week of which `webhook` or `mail` was not notified, oldest first."""
         sent_at = notifications.c[f"{channel}_sent_at"]

@@ -40,10 +40,6 @@ class Retention:
         self._database = Database(url)
         self.clock = clock
 
-    def close(self) -> None:
-        """Closes all connections; a later use opens new ones."""
-        self._database.engine.dispose()
-
     def count_in_dagster(self) -> int:
         """How many images are in Dagster, with their runs or as a summary."""
         with self._database.reading() as connection:

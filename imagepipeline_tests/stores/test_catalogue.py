@@ -524,7 +524,6 @@ def test_any_text_can_be_stored_and_becomes_printable(catalogue_url, text):
     assert all((event["detail"] or "").isprintable() for event in row["history"])
     outbox = Outbox(catalogue_url)
     assert outbox.list_unsent("mail")[0]["error"].isprintable()
-    outbox.close()
     ledger = Ledger(catalogue_url)
     ledger.pause("auth", text, 60)
     assert ledger.list_pauses()[0].message.isprintable()
