@@ -420,7 +420,7 @@ def _examine_prices(settings: Settings) -> Finding:
         sentence, _, advice = problem.partition(": ")
         advice += "; if the provider reports costs itself, unset the budget for the first call"
         return Finding("prices", False, sentence, advice)
-    if not (settings.daily_budget_usd or settings.monthly_budget_usd):
+    if not settings.has_budgets:
         return Finding("prices", True, "no budget is set")
     return Finding("prices", True, "the price of every model is known, so budgets can be kept")
 

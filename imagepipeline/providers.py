@@ -186,7 +186,7 @@ def build_renderer(settings: Settings) -> "Renderer":
 
 def explain_unpriced_models(settings: Settings) -> str | None:
     """Returns what to do if a budget is set but the settings lack the price of a model in use."""
-    if not (settings.daily_budget_usd or settings.monthly_budget_usd):
+    if not settings.has_budgets:
         return None
     recipes = (build_vision_recipe(settings), build_embedding_recipe(settings))
     models = [recipe.model for recipe in recipes if recipe.provider != "local"]

@@ -705,6 +705,12 @@ class Settings(BaseModel):
         return self.embedding == "remote"
 
     @property
+    def has_budgets(self) -> bool:
+        """Whether there is a budget: of a day, of a month, or of a tenant."""
+        budgets = (self.daily_budget_usd, self.monthly_budget_usd, self.tenant_daily_budgets_usd)
+        return any(budgets)
+
+    @property
     def has_own_redis(self) -> bool:
         """Whether the local stack starts the Redis-compatible server itself."""
         return not (self.explicit_redis_url or self.redis_host or self.redis_port)

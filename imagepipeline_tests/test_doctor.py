@@ -210,7 +210,7 @@ def test_dropped_entries_are_reported_until_the_others_are_discarded(
 
 def test_a_budget_without_a_price_is_reported_before_any_call(environment, httpserver):
     settings = remote(environment, httpserver) | {
-        "IMAGEPIPELINE_DAILY_BUDGET_USD": "5",
+        "IMAGEPIPELINE_TENANT_DAILY_BUDGETS_USD": '{"*": 5}',
         "IMAGEPIPELINE_VISION_MODEL": "mystery",
         "IMAGEPIPELINE_EMBEDDING_MODEL": "openai/text-embedding-3-small-2024-01-25",
     }
