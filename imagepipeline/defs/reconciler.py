@@ -5,6 +5,7 @@ catalogue with Dagster's runs, and changes a row only under the fence it has rea
 tick does no harm.
 """
 
+import math
 import time
 from collections.abc import Callable, Hashable
 from functools import partial
@@ -16,6 +17,7 @@ from imagepipeline.defs.attempts import GENERATION_TAG, read_generation
 from imagepipeline.defs.batches import process_batch
 from imagepipeline.defs.jobs import process_upload
 from imagepipeline.defs.outcomes import build_outcome, report_outcome
+from imagepipeline.defs.sharing import choose
 from imagepipeline.errors import PostponedError, StaleClaimError
 from imagepipeline.stores.broker import TaskQueue
 from imagepipeline.stores.catalogue import Catalogue, Pending, Processing
@@ -110,8 +112,9 @@ def reconcile(
             lines.append(f"Run {run.run_id} was ended: it held a slot and no image.")
     watch.forget_all_but(watched)
     # Last, so that an image whose run was just ended need not wait for the next tick.
-    next_ones = catalogue.list_pending(MAX_PENDING_CHECKED)
-    next_pictures = catalogue.list_pending(MAX_PENDING_CHECKED, has_no_variants=True)
+    # Of each tenant, as the sensor chooses them.
+    anyone = partial(choose, catalogue, MAX_PENDING_CHECKED, {}, lambda _: math.inf, set())
+    next_ones, next_pictures = anyone(), anyone(has_no_variants=True)
     for pending in dict.fromkeys((*next_ones, *next_pictures)):
         lines += _look_at(
             pending.image_id, partial(_renew_if_run_ended, catalogue, instance, pending)

@@ -11,6 +11,7 @@ from dagster._core.run_coordinator import QueuedRunCoordinator
 
 from imagepipeline.defs.outcomes import ORIGINAL
 from imagepipeline.defs.reconciler import (
+    MAX_PENDING_CHECKED,
     RENEWAL_WAITS_SECONDS,
     STALL_SECONDS,
     UNCLAIMED_SECONDS,
@@ -140,6 +141,11 @@ def test_an_image_whose_run_ended_before_its_claim_gets_another_run(recover, cat
     assert (row["status"], row["generation"]) == ("pending", 2)
     assert row["not_before"] > row["updated_at"]
     assert recover() == []
+    others = [Upload(f"b{number}", tenant="big") for number in range(MAX_PENDING_CHECKED)]
+    catalogue.accept([*others, Upload("c", tenant="small")])
+    start_run("c", status=dg.DagsterRunStatus.FAILURE)
+    [line] = recover()
+    assert line.startswith("c is requested again")
 
 
 def test_an_image_whose_run_was_cancelled_before_its_claim_fails(recover, catalogue, start_run):
