@@ -2,7 +2,8 @@
 
 Compares them at the same quality setting, and at settings that give the same score.
 
-python -m benchmarks.quality PHOTOS [--count 6]; needs the packages pyvips[binary] and ssimulacra2.
+python -m benchmarks.quality PHOTOS [--count 6] [--frontier] [--picture PICTURE.svg]; needs the
+packages pyvips[binary] and ssimulacra2, and matplotlib for the picture.
 """
 
 import argparse
@@ -154,10 +155,40 @@ def measure(folder: Path, count: int, has_frontier: bool) -> dict[str, Any]:
     return result
 
 
+def draw(result: dict[str, Any], picture: Path) -> None:
+    """Plots bytes over CPU time at matched quality; below and to the left is better."""
+    import matplotlib
+
+    matplotlib.use("svg" if picture.suffix == ".svg" else "agg")
+    import matplotlib.pyplot as plt
+
+    figure, plots = plt.subplots(1, 2, figsize=(11, 4), layout="constrained")
+    for name, plot in zip(("avif", "webp"), plots, strict=True):
+        for label, row in result[name].items():
+            if label == "ours at 80":  # not at matched quality
+                continue
+            point = (row["cpu_ratio"], row["bytes_ratio"])
+            is_ours = label == "ours, matched"
+            plot.plot(*point, "o", color="tab:red" if is_ours else "tab:blue")
+            plot.annotate(label, point, xytext=(5, 4), textcoords="offset points", fontsize=8)
+        plot.set(
+            title=name.upper(),
+            xscale="log",
+            xlabel="CPU time (sharp at effort 0 = 1)",
+            ylabel="bytes (sharp at effort 0 = 1)",
+        )
+        plot.margins(0.15)
+    figure.savefig(picture, dpi=110)
+
+
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("photos", type=Path)
     parser.add_argument("--count", type=int, default=6)
     parser.add_argument("--frontier", action="store_true")
+    parser.add_argument("--picture", type=Path)
     arguments = parser.parse_args()
-    print(json.dumps(measure(arguments.photos, arguments.count, arguments.frontier), indent=2))
+    measured = measure(arguments.photos, arguments.count, arguments.frontier)
+    if arguments.picture:
+        draw(measured, arguments.picture)
+    print(json.dumps(measured, indent=2))
