@@ -55,7 +55,6 @@ def run(home, *command, umask=0, **environment):
         text=True,
         check=False,
         umask=umask,
-        timeout=120,
     )
 
 

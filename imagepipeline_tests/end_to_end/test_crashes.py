@@ -81,7 +81,6 @@ class World:
         self.folder = folder
         self.catalogue_url = catalogue_url
         self.catalogue = Catalogue(catalogue_url)
-        self.catalogue.migrate()
         self.files = FileStore(folder / "storage")
         self.files.put_original("cat", (PHOTOS / "cat.jpg").read_bytes(), "jpg")
         self.catalogue.accept([Upload("cat")])

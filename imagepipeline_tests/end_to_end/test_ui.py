@@ -8,7 +8,7 @@ import sqlalchemy as sa
 from imagepipeline.defs.outcomes import REASON_TAG
 from imagepipeline_tests.end_to_end import stories, ui
 
-pytestmark = [pytest.mark.stack, pytest.mark.xdist_group("ui")]
+pytestmark = pytest.mark.stack
 
 
 @pytest.fixture(scope="module")

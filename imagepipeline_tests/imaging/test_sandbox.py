@@ -122,8 +122,8 @@ def test_the_error_for_too_much_cpu_time_names_its_setting(zygote):
 
 
 def test_a_call_that_takes_too_long_may_be_retried(zygote):
-    with open_session(zygote, wall_seconds=0.2) as session:
-        with pytest.raises(SandboxLostError, match=r"longer than 0\.2 s"):
+    with open_session(zygote, wall_seconds=2) as session:
+        with pytest.raises(SandboxLostError, match="longer than 2 s"):
             session.call(ops.sleep, 60.0)
         assert not session.is_open
         assert_ends(session.process_id)
