@@ -166,9 +166,22 @@ def on_databases(*effects):
     )
 
 
+# Before any other effect, the world is as after the one before it.
+KILLED_BEFORE = ("claim", "embed", "final status")
+
+
 @on_databases(*EFFECTS)
-@pytest.mark.parametrize("moment", ["before", "after"])
-def test_the_image_of_a_killed_run_is_completed_once_by_another_run(world, effect, moment):
+def test_the_image_of_a_run_killed_after_an_effect_is_completed_once_by_another(world, effect):
+    check_killed(world, effect, "after")
+
+
+@pytest.mark.parametrize("effect", KILLED_BEFORE)
+@pytest.mark.parametrize("database_urls", ["sqlite"], indirect=True)
+def test_the_image_of_a_run_killed_before_an_effect_is_completed_once_by_another(world, effect):
+    check_killed(world, effect, "before")
+
+
+def check_killed(world, effect, moment):
     process = world.start_run(effect, moment, "SIGKILL")
     assert world.finish(process) == -signal.SIGKILL
     world.hand_over()
