@@ -3,6 +3,7 @@
 import io
 import os
 import shutil
+import sys
 import tempfile
 import threading
 from collections.abc import Callable, Iterable, Iterator
@@ -26,6 +27,9 @@ from imagepipeline.stores.tables import answers
 from imagepipeline.stores.uploads import UploadQueue
 from imagepipeline.stores.vectors import EmbeddingIndex
 
+# Jsonschema's check of international URLs, which none of our schemas has, takes each process five
+# seconds to import.
+sys.modules["rfc3987_syntax"] = None  # type: ignore[assignment]
 IS_CI = bool(os.environ.get("CI"))
 # Modules whose tests share one stack, and run in their order, in one process.
 WITH_ONE_STACK = (

@@ -13,7 +13,7 @@ pytestmark = pytest.mark.stack
 
 @pytest.fixture(scope="module")
 def stack() -> Iterator[ui.Stack]:
-    """A stack that has processed fifty uploads, nine of them bad."""
+    """A stack that has processed uploads, nine of them bad."""
     if ui.find_browser() is None:
         pytest.skip("no Chromium is installed: `apt-get install chromium`")
     with ui.running_stack() as stack:
