@@ -261,17 +261,16 @@ def test_a_frozen_run_that_continues_after_its_replacement_changes_nothing(world
 
 
 def test_killed_and_frozen_runs_workers_and_code_servers_lose_nothing(
-    tmp_path, monkeypatch, database_urls
+    tmp_path, monkeypatch, sqlite_catalogue_url
 ):
+    """On Postgres, `test_compose.py` kills the services and the tests above the runs."""
     home = tmp_path / "home"
     monkeypatch.setenv("IMAGEPIPELINE_HOME", str(home))
-    catalogue_url, dagster_url = database_urls
     # Other tests run stacks at the same time.
     monkeypatch.setenv("IMAGEPIPELINE_WEBSERVER_PORT", str(find_port()))
-    monkeypatch.setenv("DATABASE_URL", catalogue_url)
-    monkeypatch.setenv("DAGSTER_DATABASE_URL", dagster_url or "")
+    monkeypatch.setenv("DATABASE_URL", sqlite_catalogue_url)
     command = Path(sys.executable).parent / "imagepipeline"
-    catalogue = Catalogue(catalogue_url)
+    catalogue = Catalogue(sqlite_catalogue_url)
 
     def wait_until(condition: Callable[[dict], bool]) -> float:
         began = time.monotonic()
