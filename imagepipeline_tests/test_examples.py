@@ -21,7 +21,7 @@ from imagepipeline_tests.end_to_end.processes import find_port
 
 EXAMPLES = Path(__file__).parent.parent / "examples"
 COMMAND = Path(sys.executable).parent / "imagepipeline"
-PATIENCE_SECONDS = 60
+PATIENCE_SECONDS = 180
 CHECKS = """{ assetNodeOrError(assetKey: {path: "metadata"}) { ... on AssetNode {
     assetChecksOrError { ... on AssetChecks { checks { name executionForLatestMaterialization {
         evaluation { success severity metadataEntries { ... on TextMetadataEntry { text } } }

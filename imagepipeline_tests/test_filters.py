@@ -50,7 +50,6 @@ def library(catalogue_url):
     times = iter(START + timedelta(days=days) for days in range(99))
     now = START
     with closing(Catalogue(catalogue_url, lambda: now)) as catalogue:
-        catalogue.migrate()
         for image_id, category, tags in (
             ("a-1", "animal", ["cat", "sofa"]),
             ("a-2", "animal", ["dog's bone"]),

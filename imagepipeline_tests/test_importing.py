@@ -258,9 +258,7 @@ def world(request, tmp_path, catalogue_url):
         "IMAGEPIPELINE_STORAGE_ROOT": storage,
         "DATABASE_URL": catalogue_url,
     }
-    catalogue = Catalogue(catalogue_url)
-    catalogue.migrate()
-    return catalogue, open_storage(storage), environment
+    return Catalogue(catalogue_url), open_storage(storage), environment
 
 
 @pytest.mark.stack

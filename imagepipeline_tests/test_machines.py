@@ -19,17 +19,16 @@ from imagepipeline_tests.conftest import redis_server
 
 
 @pytest.fixture
-def here(tmp_path, redis_url, queue):
+def here(tmp_path, redis_url, sqlite_catalogue_url):
     """The environment of a home whose catalogue, storage, index and Redis are shared."""
     environment = {
         "IMAGEPIPELINE_HOME": str(tmp_path / "here"),
         "REDIS_URL": redis_url,
-        "DATABASE_URL": f"sqlite:///{tmp_path / 'catalogue.sqlite'}",
+        "DATABASE_URL": sqlite_catalogue_url,
         "IMAGEPIPELINE_STORAGE_ROOT": str(tmp_path / "storage"),
         "IMAGEPIPELINE_INDEX_ROOT": str(tmp_path / "index"),
     }
     with closing(Catalogue(environment["DATABASE_URL"])) as catalogue:
-        catalogue.migrate()
         catalogue.bind("one Dagster")
     return environment
 
@@ -57,13 +56,13 @@ def test_processes_that_do_not_answer_are_named(here, tmp_path, queue):
     ]
 
 
-def test_each_difference_is_one_sentence(here, tmp_path):
-    with closing(Catalogue(f"sqlite:///{tmp_path / 'other.sqlite'}")) as catalogue:
-        catalogue.migrate()
+def test_each_difference_is_one_sentence(here, tmp_path, create_catalogue):
+    other_url = create_catalogue(tmp_path / "other.sqlite")
+    with closing(Catalogue(other_url)) as catalogue:
         catalogue.bind("another Dagster")
     with redis_server() as other_redis:
         for change, words in (
-            ({"DATABASE_URL": f"sqlite:///{tmp_path / 'other.sqlite'}"}, "another catalogue"),
+            ({"DATABASE_URL": other_url}, "another catalogue"),
             (
                 {"DATABASE_URL": "postgresql://u:canary@127.0.0.1:1/d"},
                 "cannot reach its catalogue",

@@ -29,7 +29,6 @@ METADATA = ImageMetadata(
 @pytest.fixture
 def catalogue(catalogue_url):
     with closing(Catalogue(catalogue_url)) as catalogue:
-        catalogue.migrate()
         yield catalogue
 
 

@@ -42,9 +42,8 @@ def home(monkeypatch, tmp_path, redis_url, queue):
 
 
 @pytest.fixture
-def catalogue(home):
-    with closing(Catalogue(f"sqlite:///{home / 'catalogue.sqlite'}")) as catalogue:
-        catalogue.migrate()
+def catalogue(home, create_catalogue):
+    with closing(Catalogue(create_catalogue(home / "catalogue.sqlite"))) as catalogue:
         yield catalogue
 
 
@@ -187,13 +186,10 @@ def test_what_an_encoding_lacks_does_not_stop_a_command(catalogue, home):
     assert "? redis            it answers" in result.stdout
 
 
-def test_the_status_tells_throughput_time_left_and_failures_by_reason(tmp_path):
+def test_the_status_tells_throughput_time_left_and_failures_by_reason(sqlite_catalogue_url):
     now = datetime(2026, 1, 1, tzinfo=UTC)
     moment = {"now": datetime.now(UTC) - timedelta(minutes=5)}
-    with closing(
-        Catalogue(f"sqlite:///{tmp_path / 'c.sqlite'}", lambda: moment["now"])
-    ) as catalogue:
-        catalogue.migrate()
+    with closing(Catalogue(sqlite_catalogue_url, lambda: moment["now"])) as catalogue:
         finish(catalogue, catalogue.claim_anew("old", "run"))
         moment["now"] = datetime.now(UTC)
         finish(catalogue, catalogue.claim_anew("new", "run"))

@@ -77,7 +77,8 @@ def consume() -> None:
                 except redis.ResponseError as error:
                     if not str(error).startswith("BUSYGROUP"):  # it exists already
                         raise
-            found = server.xreadgroup(GROUP, "one", {KEY: last}, count=100, block=5000)
+            # For less time than the client waits for an answer, which is 5 s.
+            found = server.xreadgroup(GROUP, "one", {KEY: last}, count=100, block=2000)
             entries = found[0][1] if found else []
             if not entries:
                 last = ">"
@@ -85,7 +86,7 @@ def consume() -> None:
                 if fields:  # empty: it was deleted meanwhile
                     save(fields[b"event"].decode())
                 server.xack(KEY, GROUP, entry)
-        except redis.ConnectionError:
+        except (redis.ConnectionError, redis.TimeoutError):
             last = "0"
             time.sleep(1)
 

@@ -4,7 +4,6 @@ import hashlib
 import json
 import subprocess
 import sys
-from contextlib import closing
 
 import pytest
 import sqlalchemy as sa
@@ -21,7 +20,6 @@ from imagepipeline.originals import build_originals
 from imagepipeline.providers import build_recipes, build_vision, build_vision_recipe
 from imagepipeline.settings import Settings
 from imagepipeline.stores.batches import Answered, Batches
-from imagepipeline.stores.catalogue import Catalogue
 from imagepipeline.stores.ledger import Ledger
 from imagepipeline.stores.tables import batch_requests, provider_calls
 from imagepipeline_tests.batch_server import BatchServer
@@ -281,8 +279,6 @@ def test_a_local_model_needs_no_batches(environment, catalogue, monkeypatch):
 
 @pytest.fixture
 def batches(catalogue_url):
-    with closing(Catalogue(catalogue_url)) as catalogue:
-        catalogue.migrate()
     return Batches(catalogue_url)
 
 

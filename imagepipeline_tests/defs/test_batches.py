@@ -196,7 +196,6 @@ def test_decoders_of_the_bulk_lane_yield_the_cpu():
 @pytest.mark.parametrize(("uploads_left", "expected"), [(None, 20), (5, 15)])
 def test_threads_claim_different_images(catalogue_url, uploads_left, expected):
     with closing(Catalogue(catalogue_url)) as catalogue:
-        catalogue.migrate()
         catalogue.accept([Upload(f"i{number:02}") for number in range(20)])
         if uploads_left is None:
             for number in range(20):

@@ -158,7 +158,7 @@ def world(request, tmp_path, queue, redis_url, monkeypatch):
     folder.mkdir()
     if request.param == "one machine":
         root, bucket = str(folder / "storage"), None
-        url = f"sqlite:///{folder / 'catalogue.sqlite'}"
+        url = request.getfixturevalue("create_catalogue")(folder / "catalogue.sqlite")
         storage = {
             "module": "imagepipeline.runtime.sqlite_storage",
             "class": "PooledSqliteStorage",
@@ -185,7 +185,6 @@ def world(request, tmp_path, queue, redis_url, monkeypatch):
         closing(Catalogue(url)) as catalogue,
         closing(Ledger(url)) as ledger,
     ):
-        catalogue.migrate()
         stores = erasing.Stores(
             catalogue,
             Erasures(url),

@@ -50,7 +50,6 @@ class World:
         self.url, self.instance, self.files, self.index = url, instance, files, index
         self.now = now_utc()
         self.catalogue = Catalogue(url, self.clock)
-        self.catalogue.migrate()
         self.ledger, self.retention = Ledger(url, self.clock), Retention(url, self.clock)
         self.records = DagsterRecords(instance)
 
@@ -312,7 +311,6 @@ def test_sums_of_costs_outlive_their_calls_and_unsent_notices_stay(url, request)
     url = request.getfixturevalue(url)
     now = [now_utc()]
     catalogue, ledger = Catalogue(url, lambda: now[0]), Ledger(url, lambda: now[0])
-    catalogue.migrate()
     retention, outbox = Retention(url, lambda: now[0]), Outbox(url, lambda: now[0])
     catalogue.accept([Upload("paid"), Upload("sent"), Upload("unsent")])
     for image_id in ("paid", None, "paid"):

@@ -30,7 +30,7 @@ VISION_KEY, EMBEDDING_KEY, REDIS_PASSWORD = (
 
 @pytest.mark.parametrize("status", [200, 400, 401, 429, 500])
 def test_no_secret_and_no_picture_is_stored_or_shown(
-    status, httpserver, tmp_path, monkeypatch, queue, redis_url, capfd
+    status, httpserver, tmp_path, monkeypatch, queue, redis_url, capfd, create_catalogue
 ):
     queue.redis.config_set("requirepass", REDIS_PASSWORD)
     pictures = []
@@ -67,8 +67,7 @@ def test_no_secret_and_no_picture_is_stored_or_shown(
         }
         for name, value in environment.items():
             monkeypatch.setenv(name, value)
-        catalogue = Catalogue(f"sqlite:///{tmp_path / 'home' / 'catalogue.sqlite'}")
-        catalogue.migrate()
+        catalogue = Catalogue(create_catalogue(tmp_path / "home" / "catalogue.sqlite"))
         FileStore(tmp_path / "home" / "storage").put_original(
             "cat", (PHOTOS / "cat.jpg").read_bytes(), "jpg"
         )

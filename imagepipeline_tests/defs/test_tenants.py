@@ -85,7 +85,6 @@ def test_an_entry_may_name_a_tenant():
 
 def test_a_push_without_a_tenant_leaves_the_image_to_its_tenant(catalogue_url):
     catalogue = Catalogue(catalogue_url)
-    catalogue.migrate()
     push(catalogue, "acme", 1, name="cat")
     catalogue.accept([Upload("cat-0")])
     assert catalogue.get("cat-0")["tenant"] == "acme"
@@ -148,7 +147,6 @@ def test_a_tenant_has_no_more_images_in_runs_than_its_limit(tick, catalogue, led
 @pytest.mark.parametrize("uploads_left", [None, 1])
 def test_batches_serve_tenants_in_turn_and_keep_to_limits(catalogue_url, uploads_left):
     catalogue = Catalogue(catalogue_url)
-    catalogue.migrate()
     for tenant, count in (("big", 9), ("mid", 3), ("", 3)):
         push(catalogue, tenant, count)
         for number in range(count if uploads_left is None else 0):

@@ -81,7 +81,6 @@ class World:
         self.folder = folder
         self.catalogue_url = catalogue_url
         self.catalogue = Catalogue(catalogue_url)
-        self.catalogue.migrate()
         self.files = FileStore(folder / "storage")
         self.files.put_original("cat", (PHOTOS / "cat.jpg").read_bytes(), "jpg")
         self.catalogue.accept([Upload("cat")])
@@ -167,9 +166,22 @@ def on_databases(*effects):
     )
 
 
+# Before any other effect, the world is as after the one before it.
+KILLED_BEFORE = ("claim", "embed", "final status")
+
+
 @on_databases(*EFFECTS)
-@pytest.mark.parametrize("moment", ["before", "after"])
-def test_the_image_of_a_killed_run_is_completed_once_by_another_run(world, effect, moment):
+def test_the_image_of_a_run_killed_after_an_effect_is_completed_once_by_another(world, effect):
+    check_killed(world, effect, "after")
+
+
+@pytest.mark.parametrize("effect", KILLED_BEFORE)
+@pytest.mark.parametrize("database_urls", ["sqlite"], indirect=True)
+def test_the_image_of_a_run_killed_before_an_effect_is_completed_once_by_another(world, effect):
+    check_killed(world, effect, "before")
+
+
+def check_killed(world, effect, moment):
     process = world.start_run(effect, moment, "SIGKILL")
     assert world.finish(process) == -signal.SIGKILL
     world.hand_over()
@@ -249,17 +261,16 @@ def test_a_frozen_run_that_continues_after_its_replacement_changes_nothing(world
 
 
 def test_killed_and_frozen_runs_workers_and_code_servers_lose_nothing(
-    tmp_path, monkeypatch, database_urls
+    tmp_path, monkeypatch, sqlite_catalogue_url
 ):
+    """On Postgres, `test_compose.py` kills the services and the tests above the runs."""
     home = tmp_path / "home"
     monkeypatch.setenv("IMAGEPIPELINE_HOME", str(home))
-    catalogue_url, dagster_url = database_urls
     # Other tests run stacks at the same time.
     monkeypatch.setenv("IMAGEPIPELINE_WEBSERVER_PORT", str(find_port()))
-    monkeypatch.setenv("DATABASE_URL", catalogue_url)
-    monkeypatch.setenv("DAGSTER_DATABASE_URL", dagster_url or "")
+    monkeypatch.setenv("DATABASE_URL", sqlite_catalogue_url)
     command = Path(sys.executable).parent / "imagepipeline"
-    catalogue = Catalogue(catalogue_url)
+    catalogue = Catalogue(sqlite_catalogue_url)
 
     def wait_until(condition: Callable[[dict], bool]) -> float:
         began = time.monotonic()

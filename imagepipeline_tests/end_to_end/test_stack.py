@@ -234,7 +234,7 @@ def test_a_stopped_stack_finishes_its_runs_and_later_continues_with_the_rest(hom
             run("push", str(PHOTOS / "galaxies.jpg"), "--id", f"galaxy{number}")
         wait_until(lambda: counts()["processing"] or counts()["completed"])
         assert run("down").stdout == "stopped\n"
-        assert stack.wait(10) == 0
+        assert stack.wait(60) == 0
         wait_until(lambda: not processes_of(home))
         after = counts()
         assert after["processing"] == after["failed"] == 0

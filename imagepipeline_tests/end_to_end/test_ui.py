@@ -8,12 +8,12 @@ import sqlalchemy as sa
 from imagepipeline.defs.outcomes import REASON_TAG
 from imagepipeline_tests.end_to_end import stories, ui
 
-pytestmark = [pytest.mark.stack, pytest.mark.xdist_group("ui")]
+pytestmark = pytest.mark.stack
 
 
 @pytest.fixture(scope="module")
 def stack() -> Iterator[ui.Stack]:
-    """A stack that has processed fifty uploads, nine of them bad."""
+    """A stack that has processed uploads, nine of them bad."""
     if ui.find_browser() is None:
         pytest.skip("no Chromium is installed: `apt-get install chromium`")
     with ui.running_stack() as stack:

@@ -1,7 +1,6 @@
-"""A stack with fifty uploads, nine of them bad, and its UI in a browser, with clicks counted."""
+"""A stack with uploads, nine of them bad, and its UI in a browser, with clicks counted."""
 
 import io
-import json
 import os
 import shutil
 import subprocess
@@ -9,18 +8,19 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from pathlib import Path
 
 from PIL import Image, ImageEnhance
 from playwright.sync_api import Locator, Page, expect, sync_playwright
 
+from imagepipeline.stores.catalogue import Catalogue
 from imagepipeline_tests.conftest import PHOTOS
 from imagepipeline_tests.end_to_end.processes import find_port
 
 COMMAND = Path(sys.executable).parent / "imagepipeline"
 BROWSERS = ("chromium", "chromium-browser", "google-chrome")
-GOOD, BAD = 41, 9
+GOOD, BAD = 11, 9
 PATIENCE_SECONDS = 600
 WINDOW = {"width": 1440, "height": 900}
 ASSETS = ("queue", "original", "metadata", "variants", "embedding", "index", "outdated")
@@ -31,11 +31,11 @@ def find_browser() -> str | None:
     return next(filter(None, map(shutil.which, BROWSERS)), None)
 
 
-def make_uploads() -> dict[str, bytes]:
-    """Returns the files of fifty uploads by file name; those of `bad-…` will be rejected."""
+def make_uploads(good: int = GOOD) -> dict[str, bytes]:
+    """Returns the files of uploads by file name; those of `bad-…` will be rejected."""
     photos = sorted(PHOTOS.glob("*.jpg"))
     uploads = {}
-    for number in range(GOOD):
+    for number in range(good):
         image = Image.open(photos[number % len(photos)])
         image.thumbnail((400, 400))
         changed = ImageEnhance.Brightness(image).enhance(0.8 + number / 100)
@@ -79,16 +79,6 @@ class Stack:
             "IMAGEPIPELINE_WEBSERVER_PORT": str(port),
         }
 
-    def call(self, *arguments: str) -> str:
-        """Runs a command of ours and returns what it prints."""
-        return subprocess.run(
-            [COMMAND, *arguments],
-            env=self.environment,
-            check=True,
-            stdout=subprocess.PIPE,
-            text=True,
-        ).stdout
-
     def push(self, name: str, content: bytes) -> None:
         """Stores an original and pushes its ID."""
         original = self.home / "storage" / "original" / name
@@ -106,11 +96,8 @@ class Stack:
 
     def wait_for(self, **counts: int) -> None:
         """Waits until so many images have these statuses."""
-        wait_until(lambda: counts.items() <= self._count().items())
-
-    def _count(self) -> dict[str, int]:
-        counts: dict[str, int] = json.loads(self.call("status", "--json"))
-        return counts
+        with closing(Catalogue(f"sqlite:///{self.home / 'catalogue.sqlite'}")) as catalogue:
+            wait_until(lambda: counts.items() <= catalogue.count().items())
 
 
 def wait_until(is_true: Callable[[], bool]) -> None:

@@ -23,7 +23,7 @@ from imagepipeline.errors import ImagePipelineError
 from imagepipeline.imaging.decoding import Rules, decode
 from imagepipeline.imaging.preparation import prepare
 from imagepipeline.imaging.sandbox import Sandbox
-from imagepipeline.imaging.variants import render
+from imagepipeline.imaging.variants import render_and_inspect
 from imagepipeline.models import Variant, build_variant_specs
 
 SAMPLES = Path(__file__).parent / "samples"
@@ -1264,7 +1264,7 @@ def process(
     try:
         with sandbox.open(decode, content, rules) as session:
             _, preparing = session.call(prepare)
-            made, encoding = session.call(render, build_variant_specs())
+            (made, _), encoding = session.call(render_and_inspect, build_variant_specs(), True)
     except ImagePipelineError as error:
         return Result(getattr(error, "reason", "unexpected"), str(error))
     cpu_seconds = session.usage.cpu_seconds + preparing.cpu_seconds + encoding.cpu_seconds

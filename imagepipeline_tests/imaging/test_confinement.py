@@ -7,7 +7,6 @@ import pickle
 import struct
 import subprocess
 import sys
-import time
 from contextlib import closing
 from pathlib import Path
 
@@ -246,13 +245,11 @@ def test_a_malformed_answer_fails_the_image_for_good(zygote, data):
 
 
 def test_an_answer_that_trickles_in_times_out(zygote):
-    started = time.monotonic()
     with (
-        open_session(zygote, wall_seconds=0.5) as session,
-        pytest.raises(SandboxLostError, match=r"longer than 0\.5 s"),
+        open_session(zygote, wall_seconds=2) as session,
+        pytest.raises(SandboxLostError, match="longer than 2 s"),
     ):
         session.call(sandbox_operations.dribble, frame(b'{"value": null, ' + USAGE + b"}"))
-    assert time.monotonic() - started < 5
 
 
 @pytest.mark.parametrize(

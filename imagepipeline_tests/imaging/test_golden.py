@@ -21,10 +21,11 @@ pytestmark = pytest.mark.stack
 MIN_RESIZED_DB, MIN_ENCODED_DB = 38, 29
 
 
-def large_photo(name, **options):
+def large_photo(name, times=5, **options):
     """Returns a demo photo enlarged to more than the width of the largest variant."""
     image = decode((PHOTOS / name).read_bytes()).image
-    return encode(image.resize((image.width * 5, image.height * 5)), "JPEG", quality=95, **options)
+    size = (image.width * times, image.height * times)
+    return encode(image.resize(size), "JPEG", quality=95, **options)
 
 
 def resize_by_vips(content, width_px):
@@ -56,9 +57,9 @@ def orientation_6():
 
 FILES = {
     "cat": lambda: large_photo("cat.jpg"),
-    "galaxies": lambda: large_photo("galaxies.jpg"),
-    "progressive": lambda: large_photo("coffee.jpg", progressive=True),
-    "wide gamut": lambda: large_photo("coffee.jpg", icc_profile=wide_profile()),
+    "decoded at half its size": lambda: large_photo("galaxies.jpg", 4),
+    "progressive": lambda: large_photo("coffee.jpg", 4, progressive=True),
+    "wide gamut": lambda: large_photo("coffee.jpg", 4, icc_profile=wide_profile()),
     "turned": orientation_6,
 }
 
@@ -69,7 +70,9 @@ def test_variants_agree_with_another_decoder_and_resizer(name):
     decoded = decode(content)
     wide = pixels(resize_by_vips(content, decoded.image.width))
     assert decibels(np.asarray(decoded.image, dtype=float), wide) > MIN_RESIZED_DB
-    for variant in render(decoded, build_variant_specs()):
+    # What is encoded does not depend on how it was decoded.
+    specs = build_variant_specs() if name == "cat" else build_variant_specs()[:2]
+    for variant in render(decoded, specs):
         reference = pixels(resize_by_vips(content, variant.spec.width_px))
         made = pixels(pyvips.Image.new_from_buffer(variant.content, ""))
         assert decibels(made, reference) > MIN_ENCODED_DB, variant.spec

@@ -2,8 +2,6 @@
 
 import os
 import signal
-import subprocess
-import sys
 import threading
 import time
 from contextlib import closing, contextmanager
@@ -14,7 +12,6 @@ import pytest
 from imagepipeline.errors import LimitError, SandboxLostError, UnreadableImageError
 from imagepipeline.imaging.sandbox import Sandbox, Zygote
 from imagepipeline_tests.imaging import sandbox_operations as ops
-from imagepipeline_tests.imaging.odd_files import cases
 
 OPERATIONS = "imagepipeline_tests.imaging.sandbox_operations"
 SECONDS = 10
@@ -122,8 +119,8 @@ def test_the_error_for_too_much_cpu_time_names_its_setting(zygote):
 
 
 def test_a_call_that_takes_too_long_may_be_retried(zygote):
-    with open_session(zygote, wall_seconds=0.2) as session:
-        with pytest.raises(SandboxLostError, match=r"longer than 0\.2 s"):
+    with open_session(zygote, wall_seconds=2) as session:
+        with pytest.raises(SandboxLostError, match="longer than 2 s"):
             session.call(ops.sleep, 60.0)
         assert not session.is_open
         assert_ends(session.process_id)
@@ -292,37 +289,3 @@ def test_threads_that_hold_locks_do_not_block_the_sandbox(zygote):
     finally:
         is_over.set()
         thread.join()
-
-
-# Reads the corpus from standard input, and prints the modules imported for it after the warm-up.
-AFTER_THE_WARM_UP = """
-import sys
-from imagepipeline.imaging import operations
-from imagepipeline.models import build_variant_specs
-
-class Watch:
-    def find_spec(self, name, path=None, target=None):
-        asked.add(name)
-
-asked = set()
-operations.warm_up()
-sys.meta_path.insert(0, Watch())
-while length := int.from_bytes(sys.stdin.buffer.read(4), "big"):
-    try:
-        decoded = operations.decode(sys.stdin.buffer.read(length))
-        operations.prepare(decoded)
-        operations.render_and_inspect(decoded, build_variant_specs(), True)
-    except Exception:
-        pass
-print(sorted(asked))
-"""
-
-
-@pytest.mark.stack
-def test_no_file_of_the_corpus_needs_an_import_after_the_warm_up():
-    contents = [case.content for case in cases() if case.content and case.outcome != "crashed"]
-    stream = b"".join(len(content).to_bytes(4, "big") + content for content in contents) + bytes(4)
-    result = subprocess.run(
-        [sys.executable, "-c", AFTER_THE_WARM_UP], input=stream, capture_output=True, check=True
-    )
-    assert result.stdout.decode().splitlines()[-1] == "[]"

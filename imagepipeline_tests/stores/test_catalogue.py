@@ -66,9 +66,7 @@ class Clock:
 
 @pytest.fixture
 def catalogue(catalogue_url):
-    catalogue = Catalogue(catalogue_url, Clock())
-    catalogue.migrate()
-    return catalogue
+    return Catalogue(catalogue_url, Clock())
 
 
 @pytest.fixture
@@ -85,10 +83,12 @@ def make(catalogue, claim):
         catalogue.record_result(claim, asset, RECIPE, "0" * 64)
 
 
-def test_migrations_create_the_tables_that_the_code_expects(catalogue, catalogue_url):
+def test_migrations_create_the_tables_that_the_code_expects(bare_database_url):
+    catalogue = Catalogue(bare_database_url)
+    catalogue.migrate()
     catalogue.migrate()
     catalogue.check()
-    with sa.create_engine(catalogue_url).connect() as connection:
+    with sa.create_engine(bare_database_url).connect() as connection:
         context = MigrationContext.configure(
             connection, opts={"compare_type": True, "version_table": VERSION_TABLE}
         )
@@ -115,10 +115,12 @@ def make_tables_of_0_1_0(url):
         connection.exec_driver_sql(f"DROP TABLE {VERSION_TABLE}")
 
 
-def test_small_images_of_an_earlier_version_keep_their_files_and_are_published_once(catalogue_url):
+def test_small_images_of_an_earlier_version_keep_their_files_and_are_published_once(
+    bare_database_url,
+):
     config = Config()
     config.set_main_option("script_location", "imagepipeline.stores:migrations")
-    with sa.create_engine(catalogue_url).begin() as connection:
+    with sa.create_engine(bare_database_url).begin() as connection:
         config.attributes["connection"] = connection
         command.upgrade(config, "0010")
         connection.exec_driver_sql(
@@ -137,7 +139,7 @@ def test_small_images_of_an_earlier_version_keep_their_files_and_are_published_o
                 f"VALUES ('a-{suffix}-webp', 'a', {width}, 9, 'webp', 'variants/a-{suffix}.webp', "
                 f"{width})"
             )
-    catalogue = Catalogue(catalogue_url)
+    catalogue = Catalogue(bare_database_url)
     catalogue.migrate()
     variants = catalogue.get("a")["variants"]
     assert {one["path"]: one["is_alias"] for one in variants} == {
@@ -145,7 +147,7 @@ def test_small_images_of_an_earlier_version_keep_their_files_and_are_published_o
         "variants/a-md.webp": False,
         "variants/a-lg.webp": True,
     }
-    with sa.create_engine(catalogue_url).begin() as connection:
+    with sa.create_engine(bare_database_url).begin() as connection:
         published = connection.exec_driver_sql("SELECT path FROM published_variants_v1")
         assert sorted(published.scalars()) == ["variants/a-md.webp", "variants/a-sm.webp"]
         config.attributes["connection"] = connection
@@ -155,7 +157,6 @@ def test_small_images_of_an_earlier_version_keep_their_files_and_are_published_o
 
 def test_variants_of_an_image_share_a_path_and_others_cannot_take_it(catalogue_url):
     catalogue = Catalogue(catalogue_url)
-    catalogue.migrate()
     specs = build_variant_specs()[::2]
     for image_id in ("a", "b"):
         catalogue.accept([Upload(image_id)])
@@ -183,11 +184,14 @@ def read_versions(url):
         }
 
 
-def test_tables_of_an_earlier_version_are_migrated_and_keep_its_version_table(catalogue_url):
-    make_tables_of_0_1_0(catalogue_url)
-    catalogue = Catalogue(catalogue_url)
+def test_tables_of_an_earlier_version_are_migrated_and_keep_its_version_table(bare_database_url):
+    make_tables_of_0_1_0(bare_database_url)
+    catalogue = Catalogue(bare_database_url)
     catalogue.migrate()
-    assert read_versions(catalogue_url) == {"alembic_version": ["0003"], VERSION_TABLE: [NEWEST]}
+    assert read_versions(bare_database_url) == {
+        "alembic_version": ["0003"],
+        VERSION_TABLE: [NEWEST],
+    }
     assert [catalogue.get(image_id)["requested_path"] for image_id in ("a_b", "axb")] == [
         None,
         "original/a_b.png",
@@ -196,15 +200,18 @@ def test_tables_of_an_earlier_version_are_migrated_and_keep_its_version_table(ca
     catalogue.check()
 
 
-def test_another_programs_version_table_is_left_alone(catalogue_url):
-    with sa.create_engine(catalogue_url).begin() as connection:
+def test_another_programs_version_table_is_left_alone(bare_database_url):
+    with sa.create_engine(bare_database_url).begin() as connection:
         connection.exec_driver_sql(
             "CREATE TABLE alembic_version (version_num VARCHAR(32) NOT NULL)"
         )
         connection.exec_driver_sql("INSERT INTO alembic_version VALUES ('0003')")
-    Catalogue(catalogue_url).migrate()
-    Catalogue(catalogue_url).check()
-    assert read_versions(catalogue_url) == {"alembic_version": ["0003"], VERSION_TABLE: [NEWEST]}
+    Catalogue(bare_database_url).migrate()
+    Catalogue(bare_database_url).check()
+    assert read_versions(bare_database_url) == {
+        "alembic_version": ["0003"],
+        VERSION_TABLE: [NEWEST],
+    }
 
 
 def test_tables_with_additions_of_a_newer_version_are_used_as_they_are(catalogue, catalogue_url):
@@ -234,9 +241,9 @@ def test_compiled_statements_are_shared_by_all_sqlite_databases(tmp_path):
     assert [read("one"), read("two")] == ["CACHE_MISS", "CACHE_HIT"]
 
 
-def test_a_database_without_tables_is_a_clear_error(catalogue_url):
+def test_a_database_without_tables_is_a_clear_error(bare_database_url):
     with pytest.raises(StackError, match="imagepipeline up"):
-        Catalogue(catalogue_url).check()
+        Catalogue(bare_database_url).check()
 
 
 def test_an_upload_is_pending_in_its_first_generation(catalogue):
@@ -484,7 +491,6 @@ def test_a_catalogue_that_is_down_postpones_without_showing_its_password(tmp_pat
 
 def test_the_catalogue_reconnects_after_the_database_restarts(postgres_url, postgres_catalogue_url):
     catalogue = Catalogue(postgres_catalogue_url)
-    catalogue.migrate()
     catalogue.accept([Upload("a")])
     with sa.create_engine(postgres_url).connect() as admin:
         name = sa.make_url(postgres_catalogue_url).database
@@ -499,7 +505,6 @@ IMPOSSIBLE = ["{", "[" * 100_000, "1" * 10_000, "[1]", "7", '"text"', '{"a": ' *
 @pytest.mark.parametrize("text", IMPOSSIBLE, ids=range(len(IMPOSSIBLE)))
 def test_invalid_json_in_a_row_affects_only_the_metadata_of_that_row(sqlite_catalogue_url, text):
     catalogue = Catalogue(sqlite_catalogue_url)
-    catalogue.migrate()
     for image_id in ("bad", "good"):
         catalogue.fail(catalogue.claim_anew(image_id, "run"), "corrupt", "cut off")
     with sa.create_engine(sqlite_catalogue_url).begin() as connection:
@@ -514,7 +519,6 @@ def test_invalid_json_in_a_row_affects_only_the_metadata_of_that_row(sqlite_cata
 @pytest.mark.parametrize("text", ["\x1b[31m\n\u202e\x7f", "half \ud83d", "nothing \x00"])
 def test_any_text_can_be_stored_and_becomes_printable(catalogue_url, text):
     catalogue = Catalogue(catalogue_url)
-    catalogue.migrate()
     claim = catalogue.claim_anew("a", "run")
     catalogue.record_failure(claim, "metadata", 1, 1, text)
     catalogue.fail(claim, "unexpected", text * 300)
@@ -533,7 +537,6 @@ def test_any_text_can_be_stored_and_becomes_printable(catalogue_url, text):
 
 def test_an_original_belongs_to_the_image_that_named_it_first(catalogue_url):
     catalogue = Catalogue(catalogue_url)
-    catalogue.migrate()
     catalogue.accept(
         [Upload("a", "original/2026/x.jpg"), Upload("b"), Upload("c", "original/b.png")]
     )
@@ -560,4 +563,4 @@ def test_reads_do_not_wait_for_a_writer(catalogue, catalogue_url):
     with Database(catalogue_url).transaction() as connection:
         connection.exec_driver_sql("UPDATE images SET priority = 7")
         with ThreadPoolExecutor() as pool:  # a read of its own connection sees the last commit
-            assert pool.submit(catalogue.get, "cat").result(timeout=5)["priority"] == 0
+            assert pool.submit(catalogue.get, "cat").result(timeout=20)["priority"] == 0

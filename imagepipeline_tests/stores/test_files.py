@@ -112,6 +112,8 @@ def test_readers_of_a_bucket_see_either_the_old_or_the_new_content(bucket_url):
         ]
         while not all(write.done() for write in writes):
             assert storage.read("variants/a.webp") in contents
+        for write in writes:
+            write.result()
 
 
 def test_the_content_type_of_an_object_does_not_come_from_its_uploader(bucket_url):

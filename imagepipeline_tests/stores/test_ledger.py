@@ -5,7 +5,6 @@ from datetime import UTC, datetime, timedelta
 import pytest
 
 from imagepipeline.models import PaidCall
-from imagepipeline.stores.catalogue import Catalogue
 from imagepipeline.stores.ledger import Ledger
 
 NOON = datetime(2026, 11, 23, 12, tzinfo=UTC)
@@ -26,9 +25,6 @@ def clock():
 
 @pytest.fixture
 def ledger(catalogue_url, clock):
-    catalogue = Catalogue(catalogue_url)
-    catalogue.migrate()
-    catalogue.close()
     ledger = Ledger(catalogue_url, clock)
     yield ledger
     ledger.close()
@@ -72,9 +68,6 @@ def test_costs_are_summed_by_model_stage_and_day(ledger, clock):
 
 
 def test_days_are_in_utc_whatever_the_sessions_time_zone(postgres_catalogue_url, clock):
-    catalogue = Catalogue(postgres_catalogue_url)
-    catalogue.migrate()
-    catalogue.close()
     ledger = Ledger(postgres_catalogue_url + "&options=-c%20timezone%3DPacific/Kiritimati", clock)
     ledger.record(call())
     assert [row["day"] for row in ledger.summarize("day")] == ["2026-11-23"]
