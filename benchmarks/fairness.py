@@ -1,6 +1,8 @@
 """Measures how long one tenant's single uploads take, alone and while another's thousands wait.
 
-python -m benchmarks.fairness PHOTOS [--waiting 10000] [--count 8]
+python -m benchmarks.fairness PHOTOS [--waiting 10000] [--count 8] [--workers 2]
+
+With `--workers`, the work is done by so many simulated machines.
 """
 
 import argparse
@@ -9,13 +11,14 @@ import os
 import statistics
 import time
 from collections.abc import Iterator
-from contextlib import closing
+from contextlib import ExitStack, closing
 from itertools import cycle, islice
 from pathlib import Path
 from typing import Any
 
+from benchmarks.machines import run_machines
 from benchmarks.stack import Stack, describe_machine, run_provider, run_stack
-from benchmarks.throughput import CHAT_SECONDS, EMBED_SECONDS, collect
+from benchmarks.throughput import CHAT_SECONDS, EMBED_SECONDS, collect, share_slots
 from imagepipeline.models import Upload
 from imagepipeline.storage import open_storage
 from imagepipeline.stores.catalogue import Catalogue
@@ -24,10 +27,16 @@ from imagepipeline.stores.uploads import UploadQueue
 DIFFERENT = 400  # originals of the waiting images; more than are made meanwhile
 
 
-def measure(folder: Path, waiting: int, count: int) -> dict[str, Any]:
+def measure(folder: Path, waiting: int, count: int, workers: int | None) -> dict[str, Any]:
     """Returns the seconds from push to completion of the single uploads, and their ratio."""
     machine, photos = describe_machine(), sorted(collect(folder, 20).iterdir())
-    with run_provider(CHAT_SECONDS, EMBED_SECONDS) as provider, run_stack(provider) as stack:
+    with ExitStack() as exits:
+        provider = exits.enter_context(run_provider(CHAT_SECONDS, EMBED_SECONDS))
+        stack = exits.enter_context(
+            run_machines(provider | share_slots(workers), workers)
+            if workers
+            else run_stack(provider)
+        )
         alone = list(time_single_uploads(stack, photos, count, "alone"))
         push_many(stack, photos, waiting)
         time.sleep(15)
@@ -77,5 +86,7 @@ if __name__ == "__main__":
     parser.add_argument("photos", type=Path)
     parser.add_argument("--waiting", type=int, default=10_000)
     parser.add_argument("--count", type=int, default=8)
-    arguments = parser.parse_args()
-    print(json.dumps(measure(arguments.photos, arguments.waiting, arguments.count), indent=2))
+    parser.add_argument("--workers", type=int)
+    options = parser.parse_args()
+    measured = measure(options.photos, options.waiting, options.count, options.workers)
+    print(json.dumps(measured, indent=2))

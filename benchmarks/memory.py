@@ -1,6 +1,8 @@
-"""Measures the memory of the idle stack, of one upload, and of the same project in `dagster dev`.
+"""Measures the memory of a stack: fresh, after some and after many images, and during an upload.
 
-python -m benchmarks.memory PHOTOS
+Also measures the same project in `dagster dev`.
+
+python -m benchmarks.memory PHOTOS [--images 30 300]
 """
 
 import argparse
@@ -10,13 +12,13 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from benchmarks.stack import (
     describe_machine,
     list_tree,
-    name_process,
     read_pss_bytes,
     run_provider,
     run_stack,
@@ -24,33 +26,41 @@ from benchmarks.stack import (
 )
 from benchmarks.throughput import collect
 
+REST_SECONDS = 20  # until used children have been replaced
 
-def measure(folder: Path) -> dict[str, Any]:
-    """Returns the memory in bytes, with shared pages counted once."""
-    machine, photos = describe_machine(), collect(folder, 5)
+
+def measure(folder: Path, counts: Sequence[int]) -> dict[str, Any]:
+    """Returns the memory in MB by process, with shared pages counted once (PSS).
+
+    `after` has it at rest after so many images in all.
+    """
+    machine, done, after, at_once = describe_machine(), 0, {}, {}
     with run_provider(1, 0) as provider, run_stack(provider) as stack:
         fresh = stack.measure_memory_bytes()
-        stack.wait(stack.push(sorted(photos.iterdir())))
-        time.sleep(3)
-        idle = stack.measure_memory_bytes()
-        by_process: dict[str, int] = {}
-        for pid in list_tree(stack.pid):
-            by_process[name_process(pid)] = by_process.get(name_process(pid), 0) + read_pss_bytes(
-                pid
-            )
-        pushed = stack.push([sorted(photos.iterdir())[0]])
-        peak, deadline = 0, time.monotonic() + 4
+        for count in counts:
+            photos = sorted(collect(folder, count - done).iterdir())
+            stack.wait(stack.push(photos), seconds=1800)
+            at_once[count] = _show(stack.measure_memory_bytes())
+            time.sleep(REST_SECONDS)
+            after[count], done = stack.measure_memory_bytes(), count
+        idle_bytes = sum(stack.measure_memory_bytes().values())
+        pushed = stack.push(photos[:1])
+        peak_bytes, deadline = 0, time.monotonic() + 4
         while time.monotonic() < deadline:
-            peak = max(peak, stack.measure_memory_bytes())
+            peak_bytes = max(peak_bytes, sum(stack.measure_memory_bytes().values()))
         stack.wait(pushed)
     return {
         "machine": machine,
-        "fresh_bytes": fresh,
-        "idle_bytes": idle,
-        "idle_bytes_by_process": by_process,
-        "one_upload_bytes": peak - idle,
-        "dagster_dev_idle_bytes": measure_dagster_dev(),
+        "fresh_mb": _show(fresh),
+        "at_once_mb": at_once,
+        "after_mb": {count: _show(used) for count, used in after.items()},
+        "one_upload_mb": (peak_bytes - idle_bytes) // 1_000_000,
+        "dagster_dev_mb": measure_dagster_dev() // 1_000_000,
     }
+
+
+def _show(used: dict[str, int]) -> dict[str, int]:
+    return {name: one // 1_000_000 for name, one in {"all": sum(used.values()), **used}.items()}
 
 
 def measure_dagster_dev() -> int:
@@ -82,4 +92,6 @@ def measure_dagster_dev() -> int:
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("photos", type=Path)
-    print(json.dumps(measure(parser.parse_args().photos), indent=2))
+    parser.add_argument("--images", type=int, nargs="+", default=[30, 300])
+    options = parser.parse_args()
+    print(json.dumps(measure(options.photos, options.images), indent=2))

@@ -9,6 +9,7 @@ import sys
 import tempfile
 import time
 import urllib.request
+from collections import Counter
 from collections.abc import Iterator, Mapping
 from contextlib import closing, contextmanager
 from dataclasses import dataclass
@@ -26,6 +27,7 @@ from imagepipeline.stores.uploads import UploadQueue
 FOLDER = Path(__file__).parent
 TICKS = os.sysconf("SC_CLK_TCK")
 COMMAND = Path(sys.executable).parent / "imagepipeline"
+SETTLE_SECONDS = 8  # until the index is imported and all processes have finished starting
 
 
 @dataclass
@@ -88,9 +90,12 @@ class Stack:
             used[name] = used.get(name, 0) + sum(int(field) for field in fields[11:15]) / TICKS
         return used
 
-    def measure_memory_bytes(self) -> int:
-        """Returns the memory of all processes, with shared pages counted once (PSS)."""
-        return sum(read_pss_bytes(pid) for pid in list_tree(self.pid))
+    def measure_memory_bytes(self) -> dict[str, int]:
+        """Returns the memory by process name, with shared pages counted once (PSS)."""
+        used: Counter[str] = Counter()
+        for pid in list_tree(self.pid):
+            used[name_process(pid)] += read_pss_bytes(pid)
+        return dict(used.most_common())
 
 
 @contextmanager
@@ -106,7 +111,7 @@ def run_stack(environment: Mapping[str, str]) -> Iterator[Stack]:
             if process.poll() is not None:
                 raise RuntimeError((home / "up.log").read_text())
             time.sleep(0.2)
-        time.sleep(8)  # until the index is imported and all processes have finished starting
+        time.sleep(SETTLE_SECONDS)
         yield Stack(settings, running["pid"], running["webserver_url"])
     finally:
         processes.stop(process, patience_seconds=60)

@@ -27,6 +27,7 @@ def enqueue(
     priority: int,
     report: Report,
     tenant: str = "",
+    focus: tuple[float, float] | None = None,
 ) -> None:
     """Stores each photo as its image's original, then pushes the ID.
 
@@ -39,7 +40,7 @@ def enqueue(
         path = files.put_original(image_id, photo.read_bytes(), choose_extension(photo.name))
         _replace_others(settings, files, image_id, path, report)
         try:
-            queue.enqueue(image_id, path, priority, tenant)
+            queue.enqueue(image_id, path, priority, tenant, focus)
         except StackError as error:
             raise StackError(f"{error}; {path} is stored and not enqueued: push it again") from None
 

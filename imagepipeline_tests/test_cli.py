@@ -113,10 +113,16 @@ def test_push_stores_the_original_and_enqueues_its_id(invoke, tmp_path, queue):
     }
 
 
-def test_push_uses_a_given_id(invoke, queue):
-    assert invoke("push", str(PHOTOS / "cat.jpg"), "--id", "tom") == (0, "tom\n", "")
+def test_push_uses_a_given_id_and_focus(invoke, queue):
+    command = ("push", str(PHOTOS / "cat.jpg"), "--id", "tom", "--focus")
+    assert invoke(*command, "0.2, 1") == (0, "tom\n", "")
     [entry] = queue.read(9)
-    assert json.loads(entry)["imageId"] == "tom"
+    assert (json.loads(entry)["imageId"], json.loads(entry)["focus"]) == ("tom", [0.2, 1.0])
+    for wrong in ("", "0.5", "0.5,1.01", "-0.1,0", "nan,0", "a,b", "0.1,0.1,0.1"):
+        code, _, err = invoke(*command, wrong)
+        assert code == 2
+        assert f"{wrong!r} is not two numbers from 0 to 1" in err
+    assert queue.count()["waiting"] == 1
 
 
 def test_push_takes_the_images_of_a_folder(invoke, tmp_path, queue):

@@ -43,6 +43,21 @@ SHOWN = {  # the others are only in the JSON
 photo_type = click.Path(exists=True, readable=True, path_type=Path)
 
 
+def _parse_focus(
+    _: click.Context, __: click.Parameter, value: str | None
+) -> tuple[float, float] | None:
+    if value is None:
+        return None
+    try:
+        x, y = map(float, value.split(","))
+        return Upload("image", focus=(x, y)).focus
+    except (ValueError, InvalidUploadError):
+        raise click.BadParameter(
+            f"{value!r:.80} is not two numbers from 0 to 1 with a comma, such as 0.2,0.35: "
+            "how far from the left and from the top"
+        ) from None
+
+
 @click.command(epilog=EPILOG)
 @click.argument("photos", nargs=-1, required=True, type=photo_type)
 @click.option(
@@ -55,6 +70,12 @@ photo_type = click.Path(exists=True, readable=True, path_type=Path)
     help="Higher is run sooner.",
 )
 @tenant_option
+@click.option(
+    "--focus",
+    metavar="X,Y",
+    callback=_parse_focus,
+    help="What crops keep in view: how far from the left and the top, 0 to 1, such as 0.2,0.35.",
+)
 @click.option("--wait", "waits", is_flag=True, help="Show progress until every image has ended.")
 @json_option
 @with_settings
@@ -64,6 +85,7 @@ def push(
     image_id: str | None,
     priority: int,
     tenant: str,
+    focus: tuple[float, float] | None,
     waits: bool,
     as_json: bool,
 ) -> None:
@@ -88,11 +110,11 @@ def push(
         from imagepipeline import display
 
         began = time.monotonic()
-        results = push_and_follow(settings, images, priority, time.sleep, tenant)
+        results = push_and_follow(settings, images, priority, time.sleep, tenant, focus)
         display.show_results(results, time.monotonic() - began, as_json)
         exit_by(results)
         return
-    uploading.enqueue(settings, images, priority, note, tenant)
+    uploading.enqueue(settings, images, priority, note, tenant, focus)
     rows = [{"image_id": image_id, "photo": str(photo)} for image_id, photo in images.items()]
     say(*([to_json(rows)] if as_json else images))
 
@@ -284,13 +306,14 @@ def push_and_follow(
     priority: int,
     pause: Callable[[float], None],
     tenant: str = "",
+    focus: tuple[float, float] | None = None,
 ) -> list[dict[str, Any]]:
     """Enqueues photos by ID, shows progress until all have ended, and returns the results."""
     from imagepipeline import display
 
     catalogue = open_catalogue(settings)
     before = catalogue.get_states(list(images))
-    uploading.enqueue(settings, images, priority, note, tenant)
+    uploading.enqueue(settings, images, priority, note, tenant, focus)
     # A run covers the pushes before its start: wait for one that started after our push.
     awaited = {
         image_id: before[image_id].pushes + 1 if image_id in before else 1 for image_id in images

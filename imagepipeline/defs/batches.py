@@ -53,7 +53,7 @@ LINGER_SECONDS = 2  # without images: the next tick of the sensor may bring some
 # in the catalogue (`imagepipeline status ID`).
 SHOWN = (
     *("description", "tags", "category", "cost_usd", "cause"),
-    *("bytes_in", "bytes_out", "problems"),
+    *("bytes_in", "bytes_out", "problems", "cpu_seconds"),
 )
 
 

@@ -148,9 +148,8 @@ def migrate(settings: Settings, is_taken_over: bool = False) -> None:
         StackError: The home cannot be written to, or a database does not answer or refuses. The
             message ends with the last line that the migration printed.
     """
-    _run_migration(
-        settings, ["--take-over"] * is_taken_over, "the tables could not be created or updated"
-    )
+    arguments = ["--take-over"] * is_taken_over
+    _run_module(settings, "migration", arguments, "the tables could not be created or updated")
 
 
 def check_catalogue(settings: Settings) -> None:
@@ -159,17 +158,7 @@ def check_catalogue(settings: Settings) -> None:
     Raises:
         StackError: The catalogue belongs to another Dagster instance, or does not answer.
     """
-    _run_migration(settings, ["--check"], "the catalogue cannot be used")
-
-
-def _run_migration(settings: Settings, options: list[str], failure: str) -> None:
-    prepare(settings)
-    command = [*MIGRATION_COMMAND, *options]
-    environment = build_environment(settings, "migration")
-    result = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
-    if result.returncode != 0:
-        last_line = (result.stderr.strip().splitlines() or ["no message"])[-1]
-        raise StackError(f"{failure}: {last_line:.500}")
+    _run_module(settings, "migration", ["--check"], "the catalogue cannot be used")
 
 
 def is_healthy(settings: Settings, name: str) -> bool:
@@ -220,9 +209,8 @@ def erase(settings: Settings, image_ids: Sequence[str], is_dry_run: bool) -> lis
         StackError: One could not be erased. The message ends with the last line that was printed.
     """
     arguments = ["--dry-run"] * is_dry_run + list(image_ids)
-    receipts: list[dict[str, Any]] = _run_module(
-        settings, "erasure", arguments, "not everything was erased"
-    )
+    shown = _run_module(settings, "erasure", arguments, "not everything was erased")
+    receipts: list[dict[str, Any]] = json.loads(shown)
     return receipts
 
 
@@ -233,9 +221,8 @@ def prune(settings: Settings, is_dry_run: bool) -> dict[str, Any]:
         StackError: Not all could be pruned. The message ends with the last line that was printed.
     """
     arguments = ["--dry-run"] * is_dry_run
-    pruned: dict[str, Any] = _run_module(
-        settings, "pruning", arguments, "not everything was pruned"
-    )
+    shown = _run_module(settings, "pruning", arguments, "not everything was pruned")
+    pruned: dict[str, Any] = json.loads(shown)
     return pruned
 
 
@@ -246,14 +233,13 @@ def restore(settings: Settings, image_ids: Sequence[str], is_dry_run: bool) -> l
         StackError: One could not be restored. The message ends with the last line printed.
     """
     arguments = ["--dry-run"] * is_dry_run + list(image_ids)
-    rows: list[dict[str, Any]] = _run_module(
-        settings, "restoration", arguments, "not every image was restored"
-    )
+    shown = _run_module(settings, "restoration", arguments, "not every image was restored")
+    rows: list[dict[str, Any]] = json.loads(shown)
     return rows
 
 
-def _run_module(settings: Settings, name: str, arguments: Sequence[str], failure: str) -> Any:
-    """Runs one of our modules that import Dagster, and returns the JSON that it printed last."""
+def _run_module(settings: Settings, name: str, arguments: Sequence[str], failure: str) -> str:
+    """Runs one of our modules that import Dagster, and returns the last line that it printed."""
     prepare(settings)
     command = [sys.executable, "-m", f"imagepipeline.runtime.{name}", *arguments]
     environment = build_environment(settings, name)
@@ -261,7 +247,7 @@ def _run_module(settings: Settings, name: str, arguments: Sequence[str], failure
     if result.returncode != 0:
         last_line = (result.stderr.strip().splitlines() or ["no message"])[-1]
         raise StackError(f"{failure}: {last_line:.500}")
-    return json.loads(result.stdout.splitlines()[-1])
+    return (result.stdout.splitlines() or [""])[-1]
 
 
 def answers_socket(path: Path) -> bool:

@@ -8,11 +8,11 @@ for module in (
     *(
         "dagster._grpc.client",
         "dagster._grpc.server",
-        "dagster_celery.launcher",
         "dagster_postgres",
     ),
     *("fsspec", "grpc_health.v1.health_pb2_grpc", "upath", "uvicorn", "websockets"),
     *("imagepipeline.cli", "imagepipeline.definitions"),
+    *("imagepipeline.runtime.launcher", "imagepipeline.runtime.sqlite_storage"),
 ):
     importlib.import_module(module)
 gc.collect()

@@ -44,10 +44,11 @@ from imagepipeline.stores import broker
 PRELOADED = (
     *(
         "imagepipeline.services.openai_client",
-        "openai.resources.chat",
+        "openai.resources.chat.completions",
         "openai.resources.embeddings",
     ),
-    *("httpcore2", "upath"),
+    *("httpcore2", "upath.core"),
+    *("imagepipeline.runtime.postgres_storage", "imagepipeline.runtime.sqlite_storage"),
 )
 RESIDENT_COMMAND = [sys.executable, "-m", "imagepipeline.resident"]
 HOUSEKEEPING_INTERVAL_SECONDS = 0.5

@@ -13,6 +13,10 @@ pytestmark = pytest.mark.drills
 
 LIMIT = 6
 PATIENCE_SECONDS = 240
+CALL_USD = (800 * 0.15 + 60 * 0.60) / 1_000_000  # what the provider reports of a description
+PAID_CALLS = 12 + LIMIT + 4 + 8 + 2
+# The month's budget, as a day may end during the test; both are the same sum over other times.
+BUDGET = {"IMAGEPIPELINE_MONTHLY_BUDGET_USD": f"{PAID_CALLS * CALL_USD:.6f}"}
 
 
 @pytest.fixture
@@ -21,7 +25,7 @@ def pair_in(postgres_url):
     if not can_set_host_names():
         assert not IS_CI
         pytest.skip("this system does not allow UTS namespaces")
-    return lambda root: open_pair(postgres_url, root)
+    return lambda root: open_pair(postgres_url, root, **BUDGET)
 
 
 def read_findings(machine, code=0):
@@ -69,3 +73,15 @@ def test_two_machines_share_the_work_its_limits_and_its_results(pair_in, bucket_
         pair.beta.run("resume")
         pair.wait_until_completed(PATIENCE_SECONDS)
         pair.check()
+
+        spent = pair.push("spent", 12)
+        pair.wait_until(
+            lambda: '"paused": "budget' in pair.beta.run("status", "--json"), PATIENCE_SECONDS
+        )
+        # The others get their pictures, which cost nothing.
+        pair.wait_until(
+            lambda: all(len(pair.catalogue.get(one)["variants"]) == 6 for one in spent),
+            PATIENCE_SECONDS,
+        )
+        # Calls that were under way are answered.
+        assert PAID_CALLS <= pair.provider.calls.total() < PAID_CALLS + MAX_RUNS

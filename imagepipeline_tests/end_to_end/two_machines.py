@@ -292,6 +292,7 @@ class Pair:
         redis_socket: Path,
         urls: tuple[str, str],
         provider: Provider,
+        settings: Mapping[str, str],
     ) -> None:
         self.provider = provider
         self.image_ids: list[str] = []
@@ -320,6 +321,7 @@ class Pair:
             "IMAGEPIPELINE_STORAGE_ROOT": root,
             "IMAGEPIPELINE_INDEX_ROOT": f"{root}/lancedb",
             **{name: value for name, value in os.environ.items() if name.startswith("AWS_")},
+            **settings,
         }
         near = {"REDIS_URL": f"unix://{redis_socket}?db=0", **dict(zip(names, urls, strict=True))}
         behind = [url.render_as_string(hide_password=False) for url in far]
@@ -448,8 +450,8 @@ class Pair:
 
 
 @contextlib.contextmanager
-def open_pair(postgres_url: str, root: str) -> Iterator[Pair]:
-    """Starts two machines with files and index below `root`.
+def open_pair(postgres_url: str, root: str, **settings: str) -> Iterator[Pair]:
+    """Starts two machines with files and index below `root`, and with further settings.
 
     If `root` is in a bucket, our environment must have its keys and address.
     """
@@ -462,7 +464,7 @@ def open_pair(postgres_url: str, root: str) -> Iterator[Pair]:
         )
         provider = stack.enter_context(closing(Provider()))
         redis_socket = Path(urlsplit(redis_url).path)
-        pair = Pair(folder, root, postgres_url, redis_socket, urls, provider)
+        pair = Pair(folder, root, postgres_url, redis_socket, urls, provider, settings)
         stack.callback(pair.stop)
         pair.start()
         yield pair

@@ -168,6 +168,7 @@ def test_dagster_celery_has_the_parts_that_launcher_and_worker_use(settings):
     assert DAGSTER_CELERY_TASK_ID_TAG == TASK_ID_TAG
     assert "celery" in CeleryRunLauncher.__annotations__
     assert issubclass(RunLauncher, CeleryRunLauncher)
+    assert "create_execute_job_task(" in inspect.getsource(CeleryRunLauncher)
     app = worker.build_app(settings)
     assert TASK in app.tasks
     assert app.conf.task_queues[0].name == broker.QUEUE
