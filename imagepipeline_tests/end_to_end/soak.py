@@ -14,6 +14,7 @@ import json
 import os
 import random
 import shutil
+import signal
 import sys
 import tempfile
 import threading
@@ -28,14 +29,15 @@ import dagster as dg
 import sqlalchemy as sa
 
 from imagepipeline.dagster_records import UNFINISHED
-from imagepipeline.errors import PostponedError
+from imagepipeline.errors import ImagePipelineError, PostponedError
 from imagepipeline.models import Status
 from imagepipeline.runtime import services
 from imagepipeline.storage import open_storage
 from imagepipeline.stores.catalogue import POISON_RECOVERIES, Catalogue
+from imagepipeline.stores.events import EventLog
 from imagepipeline.stores.uploads import UploadQueue
 from imagepipeline.stores.vectors import EmbeddingIndex
-from imagepipeline_tests.conftest import postgres_database, s3_bucket
+from imagepipeline_tests.conftest import s3_bucket
 from imagepipeline_tests.end_to_end import soak_history as history
 from imagepipeline_tests.end_to_end.processes import find_port
 from imagepipeline_tests.end_to_end.soak_faults import Injector, World, plan_faults
@@ -72,6 +74,7 @@ class Report:
     answers_lost_by: dict[str, int] = field(default_factory=dict)
     answers_repeated_after: dict[str, int] = field(default_factory=dict)
     events: dict[str, int] = field(default_factory=dict)
+    temporary_files: int = 0
     restarts: dict[str, int] = field(default_factory=dict)
     calm_seconds: float = 0
     violations: dict[str, list[str]] = field(default_factory=dict)
@@ -93,6 +96,7 @@ class Report:
             counts = ", ".join(f"{key} {count}" for key, count in getattr(self, name).items())
             lines.append(f"{name.replace('_', ' ')}: {counts or 'none'}")
         lines.append(f"calls: {self.calls}")
+        lines.append(f"temporary files of killed writers, for `sweep`: {self.temporary_files}")
         for name, found in self.violations.items():
             lines.append(f"{name}: {len(found)}")
             lines += [f"  {one}" for one in found]
@@ -108,6 +112,7 @@ class Soak:
         self._world = world
         self._url = urls[0]
         self._catalogue = Catalogue(urls[0])
+        self._events = EventLog(urls[0])
         self._queue = UploadQueue(world.redis.url)
         self._files = open_storage(root)
         self._index = EmbeddingIndex(f"{root}/lancedb")
@@ -153,8 +158,9 @@ class Soak:
         seen = history.gather(
             self._url, app.expected, app.unreadable, provider.calls, self.injector.hits
         )
-        paid_twice, report.answers_repeated_after = history.find_paid_twice(seen)
-        unrecorded, report.answers_lost_by = history.find_unrecorded(seen)
+        paid_twice, repeated = history.find_paid_twice(seen)
+        unrecorded, lost = history.find_unrecorded(seen)
+        report.answers_repeated_after, report.answers_lost_by = dict(repeated), dict(lost)
         report.uploads = dict(app.counts)
         report.images = self._catalogue.count() | {
             f"failed: {reason}": count for reason, count in self._catalogue.count_failures().items()
@@ -164,6 +170,7 @@ class Soak:
         report.calls = len(provider.calls)
         told = (row["event"] for rows in seen.history.values() for row in rows)
         report.events = dict(Counter(told))
+        report.temporary_files = len([*world.disk.folder.rglob(".*.tmp")])
         report.restarts = {host.host: host.restarts for host in world.hosts.values()}
         report.violations = {
             "lost": [*app.problems, *history.find_lost(seen)],
@@ -206,10 +213,15 @@ class Soak:
             return True
 
     def _is_calm(self) -> bool:
-        counts = self._catalogue.count()
-        if counts["pending"] or counts["processing"] or self._queue.count()["waiting"]:
+        try:
+            counts = self._catalogue.count()
+            if counts["pending"] or counts["processing"] or self._queue.count()["waiting"]:
+                return False
+            if self._events.list_unsent(1):
+                return False
+            return not self._dagster.get_runs(dg.RunsFilter(statuses=UNFINISHED), limit=1)
+        except (ImagePipelineError, sa.exc.DBAPIError):  # a server still starts
             return False
-        return not self._dagster.get_runs(dg.RunsFilter(statuses=UNFINISHED), limit=1)
 
     def _can_break(self, kind: str) -> bool:
         """Whether this system lets us do a kind of fault."""
@@ -228,10 +240,7 @@ def open_soak(seeds: random.Random, has_bucket: bool) -> Iterator[Soak]:
         stack.callback(disk.close)
         stack.callback(redis.stop)
         stack.callback(postgres.stop)
-        urls = (
-            stack.enter_context(postgres_database(postgres.url)),
-            stack.enter_context(postgres_database(postgres.url)),
-        )
+        urls = (postgres.create_database("catalogue"), postgres.create_database("dagster"))
         root = str(disk.folder)
         if has_bucket:
             os.environ.update(stack.enter_context(s3_bucket()))
@@ -296,6 +305,11 @@ def main() -> None:
     parser.add_argument("--keep-logs", type=Path, help="copy the machines' logs to this folder")
     options = parser.parse_args()
     print(f"seed {options.seed}", flush=True)
+    for number in (
+        signal.SIGINT,
+        signal.SIGTERM,
+    ):  # it leaves nothing behind, however it is stopped
+        signal.signal(number, signal.default_int_handler)
     report, began = Report(options.seed), time.monotonic()
     with open_soak(random.Random(options.seed), options.bucket) as soak:
         soak.run(

@@ -14,7 +14,6 @@ from PIL import Image
 from imagepipeline.models import ImageMetadata, Recipe, Status
 from imagepipeline.storage import Storage
 from imagepipeline.stores.tables import (
-    answers,
     call_sums,
     events,
     image_history,
@@ -51,7 +50,6 @@ class Evidence:
     variants: Mapping[str, list[Mapping[str, Any]]]
     results: Mapping[tuple[str, str], Mapping[str, Any]]
     sums: Mapping[str, int]
-    kept_answers: int
 
 
 def gather(
@@ -88,7 +86,6 @@ def gather(
         variants=variants,
         results={(row["image_id"], row["asset"]): row for row in read(image_results)},
         sums=sums,
-        kept_answers=len(read(answers)),
     )
 
 
@@ -220,26 +217,40 @@ def find_wrong_events(seen: Evidence, streamed: Sequence[Mapping[str, Any]]) -> 
 def find_paid_twice(seen: Evidence) -> tuple[list[str], Counter[str]]:
     """Calls that were paid again without need, and how often which fault was the need.
 
-    A call is paid for when its answer was sent completely and is valid. It may be made again if a
-    fault near it can be why the answer was lost: the machine that asked lost a run or its network,
-    or Postgres was down. Two images with the same picture may ask at the same moment.
+    A call is paid for when its answer was sent completely and is valid. It may be made again only
+    if a fault near it can be why the answer was lost: the machine that asked lost a run, or all, or
+    its network. Two images with the same picture may ask at the same moment, and one may ask again
+    after the other was replaced or erased.
     """
     wrong, causes = [], Counter()
     asked: dict[tuple[str, int], list[Call]] = defaultdict(list)
     for call in seen.calls:
         if call.is_answered:
             asked[call.stage, call.picture].append(call)
-    owners = Counter(one for expected in seen.expected.values() for one in expected.pictures)
+    owners: dict[int, list[Expected]] = defaultdict(list)
+    for expected in seen.expected.values():
+        for picture in expected.pictures:
+            owners[picture].append(expected)
     for (stage, picture), calls in asked.items():
         for earlier, later in pairwise(calls):
             assert earlier.answered is not None
             cause = _find_cause(seen.hits, earlier)
-            if owners[picture] > 1 and later.asked < earlier.answered + 5:
-                cause = cause or "twins at the same moment"
+            if len(owners[picture]) > 1 and cause is None:
+                cause = _find_cause_of_twins(owners[picture], picture, earlier, later)
             if cause is None:
                 wrong.append(f"{stage} of {picture}: call {later.number} repeats {earlier.number}")
             causes[cause or "none"] += 1
     return wrong, causes
+
+
+def _find_cause_of_twins(
+    owners: Sequence[Expected], picture: int, earlier: Call, later: Call
+) -> str | None:
+    assert earlier.answered is not None
+    if later.asked < earlier.answered + 5:
+        return "twins at the same moment"
+    is_kept = all(one.status == "completed" and one.pictures[-1] == picture for one in owners)
+    return None if is_kept else "its twin was replaced"
 
 
 def find_unrecorded(seen: Evidence) -> tuple[list[str], Counter[str]]:
@@ -285,8 +296,6 @@ def find_leftovers(seen: Evidence, queue: UploadQueue) -> Iterator[str]:
     dead = {letter.entry for letter in queue.list_dead()}  # one of them may be there twice
     if len(dead) != seen.unreadable:
         yield f"{len(dead)} entries are dead, {seen.unreadable} were unreadable"
-    if seen.kept_answers:
-        yield f"{seen.kept_answers} paid answers are kept"
     prefix = queue.wait_key.removesuffix("wait")
     for key in queue.redis.scan_iter("*"):
         name = key.decode().removeprefix(prefix)

@@ -135,6 +135,13 @@ class Postgres:
         self.socket = Path(str(sa.make_url(self.url).query["host"]), ".s.PGSQL.5432")
         self.is_wanted = True
 
+    def create_database(self, name: str) -> str:
+        """Creates a database; returns its URL."""
+        admin = sa.create_engine(self.url, isolation_level="AUTOCOMMIT", poolclass=sa.NullPool)
+        with admin.connect() as connection:
+            connection.exec_driver_sql(f"CREATE DATABASE {name}")
+        return sa.make_url(self.url).set(database=name).render_as_string(hide_password=False)
+
     def crash(self) -> None:
         """Ends the server at once, without a checkpoint (`pg_ctl stop -m immediate`)."""
         tell(signal.SIGQUIT, self._server.get_pid())

@@ -38,7 +38,6 @@ GOOD = Evidence(
     variants={},
     results={},
     sums={"calls": 1, "answered": 1, "tokens_in": 1},
-    kept_answers=0,
 )
 STREAMED = [
     {"eventId": "e", "imageId": "a", "type": "image.completed", "description": "Picture number 7."}
