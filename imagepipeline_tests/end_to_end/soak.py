@@ -312,13 +312,16 @@ def main() -> None:
         signal.signal(number, signal.default_int_handler)
     report, began = Report(options.seed), time.monotonic()
     with open_soak(random.Random(options.seed), options.bucket) as soak:
+        print(f"started after {time.monotonic() - began:.0f} s", flush=True)
         soak.run(
             max(10.0, options.minutes * 60 - CALM_SECONDS - (time.monotonic() - began)),
             options.uploads or round(options.minutes * UPLOADS_PER_MINUTE),
             options.faults or round(options.minutes * FAULTS_PER_MINUTE),
         )
+        print(f"mended after {time.monotonic() - began:.0f} s", flush=True)
         report.calm_seconds = round(soak.wait_until_calm(), 1)
         report.seconds = round(time.monotonic() - began)
+        print(f"calm after {report.seconds} s", flush=True)
         soak.check(report)
         if options.keep_logs:
             soak.copy_logs(options.keep_logs)

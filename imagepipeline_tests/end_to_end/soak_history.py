@@ -32,7 +32,7 @@ from imagepipeline_tests.end_to_end.soak_uploads import Expected
 ENDS = ("completed", "failed", "handed_back")
 ONCE = ("accepted", "completed", "failed")  # in each generation
 # Keys in Redis that may stay: events, the workers' bindings, results of failed tasks for an hour.
-KEYS_THAT_STAY = ("events", "runs:_kombu.binding.", "runs:celery-task-meta-", "dead")
+KEYS_THAT_STAY = ("events", "runs:_kombu.binding", "runs:celery-task-meta-", "dead")
 
 
 @dataclass(frozen=True)
@@ -293,7 +293,7 @@ def find_leftovers(seen: Evidence, queue: UploadQueue) -> Iterator[str]:
     counts = queue.count()
     if counts["waiting"]:
         yield f"{counts['waiting']} entries wait"
-    dead = {letter.entry for letter in queue.list_dead()}  # one of them may be there twice
+    dead = {letter["entry"] for letter in queue.list_dead()}  # one of them may be there twice
     if len(dead) != seen.unreadable:
         yield f"{len(dead)} entries are dead, {seen.unreadable} were unreadable"
     prefix = queue.wait_key.removesuffix("wait")
