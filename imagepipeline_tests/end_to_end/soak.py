@@ -20,7 +20,7 @@ import tempfile
 import threading
 import time
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import ExitStack, closing, contextmanager, suppress
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -172,19 +172,22 @@ class Soak:
         report.events = dict(Counter(told))
         report.temporary_files = len([*world.disk.folder.rglob(".*.tmp")])
         report.restarts = {host.host: host.restarts for host in world.hosts.values()}
-        report.violations = {
-            "lost": [*app.problems, *history.find_lost(seen)],
-            "wrong": [*history.find_wrong(seen, self._files, self._index)],
-            "double": [*history.find_doubles(seen)],
-            "events": [*history.find_wrong_events(seen, history.read_stream(self._queue))],
-            "paid twice": paid_twice,
-            "ledger": unrecorded,
+        events = history.read_stream(self._queue)
+        hosts = world.hosts.values()
+        checks: dict[str, Sequence[Iterable[str]]] = {
+            "lost": [app.problems, history.find_lost(seen)],
+            "wrong": [history.find_wrong(seen, self._files, self._index)],
+            "double": [history.find_doubles(seen)],
+            "events": [history.find_wrong_events(seen, events)],
+            "paid twice": [paid_twice],
+            "ledger": [unrecorded],
             "left": [
-                *history.find_leftovers(seen, self._queue),
-                *history.find_stray_files(seen, self._files),
-                *(one for host in world.hosts.values() for one in host.list_orphans()),
+                history.find_leftovers(seen, self._queue),
+                history.find_stray_files(seen, self._files),
+                *(host.list_orphans() for host in hosts),
             ],
         }
+        report.violations = {name: _collect(found) for name, found in checks.items()}
 
     def copy_logs(self, folder: Path) -> None:
         """Copies the machines' logs, to find out why something does not hold."""
@@ -228,6 +231,17 @@ class Soak:
         if kind == "move clock":
             return all(clock.environment for clock in self._world.clocks.values())
         return kind != "fill disk" or self._world.disk.is_small
+
+
+def _collect(checks: Sequence[Iterable[str]]) -> list[str]:
+    """What checks have found, and that one of them failed."""
+    found: list[str] = []
+    try:
+        for check in checks:
+            found.extend(check)
+    except Exception as error:
+        found.append(f"the check failed: {type(error).__name__}: {error}")
+    return found
 
 
 @contextmanager
