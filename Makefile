@@ -1,5 +1,5 @@
 # Needs make, Python 3.11 or newer and pip 22.3 or newer. `make` lists what there is.
-.PHONY: help demo setup test test-fast test-stack test-drills lint format pins
+.PHONY: help demo setup test test-fast test-stack test-drills soak lint format pins
 
 help:
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -20,6 +20,9 @@ test-stack: .venv/dev ## run the tests that start a stack or take long
 
 test-drills: .venv/dev ## run the failure drills: processes killed, frozen and cut off
 	.venv/bin/pytest -m drills
+
+soak: .venv/dev ## run the soak: ten minutes of uploads and faults (docs/reliability.md)
+	.venv/bin/python -m imagepipeline_tests.end_to_end.soak
 
 lint: .venv/dev ## check style, format, types, import contracts and Dagster's definitions
 	.venv/bin/ruff check .

@@ -31,6 +31,7 @@ class EmbeddingStore(Protocol):
         Raises:
             StaleClaimError: the row has a higher fence; it is unchanged.
             ProviderRejectedError: rows of this version have vectors of another length.
+            DiskFullError: there is no room; the image waits.
         """
 
     def get(self, image_id: str, version: str) -> dict[str, Any] | None:

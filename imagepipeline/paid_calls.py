@@ -12,6 +12,7 @@ from typing import Any, Generic, Protocol, TypeVar
 from pydantic import TypeAdapter
 
 from imagepipeline.errors import (
+    CatalogueDownError,
     ForbiddenError,
     ImagePipelineError,
     PausedError,
@@ -28,6 +29,9 @@ from imagepipeline.text import hash_text
 from imagepipeline.usage import CallUsage
 
 MAX_WAIT_SECONDS = 180  # for the rate limit; then the image gives up its slot
+# How long a call that was made waits for a database that is down: less than the time after which
+# its run counts as stalled.
+RECORD_SECONDS, RECORD_INTERVAL_SECONDS = 30, 1.0
 START_WINDOW_SECONDS = 30  # images whose permits come later give their slots to others first
 # A provider counts as down when the last DOWN_IMAGES images got no answer and one of them has made
 # DOWN_CALLS calls. After that, one image probes the provider every DOWN_SECONDS.
@@ -255,7 +259,7 @@ class PaidCalls:
                 round(time.monotonic() - started, 3),
                 self.price(recipe.model, usage),
             )
-            self._ledger.record(
+            self._record(
                 PaidCall(
                     image_id=claim.image_id if claim else None,
                     generation=claim.generation if claim else None,
@@ -274,6 +278,18 @@ class PaidCalls:
             )
         self._ledger.end_probation(stage)
         return answer, receipt
+
+    def _record(self, call: PaidCall, key: str | None, answer: str | None) -> None:
+        """Records a call; waits for a database that restarts, or the call is paid for again."""
+        deadline = time.monotonic() + RECORD_SECONDS
+        while True:
+            try:
+                self._ledger.record(call, key, answer)
+                return
+            except CatalogueDownError:
+                if time.monotonic() > deadline:
+                    raise
+                time.sleep(RECORD_INTERVAL_SECONDS)
 
     def check(self, recipe: Recipe) -> None:
         """Checks that calls of a recipe may be made now, as far as price, pauses and budgets go.

@@ -14,7 +14,12 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from imagepipeline.errors import ProviderRejectedError, ResidentDownError, StaleClaimError
+from imagepipeline.errors import (
+    DiskFullError,
+    ProviderRejectedError,
+    ResidentDownError,
+    StaleClaimError,
+)
 from imagepipeline.models import Claim, Embedding, PixelFacts, Recipe, VisionAnswer
 from imagepipeline.services.answers import clean_metadata
 from imagepipeline.services.embedder import LocalEmbedder
@@ -37,7 +42,12 @@ BACKLOG = 64  # connections that may wait to be accepted
 MAX_BYTES = 20_000_000  # of the binary part of a message
 REQUEST_SECONDS = 30  # for the transfer of a whole request
 RESPONSE_SECONDS = 300  # for a call and its response; loading models and slow buckets take time
-ERRORS = (StaleClaimError, ProviderRejectedError, OSError)  # that runs must distinguish
+ERRORS = (
+    StaleClaimError,
+    ProviderRejectedError,
+    DiskFullError,
+    OSError,
+)  # that runs must distinguish
 
 
 def serve(address: str, index_uri: str) -> None:

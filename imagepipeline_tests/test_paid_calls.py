@@ -4,8 +4,10 @@ from datetime import UTC, datetime, timedelta
 
 import pytest
 
+from imagepipeline import paid_calls
 from imagepipeline.errors import (
     BadAnswerError,
+    CatalogueDownError,
     ForbiddenError,
     PausedError,
     PostponedError,
@@ -116,6 +118,20 @@ def test_a_failed_call_is_recorded_with_its_cost(make, ledger):
             make(fail(error))
     [row] = ledger.summarize("model")
     assert (row["calls"], row["answered"], row["cost_usd"]) == (2, 0, 1.0)
+
+
+def test_a_database_that_restarts_loses_no_answer(make, ledger, monkeypatch):
+    record, failures = ledger.record, [CatalogueDownError("it restarts")] * 2
+
+    def record_later(*call):
+        if failures:
+            raise failures.pop()
+        record(*call)
+
+    monkeypatch.setattr(ledger, "record", record_later)
+    monkeypatch.setattr(paid_calls, "RECORD_INTERVAL_SECONDS", 0)
+    make(lambda: Answer(CallUsage(1, 1)))
+    assert ledger.summarize("model")[0]["answered"] == 1
 
 
 def test_without_a_permit_the_image_waits_and_no_call_is_made(make, ledger):

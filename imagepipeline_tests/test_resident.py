@@ -15,16 +15,16 @@ from pathlib import Path
 
 import pytest
 
-from imagepipeline.errors import ResidentDownError, StaleClaimError
+from imagepipeline.errors import DiskFullError, ResidentDownError, StaleClaimError
 from imagepipeline.models import Claim, Embedding
-from imagepipeline.resident import ResidentEmbedder, ResidentIndex, serve
+from imagepipeline.resident import ERRORS, ResidentEmbedder, ResidentIndex, serve
 from imagepipeline.runtime import services
 from imagepipeline.runtime.services import answers_socket
 from imagepipeline.runtime.worker import RESIDENT_COMMAND
 from imagepipeline.services.embedder import LocalEmbedder
 from imagepipeline.settings import Settings
 from imagepipeline.stores.vectors import BatchingIndex, EmbeddingIndex
-from imagepipeline.wire import HEADER
+from imagepipeline.wire import HEADER, describe_error, restore_error
 
 pytestmark = pytest.mark.stack
 
@@ -180,14 +180,15 @@ def test_the_index_is_compacted_regularly(tmp_path):
     assert index.count_rows() == 45
 
 
-def test_a_failed_commit_fails_all_its_upserts(tmp_path):
+def test_on_a_full_disk_the_image_waits_and_the_index_works_again_afterwards(tmp_path):
     index = BatchingIndex(str(tmp_path))
 
-    def fail(writes):
-        raise OSError("no room")
+    def fail(writes):  # as LanceDB does on a full tmpfs
+        raise RuntimeError("lance error: LanceError(IO): No space left on device (os error 28), …")
 
-    index.upsert_all = fail
-    with pytest.raises(OSError, match="no room"):
+    index._merge = fail
+    with pytest.raises(DiskFullError) as caught:
         index.upsert(claim("a"), embedding(1.0))
-    del index.upsert_all
+    assert isinstance(restore_error(describe_error(caught.value), ERRORS), DiskFullError)
+    del index._merge
     index.upsert(claim("a"), embedding(1.0))

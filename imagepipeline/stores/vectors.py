@@ -4,21 +4,28 @@ lancedb and pyarrow are imported where they are used: they take two seconds and 
 """
 
 import contextlib
+import errno
 import functools
 import logging
 import math
+import os
 import queue
 import re
 import tempfile
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
-from imagepipeline.errors import ImagePipelineError, ProviderRejectedError, StaleClaimError
+from imagepipeline.errors import (
+    DiskFullError,
+    ImagePipelineError,
+    ProviderRejectedError,
+    StaleClaimError,
+)
 from imagepipeline.models import Claim, Embedding, Neighbour, check_image_id
 from imagepipeline.stores.objects import open_bucket
 from imagepipeline.text import make_printable
@@ -57,6 +64,9 @@ class EmbeddingIndex:
 
         Returns:
             For each write the error that `upsert` would raise, or None.
+
+        Raises:
+            DiskFullError: there is no room; some may be stored.
         """
         errors: list[ImagePipelineError | None] = [None] * len(writes)
         by_table: dict[str, list[int]] = {}
@@ -79,7 +89,8 @@ class EmbeddingIndex:
                 writes[p][0].image_id: p
                 for p in sorted(positions, key=lambda p: writes[p][0].fence)
             }
-            fences = self._merge([writes[position] for position in latest.values()])
+            with _explained_full_disk():
+                fences = self._merge([writes[position] for position in latest.values()])
             for position in positions:
                 claim = writes[position][0]
                 if claim.fence < fences[claim.image_id]:
@@ -324,6 +335,17 @@ def create_table(uri: str, name: str, schema: Any) -> None:
                     mode="create",
                     use_multipart=False,
                 )
+
+
+@contextlib.contextmanager
+def _explained_full_disk() -> Iterator[None]:
+    """Turns LanceDB's error on a full disk, which only its text tells from others, into ours."""
+    try:
+        yield
+    except Exception as error:
+        if any(os.strerror(number) in str(error) for number in (errno.ENOSPC, errno.EDQUOT)):
+            raise DiskFullError("no room for the index") from error
+        raise
 
 
 def _name_images(image_ids: Sequence[str]) -> str:

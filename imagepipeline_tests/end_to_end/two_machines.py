@@ -388,7 +388,7 @@ class Pair:
 
     def list_runs(self) -> list[dg.DagsterRun]:
         """Returns all runs, newest first."""
-        with dg.DagsterInstance.from_config(str(self._write_dagster_yaml())) as instance:
+        with open_dagster(self._folder, self._dagster_url) as instance:
             return list(instance.get_runs())
 
     def list_unfinished_on(self, host: str) -> list[dg.DagsterRun]:
@@ -435,18 +435,20 @@ class Pair:
         self.catalogue.close()
         self.queue.close()
 
-    def _write_dagster_yaml(self) -> Path:
-        folder = self._folder / "dagster"
-        folder.mkdir(exist_ok=True)
-        storage = {
-            "module": "imagepipeline.runtime.postgres_storage",
-            "class": "PooledPostgresStorage",
-            "config": {"postgres_url": self._dagster_url},
-        }
-        (folder / "dagster.yaml").write_text(
-            yaml.safe_dump({"telemetry": {"enabled": False}, "storage": {"custom": storage}})
-        )
-        return folder
+
+def open_dagster(folder: Path, url: str) -> dg.DagsterInstance:
+    """Opens the Dagster instance in the Postgres database at that URL."""
+    folder = folder / "dagster"
+    folder.mkdir(exist_ok=True)
+    storage = {
+        "module": "imagepipeline.runtime.postgres_storage",
+        "class": "PooledPostgresStorage",
+        "config": {"postgres_url": url},
+    }
+    (folder / "dagster.yaml").write_text(
+        yaml.safe_dump({"telemetry": {"enabled": False}, "storage": {"custom": storage}})
+    )
+    return dg.DagsterInstance.from_config(str(folder))
 
 
 @contextlib.contextmanager
