@@ -138,13 +138,17 @@ def test_the_sensor_reports_what_changes_and_the_rest_every_quarter_of_an_hour(
 
 
 def test_index_and_outdated_say_what_search_finds_and_what_is_to_be_made(
-    instance, catalogue, sqlite_catalogue_url
+    instance, catalogue, sqlite_catalogue_url, tmp_path
 ):
     recipes = build_recipes(Settings.load({}))
     catalogue.accept([Upload(image_id) for image_id in "abc"])
     for image_id, recipe in (("a", recipes["embedding"]), ("b", Recipe("openrouter", "earlier"))):
         catalogue.record_result(catalogue.claim(image_id, 1, "run"), "embedding", recipe, "0" * 64)
     resources = {"plans": Plans(sqlite_catalogue_url), "recipes": recipes}
+    fragment = tmp_path / "index" / "table.lance" / "data" / "1.lance"
+    fragment.parent.mkdir(parents=True)
+    fragment.write_bytes(bytes(1000))
+    resources["index_uri"] = str(tmp_path / "index")
 
     def tick(cursor):
         context = dg.build_sensor_context(instance=instance, cursor=cursor, resources=resources)
@@ -156,6 +160,7 @@ def test_index_and_outdated_say_what_search_finds_and_what_is_to_be_made(
         for event in first.asset_events
     }
     assert (shown["index"]["searchable_count"], shown["index"]["unsearchable_count"]) == (1, 1)
+    assert (shown["index"]["index_bytes"], shown["index"]["fragment_count"]) == (1000, 1)
     assert shown["outdated"]["embedding_model_count"] == 1
     assert shown["outdated"]["embedding_missing_count"] == 1
     assert shown["outdated"]["metadata_missing_count"] == 3
