@@ -81,6 +81,25 @@ def test_what_an_operator_must_mend_is_red_and_on_the_page(process, cat):
     )
 
 
+@pytest.mark.parametrize("reason", ["bad_output", "cancelled", "corrupt"])
+def test_a_run_that_a_person_starts_retries_a_failed_image(run, cat, catalogue, instance, reason):
+    if reason == "corrupt":  # the file is replaced
+        catalogue.fail(catalogue.claim_anew(cat, "earlier"), reason, "the JPEG data is damaged")
+    elif reason == "cancelled":
+        catalogue.accept([Upload(cat)])
+        catalogue.cancel(cat, "a person cancelled it")
+    else:
+        run(cat, vision=ScriptedVision(*(BadAnswerError("prose", 0.01) for _ in range(3))))
+    assert catalogue.get(cat)["reason"] == reason
+    generation = catalogue.get(cat)["generation"]
+    result = run(cat, vision=ScriptedVision(ANSWER))
+    row = catalogue.get(cat)
+    assert (row["status"], row["reason"], row["generation"]) == ("completed", None, generation + 1)
+    event = instance.get_latest_materialization_event(ORIGINAL).asset_materialization
+    assert event.metadata["status"].value == "completed"
+    assert result.success
+
+
 def test_a_re_execution_does_not_keep_the_verdict_of_the_run_it_repeats(run, cat, instance):
     inherited = {STATUS_TAG: "failed", REASON_TAG: "corrupt"}
     result = run(cat, tags=inherited, vision=ScriptedVision(ANSWER))
