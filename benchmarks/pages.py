@@ -44,7 +44,7 @@ from imagepipeline_tests.end_to_end.ui import WINDOW, find_browser
 from imagepipeline_tests.end_to_end.worker_drills import databases
 
 IMAGES_AT_ONCE = 500
-ROUNDS = 2
+ROUNDS = 3
 QUIET_SECONDS, PATIENCE_SECONDS = 1, 90
 PAGES = {
     "lineage": "/asset-groups",

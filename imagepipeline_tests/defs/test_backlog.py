@@ -23,7 +23,8 @@ from imagepipeline.stores.limiter import CallLimiter
 from imagepipeline.stores.plans import Plans
 from imagepipeline.stores.uploads import UploadQueue
 
-PASSED = {"not_stuck": True, "none_waits_long": True, "no_pause": True, "no_dead_letters": True}
+CHECKS = ("not_stuck", "none_waits_long", "no_pause", "nothing_to_mend", "no_dead_letters")
+PASSED = dict.fromkeys(CHECKS, True)
 
 
 @pytest.fixture
@@ -84,6 +85,20 @@ def test_a_queue_in_which_nothing_moves_is_red_unless_paid_work_is_paused(
     ledger.pause("budget", "it is spent", 60)
     _, results = measure(later)
     assert results["no_pause"].severity == dg.AssetCheckSeverity.WARN
+
+
+def test_failures_that_need_an_operator_are_red_until_they_are_retried_or_discarded(
+    measure, catalogue
+):
+    for image_id, reason in (("a", "corrupt"), ("b", "cancelled")):
+        catalogue.fail(catalogue.claim_anew(image_id, "run"), reason, "why")
+    assert list_passed(measure()[1]) == PASSED
+    catalogue.fail(catalogue.claim_anew("c", "run"), "missing", "there is no original/c.*")
+    _, results = measure()
+    assert list_passed(results) == PASSED | {"nothing_to_mend": False}
+    assert results["nothing_to_mend"].description.startswith("Images have failed (missing): see")
+    catalogue.accept([Upload("c")])
+    assert list_passed(measure()[1]) == PASSED
 
 
 def test_planned_work_may_wait_long(measure, catalogue):
