@@ -174,7 +174,7 @@ class Watch:
     def __init__(self, page: Page) -> None:
         self.page = page
         self._open: dict[Request, float] = {}
-        self._quiet_since = time.monotonic()
+        self._quiet_since = float("inf")
         self.slowest: tuple[float, str] = (0, "")
         page.on("request", self._begin)
         page.on("requestfinished", self._end)
@@ -198,7 +198,7 @@ class Watch:
             came.
         """
         deadline = time.monotonic() + PATIENCE_SECONDS
-        self._quiet_since = time.monotonic()
+        self._quiet_since = float("inf")  # until the first answer
         while time.monotonic() < deadline:
             self.page.wait_for_timeout(50)
             if not self._open and time.monotonic() - self._quiet_since > QUIET_SECONDS:

@@ -86,4 +86,11 @@ def test_nothing_is_red_but_what_an_operator_must_mend(browser, stack):
     ui.wait_until(lambda: stories.find_red(browser) - {"queue"} == set(ASSETS))
     browser.open("/assets/original?view=partitions&partition=ghost")
     browser.page.get_by_text("see_embedding").wait_for()
-    assert browser.read_entries()["reason"] == "missing"
+    shown = browser.read_entries()
+    assert shown["reason"] == "missing"
+    assert "click Materialize" in shown["next"]
+    original = (stack.home / "storage" / "original" / "photo-00.jpg").read_bytes()
+    (stack.home / "storage" / "original" / "ghost.jpg").write_bytes(original + b"another")
+    stories.retry(browser, "ghost")
+    stack.wait_for(completed=ui.GOOD + 1)
+    ui.wait_until(lambda: stories.find_red(browser) <= {"queue"})
