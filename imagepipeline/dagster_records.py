@@ -44,7 +44,7 @@ FINISHED = [
 ]
 # What a materialization keeps when its run is removed; the rest is in the catalogue.
 KEPT_METADATA = {
-    *("status", "reason", "error", "waits_because", "flaw", "problems"),
+    *("status", "reason", "error", "next", "waits_because", "flaw", "problems"),
     *("description", "tags", "category", "cost_usd", "bytes_out", "restored", "see_original"),
 }
 # The events that name a partition.

@@ -142,6 +142,7 @@ def build_resources(settings: Settings) -> dict[str, dg.ResourceDefinition]:
             ),
             "Begins the images of `imagepipeline apply`.",
         ),
+        "index_uri": resources.made(lambda: settings.index_uri, "Where the index is."),
         "pruner": resources.made(lambda: build_pruner(settings), "Forgets what is old."),
         "renderer": resources.made(lambda: build_renderer(settings), "How variants are made."),
         "index": resources.made(lambda: build_index(settings), "The embeddings, in LanceDB."),

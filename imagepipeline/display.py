@@ -49,7 +49,12 @@ COLOR = re.compile(r"#[0-9a-f]{6}\b")
 MAX_ID_COLUMNS = 32  # longer IDs may be folded
 PIPE_COLUMNS = 10_000
 MAX_FINDING_COLUMNS = 16
-HEADERS = {"updated_at": "changed", "accepted_at": "accepted", "run_id": "run"}
+HEADERS = {
+    "updated_at": "changed",
+    "accepted_at": "accepted",
+    "run_id": "run",
+    "made_by": "made by",
+}
 STYLES = {
     Status.COMPLETED: "green",
     Status.FAILED: "red",

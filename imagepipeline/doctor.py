@@ -220,8 +220,11 @@ def _examine_workers(settings: Settings) -> Finding:
 
 
 def _examine_daemon(examined: Mapping[str, Mapping[str, str]]) -> Finding:
-    if problems := _list_problems(examined["daemon"]):
-        return Finding("daemon", False, "; ".join(problems), ADVICE["daemon"])
+    parts = examined["daemon"]
+    if problems := _list_problems(parts):
+        is_down = all(parts.values())  # then all say about the same
+        sentence = f"it {min(parts.values())}" if is_down else "; ".join(problems)
+        return Finding("daemon", False, sentence, ADVICE["daemon"])
     return Finding("daemon", True, "all its parts have sent a recent heartbeat")
 
 

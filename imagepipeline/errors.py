@@ -352,6 +352,13 @@ def list_reasons() -> dict[str, bool]:
     return reasons
 
 
+def explain_next(image_id: str, reason: str, retry: str = "") -> str:
+    """What a person can do about a failed image; `retry` is another way to retry it."""
+    if list_reasons().get(reason, True):
+        return f"once the cause is removed, run `imagepipeline failed retry {image_id}`{retry}"
+    return "push a better file: no retry can help"
+
+
 def list_rejections() -> set[str]:
     """The reasons for which the upload is at fault."""
     return {kind.reason for kind in _list_kinds(PermanentError) if not kind.needs_operator}

@@ -6,7 +6,7 @@ from datetime import UTC, datetime, timedelta
 from typing import Any
 from urllib.parse import quote
 
-from imagepipeline.errors import InvalidUploadError, PostponedError, StackError, list_reasons
+from imagepipeline.errors import InvalidUploadError, PostponedError, StackError, explain_next
 from imagepipeline.models import ASSETS, Status, Upload
 from imagepipeline.opening import open_queue
 from imagepipeline.settings import Settings
@@ -102,7 +102,7 @@ def find_largest(variants: Sequence[Mapping[str, Any]]) -> Mapping[str, Any] | N
 
 def locate_image(webserver_url: str, image_id: str) -> str:
     """The address of an image's partition in the Dagster UI."""
-    return f"{webserver_url}/assets/metadata?view=partitions&partition={quote(image_id)}"
+    return f"{webserver_url}/assets/original?view=partitions&partition={quote(image_id)}"
 
 
 def describe_image(
@@ -153,9 +153,7 @@ def _explain_gone(row: Mapping[str, Any]) -> str | None:
 def _explain_next(row: Mapping[str, Any]) -> str | None:
     """What a person can do, or what happens by itself."""
     if row["status"] == Status.FAILED:
-        if list_reasons().get(row["reason"], True):
-            return f"`imagepipeline failed retry {row['id']}`, once the cause is removed"
-        return "push a better file: no retry can help"
+        return explain_next(row["id"], row["reason"])
     if row["status"] == Status.PENDING:
         wait = f" after {row['not_before']:%T} UTC" if row["not_before"] else ""
         return f"a run starts{wait}, by priority ({row['priority']}) and age"

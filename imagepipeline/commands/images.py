@@ -30,11 +30,11 @@ from imagepipeline.text import to_json
 
 UNENDED = ("id", "status", "priority", "generation", "attempts", "accepted_at", "not_before")
 LIST_COLUMNS: dict[str | None, Sequence[str]] = {
-    None: ("id", "status", "generation", "attempts", "reason", "error", "updated_at"),
+    None: ("id", "status", "updated_at", "generation", "attempts", "reason", "error"),
     "waiting": ("id", "path", "priority", "copies", "entry", "error"),
     "pending": (*UNENDED, "error"),
     "processing": (*UNENDED, "run_id"),
-    "dead": ("id", "copies", "reason", "entry", "updated_at"),
+    "dead": ("id", "updated_at", "copies", "reason", "entry"),
 }
 SHOWN = {  # the others are only in the JSON
     *("id", "status", "updated_at", "accepted_at", "reason", "error"),

@@ -111,6 +111,8 @@ def plan(
         if not catalogue.get_states([image_id]):
             raise ImagePipelineError(f"there is no image {image_id}")
         rows = planning.explain_image(catalogue, image_id, recipes)
+        if not as_json:
+            rows = [_make_readable(row) for row in rows]
         display.show_rows(rows, ("asset", "cause", "made_by", "today"), as_json)
         return
     if count:
@@ -294,3 +296,9 @@ def stop_apply(applies: "Applies", dry_run: bool, as_json: bool) -> None:
     verb = "would be stopped" if dry_run else "was stopped"
     text = f"apply {one.id} {verb}; {one.begun_count} images were begun" if one else "no apply runs"
     say(to_json(done) if as_json else text)
+
+
+def _make_readable(row: Mapping[str, str]) -> dict[str, str]:
+    """A row of one image's plan with recipes that may be folded between their parts."""
+    readable = {name: text.replace(":", " ").replace(",", ", ") for name, text in row.items()}
+    return readable | ({"today": "the same"} if row["made_by"] == row["today"] else {})

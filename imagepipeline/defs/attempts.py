@@ -108,9 +108,10 @@ def attempt(
         yield Work(claim, number, asked, context.log.info)
         if not _is_last_asset(context):
             return
-        context.log.info(f"{claim.image_id} is {catalogue.finish(claim)}.")
+        status = catalogue.finish(claim)
+        context.log.info(f"{claim.image_id} is {status}.")
         stop_heartbeat(claim)
-        verdict = Verdict("", needs_operator=False)
+        verdict = Verdict("", status=status, needs_operator=False)
     except DagsterExecutionInterruptedError as error:
         # If it were re-raised, Dagster would retry the step and ignore the stop.
         cause: BaseException = error
@@ -143,8 +144,12 @@ def _show_end(
 ) -> None:
     if verdict.text and not verdict.needs_operator:
         context.log.warning(verdict.text)
-    if verdict.tags:
-        context.instance.add_run_tags(context.run.run_id, verdict.tags)
+    tags = verdict.tags
+    if not tags and verdict.status and STATUS_TAG in context.run.tags:
+        # A re-executed run begins with the tags of the failed one, and Dagster removes none.
+        tags = {STATUS_TAG: verdict.status.value, REASON_TAG: "none"}
+    if tags:
+        context.instance.add_run_tags(context.run.run_id, tags)
     with suppress(PostponedError):  # the row has it all
         thumbnail = originals.find_thumbnail(claim.image_id)
         outcome = build_outcome(catalogue, claim.image_id, thumbnail)

@@ -8,7 +8,7 @@ from typing import Any
 import dagster as dg
 from pydantic import BaseModel
 
-from imagepipeline.errors import PostponedError, StackError
+from imagepipeline.errors import PostponedError, StackError, list_rejections
 from imagepipeline.models import BY_PERSON, Pause, now_utc
 from imagepipeline.paid_calls import PaidCalls
 from imagepipeline.stores.catalogue import Catalogue
@@ -47,6 +47,8 @@ CHECKS = {
     "none_waits_long": "No upload has waited for more than an hour.",
     "no_pause": "Work is not paused. A pause that a provider caused and a person must end is an "
     "error.",
+    "nothing_to_mend": "No image has failed for a reason that an operator must remove, such as a "
+    "missing original. Rejected and cancelled uploads do not count.",
     "no_dead_letters": "Every entry of the Redis list could be read.",
 }
 
@@ -63,6 +65,7 @@ class Backlog:
         rate_problem: why no paid call is permitted soon, or empty.
         problem: why figures are missing: Redis does not answer.
         failures: the newest failures of a day.
+        reasons: how many images have failed, by reason.
         tenants: what `Tenants.list_used` gives.
     """
 
@@ -73,6 +76,7 @@ class Backlog:
     rate_problem: str
     problem: str | None
     failures: list[dict[str, Any]]
+    reasons: Mapping[str, int]
     tenants: list[dict[str, Any]]
 
     @classmethod
@@ -115,6 +119,7 @@ class Backlog:
             rate_problem=rate_problem,
             problem=problem,
             failures=catalogue.list_events("failed", now - FAILURES_WITHIN, MAX_FAILURES),
+            reasons=catalogue.count_failures(),
             tenants=tenants.list_used(),
         )
 
@@ -162,6 +167,7 @@ class Backlog:
             self._check_movement(),
             self._check_age(),
             self._check_pause(),
+            self._check_failures(),
             self._check_dead_letters(),
         ]
 
@@ -198,6 +204,19 @@ class Backlog:
             pause.until is None and pause.reason != BY_PERSON for pause in self.pauses
         )
         return _result("no_pause", ERROR if needs_a_person else WARN, self.paused)
+
+    def _check_failures(self) -> dg.AssetCheckEvaluation:
+        # A run of many images succeeds, whatever becomes of one. So this is red, not the run.
+        excused = list_rejections() | {"cancelled"}
+        reasons = [reason for reason in self.reasons if reason not in excused]
+        if not reasons:
+            return _result("nothing_to_mend")
+        return _result(
+            "nothing_to_mend",
+            ERROR,
+            f"Images have failed ({', '.join(sorted(reasons))}): see `imagepipeline failed list`, "
+            "remove the cause, then retry or discard them.",
+        )
 
     def _check_dead_letters(self) -> dg.AssetCheckEvaluation:
         count = self.figures.get("dead_letter_count", 0)

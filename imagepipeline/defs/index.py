@@ -10,6 +10,7 @@ from imagepipeline.errors import PostponedError
 from imagepipeline.models import Recipe, now_utc
 from imagepipeline.needs import CAUSES, MISSING, MODEL, SETTINGS
 from imagepipeline.stores.plans import Outdated, Plans
+from imagepipeline.stores.vectors import measure_files
 
 REPORT_EVERY = timedelta(hours=1)  # if nothing changes
 
@@ -23,7 +24,11 @@ index_spec = dg.AssetSpec(
 
 Search compares vectors of today's embedding model only: `searchable_count` images have one. After a
 change of that model, `unsearchable_count` images are not found until `imagepipeline apply` has made
-their embeddings again. Images without an embedding are in `outdated`.""",
+their embeddings again. Images without an embedding are in `outdated`.
+
+`index_bytes` is its size on disk, in `fragment_count` files of vectors. Compaction keeps these few;
+they include those of the last hour that it has replaced. Both are missing for an index that the
+code server cannot read: in a bucket, or on another machine.""",
 )
 outdated_spec = dg.AssetSpec(
     "outdated",
@@ -52,14 +57,15 @@ def describe_outdated(
 
 
 def describe_index(
-    image_count: int, found: Sequence[Outdated], recipe: Recipe
+    image_count: int, found: Sequence[Outdated], recipe: Recipe, files: Mapping[str, int]
 ) -> dict[str, int | str]:
-    """The metadata of `index`."""
+    """The metadata of `index`; `files` is what `measure_files` gives."""
     counts = {one.cause: one.images for one in found if one.asset == "embedding"}
     unsearchable_count = counts.get(MODEL, 0) + counts.get(SETTINGS, 0)
     return {
         "searchable_count": image_count - counts.get(MISSING, 0) - unsearchable_count,
         "unsearchable_count": unsearchable_count,
+        **files,
         "model": recipe.version,
     }
 
@@ -76,6 +82,7 @@ def index_sensor(
     context: dg.SensorEvaluationContext,
     plans: dg.ResourceParam[Plans],
     recipes: dg.ResourceParam[Mapping[str, Recipe]],
+    index_uri: dg.ResourceParam[str],
 ) -> dg.SensorResult | dg.SkipReason:
     """Reports what search finds and what is outdated: every five minutes if that changes.
 
@@ -87,7 +94,7 @@ def index_sensor(
     except PostponedError as error:
         return dg.SkipReason(str(error))
     assets = {
-        "index": describe_index(image_count, found, recipes["embedding"]),
+        "index": describe_index(image_count, found, recipes["embedding"], measure_files(index_uri)),
         "outdated": describe_outdated(found, recipes),
     }
     reported = Reported.model_validate_json(context.cursor) if context.cursor else Reported()

@@ -13,6 +13,7 @@ from imagepipeline.defs.showing import (
     show_picture,
     tabulate,
 )
+from imagepipeline.errors import explain_next
 from imagepipeline.models import ASSETS, ImageMetadata, Status
 from imagepipeline.stores.catalogue import Catalogue
 
@@ -55,11 +56,11 @@ def build_outcome(
     facts = {
         "picture": show_picture(thumbnail or row.get("placeholder")),
         **(describe_metadata(metadata) if metadata else {}),
+        "variants": tabulate(row.get("variants", []), row.get("original_bytes")),
         "width_px": row.get("width"),
         "height_px": row.get("height"),
         "bytes_in": row.get("original_bytes"),
         "flaw": row.get("flaw"),
-        "variants": tabulate(row.get("variants", []), row.get("original_bytes")),
         "cost_usd": catalogue.sum_cost_usd(image_id),
         "attempts": row.get("attempts"),
         "generation": row.get("generation"),
@@ -92,7 +93,12 @@ def report_outcome(
 def _describe_end(row: Mapping[str, Any]) -> dict[str, str]:
     end = {"status": str(row.get("status"))}
     if end["status"] == Status.FAILED:
-        end |= {"reason": row["reason"], "error": row["error"]}
+        retry = ", or open see_metadata and click Materialize"
+        end |= {
+            "reason": row["reason"],
+            "error": row["error"],
+            "next": explain_next(row["id"], row["reason"], retry),
+        }
     elif end["status"] == Status.PENDING and row["history"][-1]["detail"]:
         end["waits_because"] = row["history"][-1]["detail"]
     return end

@@ -295,6 +295,22 @@ class BatchingIndex(EmbeddingIndex):
                 log.log(level, "index compaction failed: %s", make_printable(str(error)))
 
 
+def measure_files(uri: str) -> dict[str, int]:
+    """Bytes of a local index and its number of fragments (files of rows), of all tables.
+
+    They include files that only earlier versions use, until compaction removes them. LanceDB is not
+    needed. Returns nothing for a bucket, or where there is no index.
+    """
+    if "://" in uri or not Path(uri).is_dir():
+        return {}
+    size, fragments = 0, 0
+    for path in filter(Path.is_file, Path(uri).rglob("*")):
+        with contextlib.suppress(FileNotFoundError):  # compaction may remove it now
+            size += path.stat().st_size
+            fragments += path.parent.name == "data"
+    return {"index_bytes": size, "fragment_count": fragments}
+
+
 def build_schema(dimensions: int) -> Any:
     """A table's columns as an Arrow schema."""
     import pyarrow as pa

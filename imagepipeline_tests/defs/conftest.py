@@ -85,7 +85,7 @@ def applier(sqlite_catalogue_url, catalogue):
 def run(instance, catalogue, files, index, paid_calls):
     """A function that runs assets of one image, manually or, with a generation, like the sensor."""
 
-    def run(image_id, generation=None, assets=ASSETS, anew=None, **resources):
+    def run(image_id, generation=None, assets=ASSETS, anew=None, tags=None, **resources):
         instance.add_dynamic_partitions("uploads", [image_id])
         return dg.materialize(
             ASSETS,
@@ -93,7 +93,8 @@ def run(instance, catalogue, files, index, paid_calls):
             partition_key=image_id,
             instance=instance,
             tags=({} if generation is None else {GENERATION_TAG: str(generation)})
-            | ({ANEW_TAG: anew} if anew else {}),
+            | ({ANEW_TAG: anew} if anew else {})
+            | (tags or {}),
             resources={
                 "catalogue": catalogue,
                 "files": files,

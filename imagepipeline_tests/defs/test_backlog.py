@@ -23,7 +23,8 @@ from imagepipeline.stores.limiter import CallLimiter
 from imagepipeline.stores.plans import Plans
 from imagepipeline.stores.uploads import UploadQueue
 
-PASSED = {"not_stuck": True, "none_waits_long": True, "no_pause": True, "no_dead_letters": True}
+CHECKS = ("not_stuck", "none_waits_long", "no_pause", "nothing_to_mend", "no_dead_letters")
+PASSED = dict.fromkeys(CHECKS, True)
 
 
 @pytest.fixture
@@ -86,6 +87,20 @@ def test_a_queue_in_which_nothing_moves_is_red_unless_paid_work_is_paused(
     assert results["no_pause"].severity == dg.AssetCheckSeverity.WARN
 
 
+def test_failures_that_need_an_operator_are_red_until_they_are_retried_or_discarded(
+    measure, catalogue
+):
+    for image_id, reason in (("a", "corrupt"), ("b", "cancelled")):
+        catalogue.fail(catalogue.claim_anew(image_id, "run"), reason, "why")
+    assert list_passed(measure()[1]) == PASSED
+    catalogue.fail(catalogue.claim_anew("c", "run"), "missing", "there is no original/c.*")
+    _, results = measure()
+    assert list_passed(results) == PASSED | {"nothing_to_mend": False}
+    assert results["nothing_to_mend"].description.startswith("Images have failed (missing): see")
+    catalogue.accept([Upload("c")])
+    assert list_passed(measure()[1]) == PASSED
+
+
 def test_planned_work_may_wait_long(measure, catalogue):
     catalogue.accept([Upload("a")])
     catalogue.prioritize("a", BULK_PRIORITY)
@@ -138,13 +153,17 @@ def test_the_sensor_reports_what_changes_and_the_rest_every_quarter_of_an_hour(
 
 
 def test_index_and_outdated_say_what_search_finds_and_what_is_to_be_made(
-    instance, catalogue, sqlite_catalogue_url
+    instance, catalogue, sqlite_catalogue_url, tmp_path
 ):
     recipes = build_recipes(Settings.load({}))
     catalogue.accept([Upload(image_id) for image_id in "abc"])
     for image_id, recipe in (("a", recipes["embedding"]), ("b", Recipe("openrouter", "earlier"))):
         catalogue.record_result(catalogue.claim(image_id, 1, "run"), "embedding", recipe, "0" * 64)
     resources = {"plans": Plans(sqlite_catalogue_url), "recipes": recipes}
+    fragment = tmp_path / "index" / "table.lance" / "data" / "1.lance"
+    fragment.parent.mkdir(parents=True)
+    fragment.write_bytes(bytes(1000))
+    resources["index_uri"] = str(tmp_path / "index")
 
     def tick(cursor):
         context = dg.build_sensor_context(instance=instance, cursor=cursor, resources=resources)
@@ -156,6 +175,7 @@ def test_index_and_outdated_say_what_search_finds_and_what_is_to_be_made(
         for event in first.asset_events
     }
     assert (shown["index"]["searchable_count"], shown["index"]["unsearchable_count"]) == (1, 1)
+    assert (shown["index"]["index_bytes"], shown["index"]["fragment_count"]) == (1000, 1)
     assert shown["outdated"]["embedding_model_count"] == 1
     assert shown["outdated"]["embedding_missing_count"] == 1
     assert shown["outdated"]["metadata_missing_count"] == 3

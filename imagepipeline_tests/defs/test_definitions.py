@@ -111,11 +111,16 @@ def test_dagster_neither_stores_nor_shows_secrets(monkeypatch):
     assert json.loads(snapshot)
 
 
-def test_the_shipped_dagster_yaml_allows_five_runs_at_a_time(tmp_path):
+def test_the_shipped_dagster_yaml_allows_five_runs_and_all_sensors_at_a_time(tmp_path, monkeypatch):
+    monkeypatch.setenv("IMAGEPIPELINE_EVENT_WEBHOOK_URL", "https://example.com/hook")
+    monkeypatch.setenv("IMAGEPIPELINE_WEBHOOK_SECRET", "a secret of ours")
     from imagepipeline.runtime.services import _read_packaged
 
     (tmp_path / "dagster.yaml").write_text(_read_packaged("dagster.yaml"))
     with dg.DagsterInstance.from_config(str(tmp_path)) as instance:
         assert instance.get_concurrency_config().run_queue_config.max_concurrent_runs == 5
+        sensors = defs().get_repository_def().sensor_defs
+        # So that `queue` is also reported while all other sensors hang.
+        assert instance.get_settings("sensors")["num_workers"] >= len(sensors)
         assert instance.run_monitoring_enabled
         assert not instance.telemetry_enabled

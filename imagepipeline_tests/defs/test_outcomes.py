@@ -62,6 +62,7 @@ def test_the_run_of_a_rejected_upload_succeeds_and_the_page_says_what_the_row_sa
     assert row["error"].startswith("the original is a PDF document")
     assert (shown["status"], shown["reason"]) == (row["status"], row["reason"])
     assert shown["error"] == row["error"]
+    assert shown["next"] == "push a better file: no retry can help"
     for asset in ("metadata", "variants", "embedding"):
         assert instance.get_materialized_partitions(dg.AssetKey(asset)) == set()
     files.root.joinpath("original/pdf.jpg").write_bytes((PHOTOS / "cat.jpg").read_bytes())
@@ -75,6 +76,37 @@ def test_what_an_operator_must_mend_is_red_and_on_the_page(process, cat):
     assert run_record.status == dg.DagsterRunStatus.FAILURE
     assert read_tags(run_record) == ("failed", "bad_output")
     assert shown["error"] == row["error"] == "prose (after 3 attempts)"
+    assert shown["next"].startswith(
+        f"once the cause is removed, run `imagepipeline failed retry {cat}`"
+    )
+
+
+@pytest.mark.parametrize("reason", ["bad_output", "cancelled", "corrupt"])
+def test_a_run_that_a_person_starts_retries_a_failed_image(run, cat, catalogue, instance, reason):
+    if reason == "corrupt":  # the file is replaced
+        catalogue.fail(catalogue.claim_anew(cat, "earlier"), reason, "the JPEG data is damaged")
+    elif reason == "cancelled":
+        catalogue.accept([Upload(cat)])
+        catalogue.cancel(cat, "a person cancelled it")
+    else:
+        run(cat, vision=ScriptedVision(*(BadAnswerError("prose", 0.01) for _ in range(3))))
+    assert catalogue.get(cat)["reason"] == reason
+    generation = catalogue.get(cat)["generation"]
+    result = run(cat, vision=ScriptedVision(ANSWER))
+    row = catalogue.get(cat)
+    assert (row["status"], row["reason"], row["generation"]) == ("completed", None, generation + 1)
+    event = instance.get_latest_materialization_event(ORIGINAL).asset_materialization
+    assert event.metadata["status"].value == "completed"
+    assert result.success
+
+
+def test_a_re_execution_does_not_keep_the_verdict_of_the_run_it_repeats(run, cat, instance):
+    inherited = {STATUS_TAG: "failed", REASON_TAG: "corrupt"}
+    result = run(cat, tags=inherited, vision=ScriptedVision(ANSWER))
+    assert read_tags(instance.get_run_by_id(result.run_id)) == ("completed", "none")
+    vision = ScriptedVision(*(BadAnswerError("prose", 0.01) for _ in range(3)))
+    result = run(cat, tags=inherited, vision=vision, anew="metadata")
+    assert read_tags(instance.get_run_by_id(result.run_id)) == ("failed", "bad_output")
 
 
 @pytest.mark.parametrize(

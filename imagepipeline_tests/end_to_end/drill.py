@@ -37,6 +37,9 @@ RUNS = """{ runsOrError(limit: 1000) { ... on Runs { results {
     runId status tags { key value } eventConnection(limit: 1000) { events {
         ... on RunFailureEvent { eventType message }
         ... on RunCanceledEvent { eventType message } } } } } } }"""
+NEWEST = """{ assetOrError(assetKey: { path: ["%s"] }) { ... on Asset {
+    assetMaterializations(limit: 1) { metadataEntries { label
+        ... on IntMetadataEntry { intValue } } } } } }"""
 CANCEL = """mutation { terminateRun(runId: "%s", terminatePolicy: %s) { __typename
     ... on TerminateRunFailure { message } ... on PythonError { message } } }"""
 STARTED = """{ runsOrError(filter: { statuses: [STARTED] }) { ... on Runs { results {
@@ -267,6 +270,11 @@ class Drill:
             request, timeout=60
         ) as answer:
             return json.load(answer)["data"]
+
+    def read_newest(self, asset: str) -> dict[str, int]:
+        """Returns the whole numbers of an asset's newest materialization."""
+        [newest] = self.ask(NEWEST % asset)["assetOrError"]["assetMaterializations"]
+        return {one["label"]: one.get("intValue") for one in newest["metadataEntries"]}
 
     def runs(self) -> list[dict[str, Any]]:
         """Returns all runs: `id`, `status`, `image`, `end` (why it did not succeed), and tags."""

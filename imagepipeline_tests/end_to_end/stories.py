@@ -41,6 +41,13 @@ def find_failures(ui: Ui) -> list[str]:
     return rows.all_inner_texts()
 
 
+def retry(ui: Ui, image_id: str) -> None:
+    """Has a failed image tried again from its page of `metadata`, as `original` says."""
+    ui.open(f"/assets/metadata?view=partitions&partition={image_id}")
+    ui.click(ui.page.get_by_role("button", name="Materialize").first)
+    ui.click(ui.page.get_by_role("button", name="Launch 1 run"))
+
+
 def redo_outdated(ui: Ui) -> None:
     """Has everything made again that a change of settings outdated."""
     ui.start()

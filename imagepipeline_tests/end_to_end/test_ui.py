@@ -6,6 +6,7 @@ import pytest
 import sqlalchemy as sa
 
 from imagepipeline.defs.outcomes import REASON_TAG
+from imagepipeline.models import ASSETS
 from imagepipeline_tests.end_to_end import stories, ui
 
 pytestmark = pytest.mark.stack
@@ -81,8 +82,15 @@ def test_nothing_is_red_but_what_an_operator_must_mend(browser, stack):
     assert stories.find_red(browser) == set()
     stack.push_id("ghost")  # without an original
     stack.wait_for(failed=ui.BAD + 1)
-    # The run ends a moment after the image.
-    ui.wait_until(lambda: stories.find_red(browser) == {"metadata", "variants", "embedding"})
+    # The run ends a moment after the image; the check of the queue is made every minute.
+    ui.wait_until(lambda: stories.find_red(browser) - {"queue"} == set(ASSETS))
     browser.open("/assets/original?view=partitions&partition=ghost")
     browser.page.get_by_text("see_embedding").wait_for()
-    assert browser.read_entries()["reason"] == "missing"
+    shown = browser.read_entries()
+    assert shown["reason"] == "missing"
+    assert "click Materialize" in shown["next"]
+    original = (stack.home / "storage" / "original" / "photo-00.jpg").read_bytes()
+    (stack.home / "storage" / "original" / "ghost.jpg").write_bytes(original + b"another")
+    stories.retry(browser, "ghost")
+    stack.wait_for(completed=ui.GOOD + 1)
+    ui.wait_until(lambda: stories.find_red(browser) <= {"queue"})

@@ -167,7 +167,7 @@ class Ui:
     def shoot(self, name: str) -> None:
         """Takes a screenshot, if they are wanted."""
         if self._folder:
-            self.page.mouse.move(WINDOW["width"] / 2, 20)  # away from what shows a menu
+            self.page.mouse.move(WINDOW["width"] / 2, 20, steps=5)  # away from what shows a menu
             self.page.wait_for_timeout(1000)  # for animations and pictures
             self.page.screenshot(path=self._folder / f"{name}.png")
 

@@ -26,6 +26,7 @@ LIMIT_SECONDS = 90
 FROZEN_SECONDS = 100
 FULL_SECONDS = 20
 NO_WORKER_SECONDS = 300
+REPORT_SECONDS = 90  # the queue is reported every minute
 
 
 def cancelled_in_the_queue(stack: Drill) -> float:
@@ -209,11 +210,17 @@ def flushed_redis(stack: Drill) -> float:
 
 
 def no_worker(stack: Drill) -> float:
-    """Runs no worker for five minutes; the runs wait, and begin in their first generation."""
+    """Runs no worker for five minutes; the runs wait, and begin in their first generation.
+
+    The asset `queue` says so meanwhile.
+    """
     stack.stop_service("worker")
     image_ids = stack.push(6)
     time.sleep(NO_WORKER_SECONDS)
     assert stack.count("pending") == 6
+    shown = stack.read_newest("queue")
+    assert shown["pending_count"] == 6, shown
+    assert shown["oldest_seconds"] > NO_WORKER_SECONDS - REPORT_SECONDS, shown
     began = time.monotonic()
     stack.start_service("worker")
     seconds = stack.measure_completion(began)

@@ -35,6 +35,21 @@ def test_the_nearest_images_come_first_with_their_cosine_similarity(index):
     assert index.nearest_other("east", "local:m").image_id == "north"
 
 
+def test_the_size_of_an_index_is_known_without_lancedb(index, tmp_path):
+    import lancedb
+
+    uri = str(tmp_path / "lancedb")
+    assert vectors.measure_files(uri) == vectors.measure_files("s3://bucket/lancedb") == {}
+    for image_id in "abc":
+        index.upsert(claim(image_id), embedding(1.0, 0.0))
+    measured = vectors.measure_files(uri)
+    database = lancedb.connect(uri)
+    [name] = database.list_tables().tables
+    stats = database.open_table(name).stats()
+    assert measured["fragment_count"] == stats["fragment_stats"]["num_fragments"] == 3
+    assert measured["index_bytes"] > 3 * 8
+
+
 def test_an_image_has_only_its_latest_row(index):
     index.upsert(claim("a"), embedding(1.0, 0.0, text="old"))
     index.upsert(claim("a", fence=2), embedding(0.0, 1.0, text="new"))
