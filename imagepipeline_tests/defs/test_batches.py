@@ -15,7 +15,7 @@ from dagster._core.loader import LoadingContextForTest
 from imagepipeline.definitions import NICEST, defs
 from imagepipeline.defs.batches import apply_plan, process_batch
 from imagepipeline.defs.outcomes import ORIGINAL
-from imagepipeline.errors import ProviderUnavailableError, StackError
+from imagepipeline.errors import ApplyBusyError, ProviderUnavailableError
 from imagepipeline.imaging.decoding import Rules, decode
 from imagepipeline.imaging.sandbox import Sandbox
 from imagepipeline.imaging.variants import Renderer
@@ -218,5 +218,5 @@ def test_the_apply_job_opens_an_apply(instance, applier, catalogue, sqlite_catal
     assert apply_plan.execute_in_process(run_config=run_config, **options).success
     apply = Applies(sqlite_catalogue_url).find_open()
     assert (apply.max_images, apply.budget_usd, [*apply.recipes]) == (7, 2.5, ["variants"])
-    with pytest.raises(StackError, match="an apply is under way"):
+    with pytest.raises(ApplyBusyError, match="an apply of Dagster's UI is under way"):
         apply_plan.execute_in_process(**options)
