@@ -1,6 +1,7 @@
 """Plans: which results are not what today's settings would make, counted and listed in SQL."""
 
 import random
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
@@ -89,17 +90,24 @@ class Plans:
         """How many images `list_outdated` lists."""
         if where.conditions:
             return self._count(self._select_outdated(recipes, where))
-        # A join of all images takes seconds at a million, so those that have not completed are
-        # counted by themselves; and only several assets need be compared.
-        found = [one for one in self.count_outdated(recipes) if one.cause != MISSING]
-        outdated = {one.asset: recipes[one.asset] for one in found}
+        # Comparing all images takes seconds at a million, so those that have not completed are
+        # counted by themselves. If every result of an asset is outdated, so is every image.
+        counts, missing = Counter[str](), Counter[str]()
+        for one in self.count_outdated(recipes):
+            (missing if one.cause == MISSING else counts)[one.asset] += one.images
+        total = self.count_all()
+        whole = [asset for asset, count in counts.items() if count == total - missing[asset]]
+        outdated = {asset: recipes[asset] for asset in whole[:1] or counts}
         if not outdated:
             return 0
-        select = sa.select(MADE.image_id).distinct().where(_is_outdated(outdated))
-        count = sum(one.images for one in found) if len(outdated) == 1 else self._count(select)
-        others = [status for status in Status if status != Status.COMPLETED]
-        unended = select.join(images, images.c.id == MADE.image_id)
-        return count - self._count(unended.where(images.c.status.in_(others)))
+        select = sa.select(MADE.image_id).where(_is_outdated(outdated))
+        [first, *others] = outdated
+        count = self._count(select.distinct()) if others else counts[first]
+        unended = sa.select(images.c.id).where(
+            images.c.status.in_([status for status in Status if status != Status.COMPLETED]),
+            select.where(MADE.image_id == images.c.id).exists(),
+        )
+        return count - self._count(unended)
 
     def _count(self, query: sa.Select[tuple[str]]) -> int:
         with self._database.reading() as connection:
