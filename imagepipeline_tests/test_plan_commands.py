@@ -69,7 +69,7 @@ def test_a_dry_run_counts_what_it_does_not_list(invoke, catalogue, monkeypatch):
     for number in range(5):
         complete(catalogue, f"image-{number}", "animal")
     listed = invoke("apply", "--dry-run")
-    assert listed.stdout.split() == ["image", "image-0", "image-1"]
+    assert listed.stdout.split() == ["image_id", "image-0", "image-1"]
     assert listed.stderr == "2 of 5 planned images; --json lists all.\n"
     assert invoke("apply", "--dry-run", "--limit", "4").stderr == "4 of 5 planned images.\n"
     rows = json.loads(invoke("apply", "--dry-run", "--json").stdout)

@@ -20,6 +20,7 @@ from collections import Counter
 import sqlalchemy as sa
 
 from imagepipeline.defs.batches import IMAGES_AT_ONCE, MAX_BATCH_RUNS
+from imagepipeline.stores.applies import Applies
 from imagepipeline_tests.end_to_end.drill import COMMAND, Drill, drill
 from imagepipeline_tests.end_to_end.worker_drills import databases
 
@@ -55,17 +56,30 @@ def list_variants(stack: Drill) -> dict[str, int]:
 
 
 def kill_commands(stack: Drill, kills: int, limit: int, rng: random.Random) -> int:
-    """Starts `apply` again and again, and kills it after some more calls; counts those killed."""
+    """Starts `apply` again and again; kills it some calls after it has begun, counts those killed.
+
+    Each waits until the lease of the one before has expired.
+    """
     killed, asked = 0, [COMMAND, "apply", "--limit", str(limit)]
+    applies = Applies(stack.settings.database_url)
+    seen: set[int | None] = {None}
+
+    def find_id() -> int | None:
+        one = applies.find_open()
+        return one.id if one else None
+
     for _ in range(kills):
-        enough = len(stack.provider.calls) + rng.randrange(1, 8)
         with subprocess.Popen(asked, stdout=stack.log, stderr=stack.log) as command:
+            ended = command.poll
+            stack.wait_for(lambda ended=ended: find_id() not in seen or ended() is not None)
+            seen.add(find_id())
+            enough = len(stack.provider.calls) + rng.randrange(1, 8)
             stack.wait_for(
-                lambda enough=enough, command=command: (
-                    len(stack.provider.calls) >= enough or command.poll() is not None
+                lambda enough=enough, ended=ended: (
+                    len(stack.provider.calls) >= enough or ended() is not None
                 )
             )
-            killed += command.poll() is None
+            killed += ended() is None
             command.kill()
     return killed
 
