@@ -47,7 +47,6 @@ from imagepipeline.usage import CallUsage
 STAGE = "metadata"
 MAX_OPEN = 10  # batches at once
 POLL_SECONDS = 15.0
-LISTED = 200  # images looked up at once
 COLLECTED = 500  # answers kept in one transaction
 NOT_ANSWERED = "not_answered"  # the outcome of a request that the provider has failed
 
@@ -252,14 +251,7 @@ class BatchCalls:
     def _list_questions(
         self, recipes: Mapping[str, Recipe], where: Filter, limit: int | None
     ) -> Questions:
-        def list_ids() -> Iterator[str]:
-            last_id = ""
-            while found := self._plans.list_outdated(recipes, last_id, LISTED, where):
-                yield from found
-                last_id = found[-1]
-
-        ask = self._ask if STAGE in recipes else lambda _: None
-        return Questions(islice(list_ids(), limit), ask)
+        return Questions(islice(self._plans.iterate_outdated(recipes, where), limit), self._ask)
 
     def _ask(self, image_id: str) -> Question | None:
         """The question about an image; None if its run would not ask, or cannot."""

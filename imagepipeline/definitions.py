@@ -138,7 +138,11 @@ def build_resources(settings: Settings) -> dict[str, dg.ResourceDefinition]:
         ),
         "applier": resources.made(
             lambda: Applier(
-                Applies(database), Plans(database), Catalogue(database), build_recipes(settings)
+                Applies(database),
+                Plans(database),
+                Catalogue(database),
+                build_recipes(settings),
+                build_tenants(settings).list_spent,
             ),
             "Begins the images of `imagepipeline apply`.",
         ),

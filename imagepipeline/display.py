@@ -380,6 +380,15 @@ def show_rows(
     _print(table)
 
 
+def stream_json(rows: Iterable[Mapping[str, Any]]) -> None:
+    """Prints rows as a JSON list, each as soon as it is known."""
+    before = "["
+    for row in rows:
+        print(before, to_json(row, default=_to_json), sep="")
+        before = ","
+    print("]" if before == "," else "[]")
+
+
 def show_sample(sample: "Sample", as_json: bool) -> None:
     """Prints what a sample makes of images beside what they have, and what it costs."""
     from imagepipeline.pages import compare, explain_costs

@@ -111,6 +111,10 @@ class BatchBusyError(BatchError):
     """Another process sends batches."""
 
 
+class ApplyBusyError(StackError):
+    """Another apply is under way; the message says whose."""
+
+
 class ImageBusyError(ImagePipelineError):
     """Another run is processing the image; the message names that run."""
 

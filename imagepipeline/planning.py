@@ -1,7 +1,7 @@
 """Plan and apply: what a change of model, prompt or sizes costs, and doing it."""
 
 import time
-from collections.abc import Generator, Mapping, Sequence
+from collections.abc import Callable, Generator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -93,11 +93,19 @@ class Applier:
         plans: finds its images.
         catalogue: begins their generations.
         recipes: what the stack would make today, by asset.
+        list_spent: gives the tenants whose budget is used up. Their images are passed over, and
+            those that have begun take no room.
     """
 
     def __init__(
-        self, applies: Applies, plans: Plans, catalogue: Catalogue, recipes: Mapping[str, Recipe]
+        self,
+        applies: Applies,
+        plans: Plans,
+        catalogue: Catalogue,
+        recipes: Mapping[str, Recipe],
+        list_spent: Callable[[], Sequence[str]] = tuple,
     ) -> None:
+        self._list_spent = list_spent
         self._applies = applies
         self._plans = plans
         self._catalogue = catalogue
@@ -118,7 +126,7 @@ class Applier:
         """Opens an apply without a lease; gives it, and how many images need it.
 
         Raises:
-            StackError: another one is open.
+            ApplyBusyError: another one is open.
         """
         recipes = select_recipes(self._recipes, assets)
         count = self._plans.count_images(recipes, where)
@@ -139,7 +147,8 @@ class Applier:
 
     def _begin(self, apply: Apply) -> bool:
         """Begins images, and returns whether there may be more."""
-        in_flight = sum(self._catalogue.count_bulk(apply.id).values())
+        spent = self._list_spent()
+        in_flight = sum(self._catalogue.count_bulk(apply.id, spent).values())
         room = MAX_IN_FLIGHT - in_flight
         if apply.max_images is not None:
             room = min(room, apply.max_images - apply.begun_count)
@@ -148,7 +157,7 @@ class Applier:
         if room <= 0:
             return True
         recipes = {asset: self._recipes[asset] for asset in apply.recipes}
-        found = self._plans.list_outdated(recipes, apply.last_id, room, apply.where)
+        found = self._plans.list_outdated(recipes, apply.last_id, room, apply.where, spent)
         if found:
             self._catalogue.begin_planned(found, apply.id)
         return bool(found)

@@ -64,6 +64,13 @@ class Tenants:
             f"({spent_usd:.2f} USD): its paid work resumes at midnight UTC"
         )
 
+    def list_spent(self) -> list[str]:
+        """The tenants whose paid work must wait until midnight UTC."""
+        if not self.has_budgets:
+            return []
+        calls = self._ledger.summarize("tenant", self._find_midnight())
+        return [row["tenant"] for row in calls if self.explain_spent(row["tenant"])]
+
     def list_used(self) -> list[dict[str, Any]]:
         """A row for each tenant with images that have not completed, or with paid calls today.
 

@@ -6,7 +6,10 @@ import pytest
 from click.testing import CliRunner
 
 from imagepipeline.cli import cli
+from imagepipeline.commands import plans
+from imagepipeline.errors import ApplyBusyError
 from imagepipeline.models import ImageMetadata, OriginalFacts, Recipe, Upload
+from imagepipeline.stores.applies import Applies
 from imagepipeline.stores.catalogue import Catalogue
 
 EARLIER = Recipe("local", "earlier")
@@ -57,3 +60,39 @@ def test_a_filter_restricts_what_is_planned_and_applied(invoke, catalogue):
     assert refused.exit_code == 2
     assert "'colour' is not a field of an image: it must be one of id, category" in refused.output
     assert invoke("plan", "cat", *where).exit_code == 2
+
+
+def test_a_dry_run_counts_what_it_does_not_list(invoke, catalogue, monkeypatch):
+    monkeypatch.setattr(plans, "MAX_LISTED", 2)
+    for number in range(5):
+        complete(catalogue, f"image-{number}", "animal")
+    listed = invoke("apply", "--dry-run")
+    assert listed.stdout.split() == ["image_id", "image-0", "image-1"]
+    assert listed.stderr == "2 of 5 planned images; --json lists all.\n"
+    assert invoke("apply", "--dry-run", "--limit", "4").stderr == "4 of 5 planned images.\n"
+    rows = json.loads(invoke("apply", "--dry-run", "--json").stdout)
+    assert rows == [{"image_id": f"image-{number}"} for number in range(5)]
+    assert json.loads(invoke("apply", "--dry-run", "--json", "--where", "id=x").stdout) == []
+
+
+def test_a_second_apply_says_at_once_who_holds_it(invoke, catalogue, tmp_path, monkeypatch, capsys):
+    applies = Applies(f"sqlite:///{tmp_path / 'home' / 'catalogue.sqlite'}")
+    of_ui = applies.start({})
+    refused = invoke("apply")
+    assert refused.exit_code == 1
+    assert "an apply of Dagster's UI is under way since" in str(refused.exception)
+    assert "with 0 images begun: wait until it has ended, or end it with" in str(refused.exception)
+    applies.end(of_ui.id, "stopped")
+    living = applies.start({}, lease_seconds=15)
+    monkeypatch.setattr(plans.time, "sleep", lambda _: applies.renew(living.id, 16))
+    with pytest.raises(ApplyBusyError, match="an `apply` of another command is under way"):
+        plans.await_turn(applies)
+    monkeypatch.setattr(plans.time, "sleep", lambda _: applies.end(living.id, "killed"))
+    plans.await_turn(applies)
+    assert "If that command was killed, this one begins within 15 s." in capsys.readouterr().err
+
+
+def test_a_batch_without_pictures_is_refused(invoke, catalogue):
+    refused = invoke("apply", "--batch", "--asset", "embedding")
+    assert refused.exit_code == 2
+    assert "--batch asks about pictures, so it needs --asset metadata, too" in refused.output

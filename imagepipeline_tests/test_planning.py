@@ -7,7 +7,7 @@ from datetime import timedelta
 import pytest
 
 from imagepipeline import planning
-from imagepipeline.errors import StackError
+from imagepipeline.errors import ApplyBusyError, StackError
 from imagepipeline.models import ImageMetadata, OriginalFacts, PaidCall, Recipe, Upload, now_utc
 from imagepipeline.planning import Applier
 from imagepipeline.stores.applies import Applies
@@ -106,6 +106,25 @@ def test_a_changed_recipe_outdates_its_asset_alone(plans, library, asset, recipe
     assert plans.list_outdated(recipes, library[1], 2) == library[2:4]
     others = planning.select_recipes(recipes, [name for name in RECIPES if name != asset])
     assert plans.list_outdated(others, "", 9) == []
+
+
+def test_images_are_counted_once_whatever_they_need(plans, library, catalogue, process):
+    catalogue.accept([Upload(library[0]), Upload(library[1]), Upload("new")])
+    catalogue.fail(catalogue.claim(library[0], 2, "run"), "corrupt", "damaged")
+    newer = change("metadata", Recipe("openai", "m2", "prompt-1"))
+    catalogue.accept([Upload(library[4])])
+    process(library[4], newer)
+    for recipes in (
+        RECIPES,
+        newer,
+        newer | {"embedding": Recipe("openrouter", "e2")},
+        {"variants": Recipe("local", "pillow", "other")},
+        change("embedding", Recipe("openrouter", "e2")),
+    ):
+        found = list(plans.iterate_outdated(recipes))
+        assert plans.count_images(recipes) == len(found) == len(set(found))
+        assert not {library[0], library[1], "new"}.intersection(found)
+    assert plans.count_images(newer) == 2
 
 
 def test_images_that_failed_or_wait_are_counted_as_missing(plans, library, catalogue):
@@ -232,15 +251,42 @@ def test_the_apply_of_a_command_that_was_killed_ends(catalogue_url, catalogue):
     now = [now_utc()]
     applies = Applies(catalogue_url, lambda: now[0])
     killed = applies.start(RECIPES, lease_seconds=15)
-    with pytest.raises(StackError, match="an apply is under way"):
+    with pytest.raises(ApplyBusyError, match="an `apply` of another command is under way"):
         applies.start(RECIPES)
     now[0] += timedelta(seconds=14)
     applies.renew(killed.id, 15)
     now[0] += timedelta(seconds=14)
-    assert applies.find_open() == killed
+    assert applies.find_open().id == killed.id
     now[0] += timedelta(seconds=2)
     assert applies.find_open() is None
     assert applies.start(RECIPES).id != killed.id
+    with pytest.raises(ApplyBusyError, match="an apply of Dagster's UI is under way"):
+        applies.start(RECIPES)
+
+
+def test_images_of_a_tenant_without_budget_keep_no_others_waiting(
+    applies, plans, library, catalogue, carry_out, monkeypatch
+):
+    monkeypatch.setattr(planning, "MAX_IN_FLIGHT", 2)
+    catalogue.accept([Upload(image_id, None, 0, "poor") for image_id in library[:3]])
+    for image_id in library[:3]:
+        catalogue.finish(catalogue.claim(image_id, 2, "run"))
+    recipes = change("variants", Recipe("local", "pillow", "other"))
+    spent = []
+    applier = Applier(applies, plans, catalogue, recipes, lambda: spent)
+    applies.start(recipes)
+    applier.feed()
+    assert list_waiting(catalogue) == library[:2]  # the lane is full
+    spent.append("poor")
+    applier.feed()
+    assert list_waiting(catalogue) == [library[0], library[1], library[3], library[4]]
+    for image_id in library[3:]:
+        claim = catalogue.claim(image_id, catalogue.get(image_id)["generation"], "run")
+        catalogue.fail(claim, "corrupt", "damaged")
+    assert "(done)" in applier.feed()
+    spent.clear()
+    _, made = carry_out(applies.start(recipes), recipes)
+    assert sorted(made) == library[:3]
 
 
 def test_an_apply_ends_at_its_limit(applies, library, carry_out):

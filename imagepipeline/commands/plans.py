@@ -5,6 +5,7 @@ import sys
 import time
 from collections.abc import Mapping
 from dataclasses import asdict
+from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -19,7 +20,7 @@ from imagepipeline.commands.shared import (
     to_text,
     with_settings,
 )
-from imagepipeline.errors import ImagePipelineError, InvalidFilterError, StackError
+from imagepipeline.errors import ApplyBusyError, ImagePipelineError, InvalidFilterError
 from imagepipeline.filters import FIELDS, Filter
 from imagepipeline.models import ASSETS, Recipe, now_utc
 from imagepipeline.opening import open_catalogue
@@ -29,8 +30,9 @@ from imagepipeline.text import to_json
 if TYPE_CHECKING:  # it takes as long to import as all else
     from imagepipeline.planning import Step
     from imagepipeline.sampling import Sample
-    from imagepipeline.stores.applies import Applies, Apply
+    from imagepipeline.stores.applies import Applies
     from imagepipeline.stores.catalogue import Catalogue
+    from imagepipeline.stores.plans import Plans
 
 MAX_SAMPLED = 100  # a page of them has some 10 MB
 
@@ -183,9 +185,10 @@ def make_plan(settings: Settings, recipes: Mapping[str, Recipe], where: Filter) 
 @click.option(
     "--batch",
     is_flag=True,
-    help="First ask about all pictures in OpenAI's Batch API: at half the price, within a day.",
+    help="First ask about all pictures in OpenAI's Batch API: at half the price, within a day. "
+    "Embeddings are asked for as usual.",
 )
-@click.option("--dry-run", is_flag=True, help="Only list the images.")
+@click.option("--dry-run", is_flag=True, help="Only list the images and count them.")
 @json_option
 @with_settings
 def apply(
@@ -218,9 +221,11 @@ def apply(
         return
     recipes = planning.select_recipes(build_recipes(settings), assets)
     if dry_run:
-        found = plans.list_outdated(recipes, "", limit or MAX_LISTED, where)
-        display.show_rows([{"image_id": one} for one in found], ("image_id",), as_json)
+        list_planned(plans, recipes, where, limit, as_json)
         return
+    if batch and "metadata" not in recipes:
+        raise click.UsageError("--batch asks about pictures, so it needs --asset metadata, too")
+    await_turn(applies)
     if budget:
         planned = make_plan(settings, recipes, where)
         if problem := planning.explain_unknown_cost(planned):
@@ -236,7 +241,7 @@ def apply(
             say("The budget is used up; the next apply uses the answers that are paid.", err=True)
             return
     total = plans.count_images(recipes, where)
-    begun = start_apply(applies, recipes, limit, budget, where)
+    begun = applies.start(recipes, limit, budget, where, planning.LEASE_SECONDS)
     with contextlib.closing(planning.follow(applies, begun)) as steps:
         *_, last = display.follow_apply(steps, min(total, limit or total))
     display.show_rows([asdict(last)], tuple(asdict(last)), as_json)
@@ -244,24 +249,43 @@ def apply(
         sys.exit(EXIT_FAILED)
 
 
-def start_apply(
-    applies: "Applies",
-    recipes: Mapping[str, Recipe],
-    limit: int | None,
-    budget: float | None,
-    where: Filter,
-) -> "Apply":
-    """Opens an apply; waits until the lease of one whose command was killed has expired."""
+def list_planned(
+    plans: "Plans", recipes: Mapping[str, Recipe], where: Filter, limit: int | None, as_json: bool
+) -> None:
+    """Lists the images that an apply would begin, all as JSON or the first as text."""
+    from imagepipeline import display
+
+    found = ({"image_id": one} for one in plans.iterate_outdated(recipes, where))
+    if as_json:
+        display.stream_json(islice(found, limit))
+        return
+    shown = list(islice(found, limit or MAX_LISTED))
+    display.show_rows(shown, ("image_id",), as_json)
+    total = plans.count_images(recipes, where)
+    more = "" if limit or total <= len(shown) else "; --json lists all"
+    say(f"{len(shown):,} of {total:,} planned images{more}.", err=True)
+
+
+def await_turn(applies: "Applies") -> None:
+    """Waits until the lease of an apply whose command was killed has expired.
+
+    Raises:
+        ApplyBusyError: an apply is under way: its lease is renewed, or it has none.
+    """
     from imagepipeline import planning
 
-    deadline = time.monotonic() + planning.LEASE_SECONDS
-    while True:
-        try:
-            return applies.start(recipes, limit, budget, where, planning.LEASE_SECONDS)
-        except StackError:
-            if time.monotonic() > deadline:
-                raise
-            time.sleep(planning.POLL_SECONDS)
+    first = now = applies.find_open()
+    if first and first.expires_at:
+        say(
+            f"Note: {first.describe()}. If that command was killed, this one begins within "
+            f"{planning.LEASE_SECONDS} s.",
+            err=True,
+        )
+    while first and now:
+        if now.expires_at is None or now.expires_at != first.expires_at:
+            raise ApplyBusyError(now.explain_busy())
+        time.sleep(planning.POLL_SECONDS)
+        now = applies.find_open()
 
 
 def fetch_batches(

@@ -5,7 +5,7 @@ import queue
 import socket
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from enum import Enum
@@ -23,7 +23,7 @@ from imagepipeline.defs.attempts import (
     start_heartbeat,
     stop_heartbeat,
 )
-from imagepipeline.defs.outcomes import build_outcome
+from imagepipeline.defs.outcomes import build_outcome, report_outcome
 from imagepipeline.defs.partitions import uploads
 from imagepipeline.defs.restoring import CODE_VERSION_TAG, DATA_VERSION_TAG, relate, restore
 from imagepipeline.defs.showing import link_to
@@ -49,12 +49,15 @@ MAX_BATCH_RUNS = 2
 IMAGES_AT_ONCE = 4  # in one run: while some wait for a provider, others use the CPU
 MAX_SECONDS = 60  # then a run takes no more images: a worker that drains waits no longer
 LINGER_SECONDS = 2  # without images: the next tick of the sensor may bring some
-# What a materialization shows, so that an event takes 2 to 3 kB of Dagster's tables; the rest is
-# in the catalogue (`imagepipeline status ID`).
-SHOWN = (
-    *("description", "tags", "category", "cost_usd", "cause"),
-    *("bytes_in", "bytes_out", "problems", "cpu_seconds"),
-)
+# What materializations show, so that they take few bytes of Dagster's tables: of an asset how it
+# was made, and of the image (`original`) what was made and where to find the rest.
+SHOWN = ("cost_usd", "cause", "bytes_out", "problems", "cpu_seconds")
+SHOWN_OF_IMAGE = ("status", "reason", "error", "waits_because", "flaw", "picture")
+SHOWN_OF_MADE = {
+    "metadata": ("description", "tags", "category", "languages"),
+    "variants": ("variants", "bytes_in"),
+    "embedding": (),
+}
 
 
 @dataclass(frozen=True)
@@ -149,16 +152,17 @@ class Batch:
     def _process(self, claim: Claim) -> None:
         start_heartbeat(self.catalogue, claim)
         try:
-            is_changed, made = False, None
+            changed, made = [], None
             for asset in ASSETS:
                 made = self._make(claim, asset)
-                is_changed = is_changed or made is None or not made.is_current
+                if made is None or not made.is_current:
+                    changed.append(asset)
                 if made is None:
                     break
             if made is not None:
                 self._events.put(Event(image_id=claim.image_id))
-            if is_changed:
-                self._show_outcome(claim)
+            if changed:
+                self._show_outcome(claim, changed, is_made=made is not None)
         finally:
             self.originals.release(claim.image_id)
             stop_heartbeat(claim)
@@ -197,10 +201,18 @@ class Batch:
             dg.AssetMaterialization(asset, partition=claim.image_id, metadata=shown, tags=tags)
         )
 
-    def _show_outcome(self, claim: Claim) -> None:
+    def _show_outcome(self, claim: Claim, changed: Sequence[str], is_made: bool) -> None:
+        """Has Dagster record what became of an image; of one that is made in part, that part."""
         with suppress(PostponedError):  # the row has it
-            thumbnail = self.originals.find_thumbnail(claim.image_id)
-            self._put(build_outcome(self.catalogue, claim.image_id, thumbnail))
+            if len(changed) == len(ASSETS) or not is_made:
+                thumbnail = self.originals.find_thumbnail(claim.image_id)
+                self._put(build_outcome(self.catalogue, claim.image_id, thumbnail))
+                return
+            outcome = build_outcome(self.catalogue, claim.image_id)
+            names = {*SHOWN_OF_IMAGE, *(f"see_{asset}" for asset in ASSETS if asset not in changed)}
+            names.update(*(SHOWN_OF_MADE[asset] for asset in changed))
+            shown = {name: value for name, value in outcome.metadata.items() if name in names}
+            self._put(outcome._replace(metadata=shown))
 
     def _put(self, materialization: dg.AssetMaterialization) -> None:
         event = Event(image_id=materialization.partition, materialization=materialization)
@@ -233,7 +245,7 @@ class BatchConfig(dg.Config):
     )
 
 
-@dg.op(out={}, tags={"owner": OWNERS[0].replace(":", "/")})
+@dg.op(tags={"owner": OWNERS[0].replace(":", "/")})
 def process_images(
     context: dg.OpExecutionContext,
     config: BatchConfig,
@@ -248,7 +260,7 @@ def process_images(
     ledger: dg.ResourceParam[Ledger],
     batch_size: dg.ResourceParam[int],
     tenants: dg.ResourceParam[Tenants],
-) -> Iterator[dg.AssetMaterialization]:
+) -> None:
     """Makes what images of the bulk lane need, several at a time.
 
     Each image is claimed, tried and ended by itself, as in a run of its own. The run takes images
@@ -304,7 +316,9 @@ def process_images(
             ):
                 restore(context.instance, catalogue, event.image_id)
             if event.materialization:
-                yield relate(context.instance, event.materialization)
+                # Not as an output of the step, whose handles take half a kilobyte in each event.
+                materialization = relate(context.instance, event.materialization)
+                report_outcome(context.instance, context.run, materialization)
             elif event.image_id:
                 finished += 1
     finally:

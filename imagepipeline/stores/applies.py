@@ -7,7 +7,7 @@ from datetime import datetime, timedelta
 
 import sqlalchemy as sa
 
-from imagepipeline.errors import StackError
+from imagepipeline.errors import ApplyBusyError
 from imagepipeline.filters import ALL, Filter
 from imagepipeline.models import Recipe, Status, now_utc
 from imagepipeline.stores.database import Database
@@ -21,6 +21,8 @@ class Apply:
     Attributes:
         id: its number.
         began_at: when it was asked for.
+        expires_at: when its lease ends, which the command that follows it renews; None if Dagster's
+            job `apply_plan` started it, which nobody follows.
         end_reason: why it begins no more images; None while it does.
         max_images: how many images it may begin; None for all.
         budget_usd: US dollars after which it begins no more; None for no limit.
@@ -33,6 +35,7 @@ class Apply:
 
     id: int
     began_at: datetime
+    expires_at: datetime | None
     end_reason: str | None
     max_images: int | None
     budget_usd: float | None
@@ -46,6 +49,21 @@ class Apply:
     def where(self) -> Filter:
         """Which images it may begin."""
         return Filter.parse(json.loads(self.conditions))
+
+    def describe(self) -> str:
+        """Who holds it, since when, and how far it is, as a part of a sentence."""
+        holder = "an `apply` of another command" if self.expires_at else "an apply of Dagster's UI"
+        return (
+            f"{holder} is under way since {self.began_at:%F %R} UTC, with {self.begun_count:,} "
+            "images begun"
+        )
+
+    def explain_busy(self) -> str:
+        """Why no other one may start, and what to do, as a sentence."""
+        return (
+            f"{self.describe()}: wait until it has ended, or end it with "
+            "`imagepipeline apply --stop`"
+        )
 
 
 @dataclass(frozen=True)
@@ -93,16 +111,13 @@ class Applies:
             lease_seconds: it ends unless `renew` is called as often; None if it need not be.
 
         Raises:
-            StackError: another one is open.
+            ApplyBusyError: another one is open.
         """
         now = self._clock()
         with self._database.transaction() as connection:
             open_one = connection.execute(self._select_open().with_for_update()).first()
             if open_one is not None:
-                raise StackError(
-                    f"an apply is under way since {open_one.began_at:%F %R} UTC: wait until it has "
-                    "ended, or end it with `imagepipeline apply --stop`"
-                )
+                raise ApplyBusyError(Apply(*open_one).explain_busy())
             apply_id = connection.execute(
                 sa.insert(applies)
                 .values(

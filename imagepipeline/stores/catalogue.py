@@ -410,12 +410,15 @@ class Catalogue:
             connection.execute(sa.update(applies).where(applies.c.id == apply_id).values(counted))
         return begun
 
-    def count_bulk(self, apply_id: int | None = None) -> dict[str, int]:
+    def count_bulk(
+        self, apply_id: int | None = None, except_tenants: Sequence[str] = ()
+    ) -> dict[str, int]:
         """How many images of the bulk lane are pending and due, and processing; 1,000 at most.
 
         With `apply_id`, only images that this apply has begun.
         """
         of_apply = sa.true() if apply_id is None else images.c.apply_id == apply_id
+        counted = images.c.tenant.not_in(except_tenants) if except_tenants else sa.true()
         counts = {}
         conditions = {
             "pending": self._is_due(),
@@ -424,7 +427,7 @@ class Catalogue:
         with self._database.reading() as connection:
             for name, condition in conditions.items():
                 lane = sa.select(images.c.id).where(
-                    condition, images.c.priority == BULK_PRIORITY, of_apply
+                    condition, images.c.priority == BULK_PRIORITY, of_apply, counted
                 )
                 query = sa.select(sa.func.count()).select_from(lane.limit(MAX_COUNTED).subquery())
                 counts[name] = int(connection.execute(query).scalar_one())

@@ -1,7 +1,8 @@
 """Plans: which results are not what today's settings would make, counted and listed in SQL."""
 
 import random
-from collections.abc import Mapping
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import sqlalchemy as sa
@@ -14,6 +15,7 @@ from imagepipeline.stores.filters import build_conditions
 from imagepipeline.stores.tables import image_results, images
 
 MADE = image_results.c
+READ_TOGETHER = 500  # IDs
 
 
 @dataclass(frozen=True)
@@ -58,7 +60,12 @@ class Plans:
             return connection.execute(sa.select(sa.func.count()).select_from(images)).scalar_one()
 
     def list_outdated(
-        self, recipes: Mapping[str, Recipe], after_id: str, limit: int, where: Filter = ALL
+        self,
+        recipes: Mapping[str, Recipe],
+        after_id: str,
+        limit: int,
+        where: Filter = ALL,
+        except_tenants: Sequence[str] = (),
     ) -> list[str]:
         """Up to `limit` completed images that need one of these assets, by ID, after one ID."""
         query = (
@@ -67,14 +74,45 @@ class Plans:
             .order_by(MADE.image_id)
             .limit(limit)
         )
+        if except_tenants:
+            query = query.where(images.c.tenant.not_in(except_tenants))
         with self._database.reading() as connection:
             return list(connection.execute(query).scalars())
 
+    def iterate_outdated(self, recipes: Mapping[str, Recipe], where: Filter = ALL) -> Iterator[str]:
+        """All images that `list_outdated` lists, read a few hundred at a time."""
+        last_id = ""
+        while found := self.list_outdated(recipes, last_id, READ_TOGETHER, where):
+            yield from found
+            last_id = found[-1]
+
     def count_images(self, recipes: Mapping[str, Recipe], where: Filter = ALL) -> int:
         """How many images `list_outdated` lists."""
-        outdated = self._select_outdated(recipes, where).subquery()
+        if where.conditions:
+            return self._count(self._select_outdated(recipes, where))
+        # Comparing all images takes seconds at a million, so those that have not completed are
+        # counted by themselves. If every result of an asset is outdated, so is every image.
+        counts, missing = Counter[str](), Counter[str]()
+        for one in self.count_outdated(recipes):
+            (missing if one.cause == MISSING else counts)[one.asset] += one.images
+        total = self.count_all()
+        whole = [asset for asset, count in counts.items() if count == total - missing[asset]]
+        outdated = {asset: recipes[asset] for asset in whole[:1] or counts}
+        if not outdated:
+            return 0
+        select = sa.select(MADE.image_id).where(_is_outdated(outdated))
+        [first, *others] = outdated
+        count = self._count(select.distinct()) if others else counts[first]
+        unended = sa.select(images.c.id).where(
+            images.c.status.in_([status for status in Status if status != Status.COMPLETED]),
+            select.where(MADE.image_id == images.c.id).exists(),
+        )
+        return count - self._count(unended)
+
+    def _count(self, query: sa.Select[tuple[str]]) -> int:
         with self._database.reading() as connection:
-            return connection.execute(sa.select(sa.func.count()).select_from(outdated)).scalar_one()
+            counted = sa.select(sa.func.count()).select_from(query.subquery())
+            return connection.execute(counted).scalar_one()
 
     def draw_outdated(
         self, recipes: Mapping[str, Recipe], count: int, seed: int, where: Filter = ALL
@@ -100,26 +138,30 @@ class Plans:
         self, recipes: Mapping[str, Recipe], where: Filter
     ) -> sa.Select[tuple[str]]:
         """The completed images that need one of these assets."""
-        is_outdated = sa.or_(
-            *(
-                sa.and_(
-                    MADE.asset == asset,
-                    sa.or_(
-                        MADE.provider != recipe.provider,
-                        MADE.model != recipe.model,
-                        MADE.settings != recipe.settings,
-                        MADE.is_stale.is_(True),
-                    ),
-                )
-                for asset, recipe in recipes.items()
-            )
-        )
         return (
             sa.select(MADE.image_id)
             .distinct()
             .join(images, images.c.id == MADE.image_id)
-            .where(is_outdated, images.c.status == Status.COMPLETED, *self._build(where))
+            .where(_is_outdated(recipes), images.c.status == Status.COMPLETED, *self._build(where))
         )
 
     def _build(self, where: Filter) -> list[sa.ColumnElement[bool]]:
         return build_conditions(where, self._database.engine.dialect.name == "postgresql")
+
+
+def _is_outdated(recipes: Mapping[str, Recipe]) -> sa.ColumnElement[bool]:
+    """Whether a result is one of these assets, but not what the asset's recipe would make."""
+    return sa.or_(
+        *(
+            sa.and_(
+                MADE.asset == asset,
+                sa.or_(
+                    MADE.provider != recipe.provider,
+                    MADE.model != recipe.model,
+                    MADE.settings != recipe.settings,
+                    MADE.is_stale.is_(True),
+                ),
+            )
+            for asset, recipe in recipes.items()
+        )
+    )

@@ -15,11 +15,18 @@ from dagster._core.loader import LoadingContextForTest
 from imagepipeline.definitions import NICEST, defs
 from imagepipeline.defs.batches import apply_plan, process_batch
 from imagepipeline.defs.outcomes import ORIGINAL
-from imagepipeline.errors import ProviderUnavailableError, StackError
+from imagepipeline.errors import ApplyBusyError, ProviderUnavailableError
 from imagepipeline.imaging.decoding import Rules, decode
 from imagepipeline.imaging.sandbox import Sandbox
 from imagepipeline.imaging.variants import Renderer
-from imagepipeline.models import ASSETS, BULK_PRIORITY, BY_PERSON, Upload, build_variant_specs
+from imagepipeline.models import (
+    ASSETS,
+    BULK_PRIORITY,
+    BY_PERSON,
+    Recipe,
+    Upload,
+    build_variant_specs,
+)
 from imagepipeline.originals import Originals
 from imagepipeline.services.embedder import LocalEmbedder
 from imagepipeline.services.vision import LocalVision
@@ -97,6 +104,32 @@ def test_results_of_a_batch_are_as_fresh_as_those_of_single_runs(run_batch, push
     for asset in ASSETS:
         causes = resolver.get_stale_causes(dg.AssetKey(asset), "cat")
         assert resolver.get_status(dg.AssetKey(asset), "cat") == StaleStatus.FRESH, causes
+
+
+def test_an_image_that_is_made_in_part_shows_that_part_in_few_bytes(
+    run_batch, push, catalogue, instance
+):
+    class Other(LocalVision):
+        recipe = Recipe("local", "other")
+
+    push("cat")
+    assert run_batch().success
+    catalogue.accept([Upload("cat")])
+    catalogue.prioritize("cat", BULK_PRIORITY)
+    result = run_batch(vision=Other())
+    assert result.success
+    of_image = instance.fetch_materializations(ORIGINAL, limit=1).records[0]
+    shown = of_image.asset_materialization.metadata
+    assert {"status", "picture", "description", "see_variants", "see_embedding"} <= {*shown}
+    assert not {"variants", "see_metadata"}.intersection(shown)
+    events = [
+        record.event_log_entry
+        for asset in (ORIGINAL, *map(dg.AssetKey, ASSETS))
+        for record in instance.fetch_materializations(asset, limit=9).records
+        if record.run_id == result.run_id
+    ]
+    assert [event.dagster_event.asset_key.path for event in events] == [["original"], ["metadata"]]
+    assert max(len(event.to_json()) for event in events) < 2500
 
 
 def test_a_bad_file_and_an_outage_cost_the_neighbours_nothing(
@@ -217,5 +250,5 @@ def test_the_apply_job_opens_an_apply(instance, applier, catalogue, sqlite_catal
     assert apply_plan.execute_in_process(run_config=run_config, **options).success
     apply = Applies(sqlite_catalogue_url).find_open()
     assert (apply.max_images, apply.budget_usd, [*apply.recipes]) == (7, 2.5, ["variants"])
-    with pytest.raises(StackError, match="an apply is under way"):
+    with pytest.raises(ApplyBusyError, match="an apply of Dagster's UI is under way"):
         apply_plan.execute_in_process(**options)

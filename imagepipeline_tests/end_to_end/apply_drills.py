@@ -4,6 +4,9 @@
 
 `apply` itself is killed first, then workers and the children that execute batches. Afterwards every
 image is made by the new prompt, each was asked for once, and no variant was touched.
+
+It also prints by how many bytes an image Dagster's tables have grown. Without kills, that is the
+bookkeeping of an undisturbed apply: `--kills 0 --process-kills 0`.
 """
 
 import argparse
@@ -14,10 +17,36 @@ import subprocess
 import time
 from collections import Counter
 
+import sqlalchemy as sa
+
+from imagepipeline.defs.batches import IMAGES_AT_ONCE, MAX_BATCH_RUNS
+from imagepipeline.stores.applies import Applies
 from imagepipeline_tests.end_to_end.drill import COMMAND, Drill, drill
 from imagepipeline_tests.end_to_end.worker_drills import databases
 
 PROMPT = "Say which number is on the picture."
+SHARE = 0.8  # of the images, for the commands that are killed; the rest is for killed processes
+
+
+BYTES = {
+    "sqlite": "SELECT tbl_name, sum(pgsize) FROM dbstat JOIN sqlite_schema USING (name) GROUP BY 1",
+    "postgresql": "SELECT relname, pg_total_relation_size(relid) FROM pg_stat_user_tables",
+}
+
+
+def weigh(stack: Drill) -> Counter[str]:
+    """The bytes of each of Dagster's tables, with its indexes."""
+    url = stack.settings.dagster_database_url
+    urls = [url.get_secret_value()] if url else []
+    folder = stack.home / "dagster" / "storage"
+    bytes_of: Counter[str] = Counter()
+    for one in urls or [f"sqlite:///{path}" for path in folder.glob("*.db")]:
+        engine = sa.create_engine(one)
+        with engine.connect() as connection:
+            rows = connection.exec_driver_sql(BYTES[engine.dialect.name]).tuples()
+            bytes_of.update({name: int(size) for name, size in rows})
+        engine.dispose()
+    return bytes_of
 
 
 def list_variants(stack: Drill) -> dict[str, int]:
@@ -26,17 +55,33 @@ def list_variants(stack: Drill) -> dict[str, int]:
     return {path.name: path.stat().st_mtime_ns for path in folder.iterdir()}
 
 
-def kill_commands(stack: Drill, kills: int, rng: random.Random) -> None:
-    """Starts `apply` again and again, and kills it after some more calls."""
+def kill_commands(stack: Drill, kills: int, limit: int, rng: random.Random) -> int:
+    """Starts `apply` again and again; kills it some calls after it has begun, counts those killed.
+
+    Each waits until the lease of the one before has expired.
+    """
+    killed, asked = 0, [COMMAND, "apply", "--limit", str(limit)]
+    applies = Applies(stack.settings.database_url)
+    seen: set[int | None] = {None}
+
+    def find_id() -> int | None:
+        one = applies.find_open()
+        return one.id if one else None
+
     for _ in range(kills):
-        enough = len(stack.provider.calls) + rng.randrange(1, 8)
-        with subprocess.Popen([COMMAND, "apply"], stdout=stack.log, stderr=stack.log) as command:
+        with subprocess.Popen(asked, stdout=stack.log, stderr=stack.log) as command:
+            ended = command.poll
+            stack.wait_for(lambda ended=ended: find_id() not in seen or ended() is not None)
+            seen.add(find_id())
+            enough = len(stack.provider.calls) + rng.randrange(1, 8)
             stack.wait_for(
-                lambda enough=enough, command=command: (
-                    len(stack.provider.calls) >= enough or command.poll() is not None
+                lambda enough=enough, ended=ended: (
+                    len(stack.provider.calls) >= enough or ended() is not None
                 )
             )
+            killed += ended() is None
             command.kill()
+    return killed
 
 
 def kill_processes(stack: Drill, kills: int, rng: random.Random) -> None:
@@ -81,7 +126,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--images", type=int, default=200, help="at most 256")
+    parser.add_argument("--images", type=int, default=500, help="at most 512")
     parser.add_argument("--kills", type=int, default=20, help="of the command")
     parser.add_argument("--process-kills", type=int, default=4, help="of workers and children")
     parser.add_argument("--seed", type=int, default=random.randrange(10**6))
@@ -91,18 +136,27 @@ def main() -> None:
     rng = random.Random(options.seed)
     with databases(options.postgres) as urls, drill(call_seconds=0.5, **urls) as stack:
         stack.push(options.images)
-        stack.measure_completion(time.monotonic())
+        stack.wait_for(lambda: stack.count("completed") == options.images, 6 * options.images)
         before, calls_before = list_variants(stack), len(stack.provider.calls)
+        bytes_before = weigh(stack)
         stack.restart(IMAGEPIPELINE_VISION_PROMPT=PROMPT)
-        kill_commands(stack, options.kills, rng)
-        commands_made = len(stack.provider.calls) - calls_before
-        kill_processes(stack, options.process_kills, rng)
+        limit = round(options.images * SHARE / max(1, options.kills))
+        killed = kill_commands(stack, options.kills, limit, rng)
+        stack.wait_for(lambda: stack.count("completed") == options.images)
+        asked = Counter(number for _, number, _ in stack.provider.calls[calls_before:])
+        print(f"{killed} commands killed, and {len(asked)} images made", flush=True)
+        assert asked.total() == len(asked), asked  # no call twice
+        if options.process_kills:
+            kill_processes(stack, options.process_kills, rng)
         print(apply_all(stack), flush=True)
         counts = check(stack, options.images, before, calls_before)
+        grown = weigh(stack) - bytes_before
+        print({name: size // options.images for name, size in grown.most_common()}, flush=True)
+        print(f"{grown.total() // options.images} bytes an image in Dagster's tables", flush=True)
         repeated = sum(counts.values()) - options.images
-        print(f"{commands_made} calls while the command was killed, {repeated} repeated ones")
+        print(f"{repeated} calls repeated")
         # A call that was under way when its process was killed must be made again.
-        assert repeated <= 4 * options.process_kills, counts
+        assert repeated <= MAX_BATCH_RUNS * IMAGES_AT_ONCE * options.process_kills, counts
 
 
 if __name__ == "__main__":

@@ -32,7 +32,8 @@ from imagepipeline_tests.end_to_end.processes import find_children, find_port, f
 
 COMMAND = Path(sys.executable).parent / "imagepipeline"
 PATIENCE_SECONDS = 240
-LEVELS = 16  # of red and of green, which together encode an image's number
+LEVELS = 8  # of red, green and blue, which together encode an image's number
+STEP = 256 // LEVELS
 RUNS = """{ runsOrError(limit: 1000) { ... on Runs { results {
     runId status tags { key value } eventConnection(limit: 1000) { events {
         ... on RunFailureEvent { eventType message }
@@ -99,13 +100,14 @@ class Provider:
             data = [{"object": "embedding", "index": 0, "embedding": [0.6, 0.8]}]
             return {"object": "list", "model": "m", "data": data, "usage": usage}
         picture = re.search(r"base64,([A-Za-z0-9+/=]+)", json.dumps(asked))[1]
-        red, green, _ = (
+        levels = (
             Image.open(io.BytesIO(base64.b64decode(picture)))
             .convert("RGB")
             .resize((1, 1))
             .getpixel((0, 0))
         )
-        number = red // LEVELS * LEVELS + green // LEVELS
+        red, green, blue = (level // STEP for level in levels)
+        number = (red * LEVELS + green) * LEVELS + blue
         self.calls.append(("metadata", number, datetime.now(UTC)))
         said = {
             "description": f"Image number {number}.",
@@ -213,16 +215,13 @@ class Drill:
         return redis.Redis.from_url(self.settings.redis_url, decode_responses=True)
 
     def push(self, count: int) -> list[str]:
-        """Pushes `count` new images; returns their IDs."""
+        """Pushes `count` new images, 512 in all; returns their IDs."""
         folder = self.home / "storage" / "original"
         folder.mkdir(parents=True, exist_ok=True)
         image_ids = []
         for number in range(self._pushed, self._pushed + count):
-            color = (
-                number // LEVELS % LEVELS * LEVELS + LEVELS // 2,
-                number % LEVELS * LEVELS + LEVELS // 2,
-                90,
-            )
+            levels = (number // LEVELS**2, number // LEVELS, number)
+            color = tuple(level % LEVELS * STEP + STEP // 2 for level in levels)
             Image.new("RGB", (320, 240), color).save(folder / f"image{number}.png")
             image_ids.append(f"image{number}")
         self._pushed += count
