@@ -18,7 +18,6 @@ UNREAD_TYPES = {
 # they are stored again, and a test fails.
 UNREAD_MESSAGES = (
     "[RunLauncher] ",
-    "Started process for run",
     "Executing steps in process",
     "Finished steps in process",
     "Process for run exited",
