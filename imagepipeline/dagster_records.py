@@ -112,6 +112,10 @@ class DagsterRecords:
         """Removes an image's partition from the list; its events go with `remove_events`."""
         self.instance.delete_dynamic_partition(PARTITIONS, image_id)
 
+    def has_partition(self, image_id: str) -> bool:
+        """Whether an image is on the list; it is not if Dagster's backup was older than its row."""
+        return self.instance.has_dynamic_partition(PARTITIONS, image_id)
+
     def add_partition(self, image_id: str) -> None:
         """Adds an image's partition to the list; does nothing if it is there."""
         self.instance.add_dynamic_partitions(PARTITIONS, [image_id])

@@ -50,7 +50,7 @@ def metadata(
     with attempt(context, catalogue, originals) as work:
         if work is not None:
             made = make_metadata(work, catalogue, files, originals, vision, paid_calls, renderer)
-            yield _to_result(made, work)
+            yield _to_result(context, made, work)
 
 
 @dg.asset(
@@ -79,7 +79,7 @@ def variants(
     with attempt(context, catalogue, originals) as work:
         if work is not None:
             made = make_variants(work, catalogue, files, originals, renderer)
-            yield _to_result(made, work)
+            yield _to_result(context, made, work)
 
 
 @dg.asset(
@@ -107,11 +107,13 @@ def embedding(
     with attempt(context, catalogue, originals) as work:
         if work is not None:
             made = make_embedding(work, catalogue, embedder, index, paid_calls)
-            yield _to_result(made, work)
+            yield _to_result(context, made, work)
 
 
-def _to_result(made: Made, work: Work) -> dg.MaterializeResult[None]:
+def _to_result(
+    context: dg.AssetExecutionContext, made: Made, work: Work
+) -> dg.MaterializeResult[None]:
     link = {"see_original": link_to("original", work.claim.image_id)}
-    return dg.MaterializeResult(
-        data_version=dg.DataVersion(made.data_version), metadata={**made.metadata, **link}
-    )
+    # Not in the result, whose metadata Dagster stores twice: with the output of the step, too.
+    context.add_asset_metadata({**made.metadata, **link})
+    return dg.MaterializeResult(data_version=dg.DataVersion(made.data_version))

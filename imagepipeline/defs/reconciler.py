@@ -20,7 +20,8 @@ from imagepipeline.defs.outcomes import build_outcome, report_outcome
 from imagepipeline.defs.sharing import choose
 from imagepipeline.errors import PostponedError, StaleClaimError
 from imagepipeline.stores.broker import TaskQueue
-from imagepipeline.stores.catalogue import Catalogue, Pending, Processing
+from imagepipeline.stores.catalogue import Catalogue
+from imagepipeline.stores.reader import Pending, Processing
 from imagepipeline.text import make_printable
 
 INTERVAL_SECONDS = 15

@@ -23,8 +23,9 @@ from imagepipeline.errors import InvalidUploadError, PostponedError, StackError
 from imagepipeline.models import Pause, Upload, check_image_id, is_image_id
 from imagepipeline.paid_calls import PaidCalls
 from imagepipeline.planning import Applier
-from imagepipeline.stores.catalogue import Catalogue, Pending
+from imagepipeline.stores.catalogue import Catalogue
 from imagepipeline.stores.ledger import Ledger
+from imagepipeline.stores.reader import Pending
 from imagepipeline.stores.uploads import UploadQueue
 from imagepipeline.tenants import Tenants
 

@@ -9,7 +9,8 @@ import dagster as dg
 
 from imagepipeline.defs.attempts import read_generation
 from imagepipeline.models import PRIORITY_LIMIT
-from imagepipeline.stores.catalogue import Catalogue, Pending
+from imagepipeline.stores.catalogue import Catalogue
+from imagepipeline.stores.reader import Pending
 
 TENANT_TAG = "imagepipeline/tenant"
 VARIANTS = [dg.AssetKey("variants")]

@@ -8,11 +8,21 @@ from typing import Any, Self
 
 import sqlalchemy as sa
 from dagster._serdes import ConfigurableClassData
-from dagster_postgres import DagsterPostgresStorage, PostgresRunStorage
+from dagster_postgres import (
+    DagsterPostgresStorage,
+    PostgresEventLogStorage,
+    PostgresRunStorage,
+)
+
+from imagepipeline.runtime.event_filter import EventFilter
 
 STATEMENT_TIMEOUT_MS, RECYCLE_SECONDS = 30_000, 3600
 # Each process keeps one connection open and may open more for the daemon's and webserver's threads.
 MAX_OVERFLOW_CONNECTIONS = 9
+
+
+class FilteredEventLogStorage(EventFilter, PostgresEventLogStorage):
+    """Stores Dagster's events that somebody reads."""
 
 
 class PooledPostgresStorage(DagsterPostgresStorage):
@@ -20,6 +30,9 @@ class PooledPostgresStorage(DagsterPostgresStorage):
 
     def __init__(self, postgres_url: str, inst_data: ConfigurableClassData | None = None) -> None:
         super().__init__(postgres_url, should_autocreate_tables=False, inst_data=inst_data)
+        self._event_log_storage: Any = FilteredEventLogStorage(
+            postgres_url, should_autocreate_tables=False
+        )
         for storage in (self.run_storage, self.event_log_storage, self.schedule_storage):
             # Private attributes, because a storage takes no engine as an argument.
             vars(storage)["_engine"] = _get_engine(postgres_url)

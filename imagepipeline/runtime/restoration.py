@@ -12,6 +12,7 @@ from contextlib import closing
 
 import dagster as dg
 
+from imagepipeline.dagster_records import DagsterRecords
 from imagepipeline.defs.restoring import restore
 from imagepipeline.errors import ImagePipelineError
 from imagepipeline.settings import Settings
@@ -46,7 +47,7 @@ def restore_one(
     row = catalogue.get(image_id)
     if row is None:
         outcome = "unknown: it is not in the catalogue"
-    elif row["in_dagster"] is not None:
+    elif row["in_dagster"] is not None and DagsterRecords(instance).has_partition(image_id):
         outcome = "left alone: Dagster has it"
     elif DRY_RUN in sys.argv:
         outcome = "would be restored"

@@ -22,6 +22,7 @@ from dagster._core.storage.sqlite import SQLITE_BUSY_TIMEOUT_SECONDS, create_db_
 from dagster._core.storage.sqlite_storage import DagsterSqliteStorage
 from dagster._serdes import ConfigurableClassData
 
+from imagepipeline.runtime.event_filter import EventFilter
 from imagepipeline.stores.database import create_sqlite_engine, truncate_sqlite_log
 
 
@@ -79,8 +80,8 @@ class PooledScheduleStorage(PooledConnections, SqliteScheduleStorage):
         return super().from_local(base_dir, inst_data)
 
 
-class PooledEventLogStorage(PooledConnections, ConsolidatedSqliteEventLogStorage):
-    """Stores Dagster's events, which watchers poll for.
+class PooledEventLogStorage(PooledConnections, EventFilter, ConsolidatedSqliteEventLogStorage):
+    """Stores Dagster's events that somebody reads; watchers poll for them.
 
     The original storage watches the file for changes, but with connections kept open, the file
     rarely changes.

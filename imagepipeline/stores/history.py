@@ -2,12 +2,14 @@
 
 from collections.abc import Collection
 from datetime import datetime
+from typing import Any
 
 import sqlalchemy as sa
 
 from imagepipeline.stores.tables import UtcDateTime, image_history, images
 from imagepipeline.text import make_printable
 
+FIELDS = ("at", "event", "generation", "fence", "run_id", "detail")
 MAX_CHARACTERS = 300  # of a detail, and of an image's `error`: what their columns hold
 
 
@@ -44,12 +46,32 @@ def _insert(
         images.c.id,
         images.c.generation,
         images.c.fence,
-        images.c.run_id,
+        # It changes with no other event: `read` gives it to those that follow.
+        images.c.run_id if event == "claimed" else sa.null(),
         sa.literal(event),
         sa.literal(cut(detail) if detail else None, sa.String),
     ).where(condition)
     names = ["at", "image_id", "generation", "fence", "run_id", "event", "detail"]
     connection.execute(sa.insert(image_history).from_select(names, values))
+
+
+def read(connection: sa.Connection, image_id: str) -> list[dict[str, Any]]:
+    """All events of an image, oldest first, each with the run that had the last claim then."""
+    query = (
+        sa.select(*(image_history.c[name] for name in FIELDS))
+        .where(image_history.c.image_id == image_id)
+        .order_by(image_history.c.seq)
+    )
+    story, run_id = [], None
+    for event in connection.execute(query).mappings():
+        run_id = event["run_id"] or run_id
+        story.append({**event, "run_id": run_id})
+    return story
+
+
+def accepted_at(image_id: str) -> sa.ScalarSelect[Any]:
+    """When an image was accepted last, as a part of a statement."""
+    return sa.select(images.c.accepted_at).where(images.c.id == image_id).scalar_subquery()
 
 
 def count(

@@ -188,6 +188,12 @@ class Retention:
         return len(rows)
 
 
+def note_all_gone(connection: sa.Connection) -> None:
+    """Records that Dagster has no image: it is another one, and knows none."""
+    in_dagster = images.c.in_dagster.is_not(None)
+    connection.execute(sa.update(images).where(in_dagster).values(in_dagster=GONE))
+
+
 def _were_sent(before: datetime, channels: Collection[str]) -> list[sa.ColumnElement[bool]]:
     sent = (notifications.c[f"{channel}_sent_at"].is_not(None) for channel in channels)
     return [notifications.c.failed_at < before, *sent]

@@ -34,6 +34,16 @@ schema = sa.MetaData(
     }
 )
 
+UNENDED = "status = 'pending' OR status = 'processing'"
+COUNTED_EVENTS = ("claimed", "completed", "failed", "check_failed")  # of all images, by time
+
+
+def _index_part(name: str, condition: str, *columns: Any) -> sa.Index:
+    """An index of the rows that meet a condition; see `equals`."""
+    where = sa.text(condition)
+    return sa.Index(name, *columns, sqlite_where=where, postgresql_where=where)
+
+
 images = sa.Table(
     "images",
     schema,
@@ -48,7 +58,7 @@ images = sa.Table(
     sa.Column("attempts", sa.Integer, nullable=False),
     sa.Column("run_id", sa.String(64)),  # the Dagster run that holds the claim, or held it last
     # What the upload named; empty: the one file original/<id>.*
-    sa.Column("requested_path", sa.String(512), index=True),
+    sa.Column("requested_path", sa.String(512)),
     sa.Column("path", sa.String(512), index=True),  # where the original was when it was last read
     sa.Column("focus", sa.JSON(none_as_null=True)),  # what crops keep in view: x and y, 0 to 1
     # How often the ID was pushed, and how often before the last claim: that run covers those.
@@ -80,22 +90,30 @@ images = sa.Table(
     sa.Column("in_dagster_since", UtcDateTime),  # when a run took it last, or it was restored
     sa.Column("pruned_cost_usd", sa.Float),  # of paid calls for it whose rows were pruned
     sa.CheckConstraint(sa.column("status").in_([status.value for status in Status]), name="status"),
-    # In the order in which runs start, so that a tick reads the first rows alone.
-    sa.Index("ix_images_next", "status", sa.column("priority").desc(), "accepted_at", "id"),
-    sa.Index(
-        "ix_images_next_of_tenant",
-        *("status", "tenant", sa.column("priority").desc(), "accepted_at", "id"),
+    # In the order in which runs start, so that a tick reads the first rows alone. Nearly all images
+    # have ended, so these two are small.
+    _index_part(
+        *("ix_images_next", UNENDED, "status"),
+        *(sa.column("priority").desc(), "accepted_at", "id"),
+    ),
+    _index_part(
+        *("ix_images_next_of_tenant", UNENDED, "status", "tenant"),
+        *(sa.column("priority").desc(), "accepted_at", "id"),
     ),
     sa.Index(None, "status", "updated_at"),
-    sa.Index(None, "apply_id", "status"),
-    sa.Index(
-        "ix_images_in_dagster",
-        "in_dagster",
-        "in_dagster_since",
-        sqlite_where=sa.column("in_dagster").is_not(None),
-        postgresql_where=sa.column("in_dagster").is_not(None),
-    ),
+    _index_part("ix_images_apply_id_status", "apply_id IS NOT NULL", "apply_id", "status"),
+    _index_part("ix_images_requested_path", "requested_path IS NOT NULL", "requested_path"),
+    _index_part("ix_images_in_dagster", "in_dagster IS NOT NULL", "in_dagster", "in_dagster_since"),
 )
+
+
+def equals(column: sa.Column[str], value: str) -> sa.ColumnElement[bool]:
+    """A condition with its value in the statement's text, not as a parameter.
+
+    Only so does SQLite see that it may use an index of the rows with such values.
+    """
+    return column == sa.literal(value, sa.String, literal_execute=True)
+
 
 # One row: the Dagster instance whose runs are named above.
 catalogue_owner = sa.Table(
@@ -133,6 +151,8 @@ image_variants = sa.Table(
     ),
 )
 
+INPUT_KEY = "substr(input_sha256, 1, 16)"  # enough to find the few rows with the same input
+
 # What made each image's current results.
 image_results = sa.Table(
     "image_results",
@@ -148,7 +168,7 @@ image_results = sa.Table(
     # Not to be used: the original or, for the embedding, the text has changed; or it is being made.
     sa.Column("is_stale", sa.Boolean, nullable=False, server_default=sa.false()),
     sa.Index(None, "asset", "provider", "model", "settings", "is_stale"),
-    sa.Index(None, "input_sha256", "asset"),
+    sa.Index("ix_image_results_input", sa.text(INPUT_KEY)),
 )
 
 # Answers that were paid for and whose results are not in place yet, by a hash of what was asked.
@@ -188,11 +208,15 @@ image_history = sa.Table(
     sa.Column("image_id", sa.String(64), sa.ForeignKey("images.id"), nullable=False),
     sa.Column("generation", sa.Integer, nullable=False),
     sa.Column("fence", sa.Integer, nullable=False),
-    sa.Column("run_id", sa.String(64)),
+    sa.Column("run_id", sa.String(64)),  # with `claimed` alone; it holds until the next claim
     sa.Column("event", sa.String(16), nullable=False),
     sa.Column("detail", sa.String(300)),
-    sa.Index(None, "image_id", "seq"),
-    sa.Index(None, "event", "at"),
+    sa.Index(None, "image_id"),
+    _index_part(
+        "ix_image_history_event_at",
+        " OR ".join(f"event = '{event}'" for event in COUNTED_EVENTS),
+        *("event", "at"),
+    ),
 )
 
 # Images that were erased: if one is pushed again, its generation and fence go on from here.
@@ -240,18 +264,8 @@ events = sa.Table(
     sa.Column("webhook_sent_at", UtcDateTime),
     sa.Column("webhook_died_at", UtcDateTime),  # when we gave it up
     sa.Index(None, "image_id", "seq"),
-    sa.Index(
-        "ix_events_for_stream",
-        "seq",
-        sqlite_where=sa.column("stream_sent_at").is_(None),
-        postgresql_where=sa.column("stream_sent_at").is_(None),
-    ),
-    sa.Index(
-        "ix_events_for_webhook",
-        "seq",
-        sqlite_where=sa.column("webhook_since").is_not(None),
-        postgresql_where=sa.column("webhook_since").is_not(None),
-    ),
+    _index_part("ix_events_for_stream", "stream_sent_at IS NULL", "seq"),
+    _index_part("ix_events_for_webhook", "webhook_since IS NOT NULL", "seq"),
     sqlite_autoincrement=True,  # numbers of deleted events are not used again
 )
 

@@ -36,11 +36,13 @@ PRIMARY_KEY = {"lance-schema:unenforced-primary-key": "true"}
 
 Write = tuple[Claim, Embedding]
 MIN_COMMITS = 20
+TIDY_SHARE = 8  # of the commits after which compaction is due; a pause allows it earlier
 MAX_CONFLICTS = 10
 SETTLE_SECONDS = 3  # reads and writes take less
 # Of files and versions of the index. Every upsert adds some, and LanceDB's own limit is far higher.
 METADATA_CACHE_BYTES = 4_000_000
-READERS_PATIENCE = timedelta(hours=1)  # how long a reader may use an old version
+# How long a reader may use an old version; each may be a copy of all rows. A read takes seconds.
+READERS_PATIENCE = timedelta(minutes=2)
 log = logging.getLogger(__name__)
 
 
@@ -250,6 +252,8 @@ class BatchingIndex(EmbeddingIndex):
     def __init__(self, uri: str) -> None:
         super().__init__(uri)
         self._commits = 0  # since the last compaction
+        self._has_copies = False  # whether compaction has left older versions of all rows
+        self._tidying = threading.Timer(0, self._tidy)
         self._waiting: queue.SimpleQueue[tuple[Write, Future[None]]] = queue.SimpleQueue()
         self._writing = threading.Lock()
 
@@ -276,14 +280,40 @@ class BatchingIndex(EmbeddingIndex):
                 done.set_result(None)
             else:
                 done.set_exception(failure)
-        self._compact()
+        self._commits += 1
+        if self._commits >= MIN_COMMITS and self._commits >= self._find_limit():
+            self._compact()
+            self._has_copies = True
+        self._tidy_later()
+
+    def _tidy_later(self) -> None:
+        self._tidying.cancel()
+        self._tidying = threading.Timer(READERS_PATIENCE.total_seconds(), self._tidy)
+        self._tidying.daemon = True
+        self._tidying.start()
+
+    def _find_limit(self) -> float:
+        """After how many commits compaction is due.
+
+        Compaction of n rows costs about as much as n / 4 reads of one more file, so the sum of both
+        is least at every sqrt(n / 2) commits (measured up to 600 rows, calculated beyond).
+        """
+        return math.sqrt(self.count_rows() / 2)
+
+    def _tidy(self) -> None:
+        """Compacts after the last of many writes, and once more to remove what nobody reads then.
+
+        Not after a few: it would write a large index anew for a single upload.
+        """
+        with self._writing:
+            was_written = self._commits > 0
+            if self._has_copies or self._commits > self._find_limit() / TIDY_SHARE:
+                self._compact()
+                self._has_copies = was_written
+                if was_written:
+                    self._tidy_later()
 
     def _compact(self) -> None:
-        self._commits += 1
-        # Compaction of n rows costs about as much as n / 4 reads of one more file, so the sum of
-        # both is least at every sqrt(n / 2) commits (measured up to 600 rows, calculated beyond).
-        if self._commits < MIN_COMMITS or self._commits < math.sqrt(self.count_rows() / 2):
-            return
         self._commits = 0
         for name in self._table_names():
             try:

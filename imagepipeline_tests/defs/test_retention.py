@@ -1,5 +1,6 @@
 """What is pruned of an image, what stays, how it comes back, and what a kill leaves."""
 
+import uuid
 from contextlib import closing
 from datetime import timedelta
 
@@ -8,12 +9,14 @@ import pytest
 import sqlalchemy as sa
 import yaml
 from dagster._core.execution.backfill import BulkActionStatus, PartitionBackfill
+from dagster._core.storage.event_log import SqliteEventLogStorage
 
 from imagepipeline import overview
 from imagepipeline.dagster_records import DagsterRecords
 from imagepipeline.defs.attempts import GENERATION_TAG
 from imagepipeline.defs.batches import process_batch
 from imagepipeline.defs.outcomes import build_outcome
+from imagepipeline.defs.reconciler import StandstillWatch, reconcile
 from imagepipeline.defs.restoring import restore
 from imagepipeline.defs.retention import Kept, Pruner
 from imagepipeline.imaging.decoding import Rules
@@ -29,16 +32,21 @@ from imagepipeline.models import (
 from imagepipeline.originals import Originals
 from imagepipeline.paid_calls import PaidCalls
 from imagepipeline.runtime import sqlite_storage
+from imagepipeline.runtime.event_filter import is_unread
+from imagepipeline.runtime.restoration import restore_one
 from imagepipeline.services.embedder import LocalEmbedder
 from imagepipeline.services.vision import LocalVision
 from imagepipeline.stores.catalogue import Catalogue
+from imagepipeline.stores.database import Database
 from imagepipeline.stores.ledger import Ledger
 from imagepipeline.stores.outbox import Outbox
 from imagepipeline.stores.retention import Retention
+from imagepipeline.stores.tables import schema
 from imagepipeline.tenants import Tenants
 from imagepipeline_tests.conftest import PHOTOS
 from imagepipeline_tests.defs.conftest import ASSETS
 
+STEP_OUTPUT = dg.DagsterEventType.STEP_OUTPUT
 SHOWN = ("original", "metadata", "variants", "embedding")
 KEPT = Kept(7, 5000, 0, 32, 7, ["mail"])
 
@@ -122,6 +130,24 @@ class World:
         ).records
         return record
 
+    def dump(self):
+        """All rows of the catalogue, as in a backup."""
+        with Database(self.url).reading() as connection:
+            tables = {
+                table: connection.execute(sa.select(table)).mappings().all()
+                for table in schema.sorted_tables
+            }
+        return {table: [{**row} for row in rows] for table, rows in tables.items() if rows}
+
+    def load(self, backup):
+        """Restores the catalogue by docs/operations.md."""
+        with Database(self.url).transaction() as connection:
+            for table in reversed(schema.sorted_tables):
+                connection.execute(sa.delete(table))
+            for table, rows in backup.items():
+                connection.execute(sa.insert(table), rows)
+            connection.exec_driver_sql("UPDATE images SET fence = fence + 1000000")
+
     def count_bytes(self, image_id):
         """How much Dagster's event log has of an image, without the runs of others."""
         storage = self.instance.event_log_storage
@@ -165,6 +191,12 @@ def test_an_image_loses_its_runs_then_its_partition_and_comes_back(world, tmp_pa
     world.run_together("together", "also", "again")
     before = {asset: world.get_shown(asset, "old") for asset in SHOWN}
     story = world.catalogue.get("old")
+    events = world.instance.all_logs(story["run_id"])
+    outputs = [event for event in events if event.dagster_event_type == STEP_OUTPUT]
+    assert [event.dagster_event.step_output_data.metadata for event in outputs] == [{}] * 3
+    if not isinstance(world.instance.event_log_storage, SqliteEventLogStorage):
+        assert [event.message for event in events if is_unread(event)] == []
+        assert len(events) == 19
     world.now += timedelta(days=6)
     world.run_together("again")  # which makes nothing: Dagster has it from the first run
     world.now += timedelta(days=2)
@@ -353,3 +385,65 @@ def test_what_is_restored_of_a_failed_image_says_why_it_failed(world):
     shown = world.get_shown("original", "bad").asset_materialization.metadata
     assert shown["reason"].value == "too_large"
     assert build_outcome(world.catalogue, "bad").metadata["error"] == shown["error"]
+
+
+@pytest.mark.stack
+@pytest.mark.parametrize("world", ["sqlite", "postgres"], indirect=True)
+def test_what_backups_of_different_ages_disagree_on_is_told_and_repaired(world, tasks):
+    def reconcile_all():
+        return sorted(reconcile(world.catalogue, world.instance, tasks, StandstillWatch()))
+
+    def start(image_id):
+        """A run that has claimed an image and goes on until after the backup."""
+        world.store(image_id)
+        run = dg.DagsterRun(
+            "__ASSET_JOB",
+            str(uuid.uuid4()),
+            tags={"dagster/partition": image_id, GENERATION_TAG: "1"},
+        )
+        world.instance.add_run(run._replace(status=dg.DagsterRunStatus.STARTED))
+        world.catalogue.claim(image_id, 1, run.run_id)
+        return run
+
+    assert world.run("done").success
+    world.store("waited")
+    running = start("running")
+    assert reconcile_all() == []
+    backup = world.dump()
+    assert world.run("waited").success
+    assert world.run("later").success
+    world.instance.report_run_failed(running)
+
+    # The catalogue is older than Dagster, the files and the index.
+    world.load(backup)
+    assert world.catalogue.find_unknown({"later": "original/later.jpg", "done": "x"}) == {
+        "later": "original/later.jpg"
+    }
+    ran, was = reconcile_all()
+    assert ran.startswith("running was recovered and is pending: its run ended without a result")
+    assert was.startswith("waited is requested again in 1 s: its run ended before it began (run ")
+    world.now += timedelta(seconds=1)
+    assert reconcile_all() == []
+    for image_id in ("waited", "running", "later"):
+        assert world.run(image_id).success
+        assert world.catalogue.get(image_id)["status"] == "completed"
+
+    # Dagster is older than the catalogue.
+    gone = start("gone")
+    world.instance.delete_run(gone.run_id)
+    for image_id in ("done", "waited"):
+        world.records.remove_runs(image_id)
+        world.records.remove_events(image_id)
+        world.records.remove_partition(image_id)
+    [line] = reconcile_all()
+    assert line.startswith("gone was recovered and is pending: its run was deleted (run ")
+    restored = restore_one(world.instance, world.catalogue, world.retention, "done")
+    assert restored["outcome"] == "restored"
+    assert world.list_shown("done") == set(SHOWN)
+    again = restore_one(world.instance, world.catalogue, world.retention, "done")
+    assert again["outcome"] == "left alone: Dagster has it"
+
+    # Dagster's database is lost: another one takes over.
+    world.catalogue.bind("lost")
+    world.catalogue.bind("new", is_taken_over=True)
+    assert world.catalogue.find_gone(["done", "waited", "running"]) == ["done", "running", "waited"]

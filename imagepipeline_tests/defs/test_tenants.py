@@ -19,8 +19,9 @@ from imagepipeline.defs.sharing import TENANT_TAG, InFlight
 from imagepipeline.errors import InvalidUploadError, PostponedError
 from imagepipeline.models import BULK_PRIORITY, PaidCall, Recipe, Upload, now_utc
 from imagepipeline.paid_calls import PaidCalls
-from imagepipeline.stores.catalogue import Catalogue, Pending
+from imagepipeline.stores.catalogue import Catalogue
 from imagepipeline.stores.ledger import Ledger
+from imagepipeline.stores.reader import Pending
 from imagepipeline.tenants import Tenants, describe_used
 
 pytestmark = pytest.mark.stack

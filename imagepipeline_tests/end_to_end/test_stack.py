@@ -4,11 +4,13 @@ import io
 import json
 import os
 import signal
+import sqlite3
 import subprocess
 import sys
 import tempfile
 import time
 import urllib.request
+from contextlib import closing
 from pathlib import Path
 
 import pytest
@@ -18,6 +20,7 @@ from PIL import Image
 from imagepipeline.runtime.services import answers_http
 from imagepipeline.settings import Settings
 from imagepipeline.stores.catalogue import Catalogue
+from imagepipeline.stores.retention import Retention
 from imagepipeline.stores.vectors import EmbeddingIndex
 from imagepipeline_tests.conftest import PHOTOS
 from imagepipeline_tests.end_to_end.processes import find_port, find_process, find_service
@@ -94,6 +97,17 @@ def stop_sensor(url, name):
     return ask(url, stop % json.dumps(identity))
 
 
+def webserver_url():
+    return f"http://127.0.0.1:{os.environ['IMAGEPIPELINE_WEBSERVER_PORT']}"
+
+
+def count_partitions():
+    """Returns how many partitions of each of an image's assets the UI calls materialized."""
+    query = "{ assetNodes { isPartitioned partitionStats { numMaterialized } } }"
+    nodes = ask(webserver_url(), query)["assetNodes"]
+    return [node["partitionStats"]["numMaterialized"] for node in nodes if node["isPartitioned"]]
+
+
 def processes_of(home):
     """Returns the command lines of all processes whose environment contains the home."""
     found = []
@@ -146,6 +160,9 @@ def test_from_a_plain_push_to_a_search_and_a_clean_stop(home):
             broken = json.loads(run("status", "broken", "--json").stdout)
             assert (broken["reason"], broken["attempts"]) == ("truncated", 1)
             cup = json.loads(run("status", "cup", "--json").stdout)
+            with closing(sqlite3.connect(home / "dagster" / "storage" / "event_log.db")) as log:
+                count = "SELECT count(*) FROM event_logs WHERE run_id = ?"
+                assert log.execute(count, [cup["run_id"]]).fetchone() == (22,)  # all are read
             assert (cup["status"], cup["generation"], cup["attempts"]) == ("completed", 1, 1)
             assert {variant["path"] for variant in cup["variants"]} >= {
                 "variants/deep/espresso-sm.webp"
@@ -210,7 +227,7 @@ def test_from_a_plain_push_to_a_search_and_a_clean_stop(home):
     assert json.loads((run("status", "broken", "--json")).stdout)["generation"] == 2
 
 
-def test_a_stopped_stack_finishes_its_runs_and_later_continues_with_the_rest(home):
+def test_a_stopped_stack_continues_later_prunes_beside_its_work_and_restores(home, monkeypatch):
     def start():
         stack = subprocess.Popen([COMMAND, "up"], stdout=subprocess.PIPE, stderr=subprocess.PIPE)
         assert stack.stdout.readline()
@@ -219,9 +236,7 @@ def test_a_stopped_stack_finishes_its_runs_and_later_continues_with_the_rest(hom
         return stack
 
     def is_up():
-        return answers_http(
-            f"http://127.0.0.1:{os.environ['IMAGEPIPELINE_WEBSERVER_PORT']}/server_info"
-        )
+        return answers_http(f"{webserver_url()}/server_info")
 
     stack = start()
     try:
@@ -239,9 +254,22 @@ def test_a_stopped_stack_finishes_its_runs_and_later_continues_with_the_rest(hom
         after = counts()
         assert after["processing"] == after["failed"] == 0
 
+        monkeypatch.setenv("IMAGEPIPELINE_KEEP_PARTITIONS", "3")
         stack = start()
         wait_until(lambda: counts()["completed"] == 9)
         assert counts()["failed"] == 0
+        retention = Retention(Settings.load().database_url)
+        wait_until(lambda: retention.count_in_dagster() == 3)
+        assert count_partitions() == [3, 3, 3, 3]
+        stop_sensor(webserver_url(), "prune_sensor")  # lest it prune what is restored
+        with closing(Catalogue(Settings.load().database_url)) as catalogue:
+            rows = catalogue.list_ended("completed")
+        restored, pushed, *_ = [row["id"] for row in rows if row["in_dagster"] is None]
+        told = run("restore", restored, "--json")
+        assert json.loads(told.stdout)[0]["outcome"] == "restored"
+        assert count_partitions() == [4, 4, 4, 4]
+        run("push", str(PHOTOS / "cat.jpg"), "--id", pushed, "--wait")
+        assert counts()["completed"] == 9
         os.kill(stack.pid, signal.SIGKILL)  # the kernel ends all services
         stack.wait()
         if sys.platform == "linux":

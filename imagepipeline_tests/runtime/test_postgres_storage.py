@@ -32,4 +32,4 @@ def test_a_process_has_one_connection_for_all_storages_and_instances(storage, da
 
 @pytest.mark.parametrize("name", ["run_storage", "event_log_storage", "schedule_storage"])
 def test_dagster_still_keeps_its_engine_under_the_name_we_set(storage, name):
-    assert "self._engine" in inspect.getsource(type(getattr(storage, name)))
+    assert "self._engine" in inspect.getsource(type(getattr(storage, name)).__init__)

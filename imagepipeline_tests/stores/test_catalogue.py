@@ -34,12 +34,13 @@ from imagepipeline.models import (
     place_variants,
 )
 from imagepipeline.stores import migrations
-from imagepipeline.stores.catalogue import Catalogue, State
+from imagepipeline.stores.catalogue import Catalogue
 from imagepipeline.stores.database import Database, create_sqlite_engine
 from imagepipeline.stores.failures import FailedImages
 from imagepipeline.stores.ledger import Ledger
 from imagepipeline.stores.migrations import VERSION_TABLE
 from imagepipeline.stores.outbox import Outbox
+from imagepipeline.stores.reader import State
 from imagepipeline.stores.tables import schema
 
 VERSIONS = Path(migrations.__file__).parent / "versions"

@@ -4,7 +4,9 @@ import contextlib
 import logging
 import multiprocessing
 import threading
+import time
 from concurrent.futures import ThreadPoolExecutor
+from datetime import timedelta
 
 import pytest
 
@@ -88,6 +90,18 @@ def test_an_invalid_id_never_reaches_a_query(index):
 
 
 WRITERS, IMAGES = 3, 12
+
+
+def test_after_the_last_write_an_index_is_a_few_files(tmp_path, monkeypatch):
+    monkeypatch.setattr(vectors, "READERS_PATIENCE", timedelta(milliseconds=300))
+    index = BatchingIndex(str(tmp_path))
+    for number in range(25):
+        index.upsert(claim(f"image-{number}"), embedding(float(number), 1.0))
+    deadline = time.monotonic() + 60
+    while len([path for path in tmp_path.rglob("*") if path.is_file()]) > 6:
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+    assert len(index.nearest(embedding(1.0, 0.0), 99)) == 25
 
 
 def write(uri, number, begin, log_path):
