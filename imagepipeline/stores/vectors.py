@@ -43,6 +43,9 @@ SETTLE_SECONDS = 3  # reads and writes take less
 METADATA_CACHE_BYTES = 4_000_000
 # How long a reader may use an old version; each may be a copy of all rows. A read takes seconds.
 READERS_PATIENCE = timedelta(minutes=2)
+# How long a write goes on after conflicts with other machines' writes; less than a run waits for
+# the resident. LanceDB's 30 s are too short for a busy machine.
+WRITE_PATIENCE = timedelta(minutes=4)
 log = logging.getLogger(__name__)
 
 
@@ -198,7 +201,7 @@ class EmbeddingIndex:
             .when_matched_update_all(where="target.fence <= source.fence")
             .when_not_matched_insert_all()
             .use_index(False)  # with one, concurrent writers of a new ID leave a row each
-            .execute(pa.Table.from_pylist(rows, schema=table.schema))
+            .execute(pa.Table.from_pylist(rows, schema=table.schema), timeout=WRITE_PATIENCE)
         )
         if result.num_inserted_rows + result.num_updated_rows == len(rows):
             return {claim.image_id: claim.fence for claim, _ in writes}

@@ -32,6 +32,7 @@ from imagepipeline_tests.end_to_end.processes import find_children, find_port, f
 
 COMMAND = Path(sys.executable).parent / "imagepipeline"
 PATIENCE_SECONDS = 240
+EVER, MAX_SHOWN = datetime(2000, 1, 1, tzinfo=UTC), 20
 LEVELS = 8  # of red, green and blue, which together encode an image's number
 STEP = 256 // LEVELS
 RUNS = """{ runsOrError(limit: 1000) { ... on Runs { results {
@@ -329,8 +330,10 @@ class Drill:
         return json.dumps(
             {
                 "counts": self.catalogue.count(),
-                "runs": [(r["status"], r["end"]) for r in self.runs()],
-            }
+                "failures": self.catalogue.list_events("failed", EVER, MAX_SHOWN),
+                "runs": Counter(f"{run['status']} {run['end']}" for run in self.runs()),
+            },
+            default=str,
         )
 
     def count(self, *statuses: str) -> int:
