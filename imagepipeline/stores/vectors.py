@@ -18,7 +18,7 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future
 from datetime import timedelta
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from imagepipeline.errors import (
     DiskFullError,
@@ -34,6 +34,7 @@ from imagepipeline.text import make_printable
 # table exists without it.
 PRIMARY_KEY = {"lance-schema:unenforced-primary-key": "true"}
 
+T = TypeVar("T")
 Write = tuple[Claim, Embedding]
 MIN_COMMITS = 20
 TIDY_SHARE = 8  # of the commits after which compaction is due; a pause allows it earlier
@@ -95,7 +96,8 @@ class EmbeddingIndex:
                 for p in sorted(positions, key=lambda p: writes[p][0].fence)
             }
             with _explained_full_disk():
-                fences = self._merge([writes[position] for position in latest.values()])
+                chosen = [writes[position] for position in latest.values()]
+                fences = _repeat_if_overtaken(functools.partial(self._merge, chosen))
             for position in positions:
                 claim = writes[position][0]
                 if claim.fence < fences[claim.image_id]:
@@ -143,14 +145,14 @@ class EmbeddingIndex:
         """
         names = self._table_names()
         for name in names:
-            _repeat_on_conflict(functools.partial(self._rewrite, name, image_ids))
+            _repeat_if_overtaken(functools.partial(self._rewrite, name, image_ids))
         # Whoever had opened a version before that may still read it.
         compacted = time.monotonic()
         time.sleep(SETTLE_SECONDS)
         for name in names:
             table = self._open(name)
             age = timedelta(seconds=time.monotonic() - compacted)
-            _repeat_on_conflict(functools.partial(table.optimize, cleanup_older_than=age))
+            _repeat_if_overtaken(functools.partial(table.optimize, cleanup_older_than=age))
 
     def _rewrite(self, name: str, image_ids: Sequence[str]) -> None:
         """Removes rows and rewrites the files they were in."""
@@ -402,15 +404,19 @@ def _name_images(image_ids: Sequence[str]) -> str:
     return "image_id IN ({})".format(", ".join(f"'{check_image_id(one)}'" for one in image_ids))
 
 
-def _repeat_on_conflict(change: Callable[[], object]) -> None:
-    """Repeats a change that another writer's commit has overtaken."""
-    for attempt in range(1, MAX_CONFLICTS + 1):
+def _repeat_if_overtaken(change: Callable[[], T]) -> T:
+    """Repeats a change that another writer's commit has overtaken; returns what it returns.
+
+    Or whose version an erasure has removed: on a busy machine, a write may take longer than
+    SETTLE_SECONDS.
+    """
+    for _ in range(MAX_CONFLICTS):
         try:
-            change()
-            return
+            return change()
         except Exception as error:
-            if "conflict" not in str(error).lower() or attempt == MAX_CONFLICTS:
+            if not any(sign in str(error).lower() for sign in ("conflict", "not found")):
                 raise
+    return change()
 
 
 def _table_name(embedding: Embedding) -> str:

@@ -11,6 +11,8 @@ from imagepipeline.models import Claim, Embedding
 from imagepipeline.stores import vectors
 from imagepipeline.stores.vectors import BatchingIndex
 
+ERASED = 8
+
 
 @pytest.fixture(autouse=True)
 def no_readers(monkeypatch):
@@ -55,25 +57,24 @@ def test_uploads_go_on_while_vectors_are_erased(index, tmp_path):
     uri = str(tmp_path / "lancedb")
     index.upsert_all([make_write(number) for number in range(20)])
     writer, ended = BatchingIndex(uri), threading.Event()
-    problems = []
+    problems, written = [], [100]
 
     def write():
-        number = 100
         try:
             while not ended.is_set():
-                writer.upsert(*make_write(number))
-                number += 1
+                writer.upsert(*make_write(written[-1]))
+                written.append(written[-1] + 1)
         except Exception as error:
             problems.append(error)
-        problems.append(number)
 
     thread = threading.Thread(target=write)
     thread.start()
-    for number in range(2):
+    for number in range(ERASED):
         index.erase([f"image{number}"])
     ended.set()
     thread.join()
-    [last] = problems
+    assert problems == []
+    last = written[-1]
     assert last > 100
-    assert index.count_rows() == 18 + last - 100
-    assert find(uri, *(make_write(number)[1] for number in range(2))) == []
+    assert index.count_rows() == 20 - ERASED + last - 100
+    assert find(uri, *(make_write(number)[1] for number in range(ERASED))) == []
