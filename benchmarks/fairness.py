@@ -1,8 +1,8 @@
 """Measures how long one tenant's single uploads take, alone and while another's thousands wait.
 
-python -m benchmarks.fairness PHOTOS [--waiting 10000] [--count 8] [--workers 2]
+python -m benchmarks.fairness PHOTOS [--waiting 10000] [--count 8] [--workers 2 [--slots 4]]
 
-With `--workers`, the work is done by so many simulated machines.
+With `--workers`, the work is done by so many simulated machines, which share these slots.
 """
 
 import argparse
@@ -27,13 +27,15 @@ from imagepipeline.stores.uploads import UploadQueue
 DIFFERENT = 400  # originals of the waiting images; more than are made meanwhile
 
 
-def measure(folder: Path, waiting: int, count: int, workers: int | None) -> dict[str, Any]:
+def measure(
+    folder: Path, waiting: int, count: int, workers: int | None, slots: int
+) -> dict[str, Any]:
     """Returns the seconds from push to completion of the single uploads, and their ratio."""
     machine, photos = describe_machine(), sorted(collect(folder, 20).iterdir())
     with ExitStack() as exits:
         provider = exits.enter_context(run_provider(CHAT_SECONDS, EMBED_SECONDS))
         stack = exits.enter_context(
-            run_machines(provider | share_slots(workers), workers)
+            run_machines(provider | share_slots(workers, slots), workers)
             if workers
             else run_stack(provider)
         )
@@ -87,6 +89,9 @@ if __name__ == "__main__":
     parser.add_argument("--waiting", type=int, default=10_000)
     parser.add_argument("--count", type=int, default=8)
     parser.add_argument("--workers", type=int)
+    parser.add_argument("--slots", type=int, default=4, help="of all workers together")
     options = parser.parse_args()
-    measured = measure(options.photos, options.waiting, options.count, options.workers)
+    measured = measure(
+        options.photos, options.waiting, options.count, options.workers, options.slots
+    )
     print(json.dumps(measured, indent=2))

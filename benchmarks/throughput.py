@@ -81,11 +81,15 @@ def read_codec_seconds(stack: Stack, count: int) -> float:
 
 
 def collect(folder: Path, count: int) -> Path:
-    """Returns a new folder with `count` copies of the photos in a folder, repeated as needed."""
+    """Returns a new folder with `count` copies of the photos in a folder, repeated as needed.
+
+    No two files have the same bytes, because a run would take over the other's description.
+    """
     photos = sorted(path for path in folder.iterdir() if path.suffix.lower() in (".jpg", ".jpeg"))
     target = Path(tempfile.mkdtemp())
     for number, photo in enumerate(islice(cycle(photos), count)):
-        shutil.copy(photo, target / f"{number:03d}-{photo.stem}.jpg")
+        content = photo.read_bytes() + number.to_bytes(4, "big")
+        (target / f"{number:03d}-{photo.stem}.jpg").write_bytes(content)
     return target
 
 
@@ -130,11 +134,11 @@ def measure(folder: Path, options: argparse.Namespace) -> dict[str, Any]:
     }
 
 
-def share_slots(workers: int) -> dict[str, str]:
-    """Returns the settings of workers that together execute `SLOTS` runs at a time."""
+def share_slots(workers: int, slots: int = SLOTS) -> dict[str, str]:
+    """Returns the settings of workers that together execute `slots` runs at a time."""
     return {
-        "IMAGEPIPELINE_MAX_RUNS": str(SLOTS),
-        "IMAGEPIPELINE_WORKER_SLOTS": str(SLOTS // workers),
+        "IMAGEPIPELINE_MAX_RUNS": str(slots),
+        "IMAGEPIPELINE_WORKER_SLOTS": str(slots // workers),
     }
 
 

@@ -84,10 +84,10 @@ def open_standard_streams() -> None:
 
 def silence_streams() -> None:
     """Discards buffered output, so that Python does not fail to flush it when it exits."""
-    from imagepipeline import display
+    from imagepipeline import console
 
     for stream in (sys.stdout, sys.stderr):
-        display.silence(stream)
+        console.silence(stream)
 
 
 @click.group(epilog=EPILOG)

@@ -6,7 +6,6 @@ length, for `grep` and `awk`.
 
 import contextlib
 import io
-import os
 import re
 import sys
 import time
@@ -14,7 +13,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict
 from datetime import UTC, datetime
-from typing import IO, TYPE_CHECKING, Any, TextIO, cast
+from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 from rich.live import Live
@@ -30,7 +29,7 @@ from rich.progress import (
 from rich.table import Table
 from rich.text import Text
 
-from imagepipeline import overview
+from imagepipeline import console, overview
 from imagepipeline.doctor import Finding
 from imagepipeline.index import open_index
 from imagepipeline.models import Neighbour, Status
@@ -64,56 +63,6 @@ STYLES = {
 out = Console()
 
 
-class TolerantStream(io.TextIOBase):
-    """A standard stream (`stdout`, `stderr`) that discards output once it can no longer be written.
-
-    This happens when the reader of a pipe is gone, the terminal is closed or the disk is full.
-    """
-
-    def __init__(self, name: str) -> None:
-        self._name = name
-
-    @property
-    def _stream(self) -> TextIO:
-        # While a progress bar is shown, rich puts a proxy here that prints to the bar's console:
-        # to us, when the console is ours.
-        stream: TextIO = getattr(sys, self._name)
-        return getattr(stream, "rich_proxied_file", stream)
-
-    def write(self, text: str) -> int:
-        """Writes and flushes the text; returns its length."""
-        try:
-            self._stream.write(text)
-            self._stream.flush()
-        except OSError:
-            silence(self._stream)
-        return len(text)
-
-    def isatty(self) -> bool:
-        """Returns whether the standard stream is a terminal."""
-        return self._stream.isatty()
-
-    def fileno(self) -> int:
-        """Returns the file descriptor of the standard stream."""
-        return self._stream.fileno()
-
-
-def silence(stream: TextIO) -> None:
-    """Discards everything that is buffered in the stream or printed to it from now on."""
-    null = os.open(os.devnull, os.O_WRONLY)
-    os.dup2(null, stream.fileno())
-    os.close(null)
-
-
-err = Console(file=cast(IO[str], TolerantStream("stderr")))
-tolerant_out = Console(file=cast(IO[str], TolerantStream("stdout")))
-
-
-def report(line: str) -> None:
-    """Prints what the stack is doing to stderr; never fails, even if stderr is closed."""
-    err.print(Text(make_printable(line), style="dim"))
-
-
 def follow(
     catalogue: Catalogue, awaited: Mapping[str, int], pause: Callable[[float], None]
 ) -> None:
@@ -129,7 +78,7 @@ def follow(
         MofNCompleteColumn(),
         TimeElapsedColumn(),
     ]
-    with Progress(*columns, console=err) as progress:
+    with Progress(*columns, console=console.err) as progress:
         bar = progress.add_task("waiting", total=len(awaited))
         while waiting:
             states = catalogue.get_states(list(waiting))
@@ -182,7 +131,7 @@ def show_progress() -> Iterator[Callable[[str, int, int], None]]:
         TimeRemainingColumn(),
     ]
     bars: dict[str, TaskID] = {}
-    with Progress(*columns, console=err, speed_estimate_period=300) as progress:
+    with Progress(*columns, console=console.err, speed_estimate_period=300) as progress:
 
         def advance(verb: str, count: int, total: int) -> None:
             if verb not in bars:
@@ -295,27 +244,7 @@ def show_link(webserver_url: str, rows: Sequence[Mapping[str, Any]], as_json: bo
     """Prints where to look at the first result in the Dagster UI."""
     if not as_json:
         link = overview.locate_image(webserver_url, rows[0]["image_id"])
-        tolerant_out.print(Text(f"See them in the Dagster UI: {link}\n"), soft_wrap=True)
-
-
-def show_addresses(settings: Settings, webserver_url: str, as_json: bool) -> None:
-    """Prints the addresses of the running stack; never fails, even if stdout is closed."""
-    own_redis = str(settings.socket_folder / "valkey.sock") if settings.has_own_redis else None
-    addresses = {
-        "webserver_url": webserver_url,
-        "redis": own_redis or "as set by REDIS_URL or REDIS_HOST",
-        "storage": settings.storage,
-        "logs": str(settings.home / "logs"),
-        "dagster_home": str(settings.home / "dagster"),
-    }
-    if as_json:
-        tolerant_out.out(to_json(addresses), highlight=False)
-        return
-    for name, address in addresses.items():
-        tolerant_out.print(
-            Text(make_printable(f"{name.replace('_', ' '):<14} {address}")), soft_wrap=True
-        )
-    tolerant_out.print("Ctrl-C stops the stack after its current uploads.", style="dim")
+        console.tolerant_out.print(Text(f"See them in the Dagster UI: {link}\n"), soft_wrap=True)
 
 
 def show_status(

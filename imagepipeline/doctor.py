@@ -12,6 +12,7 @@ from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 
+from imagepipeline.advice import explain_languages, explain_unpriced_models
 from imagepipeline.errors import (
     FormatRefusedError,
     ImagePipelineError,
@@ -417,9 +418,7 @@ def _examine_limits(settings: Settings) -> Finding:
 
 
 def _examine_prices(settings: Settings) -> Finding:
-    from imagepipeline import providers
-
-    if problem := providers.explain_unpriced_models(settings):
+    if problem := explain_unpriced_models(settings):
         sentence, _, advice = problem.partition(": ")
         advice += "; if the provider reports costs itself, unset the budget for the first call"
         return Finding("prices", False, sentence, advice)
@@ -453,14 +452,14 @@ def _examine_sandbox(settings: Settings) -> Finding:
 
 
 def _examine_vision(settings: Settings) -> Finding:
-    from imagepipeline import providers
-
     if not settings.has_remote_vision:
-        if problem := providers.explain_languages(settings):
+        if problem := explain_languages(settings):
             sentence, _, advice = problem.partition(": ")
             return Finding("vision model", False, sentence, advice)
         return Finding("vision model", True, "the local model is used: no key, network or cost")
     from PIL import Image
+
+    from imagepipeline import providers
 
     buffer = io.BytesIO()
     Image.new("RGB", (32, 32), "#3060c0").save(buffer, "JPEG")

@@ -1,10 +1,8 @@
 """Makes paid calls, if pauses, budget and rate limit permit, and records every call."""
 
 import functools
-import json
-import re
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from datetime import datetime, timedelta
 from typing import Any, Generic, Protocol, TypeVar
@@ -22,6 +20,7 @@ from imagepipeline.errors import (
     RefusedError,
 )
 from imagepipeline.models import Claim, PaidCall, Pause, Recipe, now_utc
+from imagepipeline.prices import FREE, explain_missing_usage, explain_unpriced, find_price
 from imagepipeline.stores.ledger import MESSAGE_CHARACTERS, Ledger
 from imagepipeline.stores.limiter import CallLimiter
 from imagepipeline.tenants import Tenants
@@ -36,9 +35,6 @@ START_WINDOW_SECONDS = 30  # images whose permits come later give their slots to
 # A provider counts as down when the last DOWN_IMAGES images got no answer and one of them has made
 # DOWN_CALLS calls. After that, one image probes the provider every DOWN_SECONDS.
 DOWN_IMAGES, DOWN_CALLS, DOWN_SECONDS = 3, 3, 30
-FREE = (0, 0)  # a price
-# Providers append a date to a model's name to denote a version, whose price is the same.
-DATE = re.compile(r"[-@:](\d{4}-\d{2}-\d{2}|\d{8})$")
 
 
 class Answer(Protocol):
@@ -456,30 +452,3 @@ class PaidCalls:
         if unpriced:
             return explain_unpriced(unpriced)
         return explain_missing_usage(without_usage[0]) if without_usage else None
-
-
-def find_price(model: str, prices: Mapping[str, tuple[float, float]]) -> tuple[float, float] | None:
-    """Returns the US dollars per million tokens in and out, or None if they are unknown.
-
-    A dated version of a model has the price of the model.
-    """
-    return prices.get(model, prices.get(DATE.sub("", model)))
-
-
-def explain_unpriced(models: Sequence[str]) -> str:
-    """Returns what to do if a budget is set but the prices of these models are unknown."""
-    entries = ", ".join(f"{json.dumps(model)}: [IN, OUT]" for model in models)
-    return (
-        f"a budget is set, but the price of {' and '.join(models)} is unknown: "
-        f"set IMAGEPIPELINE_PRICES to {{{entries}}} in USD per million tokens "
-        "([0, 0] if it is free), or unset the budget, and restart"
-    )
-
-
-def explain_missing_usage(model: str) -> str:
-    """Returns what to do if a budget is set but the provider does not report a call's usage."""
-    return (
-        f"a budget is set, but calls to {model} do not report their usage: "
-        f"set IMAGEPIPELINE_PRICES to {{{json.dumps(model)}: [0, 0]}} if it is free, "
-        "or unset the budget, and restart"
-    )

@@ -8,7 +8,7 @@ from typing import Any
 from imagepipeline.errors import StackError
 from imagepipeline.filters import ALL, Filter
 from imagepipeline.models import ASSETS, Recipe
-from imagepipeline.paid_calls import find_price
+from imagepipeline.prices import find_price
 from imagepipeline.rates import parse_limits
 from imagepipeline.stores.applies import Applies, Apply, ApplyProgress
 from imagepipeline.stores.catalogue import Catalogue

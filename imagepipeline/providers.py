@@ -5,9 +5,8 @@ from contextlib import closing, contextmanager
 from typing import TYPE_CHECKING
 
 from imagepipeline.index import EmbeddingStore, open_index
-from imagepipeline.languages import DEFAULT
 from imagepipeline.models import Embedding, Recipe
-from imagepipeline.paid_calls import PaidCalls, explain_unpriced, find_price
+from imagepipeline.paid_calls import PaidCalls
 from imagepipeline.resident import ResidentEmbedder, ResidentIndex, ResidentVision
 from imagepipeline.services import embedder, vision
 from imagepipeline.services.embedder import Embedder, LocalEmbedder, OpenRouterEmbedder
@@ -127,7 +126,7 @@ def open_paid_calls(settings: Settings) -> Iterator[PaidCalls]:
         yield PaidCalls(
             ledger,
             limiter,
-            list_prices(settings),
+            settings.all_prices,
             *budgets,
             recipes=recipes,
             tenants=build_tenants(settings),
@@ -182,33 +181,6 @@ def build_renderer(settings: Settings) -> "Renderer":
         settings.keep_copyright,
         settings.compared_share,
     )
-
-
-def explain_unpriced_models(settings: Settings) -> str | None:
-    """Returns what to do if a budget is set but the settings lack the price of a model in use."""
-    if not settings.has_budgets:
-        return None
-    recipes = (build_vision_recipe(settings), build_embedding_recipe(settings))
-    models = [recipe.model for recipe in recipes if recipe.provider != "local"]
-    prices = list_prices(settings)
-    unpriced = [model for model in models if find_price(model, prices) is None]
-    return explain_unpriced(unpriced) if unpriced else None
-
-
-def explain_languages(settings: Settings) -> str | None:
-    """Returns what to do if the settings name languages that the vision model does not speak."""
-    if settings.has_remote_vision or settings.languages == DEFAULT:
-        return None
-    return (
-        "the offline vision model speaks only English, so descriptions are not made in "
-        f"{', '.join(settings.languages)}: set OPENAI_API_KEY, or unset IMAGEPIPELINE_LANGUAGES"
-    )
-
-
-def list_prices(settings: Settings) -> dict[str, tuple[float, float]]:
-    """Returns the built-in and configured prices: USD per million tokens in and out, by model."""
-    known: dict[str, tuple[float, float]] = Settings.model_fields["prices"].default
-    return known | settings.prices
 
 
 def embed_query(settings: Settings, text: str, report: Callable[[str], None]) -> Embedding:

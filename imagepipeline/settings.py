@@ -711,6 +711,12 @@ class Settings(BaseModel):
         return any(budgets)
 
     @property
+    def all_prices(self) -> dict[str, tuple[float, float]]:
+        """The built-in and configured prices: USD per million tokens in and out, by model."""
+        known: dict[str, tuple[float, float]] = type(self).model_fields["prices"].default
+        return known | self.prices
+
+    @property
     def has_own_redis(self) -> bool:
         """Whether the local stack starts the Redis-compatible server itself."""
         return not (self.explicit_redis_url or self.redis_host or self.redis_port)

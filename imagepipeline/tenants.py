@@ -53,8 +53,8 @@ class Tenants:
 
     def explain_spent(self, tenant: str) -> str | None:
         """Why its paid work must wait, as a sentence; None if today's budget is not used up."""
-        budget_usd = _find_share(self._daily_budgets_usd, tenant)
-        if budget_usd is None:
+        budget_usd = self._find_budget_usd(tenant)
+        if math.isinf(budget_usd):
             return None
         spent_usd = self._ledger.sum_cost_usd(self._find_midnight(), tenant)
         if spent_usd < budget_usd:
@@ -69,7 +69,11 @@ class Tenants:
         if not self.has_budgets:
             return []
         calls = self._ledger.summarize("tenant", self._find_midnight())
-        return [row["tenant"] for row in calls if self.explain_spent(row["tenant"])]
+        return [
+            row["tenant"]
+            for row in calls
+            if row["cost_usd"] >= self._find_budget_usd(row["tenant"])
+        ]
 
     def list_used(self) -> list[dict[str, Any]]:
         """A row for each tenant with images that have not completed, or with paid calls today.
@@ -96,6 +100,10 @@ class Tenants:
             }
             for tenant in sorted(names)
         ]
+
+    def _find_budget_usd(self, tenant: str) -> float:
+        budget_usd = _find_share(self._daily_budgets_usd, tenant)
+        return math.inf if budget_usd is None else budget_usd
 
     def _find_midnight(self) -> datetime:
         return self._clock().replace(hour=0, minute=0, second=0, microsecond=0)

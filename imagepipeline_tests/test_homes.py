@@ -141,7 +141,7 @@ def test_every_command_closes_an_open_home(open_home, redis_url, name):
 @pytest.mark.parametrize(
     "command",
     [
-        ["-m", "imagepipeline.runtime.migration"],
+        ["-m", "imagepipeline.instance.migration"],
         ["-m", "imagepipeline.runtime.examination"],
         ["-m", "dagster", "instance", "migrate"],
     ],

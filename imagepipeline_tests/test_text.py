@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from imagepipeline import cli, commands, display
+from imagepipeline import cli, commands, console, display
 from imagepipeline.errors import (
     BadAnswerError,
     ImagePipelineError,
@@ -68,7 +68,7 @@ def test_an_error_is_cleaned_together_with_its_causes():
 
 @pytest.mark.parametrize(
     "path",
-    [*Path(commands.__path__[0]).glob("*.py"), cli.__file__, display.__file__],
+    [*Path(commands.__path__[0]).glob("*.py"), cli.__file__, console.__file__, display.__file__],
     ids=lambda path: Path(path).name,
 )
 def test_the_command_line_prints_cleaned_texts_only(path):

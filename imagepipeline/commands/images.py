@@ -272,7 +272,7 @@ def sweep(settings: Settings, dry_run: bool, as_json: bool) -> None:
 @with_settings
 def search(settings: Settings, text: str, count: int, as_json: bool) -> None:
     """Find the images whose descriptions are nearest in meaning to TEXT."""
-    from imagepipeline import display
+    from imagepipeline import console, display
     from imagepipeline.index import open_index
     from imagepipeline.providers import embed_query
 
@@ -280,7 +280,7 @@ def search(settings: Settings, text: str, count: int, as_json: bool) -> None:
         raise click.UsageError("TEXT is empty: say what to look for")
     catalogue = open_catalogue(settings)
     neighbours = open_index(settings.index_uri).nearest(
-        embed_query(settings, text, display.report), count
+        embed_query(settings, text, console.report), count
     )
     display.show_neighbours(catalogue, neighbours, as_json)
 

@@ -145,17 +145,17 @@ def make_sample(
     discard: bool,
 ) -> "Sample":
     """Tries some of the planned images, and shows progress on stderr."""
-    from imagepipeline import display
+    from imagepipeline import console
     from imagepipeline.sampling import Sample, open_sampler
     from imagepipeline.stores.plans import Plans
 
     plans = Plans(settings.database_url)
     drawn = plans.draw_outdated(recipes, count, seed, where)
-    with open_sampler(settings, catalogue, recipes, display.report) as sampler:
+    with open_sampler(settings, catalogue, recipes, console.report) as sampler:
         trials = []
         for trial in sampler.try_images(drawn):
             trials.append(trial)
-            display.report(f"{len(trials)} of {len(drawn)}: {trial.error or trial.image_id}")
+            console.report(f"{len(trials)} of {len(drawn)}: {trial.error or trial.image_id}")
         if discard:
             sampler.discard()
     return Sample(trials, plans.count_images(recipes, where))
@@ -164,14 +164,14 @@ def make_sample(
 def make_plan(settings: Settings, recipes: Mapping[str, Recipe], where: Filter) -> "list[Step]":
     """What these images need, at the present prices and rate limits."""
     from imagepipeline import planning
-    from imagepipeline.providers import list_prices, open_limiter
+    from imagepipeline.providers import open_limiter
     from imagepipeline.stores.ledger import Ledger
     from imagepipeline.stores.plans import Plans
 
     with open_limiter(settings) as limiter:
         rate_limits = limiter.get_limits()
     plans, ledger = Plans(settings.database_url), Ledger(settings.database_url)
-    return planning.plan(plans, ledger, recipes, list_prices(settings), rate_limits, where)
+    return planning.plan(plans, ledger, recipes, settings.all_prices, rate_limits, where)
 
 
 @click.command(epilog=EPILOG)

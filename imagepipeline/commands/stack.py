@@ -42,12 +42,12 @@ def demo(settings: Settings, photos: Sequence[Path], exits: bool, as_json: bool)
     """
     from importlib.resources import files
 
-    from imagepipeline import display
+    from imagepipeline import console, display
     from imagepipeline.providers import build_embedder
     from imagepipeline.runtime.supervisor import Stack
 
     photos = photos or sorted(Path(str(files("imagepipeline") / "demo_photos")).glob("*.jpg"))
-    with Stack(settings, display.report) as stack:
+    with Stack(settings, console.report) as stack:
         images = {uploading.build_image_id(photo): photo for photo in photos}
         began = time.monotonic()
         rows = push_and_follow(settings, images, 0, pause=stack.wait)
@@ -55,7 +55,7 @@ def demo(settings: Settings, photos: Sequence[Path], exits: bool, as_json: bool)
         display.show_results(rows, time.monotonic() - began, as_json)
         if not exits:
             display.show_link(stack.webserver_url, rows, as_json)
-            display.show_addresses(settings, stack.webserver_url, as_json)
+            console.show_addresses(settings, stack.webserver_url, as_json)
             with contextlib.suppress(KeyboardInterrupt):
                 stack.wait()
     exit_by(rows)
@@ -69,16 +69,16 @@ def demo(settings: Settings, photos: Sequence[Path], exits: bool, as_json: bool)
 @with_settings
 def up(settings: Settings, dev: bool, as_json: bool) -> None:
     """Run the local stack until Ctrl-C or `imagepipeline down`; running uploads finish first."""
-    from imagepipeline import display
-    from imagepipeline.providers import explain_languages, explain_unpriced_models
+    from imagepipeline import console
+    from imagepipeline.advice import explain_languages, explain_unpriced_models
     from imagepipeline.runtime.supervisor import Stack
 
-    with Stack(settings, display.report, reloads_code=dev) as stack:
+    with Stack(settings, console.report, reloads_code=dev) as stack:
         if problem := explain_unpriced_models(settings):
-            display.report(f"Paid work is paused: {problem}")
+            console.report(f"Paid work is paused: {problem}")
         if problem := explain_languages(settings):
-            display.report(f"Languages: {problem}")
-        display.show_addresses(settings, stack.webserver_url, as_json)
+            console.report(f"Languages: {problem}")
+        console.show_addresses(settings, stack.webserver_url, as_json)
         with contextlib.suppress(KeyboardInterrupt):
             stack.wait()
 

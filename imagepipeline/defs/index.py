@@ -27,8 +27,8 @@ change of that model, `unsearchable_count` images are not found until `imagepipe
 their embeddings again. Images without an embedding are in `outdated`.
 
 `index_bytes` is its size on disk, in `fragment_count` files of vectors. Compaction keeps these few;
-they include those of the last hour that it has replaced. Both are missing for an index that the
-code server cannot read: in a bucket, or on another machine.""",
+they include those it has replaced within the last two minutes. Both are missing for an index that
+the code server cannot read: in a bucket, or on another machine.""",
 )
 outdated_spec = dg.AssetSpec(
     "outdated",

@@ -55,7 +55,7 @@ GRPC_SECONDS = 5
 ANSWER_SECONDS, WORK_SECONDS = 3, 40
 REDIS_SECONDS = 15
 HEARTBEAT_TOLERANCE_SECONDS = 120
-MIGRATION_COMMAND = [sys.executable, "-m", "imagepipeline.runtime.migration"]
+MIGRATION_COMMAND = [sys.executable, "-m", "imagepipeline.instance.migration"]
 
 
 def check_redis(settings: Settings) -> None:
@@ -239,9 +239,9 @@ def restore(settings: Settings, image_ids: Sequence[str], is_dry_run: bool) -> l
 
 
 def _run_module(settings: Settings, name: str, arguments: Sequence[str], failure: str) -> str:
-    """Runs one of our modules that import Dagster, and returns the last line that it printed."""
+    """Runs one of the commands in `instance/`, and returns the last line that it printed."""
     prepare(settings)
-    command = [sys.executable, "-m", f"imagepipeline.runtime.{name}", *arguments]
+    command = [sys.executable, "-m", f"imagepipeline.instance.{name}", *arguments]
     environment = build_environment(settings, name)
     result = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
     if result.returncode != 0:
@@ -363,13 +363,13 @@ def _build_dagster_yaml(settings: Settings) -> dict[str, Any]:
     config["concurrency"]["runs"]["max_concurrent_runs"] = settings.max_runs
     if settings.dagster_database_url:
         storage: dict[str, Any] = {
-            "module": "imagepipeline.runtime.postgres_storage",
+            "module": "imagepipeline.instance.postgres_storage",
             "class": "PooledPostgresStorage",
             "config": {"postgres_url": {"env": "DAGSTER_DATABASE_URL"}},
         }
     else:
         storage = {
-            "module": "imagepipeline.runtime.sqlite_storage",
+            "module": "imagepipeline.instance.sqlite_storage",
             "class": "PooledSqliteStorage",
             "config": {"base_dir": str(_dagster_home(settings) / "storage")},
         }

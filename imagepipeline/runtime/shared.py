@@ -12,7 +12,7 @@ for module in (
     ),
     *("fsspec", "grpc_health.v1.health_pb2_grpc", "upath", "uvicorn", "websockets"),
     *("imagepipeline.cli", "imagepipeline.definitions"),
-    *("imagepipeline.runtime.launcher", "imagepipeline.runtime.sqlite_storage"),
+    *("imagepipeline.runtime.launcher", "imagepipeline.instance.sqlite_storage"),
 ):
     importlib.import_module(module)
 gc.collect()

@@ -48,7 +48,7 @@ PRELOADED = (
         "openai.resources.embeddings",
     ),
     *("httpcore2", "upath.core"),
-    *("imagepipeline.runtime.postgres_storage", "imagepipeline.runtime.sqlite_storage"),
+    *("imagepipeline.instance.postgres_storage", "imagepipeline.instance.sqlite_storage"),
 )
 RESIDENT_COMMAND = [sys.executable, "-m", "imagepipeline.resident"]
 HOUSEKEEPING_INTERVAL_SECONDS = 0.5

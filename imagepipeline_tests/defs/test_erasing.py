@@ -23,11 +23,11 @@ from imagepipeline.errors import StackError, StaleClaimError
 from imagepipeline.imaging.decoding import Rules
 from imagepipeline.imaging.sandbox import Sandbox
 from imagepipeline.imaging.variants import Renderer
+from imagepipeline.instance import erasure, sqlite_storage
 from imagepipeline.models import BULK_PRIORITY, PaidCall, Upload, build_variant_specs
 from imagepipeline.originals import Originals
 from imagepipeline.paid_calls import Kept
 from imagepipeline.relaying import relay_to_stream
-from imagepipeline.runtime import erasure, sqlite_storage
 from imagepipeline.services.embedder import LocalEmbedder
 from imagepipeline.services.vision import LocalVision, VisionAnswer
 from imagepipeline.storage import open_storage
@@ -160,7 +160,7 @@ def world(request, tmp_path, queue, redis_url, monkeypatch):
         root, bucket = str(folder / "storage"), None
         url = request.getfixturevalue("create_catalogue")(folder / "catalogue.sqlite")
         storage = {
-            "module": "imagepipeline.runtime.sqlite_storage",
+            "module": "imagepipeline.instance.sqlite_storage",
             "class": "PooledSqliteStorage",
             "config": {"base_dir": str(folder / "dagster")},
         }
@@ -174,7 +174,7 @@ def world(request, tmp_path, queue, redis_url, monkeypatch):
         url = request.getfixturevalue("postgres_catalogue_url")
         dagster_url = request.getfixturevalue("dagster_postgres_url")
         storage = {
-            "module": "imagepipeline.runtime.postgres_storage",
+            "module": "imagepipeline.instance.postgres_storage",
             "class": "PooledPostgresStorage",
             "config": {"postgres_url": dagster_url},
         }

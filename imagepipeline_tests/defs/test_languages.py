@@ -5,9 +5,10 @@ import json
 import pytest
 from werkzeug import Response
 
+from imagepipeline.advice import explain_languages
 from imagepipeline.models import ImageMetadata
 from imagepipeline.needs import SETTINGS
-from imagepipeline.providers import build_recipes, build_vision, explain_languages
+from imagepipeline.providers import build_recipes, build_vision
 from imagepipeline.sampling import open_sampler
 from imagepipeline.settings import Settings
 from imagepipeline.stores.events import EventLog

@@ -22,6 +22,9 @@ from imagepipeline.defs.retention import Kept, Pruner
 from imagepipeline.imaging.decoding import Rules
 from imagepipeline.imaging.sandbox import Sandbox
 from imagepipeline.imaging.variants import Renderer
+from imagepipeline.instance import sqlite_storage
+from imagepipeline.instance.event_filter import is_unread
+from imagepipeline.instance.restoration import restore_one
 from imagepipeline.models import (
     BULK_PRIORITY,
     PaidCall,
@@ -31,9 +34,6 @@ from imagepipeline.models import (
 )
 from imagepipeline.originals import Originals
 from imagepipeline.paid_calls import PaidCalls
-from imagepipeline.runtime import sqlite_storage
-from imagepipeline.runtime.event_filter import is_unread
-from imagepipeline.runtime.restoration import restore_one
 from imagepipeline.services.embedder import LocalEmbedder
 from imagepipeline.services.vision import LocalVision
 from imagepipeline.stores.catalogue import Catalogue

@@ -145,11 +145,11 @@ class Soak:
         self.injector.calm()
 
     def wait_until_calm(self) -> float:
-        """Waits until nothing waits or works; returns the seconds."""
-        began = time.monotonic()
-        while not self._is_calm() and time.monotonic() - began < PATIENCE_SECONDS:
+        """Waits until nothing waits or works; returns the seconds since the last fault ended."""
+        ended = max((hit.ended for hit in self.injector.hits), default=time.monotonic())
+        while not self._is_calm() and time.monotonic() - ended < PATIENCE_SECONDS:
             time.sleep(0.5)
-        return time.monotonic() - began
+        return time.monotonic() - ended
 
     def check(self, report: Report) -> None:
         """Checks the whole history, and writes what was done and what does not hold."""

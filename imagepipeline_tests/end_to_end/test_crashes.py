@@ -85,13 +85,13 @@ class World:
         self.files.put_original("cat", (PHOTOS / "cat.jpg").read_bytes(), "jpg")
         self.catalogue.accept([Upload("cat")])
         storage = {
-            "module": "imagepipeline.runtime.postgres_storage",
+            "module": "imagepipeline.instance.postgres_storage",
             "class": "PooledPostgresStorage",
             "config": {"postgres_url": dagster_url},
         }
         if dagster_url is None:
             storage = {
-                "module": "imagepipeline.runtime.sqlite_storage",
+                "module": "imagepipeline.instance.sqlite_storage",
                 "class": "PooledSqliteStorage",
                 "config": {"base_dir": str(folder / "storage-of-dagster")},
             }

@@ -441,7 +441,7 @@ def open_dagster(folder: Path, url: str) -> dg.DagsterInstance:
     folder = folder / "dagster"
     folder.mkdir(exist_ok=True)
     storage = {
-        "module": "imagepipeline.runtime.postgres_storage",
+        "module": "imagepipeline.instance.postgres_storage",
         "class": "PooledPostgresStorage",
         "config": {"postgres_url": url},
     }

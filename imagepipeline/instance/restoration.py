@@ -1,6 +1,6 @@
 """Brings images back to Dagster that have left it.
 
-    python -m imagepipeline.runtime.restoration [--dry-run] ID…
+    python -m imagepipeline.instance.restoration [--dry-run] ID…
 
 Prints one line of JSON: a list of `id`, `is_known` and `outcome`. This is a separate process so
 that the command line need not import Dagster.

@@ -22,7 +22,7 @@ from dagster._core.storage.sqlite import SQLITE_BUSY_TIMEOUT_SECONDS, create_db_
 from dagster._core.storage.sqlite_storage import DagsterSqliteStorage
 from dagster._serdes import ConfigurableClassData
 
-from imagepipeline.runtime.event_filter import EventFilter
+from imagepipeline.instance.event_filter import EventFilter
 from imagepipeline.stores.database import create_sqlite_engine, truncate_sqlite_log
 
 

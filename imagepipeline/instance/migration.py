@@ -1,6 +1,6 @@
 """Creates or updates the tables of catalogue and Dagster, and binds the two to each other.
 
-    python -m imagepipeline.runtime.migration [--take-over | --check]
+    python -m imagepipeline.instance.migration [--take-over | --check]
 
 `--check` only checks the binding. `--take-over` rebinds a catalogue that belongs to another Dagster
 instance. This is a separate process so that its callers need not import Dagster.

@@ -1,6 +1,6 @@
 """Prunes what is old, as the prune sensor does, at once.
 
-    python -m imagepipeline.runtime.pruning [--dry-run]
+    python -m imagepipeline.instance.pruning [--dry-run]
 
 Prints one line of JSON: what was pruned, or would be. This is a separate process so that the
 command line need not import Dagster.

@@ -1,6 +1,6 @@
 """Erases images: what Dagster knows of them, and by `imagepipeline.erasing` all else.
 
-    python -m imagepipeline.runtime.erasure [--dry-run] ID…
+    python -m imagepipeline.instance.erasure [--dry-run] ID…
 
 Prints one line of JSON, the list of receipts. This is a separate process so that the command line
 need not import Dagster.
@@ -16,8 +16,8 @@ import dagster as dg
 from imagepipeline import erasing
 from imagepipeline.dagster_records import PARTITION_TAG, UNFINISHED, DagsterRecords
 from imagepipeline.errors import ImagePipelineError, StackError
+from imagepipeline.instance import sqlite_storage
 from imagepipeline.providers import build_recipes
-from imagepipeline.runtime import sqlite_storage
 from imagepipeline.settings import Settings
 from imagepipeline.storage import open_storage
 from imagepipeline.stores.catalogue import Catalogue

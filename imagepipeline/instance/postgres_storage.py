@@ -14,7 +14,7 @@ from dagster_postgres import (
     PostgresRunStorage,
 )
 
-from imagepipeline.runtime.event_filter import EventFilter
+from imagepipeline.instance.event_filter import EventFilter
 
 STATEMENT_TIMEOUT_MS, RECYCLE_SECONDS = 30_000, 3600
 # Each process keeps one connection open and may open more for the daemon's and webserver's threads.

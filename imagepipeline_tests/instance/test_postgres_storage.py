@@ -5,7 +5,7 @@ import inspect
 import pytest
 import sqlalchemy as sa
 
-from imagepipeline.runtime.postgres_storage import PooledPostgresStorage
+from imagepipeline.instance.postgres_storage import PooledPostgresStorage
 
 pytestmark = pytest.mark.stack
 
