@@ -20,6 +20,7 @@ from imagepipeline.errors import (
     ResidentDownError,
     StaleClaimError,
 )
+from imagepipeline.malloc import return_freed_memory
 from imagepipeline.models import Claim, Embedding, PixelFacts, Recipe, VisionAnswer
 from imagepipeline.services.answers import clean_metadata
 from imagepipeline.services.embedder import LocalEmbedder
@@ -175,6 +176,7 @@ def _answer(connection: socket.socket, functions: dict[str, Callable[..., Any]])
 
 def main() -> None:
     """Serves until the worker that started this process ends, which closes its standard input."""
+    return_freed_memory()
     settings = Settings.load()
     threading.Thread(
         target=serve, args=(settings.resident_address, settings.index_uri), daemon=True
