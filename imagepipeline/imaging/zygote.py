@@ -9,7 +9,6 @@ docs/decisions/0006-decoding-in-a-child.md.
 """
 
 import contextlib
-import ctypes
 import faulthandler
 import gc
 import importlib
