@@ -16,9 +16,10 @@ import statistics
 import tempfile
 from itertools import cycle, islice
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import sqlalchemy as sa
+from PIL import Image, JpegImagePlugin
 
 from benchmarks.machines import run_machines
 from benchmarks.stack import Stack, describe_machine, run_peer, run_provider, run_stack
@@ -28,6 +29,7 @@ CHAT_SECONDS, EMBED_SECONDS = 2.0, 0.3
 # matches at 80.
 MATCHED = {"IMAGEPIPELINE_AVIF_QUALITY": "83"}
 SLOTS = 6  # of all workers together
+FLIPS = (None, *Image.Transpose)
 
 
 def measure_burst(stack: Stack, photos: list[Path], is_bulk: bool = False) -> dict[str, Any]:
@@ -81,16 +83,35 @@ def read_codec_seconds(stack: Stack, count: int) -> float:
 
 
 def collect(folder: Path, count: int) -> Path:
-    """Returns a new folder with `count` copies of the photos in a folder, repeated as needed.
+    """Returns a new folder with `count` photos of a folder, repeated as needed, each time flipped.
 
-    No two files have the same bytes, because a run would take over the other's description.
+    Up to eight pictures for each photo are all different: a run would take over the answer to the
+    same question.
     """
     photos = sorted(path for path in folder.iterdir() if path.suffix.lower() in (".jpg", ".jpeg"))
     target = Path(tempfile.mkdtemp())
     for number, photo in enumerate(islice(cycle(photos), count)):
-        content = photo.read_bytes() + number.to_bytes(4, "big")
-        (target / f"{number:03d}-{photo.stem}.jpg").write_bytes(content)
+        copy = target / f"{number:03d}-{photo.stem}.jpg"
+        flip = FLIPS[number // len(photos) % len(FLIPS)]
+        if flip is None:
+            shutil.copy(photo, copy)
+        else:
+            _flip(photo, copy, flip)
     return target
+
+
+def _flip(photo: Path, copy: Path, how: Image.Transpose) -> None:
+    """Writes a flipped copy of a JPEG, compressed like the original."""
+    with Image.open(photo) as opened:
+        opened.transpose(how).save(
+            copy,
+            "JPEG",
+            qtables=cast(JpegImagePlugin.JpegImageFile, opened).quantization,
+            subsampling=JpegImagePlugin.get_sampling(opened),
+            progressive=bool(opened.info.get("progressive")),
+            exif=opened.info.get("exif", b""),
+            icc_profile=opened.info.get("icc_profile"),
+        )
 
 
 def measure(folder: Path, options: argparse.Namespace) -> dict[str, Any]:
