@@ -177,13 +177,19 @@ def postgres_database(postgres_url: str, template: str = "template1") -> Iterato
         connection.exec_driver_sql(f"DROP DATABASE {name} WITH (FORCE)")
 
 
-@pytest.fixture(scope="session")
-def catalogue_template(postgres_url: str) -> Iterator[str]:
-    """The name of a database with the empty tables of a catalogue."""
+@contextmanager
+def catalogue_database(postgres_url: str) -> Iterator[str]:
+    """Creates a database with the empty tables of a catalogue; yields its name."""
     with postgres_database(postgres_url) as url:
         with closing(Catalogue(url)) as catalogue:
             catalogue.migrate()
         yield str(sa.make_url(url).database)
+
+
+@pytest.fixture(scope="session")
+def catalogue_template(postgres_url: str) -> Iterator[str]:
+    with catalogue_database(postgres_url) as name:
+        yield name
 
 
 @pytest.fixture

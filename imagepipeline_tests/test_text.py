@@ -15,7 +15,7 @@ from imagepipeline.errors import (
     StackError,
 )
 from imagepipeline.models import Upload
-from imagepipeline.paid_calls import DATE
+from imagepipeline.prices import DATE
 from imagepipeline.services import answers, openai_client
 from imagepipeline.text import clean, clean_error, make_printable, to_json
 

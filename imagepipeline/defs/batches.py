@@ -14,6 +14,7 @@ from functools import partial
 import dagster as dg
 from pydantic import Field
 
+from imagepipeline.dagster_records import DagsterRecords
 from imagepipeline.defs.assets import OWNERS
 from imagepipeline.defs.attempts import (
     MACHINE_TAG,
@@ -24,7 +25,6 @@ from imagepipeline.defs.attempts import (
     stop_heartbeat,
 )
 from imagepipeline.defs.outcomes import build_outcome, report_outcome
-from imagepipeline.defs.partitions import uploads
 from imagepipeline.defs.restoring import CODE_VERSION_TAG, DATA_VERSION_TAG, relate, restore
 from imagepipeline.defs.showing import link_to
 from imagepipeline.defs.stages import Made, make_embedding, make_metadata, make_variants
@@ -152,6 +152,8 @@ class Batch:
     def _process(self, claim: Claim) -> None:
         start_heartbeat(self.catalogue, claim)
         try:
+            # Before anything is made, so that only earlier results can count as restored.
+            self._await(begun := Event(image_id=claim.image_id, is_begun=True))
             changed, made = [], None
             for asset in ASSETS:
                 made = self._make(claim, asset)
@@ -161,8 +163,9 @@ class Batch:
                     break
             if made is not None:
                 self._events.put(Event(image_id=claim.image_id))
-            if changed:
-                self._show_outcome(claim, changed, is_made=made is not None)
+            shown = ASSETS if begun.is_new_to_dagster else changed
+            if shown:
+                self._show_outcome(claim, shown, is_made=made is not None)
         finally:
             self.originals.release(claim.image_id)
             stop_heartbeat(claim)
@@ -215,7 +218,9 @@ class Batch:
             self._put(outcome._replace(metadata=shown))
 
     def _put(self, materialization: dg.AssetMaterialization) -> None:
-        event = Event(image_id=materialization.partition, materialization=materialization)
+        self._await(Event(image_id=materialization.partition, materialization=materialization))
+
+    def _await(self, event: "Event") -> None:
         self._events.put(event)
         while not (event.is_recorded.wait(1) or self._stopping.is_set()):
             pass
@@ -224,12 +229,17 @@ class Batch:
         self._events.put(Event(line))
 
 
-@dataclass(frozen=True)
+@dataclass
 class Event:
-    """What a thread asks the run to record: a line for its log, or a materialization."""
+    """What a thread asks the run to record.
+
+    A line for its log, that work on an image begins or has ended, or a materialization of it.
+    """
 
     line: str | None = None
     image_id: str | None = None
+    is_begun: bool = False
+    is_new_to_dagster: bool = False  # the run's answer: it had no partition when work began
     materialization: dg.AssetMaterialization | None = None
     is_recorded: threading.Event = field(default_factory=threading.Event)
 
@@ -306,16 +316,17 @@ def process_images(
         tenants.find_max_paid_runs,
     )
     context.instance.add_run_tags(context.run_id, {MACHINE_TAG: socket.gethostname()})
+    records = DagsterRecords(context.instance)
     finished = 0
     try:
         for event in batch.run():
             if event.line:
                 context.log.warning(event.line)
-            if event.image_id and not context.instance.has_dynamic_partition(
-                str(uploads.name), event.image_id
-            ):
-                restore(context.instance, catalogue, event.image_id)
-            if event.materialization:
+            if event.is_begun:
+                event.is_new_to_dagster = not records.has_partition(str(event.image_id))
+                if event.is_new_to_dagster:
+                    restore(context.instance, catalogue, str(event.image_id))
+            elif event.materialization:
                 # Not as an output of the step, whose handles take half a kilobyte in each event.
                 materialization = relate(context.instance, event.materialization)
                 report_outcome(context.instance, context.run, materialization)

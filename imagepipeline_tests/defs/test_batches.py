@@ -205,7 +205,7 @@ def test_an_image_whose_batch_died_gets_a_run_of_its_own(push, catalogue):
 
 
 def test_a_batch_takes_uploads_of_a_backlog_behind_those_with_runs_of_their_own(
-    run_batch, push, catalogue
+    run_batch, push, catalogue, instance
 ):
     push("planned", *"abcde")
     for image_id, priority in zip("abcde", (0, 5, 0, 0, -5), strict=True):
@@ -216,6 +216,10 @@ def test_a_batch_takes_uploads_of_a_backlog_behind_those_with_runs_of_their_own(
         image_id for image_id in "abcde" if catalogue.get(image_id)["status"] == "completed"
     }
     assert completed == {"d", "e"}  # b and a are first in line, c runs alone
+    for asset in ASSETS:  # each was made once, and none was restored
+        made = instance.fetch_materializations(dg.AssetKey(asset), limit=10).records
+        assert sorted(record.partition_key for record in made) == ["d", "e"]
+        assert not any("restored" in record.asset_materialization.metadata for record in made)
     assert catalogue.get("planned")["status"] == "pending"
 
 

@@ -172,7 +172,7 @@ def world(request, tmp_path, index, files):
         value = str(tmp_path / "dagster")
         if request.param == "postgres":
             value = request.getfixturevalue("dagster_postgres_url")
-        module = f"imagepipeline.runtime.{module}"
+        module = f"imagepipeline.instance.{module}"
         custom = {"module": module, "class": name, "config": {option: value}}
         config = {"storage": {"custom": custom}}
     (tmp_path / "dagster.yaml").write_text(yaml.safe_dump(config))

@@ -8,20 +8,23 @@ server. A signal ends it at one of Dagster's own six crash points or one of our 
 """
 
 import argparse
+import functools
 import itertools
 import json
 import os
+import shutil
 import signal
 import sys
 import tempfile
 import threading
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager, closing, contextmanager
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import dagster as dg
 from dagster._core.remote_origin import InProcessCodeLocationOrigin
@@ -32,12 +35,14 @@ from dagster._daemon.sensor import execute_sensor_iteration
 from dagster._utils.interrupts import setup_interrupt_handlers
 
 import imagepipeline.definitions  # noqa: F401  (before the fork, to import it only once)
+from imagepipeline.defs import events, sensors
 from imagepipeline.defs.sensors import DEFAULT_SLOTS, RUNS_PER_SLOT
 from imagepipeline.runtime import services
 from imagepipeline.settings import Settings
 from imagepipeline.stores.catalogue import Catalogue
 from imagepipeline.stores.uploads import UploadQueue
 from imagepipeline_tests.conftest import (
+    catalogue_database,
     dagster_database,
     postgres_database,
     postgres_server,
@@ -59,33 +64,42 @@ BATCHES = (1, 5, 50)
 BAD_ENTRY = b"../etc/passwd"
 
 
-Databases = Callable[[], AbstractContextManager[dict[str, str]]]
+Databases = Callable[[Path], AbstractContextManager[dict[str, str]]]
+ON_SQLITE = {"DATABASE_URL": "", "DAGSTER_DATABASE_URL": ""}
 
 
 @contextmanager
-def on_sqlite() -> Iterator[dict[str, str]]:
-    """Yields the environment of a trial on SQLite."""
-    yield {"DATABASE_URL": "", "DAGSTER_DATABASE_URL": ""}
+def on_sqlite(template: Path, home: Path) -> Iterator[dict[str, str]]:
+    """Copies empty databases into a home; yields the environment of its trial."""
+    shutil.copytree(template, home, dirs_exist_ok=True)
+    yield ON_SQLITE
 
 
 @contextmanager
-def on_postgres(server_url: str, template: str) -> Iterator[dict[str, str]]:
-    """Yields the environment of a trial on two new databases."""
+def on_postgres(server_url: str, templates: tuple[str, str], _: Path) -> Iterator[dict[str, str]]:
+    """Yields the environment of a trial on two new databases, with empty tables."""
     with (
-        postgres_database(server_url) as catalogue_url,
-        postgres_database(server_url, template) as dagster_url,
+        postgres_database(server_url, templates[0]) as catalogue_url,
+        postgres_database(server_url, templates[1]) as dagster_url,
     ):
         yield {"DATABASE_URL": catalogue_url, "DAGSTER_DATABASE_URL": dagster_url}
 
 
 @contextmanager
 def choose_databases(has_postgres: bool) -> Iterator[Databases]:
-    """Yields the function that creates the databases of a trial."""
+    """Yields the function that creates the databases of a trial, with empty tables."""
     if not has_postgres:
-        yield on_sqlite
+        with tempfile.TemporaryDirectory(prefix="ip", dir="/tmp") as folder:
+            _prepare_home(Path(folder), ON_SQLITE)
+            _in_child(_list_partitions_of_runs)  # creates Dagster's databases
+            yield functools.partial(on_sqlite, Path(folder))
         return
-    with postgres_server() as server_url, dagster_database(server_url) as template:
-        yield lambda: on_postgres(server_url, template)
+    with (
+        postgres_server() as server_url,
+        catalogue_database(server_url) as of_catalogue,
+        dagster_database(server_url) as of_dagster,
+    ):
+        yield functools.partial(on_postgres, server_url, (of_catalogue, of_dagster))
 
 
 def run_trial(
@@ -96,19 +110,14 @@ def run_trial(
     Returns:
         `was_killed`, `lost` and `double` (numbers of IDs), and `left` (entries still on a list).
     """
-    with tempfile.TemporaryDirectory(prefix="ip", dir="/tmp") as folder, databases() as urls:
-        home = Path(folder)
-        prefix = home.name
-        os.environ.update(
-            urls,
-            IMAGEPIPELINE_HOME=str(home),
-            REDIS_URL=redis_url,
-            IMAGEPIPELINE_QUEUE_PREFIX=prefix,
-        )
-        services.prepare(settings := Settings.load())
-        os.environ.update(services.build_environment(settings, "code-server"))
+    with (
+        tempfile.TemporaryDirectory(prefix="ip", dir="/tmp") as folder,
+        databases(Path(folder)) as urls,
+    ):
+        prefix = Path(folder).name
+        further = {"REDIS_URL": redis_url, "IMAGEPIPELINE_QUEUE_PREFIX": prefix}
+        settings = _prepare_home(Path(folder), urls | further)
         catalogue = Catalogue(settings.database_url)
-        catalogue.migrate()
         queue = UploadQueue(redis_url, prefix)
         image_ids = [f"image{number}" for number in range(batch)]
         for image_id in image_ids:
@@ -142,6 +151,16 @@ def run_trial(
         }
 
 
+def _prepare_home(home: Path, urls: Mapping[str, str]) -> Settings:
+    """Makes this process and its children use a home; creates the tables of its catalogue."""
+    os.environ.update(urls, IMAGEPIPELINE_HOME=str(home))
+    services.prepare(settings := Settings.load())
+    os.environ.update(services.build_environment(settings, "code-server"))
+    with closing(Catalogue(settings.database_url)) as catalogue:
+        catalogue.migrate()
+    return settings
+
+
 def _tick(at: datetime, point: str | None = None, signal_number: int = 0) -> None:
     """Runs one iteration of the sensor daemon at the given time; dies at `point`."""
     flags: dict[str, dict[str, int]] = {}
@@ -159,6 +178,9 @@ def _tick(at: datetime, point: str | None = None, signal_number: int = 0) -> Non
         dg.DagsterInstance.get() as instance,
         WorkspaceProcessContext(instance, target) as workspace,
         freeze_time(at),
+        # Sensors wait for uploads and events that may come; here none do.
+        mock.patch.object(sensors, "MAX_WAIT_SECONDS", 0.01),
+        mock.patch.object(events, "TICK_SECONDS", 0),
     ):
         list(execute_sensor_iteration(workspace, _logger(), None, None, debug_crash_flags=flags))
 
