@@ -179,8 +179,8 @@ def find_doubles(seen: Evidence) -> Iterator[str]:
                 if holder is not None:
                     yield f"{image_id}: {row['run_id']} claimed it while {holder} held it"
                 holder = row["run_id"], fence
-            elif row["event"] in ("made", "reused") and holder != (row["run_id"], fence):
-                yield f"{image_id}: {row['run_id']} wrote with fence {fence}, {holder} held it"
+            elif row["event"] in ("made", "reused") and (holder is None or holder[1] != fence):
+                yield f"{image_id}: fence {fence} wrote, {holder} held it"
             elif row["event"] in ENDS:
                 holder = None
         if holder is not None:

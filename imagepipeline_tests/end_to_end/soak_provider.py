@@ -50,8 +50,8 @@ class Call:
 class Provider:
     """The stand-in; `outage` is the fault that all calls have at the moment, or None.
 
-    Apart from outages, no call for one picture has two faults: three would fail its image, which
-    is right but tells nothing.
+    After a fault, calls for that picture have others only in outages: three that do not mean one
+    would fail its image, which is right but tells nothing.
     """
 
     def __init__(self, seed: int) -> None:
@@ -115,8 +115,9 @@ class Provider:
             fault = None if self.is_calm.is_set() else self.outage
             is_unlucky = not self.is_calm.is_set() and self._random.random() < FAULT_SHARE
             if fault is None and is_unlucky and (stage, picture) not in self._faulty:
-                self._faulty.add((stage, picture))
                 fault = self._random.choice(FAULTS)
+            if fault is not None:
+                self._faulty.add((stage, picture))
             number = len(self.calls) + 1
             call = Call(number, machine, stage, picture, time.monotonic(), fault)
             self.calls.append(call)

@@ -27,8 +27,8 @@ GOOD = Evidence(
         a=[
             happened("accepted", 0, run=None),
             happened("claimed", 1),
-            happened("made", 1),
-            happened("completed", 1),
+            happened("made", 1, run=None),  # history names a run once
+            happened("completed", 1, run=None),
         ],
     ),
     events=[
@@ -69,11 +69,12 @@ def test_a_lost_image_is_found():
 def test_two_owners_at_once_are_found():
     events = [*GOOD.history["a"]]
     events.insert(2, happened("claimed", 2, run="r2"))
-    events[3:] = [happened("made", 2, run="r1"), happened("completed", 2, run="r2")]
+    events[3:] = [happened("made", 1, run=None), happened("completed", 2, run=None)]
     found = list(history.find_doubles(replace(GOOD, history={"a": events})))
     assert found == [
         "a: r2 claimed it while ('r1', 1) held it",
-        "a: r1 wrote with fence 2, ('r2', 2) held it",
+        "a: the fence fell from 2 to 1",
+        "a: fence 1 wrote, ('r2', 2) held it",
     ]
 
 
