@@ -168,7 +168,7 @@ def test_the_zygote_imports_only_imaging_and_what_it_needs():
         [sys.executable, "-I", "-c", code], env={}, capture_output=True, text=True, check=True
     )
     ours, foreign = result.stdout.splitlines()
-    shared = ("errors", "headers", "models", "output_formats", "text", "usage", "wire")
+    shared = ("errors", "headers", "malloc", "models", "output_formats", "text", "usage", "wire")
     names = sorted(["imaging", *shared])
     assert sorted(ast.literal_eval(ours)) == [f"imagepipeline.{name}" for name in names]
     assert foreign == "set()"
