@@ -4,9 +4,8 @@ import re
 
 from playwright.sync_api import expect
 
-from imagepipeline_tests.end_to_end.ui import ASSETS, Ui, wait_until
+from imagepipeline_tests.end_to_end.ui import ASSETS, Ui
 
-DRAWING_MS = 30_000
 NODES = '[class*="inimalAssetNodeBox"]'
 # A node is gray while its status is unknown, or if partitions are missing.
 IS_LOADED = f"""() => [...document.querySelectorAll('{NODES}')].some(node => {{
@@ -64,16 +63,6 @@ def find_red(ui: Ui) -> set[str]:
     ui.start()
     ui.click_link("Lineage")
     nodes = ui.page.locator(NODES)
-
-    def is_drawn() -> bool:
-        # On a busy machine, Dagster's lineage sometimes stays empty until it is loaded again.
-        try:
-            expect(nodes).to_have_count(len(ASSETS), timeout=DRAWING_MS)
-        except AssertionError:
-            ui.page.reload()
-            return False
-        return True
-
-    wait_until(is_drawn)
+    expect(nodes).to_have_count(len(ASSETS))
     ui.page.wait_for_function(IS_LOADED)
     return {node.inner_text().strip() for node in nodes.all() if node.evaluate(IS_RED)}

@@ -101,6 +101,7 @@ def test_other_errors_are_named_and_the_session_continues(zygote):
 
 
 def test_a_failed_maker_leaves_nothing_behind(zygote):
+    zygote.prepare()  # it keeps a socket
     before = len(os.listdir("/proc/self/fd"))
     with pytest.raises(UnreadableImageError, match="no"):
         Sandbox(zygote=zygote).open(ops.fail, "no")
