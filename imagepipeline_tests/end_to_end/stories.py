@@ -4,8 +4,9 @@ import re
 
 from playwright.sync_api import expect
 
-from imagepipeline_tests.end_to_end.ui import ASSETS, Ui
+from imagepipeline_tests.end_to_end.ui import ASSETS, Ui, wait_until
 
+DRAWING_MS = 30_000
 NODES = '[class*="inimalAssetNodeBox"]'
 # A node is gray while its status is unknown, or if partitions are missing.
 IS_LOADED = f"""() => [...document.querySelectorAll('{NODES}')].some(node => {{
@@ -60,9 +61,18 @@ def redo_outdated(ui: Ui) -> None:
 
 def find_red(ui: Ui) -> set[str]:
     """Opens the lineage; returns the assets that are red."""
-    ui.start()
-    ui.click_link("Lineage")
     nodes = ui.page.locator(NODES)
-    expect(nodes).to_have_count(len(ASSETS))
+
+    def is_drawn() -> bool:
+        # The script of the start page goes on to other pages, and may override an early click.
+        ui.start()
+        ui.click_link("Lineage")
+        try:
+            expect(nodes).to_have_count(len(ASSETS), timeout=DRAWING_MS)
+        except AssertionError:
+            return False
+        return True
+
+    wait_until(is_drawn)
     ui.page.wait_for_function(IS_LOADED)
     return {node.inner_text().strip() for node in nodes.all() if node.evaluate(IS_RED)}

@@ -10,7 +10,6 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import closing, contextmanager
 from pathlib import Path
-from urllib.parse import urlsplit
 
 from PIL import Image, ImageEnhance
 from playwright.sync_api import Locator, Page, expect, sync_playwright
@@ -142,12 +141,8 @@ class Ui:
         self._folder = folder
 
     def start(self) -> None:
-        """Opens the start page, and counts clicks from there.
-
-        Its script then goes on to another page, which would override an earlier click.
-        """
+        """Opens the start page, and counts clicks from there."""
         self.page.goto(self._url)
-        self.page.wait_for_url(lambda url: urlsplit(url).path != "/")
         self.clicks = 0
 
     def open(self, path: str) -> None:
