@@ -21,8 +21,8 @@ def keep_freed_memory() -> None:
 def return_freed_memory() -> None:
     """Makes malloc return freed memory to the kernel, from one heap that all threads share.
 
-    By default, both thresholds grow with what is freed, and each thread gets a heap: a process that
-    lives long then grows for ever. The index's process grew by 80 KB with every embedding.
+    By default, both thresholds rise with what is freed, and threads get heaps of their own, so a
+    long-lived process can grow for ever. The resident grew by 80 kB with every embedding.
     """
     _set({M_TRIM_THRESHOLD: DEFAULT_BYTES, M_MMAP_THRESHOLD: DEFAULT_BYTES, M_ARENA_MAX: 1})
 

@@ -99,8 +99,8 @@ def preload(definitions: str) -> None:
     made.get_repository_def().load_all_definitions()
     vars(module)["defs"] = made  # Dagster looks for them here
     DECODERS.prepare()
-    # Each child calls billiard's `set_pdeathsig`, for which cffi compiles a parser, or uses 6 MB.
-    # This does the same once for all of them.
+    # Each child calls billiard's `set_pdeathsig`, for which cffi builds a parser of 6 MB. This call
+    # builds it here, once, for all children to share.
     billiard.util.get_pdeathsig()
 
 

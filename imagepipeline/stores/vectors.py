@@ -405,10 +405,10 @@ def _name_images(image_ids: Sequence[str]) -> str:
 
 
 def _repeat_if_overtaken(change: Callable[[], T]) -> T:
-    """Repeats a change that another writer's commit has overtaken; returns what it returns.
+    """Repeats a change that another writer has overtaken; returns what the change returns.
 
-    Or whose version an erasure has removed: on a busy machine, a write may take longer than
-    SETTLE_SECONDS.
+    Either the other has committed first, or it is an erasure that removed the version on which the
+    change is based: on a busy machine, a write may take longer than SETTLE_SECONDS.
     """
     for _ in range(MAX_CONFLICTS):
         try:

@@ -90,7 +90,9 @@ def choose_databases(has_postgres: bool) -> Iterator[Databases]:
     """Yields the function that creates the databases of a trial, with empty tables."""
     if not has_postgres:
         with tempfile.TemporaryDirectory(prefix="ip", dir="/tmp") as folder:
-            _prepare_home(Path(folder), ON_SQLITE)
+            settings = _prepare_home(Path(folder), ON_SQLITE)
+            with closing(Catalogue(settings.database_url)) as catalogue:
+                catalogue.migrate()
             _in_child(_list_partitions_of_runs)  # creates Dagster's databases
             yield functools.partial(on_sqlite, Path(folder))
         return
@@ -152,12 +154,10 @@ def run_trial(
 
 
 def _prepare_home(home: Path, urls: Mapping[str, str]) -> Settings:
-    """Makes this process and its children use a home; creates the tables of its catalogue."""
+    """Makes this process and its children use a home."""
     os.environ.update(urls, IMAGEPIPELINE_HOME=str(home))
     services.prepare(settings := Settings.load())
     os.environ.update(services.build_environment(settings, "code-server"))
-    with closing(Catalogue(settings.database_url)) as catalogue:
-        catalogue.migrate()
     return settings
 
 

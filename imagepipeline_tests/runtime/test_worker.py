@@ -104,13 +104,14 @@ def test_a_home_has_one_worker(settings):
     os.close(worker.acquire_lock(settings))
 
 
-def test_preloading_starts_no_thread(settings):
+def test_preloading_starts_no_thread_and_builds_the_parser_that_each_child_needs(settings):
     code = (
-        "import threading\n"
+        "import sys, threading\n"
         "from pathlib import Path\n"
         "from imagepipeline.runtime.worker import preload\n"
         "preload('imagepipeline.definitions')\n"
-        "assert threading.active_count() == len(list(Path('/proc/self/task').iterdir())) == 1"
+        "assert threading.active_count() == len(list(Path('/proc/self/task').iterdir())) == 1\n"
+        "assert 'pycparser' in sys.modules"
     )
     environment = services.build_environment(settings, "worker")
     subprocess.run([sys.executable, "-c", code], check=True, env=environment)
