@@ -145,8 +145,8 @@ def check_variants(
         original.session, original.facts, contents, [specs[variant["id"]] for variant in variants]
     )
     found = [
-        {**variant, "found": inspection, "spec": specs[variant["id"]]}
-        for variant, inspection in zip(variants, inspections, strict=True)
+        {**variant, "found": inspection, "spec": specs[variant["id"]], "bytes": len(content)}
+        for variant, inspection, content in zip(variants, inspections, contents, strict=True)
     ]
     problems = {
         "complete": [*_find_incomplete(found, original, len(specs))],
@@ -215,6 +215,8 @@ def _find_incomplete(
             yield f"{variant['path']} is {made} where its row says otherwise"
         elif not spec.is_possible(made[1:], (original.facts.width, original.facts.height)):
             yield f"{variant['path']} is {inspection.width} x {inspection.height} px"
+        elif variant["bytes"] != variant["size"] and not inspection.attachments:
+            yield f"{variant['path']} has {variant['bytes']:,} bytes, not {variant['size']:,}"
 
 
 def _find_large(found: Iterable[Mapping[str, Any]], original: Original) -> Iterator[str]:

@@ -21,7 +21,7 @@ from imagepipeline.defs.showing import (
     tabulate,
 )
 from imagepipeline.describing import find_source
-from imagepipeline.errors import MissingMetadataError
+from imagepipeline.errors import MissingMetadataError, StaleClaimError
 from imagepipeline.imaging.palette import with_visible_colors
 from imagepipeline.imaging.sandbox import Usage
 from imagepipeline.imaging.variants import Renderer
@@ -287,6 +287,7 @@ def _render_variants(
     unused = earlier.union(spec.path_for(original.path) for spec in missing) - {*placed.values()}
     for path in catalogue.find_free_paths(unused) if unused else ():
         files.delete(path)
+    _confirm_files(claim, catalogue, files, contents)
     found, figures = check_variants(claim, catalogue, files, original, renderer)
     catalogue.record_problems(claim, found)
     if is_wrong(found):
@@ -314,7 +315,27 @@ def remove_others(
     for path in set(others.values()) - paths:
         files.delete(path)
     if others:
+        _confirm_files(claim, catalogue, files, ())
         catalogue.remove_variants(claim, others)
+
+
+def _confirm_files(
+    claim: Claim, catalogue: Catalogue, files: Storage, written: Collection[str]
+) -> None:
+    """Repairs what was done to files if the image had been taken over by then.
+
+    Files have no fence: a process that was frozen in a write goes on where it was, even hours after
+    another run has completed the image.
+
+    Raises:
+        StaleClaimError: the image was taken over, and its variants will be made again.
+    """
+    if catalogue.holds(claim):
+        return
+    if not catalogue.distrust_files(claim.image_id):
+        for path in catalogue.find_free_paths(written):
+            files.delete(path)
+    raise StaleClaimError(f"{claim.image_id} was taken over while its files were written")
 
 
 def make_embedding(

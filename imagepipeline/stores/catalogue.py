@@ -268,6 +268,12 @@ class Catalogue(Reader):
         with self._database.transaction() as connection:
             self._update(connection, claim, beat=images.c.beat + 1)
 
+    def holds(self, claim: Claim) -> bool:
+        """Whether no later claim has replaced this one."""
+        with self._database.reading() as connection:
+            found = sa.select(images.c.id).where(*_is_held(claim))
+            return connection.execute(found).first() is not None
+
     def record_attempt(self, claim: Claim, attempt: int) -> None:
         """Records the number of an attempt at an asset, from 1."""
         most = sa.case((images.c.attempts < attempt, attempt), else_=images.c.attempts)
@@ -288,7 +294,7 @@ class Catalogue(Reader):
         with self._database.transaction() as connection:
             self._update(connection, claim, **asdict(facts))
             made_of_it = image_results.c.asset.in_(("metadata", "variants"))
-            self._mark_stale(connection, claim, made_of_it, facts.original_sha256)
+            self._mark_stale(connection, claim.image_id, made_of_it, facts.original_sha256)
 
     def save_metadata(
         self, claim: Claim, metadata: ImageMetadata, recipe: Recipe, input_sha256: str
@@ -298,7 +304,9 @@ class Catalogue(Reader):
             self._update(connection, claim, metadata=metadata.model_dump(by_alias=True))
             self._record_result(connection, claim, "metadata", recipe, input_sha256)
             of_text = image_results.c.asset == "embedding"
-            self._mark_stale(connection, claim, of_text, hash_text(metadata.embedding_text))
+            self._mark_stale(
+                connection, claim.image_id, of_text, hash_text(metadata.embedding_text)
+            )
 
     def save_variants(
         self,
@@ -344,7 +352,7 @@ class Catalogue(Reader):
             with self._database.transaction() as connection:
                 self._update(connection, claim)
                 # Until all files are written and checked, the earlier result is not current.
-                self._mark_stale(connection, claim, image_results.c.asset == "variants")
+                self._mark_stale(connection, claim.image_id, image_results.c.asset == "variants")
                 self._note_recipes(connection, kept or {})
                 connection.execute(insert, rows)
         except sa.exc.IntegrityError:
@@ -357,11 +365,31 @@ class Catalogue(Reader):
         """Forgets what made the saved variants, also those kept, so that all are made again."""
         with self._database.transaction() as connection:
             self._update(connection, claim)
-            connection.execute(
-                sa.update(image_variants)
-                .where(image_variants.c.image_id == claim.image_id)
-                .values(recipe=None)
-            )
+            self._forget_recipes(connection, claim.image_id)
+
+    def distrust_files(self, image_id: str) -> bool:
+        """Has all variants of an image made again: a run that had lost it wrote over its files.
+
+        A completed image is `pending` again. A run that holds the image hands it back at its end.
+
+        Returns:
+            False if there is no such image: it was erased.
+        """
+        of_image = images.c.id == image_id
+        with self._database.transaction() as connection:
+            status = connection.execute(
+                sa.select(images.c.status).where(of_image).with_for_update()
+            ).scalar()
+            if status is None:
+                return False
+            self._forget_recipes(connection, image_id)
+            self._mark_stale(connection, image_id, image_results.c.asset == "variants")
+            if status == Status.COMPLETED:
+                values = _new_generation(self._clock())
+                connection.execute(sa.update(images).where(of_image).values(values))
+            cause = "a run that had lost the image wrote over its variants"
+            self._record(connection, image_id, "reopened", cause)
+        return True
 
     def remove_variants(self, claim: Claim, row_ids: Collection[str]) -> None:
         """Removes rows of variants whose files are deleted."""
@@ -665,15 +693,19 @@ class Catalogue(Reader):
                 [{"row_id": row_id, "made_by": made_by} for row_id, made_by in recipes.items()],
             )
 
+    def _forget_recipes(self, connection: sa.Connection, image_id: str) -> None:
+        of_image = image_variants.c.image_id == image_id
+        connection.execute(sa.update(image_variants).where(of_image).values(recipe=None))
+
     def _mark_stale(
         self,
         connection: sa.Connection,
-        claim: Claim,
+        image_id: str,
         which: sa.ColumnElement[bool],
         input_sha256: str | None = None,
     ) -> None:
         """Marks some of the image's results as stale; with an input, only those of another one."""
-        statement = sa.update(image_results).where(image_results.c.image_id == claim.image_id)
+        statement = sa.update(image_results).where(image_results.c.image_id == image_id)
         if input_sha256 is not None:
             statement = statement.where(image_results.c.input_sha256 != input_sha256)
         connection.execute(statement.where(which).values(is_stale=True))
@@ -682,11 +714,7 @@ class Catalogue(Reader):
         """Changes the claimed row; raises StaleClaimError if a later claim replaced this one."""
         statement = (
             sa.update(images)
-            .where(
-                images.c.id == claim.image_id,
-                images.c.fence == claim.fence,
-                images.c.status == Status.PROCESSING,
-            )
+            .where(*_is_held(claim))
             .values({"updated_at": self._clock(), **values})
         )
         if connection.execute(statement).rowcount == 0:
@@ -788,6 +816,14 @@ class Catalogue(Reader):
             connection, image_id, "accepted", "it was pushed again while a run processed it"
         )
         return True
+
+
+def _is_held(claim: Claim) -> tuple[sa.ColumnElement[bool], ...]:
+    return (
+        images.c.id == claim.image_id,
+        images.c.fence == claim.fence,
+        images.c.status == Status.PROCESSING,
+    )
 
 
 def read_focus(stored: Any) -> tuple[float, float] | None:

@@ -25,6 +25,7 @@ from imagepipeline.models import (
 from imagepipeline.originals import Originals
 from imagepipeline.services.embedder import LocalEmbedder
 from imagepipeline.services.vision import LocalVision
+from imagepipeline.stores.erasures import Erasures
 from imagepipeline.stores.files import FileStore
 from imagepipeline.usage import CallUsage
 from imagepipeline_tests.conftest import PHOTOS
@@ -205,6 +206,75 @@ def test_a_run_writes_nothing_after_another_run_has_taken_its_image(
         [],
     )
     assert not (files.root / "variants").exists()
+
+
+class FreezingFiles(FileStore):
+    """Freezes in its first change of a variant until something else has happened, then goes on."""
+
+    def __init__(self, root, meanwhile, path):
+        super().__init__(root)
+        self.meanwhile, self.path = meanwhile, path
+
+    def write(self, path, content):
+        self.freeze(path)
+        super().write(path, content)
+
+    def delete(self, path):
+        self.freeze(path)
+        super().delete(path)
+
+    def freeze(self, path):
+        if path == self.path and (meanwhile := self.meanwhile):
+            self.meanwhile = None
+            meanwhile()
+
+
+def lose(catalogue, image_id):
+    """Takes an image from its run, as the reconciler does."""
+    row = catalogue.get(image_id)
+    claim = catalogue.claim(image_id, row["generation"], row["run_id"])
+    catalogue.hand_back(claim, "its run did not answer")
+    return claim.generation + 1
+
+
+@pytest.mark.parametrize("then", ["completed", "processing", "cancelled", "erased"])
+def test_a_run_that_was_frozen_in_a_write_leaves_no_wrong_variant(
+    run, cat, catalogue, files, sqlite_catalogue_url, then
+):
+    """It overwrites a variant of an original that was uploaded while it was frozen."""
+    path, seen = "variants/cat-sm.webp", {}
+
+    def replace_original():
+        files.put_original(cat, (PHOTOS / "coffee.jpg").read_bytes(), "jpg")
+        generation = lose(catalogue, cat)
+        if then in ("completed", "processing"):
+            assert run(cat, generation).success
+            seen["right"] = files.read(path)
+        if then == "processing":  # by a run that finds everything current
+            seen["claim"] = catalogue.claim_anew(cat, "successor")
+        elif then == "cancelled":
+            catalogue.cancel(cat, "a person did")
+        elif then == "erased":
+            catalogue.cancel(cat, "it is erased")
+            Erasures(sqlite_catalogue_url).remove(cat, catalogue.get(cat)["fence"], [])
+
+    catalogue.accept([Upload(cat)])
+    run(cat, 1, files=FreezingFiles(files.root, replace_original, path))
+    row = catalogue.get(cat)
+    if then == "erased":
+        assert row is None
+        assert not (files.root / path).exists()
+        return
+    assert row["status"] == {"completed": "pending", "cancelled": "failed"}.get(then, then)
+    if then == "processing":
+        assert catalogue.finish(seen["claim"]) == "pending"
+    assert run(cat).success
+    row = catalogue.get(cat)
+    assert row["status"] == "completed"
+    assert seen.get("right", files.read(path)) == files.read(path)
+    assert {one["path"]: len(files.read(one["path"])) for one in row["variants"]} == {
+        one["path"]: one["size"] for one in row["variants"]
+    }
 
 
 def test_a_manual_run_processes_a_completed_image_again(run, cat, catalogue, index):
