@@ -277,12 +277,15 @@ class PaidCalls:
 
     def _record(self, call: PaidCall, key: str | None, answer: str | None) -> None:
         """Records a call; waits for a database that restarts, or the call is paid for again."""
-        deadline = time.monotonic() + RECORD_SECONDS
+        deadline, at = time.monotonic() + RECORD_SECONDS, self._clock()
+        is_repeated = False
         while True:
             try:
-                self._ledger.record(call, key, answer)
+                if not is_repeated or not self._ledger.is_recorded(call, at):
+                    self._ledger.record(call, key, answer, at)
                 return
             except CatalogueDownError:
+                is_repeated = True
                 if time.monotonic() > deadline:
                     raise
                 time.sleep(RECORD_INTERVAL_SECONDS)

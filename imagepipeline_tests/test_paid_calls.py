@@ -120,18 +120,23 @@ def test_a_failed_call_is_recorded_with_its_cost(make, ledger):
     assert (row["calls"], row["answered"], row["cost_usd"]) == (2, 0, 1.0)
 
 
-def test_a_database_that_restarts_loses_no_answer(make, ledger, monkeypatch):
+@pytest.mark.parametrize("dies", ["before the commit", "before the reply"])
+def test_a_database_that_restarts_loses_no_answer_and_has_none_twice(
+    make, ledger, monkeypatch, dies
+):
     record, failures = ledger.record, [CatalogueDownError("it restarts")] * 2
 
-    def record_later(*call):
+    def record_and_die(*call):
+        if not failures or dies == "before the reply":
+            record(*call)
         if failures:
             raise failures.pop()
-        record(*call)
 
-    monkeypatch.setattr(ledger, "record", record_later)
+    monkeypatch.setattr(ledger, "record", record_and_die)
     monkeypatch.setattr(paid_calls, "RECORD_INTERVAL_SECONDS", 0)
     make(lambda: Answer(CallUsage(1, 1)))
-    assert ledger.summarize("model")[0]["answered"] == 1
+    [row] = ledger.summarize("model")
+    assert (row["calls"], row["answered"]) == (1, 1)
 
 
 def test_without_a_permit_the_image_waits_and_no_call_is_made(make, ledger):

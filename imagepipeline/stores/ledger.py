@@ -55,15 +55,21 @@ class Ledger:
         """Closes all connections; a later use opens new ones."""
         self._database.engine.dispose()
 
-    def record(self, call: PaidCall, key: str | None = None, answer: str | None = None) -> None:
+    def record(
+        self,
+        call: PaidCall,
+        key: str | None = None,
+        answer: str | None = None,
+        at: datetime | None = None,
+    ) -> None:
         """Records a call, whatever its outcome, and keeps its answer under a key.
 
         Answers are kept until `forget`, so that a run that is killed before its result is in place
         does not make its successor pay again; at most 31 days. The cost counts for the apply that
-        began the image.
+        began the image. `at` is the time of the call, or else now.
         """
         with self._database.transaction() as connection:
-            write_call(self._database, connection, self._clock(), call, key, answer)
+            write_call(self._database, connection, at or self._clock(), call, key, answer)
             if call.cost_usd and call.image_id:
                 of_image = sa.select(images.c.apply_id).where(images.c.id == call.image_id)
                 connection.execute(
@@ -71,6 +77,13 @@ class Ledger:
                     .where(applies.c.id == of_image.scalar_subquery())
                     .values(spent_usd=applies.c.spent_usd + call.cost_usd)
                 )
+
+    def is_recorded(self, call: PaidCall, at: datetime) -> bool:
+        """Whether a call at that time is on record; the reply to `record` may have been lost."""
+        calls = provider_calls.c
+        of_call = (calls.image_id == call.image_id, calls.stage == call.stage, calls.at == at)
+        with self._database.reading() as connection:
+            return connection.execute(sa.select(calls.seq).where(*of_call)).first() is not None
 
     def find_answer(self, key: str) -> str | None:
         """The answer that is kept under a key."""
