@@ -29,10 +29,10 @@ from pydantic import (
 )
 
 from imagepipeline import settings_file
-from imagepipeline.errors import SettingsError
+from imagepipeline.errors import InvalidUploadError, SettingsError
 from imagepipeline.imaging.limits import CPU_SECONDS, MEMORY_BYTES, Rules
 from imagepipeline.languages import DEFAULT, parse_languages
-from imagepipeline.models import MAX_SIDE_PX, VariantSpec, build_variant_specs
+from imagepipeline.models import MAX_SIDE_PX, VariantSpec, build_variant_specs, check_tenant
 from imagepipeline.output_formats import AVIF, DEFAULT_QUALITY, OUTPUT_FORMATS, WEBP
 from imagepipeline.rates import DEFAULT_RATE_LIMIT, EXAMPLES, parse_limits
 from imagepipeline.settings_file import PREFIX, name_key
@@ -168,12 +168,21 @@ def _read_variants(value: Any) -> tuple[VariantSpec, ...]:
         raise ValueError(f"is not valid JSON, at character {error.pos + 1}") from None
 
 
+def _check_tenant_or_others(name: str) -> str:
+    """Checks a key of a setting for tenants; `*` stands for those that are not named."""
+    try:
+        return name if name == "*" else check_tenant(name)
+    except InvalidUploadError as error:
+        raise ValueError(str(error)) from None
+
+
 Words = Annotated[tuple[str, ...], BeforeValidator(_split_words)]
 Variants = Annotated[tuple[VariantSpec, ...], BeforeValidator(_read_variants)]
 Price = Annotated[float, Field(ge=0)]
 HttpUrl = Annotated[str, AfterValidator(_check_http_url)]
 Quality = Annotated[int, Field(ge=1, le=100)]
 Positive = Annotated[int, Field(ge=1)]
+Tenant = Annotated[str, AfterValidator(_check_tenant_or_others)]
 
 
 def check_days(least: float) -> AfterValidator:
@@ -371,13 +380,13 @@ class Settings(BaseModel):
         description="The monthly budget in US dollars. Once it is spent, paid work pauses until "
         "the next month.",
     )
-    tenant_daily_budgets_usd: Annotated[dict[str, Price], BeforeValidator(_parse_json)] = Field(
+    tenant_daily_budgets_usd: Annotated[dict[Tenant, Price], BeforeValidator(_parse_json)] = Field(
         {},
         description="Daily budgets of tenants in US dollars, `*` for all others: "
         '`{"*": 1, "acme": 20}`. Once one is spent, that tenant\'s images get their variants, and '
         "the rest waits until midnight UTC.",
     )
-    tenant_max_runs: Annotated[dict[str, Positive], BeforeValidator(_parse_json)] = Field(
+    tenant_max_runs: Annotated[dict[Tenant, Positive], BeforeValidator(_parse_json)] = Field(
         {},
         description="How many images of a tenant may be in runs at once, `*` for all others: "
         '`{"*": 3, "acme": 5}`. Unset: tenants share the slots in turn.',

@@ -44,6 +44,13 @@ def test_an_error_names_a_malformed_setting_but_hides_its_value(name, value):
     assert value not in str(caught.value)
 
 
+@pytest.mark.parametrize("name", ["TENANT_MAX_RUNS", "TENANT_DAILY_BUDGETS_USD"])
+def test_a_limit_for_a_name_that_no_tenant_can_have_is_refused(name):
+    with pytest.raises(SettingsError, match=f"IMAGEPIPELINE_{name}.*is not a tenant"):
+        Settings.load({f"IMAGEPIPELINE_{name}": '{"*": 1, "acme corp": 5}'})
+    assert Settings.load({f"IMAGEPIPELINE_{name}": '{"*": 1, "acme": 5}'})
+
+
 def test_one_error_names_all_malformed_settings():
     with pytest.raises(SettingsError, match=r"REDIS_PORT.*OPENAI_BASE_URL"):
         Settings.load({"REDIS_PORT": "x", "OPENAI_BASE_URL": "y"})
