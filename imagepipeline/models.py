@@ -293,6 +293,7 @@ class Claim:
         last_sha256: the hash it had then.
         tenant: whose image it is; empty for none.
         focus: see `Upload`.
+        is_planned: whether it is in the bulk lane, and lets uploads go first.
     """
 
     image_id: str
@@ -303,6 +304,12 @@ class Claim:
     last_sha256: str | None = None
     tenant: str = ""
     focus: tuple[float, float] | None = None
+    is_planned: bool = False
+
+    @property
+    def key(self) -> tuple[str, int]:
+        """Image ID and fence, which no other claim has."""
+        return self.image_id, self.fence
 
 
 @dataclass(frozen=True)

@@ -93,8 +93,8 @@ class Original:
 class Originals:
     """Reads originals from the storage and decodes them in a sandbox.
 
-    It holds each until `release`, so that all assets of a run use the same bytes, even if the file
-    is replaced meanwhile. Threads may share it, as long as each image is one thread's.
+    It holds each until `release`, so that all assets of a claim use the same bytes, even if the
+    file is replaced meanwhile. Threads may share it, as long as each claim is one thread's.
 
     Args:
         files: where originals are.
@@ -111,7 +111,7 @@ class Originals:
         self._files = files
         self._sandbox = sandbox
         self._rules = rules
-        self._held: dict[str, Original] = {}
+        self._held: dict[tuple[str, int], Original] = {}  # by image ID and fence
 
     def load(self, claim: Claim, catalogue: Catalogue) -> Original:
         """Reads the original at the path that the upload named, or else `original/<image_id>.*`.
@@ -122,30 +122,29 @@ class Originals:
             MissingOriginalError: it is missing, or there is more than one.
             PathTakenError: it belongs to another image.
         """
-        image_id = claim.image_id
-        held = self._held.get(image_id)
+        held = self._held.get(claim.key)
         if held is None or not held.is_usable:
-            self.release(image_id)
-            path = claim.path or self._find(image_id, claim.last_path)
+            self.release(claim)
+            path = claim.path or self._find(claim.image_id, claim.last_path)
             catalogue.check_path(claim, path)
             content = self._files.read(path, self._rules.max_bytes)
-            held = self._held[image_id] = Original(path, content, self._decode)
+            held = self._held[claim.key] = Original(path, content, self._decode)
         return held
 
-    def release(self, image_id: str) -> None:
-        """Ends the sandbox of an image's original, if it is held."""
-        if held := self._held.pop(image_id, None):
+    def release(self, claim: Claim) -> None:
+        """Ends the sandbox of a claimed image's original, if it is held."""
+        if held := self._held.pop(claim.key, None):
             held.close()
 
-    def find_thumbnail(self, image_id: str) -> str | None:
-        """The thumbnail of an image, if its original is held and was decoded."""
-        held = self._held.get(image_id)
+    def find_thumbnail(self, claim: Claim) -> str | None:
+        """The thumbnail of a claimed image, if its original is held and was decoded."""
+        held = self._held.get(claim.key)
         return held.known_thumbnail if held else None
 
     def close(self) -> None:
         """Releases all originals."""
-        for image_id in list(self._held):
-            self.release(image_id)
+        while self._held:
+            self._held.popitem()[1].close()
 
     def _find(self, image_id: str, last_path: str | None) -> str:
         """The path if the upload named none: the image's own file, or where it was last read."""

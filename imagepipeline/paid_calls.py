@@ -5,12 +5,12 @@ import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from datetime import datetime, timedelta
+from itertools import count
 from typing import Any, Generic, Protocol, TypeVar
 
 from pydantic import TypeAdapter
 
 from imagepipeline.errors import (
-    CatalogueDownError,
     ForbiddenError,
     ImagePipelineError,
     PausedError,
@@ -21,6 +21,7 @@ from imagepipeline.errors import (
 )
 from imagepipeline.models import Claim, PaidCall, Pause, Recipe, now_utc
 from imagepipeline.prices import FREE, explain_missing_usage, explain_unpriced, find_price
+from imagepipeline.stores.database import outlast
 from imagepipeline.stores.ledger import MESSAGE_CHARACTERS, Ledger
 from imagepipeline.stores.limiter import CallLimiter
 from imagepipeline.tenants import Tenants
@@ -28,9 +29,8 @@ from imagepipeline.text import hash_text
 from imagepipeline.usage import CallUsage
 
 MAX_WAIT_SECONDS = 180  # for the rate limit; then the image gives up its slot
-# How long a call that was made waits for a database that is down: less than the time after which
-# its run counts as stalled.
-RECORD_SECONDS, RECORD_INTERVAL_SECONDS = 30, 1.0
+# Permits that calls for planned images leave while there are uploads, and how often they look.
+LEFT_TO_UPLOADS, POLL_SECONDS = 5, 1.0
 START_WINDOW_SECONDS = 30  # images whose permits come later give their slots to others first
 # A provider counts as down when the last DOWN_IMAGES images got no answer and one of them has made
 # DOWN_CALLS calls. After that, one image probes the provider every DOWN_SECONDS.
@@ -100,6 +100,7 @@ class PaidCalls:
         clock: Returns the current time.
         recipes: The recipes by stage. Only calls of remote models are paid.
         tenants: Know which tenant has used up its budget; None if no tenant has one.
+        has_uploads: Whether uploads may need permits, which planned images leave to them.
     """
 
     def __init__(
@@ -112,8 +113,10 @@ class PaidCalls:
         clock: Callable[[], datetime] = now_utc,
         recipes: Mapping[str, Recipe] | None = None,
         tenants: Tenants | None = None,
+        has_uploads: Callable[[], bool] = lambda: False,
     ) -> None:
         self._tenants = tenants
+        self._has_uploads = has_uploads
         self._all_recipes = recipes or {}
         self._recipes = {
             stage: recipe
@@ -162,7 +165,7 @@ class PaidCalls:
         self.check(recipe)
         if claim and self._tenants and (spent := self._tenants.explain_spent(claim.tenant)):
             raise PostponedError(spent)
-        waited_seconds = self._wait(stage, report)
+        waited_seconds = self._wait(stage, report, bool(claim and claim.is_planned))
         try:
             return self._ask(claim, stage, recipe, call, waited_seconds, kept)
         except ForbiddenError as error:
@@ -276,19 +279,14 @@ class PaidCalls:
         return answer, receipt
 
     def _record(self, call: PaidCall, key: str | None, answer: str | None) -> None:
-        """Records a call; waits for a database that restarts, or the call is paid for again."""
-        deadline, at = time.monotonic() + RECORD_SECONDS, self._clock()
-        is_repeated = False
-        while True:
-            try:
-                if not is_repeated or not self._ledger.is_recorded(call, at):
-                    self._ledger.record(call, key, answer, at)
-                return
-            except CatalogueDownError:
-                is_repeated = True
-                if time.monotonic() > deadline:
-                    raise
-                time.sleep(RECORD_INTERVAL_SECONDS)
+        """Records a call once; waits for a database that restarts, or it is paid for again."""
+        at, tries = self._clock(), count()
+
+        def record_once() -> None:
+            if next(tries) == 0 or not self._ledger.is_recorded(call, at):
+                self._ledger.record(call, key, answer, at)
+
+        outlast(record_once)
 
     def check(self, recipe: Recipe) -> None:
         """Checks that calls of a recipe may be made now, as far as price, pauses and budgets go.
@@ -336,14 +334,32 @@ class PaidCalls:
                 return message, (ends[name] - now).total_seconds()
         return None
 
-    def _wait(self, stage: str, report: Callable[[str], None]) -> float:
+    def _wait(self, stage: str, report: Callable[[str], None], is_planned: bool) -> float:
+        """Waits for a permit, and returns for how many seconds; uploads go before what is planned.
+
+        Raises:
+            RateLimitError: none came in time.
+        """
         started = time.monotonic()
-        if self._limiter.acquire(stage, 0):
+        acquire = self._acquire_after_uploads if is_planned else self._limiter.acquire
+        if acquire(stage, 0):
             return 0.0
         report(f"The call waits for the rate limit of paid calls ({self._limiter.get_limits()}).")
-        if not self._limiter.acquire(stage, MAX_WAIT_SECONDS):
+        if not acquire(stage, MAX_WAIT_SECONDS):
             raise RateLimitError(self._explain_wait(self._limiter.look(stage).wait_seconds))
         return round(time.monotonic() - started, 3)
+
+    def _acquire_after_uploads(self, stage: str, max_wait_seconds: float) -> bool:
+        """Takes a permit that no upload may need; returns whether there was one in time."""
+        deadline = time.monotonic() + max_wait_seconds
+        while True:
+            permits = self._limiter.look(stage)
+            is_free = permits.left is None or permits.left > LEFT_TO_UPLOADS
+            if (is_free or not self._has_uploads()) and self._limiter.acquire(stage, 0):
+                return True
+            if time.monotonic() + permits.wait_seconds >= deadline:
+                return False
+            time.sleep(POLL_SECONDS)
 
     def _explain_wait(self, wait_seconds: float) -> str:
         opens_at, limits = (

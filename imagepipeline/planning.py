@@ -109,7 +109,7 @@ class Applier:
         self._applies = applies
         self._plans = plans
         self._catalogue = catalogue
-        self._recipes = recipes
+        self.recipes = recipes
 
     @property
     def is_busy(self) -> bool:
@@ -128,7 +128,7 @@ class Applier:
         Raises:
             ApplyBusyError: another one is open.
         """
-        recipes = select_recipes(self._recipes, assets)
+        recipes = select_recipes(self.recipes, assets)
         count = self._plans.count_images(recipes, where)
         return self._applies.start(recipes, max_images, budget_usd, where), count
 
@@ -137,7 +137,7 @@ class Applier:
         apply = self._applies.find_open()
         if apply is None:
             return None
-        reason = explain_end(apply, self._recipes)
+        reason = explain_end(apply, self.recipes)
         if reason is None and not self._begin(apply):
             reason = DONE
         if reason is None:
@@ -156,7 +156,7 @@ class Applier:
             room = min(room, count_affordable(apply, in_flight))
         if room <= 0:
             return True
-        recipes = {asset: self._recipes[asset] for asset in apply.recipes}
+        recipes = {asset: self.recipes[asset] for asset in apply.recipes}
         found = self._plans.list_outdated(recipes, apply.last_id, room, apply.where, spent)
         if found:
             self._catalogue.begin_planned(found, apply.id)

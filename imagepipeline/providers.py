@@ -116,7 +116,8 @@ def open_limiter(settings: Settings) -> Iterator[CallLimiter]:
 @contextmanager
 def open_paid_calls(settings: Settings) -> Iterator[PaidCalls]:
     """The maker of paid calls, with the pipeline's own limits and budgets."""
-    ledger = Ledger(settings.database_url)
+    ledger, catalogue = Ledger(settings.database_url), Catalogue(settings.database_url)
+    tenants = build_tenants(settings)
     with open_limiter(settings) as limiter:
         budgets = (settings.daily_budget_usd, settings.monthly_budget_usd)
         recipes = {
@@ -129,7 +130,8 @@ def open_paid_calls(settings: Settings) -> Iterator[PaidCalls]:
             settings.all_prices,
             *budgets,
             recipes=recipes,
-            tenants=build_tenants(settings),
+            tenants=tenants,
+            has_uploads=lambda: catalogue.has_uploads(tenants.list_spent()),
         )
 
 

@@ -1,10 +1,10 @@
 """Paid calls are permitted, priced and recorded; pauses, budgets and limits stop them."""
 
+from contextlib import closing
 from datetime import UTC, datetime, timedelta
 
 import pytest
 
-from imagepipeline import paid_calls
 from imagepipeline.errors import (
     BadAnswerError,
     CatalogueDownError,
@@ -13,11 +13,14 @@ from imagepipeline.errors import (
     PostponedError,
     ProviderTimedOutError,
     ProviderUnavailableError,
+    RateLimitError,
     RefusedError,
 )
 from imagepipeline.models import Claim, Recipe
 from imagepipeline.paid_calls import PaidCalls
+from imagepipeline.stores import database
 from imagepipeline.stores.ledger import Ledger
+from imagepipeline.stores.limiter import CallLimiter
 from imagepipeline.stores.limiter import Permits as LeftPermits
 from imagepipeline.usage import CallUsage
 
@@ -133,7 +136,7 @@ def test_a_database_that_restarts_loses_no_answer_and_has_none_twice(
             raise failures.pop()
 
     monkeypatch.setattr(ledger, "record", record_and_die)
-    monkeypatch.setattr(paid_calls, "RECORD_INTERVAL_SECONDS", 0)
+    monkeypatch.setattr(database, "OUTLAST_INTERVAL_SECONDS", 0)
     make(lambda: Answer(CallUsage(1, 1)))
     [row] = ledger.summarize("model")
     assert (row["calls"], row["answered"]) == (1, 1)
@@ -388,3 +391,36 @@ def test_an_image_that_alone_gets_no_answer_uses_up_its_attempts(make, ledger):
         with pytest.raises(ProviderUnavailableError):
             make(fail(ProviderUnavailableError("busy")))
     assert ledger.list_pauses() == []
+
+
+@pytest.fixture
+def limiter(redis_url):
+    with closing(CallLimiter(redis_url, "test", "off")) as limiter:
+        yield limiter
+        limiter.set_limits(None)
+
+
+def test_calls_for_planned_images_leave_permits_to_uploads(ledger, clock, limiter, monkeypatch):
+    monkeypatch.setattr("imagepipeline.paid_calls.MAX_WAIT_SECONDS", 0)
+    limiter.set_limits("7/minute")
+    uploads = [True]
+    calls = PaidCalls(ledger, limiter, {}, clock=clock, has_uploads=lambda: uploads[0])
+
+    def make(is_planned):
+        claim = Claim("a", 1, 1, None, is_planned=is_planned)
+        return calls.make(claim, "metadata", REMOTE, lambda: Answer(CallUsage(1, 1)))
+
+    for _ in range(2):
+        make(is_planned=True)
+    with pytest.raises(RateLimitError):
+        make(is_planned=True)
+    make(is_planned=False)
+    uploads[0] = False
+    make(is_planned=True)
+
+
+def test_without_a_limit_calls_for_planned_images_do_not_wait(ledger, clock, limiter):
+    calls = PaidCalls(ledger, limiter, {}, clock=clock, has_uploads=lambda: True)
+    limiter.set_limits("off")
+    claim = Claim("a", 1, 1, None, is_planned=True)
+    calls.make(claim, "metadata", REMOTE, lambda: Answer(CallUsage(1, 1)))

@@ -151,7 +151,7 @@ def _show_end(
     if tags:
         context.instance.add_run_tags(context.run.run_id, tags)
     with suppress(PostponedError):  # the row has it all
-        thumbnail = originals.find_thumbnail(claim.image_id)
+        thumbnail = originals.find_thumbnail(claim)
         outcome = build_outcome(catalogue, claim.image_id, thumbnail)
         if verdict.needs_operator:
             report_outcome(context.instance, context.run, outcome)
@@ -234,18 +234,17 @@ def start_heartbeat(catalogue: Catalogue, claim: Claim) -> bool:
     A beat that stops tells the reconciler that the process died. Returns False if the heartbeat
     runs already.
     """
-    key = (claim.image_id, claim.fence)
-    if key in _beating:
+    if claim.key in _beating:
         return False
-    _beating[key] = threading.Event()
-    arguments = (catalogue, claim, _beating[key])
+    _beating[claim.key] = threading.Event()
+    arguments = (catalogue, claim, _beating[claim.key])
     threading.Thread(target=_beat, args=arguments, name="heartbeat", daemon=True).start()
     return True
 
 
 def stop_heartbeat(claim: Claim) -> None:
     """Ends the heartbeat of a claim, if it runs."""
-    if ended := _beating.pop((claim.image_id, claim.fence), None):
+    if ended := _beating.pop(claim.key, None):
         ended.set()
 
 

@@ -44,7 +44,7 @@ from imagepipeline.stores.ledger import Ledger
 from imagepipeline.tenants import Tenants
 
 LANE_TAG = "imagepipeline/lane"  # dagster.yaml limits the runs of `bulk`
-WORK_TAG = "imagepipeline/work"  # `planned`, or `backlog` of uploads
+WORK_TAG = "imagepipeline/work"  # `planned`, `pictures` of planned images, `backlog` of uploads
 MAX_BATCH_RUNS = 2
 IMAGES_AT_ONCE = 4  # in one run: while some wait for a provider, others use the CPU
 MAX_SECONDS = 60  # then a run takes no more images: a worker that drains waits no longer
@@ -82,6 +82,7 @@ class Batch:
         uploads_left: how many uploads it leaves to runs of their own; None if it takes no uploads,
             but planned images.
         find_limit: how many images of a tenant may be in runs at once.
+        has_pictures_only: whether it makes variants alone, of images that lack them.
     """
 
     catalogue: Catalogue
@@ -92,7 +93,8 @@ class Batch:
     max_images: int
     uploads_left: int | None = None
     find_limit: Callable[[str], float] = lambda tenant: math.inf
-    claims: dict[str, Claim] = field(default_factory=dict)  # those that this run holds
+    has_pictures_only: bool = False
+    claims: dict[tuple[str, int], Claim] = field(default_factory=dict)  # that this run holds
     _events: "queue.SimpleQueue[Event | None]" = field(default_factory=queue.SimpleQueue)
     _lock: threading.Lock = field(default_factory=threading.Lock)
     _stopping: threading.Event = field(default_factory=threading.Event)
@@ -121,6 +123,10 @@ class Batch:
         """Lets threads take no more images and begin no more work."""
         self._stopping.set()
 
+    @property
+    def _assets(self) -> Sequence[str]:
+        return ("variants",) if self.has_pictures_only else ASSETS
+
     def _work(self) -> None:
         try:
             while (claim := self._take()) is not None:
@@ -139,10 +145,13 @@ class Batch:
             with self._lock:
                 if self._taken >= self.max_images or self.ledger.find_full_pause():
                     return None
-                claim = self.catalogue.claim_next(self.run_id, self.uploads_left, self.find_limit)
+                lacking = self.stages.recipes["variants"] if self.has_pictures_only else None
+                claim = self.catalogue.claim_next(
+                    self.run_id, self.uploads_left, self.find_limit, lacking
+                )
                 if claim is not None:
                     self._taken += 1
-                    self.claims[claim.image_id] = claim
+                    self.claims[claim.key] = claim
                     return claim
             if time.monotonic() > give_up:
                 return None
@@ -155,7 +164,7 @@ class Batch:
             # Before anything is made, so that only earlier results can count as restored.
             self._await(begun := Event(image_id=claim.image_id, is_begun=True))
             changed, made = [], None
-            for asset in ASSETS:
+            for asset in self._assets:
                 made = self._make(claim, asset)
                 if made is None or not made.is_current:
                     changed.append(asset)
@@ -167,9 +176,9 @@ class Batch:
             if shown:
                 self._show_outcome(claim, shown, is_made=made is not None)
         finally:
-            self.originals.release(claim.image_id)
+            self.originals.release(claim)
             stop_heartbeat(claim)
-            self.claims.pop(claim.image_id, None)
+            self.claims.pop(claim.key, None)
 
     def _make(self, claim: Claim, asset: str) -> Made | None:
         """Makes one asset of an image, in up to three attempts; returns None if it failed."""
@@ -181,7 +190,7 @@ class Batch:
                 made = self.stages.makers[asset](Work(claim, number, frozenset(), self._report))
                 if not made.is_current:
                     self._record(claim, asset, made)
-                if asset == ASSETS[-1] and not self._stopping.is_set():
+                if asset == self._assets[-1] and not self._stopping.is_set():
                     self.catalogue.finish(claim)
                 return made
             except Exception as error:
@@ -207,8 +216,10 @@ class Batch:
     def _show_outcome(self, claim: Claim, changed: Sequence[str], is_made: bool) -> None:
         """Has Dagster record what became of an image; of one that is made in part, that part."""
         with suppress(PostponedError):  # the row has it
+            if self.catalogue.get(claim.image_id) is None:  # it was erased meanwhile
+                return
             if len(changed) == len(ASSETS) or not is_made:
-                thumbnail = self.originals.find_thumbnail(claim.image_id)
+                thumbnail = self.originals.find_thumbnail(claim)
                 self._put(build_outcome(self.catalogue, claim.image_id, thumbnail))
                 return
             outcome = build_outcome(self.catalogue, claim.image_id)
@@ -252,6 +263,12 @@ class BatchConfig(dg.Config):
         ge=0,
         description="Take uploads of a backlog, and leave so many, the first in line, to runs of "
         "their own; without it, take planned images.",
+    )
+    pictures_only: bool = Field(
+        False, description="Make variants alone, of images that lack them: they need no paid call."
+    )
+    max_images: int | None = Field(
+        None, ge=1, description="Take so many images, instead of IMAGEPIPELINE_BATCH_SIZE."
     )
 
 
@@ -311,9 +328,10 @@ def process_images(
         originals,
         ledger,
         context.run_id,
-        batch_size,
+        config.max_images or batch_size,
         config.uploads_left,
-        tenants.find_max_paid_runs,
+        tenants.find_max_runs if config.pictures_only else tenants.find_max_paid_runs,
+        config.pictures_only,
     )
     context.instance.add_run_tags(context.run_id, {MACHINE_TAG: socket.gethostname()})
     records = DagsterRecords(context.instance)

@@ -116,7 +116,9 @@ def reconcile(
     # Of each tenant, as the sensor chooses them.
     anyone = partial(choose, catalogue, MAX_PENDING_CHECKED, {}, lambda _: math.inf, set())
     next_ones, next_pictures = anyone(), anyone(has_no_variants=True)
-    for pending in dict.fromkeys((*next_ones, *next_pictures)):
+    # In a pause, the sensor tries the one that waits longest.
+    tried = choose(catalogue, 1, {}, lambda _: math.inf, set(), is_rotating=True)
+    for pending in dict.fromkeys((*next_ones, *next_pictures, *tried)):
         lines += _look_at(
             pending.image_id, partial(_renew_if_run_ended, catalogue, instance, pending)
         )

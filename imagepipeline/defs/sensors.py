@@ -4,6 +4,7 @@ import threading
 import time
 from collections import Counter
 from collections.abc import Mapping, Sequence, Set
+from typing import Any
 
 import dagster as dg
 
@@ -20,7 +21,7 @@ from imagepipeline.defs.partitions import uploads
 from imagepipeline.defs.restoring import restore
 from imagepipeline.defs.sharing import TENANT_TAG, VARIANTS, InFlight, choose
 from imagepipeline.errors import InvalidUploadError, PostponedError, StackError
-from imagepipeline.models import Pause, Upload, check_image_id, is_image_id
+from imagepipeline.models import Pause, Recipe, Upload, check_image_id, is_image_id
 from imagepipeline.paid_calls import PaidCalls
 from imagepipeline.planning import Applier
 from imagepipeline.stores.catalogue import Catalogue
@@ -100,9 +101,6 @@ def upload_sensor(
             context.log.warning(line)
         if ended := applier.feed():
             context.log.info(ended)
-        batches = [] if pauses else request_batches(catalogue, context.instance, tenants)
-        if not pauses and affordable is None:
-            batches += request_backlog_batches(catalogue, context.instance, slots, tenants)
         held = Counter(
             row.tenant
             for row in catalogue.list_processing()
@@ -125,11 +123,25 @@ def upload_sensor(
     most = limit if affordable is None else min(limit, affordable)
     chosen = pending[: count_room(pauses, most, in_flight.full_count)]
     pictures = []
-    if pauses or affordable is not None or tenants.has_budgets:
+    must_wait = bool(pauses) or affordable is not None or tenants.has_budgets
+    if must_wait:
         taken = in_flight.images | {(image.image_id, image.generation) for image in chosen}
         held.update(image.tenant for image in chosen)
         room = max(0, limit - len(taken))
         pictures = list_pictures(catalogue, room, held, tenants, taken)
+    try:
+        batches = request_batches(
+            catalogue,
+            context.instance,
+            tenants,
+            applier.recipes["variants"] if must_wait else None,
+            pauses,
+            is_upload_tried=bool(chosen or in_flight.full_count),
+        )
+        if not pauses and affordable is None:
+            batches += request_backlog_batches(catalogue, context.instance, slots, tenants)
+    except PostponedError as error:
+        return dg.SkipReason(str(error))
     if not chosen and not pictures and not batches:
         paused = (
             f"Paused ({pauses[0].reason}): {pauses[0].message}." if pauses and pending else None
@@ -289,14 +301,48 @@ def build_run_request(
 
 
 def request_batches(
-    catalogue: Catalogue, instance: dg.DagsterInstance, tenants: Tenants
+    catalogue: Catalogue,
+    instance: dg.DagsterInstance,
+    tenants: Tenants,
+    lacking: Recipe | None,
+    pauses: Sequence[Pause],
+    is_upload_tried: bool,
 ) -> list[dg.RunRequest]:
-    """Runs of the bulk lane for planned images: one for each `IMAGES_AT_ONCE` that wait."""
+    """Runs of the bulk lane for planned images: one for each `IMAGES_AT_ONCE` that wait.
+
+    While paid calls must wait, one of them makes variants alone, of images without variants by the
+    recipe `lacking`. When pauses are over, one image is tried, unless it is an upload.
+    """
     waiting = catalogue.count_bulk()["pending"]
-    if not waiting or not catalogue.has_next(None, tenants.find_max_paid_runs):
+    if not waiting:
         return []
-    count = min(MAX_BATCH_RUNS, -(-waiting // IMAGES_AT_ONCE)) - count_batches(instance, "planned")
-    return [dg.RunRequest(job_name=process_batch.name, tags={WORK_TAG: "planned"})] * count
+    most = min(MAX_BATCH_RUNS, -(-waiting // IMAGES_AT_ONCE))
+    room = most - count_batches(instance, "planned", "pictures")
+    requests = []
+    if (
+        lacking is not None
+        and room > 0
+        and not count_batches(instance, "pictures")
+        and catalogue.has_next(None, tenants.find_max_runs, lacking)
+    ):
+        requests.append(_request_batch("pictures", pictures_only=True))
+    room -= len(requests)
+    if pauses:
+        is_probation = all(pause.is_over for pause in pauses)
+        is_busy = is_upload_tried or count_batches(instance, "planned")
+        room = int(is_probation and not is_busy)
+    if room > 0 and catalogue.has_next(None, tenants.find_max_paid_runs):
+        config = {"max_images": 1} if pauses else {}
+        requests += [_request_batch("planned", **config)] * room
+    return requests
+
+
+def _request_batch(work: str, priority: int | None = None, **config: Any) -> dg.RunRequest:
+    return dg.RunRequest(
+        job_name=process_batch.name,
+        run_config={"ops": {"process_images": {"config": config}}} if config else None,
+        tags={WORK_TAG: work, **({} if priority is None else {"dagster/priority": str(priority)})},
+    )
 
 
 def request_backlog_batches(
@@ -312,19 +358,13 @@ def request_backlog_batches(
     ):
         return []
     count = min(MAX_BATCH_RUNS, slots // 2) - count_batches(instance, "backlog")
-    config = {"uploads_left": uploads_left}
-    request = dg.RunRequest(
-        job_name=process_batch.name,
-        run_config={"ops": {"process_images": {"config": config}}},
-        tags={WORK_TAG: "backlog", "dagster/priority": str(BATCH_PRIORITY)},
-    )
-    return [request] * count
+    return [_request_batch("backlog", BATCH_PRIORITY, uploads_left=uploads_left)] * count
 
 
-def count_batches(instance: dg.DagsterInstance, work: str) -> int:
-    """How many runs of the bulk lane for this work have not ended."""
+def count_batches(instance: dg.DagsterInstance, *works: str) -> int:
+    """How many runs of the bulk lane for such work have not ended."""
     runs = list_unfinished(instance, process_batch.name)
-    return sum(run.tags.get(WORK_TAG) == work for run in runs)
+    return sum(run.tags.get(WORK_TAG) in works for run in runs)
 
 
 def explain_idleness(is_waiting: bool, unfinished_count: int) -> str:

@@ -3,8 +3,10 @@
 The work itself is elsewhere; Dagster sees it through `assets` and `batches`.
 """
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 from imagepipeline.defs.attempts import Work
@@ -44,6 +46,7 @@ from imagepipeline.services.embedder import Embedder
 from imagepipeline.services.vision import VisionModel
 from imagepipeline.storage import Storage
 from imagepipeline.stores.catalogue import Catalogue
+from imagepipeline.stores.database import outlast
 from imagepipeline.text import hash_text
 from imagepipeline.usage import CallUsage
 
@@ -280,14 +283,14 @@ def _render_variants(
             variants.append((path, Variant(spec, known["width"], known["height"], content)))
     # Rows first: they refuse another image's path before its file is overwritten.
     catalogue.save_variants(claim, variants, kept)
-    for path, content in contents.items():
-        files.write(path, content)
     # A file of a larger original, of an earlier path or version must not be served any more.
     earlier = {one["path"] for one in row["variants"]}
     unused = earlier.union(spec.path_for(original.path) for spec in missing) - {*placed.values()}
-    for path in catalogue.find_free_paths(unused) if unused else ():
-        files.delete(path)
-    _confirm_files(claim, catalogue, files, contents)
+    with _changing(claim, catalogue, files, unused.union(contents)):
+        for path, content in contents.items():
+            files.write(path, content)
+        for path in catalogue.find_free_paths(unused) if unused else ():
+            files.delete(path)
     found, figures = check_variants(claim, catalogue, files, original, renderer)
     catalogue.record_problems(claim, found)
     if is_wrong(found):
@@ -312,17 +315,20 @@ def remove_others(
     """Removes files and rows of an image's variants except these; it is safe to repeat."""
     paths = {one["path"] for one in rows if one["id"] in row_ids}
     others = {one["id"]: one["path"] for one in rows if one["id"] not in row_ids}
-    for path in set(others.values()) - paths:
-        files.delete(path)
-    if others:
-        _confirm_files(claim, catalogue, files, ())
-        catalogue.remove_variants(claim, others)
+    if not others:
+        return
+    unused = set(others.values()) - paths
+    with _changing(claim, catalogue, files, unused):
+        for path in unused:
+            files.delete(path)
+    catalogue.remove_variants(claim, others)
 
 
-def _confirm_files(
-    claim: Claim, catalogue: Catalogue, files: Storage, written: Collection[str]
-) -> None:
-    """Repairs what was done to files if the image had been taken over by then.
+@contextmanager
+def _changing(
+    claim: Claim, catalogue: Catalogue, files: Storage, paths: Collection[str]
+) -> Iterator[None]:
+    """Repairs what the body did to files at these paths if the image had been taken over by then.
 
     Files have no fence: a process that was frozen in a write goes on where it was, even hours after
     another run has completed the image.
@@ -330,12 +336,13 @@ def _confirm_files(
     Raises:
         StaleClaimError: the image was taken over, and its variants will be made again.
     """
-    if catalogue.holds(claim):
-        return
-    if not catalogue.distrust_files(claim.image_id):
-        for path in catalogue.find_free_paths(written):
-            files.delete(path)
-    raise StaleClaimError(f"{claim.image_id} was taken over while its files were written")
+    try:
+        yield
+    finally:
+        if not outlast(partial(catalogue.holds, claim)):
+            for path in outlast(partial(catalogue.distrust_files, claim.image_id, paths)):
+                files.delete(path)
+            raise StaleClaimError(f"{claim.image_id} was taken over while its files were written")
 
 
 def make_embedding(
@@ -377,6 +384,9 @@ def make_embedding(
             kept,
         )
     if not is_current:
+        # A call may take minutes, and the index cannot refuse a row that was erased meanwhile.
+        if not catalogue.holds(claim):
+            raise StaleClaimError(f"{claim.image_id} was taken over while its text was embedded")
         index.upsert(claim, result)
         catalogue.record_result(claim, "embedding", embedder.recipe, input_sha256)
     paid_calls.forget(kept)

@@ -156,23 +156,31 @@ class Catalogue(Reader):
         run_id: str,
         uploads_left: int | None = None,
         find_limit: Callable[[str], float] = lambda tenant: math.inf,
+        lacking: Recipe | None = None,
     ) -> Claim | None:
         """Claims the oldest planned image that is due; None if none is.
 
         With `uploads_left`, it claims an upload instead: the first one in line after so many of its
         tenant, which are left to runs of their own. So are uploads that were handed back or
         recovered. Tenants take turns: the one with the fewest images in runs comes first, and none
-        gets more than `find_limit` gives for it.
+        gets more than `find_limit` gives for it. With `lacking`, only images without variants by
+        that recipe.
         """
         for tenant in self._take_turns(find_limit):
-            if claim := self._claim_next_of(tenant, run_id, uploads_left):
+            if claim := self._claim_next_of(tenant, run_id, uploads_left, lacking):
                 return claim
         return None
 
-    def has_next(self, uploads_left: int | None, find_limit: Callable[[str], float]) -> bool:
+    def has_next(
+        self,
+        uploads_left: int | None,
+        find_limit: Callable[[str], float],
+        lacking: Recipe | None = None,
+    ) -> bool:
         """Whether there is an image that `claim_next` would claim."""
         for tenant in self._take_turns(find_limit):
-            query = self._select_next(tenant, uploads_left).offset(uploads_left or 0).limit(1)
+            query = self._select_next(tenant, uploads_left, lacking)
+            query = query.offset(uploads_left or 0).limit(1)
             with self._database.reading() as connection:
                 if connection.execute(query).first():
                     return True
@@ -186,20 +194,35 @@ class Catalogue(Reader):
             if held.get(tenant, 0) < find_limit(tenant):
                 yield tenant
 
-    def _select_next(self, tenant: str, uploads_left: int | None) -> sa.Select[tuple[str]]:
+    def _select_next(
+        self, tenant: str, uploads_left: int | None, lacking: Recipe | None
+    ) -> sa.Select[tuple[str]]:
         order = (images.c.priority.desc(), images.c.accepted_at, images.c.id)
         which = images.c.priority == BULK_PRIORITY
         if uploads_left is not None:
             is_first_try = images.c.generation == images.c.accepted_generation
             which = sa.and_(images.c.priority > BULK_PRIORITY, is_first_try)
+        if lacking is not None:
+            made = image_results.c
+            has_variants = sa.select(made.image_id).where(
+                made.image_id == images.c.id,
+                made.asset == "variants",
+                made.provider == lacking.provider,
+                made.model == lacking.model,
+                made.settings == lacking.settings,
+                made.is_stale.is_(False),
+            )
+            which = sa.and_(which, ~has_variants.exists())
         return (
             sa.select(images.c.id)
             .where(self._is_due(), images.c.tenant == tenant, which)
             .order_by(*order)
         )
 
-    def _claim_next_of(self, tenant: str, run_id: str, uploads_left: int | None) -> Claim | None:
-        next_ones = self._select_next(tenant, uploads_left)
+    def _claim_next_of(
+        self, tenant: str, run_id: str, uploads_left: int | None, lacking: Recipe | None
+    ) -> Claim | None:
+        next_ones = self._select_next(tenant, uploads_left, lacking)
         # By itself, because Postgres would lock those before the offset, too.
         candidates = next_ones.offset(uploads_left or 0).limit(CANDIDATES)
         first = (
@@ -367,29 +390,38 @@ class Catalogue(Reader):
             self._update(connection, claim)
             self._forget_recipes(connection, claim.image_id)
 
-    def distrust_files(self, image_id: str) -> bool:
-        """Has all variants of an image made again: a run that had lost it wrote over its files.
+    def distrust_files(self, image_id: str, paths: Collection[str]) -> set[str]:
+        """Has variants made again: a run that had lost its image may have changed their files.
 
-        A completed image is `pending` again. A run that holds the image hands it back at its end.
+        Those of the image, and of others that have the paths by now. They are `pending` again, also
+        if a run holds them, since it may have checked its files before.
 
         Returns:
-            False if there is no such image: it was erased.
+            Those of the paths at which no image has a variant.
         """
-        of_image = images.c.id == image_id
+        others = sa.select(image_variants.c.image_id).where(image_variants.c.path.in_(paths))
+        touched = (
+            sa.select(images.c.id, images.c.status)
+            .where(sa.or_(images.c.id == image_id, images.c.id.in_(others)))
+            .order_by(images.c.id)
+            .with_for_update()
+        )
         with self._database.transaction() as connection:
-            status = connection.execute(
-                sa.select(images.c.status).where(of_image).with_for_update()
-            ).scalar()
-            if status is None:
-                return False
-            self._forget_recipes(connection, image_id)
-            self._mark_stale(connection, image_id, image_results.c.asset == "variants")
-            if status == Status.COMPLETED:
-                values = _new_generation(self._clock())
-                connection.execute(sa.update(images).where(of_image).values(values))
-            cause = "a run that had lost the image wrote over its variants"
-            self._record(connection, image_id, "reopened", cause)
-        return True
+            for row in connection.execute(touched).all():
+                self._forget_recipes(connection, row.id)
+                self._mark_stale(connection, row.id, image_results.c.asset == "variants")
+                if row.status in (Status.COMPLETED, Status.PROCESSING):
+                    again = (
+                        self._pending_again(0)
+                        if row.status == Status.PROCESSING
+                        else _new_generation(self._clock())
+                    )
+                    of_image = sa.update(images).where(images.c.id == row.id)
+                    connection.execute(of_image.values(again))
+                cause = "a run that had lost an image wrote over its variants"
+                self._record(connection, row.id, "reopened", cause)
+            known = sa.select(image_variants.c.path).where(image_variants.c.path.in_(paths))
+            return set(paths) - set(connection.execute(known).scalars())
 
     def remove_variants(self, claim: Claim, row_ids: Collection[str]) -> None:
         """Removes rows of variants whose files are deleted."""
@@ -662,6 +694,7 @@ class Catalogue(Reader):
             last_sha256=row.original_sha256,
             tenant=row.tenant,
             focus=read_focus(row.focus),
+            is_planned=row.priority == BULK_PRIORITY,
         )
 
     def _record_result(

@@ -2,15 +2,20 @@
 
 import functools
 import json
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
 from contextlib import closing, contextmanager
-from typing import Any
+from typing import Any, TypeVar
 
 import sqlalchemy as sa
 from sqlalchemy.dialects import postgresql, sqlite
 
 from imagepipeline.errors import CatalogueDownError
 
+T = TypeVar("T")
+
+# Less than the time after which a run counts as stalled.
+OUTLAST_SECONDS, OUTLAST_INTERVAL_SECONDS = 30, 1.0
 MAX_JSON_CHARACTERS = 1_000_000  # the metadata of an image may have 20,000
 POSTGRES_OPTIONS: dict[str, Any] = {
     "pool_pre_ping": True,
@@ -74,6 +79,25 @@ class Database:
             raise CatalogueDownError(
                 f"the catalogue does not answer ({type(error.orig).__name__})"
             ) from None
+
+
+def outlast(ask: Callable[[], T]) -> T:
+    """Asks a database that may be restarting, again and again for half a minute.
+
+    For what would do harm if it were left undone. The reply may be lost after a commit, so it must
+    be safe to repeat.
+
+    Raises:
+        CatalogueDownError: it still does not answer.
+    """
+    deadline = time.monotonic() + OUTLAST_SECONDS
+    while True:
+        try:
+            return ask()
+        except CatalogueDownError:
+            if time.monotonic() > deadline:
+                raise
+            time.sleep(OUTLAST_INTERVAL_SECONDS)
 
 
 def truncate_sqlite_log(engine: sa.Engine) -> bool:

@@ -1,7 +1,7 @@
 """Ledger: the calls to paid providers and their cost, and the pauses of paid or all work."""
 
 from collections.abc import Callable, Iterable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from datetime import UTC, datetime, timedelta
 from typing import Any
 
@@ -13,6 +13,7 @@ from imagepipeline.stores.tables import (
     answers,
     applies,
     call_sums,
+    erasures,
     images,
     pauses,
     provider_calls,
@@ -66,9 +67,12 @@ class Ledger:
 
         Answers are kept until `forget`, so that a run that is killed before its result is in place
         does not make its successor pay again; at most 31 days. The cost counts for the apply that
-        began the image. `at` is the time of the call, or else now.
+        began the image. `at` is the time of the call, or else now. Of an image that was erased
+        while it was asked about, the cost stays, but neither its ID nor the answer.
         """
         with self._database.transaction() as connection:
+            if call.image_id and _is_erased(connection, call.image_id):
+                call, answer = replace(call, image_id=None, generation=None), None
             write_call(self._database, connection, at or self._clock(), call, key, answer)
             if call.cost_usd and call.image_id:
                 of_image = sa.select(images.c.apply_id).where(images.c.id == call.image_id)
@@ -325,6 +329,12 @@ class Ledger:
         return [
             Pause(**row, is_over=row["until"] is not None and row["until"] <= now) for row in rows
         ]
+
+
+def _is_erased(connection: sa.Connection, image_id: str) -> bool:
+    is_known = sa.exists().where(images.c.id == image_id)
+    erased = sa.select(erasures.c.image_id).where(erasures.c.image_id == image_id, ~is_known)
+    return connection.execute(erased).first() is not None
 
 
 def write_call(

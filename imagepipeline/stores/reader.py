@@ -327,6 +327,18 @@ class Reader:
         with self._database.reading() as connection:
             return int(connection.execute(query).scalar_one())
 
+    def has_uploads(self, except_tenants: Sequence[str] = ()) -> bool:
+        """Whether a run works on an upload, or one is due, of other tenants than these."""
+        upload = sa.select(images.c.id).where(images.c.priority > BULK_PRIORITY)
+        if except_tenants:
+            upload = upload.where(images.c.tenant.not_in(except_tenants))
+        states = (self._is_due(), equals(images.c.status, Status.PROCESSING))
+        with self._database.reading() as connection:
+            return any(
+                connection.execute(upload.where(state).limit(1)).first() is not None
+                for state in states
+            )
+
     def find_twins(self, asset: str, recipe: Recipe, input_sha256: str, limit: int) -> list[str]:
         """Up to `limit` images for which this recipe has made the asset of the same input."""
         made = image_results.c

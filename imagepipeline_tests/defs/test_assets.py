@@ -5,13 +5,22 @@ import hashlib
 import io
 import os
 from dataclasses import replace
+from unittest.mock import Mock
 
 import dagster as dg
 import pytest
 from PIL import Image
 
 from imagepipeline.defs.assets import embedding, metadata, variants
-from imagepipeline.errors import BadAnswerError, PausedError, ProviderUnavailableError, RefusedError
+from imagepipeline.errors import (
+    BadAnswerError,
+    CatalogueDownError,
+    DiskFullError,
+    PausedError,
+    ProviderUnavailableError,
+    RefusedError,
+    StaleClaimError,
+)
 from imagepipeline.imaging.decoding import Rules
 from imagepipeline.imaging.sandbox import Sandbox
 from imagepipeline.models import (
@@ -25,6 +34,8 @@ from imagepipeline.models import (
 from imagepipeline.originals import Originals
 from imagepipeline.services.embedder import LocalEmbedder
 from imagepipeline.services.vision import LocalVision
+from imagepipeline.stores import database
+from imagepipeline.stores.catalogue import Catalogue
 from imagepipeline.stores.erasures import Erasures
 from imagepipeline.stores.files import FileStore
 from imagepipeline.usage import CallUsage
@@ -265,9 +276,10 @@ def test_a_run_that_was_frozen_in_a_write_leaves_no_wrong_variant(
         assert row is None
         assert not (files.root / path).exists()
         return
-    assert row["status"] == {"completed": "pending", "cancelled": "failed"}.get(then, then)
+    assert row["status"] == ("failed" if then == "cancelled" else "pending")
     if then == "processing":
-        assert catalogue.finish(seen["claim"]) == "pending"
+        with pytest.raises(StaleClaimError):
+            catalogue.finish(seen["claim"])
     assert run(cat).success
     row = catalogue.get(cat)
     assert row["status"] == "completed"
@@ -275,6 +287,58 @@ def test_a_run_that_was_frozen_in_a_write_leaves_no_wrong_variant(
     assert {one["path"]: len(files.read(one["path"])) for one in row["variants"]} == {
         one["path"]: one["size"] for one in row["variants"]
     }
+
+
+@pytest.mark.parametrize("error", [DiskFullError("no room"), CatalogueDownError("it restarts")])
+def test_variants_are_made_again_also_if_the_late_run_meets_an_error(
+    run, cat, catalogue, files, monkeypatch, error
+):
+    path, seen = "variants/cat-sm.webp", {}
+    monkeypatch.setattr(database, "OUTLAST_INTERVAL_SECONDS", 0)
+
+    def replace_original():
+        files.put_original(cat, (PHOTOS / "coffee.jpg").read_bytes(), "jpg")
+        assert run(cat, lose(catalogue, cat)).success
+        seen["right"] = files.read(path)
+        if isinstance(error, CatalogueDownError):
+            monkeypatch.setattr(Catalogue, "holds", Mock(side_effect=[error, False, True, True]))
+
+    class Failing(FreezingFiles):
+        def write(self, path, content):
+            if "right" in seen and isinstance(error, DiskFullError):
+                raise error
+            super().write(path, content)
+
+    catalogue.accept([Upload(cat)])
+    run(cat, 1, files=Failing(files.root, replace_original, path))
+    assert catalogue.get(cat)["status"] == "pending"
+    assert run(cat).success
+    assert catalogue.get(cat)["status"] == "completed"
+    assert files.read(path) == seen["right"]
+
+
+def test_a_late_write_to_a_path_that_belongs_to_another_image_by_then_is_repaired(
+    run, catalogue, files, sqlite_catalogue_url
+):
+    path, seen = "variants/photos/p-sm.webp", {}
+    files.write("original/photos/p.jpg", (PHOTOS / "cat.jpg").read_bytes())
+
+    def give_path_to_another():
+        lose(catalogue, "erased")
+        catalogue.cancel("erased", "it is erased")
+        fence = catalogue.get("erased")["fence"]
+        Erasures(sqlite_catalogue_url).remove("erased", fence, [])
+        files.delete("original/photos/p.jpg")
+        files.write("original/photos/p.jpeg", (PHOTOS / "coffee.jpg").read_bytes())
+        catalogue.accept([Upload("other", "original/photos/p.jpeg")])
+        assert run("other", 1).success
+        seen["right"] = files.read(path)
+
+    catalogue.accept([Upload("erased", "original/photos/p.jpg")])
+    run("erased", 1, files=FreezingFiles(files.root, give_path_to_another, path))
+    assert catalogue.get("other")["status"] == "pending"
+    assert run("other").success
+    assert files.read(path) == seen["right"]
 
 
 def test_a_manual_run_processes_a_completed_image_again(run, cat, catalogue, index):

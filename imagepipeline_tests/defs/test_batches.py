@@ -1,18 +1,22 @@
 """Runs of the bulk lane: each image is claimed, tried and ended by itself."""
 
+import hashlib
 import os
 import signal
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
+from dataclasses import replace
 
 import dagster as dg
 import pytest
+import sqlalchemy as sa
 from dagster._core.definitions.data_version import CachingStaleStatusResolver, StaleStatus
 from dagster._core.loader import LoadingContextForTest
 
 from imagepipeline.definitions import NICEST, defs
+from imagepipeline.defs import batches
 from imagepipeline.defs.batches import apply_plan, process_batch
 from imagepipeline.defs.outcomes import ORIGINAL
 from imagepipeline.errors import ApplyBusyError, ProviderUnavailableError
@@ -32,6 +36,8 @@ from imagepipeline.services.embedder import LocalEmbedder
 from imagepipeline.services.vision import LocalVision
 from imagepipeline.stores.applies import Applies
 from imagepipeline.stores.catalogue import Catalogue
+from imagepipeline.stores.erasures import Erasures
+from imagepipeline.usage import CallUsage
 from imagepipeline_tests.conftest import PHOTOS
 
 pytestmark = pytest.mark.stack
@@ -256,3 +262,87 @@ def test_the_apply_job_opens_an_apply(instance, applier, catalogue, sqlite_catal
     assert (apply.max_images, apply.budget_usd, [*apply.recipes]) == (7, 2.5, ["variants"])
     with pytest.raises(ApplyBusyError, match="an apply of Dagster's UI is under way"):
         apply_plan.execute_in_process(**options)
+
+
+def test_an_image_that_is_replaced_while_a_batch_works_on_it_is_read_again(
+    run_batch, push, catalogue, files, monkeypatch
+):
+    """Cancelled, replaced and pushed again, it is claimed by another thread of the same run."""
+    monkeypatch.setattr(batches, "LINGER_SECONDS", 30)  # as long as other images wait
+    push("x")
+    is_first = threading.Event()
+
+    class Slow(LocalVision):
+        def describe(self, preview, facts):
+            if not is_first.is_set():
+                is_first.set()
+                catalogue.cancel("x", "a wrong picture")
+                push("x")
+                files.put_original("x", (PHOTOS / "coffee.jpg").read_bytes(), "jpg")
+                deadline = time.monotonic() + 60
+                while catalogue.get("x")["status"] != "completed":
+                    assert time.monotonic() < deadline
+                    time.sleep(0.1)
+            return super().describe(preview, facts)
+
+    assert run_batch(size=2, vision=Slow()).success
+    assert is_first.is_set()
+    row = catalogue.get("x")
+    coffee = (PHOTOS / "coffee.jpg").read_bytes()
+    assert (row["status"], row["original_sha256"]) == (
+        "completed",
+        hashlib.sha256(coffee).hexdigest(),
+    )
+
+
+@pytest.mark.parametrize("asset", ["metadata", "embedding"])
+def test_an_image_that_is_erased_while_a_batch_asks_about_it_leaves_nothing(
+    run_batch, push, catalogue, files, index, instance, sqlite_catalogue_url, asset
+):
+    erasures = Erasures(sqlite_catalogue_url)
+
+    def erase():
+        catalogue.cancel("victim", "it is erased")
+        assert erasures.remove("victim", catalogue.get("victim")["fence"], []) is not None
+
+    class Vision(LocalVision):
+        recipe = Recipe("openai", "m", "p")
+
+        def describe(self, preview, facts):
+            if asset == "metadata":
+                erase()
+            return replace(super().describe(preview, facts), usage=CallUsage(800, 60))
+
+    class Embedder(LocalEmbedder):
+        recipe = Recipe("openai", "e", "")
+
+        def embed(self, text):
+            if asset == "embedding":
+                erase()
+            return replace(super().embed(text), version=self.recipe.version)
+
+    push("victim")
+    run_batch(vision=Vision(), embedder=Embedder())
+    assert catalogue.get("victim") is None
+    assert index.count_rows_of(["victim"]) == 0
+    outcomes = instance.fetch_materializations(ORIGINAL, limit=9).records
+    assert [one.partition_key for one in outcomes if one.partition_key == "victim"] == []
+    with sa.create_engine(sqlite_catalogue_url).connect() as connection:
+        assert connection.exec_driver_sql("SELECT count(*) FROM answers").scalar() == 0
+        calls = connection.exec_driver_sql("SELECT image_id FROM provider_calls").all()
+    assert {image_id for (image_id,) in calls} == {None}
+
+
+def test_a_run_of_pictures_makes_variants_alone_and_each_once(run_batch, push, catalogue):
+    push("a", "b")
+    assert run_batch(config={"pictures_only": True}).success
+    for image_id in ("a", "b"):
+        row = catalogue.get(image_id)
+        assert (row["status"], row["priority"]) == ("pending", BULK_PRIORITY)
+        assert list(row["made_by"]) == ["variants"]
+        assert [one["event"] for one in row["history"]].count("claimed") == 1
+    lacking = Renderer(build_variant_specs()).recipe
+    assert not catalogue.has_next(None, lambda tenant: 9, lacking)
+    assert catalogue.has_next(None, lambda tenant: 9, Recipe("local", "pillow", "another width"))
+    assert run_batch().success
+    assert catalogue.count()["completed"] == 2

@@ -617,3 +617,44 @@ def test_runs_of_the_bulk_lane_share_a_backlog_of_uploads(
     assert request_backlog_batches(catalogue, instance, 1, tenants) == []
     ledger.pause("credits", "no credit is left", None)
     assert not [one for one in tick().run_requests or () if one.job_name == "process_batch"]
+
+
+def configs(result):
+    """The jobs' configurations of the requested runs of the bulk lane, by their work."""
+    return [
+        (request.tags[WORK_TAG], request.run_config.get("ops", {}))
+        for request in getattr(result, "run_requests", None) or []
+        if request.job_name == "process_batch"
+    ]
+
+
+@pytest.fixture
+def remote_calls(ledger, limiter):
+    recipes = {"metadata": Recipe("openai", "m"), "embedding": Recipe("local", "e")}
+    return PaidCalls(ledger, limiter, {}, recipes=recipes)
+
+
+def test_in_a_pause_planned_images_get_variants_and_after_it_one_is_tried(
+    tick, catalogue, queue, sqlite_catalogue_url, remote_calls, monkeypatch
+):
+    monkeypatch.setattr("imagepipeline.defs.sensors.MAX_WAIT_SECONDS", 0.1)
+    catalogue.accept_imported([Upload(f"i{number}") for number in range(10)])
+    earlier = Ledger(sqlite_catalogue_url, lambda: now_utc() - timedelta(days=2))
+    pictures = ("pictures", {"process_images": {"config": {"pictures_only": True}}})
+    one = ("planned", {"process_images": {"config": {"max_images": 1}}})
+    earlier.pause("credits", "no credit is left", None, "metadata")
+    assert configs(tick(paid_calls=remote_calls)) == [pictures]
+    earlier.end(earlier.list_pauses()[0])
+    earlier.pause("provider_down", "503, for several images in a row", 30, "metadata")
+    assert configs(tick(paid_calls=remote_calls)) == [pictures, one]
+    queue.enqueue("upload")
+    result = tick(paid_calls=remote_calls)
+    assert (keys(result), configs(result)) == (["upload:1"], [pictures])
+
+
+def test_behind_the_rate_limit_planned_images_get_variants(tick, catalogue, remote_calls, limiter):
+    limiter.set_limits("1/hour")
+    assert limiter.acquire("metadata", 0)
+    catalogue.accept_imported([Upload(f"i{number}") for number in range(10)])
+    works = [work for work, _ in configs(tick(paid_calls=remote_calls))]
+    assert works == ["pictures", "planned"]
