@@ -333,7 +333,8 @@ class BatchCalls:
         under_way = sum(batch.requests for batch in self._list_open())
         if not mean_usd:
             return MAX_REQUESTS
-        return int(min(known_usd) / (mean_usd * BATCH_PRICE_SHARE)) - under_way
+        affordable = min(known_usd) / (mean_usd * BATCH_PRICE_SHARE)
+        return int(min(MAX_REQUESTS + under_way, affordable)) - under_way
 
     def _look(self, batch: SentBatch) -> BatchState | None:
         """What the provider says of a batch; None if it does not answer now."""

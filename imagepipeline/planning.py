@@ -173,8 +173,8 @@ def count_affordable(apply: Apply, in_flight: int) -> int:
     left_usd = (apply.budget_usd or 0) - apply.spent_usd
     if ended > 0 and not apply.spent_usd:
         return MAX_IN_FLIGHT  # they cost nothing
-    affordable = int(left_usd * ended / apply.spent_usd) if apply.spent_usd else 0
-    return max(1, affordable) - in_flight
+    affordable = left_usd * ended / apply.spent_usd if apply.spent_usd else 0
+    return max(1, int(min(MAX_IN_FLIGHT, affordable))) - in_flight
 
 
 def explain_end(apply: Apply, recipes: Mapping[str, Recipe]) -> str | None:

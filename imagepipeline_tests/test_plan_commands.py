@@ -96,3 +96,22 @@ def test_a_batch_without_pictures_is_refused(invoke, catalogue):
     refused = invoke("apply", "--batch", "--asset", "embedding")
     assert refused.exit_code == 2
     assert "--batch asks about pictures, so it needs --asset metadata, too" in refused.output
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ("apply", "--budget", "inf"),
+        ("apply", "--budget", "nan"),
+        ("apply", "--budget", "1e308"),
+        ("apply", "--budget", "0"),
+        ("apply", "--limit", "2147483648"),
+        ("plan", "--where", "accepted-since=0001-01-01T00:00+14:00"),
+        ("events", "--since", "99999999999999999999"),
+    ],
+    ids=" ".join,
+)
+def test_a_number_or_time_that_nothing_can_hold_is_refused(invoke, catalogue, arguments):
+    refused = invoke(*arguments)
+    assert refused.exit_code == 2
+    assert f"Invalid value for '{arguments[1]}'" in refused.output

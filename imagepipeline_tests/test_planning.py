@@ -1,5 +1,6 @@
 """Plans say what a change of settings needs; applying one does that and nothing else."""
 
+import math
 from contextlib import closing
 from dataclasses import replace
 from datetime import timedelta
@@ -320,6 +321,20 @@ def test_an_apply_begins_nothing_once_its_budget_is_spent(
     assert (last.begun, len(made)) == (2, 2)
     assert last.spent_usd == pytest.approx(0.02)
     assert catalogue.count()["completed"] == 5
+
+
+@pytest.mark.parametrize("budget_usd", [1e308, math.inf])  # earlier versions took these
+def test_a_budget_without_end_keeps_no_apply_from_going_on(
+    applies, plans, library, catalogue, ledger, process, budget_usd
+):
+    recipes = change("metadata", Recipe("openai", "m2", "prompt-1"))
+    applier = Applier(applies, plans, catalogue, recipes)
+    applies.start(recipes, budget_usd=budget_usd)
+    applier.feed()
+    ledger.record(replace(call("m2", 800, 60, 0.01), image_id=library[0]))
+    process(library[0], recipes)
+    applier.feed()
+    assert list_waiting(catalogue) == library[1:]
 
 
 def test_a_budget_needs_a_known_cost(plans, library, ledger):

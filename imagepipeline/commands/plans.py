@@ -22,8 +22,9 @@ from imagepipeline.commands.shared import (
 )
 from imagepipeline.errors import ApplyBusyError, ImagePipelineError, InvalidFilterError
 from imagepipeline.filters import FIELDS, Filter
-from imagepipeline.models import ASSETS, Recipe, now_utc
+from imagepipeline.models import ASSETS, MAX_COUNT, Recipe, now_utc
 from imagepipeline.opening import open_catalogue
+from imagepipeline.prices import MAX_USD
 from imagepipeline.settings import Settings
 from imagepipeline.text import to_json
 
@@ -174,10 +175,16 @@ def make_plan(settings: Settings, recipes: Mapping[str, Recipe], where: Filter) 
     return planning.plan(plans, ledger, recipes, settings.all_prices, rate_limits, where)
 
 
+def _check_budget(_: click.Context, __: click.Parameter, usd: float | None) -> float | None:
+    if usd is not None and not 0 < usd <= MAX_USD:  # neither is NaN
+        raise click.BadParameter(f"{usd:g} is not more than 0 and at most {MAX_USD:,} US dollars")
+    return usd
+
+
 @click.command(epilog=EPILOG)
-@click.option("--limit", type=click.IntRange(min=1), help="Stop after this many images.")
+@click.option("--limit", type=click.IntRange(1, MAX_COUNT), help="Stop after this many images.")
 @click.option(
-    "--budget", type=click.FloatRange(min=0, min_open=True), help="Stop after this many US dollars."
+    "--budget", type=float, callback=_check_budget, help="Stop after this many US dollars."
 )
 @asset_option
 @click.option("--stop", "is_stopped", is_flag=True, help="End the apply that is under way.")
