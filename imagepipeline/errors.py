@@ -108,7 +108,7 @@ class BatchError(ImagePipelineError):
 
 
 class BatchBusyError(BatchError):
-    """Another process sends batches."""
+    """Another process sends batches, or their answers must be awaited first."""
 
 
 class ApplyBusyError(StackError):

@@ -5,12 +5,15 @@ from collections.abc import Callable, Generator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from imagepipeline.errors import StackError
+from imagepipeline.errors import BatchBusyError, StackError
 from imagepipeline.filters import ALL, Filter
 from imagepipeline.models import ASSETS, Recipe
 from imagepipeline.prices import find_price
+from imagepipeline.providers import build_recipes, build_tenants
 from imagepipeline.rates import parse_limits
+from imagepipeline.settings import Settings
 from imagepipeline.stores.applies import Applies, Apply, ApplyProgress
+from imagepipeline.stores.batches import Batches
 from imagepipeline.stores.catalogue import Catalogue
 from imagepipeline.stores.ledger import Ledger, MeanUsage
 from imagepipeline.stores.plans import Outdated, Plans
@@ -92,6 +95,7 @@ class Applier:
         applies: knows the open apply.
         plans: finds its images.
         catalogue: begins their generations.
+        batches: know what is asked of the provider and not answered yet.
         recipes: what the stack would make today, by asset.
         list_spent: gives the tenants whose budget is used up. Their images are passed over, and
             those that have begun take no room.
@@ -102,6 +106,7 @@ class Applier:
         applies: Applies,
         plans: Plans,
         catalogue: Catalogue,
+        batches: Batches,
         recipes: Mapping[str, Recipe],
         list_spent: Callable[[], Sequence[str]] = tuple,
     ) -> None:
@@ -109,6 +114,7 @@ class Applier:
         self._applies = applies
         self._plans = plans
         self._catalogue = catalogue
+        self._batches = batches
         self._recipes = recipes
 
     @property
@@ -122,15 +128,19 @@ class Applier:
         max_images: int | None,
         budget_usd: float | None,
         where: Filter = ALL,
+        lease_seconds: float | None = None,
     ) -> tuple[Apply, int]:
-        """Opens an apply without a lease; gives it, and how many images need it.
+        """Opens an apply as `Applies.start` does; gives it, and how many images need it.
 
         Raises:
             ApplyBusyError: another one is open.
+            BatchBusyError: runs would ask again what open batches ask.
         """
+        if problem := explain_open_batches(self._batches, self._recipes):
+            raise BatchBusyError(problem)
         recipes = select_recipes(self._recipes, assets)
         count = self._plans.count_images(recipes, where)
-        return self._applies.start(recipes, max_images, budget_usd, where), count
+        return self._applies.start(recipes, max_images, budget_usd, where, lease_seconds), count
 
     def feed(self) -> str | None:
         """Begins the next images; returns a line for the log if the apply has ended."""
@@ -161,6 +171,30 @@ class Applier:
         if found:
             self._catalogue.begin_planned(found, apply.id)
         return bool(found)
+
+
+def build_applier(settings: Settings) -> Applier:
+    """An applier of what these settings would make."""
+    url = settings.database_url
+    return Applier(
+        Applies(url),
+        Plans(url),
+        Catalogue(url),
+        Batches(url),
+        build_recipes(settings),
+        build_tenants(settings).list_spent,
+    )
+
+
+def explain_open_batches(batches: Batches, recipes: Mapping[str, Recipe]) -> str | None:
+    """What today's models are asked in batches, and what to do, as a sentence; None if nothing."""
+    count = sum(batches.count_open(*one) for one in recipes.items())
+    if not count:
+        return None
+    return (
+        f"batches with {count:,} questions are open at the provider, and runs would pay for them "
+        "again: continue with `imagepipeline apply --batch`"
+    )
 
 
 def count_affordable(apply: Apply, in_flight: int) -> int:

@@ -4,14 +4,16 @@ import math
 from contextlib import closing
 from dataclasses import replace
 from datetime import timedelta
+from functools import partial
 
 import pytest
 
 from imagepipeline import planning
-from imagepipeline.errors import ApplyBusyError, StackError
+from imagepipeline.errors import ApplyBusyError, BatchBusyError, StackError
 from imagepipeline.models import ImageMetadata, OriginalFacts, PaidCall, Recipe, Upload, now_utc
 from imagepipeline.planning import Applier
 from imagepipeline.stores.applies import Applies
+from imagepipeline.stores.batches import Batches
 from imagepipeline.stores.catalogue import Catalogue
 from imagepipeline.stores.ledger import Ledger
 from imagepipeline.stores.plans import Outdated, Plans
@@ -191,7 +193,14 @@ def applies(catalogue_url, catalogue):
 
 
 @pytest.fixture
-def carry_out(applies, plans, catalogue, process, monkeypatch):
+def build_applier(applies, plans, catalogue, catalogue_url):
+    """A function that builds what carries out applies of these recipes."""
+    batches = Batches(catalogue_url)
+    return partial(Applier, applies, plans, catalogue, batches)
+
+
+@pytest.fixture
+def carry_out(applies, build_applier, catalogue, process, monkeypatch):
     """A function that follows an apply while the stack works.
 
     Returns the last progress and what was made.
@@ -199,7 +208,7 @@ def carry_out(applies, plans, catalogue, process, monkeypatch):
     monkeypatch.setattr(planning, "POLL_SECONDS", 0)
 
     def carry_out(apply, recipes, process=process):
-        applier, made = Applier(applies, plans, catalogue, recipes), {}
+        applier, made = build_applier(recipes), {}
         for progress in planning.follow(applies, apply):
             last = progress
             applier.feed()
@@ -232,11 +241,11 @@ def test_applying_a_plan_makes_what_is_outdated_and_nothing_else(
 
 
 def test_an_apply_that_is_stopped_is_continued_by_the_next_one(
-    applies, plans, library, catalogue, carry_out, monkeypatch
+    applies, build_applier, library, catalogue, carry_out, monkeypatch
 ):
     monkeypatch.setattr(planning, "MAX_IN_FLIGHT", 2)
     recipes = change("variants", Recipe("local", "pillow", "other"))
-    applier = Applier(applies, plans, catalogue, recipes)
+    applier = build_applier(recipes)
     steps = planning.follow(applies, applies.start(recipes))
     next(steps)
     applier.feed()
@@ -266,7 +275,7 @@ def test_the_apply_of_a_command_that_was_killed_ends(catalogue_url, catalogue):
 
 
 def test_images_of_a_tenant_without_budget_keep_no_others_waiting(
-    applies, plans, library, catalogue, carry_out, monkeypatch
+    applies, build_applier, library, catalogue, carry_out, monkeypatch
 ):
     monkeypatch.setattr(planning, "MAX_IN_FLIGHT", 2)
     catalogue.accept([Upload(image_id, None, 0, "poor") for image_id in library[:3]])
@@ -274,7 +283,7 @@ def test_images_of_a_tenant_without_budget_keep_no_others_waiting(
         catalogue.finish(catalogue.claim(image_id, 2, "run"))
     recipes = change("variants", Recipe("local", "pillow", "other"))
     spent = []
-    applier = Applier(applies, plans, catalogue, recipes, lambda: spent)
+    applier = build_applier(recipes, lambda: spent)
     applies.start(recipes)
     applier.feed()
     assert list_waiting(catalogue) == library[:2]  # the lane is full
@@ -288,6 +297,17 @@ def test_images_of_a_tenant_without_budget_keep_no_others_waiting(
     spent.clear()
     _, made = carry_out(applies.start(recipes), recipes)
     assert sorted(made) == library[:3]
+
+
+def test_no_apply_begins_while_a_batch_asks_the_same_model(library, build_applier, catalogue_url):
+    batches, recipes = Batches(catalogue_url), change("metadata", Recipe("openai", "m2"))
+    seq = batches.begin("metadata", recipes["metadata"], {"a" * 64: library[0]})
+    for assets in (["metadata"], ["variants"], []):  # an image that is begun gets all it needs
+        with pytest.raises(BatchBusyError, match="continue with `imagepipeline apply --batch`"):
+            build_applier(recipes).start(assets, None, None)
+    build_applier(change("metadata", Recipe("openai", "m3"))).start([], 1, None)
+    batches.end(seq, "completed")
+    assert planning.explain_open_batches(batches, recipes) is None
 
 
 def test_an_apply_ends_at_its_limit(applies, library, carry_out):
@@ -325,10 +345,10 @@ def test_an_apply_begins_nothing_once_its_budget_is_spent(
 
 @pytest.mark.parametrize("budget_usd", [1e308, math.inf])  # earlier versions took these
 def test_a_budget_without_end_keeps_no_apply_from_going_on(
-    applies, plans, library, catalogue, ledger, process, budget_usd
+    applies, build_applier, library, catalogue, ledger, process, budget_usd
 ):
     recipes = change("metadata", Recipe("openai", "m2", "prompt-1"))
-    applier = Applier(applies, plans, catalogue, recipes)
+    applier = build_applier(recipes)
     applies.start(recipes, budget_usd=budget_usd)
     applier.feed()
     ledger.record(replace(call("m2", 800, 60, 0.01), image_id=library[0]))

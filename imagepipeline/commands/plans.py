@@ -16,6 +16,7 @@ from imagepipeline.commands.shared import (
     EXIT_FAILED,
     MAX_LISTED,
     json_option,
+    note,
     say,
     to_text,
     with_settings,
@@ -103,11 +104,13 @@ def plan(
     """
     from imagepipeline import display, planning
     from imagepipeline.providers import build_recipes
+    from imagepipeline.stores.batches import Batches
 
     if not count and (seed is not None or page or discard):
         raise click.UsageError("--seed, --page and --discard need --sample")
     catalogue = open_catalogue(settings)
-    recipes = planning.select_recipes(build_recipes(settings), assets)
+    all_recipes = build_recipes(settings)
+    recipes = planning.select_recipes(all_recipes, assets)
     if image_id is not None:
         if where.conditions or count:
             raise click.UsageError("give an IMAGE_ID, or --where and --sample")
@@ -129,11 +132,19 @@ def plan(
             sys.exit(EXIT_FAILED)
         return
     steps = make_plan(settings, recipes, where)
+    batches = Batches(settings.database_url)
+    if problem := planning.explain_open_batches(batches, all_recipes):
+        note(problem)
     if not steps and not as_json:
         say("All results are what today's settings would make.")
         return
-    columns = ("asset", "cause", "images", "calls", "cost_usd", "minutes")
-    display.show_rows([asdict(step) for step in steps], columns, as_json)
+    rows = [
+        asdict(step) | {"in_batches": batches.count_open(step.asset, recipes[step.asset])}
+        for step in steps
+    ]
+    shown = ("asset", "cause", "images", "calls", "cost_usd", "minutes")
+    columns = (*shown, "tokens_in", "tokens_out", "in_batches")
+    display.show_rows(rows, columns if as_json else shown, as_json)
 
 
 def make_sample(
@@ -247,8 +258,8 @@ def apply(
         if budget is not None and budget <= 0:
             say("The budget is used up; the next apply uses the answers that are paid.", err=True)
             return
-    total = plans.count_images(recipes, where)
-    begun = applies.start(recipes, limit, budget, where, planning.LEASE_SECONDS)
+    applier = planning.build_applier(settings)
+    begun, total = applier.start(assets, limit, budget, where, planning.LEASE_SECONDS)
     with contextlib.closing(planning.follow(applies, begun)) as steps:
         *_, last = display.follow_apply(steps, min(total, limit or total))
     display.show_rows([asdict(last)], tuple(asdict(last)), as_json)

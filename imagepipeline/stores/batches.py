@@ -131,6 +131,10 @@ class Batches:
         with self._database.reading() as connection:
             return [SentBatch(*row) for row in connection.execute(query)]
 
+    def count_open(self, stage: str, recipe: Recipe) -> int:
+        """How many questions the open batches of a stage and model ask."""
+        return sum(batch.requests for batch in self.list_open(stage, recipe))
+
     def is_asked(self, key: str) -> bool:
         """Whether an open batch asks this question."""
         with self._database.reading() as connection:

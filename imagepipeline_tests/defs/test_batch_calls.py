@@ -261,6 +261,22 @@ def test_a_budget_limits_what_is_sent(fetch, provider, library, sqlite_catalogue
     assert fetch().requests == 0
 
 
+def test_a_plan_says_what_open_batches_ask_and_an_apply_waits_for_them(
+    environment, provider, catalogue, library
+):
+    settings = Settings.load()
+    with open_batch_calls(settings, catalogue) as calls:
+        steps = calls.fetch(build_recipes(settings))
+        next(steps)
+        steps.close()  # Ctrl-C
+    planned = CliRunner().invoke(cli, ["plan", "--asset", "metadata", "--json"])
+    assert [row["in_batches"] for row in json.loads(planned.stdout)] == [4]
+    assert "Note: batches with 4 questions are open at the provider" in planned.stderr
+    refused = CliRunner().invoke(cli, ["apply"]).exception
+    assert isinstance(refused, BatchBusyError)
+    assert "continue with `imagepipeline apply --batch`" in str(refused)
+
+
 @pytest.mark.parametrize(
     "response", [Response("no", 404), Response("<html>"), Response("{}"), Response("[]")]
 )
