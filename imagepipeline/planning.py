@@ -129,6 +129,7 @@ class Applier:
         budget_usd: float | None,
         where: Filter = ALL,
         lease_seconds: float | None = None,
+        spent_usd: float = 0,
     ) -> tuple[Apply, int]:
         """Opens an apply as `Applies.start` does; gives it, and how many images need it.
 
@@ -140,7 +141,10 @@ class Applier:
             raise BatchBusyError(problem)
         recipes = select_recipes(self._recipes, assets)
         count = self._plans.count_images(recipes, where)
-        return self._applies.start(recipes, max_images, budget_usd, where, lease_seconds), count
+        apply = self._applies.start(
+            recipes, max_images, budget_usd, where, lease_seconds, spent_usd
+        )
+        return apply, count
 
     def feed(self) -> str | None:
         """Begins the next images; returns a line for the log if the apply has ended."""

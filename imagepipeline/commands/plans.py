@@ -23,13 +23,14 @@ from imagepipeline.commands.shared import (
 )
 from imagepipeline.errors import ApplyBusyError, ImagePipelineError, InvalidFilterError
 from imagepipeline.filters import FIELDS, Filter
-from imagepipeline.models import ASSETS, MAX_COUNT, Recipe, now_utc
+from imagepipeline.models import ASSETS, MAX_COUNT, Recipe
 from imagepipeline.opening import open_catalogue
 from imagepipeline.prices import MAX_USD
 from imagepipeline.settings import Settings
 from imagepipeline.text import to_json
 
 if TYPE_CHECKING:  # it takes as long to import as all else
+    from imagepipeline.batch_calls import Fetched
     from imagepipeline.planning import Step
     from imagepipeline.sampling import Sample
     from imagepipeline.stores.applies import Applies
@@ -228,8 +229,7 @@ def apply(
     """
     from imagepipeline import display, planning
     from imagepipeline.providers import build_recipes
-    from imagepipeline.stores.applies import Applies
-    from imagepipeline.stores.ledger import Ledger
+    from imagepipeline.stores.applies import Applies, ApplyProgress
     from imagepipeline.stores.plans import Plans
 
     catalogue = open_catalogue(settings)
@@ -248,20 +248,22 @@ def apply(
         planned = make_plan(settings, recipes, where)
         if problem := planning.explain_unknown_cost(planned):
             raise click.UsageError(problem)
+    spent_usd, problem = 0.0, ""
     if batch:
-        ledger, since = Ledger(settings.database_url), now_utc()
-        limit = fetch_batches(settings, catalogue, recipes, where, limit, budget)
-        budget = None if budget is None else budget - ledger.sum_cost_usd(since)
+        fetched = fetch_batches(settings, catalogue, recipes, where, limit, budget)
+        limit, spent_usd = fetched.images, fetched.spent_usd
         if not limit:
-            say("Nothing is planned, or the budget allows no call.", err=True)
-            return
-        if budget is not None and budget <= 0:
-            say("The budget is used up; the next apply uses the answers that are paid.", err=True)
-            return
-    applier = planning.build_applier(settings)
-    begun, total = applier.start(assets, limit, budget, where, planning.LEASE_SECONDS)
-    with contextlib.closing(planning.follow(applies, begun)) as steps:
-        *_, last = display.follow_apply(steps, min(total, limit or total))
+            problem = "Nothing is planned, or the budget allows no call."
+        elif budget is not None and spent_usd >= budget:
+            problem = "The budget is used up; the next apply uses the answers that are paid."
+    if problem:
+        say(problem, err=True)
+        last = ApplyProgress(0, 0, 0, round(spent_usd, 6))
+    else:
+        applier, lease_seconds = planning.build_applier(settings), planning.LEASE_SECONDS
+        begun, total = applier.start(assets, limit, budget, where, lease_seconds, spent_usd)
+        with contextlib.closing(planning.follow(applies, begun)) as steps:
+            *_, last = display.follow_apply(steps, min(total, limit or total))
     display.show_rows([asdict(last)], tuple(asdict(last)), as_json)
     if last.failed:
         sys.exit(EXIT_FAILED)
@@ -313,8 +315,8 @@ def fetch_batches(
     where: Filter,
     limit: int | None,
     budget: float | None,
-) -> int:
-    """Fetches answers in batches, and shows progress; gives the number of images to apply."""
+) -> "Fetched":
+    """Fetches answers in batches, and shows progress; gives the last."""
     from imagepipeline import display
     from imagepipeline.batch_calls import open_batch_calls
 
@@ -324,7 +326,7 @@ def fetch_batches(
         except KeyboardInterrupt:
             say("Open batches go on at the provider: `apply --batch` continues.", err=True)
             raise
-    return last.images
+    return last
 
 
 def stop_apply(applies: "Applies", dry_run: bool, as_json: bool) -> None:

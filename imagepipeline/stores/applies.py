@@ -30,7 +30,7 @@ class Apply:
         conditions: which images it may begin: JSON of `Filter.to_list`.
         begun_count: the images begun so far.
         last_id: the last of them; images begin in the order of their IDs.
-        spent_usd: what paid calls for its images have cost so far.
+        spent_usd: what paid calls for its images have cost so far, in batches before, too.
     """
 
     id: int
@@ -100,6 +100,7 @@ class Applies:
         budget_usd: float | None = None,
         where: Filter = ALL,
         lease_seconds: float | None = None,
+        spent_usd: float = 0,
     ) -> Apply:
         """Opens an apply of images that need one of these recipes.
 
@@ -109,6 +110,7 @@ class Applies:
             budget_usd: US dollars after which it begins no more; None for no limit.
             where: which images it may begin.
             lease_seconds: it ends unless `renew` is called as often; None if it need not be.
+            spent_usd: what its batches have cost.
 
         Raises:
             ApplyBusyError: another one is open.
@@ -129,7 +131,7 @@ class Applies:
                     recipes={asset: recipe.version for asset, recipe in recipes.items()},
                     begun_count=0,
                     last_id="",
-                    spent_usd=0,
+                    spent_usd=spent_usd,
                 )
                 .returning(applies.c.id)
             ).scalar_one()

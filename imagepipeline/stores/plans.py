@@ -79,10 +79,12 @@ class Plans:
         with self._database.reading() as connection:
             return list(connection.execute(query).scalars())
 
-    def iterate_outdated(self, recipes: Mapping[str, Recipe], where: Filter = ALL) -> Iterator[str]:
+    def iterate_outdated(
+        self, recipes: Mapping[str, Recipe], where: Filter = ALL, except_tenants: Sequence[str] = ()
+    ) -> Iterator[str]:
         """All images that `list_outdated` lists, read a few hundred at a time."""
         last_id = ""
-        while found := self.list_outdated(recipes, last_id, READ_TOGETHER, where):
+        while found := self.list_outdated(recipes, last_id, READ_TOGETHER, where, except_tenants):
             yield from found
             last_id = found[-1]
 
