@@ -3,12 +3,14 @@
 import time
 from collections.abc import Callable, Generator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import takewhile
+from types import MappingProxyType
 from typing import Any
 
 from imagepipeline.errors import BatchBusyError, StackError
 from imagepipeline.filters import ALL, Filter
 from imagepipeline.models import ASSETS, Recipe
-from imagepipeline.prices import find_price
+from imagepipeline.prices import FREE, find_price
 from imagepipeline.providers import build_recipes, build_tenants
 from imagepipeline.rates import parse_limits
 from imagepipeline.settings import Settings
@@ -21,6 +23,7 @@ from imagepipeline.stores.plans import Outdated, Plans
 # Planned images that wait or run at once; the others stay `completed` meanwhile. Enough for two
 # batch runs until the next tick.
 MAX_IN_FLIGHT = 30
+NO_PRICES: Mapping[str, tuple[float, float]] = MappingProxyType({})
 POLL_SECONDS = 0.5
 LEASE_SECONDS = 15  # then the apply of a command that was killed ends
 DONE, LIMIT, BUDGET, STOPPED, OTHER_SETTINGS = "done", "limit", "budget", "stopped", "settings"
@@ -97,6 +100,7 @@ class Applier:
         catalogue: begins their generations.
         batches: know what is asked of the provider and not answered yet.
         recipes: what the stack would make today, by asset.
+        prices: US dollars per million tokens in and out, by model.
         list_spent: gives the tenants whose budget is used up. Their images are passed over, and
             those that have begun take no room.
     """
@@ -108,6 +112,7 @@ class Applier:
         catalogue: Catalogue,
         batches: Batches,
         recipes: Mapping[str, Recipe],
+        prices: Mapping[str, tuple[float, float]] = NO_PRICES,
         list_spent: Callable[[], Sequence[str]] = tuple,
     ) -> None:
         self._list_spent = list_spent
@@ -116,6 +121,11 @@ class Applier:
         self._catalogue = catalogue
         self._batches = batches
         self._recipes = recipes
+        self._paid = {
+            asset: recipe
+            for asset, recipe in recipes.items()
+            if recipe.provider != "local" and find_price(recipe.model, prices) != FREE
+        }
 
     @property
     def is_busy(self) -> bool:
@@ -160,21 +170,32 @@ class Applier:
         return f"Apply {apply.id} begins no more images ({reason})."
 
     def _begin(self, apply: Apply) -> bool:
-        """Begins images, and returns whether there may be more."""
+        """Begins images, and returns whether there may be more.
+
+        With a budget, those that need paid calls begin one at a time, until one has cost something:
+        one whose answer is kept, or that fails, says nothing of the others.
+        """
         spent = self._list_spent()
         in_flight = sum(self._catalogue.count_bulk(apply.id, spent).values())
         room = MAX_IN_FLIGHT - in_flight
         if apply.max_images is not None:
             room = min(room, apply.max_images - apply.begun_count)
-        if apply.budget_usd is not None:
+        if apply.budget_usd is not None and apply.spent_usd:
             room = min(room, count_affordable(apply, in_flight))
         if room <= 0:
             return True
         recipes = {asset: self._recipes[asset] for asset in apply.recipes}
         found = self._plans.list_outdated(recipes, apply.last_id, room, apply.where, spent)
-        if found:
-            self._catalogue.begin_planned(found, apply.id)
+        chosen = found
+        if self._paid and apply.budget_usd is not None and not apply.spent_usd:
+            free = [*takewhile(self._is_free, found)]
+            chosen = free or found[: int(not in_flight)]
+        if chosen:
+            self._catalogue.begin_planned(chosen, apply.id)
         return bool(found)
+
+    def _is_free(self, image_id: str) -> bool:
+        return not any(self._catalogue.find_causes(image_id, self._paid).values())
 
 
 def build_applier(settings: Settings) -> Applier:
@@ -186,6 +207,7 @@ def build_applier(settings: Settings) -> Applier:
         Catalogue(url),
         Batches(url),
         build_recipes(settings),
+        settings.all_prices,
         build_tenants(settings).list_spent,
     )
 
@@ -202,16 +224,13 @@ def explain_open_batches(batches: Batches, recipes: Mapping[str, Recipe]) -> str
 
 
 def count_affordable(apply: Apply, in_flight: int) -> int:
-    """How many more images an apply may begin without spending far more than its budget.
+    """How many more images an apply that has cost something may begin without overspending by far.
 
-    By the mean cost of its images that have ended. Until one has, and when the budget is nearly
-    spent, one at a time.
+    By the mean cost of its images that have ended. When the budget is nearly spent, one at a time.
     """
     ended = apply.begun_count - in_flight
     left_usd = (apply.budget_usd or 0) - apply.spent_usd
-    if ended > 0 and not apply.spent_usd:
-        return MAX_IN_FLIGHT  # they cost nothing
-    affordable = left_usd * ended / apply.spent_usd if apply.spent_usd else 0
+    affordable = left_usd * ended / apply.spent_usd
     return max(1, int(min(MAX_IN_FLIGHT, affordable))) - in_flight
 
 

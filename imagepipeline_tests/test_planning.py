@@ -283,7 +283,7 @@ def test_images_of_a_tenant_without_budget_keep_no_others_waiting(
         catalogue.finish(catalogue.claim(image_id, 2, "run"))
     recipes = change("variants", Recipe("local", "pillow", "other"))
     spent = []
-    applier = build_applier(recipes, lambda: spent)
+    applier = build_applier(recipes, list_spent=lambda: spent)
     applies.start(recipes)
     applier.feed()
     assert list_waiting(catalogue) == library[:2]  # the lane is full
@@ -341,6 +341,36 @@ def test_an_apply_begins_nothing_once_its_budget_is_spent(
     assert (last.begun, len(made)) == (2, 2)
     assert last.spent_usd == pytest.approx(0.02)
     assert catalogue.count()["completed"] == 5
+
+
+def test_with_a_budget_images_begin_one_by_one_until_one_has_cost_something(
+    applies, build_applier, library, catalogue, ledger, process
+):
+    recipes = change("metadata", Recipe("openai", "m2", "prompt-1"))
+    applier = build_applier(recipes)
+    applies.start(recipes, budget_usd=1)
+    for image_id in library[:2]:  # their answers are kept: they cost nothing
+        for _ in range(2):
+            applier.feed()
+            assert list_waiting(catalogue) == [image_id]
+        process(image_id, recipes)
+    applier.feed()
+    ledger.record(replace(call("m2", 800, 60, 0.01), image_id=library[2]))
+    applier.feed()
+    assert list_waiting(catalogue) == library[2:]
+
+
+@pytest.mark.parametrize("prices", [{}, {"m2": (0.0, 0.0), "e": (0.0, 0.0)}])
+def test_a_budget_keeps_no_image_waiting_that_costs_nothing(
+    applies, build_applier, library, catalogue, process, prices
+):
+    model = {"metadata": Recipe("openai", "m2")} if prices else {}
+    recipes = change("variants", Recipe("local", "pillow", "other")) | model
+    catalogue.accept([Upload(library[0])])  # it waits, and needs a call
+    applier = build_applier(recipes, prices)
+    applies.start(recipes, budget_usd=1)
+    applier.feed()
+    assert catalogue.count()["pending"] == 5
 
 
 @pytest.mark.parametrize("budget_usd", [1e308, math.inf])  # earlier versions took these
