@@ -115,6 +115,10 @@ class ApplyBusyError(StackError):
     """Another apply is under way; the message says whose."""
 
 
+class UnknownCostError(ImagePipelineError):
+    """A budget cannot be kept, because it is not known what some calls cost."""
+
+
 class ImageBusyError(ImagePipelineError):
     """Another run is processing the image; the message names that run."""
 

@@ -7,7 +7,7 @@ from itertools import takewhile
 from types import MappingProxyType
 from typing import Any
 
-from imagepipeline.errors import BatchBusyError, StackError
+from imagepipeline.errors import BatchBusyError, StackError, UnknownCostError
 from imagepipeline.filters import ALL, Filter
 from imagepipeline.models import ASSETS, Recipe
 from imagepipeline.prices import FREE, find_price
@@ -58,11 +58,20 @@ def plan(
     prices: Mapping[str, tuple[float, float]],
     rate_limits: str,
     where: Filter = ALL,
+    assets: Sequence[str] = (),
 ) -> list[Step]:
-    """What these images need; an image that needs several assets counts in each."""
+    """What these images need; an image that needs several assets counts in each.
+
+    With assets, only images that need one of these; what else they need comes last.
+    """
+    chosen = select_recipes(recipes, assets)
+    others = {asset: recipe for asset, recipe in recipes.items() if asset not in chosen}
+    counted = plans.count_outdated(chosen, where)
+    if others:
+        counted += plans.count_others(others, chosen, where)
     return [
         _estimate(outdated, recipes[outdated.asset], ledger, prices, rate_limits)
-        for outdated in plans.count_outdated(recipes, where)
+        for outdated in counted
     ]
 
 
@@ -98,6 +107,7 @@ class Applier:
         applies: knows the open apply.
         plans: finds its images.
         catalogue: begins their generations.
+        ledger: knows what calls cost.
         batches: know what is asked of the provider and not answered yet.
         recipes: what the stack would make today, by asset.
         prices: US dollars per million tokens in and out, by model.
@@ -110,6 +120,7 @@ class Applier:
         applies: Applies,
         plans: Plans,
         catalogue: Catalogue,
+        ledger: Ledger,
         batches: Batches,
         recipes: Mapping[str, Recipe],
         prices: Mapping[str, tuple[float, float]] = NO_PRICES,
@@ -119,8 +130,10 @@ class Applier:
         self._applies = applies
         self._plans = plans
         self._catalogue = catalogue
+        self._ledger = ledger
         self._batches = batches
         self._recipes = recipes
+        self._prices = prices
         self._paid = {
             asset: recipe
             for asset, recipe in recipes.items()
@@ -146,15 +159,49 @@ class Applier:
         Raises:
             ApplyBusyError: another one is open.
             BatchBusyError: runs would ask again what open batches ask.
+            UnknownCostError: the budget could not be kept.
         """
         if problem := explain_open_batches(self._batches, self._recipes):
             raise BatchBusyError(problem)
+        if budget_usd is not None:
+            self.check_costs(assets, where)
         recipes = select_recipes(self._recipes, assets)
         count = self._plans.count_images(recipes, where)
         apply = self._applies.start(
             recipes, max_images, budget_usd, where, lease_seconds, spent_usd
         )
         return apply, count
+
+    def check_costs(self, assets: Sequence[str], where: Filter = ALL) -> None:
+        """Checks that it is known what all calls cost that the images of an apply may need.
+
+        These are not only those for the assets of the apply: an image that begins gets everything.
+
+        Raises:
+            UnknownCostError: a budget could not be kept.
+        """
+        chosen = select_recipes(self._recipes, assets)
+        found = self._plans.count_others(self._recipes, chosen, where)
+        needed = {one.asset for one in found}
+        if "metadata" in needed:
+            needed.add("embedding")  # of the new text
+        unknown = [
+            asset
+            for asset, recipe in self._paid.items()
+            if asset in needed and not self._has_known_cost(asset, recipe)
+        ]
+        if unknown:
+            raise UnknownCostError(
+                f"the cost of {' and '.join(unknown)} is unknown, so no budget can be kept: "
+                "set IMAGEPIPELINE_PRICES, or if the provider reports costs, run `plan --sample 5` "
+                "first"
+            )
+
+    def _has_known_cost(self, asset: str, recipe: Recipe) -> bool:
+        if find_price(recipe.model, self._prices) is not None:
+            return True
+        usage = self._ledger.find_mean_usage(asset, recipe.model)
+        return usage is not None and usage.cost_usd is not None
 
     def feed(self) -> str | None:
         """Begins the next images; returns a line for the log if the apply has ended."""
@@ -205,6 +252,7 @@ def build_applier(settings: Settings) -> Applier:
         Applies(url),
         Plans(url),
         Catalogue(url),
+        Ledger(url),
         Batches(url),
         build_recipes(settings),
         settings.all_prices,
@@ -269,17 +317,6 @@ def follow(applies: Applies, apply: Apply) -> Generator[ApplyProgress]:
             applies.renew(apply.id, LEASE_SECONDS)
     finally:
         applies.end(apply.id, STOPPED)
-
-
-def explain_unknown_cost(steps: Sequence[Step]) -> str | None:
-    """Why a budget could not be kept: an asset whose calls have no known cost. None if all have."""
-    unknown = [step.asset for step in steps if step.calls and step.cost_usd is None]
-    if not unknown:
-        return None
-    return (
-        f"the cost of {' and '.join(dict.fromkeys(unknown))} is unknown, so no budget can be kept: "
-        "set IMAGEPIPELINE_PRICES, or if the provider reports costs, run `plan --sample 5` first"
-    )
 
 
 def select_recipes(recipes: Mapping[str, Recipe], assets: Sequence[str]) -> dict[str, Recipe]:

@@ -62,6 +62,18 @@ def test_a_filter_restricts_what_is_planned_and_applied(invoke, catalogue):
     assert invoke("plan", "cat", *where).exit_code == 2
 
 
+def test_a_plan_of_one_asset_says_what_else_its_images_get(invoke, catalogue):
+    complete(catalogue, "cat", "animal")
+    planned = invoke("plan", "--asset", "variants", "--json")
+    rows = json.loads(planned.stdout)
+    assert [row["asset"] for row in rows] == ["variants", "metadata", "embedding"]
+    assert planned.stderr == (
+        "Note: an image that begins gets everything it needs: these need metadata and embedding, "
+        "too\n"
+    )
+    assert "metadata" not in invoke("plan").stderr
+
+
 def test_a_dry_run_counts_what_it_does_not_list(invoke, catalogue, monkeypatch):
     monkeypatch.setattr(plans, "MAX_LISTED", 2)
     for number in range(5):

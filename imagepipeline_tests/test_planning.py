@@ -9,7 +9,7 @@ from functools import partial
 import pytest
 
 from imagepipeline import planning
-from imagepipeline.errors import ApplyBusyError, BatchBusyError, StackError
+from imagepipeline.errors import ApplyBusyError, BatchBusyError, StackError, UnknownCostError
 from imagepipeline.models import ImageMetadata, OriginalFacts, PaidCall, Recipe, Upload, now_utc
 from imagepipeline.planning import Applier
 from imagepipeline.stores.applies import Applies
@@ -193,10 +193,10 @@ def applies(catalogue_url, catalogue):
 
 
 @pytest.fixture
-def build_applier(applies, plans, catalogue, catalogue_url):
+def build_applier(applies, plans, catalogue, ledger, catalogue_url):
     """A function that builds what carries out applies of these recipes."""
     batches = Batches(catalogue_url)
-    return partial(Applier, applies, plans, catalogue, batches)
+    return partial(Applier, applies, plans, catalogue, ledger, batches)
 
 
 @pytest.fixture
@@ -387,13 +387,42 @@ def test_a_budget_without_end_keeps_no_apply_from_going_on(
     assert list_waiting(catalogue) == library[1:]
 
 
-def test_a_budget_needs_a_known_cost(plans, library, ledger):
+@pytest.mark.parametrize("assets", [["metadata"], ["variants"], []])
+def test_a_budget_needs_to_know_what_all_costs_that_its_images_get(
+    library, build_applier, plans, ledger, catalogue, assets
+):
+    def start(prices):
+        build_applier(recipes, prices).start(assets, None, 1)
+
     recipes = change("metadata", Recipe("openai", "m2", "prompt-1"))
-    steps = planning.plan(plans, ledger, recipes, {}, "off")
-    assert "the cost of metadata is unknown" in planning.explain_unknown_cost(steps)
-    ledger.record(call("m2", 800, 60, 0.002))
-    steps = planning.plan(plans, ledger, recipes, {}, "off")
-    assert planning.explain_unknown_cost(steps) is None
+    recipes["variants"] = Recipe("local", "pillow", "other")
+    catalogue.accept([Upload("new")])  # no apply begins it
+    with pytest.raises(UnknownCostError, match="the cost of metadata and embedding is unknown"):
+        start({})
+    with pytest.raises(UnknownCostError, match="the cost of embedding is unknown"):
+        start({"m2": (1.0, 1.0)})
+    ledger.record(replace(call("e", 800, 0, 0.002), stage="embedding", provider="openrouter"))
+    start({"m2": (1.0, 1.0)})
+
+
+def test_a_budget_needs_no_price_of_what_no_image_needs(library, build_applier, catalogue):
+    recipes = change("variants", Recipe("local", "pillow", "other"))
+    catalogue.accept([Upload("new")])
+    build_applier(recipes).start([], None, 1)
+
+
+def test_a_plan_of_some_assets_counts_what_their_images_get_besides(
+    plans, library, ledger, process, catalogue
+):
+    recipes = change("metadata", Recipe("openai", "m2", "prompt-1"))
+    recipes["variants"] = Recipe("local", "pillow", "other")
+    catalogue.accept([Upload(library[0])])
+    process(library[0], recipes | {"metadata": RECIPES["metadata"]})  # needs no variants
+    steps = planning.plan(plans, ledger, recipes, {}, "off", assets=["variants"])
+    assert [(step.asset, step.images, step.calls) for step in steps] == [
+        ("variants", 4, 0),
+        ("metadata", 4, 4),
+    ]
 
 
 def test_an_apply_to_a_stack_with_other_settings_stops(applies, library, catalogue, carry_out):

@@ -3,7 +3,7 @@
 import contextlib
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from itertools import islice
 from pathlib import Path
@@ -21,7 +21,12 @@ from imagepipeline.commands.shared import (
     to_text,
     with_settings,
 )
-from imagepipeline.errors import ApplyBusyError, ImagePipelineError, InvalidFilterError
+from imagepipeline.errors import (
+    ApplyBusyError,
+    ImagePipelineError,
+    InvalidFilterError,
+    UnknownCostError,
+)
 from imagepipeline.filters import FIELDS, Filter
 from imagepipeline.models import ASSETS, MAX_COUNT, Recipe
 from imagepipeline.opening import open_catalogue
@@ -44,7 +49,8 @@ asset_option = click.option(
     "assets",
     multiple=True,
     type=click.Choice(ASSETS),
-    help="Only this asset; may be given several times.",
+    help="Only images that need this asset; may be given several times. An image that begins gets "
+    "everything it needs.",
 )
 
 
@@ -132,15 +138,19 @@ def plan(
         if any(trial.error for trial in sample.trials):
             sys.exit(EXIT_FAILED)
         return
-    steps = make_plan(settings, recipes, where)
+    steps = make_plan(settings, all_recipes, where, assets)
     batches = Batches(settings.database_url)
     if problem := planning.explain_open_batches(batches, all_recipes):
         note(problem)
     if not steps and not as_json:
         say("All results are what today's settings would make.")
         return
+    if others := dict.fromkeys(step.asset for step in steps if step.asset not in recipes):
+        note(
+            f"an image that begins gets everything it needs: these need {' and '.join(others)}, too"
+        )
     rows = [
-        asdict(step) | {"in_batches": batches.count_open(step.asset, recipes[step.asset])}
+        asdict(step) | {"in_batches": batches.count_open(step.asset, all_recipes[step.asset])}
         for step in steps
     ]
     shown = ("asset", "cause", "images", "calls", "cost_usd", "minutes")
@@ -174,7 +184,9 @@ def make_sample(
     return Sample(trials, plans.count_images(recipes, where))
 
 
-def make_plan(settings: Settings, recipes: Mapping[str, Recipe], where: Filter) -> "list[Step]":
+def make_plan(
+    settings: Settings, recipes: Mapping[str, Recipe], where: Filter, assets: Sequence[str]
+) -> "list[Step]":
     """What these images need, at the present prices and rate limits."""
     from imagepipeline import planning
     from imagepipeline.providers import open_limiter
@@ -184,7 +196,7 @@ def make_plan(settings: Settings, recipes: Mapping[str, Recipe], where: Filter) 
     with open_limiter(settings) as limiter:
         rate_limits = limiter.get_limits()
     plans, ledger = Plans(settings.database_url), Ledger(settings.database_url)
-    return planning.plan(plans, ledger, recipes, settings.all_prices, rate_limits, where)
+    return planning.plan(plans, ledger, recipes, settings.all_prices, rate_limits, where, assets)
 
 
 def _check_budget(_: click.Context, __: click.Parameter, usd: float | None) -> float | None:
@@ -244,10 +256,12 @@ def apply(
     if batch and "metadata" not in recipes:
         raise click.UsageError("--batch asks about pictures, so it needs --asset metadata, too")
     await_turn(applies)
+    applier = planning.build_applier(settings)
     if budget:
-        planned = make_plan(settings, recipes, where)
-        if problem := planning.explain_unknown_cost(planned):
-            raise click.UsageError(problem)
+        try:
+            applier.check_costs(assets, where)
+        except UnknownCostError as error:
+            raise click.UsageError(str(error)) from None
     spent_usd, problem = 0.0, ""
     if batch:
         fetched = fetch_batches(settings, catalogue, recipes, where, limit, budget)
@@ -260,8 +274,9 @@ def apply(
         say(problem, err=True)
         last = ApplyProgress(0, 0, 0, round(spent_usd, 6))
     else:
-        applier, lease_seconds = planning.build_applier(settings), planning.LEASE_SECONDS
-        begun, total = applier.start(assets, limit, budget, where, lease_seconds, spent_usd)
+        begun, total = applier.start(
+            assets, limit, budget, where, planning.LEASE_SECONDS, spent_usd
+        )
         with contextlib.closing(planning.follow(applies, begun)) as steps:
             *_, last = display.follow_apply(steps, min(total, limit or total))
     display.show_rows([asdict(last)], tuple(asdict(last)), as_json)

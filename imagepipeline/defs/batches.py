@@ -370,7 +370,11 @@ class ApplyConfig(dg.Config):
         allow_inf_nan=False,
         description="Begin no more images after this many US dollars.",
     )
-    assets: list[AssetName] = Field([], description="Only these assets; none means all.")
+    assets: list[AssetName] = Field(
+        [],
+        description="Only images that need one of these; none means all. Those that begin get "
+        "everything they need.",
+    )
     where: list[str] = Field([], description="Only these images, such as `category=animal`.")
 
 

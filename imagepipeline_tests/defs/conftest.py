@@ -76,10 +76,10 @@ RECIPES = {
 
 
 @pytest.fixture
-def applier(sqlite_catalogue_url, catalogue):
+def applier(sqlite_catalogue_url, catalogue, ledger):
     """Carries out applies, by the recipes of the offline models."""
     applies, plans = Applies(sqlite_catalogue_url), Plans(sqlite_catalogue_url)
-    return Applier(applies, plans, catalogue, Batches(sqlite_catalogue_url), RECIPES)
+    return Applier(applies, plans, catalogue, ledger, Batches(sqlite_catalogue_url), RECIPES)
 
 
 @pytest.fixture

@@ -326,7 +326,7 @@ def test_a_plan_says_what_open_batches_ask_and_an_apply_waits_for_them(
         next(steps)
         steps.close()  # Ctrl-C
     planned = CliRunner().invoke(cli, ["plan", "--asset", "metadata", "--json"])
-    assert [row["in_batches"] for row in json.loads(planned.stdout)] == [4]
+    assert [row["in_batches"] for row in json.loads(planned.stdout)] == [4, 0, 0]
     assert "Note: batches with 4 questions are open at the provider" in planned.stderr
     refused = CliRunner().invoke(cli, ["apply"]).exception
     assert isinstance(refused, BatchBusyError)

@@ -75,7 +75,9 @@ def test_nothing_scans(catalogue_url, queue, instance, limiter, tasks):
     now = now_utc()
     catalogue, ledger = Catalogue(catalogue_url), Ledger(catalogue_url)
     plans, retention = Plans(catalogue_url), Retention(catalogue_url)
-    applier = Applier(Applies(catalogue_url), plans, catalogue, Batches(catalogue_url), RECIPES)
+    applier = Applier(
+        Applies(catalogue_url), plans, catalogue, ledger, Batches(catalogue_url), RECIPES
+    )
     paid_calls = PaidCalls(ledger, limiter, {}, daily_budget_usd=1e6)
     statements = Statements(catalogue_url)
     resources = {
