@@ -38,7 +38,7 @@ class Step:
         tokens_in: of all calls, by the mean of earlier ones; None if there were none.
         tokens_out: likewise.
         cost_usd: of all calls, as reported or by price; None if it is not known.
-        minutes: at the present rate limit; None without a limit.
+        minutes: at the present rate limits, which must all be kept; None without a limit.
     """
 
     asset: str
@@ -96,7 +96,9 @@ def _estimate(
         tokens_in=None if usage.tokens_in is None else round(count * usage.tokens_in),
         tokens_out=None if usage.tokens_out is None else round(count * usage.tokens_out),
         cost_usd=None if cost_usd is None else round(count * cost_usd, 6),
-        minutes=round(count / limits[0].count * limits[0].seconds / 60, 1) if limits else None,
+        minutes=max(
+            (round(count / one.count * one.seconds / 60, 1) for one in limits), default=None
+        ),
     )
 
 

@@ -181,6 +181,21 @@ def test_a_plan_says_what_it_takes(plans, library, ledger, calls, expected):
     assert step.minutes is None
 
 
+@pytest.mark.parametrize(
+    ("limits", "minutes"),
+    [
+        ("10/minute,2/hour", 150),
+        ("2/hour,10/minute", 150),
+        ("1/minute,metadata=10/minute", 5),
+        ("1/minute,embedding=1/day", 5),
+    ],
+)
+def test_the_slowest_limit_says_how_long_a_plan_takes(plans, library, ledger, limits, minutes):
+    recipes = change("metadata", Recipe("openai", "m2", "prompt-1"))
+    [step] = planning.plan(plans, ledger, recipes, {}, limits)
+    assert step.minutes == minutes
+
+
 def test_local_results_cost_nothing(plans, library, ledger):
     recipes = change("variants", Recipe("local", "pillow", "other"))
     [step] = planning.plan(plans, ledger, recipes, {}, "10/minute")
