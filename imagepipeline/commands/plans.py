@@ -1,6 +1,7 @@
 """Commands about model changes: plan, apply."""
 
 import contextlib
+import os
 import sys
 import time
 from collections.abc import Mapping, Sequence
@@ -72,6 +73,13 @@ where_option = click.option(
 )
 
 
+def _check_page(_: click.Context, __: click.Parameter, page: Path | None) -> Path | None:
+    """Finds out before anything is paid for whether the page can be written."""
+    if page and not (page.parent.is_dir() and os.access(page.parent, os.W_OK)):
+        raise click.BadParameter(f"{str(page.parent)!r:.200} is no folder that can be written to")
+    return page
+
+
 @click.command(epilog=EPILOG)
 @click.argument("image_id", required=False, type=to_text)
 @asset_option
@@ -87,7 +95,8 @@ where_option = click.option(
 @click.option("--seed", type=int, help="Draw another sample: 1, 2, 3 … [default: 0]")
 @click.option(
     "--page",
-    type=click.Path(dir_okay=False, path_type=Path),
+    type=click.Path(dir_okay=False, writable=True, path_type=Path),
+    callback=_check_page,
     help="Also write the sample to this file, a web page with the pictures.",
 )
 @click.option("--discard", is_flag=True, help="Keep no answer of the sample for `apply`.")
