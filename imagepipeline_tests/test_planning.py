@@ -289,6 +289,23 @@ def test_the_apply_of_a_command_that_was_killed_ends(catalogue_url, catalogue):
         applies.start(RECIPES)
 
 
+def test_an_apply_that_stood_still_ends_if_another_has_begun(catalogue_url, catalogue):
+    now = [now_utc()]
+    applies = Applies(catalogue_url, lambda: now[0])
+    stopped = applies.start(RECIPES, lease_seconds=15)  # Ctrl-Z
+    now[0] += timedelta(seconds=20)
+    applies.renew(stopped.id, 15)  # nobody else has begun
+    assert applies.find_open().id == stopped.id
+    now[0] += timedelta(seconds=20)
+    other = applies.start(RECIPES, lease_seconds=15)
+    with pytest.raises(ApplyBusyError, match="so long that another one began: an `apply` of ano"):
+        applies.renew(stopped.id, 15)
+    assert applies.get(stopped.id).expires_at < now[0]
+    applies.end(stopped.id, planning.STOPPED)
+    applies.renew(stopped.id, 15)  # its images may still run
+    assert applies.find_open().id == other.id
+
+
 def test_images_of_a_tenant_without_budget_keep_no_others_waiting(
     applies, build_applier, library, catalogue, carry_out, monkeypatch
 ):

@@ -150,12 +150,23 @@ class Applies:
         return Apply(*row) if row else None
 
     def renew(self, apply_id: int, lease_seconds: float) -> None:
-        """Extends an apply's lease."""
+        """Extends an apply's lease, unless it begins no more images.
+
+        Raises:
+            ApplyBusyError: its lease had expired, and another apply is open since.
+        """
         expires_at = _expire(self._clock(), lease_seconds)
+        still_begins = (applies.c.id == apply_id, applies.c.ended_at.is_(None))
         with self._database.transaction() as connection:
-            connection.execute(
-                sa.update(applies).where(applies.c.id == apply_id).values(expires_at=expires_at)
+            other = connection.execute(self._select_open().where(applies.c.id != apply_id)).first()
+            renewed = connection.execute(
+                sa.update(applies).where(*still_begins).values(expires_at=expires_at)
             )
+            if other is not None and renewed.rowcount:  # the exception undoes it
+                raise ApplyBusyError(
+                    "this apply stood still for so long that another one began: "
+                    + Apply(*other).explain_busy()
+                )
 
     def end(self, apply_id: int, reason: str) -> None:
         """Lets an apply begin no more images; those that have begun end by themselves."""
