@@ -10,10 +10,9 @@ removed in the transaction that keeps their answers.
 import json
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager, suppress
 from dataclasses import dataclass
-from datetime import datetime
 from itertools import islice
 from typing import IO, Any
 
@@ -30,10 +29,10 @@ from imagepipeline.errors import (
     RetryableError,
 )
 from imagepipeline.filters import ALL, Filter
-from imagepipeline.models import Recipe, VisionAnswer, now_utc
+from imagepipeline.models import Recipe, VisionAnswer
 from imagepipeline.originals import Originals, build_originals
 from imagepipeline.paid_calls import Kept, PaidCalls, dump_answer
-from imagepipeline.providers import build_batch_api, build_vision, open_paid_calls
+from imagepipeline.providers import build_batch_api, build_tenants, build_vision, open_paid_calls
 from imagepipeline.services.batch_api import MAX_FILE_BYTES, MAX_REQUESTS, BatchApi, BatchState
 from imagepipeline.services.vision import OpenAIVision
 from imagepipeline.settings import Settings
@@ -61,6 +60,7 @@ class Fetched:
         done: those that have ended, as the provider says.
         answered: those whose answers are kept.
         open: batches that have not ended.
+        spent_usd: what the answers have cost, as far as it is known.
     """
 
     images: int
@@ -68,6 +68,7 @@ class Fetched:
     done: int
     answered: int
     open: int
+    spent_usd: float
 
 
 @dataclass(frozen=True)
@@ -141,7 +142,7 @@ class BatchCalls:
         vision: builds the requests and reads the answers.
         api: sends them.
         paid_calls: knows pauses, budgets and prices.
-        clock: gives the time.
+        list_spent: gives the tenants whose budget is used up; their images are passed over.
     """
 
     def __init__(
@@ -154,7 +155,7 @@ class BatchCalls:
         vision: OpenAIVision,
         api: BatchApi,
         paid_calls: PaidCalls,
-        clock: Callable[[], datetime] = now_utc,
+        list_spent: Callable[[], Sequence[str]],
     ) -> None:
         self._catalogue = catalogue
         self._plans = plans
@@ -165,7 +166,7 @@ class BatchCalls:
         self._recipe = vision.recipe
         self._api = api
         self._paid_calls = paid_calls
-        self._clock = clock
+        self._list_spent = list_spent
 
     def fetch(
         self,
@@ -192,7 +193,7 @@ class BatchCalls:
         self._api.check()
         with self._batches.hold():
             self._settle()
-            since, is_full = self._clock(), False
+            is_full = False
             questions = self._list_questions(recipes, where, limit)
             followed = Followed()
             while True:
@@ -209,7 +210,7 @@ class BatchCalls:
                             raise BatchError(_explain_failure(state))
                         # Too much is open. Its questions come again after another batch has ended.
                         questions = self._list_questions(recipes, where, limit)
-                while not is_full and self._send(questions, since, budget_usd):
+                while not is_full and self._send(questions, followed, budget_usd):
                     yield self._measure(followed, questions)
                 progress = self._measure(followed, questions)
                 if not progress.open and progress.requests and not progress.answered:
@@ -230,8 +231,9 @@ class BatchCalls:
             questions.images,
             sum(followed.requests.values()),
             sum(followed.done.values()),
-            self._batches.count_answered(list(followed.requests)),
+            self._batches.count_answered([*followed.requests]),
             len(still_open),
+            self._batches.sum_cost_usd([*followed.requests]),
         )
 
     def _list_open(self) -> list[SentBatch]:
@@ -251,7 +253,8 @@ class BatchCalls:
     def _list_questions(
         self, recipes: Mapping[str, Recipe], where: Filter, limit: int | None
     ) -> Questions:
-        return Questions(islice(self._plans.iterate_outdated(recipes, where), limit), self._ask)
+        planned = self._plans.iterate_outdated(recipes, where, self._list_spent())
+        return Questions(islice(planned, limit), self._ask)
 
     def _ask(self, image_id: str) -> Question | None:
         """The question about an image; None if its run would not ask, or cannot."""
@@ -288,7 +291,7 @@ class BatchCalls:
     def _build_key(self, sha256: str) -> str:
         return Kept(STAGE, self._recipe, sha256, VisionAnswer).key
 
-    def _send(self, questions: Questions, since: datetime, budget_usd: float | None) -> bool:
+    def _send(self, questions: Questions, followed: Followed, budget_usd: float | None) -> bool:
         """Sends a batch of the next questions; False if none can be sent now.
 
         Raises:
@@ -303,7 +306,7 @@ class BatchCalls:
             if under_way:
                 return False
             raise
-        count = min(MAX_REQUESTS, self._count_affordable(since, budget_usd))
+        count = min(MAX_REQUESTS, self._count_affordable(followed, budget_usd))
         with tempfile.TemporaryFile() as file:
             asked = _write(file, questions, count)
             if not asked:
@@ -316,11 +319,11 @@ class BatchCalls:
         self._batches.note(seq, batch_id=state.batch_id, state=state.status)
         return True
 
-    def _count_affordable(self, since: datetime, budget_usd: float | None) -> int:
+    def _count_affordable(self, followed: Followed, budget_usd: float | None) -> int:
         """How many requests the budgets allow beside those that are under way."""
         left_usd = [self._paid_calls.find_left_usd()]
         if budget_usd is not None:
-            left_usd.append(budget_usd - self._ledger.sum_cost_usd(since))
+            left_usd.append(budget_usd - self._batches.sum_cost_usd([*followed.requests]))
         known_usd = [one for one in left_usd if one is not None]
         if not known_usd:
             return MAX_REQUESTS
@@ -333,7 +336,8 @@ class BatchCalls:
         under_way = sum(batch.requests for batch in self._list_open())
         if not mean_usd:
             return MAX_REQUESTS
-        return int(min(known_usd) / (mean_usd * BATCH_PRICE_SHARE)) - under_way
+        affordable = min(known_usd) / (mean_usd * BATCH_PRICE_SHARE)
+        return int(min(MAX_REQUESTS + under_way, affordable)) - under_way
 
     def _look(self, batch: SentBatch) -> BatchState | None:
         """What the provider says of a batch; None if it does not answer now."""
@@ -429,4 +433,5 @@ def open_batch_calls(settings: Settings, catalogue: Catalogue) -> Iterator[Batch
             vision,
             build_batch_api(settings),
             paid_calls,
+            build_tenants(settings).list_spent,
         )

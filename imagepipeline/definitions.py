@@ -19,7 +19,7 @@ from imagepipeline.defs import (
 )
 from imagepipeline.homes import secure_home
 from imagepipeline.originals import build_originals
-from imagepipeline.planning import Applier
+from imagepipeline.planning import build_applier
 from imagepipeline.providers import (
     build_embedder,
     build_event_webhook,
@@ -33,7 +33,6 @@ from imagepipeline.providers import (
 )
 from imagepipeline.settings import Settings
 from imagepipeline.storage import open_storage
-from imagepipeline.stores.applies import Applies
 from imagepipeline.stores.broker import TaskQueue
 from imagepipeline.stores.catalogue import Catalogue
 from imagepipeline.stores.events import EventLog
@@ -137,14 +136,7 @@ def build_resources(settings: Settings) -> dict[str, dg.ResourceDefinition]:
             lambda: build_tenants(settings), "What tenants may use, and have used."
         ),
         "applier": resources.made(
-            lambda: Applier(
-                Applies(database),
-                Plans(database),
-                Catalogue(database),
-                build_recipes(settings),
-                build_tenants(settings).list_spent,
-            ),
-            "Begins the images of `imagepipeline apply`.",
+            lambda: build_applier(settings), "Begins the images of `imagepipeline apply`."
         ),
         "index_uri": resources.made(lambda: settings.index_uri, "Where the index is."),
         "pruner": resources.made(lambda: build_pruner(settings), "Forgets what is old."),

@@ -108,11 +108,15 @@ class BatchError(ImagePipelineError):
 
 
 class BatchBusyError(BatchError):
-    """Another process sends batches."""
+    """Another process sends batches, or their answers must be awaited first."""
 
 
 class ApplyBusyError(StackError):
     """Another apply is under way; the message says whose."""
+
+
+class UnknownCostError(ImagePipelineError):
+    """A budget cannot be kept, because it is not known what some calls cost."""
 
 
 class ImageBusyError(ImagePipelineError):

@@ -76,9 +76,9 @@ def read_time(text: str) -> datetime:
     """
     try:
         time = datetime.fromisoformat(text)
-    except ValueError:
+        return (time if time.tzinfo else time.replace(tzinfo=UTC)).astimezone(UTC)
+    except (ValueError, OverflowError):  # the first and last day have no UTC in some zones
         raise ValueError("must be a date such as 2026-11-01 or 2026-11-01T12:30") from None
-    return (time if time.tzinfo else time.replace(tzinfo=UTC)).astimezone(UTC)
 
 
 def _check_id(value: str) -> None:

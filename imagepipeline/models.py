@@ -24,6 +24,7 @@ IMAGE_ID_PATTERN = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]{0,63}")
 MAX_THUMBNAIL_CHARACTERS = 960
 CLASSIFIER_PX = 224  # width and height of the offline vision model's input, raw RGB
 PRIORITY_LIMIT = 1000
+MAX_COUNT = 2**31 - 1  # the greatest integer that a column holds
 FIELDS = {"imageId", "path", "priority", "tenant", "focus"}  # of an entry
 TENANT_PATTERN = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.@-]{0,63}")
 BULK_PRIORITY = -PRIORITY_LIMIT - 1  # of planned work: below every upload

@@ -5,6 +5,7 @@ import re
 from collections.abc import Mapping, Sequence
 
 FREE = (0, 0)  # a price
+MAX_USD = 1_000_000  # of a budget, and of the price of a million tokens
 # Providers append a date to a model's name to denote a version, whose price is the same.
 DATE = re.compile(r"[-@:](\d{4}-\d{2}-\d{2}|\d{8})$")
 

@@ -100,6 +100,20 @@ class Sample:
 
 
 @dataclass
+class Bill:
+    """The US dollars of an image's calls: of all, None if not known; and of those made now."""
+
+    cost_usd: float | None = 0.0
+    paid_usd: float = 0.0
+
+    def add(self, cost_usd: float | None, paid_usd: float | None) -> None:
+        """Adds a call; `paid_usd` is None if its answer was kept, or its cost is not known."""
+        if self.cost_usd is not None:
+            self.cost_usd = None if cost_usd is None else self.cost_usd + cost_usd
+        self.paid_usd += paid_usd or 0
+
+
+@dataclass
 class Sampler:
     """Makes what images need as their runs would, but stores nothing except the paid answers.
 
@@ -127,6 +141,7 @@ class Sampler:
     recipes: Mapping[str, Recipe]
     report: Callable[[str], None] = lambda line: None
     _asked: list[Kept[Any]] = field(default_factory=list)
+    _bill: Bill = field(default_factory=Bill)
 
     def try_images(self, image_ids: Sequence[str]) -> Iterator[Trial]:
         """Tries one image after the other; one that fails says why.
@@ -137,12 +152,12 @@ class Sampler:
         for image_id in image_ids:
             found = self.catalogue.find_causes(image_id, self.recipes)
             trial = Trial(image_id, {asset: cause for asset, cause in found.items() if cause})
+            self._bill = Bill()
             try:
-                yield self._try(trial)
+                trial = self._try(trial)
             except (RetryableError, PermanentError) as error:
-                usage = getattr(error, "usage", None)  # a refusal is paid for, too
-                cost_usd = self.paid_calls.price(self.vision.recipe.model, usage) if usage else 0
-                yield replace(_add_cost(trial, cost_usd, cost_usd), error=str(error))
+                trial = replace(trial, error=str(error))
+            yield replace(trial, cost_usd=self._bill.cost_usd, paid_usd=self._bill.paid_usd)
 
     def discard(self) -> None:
         """Drops the answers that were asked for, also those that were kept before."""
@@ -185,8 +200,7 @@ class Sampler:
             return replace(trial, described=(before, known))
         prepared = original.prepared
         describe = partial(self.vision.describe, prepared.preview, prepared.facts)
-        answer, trial = self._ask(
-            trial,
+        answer = self._ask(
             "metadata",
             recipe,
             lambda: self._call(translate or describe),
@@ -248,24 +262,23 @@ class Sampler:
         if self.catalogue.find_twins("embedding", recipe, hash_text(text), 1):
             return trial
         kept = Kept("embedding", recipe, hash_text(text), Embedding)
-        return self._ask(trial, "embedding", recipe, lambda: self.embedder.embed(text), kept)[1]
+        self._ask("embedding", recipe, lambda: self.embedder.embed(text), kept)
+        return trial
 
-    def _ask(
-        self, trial: Trial, stage: str, recipe: Recipe, call: Callable[[], A], kept: Kept[A]
-    ) -> tuple[A, Trial]:
-        """The answer, and the trial with the cost of the call."""
+    def _ask(self, stage: str, recipe: Recipe, call: Callable[[], A], kept: Kept[A]) -> A:
+        """The answer; the cost of the call is added to the bill."""
         self._asked.append(kept)
-        answer, receipt = self.paid_calls.make(None, stage, recipe, call, self.report, kept)
-        if recipe.provider == "local":
-            return answer, trial
-        cost_usd = self.paid_calls.price(recipe.model, answer.usage)
-        return answer, _add_cost(trial, cost_usd, receipt.cost_usd)
-
-
-def _add_cost(trial: Trial, cost_usd: float | None, paid_usd: float | None) -> Trial:
-    is_known = cost_usd is not None and trial.cost_usd is not None
-    total_usd = (trial.cost_usd or 0) + (cost_usd or 0) if is_known else None
-    return replace(trial, cost_usd=total_usd, paid_usd=trial.paid_usd + (paid_usd or 0))
+        try:
+            answer, receipt = self.paid_calls.make(None, stage, recipe, call, self.report, kept)
+        except (RetryableError, PermanentError) as error:
+            if usage := getattr(error, "usage", None):  # a refusal is paid for, too
+                cost_usd = self.paid_calls.price(recipe.model, usage)
+                self._bill.add(cost_usd, cost_usd)
+            raise
+        if recipe.provider != "local":
+            cost_usd = self.paid_calls.price(recipe.model, answer.usage)
+            self._bill.add(cost_usd, receipt.cost_usd)
+        return answer
 
 
 @contextmanager

@@ -34,6 +34,7 @@ from imagepipeline.imaging.limits import CPU_SECONDS, MEMORY_BYTES, Rules
 from imagepipeline.languages import DEFAULT, parse_languages
 from imagepipeline.models import MAX_SIDE_PX, VariantSpec, build_variant_specs, check_tenant
 from imagepipeline.output_formats import AVIF, DEFAULT_QUALITY, OUTPUT_FORMATS, WEBP
+from imagepipeline.prices import MAX_USD
 from imagepipeline.rates import DEFAULT_RATE_LIMIT, EXAMPLES, parse_limits
 from imagepipeline.settings_file import PREFIX, name_key
 from imagepipeline.variant_settings import parse_variants
@@ -178,7 +179,7 @@ def _check_tenant_or_others(name: str) -> str:
 
 Words = Annotated[tuple[str, ...], BeforeValidator(_split_words)]
 Variants = Annotated[tuple[VariantSpec, ...], BeforeValidator(_read_variants)]
-Price = Annotated[float, Field(ge=0)]
+Price = Annotated[float, Field(ge=0, le=MAX_USD)]
 HttpUrl = Annotated[str, AfterValidator(_check_http_url)]
 Quality = Annotated[int, Field(ge=1, le=100)]
 Positive = Annotated[int, Field(ge=1)]

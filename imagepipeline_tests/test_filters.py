@@ -29,6 +29,7 @@ OTHERS = ("variants", "embedding")
         ("status=done", "the value of status, 'done', must be one of pending, processing, comp"),
         ("updated-since=yesterday", "'yesterday', must be a date such as 2026-11-01 or"),
         ("updated-since=2026-02-30", "must be a date"),
+        ("updated-since=0001-01-01T00:00+14:00", "must be a date"),
     ],
 )
 def test_a_malformed_filter_is_explained(text, problem):

@@ -62,6 +62,18 @@ def test_a_filter_restricts_what_is_planned_and_applied(invoke, catalogue):
     assert invoke("plan", "cat", *where).exit_code == 2
 
 
+def test_a_plan_of_one_asset_says_what_else_its_images_get(invoke, catalogue):
+    complete(catalogue, "cat", "animal")
+    planned = invoke("plan", "--asset", "variants", "--json")
+    rows = json.loads(planned.stdout)
+    assert [row["asset"] for row in rows] == ["variants", "metadata", "embedding"]
+    assert planned.stderr == (
+        "Note: an image that begins gets everything it needs: these need metadata and embedding, "
+        "too\n"
+    )
+    assert "metadata" not in invoke("plan").stderr
+
+
 def test_a_dry_run_counts_what_it_does_not_list(invoke, catalogue, monkeypatch):
     monkeypatch.setattr(plans, "MAX_LISTED", 2)
     for number in range(5):
@@ -96,3 +108,22 @@ def test_a_batch_without_pictures_is_refused(invoke, catalogue):
     refused = invoke("apply", "--batch", "--asset", "embedding")
     assert refused.exit_code == 2
     assert "--batch asks about pictures, so it needs --asset metadata, too" in refused.output
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ("apply", "--budget", "inf"),
+        ("apply", "--budget", "nan"),
+        ("apply", "--budget", "1e308"),
+        ("apply", "--budget", "0"),
+        ("apply", "--limit", "2147483648"),
+        ("plan", "--where", "accepted-since=0001-01-01T00:00+14:00"),
+        ("events", "--since", "99999999999999999999"),
+    ],
+    ids=" ".join,
+)
+def test_a_number_or_time_that_nothing_can_hold_is_refused(invoke, catalogue, arguments):
+    refused = invoke(*arguments)
+    assert refused.exit_code == 2
+    assert f"Invalid value for '{arguments[1]}'" in refused.output

@@ -1,16 +1,19 @@
 """Plans say what a change of settings needs; applying one does that and nothing else."""
 
+import math
 from contextlib import closing
 from dataclasses import replace
 from datetime import timedelta
+from functools import partial
 
 import pytest
 
 from imagepipeline import planning
-from imagepipeline.errors import ApplyBusyError, StackError
+from imagepipeline.errors import ApplyBusyError, BatchBusyError, StackError, UnknownCostError
 from imagepipeline.models import ImageMetadata, OriginalFacts, PaidCall, Recipe, Upload, now_utc
 from imagepipeline.planning import Applier
 from imagepipeline.stores.applies import Applies
+from imagepipeline.stores.batches import Batches
 from imagepipeline.stores.catalogue import Catalogue
 from imagepipeline.stores.ledger import Ledger
 from imagepipeline.stores.plans import Outdated, Plans
@@ -178,6 +181,21 @@ def test_a_plan_says_what_it_takes(plans, library, ledger, calls, expected):
     assert step.minutes is None
 
 
+@pytest.mark.parametrize(
+    ("limits", "minutes"),
+    [
+        ("10/minute,2/hour", 150),
+        ("2/hour,10/minute", 150),
+        ("1/minute,metadata=10/minute", 5),
+        ("1/minute,embedding=1/day", 5),
+    ],
+)
+def test_the_slowest_limit_says_how_long_a_plan_takes(plans, library, ledger, limits, minutes):
+    recipes = change("metadata", Recipe("openai", "m2", "prompt-1"))
+    [step] = planning.plan(plans, ledger, recipes, {}, limits)
+    assert step.minutes == minutes
+
+
 def test_local_results_cost_nothing(plans, library, ledger):
     recipes = change("variants", Recipe("local", "pillow", "other"))
     [step] = planning.plan(plans, ledger, recipes, {}, "10/minute")
@@ -190,7 +208,14 @@ def applies(catalogue_url, catalogue):
 
 
 @pytest.fixture
-def carry_out(applies, plans, catalogue, process, monkeypatch):
+def build_applier(applies, plans, catalogue, ledger, catalogue_url):
+    """A function that builds what carries out applies of these recipes."""
+    batches = Batches(catalogue_url)
+    return partial(Applier, applies, plans, catalogue, ledger, batches)
+
+
+@pytest.fixture
+def carry_out(applies, build_applier, catalogue, process, monkeypatch):
     """A function that follows an apply while the stack works.
 
     Returns the last progress and what was made.
@@ -198,7 +223,7 @@ def carry_out(applies, plans, catalogue, process, monkeypatch):
     monkeypatch.setattr(planning, "POLL_SECONDS", 0)
 
     def carry_out(apply, recipes, process=process):
-        applier, made = Applier(applies, plans, catalogue, recipes), {}
+        applier, made = build_applier(recipes), {}
         for progress in planning.follow(applies, apply):
             last = progress
             applier.feed()
@@ -231,11 +256,11 @@ def test_applying_a_plan_makes_what_is_outdated_and_nothing_else(
 
 
 def test_an_apply_that_is_stopped_is_continued_by_the_next_one(
-    applies, plans, library, catalogue, carry_out, monkeypatch
+    applies, build_applier, library, catalogue, carry_out, monkeypatch
 ):
     monkeypatch.setattr(planning, "MAX_IN_FLIGHT", 2)
     recipes = change("variants", Recipe("local", "pillow", "other"))
-    applier = Applier(applies, plans, catalogue, recipes)
+    applier = build_applier(recipes)
     steps = planning.follow(applies, applies.start(recipes))
     next(steps)
     applier.feed()
@@ -264,8 +289,25 @@ def test_the_apply_of_a_command_that_was_killed_ends(catalogue_url, catalogue):
         applies.start(RECIPES)
 
 
+def test_an_apply_that_stood_still_ends_if_another_has_begun(catalogue_url, catalogue):
+    now = [now_utc()]
+    applies = Applies(catalogue_url, lambda: now[0])
+    stopped = applies.start(RECIPES, lease_seconds=15)  # Ctrl-Z
+    now[0] += timedelta(seconds=20)
+    applies.renew(stopped.id, 15)  # nobody else has begun
+    assert applies.find_open().id == stopped.id
+    now[0] += timedelta(seconds=20)
+    other = applies.start(RECIPES, lease_seconds=15)
+    with pytest.raises(ApplyBusyError, match="so long that another one began: an `apply` of ano"):
+        applies.renew(stopped.id, 15)
+    assert applies.get(stopped.id).expires_at < now[0]
+    applies.end(stopped.id, planning.STOPPED)
+    applies.renew(stopped.id, 15)  # its images may still run
+    assert applies.find_open().id == other.id
+
+
 def test_images_of_a_tenant_without_budget_keep_no_others_waiting(
-    applies, plans, library, catalogue, carry_out, monkeypatch
+    applies, build_applier, library, catalogue, carry_out, monkeypatch
 ):
     monkeypatch.setattr(planning, "MAX_IN_FLIGHT", 2)
     catalogue.accept([Upload(image_id, None, 0, "poor") for image_id in library[:3]])
@@ -273,7 +315,7 @@ def test_images_of_a_tenant_without_budget_keep_no_others_waiting(
         catalogue.finish(catalogue.claim(image_id, 2, "run"))
     recipes = change("variants", Recipe("local", "pillow", "other"))
     spent = []
-    applier = Applier(applies, plans, catalogue, recipes, lambda: spent)
+    applier = build_applier(recipes, list_spent=lambda: spent)
     applies.start(recipes)
     applier.feed()
     assert list_waiting(catalogue) == library[:2]  # the lane is full
@@ -287,6 +329,17 @@ def test_images_of_a_tenant_without_budget_keep_no_others_waiting(
     spent.clear()
     _, made = carry_out(applies.start(recipes), recipes)
     assert sorted(made) == library[:3]
+
+
+def test_no_apply_begins_while_a_batch_asks_the_same_model(library, build_applier, catalogue_url):
+    batches, recipes = Batches(catalogue_url), change("metadata", Recipe("openai", "m2"))
+    seq = batches.begin("metadata", recipes["metadata"], {"a" * 64: library[0]})
+    for assets in (["metadata"], ["variants"], []):  # an image that is begun gets all it needs
+        with pytest.raises(BatchBusyError, match="continue with `imagepipeline apply --batch`"):
+            build_applier(recipes).start(assets, None, None)
+    build_applier(change("metadata", Recipe("openai", "m3"))).start([], 1, None)
+    batches.end(seq, "completed")
+    assert planning.explain_open_batches(batches, recipes) is None
 
 
 def test_an_apply_ends_at_its_limit(applies, library, carry_out):
@@ -322,13 +375,86 @@ def test_an_apply_begins_nothing_once_its_budget_is_spent(
     assert catalogue.count()["completed"] == 5
 
 
-def test_a_budget_needs_a_known_cost(plans, library, ledger):
+def test_with_a_budget_images_begin_one_by_one_until_one_has_cost_something(
+    applies, build_applier, library, catalogue, ledger, process
+):
     recipes = change("metadata", Recipe("openai", "m2", "prompt-1"))
-    steps = planning.plan(plans, ledger, recipes, {}, "off")
-    assert "the cost of metadata is unknown" in planning.explain_unknown_cost(steps)
-    ledger.record(call("m2", 800, 60, 0.002))
-    steps = planning.plan(plans, ledger, recipes, {}, "off")
-    assert planning.explain_unknown_cost(steps) is None
+    applier = build_applier(recipes)
+    applies.start(recipes, budget_usd=1)
+    for image_id in library[:2]:  # their answers are kept: they cost nothing
+        for _ in range(2):
+            applier.feed()
+            assert list_waiting(catalogue) == [image_id]
+        process(image_id, recipes)
+    applier.feed()
+    ledger.record(replace(call("m2", 800, 60, 0.01), image_id=library[2]))
+    applier.feed()
+    assert list_waiting(catalogue) == library[2:]
+
+
+@pytest.mark.parametrize("prices", [{}, {"m2": (0.0, 0.0), "e": (0.0, 0.0)}])
+def test_a_budget_keeps_no_image_waiting_that_costs_nothing(
+    applies, build_applier, library, catalogue, process, prices
+):
+    model = {"metadata": Recipe("openai", "m2")} if prices else {}
+    recipes = change("variants", Recipe("local", "pillow", "other")) | model
+    catalogue.accept([Upload(library[0])])  # it waits, and needs a call
+    applier = build_applier(recipes, prices)
+    applies.start(recipes, budget_usd=1)
+    applier.feed()
+    assert catalogue.count()["pending"] == 5
+
+
+@pytest.mark.parametrize("budget_usd", [1e308, math.inf])  # earlier versions took these
+def test_a_budget_without_end_keeps_no_apply_from_going_on(
+    applies, build_applier, library, catalogue, ledger, process, budget_usd
+):
+    recipes = change("metadata", Recipe("openai", "m2", "prompt-1"))
+    applier = build_applier(recipes)
+    applies.start(recipes, budget_usd=budget_usd)
+    applier.feed()
+    ledger.record(replace(call("m2", 800, 60, 0.01), image_id=library[0]))
+    process(library[0], recipes)
+    applier.feed()
+    assert list_waiting(catalogue) == library[1:]
+
+
+@pytest.mark.parametrize("assets", [["metadata"], ["variants"], []])
+def test_a_budget_needs_to_know_what_all_costs_that_its_images_get(
+    library, build_applier, plans, ledger, catalogue, assets
+):
+    def start(prices):
+        build_applier(recipes, prices).start(assets, None, 1)
+
+    recipes = change("metadata", Recipe("openai", "m2", "prompt-1"))
+    recipes["variants"] = Recipe("local", "pillow", "other")
+    catalogue.accept([Upload("new")])  # no apply begins it
+    with pytest.raises(UnknownCostError, match="the cost of metadata and embedding is unknown"):
+        start({})
+    with pytest.raises(UnknownCostError, match="the cost of embedding is unknown"):
+        start({"m2": (1.0, 1.0)})
+    ledger.record(replace(call("e", 800, 0, 0.002), stage="embedding", provider="openrouter"))
+    start({"m2": (1.0, 1.0)})
+
+
+def test_a_budget_needs_no_price_of_what_no_image_needs(library, build_applier, catalogue):
+    recipes = change("variants", Recipe("local", "pillow", "other"))
+    catalogue.accept([Upload("new")])
+    build_applier(recipes).start([], None, 1)
+
+
+def test_a_plan_of_some_assets_counts_what_their_images_get_besides(
+    plans, library, ledger, process, catalogue
+):
+    recipes = change("metadata", Recipe("openai", "m2", "prompt-1"))
+    recipes["variants"] = Recipe("local", "pillow", "other")
+    catalogue.accept([Upload(library[0])])
+    process(library[0], recipes | {"metadata": RECIPES["metadata"]})  # needs no variants
+    steps = planning.plan(plans, ledger, recipes, {}, "off", assets=["variants"])
+    assert [(step.asset, step.images, step.calls) for step in steps] == [
+        ("variants", 4, 0),
+        ("metadata", 4, 4),
+    ]
 
 
 def test_an_apply_to_a_stack_with_other_settings_stops(applies, library, catalogue, carry_out):

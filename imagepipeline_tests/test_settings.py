@@ -51,6 +51,18 @@ def test_a_limit_for_a_name_that_no_tenant_can_have_is_refused(name):
     assert Settings.load({f"IMAGEPIPELINE_{name}": '{"*": 1, "acme": 5}'})
 
 
+@pytest.mark.parametrize("usd", ["Infinity", "NaN", "1e308", "-1"])
+def test_a_budget_or_price_that_nobody_could_mean_is_refused(usd):
+    for name, value in {
+        "DAILY_BUDGET_USD": usd,
+        "MONTHLY_BUDGET_USD": usd,
+        "TENANT_DAILY_BUDGETS_USD": f'{{"acme": {usd}}}',
+        "PRICES": f'{{"m": [{usd}, 0]}}',
+    }.items():
+        with pytest.raises(SettingsError, match=f"IMAGEPIPELINE_{name}"):
+            Settings.load({f"IMAGEPIPELINE_{name}": value})
+
+
 def test_one_error_names_all_malformed_settings():
     with pytest.raises(SettingsError, match=r"REDIS_PORT.*OPENAI_BASE_URL"):
         Settings.load({"REDIS_PORT": "x", "OPENAI_BASE_URL": "y"})

@@ -19,6 +19,7 @@ from imagepipeline.commands.shared import (
     to_text,
     with_settings,
 )
+from imagepipeline.models import MAX_COUNT
 from imagepipeline.opening import open_events
 from imagepipeline.settings import Settings
 from imagepipeline.text import to_json
@@ -37,7 +38,10 @@ MAX_LINE = 160  # characters
 @click.argument("image_id", required=False, type=to_text, metavar="[ID]")
 @click.option("--follow", is_flag=True, help="Also show what happens from now on.")
 @click.option(
-    "--since", type=click.IntRange(0), metavar="SEQ", help="Only events after this number, all."
+    "--since",
+    type=click.IntRange(0, MAX_COUNT),
+    metavar="SEQ",
+    help="Only events after this number, all.",
 )
 @click.option("--dead", is_flag=True, help="Only what the webhook has not taken within a day.")
 @click.option("--resend", is_flag=True, help="Send the listed events to the webhook again.")

@@ -1,9 +1,10 @@
 """Commands about model changes: plan, apply."""
 
 import contextlib
+import os
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from itertools import islice
 from pathlib import Path
@@ -16,18 +17,26 @@ from imagepipeline.commands.shared import (
     EXIT_FAILED,
     MAX_LISTED,
     json_option,
+    note,
     say,
     to_text,
     with_settings,
 )
-from imagepipeline.errors import ApplyBusyError, ImagePipelineError, InvalidFilterError
+from imagepipeline.errors import (
+    ApplyBusyError,
+    ImagePipelineError,
+    InvalidFilterError,
+    UnknownCostError,
+)
 from imagepipeline.filters import FIELDS, Filter
-from imagepipeline.models import ASSETS, Recipe, now_utc
+from imagepipeline.models import ASSETS, MAX_COUNT, Recipe
 from imagepipeline.opening import open_catalogue
+from imagepipeline.prices import MAX_USD
 from imagepipeline.settings import Settings
 from imagepipeline.text import to_json
 
 if TYPE_CHECKING:  # it takes as long to import as all else
+    from imagepipeline.batch_calls import Fetched
     from imagepipeline.planning import Step
     from imagepipeline.sampling import Sample
     from imagepipeline.stores.applies import Applies
@@ -41,7 +50,8 @@ asset_option = click.option(
     "assets",
     multiple=True,
     type=click.Choice(ASSETS),
-    help="Only this asset; may be given several times.",
+    help="Only images that need this asset; may be given several times. An image that begins gets "
+    "everything it needs.",
 )
 
 
@@ -63,6 +73,13 @@ where_option = click.option(
 )
 
 
+def _check_page(_: click.Context, __: click.Parameter, page: Path | None) -> Path | None:
+    """Finds out before anything is paid for whether the page can be written."""
+    if page and not (page.parent.is_dir() and os.access(page.parent, os.W_OK)):
+        raise click.BadParameter(f"{str(page.parent)!r:.200} is no folder that can be written to")
+    return page
+
+
 @click.command(epilog=EPILOG)
 @click.argument("image_id", required=False, type=to_text)
 @asset_option
@@ -78,7 +95,8 @@ where_option = click.option(
 @click.option("--seed", type=int, help="Draw another sample: 1, 2, 3 … [default: 0]")
 @click.option(
     "--page",
-    type=click.Path(dir_okay=False, path_type=Path),
+    type=click.Path(dir_okay=False, writable=True, path_type=Path),
+    callback=_check_page,
     help="Also write the sample to this file, a web page with the pictures.",
 )
 @click.option("--discard", is_flag=True, help="Keep no answer of the sample for `apply`.")
@@ -102,11 +120,13 @@ def plan(
     """
     from imagepipeline import display, planning
     from imagepipeline.providers import build_recipes
+    from imagepipeline.stores.batches import Batches
 
     if not count and (seed is not None or page or discard):
         raise click.UsageError("--seed, --page and --discard need --sample")
     catalogue = open_catalogue(settings)
-    recipes = planning.select_recipes(build_recipes(settings), assets)
+    all_recipes = build_recipes(settings)
+    recipes = planning.select_recipes(all_recipes, assets)
     if image_id is not None:
         if where.conditions or count:
             raise click.UsageError("give an IMAGE_ID, or --where and --sample")
@@ -127,12 +147,24 @@ def plan(
         if any(trial.error for trial in sample.trials):
             sys.exit(EXIT_FAILED)
         return
-    steps = make_plan(settings, recipes, where)
+    steps = make_plan(settings, all_recipes, where, assets)
+    batches = Batches(settings.database_url)
+    if problem := planning.explain_open_batches(batches, all_recipes):
+        note(problem)
     if not steps and not as_json:
         say("All results are what today's settings would make.")
         return
-    columns = ("asset", "cause", "images", "calls", "cost_usd", "minutes")
-    display.show_rows([asdict(step) for step in steps], columns, as_json)
+    if others := dict.fromkeys(step.asset for step in steps if step.asset not in recipes):
+        note(
+            f"an image that begins gets everything it needs: these need {' and '.join(others)}, too"
+        )
+    rows = [
+        asdict(step) | {"in_batches": batches.count_open(step.asset, all_recipes[step.asset])}
+        for step in steps
+    ]
+    shown = ("asset", "cause", "images", "calls", "cost_usd", "minutes")
+    columns = (*shown, "tokens_in", "tokens_out", "in_batches")
+    display.show_rows(rows, columns if as_json else shown, as_json)
 
 
 def make_sample(
@@ -161,7 +193,9 @@ def make_sample(
     return Sample(trials, plans.count_images(recipes, where))
 
 
-def make_plan(settings: Settings, recipes: Mapping[str, Recipe], where: Filter) -> "list[Step]":
+def make_plan(
+    settings: Settings, recipes: Mapping[str, Recipe], where: Filter, assets: Sequence[str]
+) -> "list[Step]":
     """What these images need, at the present prices and rate limits."""
     from imagepipeline import planning
     from imagepipeline.providers import open_limiter
@@ -171,13 +205,19 @@ def make_plan(settings: Settings, recipes: Mapping[str, Recipe], where: Filter) 
     with open_limiter(settings) as limiter:
         rate_limits = limiter.get_limits()
     plans, ledger = Plans(settings.database_url), Ledger(settings.database_url)
-    return planning.plan(plans, ledger, recipes, settings.all_prices, rate_limits, where)
+    return planning.plan(plans, ledger, recipes, settings.all_prices, rate_limits, where, assets)
+
+
+def _check_budget(_: click.Context, __: click.Parameter, usd: float | None) -> float | None:
+    if usd is not None and not 0 < usd <= MAX_USD:  # neither is NaN
+        raise click.BadParameter(f"{usd:g} is not more than 0 and at most {MAX_USD:,} US dollars")
+    return usd
 
 
 @click.command(epilog=EPILOG)
-@click.option("--limit", type=click.IntRange(min=1), help="Stop after this many images.")
+@click.option("--limit", type=click.IntRange(1, MAX_COUNT), help="Stop after this many images.")
 @click.option(
-    "--budget", type=click.FloatRange(min=0, min_open=True), help="Stop after this many US dollars."
+    "--budget", type=float, callback=_check_budget, help="Stop after this many US dollars."
 )
 @asset_option
 @click.option("--stop", "is_stopped", is_flag=True, help="End the apply that is under way.")
@@ -210,8 +250,7 @@ def apply(
     """
     from imagepipeline import display, planning
     from imagepipeline.providers import build_recipes
-    from imagepipeline.stores.applies import Applies
-    from imagepipeline.stores.ledger import Ledger
+    from imagepipeline.stores.applies import Applies, ApplyProgress
     from imagepipeline.stores.plans import Plans
 
     catalogue = open_catalogue(settings)
@@ -226,24 +265,29 @@ def apply(
     if batch and "metadata" not in recipes:
         raise click.UsageError("--batch asks about pictures, so it needs --asset metadata, too")
     await_turn(applies)
+    applier = planning.build_applier(settings)
     if budget:
-        planned = make_plan(settings, recipes, where)
-        if problem := planning.explain_unknown_cost(planned):
-            raise click.UsageError(problem)
+        try:
+            applier.check_costs(assets, where)
+        except UnknownCostError as error:
+            raise click.UsageError(str(error)) from None
+    spent_usd, problem = 0.0, ""
     if batch:
-        ledger, since = Ledger(settings.database_url), now_utc()
-        limit = fetch_batches(settings, catalogue, recipes, where, limit, budget)
-        budget = None if budget is None else budget - ledger.sum_cost_usd(since)
+        fetched = fetch_batches(settings, catalogue, recipes, where, limit, budget)
+        limit, spent_usd = fetched.images, fetched.spent_usd
         if not limit:
-            say("Nothing is planned, or the budget allows no call.", err=True)
-            return
-        if budget is not None and budget <= 0:
-            say("The budget is used up; the next apply uses the answers that are paid.", err=True)
-            return
-    total = plans.count_images(recipes, where)
-    begun = applies.start(recipes, limit, budget, where, planning.LEASE_SECONDS)
-    with contextlib.closing(planning.follow(applies, begun)) as steps:
-        *_, last = display.follow_apply(steps, min(total, limit or total))
+            problem = "Nothing is planned, or the budget allows no call."
+        elif budget is not None and spent_usd >= budget:
+            problem = "The budget is used up; the next apply uses the answers that are paid."
+    if problem:
+        say(problem, err=True)
+        last = ApplyProgress(0, 0, 0, round(spent_usd, 6))
+    else:
+        begun, total = applier.start(
+            assets, limit, budget, where, planning.LEASE_SECONDS, spent_usd
+        )
+        with contextlib.closing(planning.follow(applies, begun)) as steps:
+            *_, last = display.follow_apply(steps, min(total, limit or total))
     display.show_rows([asdict(last)], tuple(asdict(last)), as_json)
     if last.failed:
         sys.exit(EXIT_FAILED)
@@ -295,8 +339,8 @@ def fetch_batches(
     where: Filter,
     limit: int | None,
     budget: float | None,
-) -> int:
-    """Fetches answers in batches, and shows progress; gives the number of images to apply."""
+) -> "Fetched":
+    """Fetches answers in batches, and shows progress; gives the last."""
     from imagepipeline import display
     from imagepipeline.batch_calls import open_batch_calls
 
@@ -306,7 +350,7 @@ def fetch_batches(
         except KeyboardInterrupt:
             say("Open batches go on at the provider: `apply --batch` continues.", err=True)
             raise
-    return last.images
+    return last
 
 
 def stop_apply(applies: "Applies", dry_run: bool, as_json: bool) -> None:

@@ -32,10 +32,11 @@ from imagepipeline.errors import PostponedError
 from imagepipeline.filters import Filter
 from imagepipeline.imaging.variants import Renderer
 from imagepipeline.index import EmbeddingStore
-from imagepipeline.models import ASSETS, BULK_PRIORITY, Claim, Recipe
+from imagepipeline.models import ASSETS, BULK_PRIORITY, MAX_COUNT, Claim, Recipe
 from imagepipeline.originals import Originals
 from imagepipeline.paid_calls import PaidCalls
 from imagepipeline.planning import Applier
+from imagepipeline.prices import MAX_USD
 from imagepipeline.services.embedder import Embedder
 from imagepipeline.services.vision import VisionModel
 from imagepipeline.storage import Storage
@@ -379,11 +380,19 @@ class AssetName(Enum):
 class ApplyConfig(dg.Config):
     """What a person asks to be made of the plan."""
 
-    limit: int | None = Field(None, ge=1, description="Stop after this many images.")
+    limit: int | None = Field(None, ge=1, le=MAX_COUNT, description="Stop after this many images.")
     budget_usd: float | None = Field(
-        None, gt=0, description="Begin no more images after this many US dollars."
+        None,
+        gt=0,
+        le=MAX_USD,
+        allow_inf_nan=False,
+        description="Begin no more images after this many US dollars.",
     )
-    assets: list[AssetName] = Field([], description="Only these assets; none means all.")
+    assets: list[AssetName] = Field(
+        [],
+        description="Only images that need one of these; none means all. Those that begin get "
+        "everything they need.",
+    )
     where: list[str] = Field([], description="Only these images, such as `category=animal`.")
 
 

@@ -30,7 +30,7 @@ class Apply:
         conditions: which images it may begin: JSON of `Filter.to_list`.
         begun_count: the images begun so far.
         last_id: the last of them; images begin in the order of their IDs.
-        spent_usd: what paid calls for its images have cost so far.
+        spent_usd: what paid calls for its images have cost so far, in batches before, too.
     """
 
     id: int
@@ -100,6 +100,7 @@ class Applies:
         budget_usd: float | None = None,
         where: Filter = ALL,
         lease_seconds: float | None = None,
+        spent_usd: float = 0,
     ) -> Apply:
         """Opens an apply of images that need one of these recipes.
 
@@ -109,6 +110,7 @@ class Applies:
             budget_usd: US dollars after which it begins no more; None for no limit.
             where: which images it may begin.
             lease_seconds: it ends unless `renew` is called as often; None if it need not be.
+            spent_usd: what its batches have cost.
 
         Raises:
             ApplyBusyError: another one is open.
@@ -129,7 +131,7 @@ class Applies:
                     recipes={asset: recipe.version for asset, recipe in recipes.items()},
                     begun_count=0,
                     last_id="",
-                    spent_usd=0,
+                    spent_usd=spent_usd,
                 )
                 .returning(applies.c.id)
             ).scalar_one()
@@ -148,12 +150,23 @@ class Applies:
         return Apply(*row) if row else None
 
     def renew(self, apply_id: int, lease_seconds: float) -> None:
-        """Extends an apply's lease."""
+        """Extends an apply's lease, unless it begins no more images.
+
+        Raises:
+            ApplyBusyError: its lease had expired, and another apply is open since.
+        """
         expires_at = _expire(self._clock(), lease_seconds)
+        still_begins = (applies.c.id == apply_id, applies.c.ended_at.is_(None))
         with self._database.transaction() as connection:
-            connection.execute(
-                sa.update(applies).where(applies.c.id == apply_id).values(expires_at=expires_at)
+            other = connection.execute(self._select_open().where(applies.c.id != apply_id)).first()
+            renewed = connection.execute(
+                sa.update(applies).where(*still_begins).values(expires_at=expires_at)
             )
+            if other is not None and renewed.rowcount:  # the exception undoes it
+                raise ApplyBusyError(
+                    "this apply stood still for so long that another one began: "
+                    + Apply(*other).explain_busy()
+                )
 
     def end(self, apply_id: int, reason: str) -> None:
         """Lets an apply begin no more images; those that have begun end by themselves."""

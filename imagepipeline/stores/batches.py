@@ -14,7 +14,7 @@ from imagepipeline.errors import BatchBusyError
 from imagepipeline.models import PaidCall, Recipe, now_utc
 from imagepipeline.stores.database import Database
 from imagepipeline.stores.ledger import write_call
-from imagepipeline.stores.tables import batch_requests, provider_batches
+from imagepipeline.stores.tables import batch_requests, provider_batches, provider_calls
 
 SENDING = "sending"  # the state of a batch that the provider may not know yet
 LOCK = "imagepipeline batches"
@@ -131,6 +131,10 @@ class Batches:
         with self._database.reading() as connection:
             return [SentBatch(*row) for row in connection.execute(query)]
 
+    def count_open(self, stage: str, recipe: Recipe) -> int:
+        """How many questions the open batches of a stage and model ask."""
+        return sum(batch.requests for batch in self.list_open(stage, recipe))
+
     def is_asked(self, key: str) -> bool:
         """Whether an open batch asks this question."""
         with self._database.reading() as connection:
@@ -194,6 +198,17 @@ class Batches:
         query = sa.select(sa.func.coalesce(sa.func.sum(batches.answered), 0))
         with self._database.reading() as connection:
             return int(connection.execute(query.where(batches.seq.in_(seqs))).scalar_one())
+
+    def sum_cost_usd(self, seqs: Sequence[int]) -> float:
+        """What the calls of these batches have cost in US dollars, as far as it is known."""
+        batches, calls = provider_batches.c, provider_calls.c
+        # There is an index of the calls by their time alone.
+        first = sa.select(sa.func.min(batches.created_at)).where(batches.seq.in_(seqs))
+        query = sa.select(sa.func.sum(calls.cost_usd)).where(
+            calls.at >= first.scalar_subquery(), calls.batch.in_(seqs)
+        )
+        with self._database.reading() as connection:
+            return float(connection.execute(query).scalar_one() or 0)
 
 
 @contextmanager

@@ -2,8 +2,9 @@
 
 import random
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import sqlalchemy as sa
 
@@ -35,9 +36,7 @@ class Plans:
 
     def count_outdated(self, recipes: Mapping[str, Recipe], where: Filter = ALL) -> list[Outdated]:
         """Counts results by asset and cause; all images count, whatever their status."""
-        columns = (MADE.asset, MADE.provider, MADE.model, MADE.settings, MADE.is_stale)
-        # In the order of the index, so that the database need not sort.
-        query = sa.select(*columns, sa.func.count().label("count")).group_by(*columns)
+        query = _count_results()
         count = sa.select(sa.func.count()).select_from(images)
         if conditions := self._build(where):
             query = query.join(images, images.c.id == MADE.image_id).where(*conditions)
@@ -45,14 +44,27 @@ class Plans:
         with self._database.reading() as connection:
             groups = connection.execute(query).mappings().all()
             total = connection.execute(count).scalar_one()
-        counts: dict[tuple[str, str], int] = {}
-        for asset in recipes:
+        found = []
+        for asset, recipe in recipes.items():
             made = [group for group in groups if group["asset"] == asset]
-            counts[asset, MISSING] = total - sum(group["count"] for group in made)
-            for group in made:
-                if cause := find_cause({**group}, recipes[asset]):
-                    counts[asset, cause] = counts.get((asset, cause), 0) + group["count"]
-        return [Outdated(*key, count) for key, count in counts.items() if count]
+            if missing := total - sum(group["count"] for group in made):
+                found.append(Outdated(asset, MISSING, missing))
+            found += _sum_by_cause(asset, recipe, made)
+        return found
+
+    def count_others(
+        self, others: Mapping[str, Recipe], recipes: Mapping[str, Recipe], where: Filter = ALL
+    ) -> list[Outdated]:
+        """Counts what the images that `list_outdated` lists for some recipes need of other ones."""
+        begun = self._select_outdated(recipes, where)
+        with self._database.reading() as connection:
+            query = _count_results().where(MADE.image_id.in_(begun), MADE.asset.in_([*others]))
+            groups = connection.execute(query).mappings().all()
+        return [
+            one
+            for asset, recipe in others.items()
+            for one in _sum_by_cause(asset, recipe, [g for g in groups if g["asset"] == asset])
+        ]
 
     def count_all(self) -> int:
         """The number of images, whatever their status."""
@@ -79,10 +91,12 @@ class Plans:
         with self._database.reading() as connection:
             return list(connection.execute(query).scalars())
 
-    def iterate_outdated(self, recipes: Mapping[str, Recipe], where: Filter = ALL) -> Iterator[str]:
+    def iterate_outdated(
+        self, recipes: Mapping[str, Recipe], where: Filter = ALL, except_tenants: Sequence[str] = ()
+    ) -> Iterator[str]:
         """All images that `list_outdated` lists, read a few hundred at a time."""
         last_id = ""
-        while found := self.list_outdated(recipes, last_id, READ_TOGETHER, where):
+        while found := self.list_outdated(recipes, last_id, READ_TOGETHER, where, except_tenants):
             yield from found
             last_id = found[-1]
 
@@ -147,6 +161,23 @@ class Plans:
 
     def _build(self, where: Filter) -> list[sa.ColumnElement[bool]]:
         return build_conditions(where, self._database.engine.dialect.name == "postgresql")
+
+
+def _count_results() -> sa.Select[tuple[object, ...]]:
+    """The number of results by what made them."""
+    columns = (MADE.asset, MADE.provider, MADE.model, MADE.settings, MADE.is_stale)
+    # In the order of the index, so that the database need not sort.
+    return sa.select(*columns, sa.func.count().label("count")).group_by(*columns)
+
+
+def _sum_by_cause(
+    asset: str, recipe: Recipe, groups: Iterable[Mapping[Any, Any]]
+) -> list[Outdated]:
+    counts = Counter[str]()
+    for group in groups:
+        if cause := find_cause({**group}, recipe):
+            counts[cause] += group["count"]
+    return [Outdated(asset, cause, count) for cause, count in counts.items()]
 
 
 def _is_outdated(recipes: Mapping[str, Recipe]) -> sa.ColumnElement[bool]:

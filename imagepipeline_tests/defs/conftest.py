@@ -20,6 +20,7 @@ from imagepipeline.planning import Applier
 from imagepipeline.services.embedder import LocalEmbedder
 from imagepipeline.services.vision import LocalVision
 from imagepipeline.stores.applies import Applies
+from imagepipeline.stores.batches import Batches
 from imagepipeline.stores.broker import TaskQueue
 from imagepipeline.stores.ledger import Ledger
 from imagepipeline.stores.limiter import CallLimiter
@@ -75,10 +76,10 @@ RECIPES = {
 
 
 @pytest.fixture
-def applier(sqlite_catalogue_url, catalogue):
+def applier(sqlite_catalogue_url, catalogue, ledger):
     """Carries out applies, by the recipes of the offline models."""
     applies, plans = Applies(sqlite_catalogue_url), Plans(sqlite_catalogue_url)
-    return Applier(applies, plans, catalogue, RECIPES)
+    return Applier(applies, plans, catalogue, ledger, Batches(sqlite_catalogue_url), RECIPES)
 
 
 @pytest.fixture

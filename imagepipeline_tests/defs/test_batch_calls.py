@@ -10,7 +10,7 @@ import sqlalchemy as sa
 from click.testing import CliRunner
 from werkzeug import Response
 
-from imagepipeline import batch_calls
+from imagepipeline import batch_calls, planning
 from imagepipeline.batch_calls import open_batch_calls
 from imagepipeline.cli import cli
 from imagepipeline.errors import BatchBusyError, BatchError, PausedError
@@ -259,6 +259,78 @@ def test_a_budget_limits_what_is_sent(fetch, provider, library, sqlite_catalogue
     ledger.resume()
     monkeypatch.setenv("IMAGEPIPELINE_DAILY_BUDGET_USD", "0.0251")
     assert fetch().requests == 0
+
+
+def record(ledger, image_id, cost_usd):
+    model = Settings.load().vision_model
+    ledger.record(
+        PaidCall(image_id, 1, "metadata", "openai", model, "answered", 800, 60, cost_usd, 2.0, 0.0)
+    )
+
+
+def test_images_of_a_tenant_whose_budget_is_spent_are_passed_over(
+    fetch, provider, catalogue, library, sqlite_catalogue_url, monkeypatch
+):
+    catalogue.accept([Upload("cat", tenant="acme")])
+    catalogue.finish(catalogue.claim("cat", 2, "run"))
+    monkeypatch.setenv("IMAGEPIPELINE_TENANT_DAILY_BUDGETS_USD", '{"acme": 0.01}')
+    record(Ledger(sqlite_catalogue_url), "cat", 0.02)
+    last = fetch()
+    assert (last.images, last.requests) == (3, 3)
+    assert {call[0] for call in read_calls(sqlite_catalogue_url) if call[3]} == {*NAMES} - {"cat"}
+
+
+def test_a_budget_counts_what_the_batches_cost_and_no_other_calls(
+    environment, provider, catalogue, library, sqlite_catalogue_url, monkeypatch
+):
+    ledger, advance = Ledger(sqlite_catalogue_url), provider.advance
+    record(ledger, "earlier", 2 * HALF_PRICE)
+
+    def record_upload(batch):
+        record(ledger, "upload", 2 * HALF_PRICE)
+        return advance(batch)
+
+    def apply(budget_usd, *options):
+        arguments = ["apply", "--batch", "--json", "--budget", str(budget_usd), *options]
+        result = CliRunner().invoke(cli, arguments, catch_exceptions=False)
+        [row] = json.loads(result.stdout)
+        return row["spent_usd"], result.stderr.splitlines()[-1]
+
+    def follow(applies, apply):
+        begun.append(apply)
+        applies.end(apply.id, planning.STOPPED)
+        yield applies.measure(apply.id)
+
+    begun = []
+    monkeypatch.setattr(planning, "follow", follow)
+    provider.advance = record_upload
+    monkeypatch.setattr(batch_calls, "MAX_REQUESTS", 1)
+    assert apply(3.9 * HALF_PRICE)[0] == pytest.approx(3 * HALF_PRICE)
+    assert (begun[0].budget_usd, begun[0].max_images) == (3.9 * HALF_PRICE, 3)
+    for _ in range(20):
+        record(ledger, "cheap", 0.1 * HALF_PRICE)
+    spent_usd, said = apply(0.9 * HALF_PRICE)
+    assert spent_usd == pytest.approx(HALF_PRICE)
+    assert said == "The budget is used up; the next apply uses the answers that are paid."
+    nothing = "Nothing is planned, or the budget allows no call."
+    assert apply(1, "--where", "id=nobody") == (0, nothing)
+    assert len(begun) == 1
+
+
+def test_a_plan_says_what_open_batches_ask_and_an_apply_waits_for_them(
+    environment, provider, catalogue, library
+):
+    settings = Settings.load()
+    with open_batch_calls(settings, catalogue) as calls:
+        steps = calls.fetch(build_recipes(settings))
+        next(steps)
+        steps.close()  # Ctrl-C
+    planned = CliRunner().invoke(cli, ["plan", "--asset", "metadata", "--json"])
+    assert [row["in_batches"] for row in json.loads(planned.stdout)] == [4, 0, 0]
+    assert "Note: batches with 4 questions are open at the provider" in planned.stderr
+    refused = CliRunner().invoke(cli, ["apply"]).exception
+    assert isinstance(refused, BatchBusyError)
+    assert "continue with `imagepipeline apply --batch`" in str(refused)
 
 
 @pytest.mark.parametrize(

@@ -1,6 +1,7 @@
 """Runs of the bulk lane: each image is claimed, tried and ended by itself."""
 
 import hashlib
+import math
 import os
 import signal
 import threading
@@ -14,10 +15,11 @@ import pytest
 import sqlalchemy as sa
 from dagster._core.definitions.data_version import CachingStaleStatusResolver, StaleStatus
 from dagster._core.loader import LoadingContextForTest
+from pydantic import ValidationError
 
 from imagepipeline.definitions import NICEST, defs
 from imagepipeline.defs import batches
-from imagepipeline.defs.batches import apply_plan, process_batch
+from imagepipeline.defs.batches import ApplyConfig, apply_plan, process_batch
 from imagepipeline.defs.outcomes import ORIGINAL
 from imagepipeline.errors import ApplyBusyError, ProviderUnavailableError
 from imagepipeline.imaging.decoding import Rules, decode
@@ -251,6 +253,14 @@ def test_threads_claim_different_images(catalogue_url, uploads_left, expected):
             )
     claimed = [claim.image_id for claim in claims if claim]
     assert sorted(claimed) == [f"i{number:02}" for number in range(20 - expected, 20)]
+
+
+@pytest.mark.parametrize(
+    "config", [{"budget_usd": usd} for usd in (math.inf, math.nan, 1e308)] + [{"limit": 2**31}]
+)
+def test_the_apply_job_refuses_a_number_that_nothing_can_hold(config):
+    with pytest.raises(ValidationError, match=next(iter(config))):
+        ApplyConfig(**config)
 
 
 def test_the_apply_job_opens_an_apply(instance, applier, catalogue, sqlite_catalogue_url):

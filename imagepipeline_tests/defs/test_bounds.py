@@ -15,6 +15,7 @@ from imagepipeline.models import Recipe, Upload, now_utc
 from imagepipeline.paid_calls import PaidCalls
 from imagepipeline.planning import Applier
 from imagepipeline.stores.applies import Applies
+from imagepipeline.stores.batches import Batches
 from imagepipeline.stores.catalogue import Catalogue
 from imagepipeline.stores.database import Database
 from imagepipeline.stores.events import EventLog
@@ -74,7 +75,9 @@ def test_nothing_scans(catalogue_url, queue, instance, limiter, tasks):
     now = now_utc()
     catalogue, ledger = Catalogue(catalogue_url), Ledger(catalogue_url)
     plans, retention = Plans(catalogue_url), Retention(catalogue_url)
-    applier = Applier(Applies(catalogue_url), plans, catalogue, RECIPES)
+    applier = Applier(
+        Applies(catalogue_url), plans, catalogue, ledger, Batches(catalogue_url), RECIPES
+    )
     paid_calls = PaidCalls(ledger, limiter, {}, daily_budget_usd=1e6)
     statements = Statements(catalogue_url)
     resources = {

@@ -179,3 +179,20 @@ def test_a_sample_is_shown_in_the_terminal_and_on_a_page_that_loads_nothing(
     assert errors["cat"] == "there is no original/cat.* below the storage root"
     assert errors["coffee"] is None
     assert CliRunner().invoke(cli, ["plan", "--discard"]).exit_code == 2
+
+
+def test_a_sample_that_fails_says_what_it_has_paid(plan, provider, httpserver, tmp_path):
+    httpserver.clear()
+    httpserver.expect_request("/v1/chat/completions").respond_with_handler(provider)
+    httpserver.expect_request("/v1/embeddings").respond_with_data("no", 400)
+    missing = str(tmp_path / "missing" / "sample.html")
+    refused = CliRunner().invoke(cli, ["plan", "--sample", "1", "--page", missing])
+    assert refused.exit_code == 2
+    assert "is no folder that can be written to" in refused.output
+    assert not provider.calls
+    result = CliRunner().invoke(cli, ["plan", "--sample", "1", "--json"], catch_exceptions=False)
+    assert (result.exit_code, provider.calls) == (1, {"metadata": 1})
+    sample = json.loads(result.stdout)
+    [image] = sample["images"]
+    assert image["error"]
+    assert sample["paid_usd"] == image["cost_usd"] == pytest.approx(800 * 0.15e-6 + 60 * 0.6e-6)
