@@ -21,9 +21,16 @@ from rich.table import Table
 
 from imagepipeline.errors import ImagePipelineError
 from imagepipeline.imaging.decoding import Rules, decode
+from imagepipeline.imaging.inspection import choose_compared
 from imagepipeline.imaging.preparation import prepare
 from imagepipeline.imaging.sandbox import Sandbox
 from imagepipeline.imaging.variants import render_and_inspect
+from imagepipeline.imaging.verification import (
+    ImpossibleAnswerError,
+    verify_own_inspections,
+    verify_prepared,
+    verify_variants,
+)
 from imagepipeline.models import Variant, build_variant_specs
 
 SAMPLES = Path(__file__).parent / "samples"
@@ -1240,7 +1247,7 @@ class Result:
     """The result for a file.
 
     Attributes:
-        outcome: see `Case`.
+        outcome: see `Case`; `distrusted` if the sandbox's answer cannot be true.
         sentence: the error message, or "".
         cpu_seconds: CPU time used.
         peak_bytes: peak memory of the decoding process.
@@ -1255,18 +1262,25 @@ class Result:
 
 
 DEFAULT_SANDBOX, DEFAULT_RULES = Sandbox(), Rules()
+SPECS = build_variant_specs()
 
 
 def process(
     content: bytes, sandbox: Sandbox = DEFAULT_SANDBOX, rules: Rules = DEFAULT_RULES
 ) -> Result:
-    """Processes a file as the assets process an original."""
+    """Processes a file as the assets process an original, and distrusts the sandbox as they do."""
     try:
         with sandbox.open(decode, content, rules) as session:
-            _, preparing = session.call(prepare)
-            (made, _), encoding = session.call(render_and_inspect, build_variant_specs(), True)
+            prepared, preparing = session.call(prepare)
+            verify_prepared(prepared, rules, None)
+            arguments = SPECS, True, choose_compared(SPECS)
+            (made, found), encoding = session.call(render_and_inspect, *arguments)
+            verify_variants(made, SPECS, (prepared.facts.width, prepared.facts.height))
+            verify_own_inspections(found, made, arguments[2])
     except ImagePipelineError as error:
         return Result(getattr(error, "reason", "unexpected"), str(error))
+    except ImpossibleAnswerError as error:
+        return Result("distrusted", f"what the sandbox said of it cannot be true: {error}")
     cpu_seconds = session.usage.cpu_seconds + preparing.cpu_seconds + encoding.cpu_seconds
     return Result("completed", "", cpu_seconds, encoding.peak_bytes, tuple(made))
 

@@ -17,13 +17,16 @@ from imagepipeline.errors import (
 from imagepipeline.imaging import exif, jpeg
 from imagepipeline.imaging.color import ColorSpace
 from imagepipeline.imaging.drawing import Drawn, draw
-from imagepipeline.imaging.limits import Rules, check_profile, find_scale
+from imagepipeline.imaging.limits import (
+    MAX_JPEG_REDUCTION,
+    Rules,
+    check_profile,
+    find_scale,
+    max_original_pixels,
+)
 from imagepipeline.imaging.readers.source import Picture, Source, miss_start, open_image, to_picture
 
 EXTRANEOUS = re.compile(r"(\d+) extraneous bytes before marker 0xd9")
-# A JPEG is decoded at one to eight eighths of its size. All of its coded data is read even then, so
-# it may have at most this many times the pixels that may be decoded.
-MAX_JPEG_REDUCTION = 5
 
 
 def read_jpeg(content: bytes, rules: Rules) -> Source:
@@ -33,8 +36,9 @@ def read_jpeg(content: bytes, rules: Rules) -> Source:
         raise miss_start("JPEG")
     profile = check_profile(found.profile, rules)
     width, height = found.width, found.height
-    if width * height > MAX_JPEG_REDUCTION * rules.max_pixels:
-        limit = f"{MAX_JPEG_REDUCTION * rules.max_pixels / 1e6:g} megapixels"
+    most = max_original_pixels("JPEG", rules)
+    if width * height > most:
+        limit = f"{most / 1e6:g} megapixels"
         setting = f"{MAX_JPEG_REDUCTION} x IMAGEPIPELINE_MAX_PIXELS"
         raise LimitError(
             f"the original is {width} x {height} px, the limit for a JPEG is {limit} ({setting})"
