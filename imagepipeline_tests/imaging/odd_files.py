@@ -304,7 +304,8 @@ def many_frames() -> Iterator[Case]:
 def heif_samples() -> Iterator[Case]:
     """Yields HEIC files made with pillow-heif, because no library used here can write HEIC."""
     for path in sorted(SAMPLES.glob("*.heic")):
-        colors = _with_transparent_corner(CORNERS) if path.stem == "alpha" else CORNERS
+        colors = _grey() if path.stem.startswith("grey") else CORNERS
+        colors = _with_transparent_corner(colors) if path.stem == "alpha" else colors
         yield Case(path.stem, path.read_bytes(), colors=colors)
     plain = (SAMPLES / "plain.heic").read_bytes()
     avif = encode(picture(), "AVIF")

@@ -12,7 +12,9 @@ from imagepipeline.errors import (
     UnsupportedFormatError,
 )
 from imagepipeline.imaging.decoding import Rules, decode
+from imagepipeline.imaging.drawing import Drawn
 from imagepipeline.imaging.formats import FORMATS, REFUSED, SIGNATURES
+from imagepipeline.imaging.readers.source import to_picture
 from imagepipeline_tests.imaging.odd_files import (
     PHOTO,
     SAMPLES,
@@ -276,3 +278,16 @@ def test_the_limit_on_a_side_applies_to_the_variants():
 def test_exif_does_not_rotate_a_heic_a_second_time():
     content = (SAMPLES / "orientation-6.heic").read_bytes()
     assert decode(content).image.size == SIZE
+
+
+def test_grey_of_16_bits_is_rounded():
+    steps = np.arange(65_536, dtype=np.uint16).reshape(256, 256)
+    for format_ in ("PNG", "TIFF"):
+        found = np.asarray(decode(encode(Image.fromarray(steps), format_)).image)[..., 0]
+        assert (found == (steps / 257).round()).all()
+
+
+@pytest.mark.parametrize("mode", ["I", "F"])
+def test_no_reader_passes_on_grey_whose_white_is_unknown(mode):
+    with pytest.raises(UnsupportedFormatError, match="grey of 32 bits"):
+        to_picture(Drawn(picture(mode)))

@@ -13,7 +13,14 @@ from imagepipeline.imaging import exif, png
 from imagepipeline.imaging.color import read_png_space
 from imagepipeline.imaging.drawing import Drawn, draw
 from imagepipeline.imaging.limits import Rules, check_frames, check_profile, check_size
-from imagepipeline.imaging.readers.source import Picture, Source, miss_start, open_image, to_picture
+from imagepipeline.imaging.readers.source import (
+    Picture,
+    Source,
+    miss_start,
+    open_image,
+    to_eight_bits,
+    to_picture,
+)
 
 
 def read_png(content: bytes, rules: Rules) -> Source:
@@ -61,7 +68,7 @@ def read_png(content: bytes, rules: Rules) -> Source:
             image.seek(index)
             image.load()
             duration_ms = int(image.info.get("duration") or 0)
-            frame = _to_bytes(_with_clear_color(image.copy(), found, None))
+            frame = _with_clear_color(image.copy(), found, None)
             yield to_picture(Drawn(frame), duration_ms)
 
     space = read_png_space(found.chunks, profile)
@@ -90,17 +97,8 @@ def _draw_png(found: png.Png, rules: Rules) -> Picture:
         lower = draw(
             lambda: reopen("RGB;16L"), *options
         ).image  # the lower bytes: as if they were the upper ones
-    image = _to_bytes(_with_clear_color(drawn.image, found, lower))
+    image = _with_clear_color(drawn.image, found, lower)
     return to_picture(Drawn(image, drawn.missing, drawn.flaw))
-
-
-def _to_bytes(image: Image.Image) -> Image.Image:
-    """Reduces grey of 16 bits to its upper eight."""
-    return (
-        Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
-        if image.mode.startswith("I")
-        else image
-    )
 
 
 def _with_clear_color(image: Image.Image, found: png.Png, lower: Image.Image | None) -> Image.Image:
@@ -118,7 +116,7 @@ def _with_clear_color(image: Image.Image, found: png.Png, lower: Image.Image | N
     if found.color_type == png.GREY and len(values) == 1 and image.mode in ("1", "L", "I;16", "I"):
         stored = np.asarray(image.convert("L") if image.mode == "1" else image)
         value = values[0] if found.bits == 16 else values[0] * 255 // (2**found.bits - 1)
-        grey = (stored >> 8).astype(np.uint8) if found.bits == 16 else stored
+        grey = to_eight_bits(stored) if found.bits == 16 else stored
         alpha = np.where(stored == value, 0, 255).astype(np.uint8)
         return Image.merge("LA", (Image.fromarray(grey), Image.fromarray(alpha)))
     if found.color_type == png.RGB and len(values) == 3 and image.mode == "RGB":

@@ -4,6 +4,9 @@ import io
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 
+import numpy as np
+from numpy.typing import NDArray
+
 # Imported one by one. Otherwise Pillow imports all its 43 readers, some of which run programs.
 from PIL import (
     BmpImagePlugin,  # noqa: F401
@@ -103,9 +106,27 @@ def open_image(content: bytes, format_: str) -> ImageFile.ImageFile:
     return Image.open(io.BytesIO(content), formats=[format_])
 
 
+def to_eight_bits(values: NDArray[np.uint16], bits: int = 16) -> NDArray[np.uint8]:
+    """Reduces samples of that many bits, at most 16, to eight, rounded."""
+    steps = 2**bits - 1
+    table = (np.arange(steps + 1, dtype=np.uint32) * 255 + steps // 2) // steps
+    reduced: NDArray[np.uint8] = table.astype(np.uint8)[values]
+    return reduced
+
+
 def to_picture(drawn: Drawn, duration_ms: int = 0) -> Picture:
-    """Converts a drawn image to one of the modes of `Picture`."""
+    """Converts a drawn image to one of the modes of `Picture`.
+
+    Raises:
+        UnsupportedFormatError: it is grey of 32 bits or floats, whose white only its reader knows.
+    """
     image = drawn.image
+    if image.mode.startswith("I;16"):  # Pillow would clip it: all above 255 would be white
+        image = Image.fromarray(to_eight_bits(np.asarray(image)))
+    elif image.mode in ("I", "F"):
+        raise UnsupportedFormatError(
+            f"the original is grey of 32 bits, which cannot be read here: {EXPORT_ADVICE}"
+        )
     if image.has_transparency_data and image.mode not in ("RGBA", "LA"):
         image = image.convert("RGBA")
     elif image.mode not in ("RGB", "RGBA", "L", "LA", "CMYK", "LAB"):

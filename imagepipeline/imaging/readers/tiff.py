@@ -21,6 +21,7 @@ from imagepipeline.imaging.readers.source import (
     Source,
     miss_start,
     open_image,
+    to_eight_bits,
     to_picture,
 )
 
@@ -73,7 +74,7 @@ def read_tiff(content: bytes, rules: Rules) -> Source:
             raise
         image = drawn.image
         if image.mode.startswith(("I", "F")):
-            image = _to_eight_bits(image, page)
+            image = _reduce_depth(image, page)
         elif image.mode == "La":
             image = _unmultiply(image)
         yield to_picture(Drawn(image, drawn.missing, drawn.flaw))
@@ -124,16 +125,15 @@ def _unmultiply(image: Image.Image) -> Image.Image:
     )
 
 
-def _to_eight_bits(image: Image.Image, page: tiff.Tiff) -> Image.Image:
-    """Reduces grey of 12 or 16 bits to its upper eight bits.
+def _reduce_depth(image: Image.Image, page: tiff.Tiff) -> Image.Image:
+    """Reduces grey of 12 or 16 bits to eight.
 
     Grey of 32 bits or floats has no agreed white, so its range is stretched from black to white.
     """
     values = np.asarray(image)
     is_inverted = page.first(tiff.PHOTOMETRIC, tiff.BLACK_IS_ZERO) == tiff.WHITE_IS_ZERO
     if image.mode.startswith("I;16"):
-        bits = page.first(tiff.BITS, 16)
-        grey = (values >> (bits - 8)).astype(np.uint8)
+        grey = to_eight_bits(values, page.first(tiff.BITS, 16))
     else:
         if (
             image.mode == "I"
