@@ -466,6 +466,19 @@ def kinds_of_tiff() -> Iterator[Case]:
         _tiff(32, 1, wide.astype("<u4").tobytes(), {262: (3, 1)}),
         colors=_stretched(_grey()),
     )
+    for name, kind, sample_format in (
+        ("floats", "f4", 3),
+        ("signed, 16 bits", "i2", 2),
+        ("signed, 32 bits", "i4", 2),
+        ("16 bits", "u2", 1),
+    ):
+        for order in "<>":
+            for is_packed in (False, True):
+                yield Case(
+                    f"grey, {name}, {order}, {'compressed' if is_packed else 'uncompressed'}",
+                    _tiff_in_order(grey.astype(order + kind), sample_format, is_packed),
+                    colors=_stretched(_grey()),
+                )
     planes = b"".join(rgb[:, :, channel].astype("<u2").tobytes() for channel in range(3))
     half = np.concatenate([rgb, grey[:, :, None]], axis=2)
     refused = {
@@ -1144,6 +1157,36 @@ def _big_tiff(order: str) -> bytes:
     for tag, value in tags.items():
         content += struct.pack(order + "HHQQ", tag, 16, 1, value)
     return (content + bytes(8)).ljust(400, b"\0") + data
+
+
+def _tiff_in_order(
+    values: "np.ndarray[tuple[int, ...], np.dtype[np.generic]]",
+    sample_format: int,
+    is_packed: bool,
+) -> bytes:
+    """Builds a grey TIFF of one strip in the byte order of the values, from black to white."""
+    order = ">" if values.dtype.byteorder == ">" else "<"
+    if sample_format == 1:  # only these have an agreed white
+        values = ((values - values.min()) / (values.max() - values.min()) * 65_535).astype(
+            values.dtype
+        )
+    data = zlib.compress(values.tobytes()) if is_packed else values.tobytes()
+    tags = {
+        256: SIZE[0],
+        257: SIZE[1],
+        258: values.dtype.itemsize * 8,
+        259: 8 if is_packed else 1,
+        262: 1,
+        273: 400,
+        277: 1,
+        278: SIZE[1],
+        279: len(data),
+        339: sample_format,
+    }
+    content = (b"II" if order == "<" else b"MM") + struct.pack(order + "HIH", 42, 8, len(tags))
+    for tag, value in tags.items():
+        content += struct.pack(order + "HHII", tag, 4, 1, value)
+    return (content + bytes(4)).ljust(400, b"\0") + data
 
 
 def _large(size: tuple[int, int]) -> Image.Image:

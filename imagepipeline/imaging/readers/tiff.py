@@ -4,7 +4,7 @@ from collections.abc import Iterator
 
 import numpy as np
 import simplejpeg
-from PIL import Image, TiffImagePlugin, UnidentifiedImageError
+from PIL import Image, ImageFile, TiffImagePlugin, UnidentifiedImageError
 
 from imagepipeline.errors import (
     UnreadableImageError,
@@ -24,6 +24,9 @@ from imagepipeline.imaging.readers.source import (
     to_eight_bits,
     to_picture,
 )
+
+# Pillow's names of big-endian signed and floating-point samples, and of the same in native order.
+IN_NATIVE_ORDER = {"I;16BS": "I;16NS", "I;32BS": "I;32NS", "F;32BF": "F;32NF"}
 
 
 def read_tiff(content: bytes, rules: Rules) -> Source:
@@ -60,7 +63,7 @@ def read_tiff(content: bytes, rules: Rules) -> Source:
             _check_jpeg_pieces(content, page)
         try:
             drawn = draw(
-                lambda: open_image(content, "TIFF"),
+                lambda: _open_page(content),
                 "TIFF",
                 is_cut,
                 False,
@@ -82,6 +85,22 @@ def read_tiff(content: bytes, rules: Rules) -> Source:
     exif = header.getexif()
     # Pillow applies the orientation of a TIFF itself.
     return Source(*header.size, load, ColorSpace(profile), exif, is_turned_by_exif=False)
+
+
+def _open_page(content: bytes) -> ImageFile.ImageFile:
+    """Opens a TIFF whose samples are then read in the byte order in which they come.
+
+    libtiff, which unpacks compressed ones, gives them in that of the machine. Pillow knows this of
+    only some kinds.
+    """
+    image = open_image(content, "TIFF")
+    image.tile = [
+        tile._replace(args=(IN_NATIVE_ORDER.get(tile.args[0], tile.args[0]), *tile.args[1:]))
+        if tile.codec_name == "libtiff" and isinstance(tile.args, tuple)
+        else tile
+        for tile in image.tile
+    ]
+    return image
 
 
 def _is_known(page: tiff.Tiff) -> bool:
