@@ -103,8 +103,7 @@ def _set_pillow_limits(rules: Rules) -> None:
 
 
 def _finish(source: Source, format_: str, rules: Rules) -> Decoded:
-    orientation, texts = exif.read(source.exif)
-    turn = exif.TURNS.get(orientation) if source.is_turned_by_exif else None
+    turn = exif.TURNS.get(source.orientation)
     is_on_its_side = turn in (exif.TURNS[5], exif.TURNS[6], exif.TURNS[7], exif.TURNS[8])
     width, height = (
         (source.height, source.width) if is_on_its_side else (source.width, source.height)
@@ -129,7 +128,7 @@ def _finish(source: Source, format_: str, rules: Rules) -> Decoded:
         durations_ms=tuple(durations_ms) if is_animation else (),
         play_count=source.count_plays() if is_animation else 0,
         flaw=flaw,
-        **texts,
+        **exif.read_texts(source.exif),
     )
 
 

@@ -262,6 +262,28 @@ def orientations() -> Iterator[Case]:
             exif = Image.Exif()
             exif[ExifTags.Base.Orientation] = orientation
             yield Case(f"{format_} {orientation}", encode(stored, format_, exif=exif))
+    on_its_side = picture().transpose(Image.Transpose.ROTATE_90)
+    for format_ in ("JPEG", "PNG", "WEBP"):
+        for name, content in _flawed_exif(6):
+            yield Case(f"{format_}, {name}", encode(on_its_side, format_, exif=content))
+    for name, content in _flawed_exif(6):
+        if "within" in name:  # the others turn an AVIF by its properties when it is made
+            yield Case(f"AVIF, {name}", encode(picture(), "AVIF", exif=content))
+
+
+def _flawed_exif(orientation: int) -> Iterator[tuple[str, bytes]]:
+    """Yields EXIF from which Pillow cannot read the orientation, with its flaw in words."""
+    for order, start in (("<", b"II"), (">", b"MM")):
+        head = b"Exif\0\0" + start + struct.pack(order + "HI", 42, 8)
+        turn = struct.pack(order + "HHIHH", 0x112, 3, 1, orientation, 0)
+        maker = struct.pack(order + "HHII", 0x10F, 2, 20, 9999)
+        count = struct.pack(order + "H", 2)
+        yield f"{start.decode()}, a tag before it points outside", head + count + maker + turn
+        resolution = struct.pack(order + "HHII", 0x11A, 5, 1, 60)
+        yield f"{start.decode()}, cut off after it", head + count + turn + resolution
+        yield f"{start.decode()}, cut off within it", head + count + turn[:10]
+        byte = struct.pack(order + "HHHIB7x", 1, 0x112, 1, 1, orientation)
+        yield f"{start.decode()}, as a byte", head + byte
 
 
 def profiles() -> Iterator[Case]:

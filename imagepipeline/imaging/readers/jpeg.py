@@ -48,7 +48,8 @@ def read_jpeg(content: bytes, rules: Rules) -> Source:
         size = _choose_size(width, height, is_on_its_side, rules)
         yield _decode_jpeg(found, size, rules)
 
-    return Source(width, height, load, ColorSpace(profile), exif.parse(found.exif))
+    orientation = exif.find_orientation(found.exif)
+    return Source(width, height, load, ColorSpace(profile), exif.parse(found.exif), orientation)
 
 
 def _choose_size(width: int, height: int, is_on_its_side: bool, rules: Rules) -> tuple[int, int]:

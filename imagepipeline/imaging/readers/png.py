@@ -73,12 +73,14 @@ def read_png(content: bytes, rules: Rules) -> Source:
 
     space = read_png_space(found.chunks, profile)
     plays = int(header.info.get("loop") or 0)
+    tags = found.chunks.get(b"eXIf", b"")
     return Source(
         found.width,
         found.height,
         load,
         space,
-        exif.parse(found.chunks.get(b"eXIf", b"")),
+        exif.parse(tags),
+        exif.find_orientation(tags),
         count_plays=lambda: plays,
     )
 

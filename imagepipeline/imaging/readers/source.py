@@ -57,7 +57,7 @@ class Source:
             the picture must be rotated by 90 or 270 degrees.
         space: colour space.
         exif: EXIF, empty if there is none.
-        is_turned_by_exif: whether the caller must apply the orientation in `exif`.
+        orientation: how the caller must turn the picture, as in EXIF (1..8).
         count_plays: returns how often an animation is shown, 0 for ever; call it after `load`.
     """
 
@@ -66,7 +66,7 @@ class Source:
     load: Callable[[bool], Iterator[Picture]]
     space: ColorSpace = field(default_factory=ColorSpace)
     exif: Image.Exif = field(default_factory=Image.Exif)
-    is_turned_by_exif: bool = True
+    orientation: int = 1
     count_plays: Callable[[], int] = lambda: 0
 
 

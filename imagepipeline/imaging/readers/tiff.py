@@ -82,9 +82,8 @@ def read_tiff(content: bytes, rules: Rules) -> Source:
             image = _unmultiply(image)
         yield to_picture(Drawn(image, drawn.missing, drawn.flaw))
 
-    exif = header.getexif()
     # Pillow applies the orientation of a TIFF itself.
-    return Source(*header.size, load, ColorSpace(profile), exif, is_turned_by_exif=False)
+    return Source(*header.size, load, ColorSpace(profile), header.getexif())
 
 
 def _open_page(content: bytes) -> ImageFile.ImageFile:
