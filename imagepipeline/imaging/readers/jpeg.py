@@ -46,7 +46,8 @@ def read_jpeg(content: bytes, rules: Rules) -> Source:
 
     def load(is_on_its_side: bool) -> Iterator[Picture]:
         size = _choose_size(width, height, is_on_its_side, rules)
-        yield _decode_jpeg(found, size, rules)
+        picture = _decode_jpeg(found, size, rules)
+        yield replace(picture, extent=_find_extent(width, height, picture.image.size))
 
     orientation = exif.find_orientation(found.exif)
     return Source(width, height, load, ColorSpace(profile), exif.parse(found.exif), orientation)
@@ -81,6 +82,17 @@ def _choose_size(width: int, height: int, is_on_its_side: bool, rules: Rules) ->
 
 def _scale_by_eighths(width: int, height: int, eighths: int) -> tuple[int, int]:
     return math.ceil(width * eighths / 8), math.ceil(height * eighths / 8)
+
+
+def _find_extent(width: int, height: int, size: tuple[int, int]) -> tuple[float, float] | None:
+    """How much of a JPEG decoded at that size shows the picture.
+
+    Its last column and row reach beyond the picture if its sides are no multiples of the reduction.
+    """
+    for eighths in range(8, 0, -1):
+        if _scale_by_eighths(width, height, eighths) == size:
+            return width * eighths / 8, height * eighths / 8
+    return None
 
 
 def _decode_jpeg(found: jpeg.Jpeg, size: tuple[int, int], rules: Rules) -> Picture:

@@ -39,11 +39,13 @@ class Picture:
         image: in mode L, LA, RGB, RGBA, CMYK or LAB, with 8 bits a channel.
         duration_ms: how long it is shown, if it is a frame of an animation.
         flaw: what is missing or wrong, in words; None if nothing is.
+        extent: how many columns and rows show the picture, if of the last ones only a part does.
     """
 
     image: Image.Image
     duration_ms: int = 0
     flaw: str | None = None
+    extent: tuple[float, float] | None = None
 
 
 @dataclass(frozen=True)
