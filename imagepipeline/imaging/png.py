@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from imagepipeline.errors import UnreadableImageError, UnsupportedFormatError
 
 SIGNATURE = b"\x89PNG\r\n\x1a\n"
-GREY, RGB, PALETTE = 0, 2, 3  # colour types
+GREY, RGB, PALETTE, RGBA = 0, 2, 3, 6  # colour types
 ANIMATION = (b"acTL", b"fcTL", b"fdAT")
 # Chunks that are valid only before the pixels (W3C PNG, 5.6).
 BEFORE_PIXELS = tuple(b"PLTE tRNS cICP iCCP sRGB gAMA cHRM sBIT bKGD cLLI mDCV".split())

@@ -1220,8 +1220,16 @@ def _wide_rows() -> "np.ndarray[tuple[int, ...], np.dtype[np.uint16]]":
 
 
 def _png_of_16_bits() -> bytes:
-    rows = _wide_rows().astype(">u2")
-    return _png_chunks(SIZE, 16, 2, b"".join(b"\0" + row.tobytes() for row in rows))
+    return png_of_16_bits(_wide_rows())
+
+
+def png_of_16_bits(
+    values: "np.ndarray[tuple[int, ...], np.dtype[np.uint16]]", *chunks: tuple[bytes, bytes]
+) -> bytes:
+    """Builds a PNG of values [height, width] or [height, width, channels], and further chunks."""
+    color_type = 0 if values.ndim == 2 else {3: 2, 4: 6}[values.shape[2]]
+    data = b"".join(b"\0" + row.tobytes() for row in values.astype(">u2"))
+    return _png_chunks(values.shape[1::-1], 16, color_type, data, *chunks)
 
 
 def _tiff(

@@ -10,17 +10,22 @@ from imagepipeline.errors import (
     UnreadableImageError,
 )
 from imagepipeline.imaging import exif, png
-from imagepipeline.imaging.color import read_png_space
+from imagepipeline.imaging.color import Reduction, plan_reduction, read_png_space
 from imagepipeline.imaging.drawing import Drawn, draw
 from imagepipeline.imaging.limits import Rules, check_frames, check_profile, check_size
 from imagepipeline.imaging.readers.source import (
     Picture,
     Source,
+    join_bytes,
     miss_start,
     open_image,
     to_eight_bits,
     to_picture,
 )
+
+# By colour type: the mode in which Pillow reads the lower bytes of 16 bits as if they were the
+# upper ones.
+LOWER_BYTES = {png.RGB: "RGB;16L", png.RGBA: "RGBA;16L"}
 
 
 def read_png(content: bytes, rules: Rules) -> Source:
@@ -59,9 +64,14 @@ def read_png(content: bytes, rules: Rules) -> Source:
     if is_animation:
         check_frames(found.width, found.height, frame_count, rules)
 
+    space = read_png_space(found.chunks, profile)
+    reduction = None
+    if found.bits == 16 and frame_count == 1:
+        reduction = plan_reduction(space, is_grey=found.color_type == png.GREY)
+
     def load(_: bool) -> Iterator[Picture]:
         if frame_count <= 1:
-            yield _draw_png(found, rules)
+            yield _draw_png(found, rules, reduction)
             return
         image = open_image(whole, "PNG")
         for index in range(first, first + frame_count):
@@ -71,21 +81,20 @@ def read_png(content: bytes, rules: Rules) -> Source:
             frame = _with_clear_color(image.copy(), found, None)
             yield to_picture(Drawn(frame), duration_ms)
 
-    space = read_png_space(found.chunks, profile)
     plays = int(header.info.get("loop") or 0)
     tags = found.chunks.get(b"eXIf", b"")
     return Source(
         found.width,
         found.height,
         load,
-        space,
+        reduction.space if reduction else space,
         exif.parse(tags),
         exif.find_orientation(tags),
         count_plays=lambda: plays,
     )
 
 
-def _draw_png(found: png.Png, rules: Rules) -> Picture:
+def _draw_png(found: png.Png, rules: Rules, reduction: Reduction | None) -> Picture:
     def reopen(raw_mode: str | None = None) -> ImageFile.ImageFile:
         image = open_image(found.still, "PNG")
         if raw_mode:
@@ -95,12 +104,21 @@ def _draw_png(found: png.Png, rules: Rules) -> Picture:
     options = "PNG", found.is_cut, found.is_interlaced, rules.is_truncated_accepted
     drawn = draw(reopen, *options)
     lower = None
-    if found.bits == 16 and found.color_type == png.RGB and b"tRNS" in found.chunks:
-        lower = draw(
-            lambda: reopen("RGB;16L"), *options
-        ).image  # the lower bytes: as if they were the upper ones
+    raw_mode = LOWER_BYTES.get(found.color_type) if found.bits == 16 else None
+    if raw_mode and (reduction or b"tRNS" in found.chunks):
+        lower = draw(lambda: reopen(raw_mode), *options).image
     image = _with_clear_color(drawn.image, found, lower)
+    if reduction and found.color_type == png.GREY:
+        image = _reduce_grey(image, drawn.image, reduction)
+    elif reduction and lower:
+        image = join_bytes(image, lower, reduction.table)
     return to_picture(Drawn(image, drawn.missing, drawn.flaw))
+
+
+def _reduce_grey(image: Image.Image, stored: Image.Image, reduction: Reduction) -> Image.Image:
+    """Replaces the grey of an image by that of the stored 16 bits, reduced."""
+    grey = Image.fromarray(reduction.table[np.asarray(stored)])
+    return Image.merge("LA", (grey, image.getchannel("A"))) if image.mode == "LA" else grey
 
 
 def _with_clear_color(image: Image.Image, found: png.Png, lower: Image.Image | None) -> Image.Image:

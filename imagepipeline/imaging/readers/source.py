@@ -25,7 +25,7 @@ from imagepipeline.errors import (
     UnreadableImageError,
     UnsupportedFormatError,
 )
-from imagepipeline.imaging.color import ColorSpace
+from imagepipeline.imaging.color import STRIP_ROWS, ColorSpace
 from imagepipeline.imaging.drawing import Drawn, clean, fill, percent
 
 EXPORT_ADVICE = "export it as PNG"
@@ -114,6 +114,20 @@ def to_eight_bits(values: NDArray[np.uint16], bits: int = 16) -> NDArray[np.uint
     table = (np.arange(steps + 1, dtype=np.uint32) * 255 + steps // 2) // steps
     reduced: NDArray[np.uint8] = table.astype(np.uint8)[values]
     return reduced
+
+
+def join_bytes(upper: Image.Image, lower: Image.Image, table: NDArray[np.uint8]) -> Image.Image:
+    """Reduces RGB or RGBA of 16 bits, given as two images of bytes, by a table; alpha is not.
+
+    It works in strips, and in the first image, because a third one would be as large as they are.
+    """
+    for top in range(0, upper.height, STRIP_ROWS):
+        box = 0, top, upper.width, min(top + STRIP_ROWS, upper.height)
+        pixels = np.array(upper.crop(box))
+        values = pixels[..., :3].astype(np.uint16) << 8 | np.asarray(lower.crop(box))[..., :3]
+        pixels[..., :3] = table[values]
+        upper.paste(Image.fromarray(pixels), box)
+    return upper
 
 
 def to_picture(drawn: Drawn, duration_ms: int = 0) -> Picture:
