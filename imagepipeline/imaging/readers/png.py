@@ -1,12 +1,14 @@
 """PNG, with its 16-bit samples, transparent colours and animations."""
 
 from collections.abc import Iterator
+from dataclasses import replace
 
 import numpy as np
 from PIL import Image, ImageFile, UnidentifiedImageError
 
 from imagepipeline.errors import (
     LimitError,
+    TruncatedImageError,
     UnreadableImageError,
 )
 from imagepipeline.imaging import exif, png
@@ -34,12 +36,10 @@ def read_png(content: bytes, rules: Rules) -> Source:
     if found is None:
         raise miss_start("PNG")
     check_size(found.width, found.height, rules)
-    is_animation = rules.is_animation_kept and found.still is not found.content
-    whole = found.content if is_animation else found.still
     try:
-        header = open_image(whole, "PNG")
+        open_image(found.content, "PNG")
     except UnidentifiedImageError:
-        if b"IDAT" in whole:
+        if b"IDAT" in found.content:
             raise UnreadableImageError(
                 "the PNG data is damaged: its header cannot be read"
             ) from None
@@ -58,30 +58,22 @@ def read_png(content: bytes, rules: Rules) -> Source:
     profile = check_profile(
         png.unpack_profile(found.chunks.get(b"iCCP", b""), rules.max_icc_bytes), rules
     )
-    # The default image of an APNG is for viewers without animation, and not a frame.
-    first = 1 if is_animation and header.info.get("default_image") else 0
-    frame_count = getattr(header, "n_frames", 1) - first if is_animation else 1
-    if is_animation:
-        check_frames(found.width, found.height, frame_count, rules)
-
+    frame_count = 0
+    if rules.is_animation_kept:
+        for frame_count, _ in enumerate(png.list_frames(found), 1):
+            check_frames(found.width, found.height, frame_count, rules)
     space = read_png_space(found.chunks, profile)
     reduction = None
-    if found.bits == 16 and frame_count == 1:
+    if found.bits == 16:
         reduction = plan_reduction(space, is_grey=found.color_type == png.GREY)
 
     def load(_: bool) -> Iterator[Picture]:
         if frame_count <= 1:
             yield _draw_png(found, rules, reduction)
-            return
-        image = open_image(whole, "PNG")
-        for index in range(first, first + frame_count):
-            image.seek(index)
-            image.load()
-            duration_ms = int(image.info.get("duration") or 0)
-            frame = _with_clear_color(image.copy(), found, None)
-            yield to_picture(Drawn(frame), duration_ms)
+        else:
+            yield from _compose(found, frame_count, rules, reduction)
 
-    plays = int(header.info.get("loop") or 0)
+    plays = int.from_bytes(found.chunks.get(b"acTL", b"")[4:8], "big")
     tags = found.chunks.get(b"eXIf", b"")
     return Source(
         found.width,
@@ -94,9 +86,40 @@ def read_png(content: bytes, rules: Rules) -> Source:
     )
 
 
+def _compose(
+    found: png.Png, frame_count: int, rules: Rules, reduction: Reduction | None
+) -> Iterator[Picture]:
+    """Draws the frames of an APNG over one another, as browsers do; Pillow does so with no alpha.
+
+    Raises:
+        TruncatedImageError: frames are missing, and the rules do not accept truncated files.
+    """
+    declared = int.from_bytes(found.chunks.get(b"acTL", b"")[:4], "big")
+    flaw = None
+    if found.is_cut and frame_count < declared:
+        flaw = f"{frame_count} of {declared} frames could be read"
+        if not rules.is_truncated_accepted:
+            raise TruncatedImageError(
+                f"{flaw}; the end of the PNG file is missing: upload it again"
+            )
+    shown = Image.new("RGBA", (found.width, found.height))
+    for index, frame in enumerate(png.list_frames(found)):
+        alone = replace(found, content=frame.content, width=frame.width, height=frame.height)
+        picture = _draw_png(alone, rules, reduction)
+        image = picture.image.convert("RGBA")
+        box = frame.left, frame.top, frame.left + frame.width, frame.top + frame.height
+        below = shown.crop(box)
+        shown.paste(Image.alpha_composite(below, image) if frame.is_blended else image, box)
+        yield Picture(shown.copy(), frame.duration_ms, picture.flaw or flaw)
+        if frame.disposal == 1 or (frame.disposal == 2 and index == 0):
+            shown.paste((0, 0, 0, 0), box)
+        elif frame.disposal == 2:
+            shown.paste(below, box)
+
+
 def _draw_png(found: png.Png, rules: Rules, reduction: Reduction | None) -> Picture:
     def reopen(raw_mode: str | None = None) -> ImageFile.ImageFile:
-        image = open_image(found.still, "PNG")
+        image = open_image(found.content, "PNG")
         if raw_mode:
             image.tile = [tile._replace(args=raw_mode) for tile in image.tile]
         return image
