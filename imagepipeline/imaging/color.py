@@ -15,6 +15,8 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, ImageCms
 
+from imagepipeline.imaging import icc
+
 Floats = NDArray[np.floating]
 SRGB = ImageCms.createProfile("sRGB")
 # x and y of red, green, blue and white.
@@ -45,6 +47,8 @@ KNEE = 0.65  # how sharply the tone curve bends at reference white
 SRGB_GAMMA = 45_455  # the gAMA of an sRGB picture
 MAX_S15 = 32_000  # a little below the largest s15Fixed16Number of an ICC profile
 STRIP_ROWS = 128
+# A curve is flat in the darks if a tenth of its range is more light than this; sRGB's is 0.010.
+FLAT_LIGHT = 0.02
 
 
 @dataclass(frozen=True)
@@ -64,6 +68,40 @@ class ColorSpace:
     gamma: float | None = None
     chromaticities: tuple[float, ...] = SRGB_PRIMARIES
     peak_nits: float = DEFAULT_PEAK_NITS
+
+
+@dataclass(frozen=True)
+class Reduction:
+    """How to reduce samples of 16 bits to bytes whose darks are not too coarse.
+
+    Attributes:
+        table: the byte for each value.
+        space: the colour space of these bytes.
+    """
+
+    table: NDArray[np.uint8]
+    space: ColorSpace
+
+
+def plan_reduction(space: ColorSpace, is_grey: bool) -> Reduction | None:
+    """How to reduce 16 bits if their curve is flat in the darks, as that of linear light is.
+
+    Its bytes have few values for the darks, where the eye tells most apart. So each value is coded
+    by sRGB's curve while it still has 16 bits. None if the upper byte is as good.
+    """
+    if space.codes and space.codes[1] in (PQ, HLG):
+        return None
+    profile = space.profile or _build_profile(space)
+    if profile is None or (space.profile and is_grey != (profile[16:20] == b"GRAY")):
+        return None
+    linear = icc.read_curve(profile)
+    if linear is None or not linear[0] < FLAT_LIGHT < linear[icc.STEPS // 10]:
+        return None
+    table = SRGB_BYTES[(np.clip(linear, 0, 1) * (len(SRGB_BYTES) - 1) + 0.5).astype(np.uint16)]
+    if is_grey or (not space.profile and _get_primaries(space) == SRGB_PRIMARIES):
+        return Reduction(table, ColorSpace())
+    curve = TO_LINEAR[SRGB_CURVE](np.linspace(0, 1, CURVE_ENTRIES))
+    return Reduction(table, ColorSpace(icc.replace_curve(profile, curve)))
 
 
 def to_srgb(image: Image.Image, space: ColorSpace) -> Image.Image:
@@ -174,17 +212,23 @@ TO_LINEAR: dict[int, Callable[[Floats], Floats]] = {
 }
 
 
+def _get_primaries(space: ColorSpace) -> tuple[float, ...]:
+    if space.gamma:
+        return space.chromaticities
+    return PRIMARIES.get(space.codes[0], SRGB_PRIMARIES) if space.codes else SRGB_PRIMARIES
+
+
 @lru_cache(maxsize=8)
 def _build_profile(space: ColorSpace) -> bytes | None:
     """Builds an ICC profile (ICC.1:2022, 8.3) from the codes or the gamma of a colour space.
 
     Returns None if the space is sRGB, or if its chromaticities are impossible.
     """
+    primaries = _get_primaries(space)
     if space.gamma:
-        primaries, curve = space.chromaticities, _power(space.gamma)
+        curve = _power(space.gamma)
     else:
         codes = space.codes or (1, SRGB_CURVE)
-        primaries = PRIMARIES.get(codes[0], SRGB_PRIMARIES)
         curve = TO_LINEAR.get(codes[1], TO_LINEAR[SRGB_CURVE])
         if primaries is SRGB_PRIMARIES and curve is TO_LINEAR[SRGB_CURVE]:
             return None

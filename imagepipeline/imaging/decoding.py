@@ -19,7 +19,7 @@ from imagepipeline.imaging.formats import identify
 from imagepipeline.imaging.limits import Rules as Rules  # re-exported for callers of `decode`
 from imagepipeline.imaging.limits import check_variants, find_scale
 from imagepipeline.imaging.readers import READERS
-from imagepipeline.imaging.readers.source import Picture, Source, explain
+from imagepipeline.imaging.readers.source import Source, explain
 from imagepipeline.imaging.scaling import resize
 
 
@@ -103,18 +103,18 @@ def _set_pillow_limits(rules: Rules) -> None:
 
 
 def _finish(source: Source, format_: str, rules: Rules) -> Decoded:
-    orientation, texts = exif.read(source.exif)
-    turn = exif.TURNS.get(orientation) if source.is_turned_by_exif else None
+    turn = exif.TURNS.get(source.orientation)
     is_on_its_side = turn in (exif.TURNS[5], exif.TURNS[6], exif.TURNS[7], exif.TURNS[8])
     width, height = (
         (source.height, source.width) if is_on_its_side else (source.width, source.height)
     )
     check_variants(width, height, rules)
+    scale = find_scale(width, height, rules)
+    size = max(1, round(source.width * scale)), max(1, round(source.height * scale))
     frames, durations_ms, flaw = [], [], None
     for picture in source.load(is_on_its_side):
-        across, down = picture.image.size
-        scale = find_scale(*((down, across) if is_on_its_side else (across, down)), rules)
-        upright = _to_rgb(_scale(picture, scale), source)
+        # Before the colours are converted, as fewer pixels are left then.
+        upright = _to_rgb(resize(picture.image, size, picture.extent), source)
         frames.append(_without_attachments(upright if turn is None else upright.transpose(turn)))
         durations_ms.append(picture.duration_ms)
         flaw = flaw or picture.flaw
@@ -129,15 +129,8 @@ def _finish(source: Source, format_: str, rules: Rules) -> Decoded:
         durations_ms=tuple(durations_ms) if is_animation else (),
         play_count=source.count_plays() if is_animation else 0,
         flaw=flaw,
-        **texts,
+        **exif.read_texts(source.exif),
     )
-
-
-def _scale(picture: Picture, scale: float) -> Image.Image:
-    """Scales a picture down before its colours are converted, as fewer pixels are left then."""
-    image = picture.image
-    size = max(1, round(image.width * scale)), max(1, round(image.height * scale))
-    return resize(image, size)
 
 
 def _to_rgb(image: Image.Image, source: Source) -> Image.Image:

@@ -6,6 +6,9 @@ from imagepipeline.errors import LimitError
 from imagepipeline.models import MAX_SIDE_PX, VariantSpec
 
 MEMORY_BYTES, CPU_SECONDS = 2_000_000_000, 20  # of a process that decodes and encodes one image
+# A JPEG is decoded at one to eight eighths of its size. All of its coded data is read even then, so
+# it may have at most this many times the pixels that may be decoded.
+MAX_JPEG_REDUCTION = 5
 
 
 @dataclass(frozen=True)
@@ -37,6 +40,11 @@ class Rules:
     variants: tuple[VariantSpec, ...] = ()
     is_animation_kept: bool = False
     is_truncated_accepted: bool = False
+
+
+def max_original_pixels(format_: str, rules: Rules) -> int:
+    """The most pixels that an original of a format may have; fewer of a JPEG's are decoded."""
+    return rules.max_pixels * (MAX_JPEG_REDUCTION if format_ == "JPEG" else 1)
 
 
 def check_size(width: int, height: int, rules: Rules, frame_count: int = 1) -> None:

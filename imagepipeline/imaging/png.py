@@ -1,12 +1,14 @@
 """Reads a PNG chunk by chunk (W3C PNG, third edition, 5), and rebuilds a clean one to decode."""
 
+import struct
 import zlib
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 
 from imagepipeline.errors import UnreadableImageError, UnsupportedFormatError
 
 SIGNATURE = b"\x89PNG\r\n\x1a\n"
-GREY, RGB, PALETTE = 0, 2, 3  # colour types
+GREY, RGB, PALETTE, RGBA = 0, 2, 3, 6  # colour types
 ANIMATION = (b"acTL", b"fcTL", b"fdAT")
 # Chunks that are valid only before the pixels (W3C PNG, 5.6).
 BEFORE_PIXELS = tuple(b"PLTE tRNS cICP iCCP sRGB gAMA cHRM sBIT bKGD cLLI mDCV".split())
@@ -14,7 +16,8 @@ BEFORE_PIXELS = tuple(b"PLTE tRNS cICP iCCP sRGB gAMA cHRM sBIT bKGD cLLI mDCV".
 TEXTS = (b"tEXt", b"zTXt", b"iTXt")
 # Ancillary chunks that Pillow gets: those that change pixels, and texts, whose size it limits. The
 # others are dropped, because Pillow fails if one of them is malformed.
-FOR_DECODER = (b"tRNS", *TEXTS, *ANIMATION)
+FOR_DECODER = (b"tRNS", *TEXTS)
+OUTSIDE = "the PNG data is damaged: one of its frames is not within its picture"
 END = b"\0\0\0\0IEND\xaeB`\x82"
 
 
@@ -29,8 +32,9 @@ class Png:
         color_type: one of the colour types of the standard.
         is_interlaced: whether the pixels are stored in seven passes.
         is_cut: the file ends before its end chunk.
-        content: a PNG of only those chunks that the decoder needs, and an end chunk.
-        still: the same without the animation.
+        content: a PNG of only those chunks that the decoder needs, and an end chunk; of an APNG, of
+            the picture for viewers without animation.
+        animation: the chunks of an APNG that make its frames, pixels among them; else none.
         chunks: the first chunk of each ancillary type that has a correct checksum.
     """
 
@@ -41,8 +45,33 @@ class Png:
     is_interlaced: bool
     is_cut: bool
     content: bytes
-    still: bytes
+    animation: tuple[tuple[bytes, bytes], ...] = ()
     chunks: dict[bytes, bytes] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class PngFrame:
+    """One frame of an APNG (W3C PNG, third edition, 11.3.6).
+
+    Attributes:
+        content: a PNG of the frame's size that holds this frame alone.
+        left: pixels from the left edge of the canvas.
+        top: pixels from the top edge of the canvas.
+        width: pixels.
+        height: pixels.
+        disposal: 1 to clear its area before the next frame, 2 to restore what was there before.
+        is_blended: it is laid over what is there, instead of replacing it.
+        duration_ms: how long it is shown.
+    """
+
+    content: bytes
+    left: int
+    top: int
+    width: int
+    height: int
+    disposal: int
+    is_blended: bool
+    duration_ms: int
 
 
 def read_png(content: bytes) -> Png | None:
@@ -93,7 +122,7 @@ def read_png(content: bytes) -> Png | None:
         elif not (data and kind in BEFORE_PIXELS + TEXTS):
             if not is_critical:
                 chunks.setdefault(kind, body)
-            if is_critical or kind in FOR_DECODER:
+            if is_critical or kind in FOR_DECODER + ANIMATION:
                 (after if data else before).append((kind, body))
     if not header:
         if is_cut:
@@ -104,13 +133,58 @@ def read_png(content: bytes) -> Png | None:
     width, height = int.from_bytes(header[:4], "big"), int.from_bytes(header[4:8], "big")
     if not width or not height:
         raise UnreadableImageError(f"the PNG data is damaged: its picture is {width} x {height} px")
-    start = SIGNATURE + _chunk(b"IHDR", header)
-    pixels = _chunk(b"IDAT", b"".join(data)) if data else b""
-    whole = start + _join(before) + pixels + _join(after) + END
-    still = whole
-    if b"acTL" in chunks:
-        still = start + _join([one for one in before if one[0] not in ANIMATION]) + pixels + END
-    return Png(width, height, header[8], header[9], bool(header[12]), is_cut, whole, still, chunks)
+    pixels = [(b"IDAT", b"".join(data))] if data else []
+    parts = [(b"IHDR", header), *before, *pixels, *after]
+    whole = SIGNATURE + _join([one for one in parts if one[0] not in ANIMATION]) + END
+    is_animation = len(dict(before).get(b"acTL", b"")) == 8
+    animation = tuple(parts) if is_animation else ()
+    kind_of_pixels = header[8], header[9], bool(header[12])
+    return Png(width, height, *kind_of_pixels, is_cut, whole, animation, chunks)
+
+
+def list_frames(png: Png) -> Iterator[PngFrame]:
+    """Yields the frames of an APNG; its picture for other viewers is one if it has a control chunk.
+
+    Raises:
+        UnreadableImageError: a frame is not within the canvas.
+    """
+    header = dict(png.animation).get(b"IHDR", b"")
+    shared = [one for one in png.animation if one[0] in (b"PLTE", b"tRNS")]
+    control, data = b"", list[bytes]()
+    for kind, body in (*png.animation, (b"fcTL", b"")):
+        if kind == b"fcTL":
+            if control and data:
+                yield _build_frame(png, control, header, shared, b"".join(data))
+            control, data = body, []
+        elif kind == b"IDAT" and control:
+            if control[4:12] != header[:8]:
+                raise UnreadableImageError(OUTSIDE)
+            data.append(body)
+        elif kind == b"fdAT":
+            data.append(body[4:])
+
+
+def _build_frame(
+    png: Png, control: bytes, header: bytes, shared: list[tuple[bytes, bytes]], data: bytes
+) -> PngFrame:
+    if len(control) != 26:
+        raise UnreadableImageError("the PNG data is damaged: a frame's header has the wrong length")
+    width, height, left, top, count, per_second, disposal, blending = struct.unpack_from(
+        ">4I2H2B", control, 4
+    )
+    if not width or not height or left + width > png.width or top + height > png.height:
+        raise UnreadableImageError(OUTSIDE)
+    parts = [(b"IHDR", control[4:12] + header[8:]), *shared, (b"IDAT", data)]
+    return PngFrame(
+        SIGNATURE + _join(parts) + END,
+        left,
+        top,
+        width,
+        height,
+        disposal,
+        blending == 1,
+        round(1000 * count / (per_second or 100)),
+    )
 
 
 def _join(chunks: list[tuple[bytes, bytes]]) -> bytes:

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 from imagepipeline.headers import measure_jpeg
 from imagepipeline.imaging.formats import FORMATS
+from imagepipeline.imaging.limits import max_original_pixels
 from imagepipeline.models import (
     CLASSIFIER_PX,
     MAX_THUMBNAIL_CHARACTERS,
@@ -48,7 +49,7 @@ def verify_prepared(prepared: "Prepared", rules: "Rules", preview_px: int | None
     _require(len(prepared.flaw or "") <= MAX_TEXT_CHARACTERS, "its flaw")
     _verify_data_uri("placeholder", prepared.placeholder, MAX_PLACEHOLDER_CHARACTERS)
     _verify_data_uri("thumbnail", prepared.thumbnail, MAX_THUMBNAIL_CHARACTERS)
-    _verify_facts(prepared.facts, rules)
+    _verify_facts(prepared.facts, prepared.format, rules)
     if preview_px is None:
         _require(len(prepared.preview) == 3 * CLASSIFIER_PX**2, "the size of the preview")
     else:
@@ -137,10 +138,10 @@ def _measure(
         raise ImpossibleAnswerError(f"{name}: its header is not one of ours: {error}") from None
 
 
-def _verify_facts(facts: PixelFacts, rules: "Rules") -> None:
-    width, height = facts.width, facts.height
-    is_allowed = max(width, height) <= rules.max_side_px and width * height <= rules.max_pixels
-    _require(min(width, height) >= 1 and is_allowed, "its size")
+def _verify_facts(facts: PixelFacts, format_: str, rules: "Rules") -> None:
+    # `max_side_px` is no limit on an original: its variants are smaller.
+    is_allowed = facts.width * facts.height <= max_original_pixels(format_, rules)
+    _require(min(facts.width, facts.height) >= 1 and is_allowed, "its size")
     _require(1 <= len(facts.colors) <= 64 and len(facts.palette) <= 64, "the number of its colours")
     _require(
         all(NAME.fullmatch(name) is not None for name, _, _ in facts.colors), "the name of a colour"

@@ -126,7 +126,7 @@ def main(case_count: int, seed: int, keep: Path | None) -> None:
         counts[result.outcome] += 1
         examples.setdefault(result.outcome, result.sentence)
         slowest, largest = max(slowest, seconds), max(largest, result.peak_bytes)
-        if keep and result.outcome in ("crashed", "unexpected"):
+        if keep and result.outcome in ("crashed", "unexpected", "distrusted"):
             keep.mkdir(parents=True, exist_ok=True)
             (keep / hashlib.sha256(content).hexdigest()[:16]).write_bytes(content)
     table = Table("outcome", "files", "an example")
@@ -138,7 +138,7 @@ def main(case_count: int, seed: int, keep: Path | None) -> None:
         f"{case_count} files, slowest {slowest:.2f} s, largest process {largest / 1e6:.0f} MB"
     )
     is_bounded = slowest <= MAX_SECONDS and largest <= MAX_BYTES
-    raise SystemExit(not is_bounded or bool(counts["unexpected"]))
+    raise SystemExit(not is_bounded or bool(counts["unexpected"] + counts["distrusted"]))
 
 
 if __name__ == "__main__":

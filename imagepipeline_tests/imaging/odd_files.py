@@ -21,9 +21,16 @@ from rich.table import Table
 
 from imagepipeline.errors import ImagePipelineError
 from imagepipeline.imaging.decoding import Rules, decode
+from imagepipeline.imaging.inspection import choose_compared
 from imagepipeline.imaging.preparation import prepare
 from imagepipeline.imaging.sandbox import Sandbox
 from imagepipeline.imaging.variants import render_and_inspect
+from imagepipeline.imaging.verification import (
+    ImpossibleAnswerError,
+    verify_own_inspections,
+    verify_prepared,
+    verify_variants,
+)
 from imagepipeline.models import Variant, build_variant_specs
 
 SAMPLES = Path(__file__).parent / "samples"
@@ -255,6 +262,28 @@ def orientations() -> Iterator[Case]:
             exif = Image.Exif()
             exif[ExifTags.Base.Orientation] = orientation
             yield Case(f"{format_} {orientation}", encode(stored, format_, exif=exif))
+    on_its_side = picture().transpose(Image.Transpose.ROTATE_90)
+    for format_ in ("JPEG", "PNG", "WEBP"):
+        for name, content in _flawed_exif(6):
+            yield Case(f"{format_}, {name}", encode(on_its_side, format_, exif=content))
+    for name, content in _flawed_exif(6):
+        if "within" in name:  # the others turn an AVIF by its properties when it is made
+            yield Case(f"AVIF, {name}", encode(picture(), "AVIF", exif=content))
+
+
+def _flawed_exif(orientation: int) -> Iterator[tuple[str, bytes]]:
+    """Yields EXIF from which Pillow cannot read the orientation, with its flaw in words."""
+    for order, start in (("<", b"II"), (">", b"MM")):
+        head = b"Exif\0\0" + start + struct.pack(order + "HI", 42, 8)
+        turn = struct.pack(order + "HHIHH", 0x112, 3, 1, orientation, 0)
+        maker = struct.pack(order + "HHII", 0x10F, 2, 20, 9999)
+        count = struct.pack(order + "H", 2)
+        yield f"{start.decode()}, a tag before it points outside", head + count + maker + turn
+        resolution = struct.pack(order + "HHII", 0x11A, 5, 1, 60)
+        yield f"{start.decode()}, cut off after it", head + count + turn + resolution
+        yield f"{start.decode()}, cut off within it", head + count + turn[:10]
+        byte = struct.pack(order + "HHHIB7x", 1, 0x112, 1, 1, orientation)
+        yield f"{start.decode()}, as a byte", head + byte
 
 
 def profiles() -> Iterator[Case]:
@@ -297,7 +326,8 @@ def many_frames() -> Iterator[Case]:
 def heif_samples() -> Iterator[Case]:
     """Yields HEIC files made with pillow-heif, because no library used here can write HEIC."""
     for path in sorted(SAMPLES.glob("*.heic")):
-        colors = _with_transparent_corner(CORNERS) if path.stem == "alpha" else CORNERS
+        colors = _grey() if path.stem.startswith("grey") else CORNERS
+        colors = _with_transparent_corner(colors) if path.stem == "alpha" else colors
         yield Case(path.stem, path.read_bytes(), colors=colors)
     plain = (SAMPLES / "plain.heic").read_bytes()
     avif = encode(picture(), "AVIF")
@@ -458,6 +488,19 @@ def kinds_of_tiff() -> Iterator[Case]:
         _tiff(32, 1, wide.astype("<u4").tobytes(), {262: (3, 1)}),
         colors=_stretched(_grey()),
     )
+    for name, kind, sample_format in (
+        ("floats", "f4", 3),
+        ("signed, 16 bits", "i2", 2),
+        ("signed, 32 bits", "i4", 2),
+        ("16 bits", "u2", 1),
+    ):
+        for order in "<>":
+            for is_packed in (False, True):
+                yield Case(
+                    f"grey, {name}, {order}, {'compressed' if is_packed else 'uncompressed'}",
+                    _tiff_in_order(grey.astype(order + kind), sample_format, is_packed),
+                    colors=_stretched(_grey()),
+                )
     planes = b"".join(rgb[:, :, channel].astype("<u2").tobytes() for channel in range(3))
     half = np.concatenate([rgb, grey[:, :, None]], axis=2)
     refused = {
@@ -1138,6 +1181,36 @@ def _big_tiff(order: str) -> bytes:
     return (content + bytes(8)).ljust(400, b"\0") + data
 
 
+def _tiff_in_order(
+    values: "np.ndarray[tuple[int, ...], np.dtype[np.generic]]",
+    sample_format: int,
+    is_packed: bool,
+) -> bytes:
+    """Builds a grey TIFF of one strip in the byte order of the values, from black to white."""
+    order = ">" if values.dtype.byteorder == ">" else "<"
+    if sample_format == 1:  # only these have an agreed white
+        values = ((values - values.min()) / (values.max() - values.min()) * 65_535).astype(
+            values.dtype
+        )
+    data = zlib.compress(values.tobytes()) if is_packed else values.tobytes()
+    tags = {
+        256: SIZE[0],
+        257: SIZE[1],
+        258: values.dtype.itemsize * 8,
+        259: 8 if is_packed else 1,
+        262: 1,
+        273: 400,
+        277: 1,
+        278: SIZE[1],
+        279: len(data),
+        339: sample_format,
+    }
+    content = (b"II" if order == "<" else b"MM") + struct.pack(order + "HIH", 42, 8, len(tags))
+    for tag, value in tags.items():
+        content += struct.pack(order + "HHII", tag, 4, 1, value)
+    return (content + bytes(4)).ljust(400, b"\0") + data
+
+
 def _large(size: tuple[int, int]) -> Image.Image:
     return picture("L").resize(size, Image.Resampling.NEAREST)
 
@@ -1147,8 +1220,16 @@ def _wide_rows() -> "np.ndarray[tuple[int, ...], np.dtype[np.uint16]]":
 
 
 def _png_of_16_bits() -> bytes:
-    rows = _wide_rows().astype(">u2")
-    return _png_chunks(SIZE, 16, 2, b"".join(b"\0" + row.tobytes() for row in rows))
+    return png_of_16_bits(_wide_rows())
+
+
+def png_of_16_bits(
+    values: "np.ndarray[tuple[int, ...], np.dtype[np.uint16]]", *chunks: tuple[bytes, bytes]
+) -> bytes:
+    """Builds a PNG of values [height, width] or [height, width, channels], and further chunks."""
+    color_type = 0 if values.ndim == 2 else {3: 2, 4: 6}[values.shape[2]]
+    data = b"".join(b"\0" + row.tobytes() for row in values.astype(">u2"))
+    return _png_chunks(values.shape[1::-1], 16, color_type, data, *chunks)
 
 
 def _tiff(
@@ -1240,7 +1321,7 @@ class Result:
     """The result for a file.
 
     Attributes:
-        outcome: see `Case`.
+        outcome: see `Case`; `distrusted` if the sandbox's answer cannot be true.
         sentence: the error message, or "".
         cpu_seconds: CPU time used.
         peak_bytes: peak memory of the decoding process.
@@ -1255,18 +1336,25 @@ class Result:
 
 
 DEFAULT_SANDBOX, DEFAULT_RULES = Sandbox(), Rules()
+SPECS = build_variant_specs()
 
 
 def process(
     content: bytes, sandbox: Sandbox = DEFAULT_SANDBOX, rules: Rules = DEFAULT_RULES
 ) -> Result:
-    """Processes a file as the assets process an original."""
+    """Processes a file as the assets process an original, and distrusts the sandbox as they do."""
     try:
         with sandbox.open(decode, content, rules) as session:
-            _, preparing = session.call(prepare)
-            (made, _), encoding = session.call(render_and_inspect, build_variant_specs(), True)
+            prepared, preparing = session.call(prepare)
+            verify_prepared(prepared, rules, None)
+            arguments = SPECS, True, choose_compared(SPECS)
+            (made, found), encoding = session.call(render_and_inspect, *arguments)
+            verify_variants(made, SPECS, (prepared.facts.width, prepared.facts.height))
+            verify_own_inspections(found, made, arguments[2])
     except ImagePipelineError as error:
         return Result(getattr(error, "reason", "unexpected"), str(error))
+    except ImpossibleAnswerError as error:
+        return Result("distrusted", f"what the sandbox said of it cannot be true: {error}")
     cpu_seconds = session.usage.cpu_seconds + preparing.cpu_seconds + encoding.cpu_seconds
     return Result("completed", "", cpu_seconds, encoding.peak_bytes, tuple(made))
 

@@ -1,20 +1,26 @@
 """Converted colours agree with independent formulas and with what Chromium shows."""
 
 import struct
+import zlib
 
 import numpy as np
 import pytest
-from PIL import Image
+import pyvips
+from PIL import Image, ImageCms
 
 from imagepipeline.imaging.color import (
     HLG,
     PQ,
+    TO_LINEAR,
     ColorSpace,
+    plan_reduction,
     read_nclx,
     read_png_space,
     to_srgb,
     tone_map,
 )
+from imagepipeline.imaging.decoding import decode
+from imagepipeline_tests.imaging.odd_files import png_of_16_bits
 
 GREYS = (33, 66, 132, 197, 255)
 # GREYS as Chromium 156 shows them in a PNG with cICP. PQ and HLG have the primaries of BT.2020.
@@ -141,3 +147,109 @@ def test_the_peak_is_read_from_the_file():
     codes = read_nclx(nclx((1, 1)), None, None).codes
     assert codes == (1, 13)  # in a still picture, the curve of video is taken as sRGB's
     assert read_nclx(nclx((255, 255)), None, None) == ColorSpace()
+
+
+# ---- linear light in 16 bits
+
+LEVELS = np.arange(256, dtype=np.uint8).reshape(8, 32)
+RAMPS = np.stack([LEVELS, LEVELS[::-1], LEVELS[:, ::-1]], axis=2)
+GAMMA = (b"gAMA", struct.pack(">I", 100_000))
+LINEAR, SRGB_CURVE = 8, 13
+
+
+def linear(levels):
+    return (TO_LINEAR[SRGB_CURVE](levels / 255) * 65_535).round().astype(np.uint16)
+
+
+def linear_profile(space=b"RGB "):
+    """A profile of linear light with sRGB's primaries, or of grey (ICC.1:2022, 8.3, 8.4)."""
+    names = (b"rTRC", b"gTRC", b"bTRC") if space == b"RGB " else (b"kTRC",)
+    tags = dict.fromkeys(names, b"curv" + bytes(8))
+    if space == b"RGB ":
+        whole = ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes()
+        for at in range(132, 132 + 12 * int.from_bytes(whole[128:132], "big"), 12):
+            name, start, size = struct.unpack_from(">4sII", whole, at)
+            if name in (b"rXYZ", b"gXYZ", b"bXYZ", b"wtpt"):
+                tags[name] = whole[start : start + size]
+    else:
+        tags[b"wtpt"] = b"XYZ " + bytes(4) + struct.pack(">3I", 63_190, 65_536, 54_061)
+    table, data, start = struct.pack(">I", len(tags)), b"", 132 + 12 * len(tags)
+    for name, content in tags.items():
+        table += name + struct.pack(">II", start + len(data), len(content))
+        data += content
+    header = struct.pack(
+        ">I4xI4s4s4s12x4s28x3I",
+        *(start + len(data), 0x02400000, b"mntr", space, b"XYZ ", b"acsp"),
+        *(63_190, 65_536, 54_061),
+    )
+    return header.ljust(128, b"\0") + table + data
+
+
+def tiff(values, profile, compression):
+    image = pyvips.Image.new_from_array(values)
+    image = image.copy(interpretation="rgb16" if values.ndim == 3 else "grey16")
+    image.set_type(pyvips.GValue.blob_type, "icc-profile-data", profile)
+    return image.tiffsave_buffer(compression=compression)
+
+
+def packed_profile(profile):
+    return b"iCCP", b"linear\0\0" + zlib.compress(profile)
+
+
+ALPHA = np.full((8, 32, 1), 65_535, np.uint16)
+CLEAR = (b"tRNS", linear(RAMPS[0, 0]).astype(">u2").tobytes())
+LINEAR_FILES = {
+    "PNG, gAMA": lambda: png_of_16_bits(linear(RAMPS), GAMMA),
+    "PNG, cICP": lambda: png_of_16_bits(linear(RAMPS), (b"cICP", bytes([1, LINEAR, 0, 1]))),
+    "PNG, profile": lambda: png_of_16_bits(linear(RAMPS), packed_profile(linear_profile())),
+    "PNG, alpha": lambda: png_of_16_bits(np.dstack([linear(RAMPS), ALPHA]), GAMMA),
+    "PNG, grey": lambda: png_of_16_bits(linear(LEVELS), GAMMA),
+    "PNG, grey, profile": lambda: png_of_16_bits(
+        linear(LEVELS), packed_profile(linear_profile(b"GRAY"))
+    ),
+    "TIFF": lambda: tiff(linear(RAMPS), linear_profile(), "none"),
+    "TIFF, compressed": lambda: tiff(linear(RAMPS), linear_profile(), "deflate"),
+    "TIFF, grey": lambda: tiff(linear(LEVELS), linear_profile(b"GRAY"), "lzw"),
+}
+
+
+@pytest.mark.parametrize("name", LINEAR_FILES)
+def test_16_bits_of_linear_light_keep_their_darks(name):
+    found = np.asarray(decode(LINEAR_FILES[name]()).image).astype(int)
+    wanted = np.repeat(LEVELS[..., None], 3, axis=2) if "grey" in name else RAMPS
+    assert abs(found - wanted).max() <= 1
+
+
+def test_a_transparent_colour_of_16_linear_bits_is_kept():
+    decoded = np.asarray(decode(png_of_16_bits(linear(RAMPS), GAMMA, CLEAR)).image)
+    assert decoded[0, 0, 3] == 0
+    assert abs(decoded[..., :3].astype(int) - RAMPS)[decoded[..., 3] > 0].max() <= 1
+    grey = (b"tRNS", linear(LEVELS[:1, :1]).astype(">u2").tobytes())
+    decoded = np.asarray(decode(png_of_16_bits(linear(LEVELS), GAMMA, grey)).image)
+    assert (decoded[..., 3] == 0).sum() == 1
+    assert abs(decoded[..., 0].astype(int) - LEVELS)[decoded[..., 3] > 0].max() <= 1
+
+
+def test_linear_light_of_a_wide_gamut_has_the_colours_that_its_primaries_say():
+    def show_coded(values, transfer):
+        chunk = (b"cICP", bytes([12, transfer, 0, 1]))
+        return np.asarray(decode(png_of_16_bits(values, chunk)).image).astype(int)
+
+    coded = show_coded(RAMPS.astype(np.uint16) * 257, SRGB_CURVE)
+    assert abs(show_coded(linear(RAMPS), LINEAR) - coded).max() <= 1
+
+
+@pytest.mark.parametrize("gamma", [45_455, 50_000, 55_556])
+def test_a_curve_for_displays_needs_no_second_look(gamma):
+    assert plan_reduction(ColorSpace(gamma=100_000 / gamma), is_grey=False) is None
+
+
+def test_a_broken_profile_of_linear_light_is_harmless():
+    rng = np.random.default_rng(6)
+    whole = linear_profile()
+    for _ in range(300):
+        broken = bytearray(whole[: rng.integers(1, len(whole) + 1)])
+        for at in rng.integers(0, len(broken), 3):
+            broken[at] = rng.integers(0, 256)
+        content = png_of_16_bits(linear(RAMPS), packed_profile(bytes(broken)))
+        assert decode(content).image.size == (32, 8)

@@ -1,5 +1,7 @@
 """Decoding reads metadata, follows the rules and reports damage; see also test_odd_files.py."""
 
+import io
+
 import numpy as np
 import pytest
 from PIL import ExifTags, Image
@@ -11,8 +13,11 @@ from imagepipeline.errors import (
     UnreadableImageError,
     UnsupportedFormatError,
 )
+from imagepipeline.imaging import scaling
 from imagepipeline.imaging.decoding import Rules, decode
+from imagepipeline.imaging.drawing import Drawn
 from imagepipeline.imaging.formats import FORMATS, REFUSED, SIGNATURES
+from imagepipeline.imaging.readers.source import to_picture
 from imagepipeline_tests.imaging.odd_files import (
     PHOTO,
     SAMPLES,
@@ -242,6 +247,36 @@ def test_a_large_jpeg_is_decoded_at_a_reduced_size_without_visible_loss(orientat
     assert 10 * np.log10(255**2 / error) > 40
 
 
+@pytest.mark.parametrize("is_simd", [True, False])
+@pytest.mark.parametrize("size", [(7681, 480), (7687, 481), (15_361, 241), (481, 7687)])
+def test_a_reduced_jpeg_is_not_stretched_if_its_sides_are_no_multiples(size, is_simd, monkeypatch):
+    if not is_simd:
+        monkeypatch.setattr(scaling, "SIMD_MODES", ())
+    exif = Image.Exif()
+    exif[ExifTags.Base.Orientation] = 6 if size[1] > size[0] else 1
+    content = encode(_tile_photo(size), "JPEG", quality=92, exif=exif)
+    decoded = decode(content)
+    whole = Image.open(io.BytesIO(content)).convert("RGB")
+    whole = whole.transpose(Image.Transpose.ROTATE_270) if size[1] > size[0] else whole
+    assert (decoded.width, decoded.height) == whole.size
+    reference = np.asarray(whole.resize(decoded.image.size, Image.Resampling.LANCZOS))
+    error = (np.asarray(decoded.image).astype(float) - reference) ** 2
+    assert 10 * np.log10(255**2 / error.mean()) >= 45
+    assert 10 * np.log10(255**2 / error[:, -300:].mean()) >= 45
+
+
+def _tile_photo(size):
+    """A picture with detail everywhere, also at its edges."""
+    photo = np.asarray(Image.open(PHOTO).convert("RGB"))
+    rows, columns = -(-size[1] // photo.shape[0]), -(-size[0] // photo.shape[1])
+    return Image.fromarray(np.tile(photo, (rows, columns, 1))[: size[1], : size[0]])
+
+
+def test_the_height_of_a_reduced_jpeg_is_that_of_its_own_proportions():
+    decoded = decode(encode(Image.new("L", (4001, 34_000)), "JPEG"))
+    assert decoded.image.size == (1920, round(34_000 * 1920 / 4001))
+
+
 @pytest.mark.parametrize(
     ("size", "is_turned"), [((8160, 6144), False), ((8160, 6144), True), ((6144, 8160), False)]
 )
@@ -276,3 +311,16 @@ def test_the_limit_on_a_side_applies_to_the_variants():
 def test_exif_does_not_rotate_a_heic_a_second_time():
     content = (SAMPLES / "orientation-6.heic").read_bytes()
     assert decode(content).image.size == SIZE
+
+
+def test_grey_of_16_bits_is_rounded():
+    steps = np.arange(65_536, dtype=np.uint16).reshape(256, 256)
+    for format_ in ("PNG", "TIFF"):
+        found = np.asarray(decode(encode(Image.fromarray(steps), format_)).image)[..., 0]
+        assert (found == (steps / 257).round()).all()
+
+
+@pytest.mark.parametrize("mode", ["I", "F"])
+def test_no_reader_passes_on_grey_whose_white_is_unknown(mode):
+    with pytest.raises(UnsupportedFormatError, match="grey of 32 bits"):
+        to_picture(Drawn(picture(mode)))

@@ -5,7 +5,7 @@ from collections.abc import Iterator
 
 import pi_heif
 import pillow_avif.AvifImagePlugin
-from PIL import UnidentifiedImageError
+from PIL import ExifTags, UnidentifiedImageError
 
 from imagepipeline.errors import UnreadableImageError
 from imagepipeline.imaging import exif
@@ -61,7 +61,10 @@ def read_avif(content: bytes, rules: Rules) -> Source:
             raise
 
     width, height = (crop[2] - crop[0], crop[3] - crop[1]) if crop else header.size
-    return Source(width, height, load, space, exif.parse(header.info.get("exif", b"")))
+    # The plugin puts what the properties say into EXIF, unless Pillow reads the same there.
+    tags = exif.parse(header.info.get("exif", b""))
+    orientation = tags.get(ExifTags.Base.Orientation, 1)
+    return Source(width, height, load, space, tags, orientation)
 
 
 def read_heif(content: bytes, rules: Rules) -> Source:
@@ -85,13 +88,7 @@ def read_heif(content: bytes, rules: Rules) -> Source:
             raise
         yield to_picture(Drawn(header))
 
-    return Source(
-        *header.size,
-        load,
-        space,
-        exif.parse(header.info.get("exif") or b""),
-        is_turned_by_exif=False,
-    )
+    return Source(*header.size, load, space, exif.parse(header.info.get("exif") or b""))
 
 
 def _explain_heif(content: bytes, error: Exception) -> Exception:

@@ -17,13 +17,16 @@ from imagepipeline.errors import (
 from imagepipeline.imaging import exif, jpeg
 from imagepipeline.imaging.color import ColorSpace
 from imagepipeline.imaging.drawing import Drawn, draw
-from imagepipeline.imaging.limits import Rules, check_profile, find_scale
+from imagepipeline.imaging.limits import (
+    MAX_JPEG_REDUCTION,
+    Rules,
+    check_profile,
+    find_scale,
+    max_original_pixels,
+)
 from imagepipeline.imaging.readers.source import Picture, Source, miss_start, open_image, to_picture
 
 EXTRANEOUS = re.compile(r"(\d+) extraneous bytes before marker 0xd9")
-# A JPEG is decoded at one to eight eighths of its size. All of its coded data is read even then, so
-# it may have at most this many times the pixels that may be decoded.
-MAX_JPEG_REDUCTION = 5
 
 
 def read_jpeg(content: bytes, rules: Rules) -> Source:
@@ -33,8 +36,9 @@ def read_jpeg(content: bytes, rules: Rules) -> Source:
         raise miss_start("JPEG")
     profile = check_profile(found.profile, rules)
     width, height = found.width, found.height
-    if width * height > MAX_JPEG_REDUCTION * rules.max_pixels:
-        limit = f"{MAX_JPEG_REDUCTION * rules.max_pixels / 1e6:g} megapixels"
+    most = max_original_pixels("JPEG", rules)
+    if width * height > most:
+        limit = f"{most / 1e6:g} megapixels"
         setting = f"{MAX_JPEG_REDUCTION} x IMAGEPIPELINE_MAX_PIXELS"
         raise LimitError(
             f"the original is {width} x {height} px, the limit for a JPEG is {limit} ({setting})"
@@ -42,9 +46,11 @@ def read_jpeg(content: bytes, rules: Rules) -> Source:
 
     def load(is_on_its_side: bool) -> Iterator[Picture]:
         size = _choose_size(width, height, is_on_its_side, rules)
-        yield _decode_jpeg(found, size, rules)
+        picture = _decode_jpeg(found, size, rules)
+        yield replace(picture, extent=_find_extent(width, height, picture.image.size))
 
-    return Source(width, height, load, ColorSpace(profile), exif.parse(found.exif))
+    orientation = exif.find_orientation(found.exif)
+    return Source(width, height, load, ColorSpace(profile), exif.parse(found.exif), orientation)
 
 
 def _choose_size(width: int, height: int, is_on_its_side: bool, rules: Rules) -> tuple[int, int]:
@@ -76,6 +82,17 @@ def _choose_size(width: int, height: int, is_on_its_side: bool, rules: Rules) ->
 
 def _scale_by_eighths(width: int, height: int, eighths: int) -> tuple[int, int]:
     return math.ceil(width * eighths / 8), math.ceil(height * eighths / 8)
+
+
+def _find_extent(width: int, height: int, size: tuple[int, int]) -> tuple[float, float] | None:
+    """How much of a JPEG decoded at that size shows the picture.
+
+    Its last column and row reach beyond the picture if its sides are no multiples of the reduction.
+    """
+    for eighths in range(8, 0, -1):
+        if _scale_by_eighths(width, height, eighths) == size:
+            return width * eighths / 8, height * eighths / 8
+    return None
 
 
 def _decode_jpeg(found: jpeg.Jpeg, size: tuple[int, int], rules: Rules) -> Picture:

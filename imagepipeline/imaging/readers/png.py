@@ -1,19 +1,33 @@
 """PNG, with its 16-bit samples, transparent colours and animations."""
 
 from collections.abc import Iterator
+from dataclasses import replace
 
 import numpy as np
 from PIL import Image, ImageFile, UnidentifiedImageError
 
 from imagepipeline.errors import (
     LimitError,
+    TruncatedImageError,
     UnreadableImageError,
 )
 from imagepipeline.imaging import exif, png
-from imagepipeline.imaging.color import read_png_space
+from imagepipeline.imaging.color import Reduction, plan_reduction, read_png_space
 from imagepipeline.imaging.drawing import Drawn, draw
 from imagepipeline.imaging.limits import Rules, check_frames, check_profile, check_size
-from imagepipeline.imaging.readers.source import Picture, Source, miss_start, open_image, to_picture
+from imagepipeline.imaging.readers.source import (
+    Picture,
+    Source,
+    join_bytes,
+    miss_start,
+    open_image,
+    to_eight_bits,
+    to_picture,
+)
+
+# By colour type: the mode in which Pillow reads the lower bytes of 16 bits as if they were the
+# upper ones.
+LOWER_BYTES = {png.RGB: "RGB;16L", png.RGBA: "RGBA;16L"}
 
 
 def read_png(content: bytes, rules: Rules) -> Source:
@@ -22,12 +36,10 @@ def read_png(content: bytes, rules: Rules) -> Source:
     if found is None:
         raise miss_start("PNG")
     check_size(found.width, found.height, rules)
-    is_animation = rules.is_animation_kept and found.still is not found.content
-    whole = found.content if is_animation else found.still
     try:
-        header = open_image(whole, "PNG")
+        open_image(found.content, "PNG")
     except UnidentifiedImageError:
-        if b"IDAT" in whole:
+        if b"IDAT" in found.content:
             raise UnreadableImageError(
                 "the PNG data is damaged: its header cannot be read"
             ) from None
@@ -46,39 +58,68 @@ def read_png(content: bytes, rules: Rules) -> Source:
     profile = check_profile(
         png.unpack_profile(found.chunks.get(b"iCCP", b""), rules.max_icc_bytes), rules
     )
-    # The default image of an APNG is for viewers without animation, and not a frame.
-    first = 1 if is_animation and header.info.get("default_image") else 0
-    frame_count = getattr(header, "n_frames", 1) - first if is_animation else 1
-    if is_animation:
-        check_frames(found.width, found.height, frame_count, rules)
+    frame_count = 0
+    if rules.is_animation_kept:
+        for frame_count, _ in enumerate(png.list_frames(found), 1):
+            check_frames(found.width, found.height, frame_count, rules)
+    space = read_png_space(found.chunks, profile)
+    reduction = None
+    if found.bits == 16:
+        reduction = plan_reduction(space, is_grey=found.color_type == png.GREY)
 
     def load(_: bool) -> Iterator[Picture]:
         if frame_count <= 1:
-            yield _draw_png(found, rules)
-            return
-        image = open_image(whole, "PNG")
-        for index in range(first, first + frame_count):
-            image.seek(index)
-            image.load()
-            duration_ms = int(image.info.get("duration") or 0)
-            frame = _to_bytes(_with_clear_color(image.copy(), found, None))
-            yield to_picture(Drawn(frame), duration_ms)
+            yield _draw_png(found, rules, reduction)
+        else:
+            yield from _compose(found, frame_count, rules, reduction)
 
-    space = read_png_space(found.chunks, profile)
-    plays = int(header.info.get("loop") or 0)
+    plays = int.from_bytes(found.chunks.get(b"acTL", b"")[4:8], "big")
+    tags = found.chunks.get(b"eXIf", b"")
     return Source(
         found.width,
         found.height,
         load,
-        space,
-        exif.parse(found.chunks.get(b"eXIf", b"")),
+        reduction.space if reduction else space,
+        exif.parse(tags),
+        exif.find_orientation(tags),
         count_plays=lambda: plays,
     )
 
 
-def _draw_png(found: png.Png, rules: Rules) -> Picture:
+def _compose(
+    found: png.Png, frame_count: int, rules: Rules, reduction: Reduction | None
+) -> Iterator[Picture]:
+    """Draws the frames of an APNG over one another, as browsers do; Pillow does so with no alpha.
+
+    Raises:
+        TruncatedImageError: frames are missing, and the rules do not accept truncated files.
+    """
+    declared = int.from_bytes(found.chunks.get(b"acTL", b"")[:4], "big")
+    flaw = None
+    if found.is_cut and frame_count < declared:
+        flaw = f"{frame_count} of {declared} frames could be read"
+        if not rules.is_truncated_accepted:
+            raise TruncatedImageError(
+                f"{flaw}; the end of the PNG file is missing: upload it again"
+            )
+    shown = Image.new("RGBA", (found.width, found.height))
+    for index, frame in enumerate(png.list_frames(found)):
+        alone = replace(found, content=frame.content, width=frame.width, height=frame.height)
+        picture = _draw_png(alone, rules, reduction)
+        image = picture.image.convert("RGBA")
+        box = frame.left, frame.top, frame.left + frame.width, frame.top + frame.height
+        below = shown.crop(box)
+        shown.paste(Image.alpha_composite(below, image) if frame.is_blended else image, box)
+        yield Picture(shown.copy(), frame.duration_ms, picture.flaw or flaw)
+        if frame.disposal == 1 or (frame.disposal == 2 and index == 0):
+            shown.paste((0, 0, 0, 0), box)
+        elif frame.disposal == 2:
+            shown.paste(below, box)
+
+
+def _draw_png(found: png.Png, rules: Rules, reduction: Reduction | None) -> Picture:
     def reopen(raw_mode: str | None = None) -> ImageFile.ImageFile:
-        image = open_image(found.still, "PNG")
+        image = open_image(found.content, "PNG")
         if raw_mode:
             image.tile = [tile._replace(args=raw_mode) for tile in image.tile]
         return image
@@ -86,21 +127,21 @@ def _draw_png(found: png.Png, rules: Rules) -> Picture:
     options = "PNG", found.is_cut, found.is_interlaced, rules.is_truncated_accepted
     drawn = draw(reopen, *options)
     lower = None
-    if found.bits == 16 and found.color_type == png.RGB and b"tRNS" in found.chunks:
-        lower = draw(
-            lambda: reopen("RGB;16L"), *options
-        ).image  # the lower bytes: as if they were the upper ones
-    image = _to_bytes(_with_clear_color(drawn.image, found, lower))
+    raw_mode = LOWER_BYTES.get(found.color_type) if found.bits == 16 else None
+    if raw_mode and (reduction or b"tRNS" in found.chunks):
+        lower = draw(lambda: reopen(raw_mode), *options).image
+    image = _with_clear_color(drawn.image, found, lower)
+    if reduction and found.color_type == png.GREY:
+        image = _reduce_grey(image, drawn.image, reduction)
+    elif reduction and lower:
+        image = join_bytes(image, lower, reduction.table)
     return to_picture(Drawn(image, drawn.missing, drawn.flaw))
 
 
-def _to_bytes(image: Image.Image) -> Image.Image:
-    """Reduces grey of 16 bits to its upper eight."""
-    return (
-        Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
-        if image.mode.startswith("I")
-        else image
-    )
+def _reduce_grey(image: Image.Image, stored: Image.Image, reduction: Reduction) -> Image.Image:
+    """Replaces the grey of an image by that of the stored 16 bits, reduced."""
+    grey = Image.fromarray(reduction.table[np.asarray(stored)])
+    return Image.merge("LA", (grey, image.getchannel("A"))) if image.mode == "LA" else grey
 
 
 def _with_clear_color(image: Image.Image, found: png.Png, lower: Image.Image | None) -> Image.Image:
@@ -118,7 +159,7 @@ def _with_clear_color(image: Image.Image, found: png.Png, lower: Image.Image | N
     if found.color_type == png.GREY and len(values) == 1 and image.mode in ("1", "L", "I;16", "I"):
         stored = np.asarray(image.convert("L") if image.mode == "1" else image)
         value = values[0] if found.bits == 16 else values[0] * 255 // (2**found.bits - 1)
-        grey = (stored >> 8).astype(np.uint8) if found.bits == 16 else stored
+        grey = to_eight_bits(stored) if found.bits == 16 else stored
         alpha = np.where(stored == value, 0, 255).astype(np.uint8)
         return Image.merge("LA", (Image.fromarray(grey), Image.fromarray(alpha)))
     if found.color_type == png.RGB and len(values) == 3 and image.mode == "RGB":

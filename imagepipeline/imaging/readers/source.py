@@ -4,6 +4,9 @@ import io
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 
+import numpy as np
+from numpy.typing import NDArray
+
 # Imported one by one. Otherwise Pillow imports all its 43 readers, some of which run programs.
 from PIL import (
     BmpImagePlugin,  # noqa: F401
@@ -22,7 +25,7 @@ from imagepipeline.errors import (
     UnreadableImageError,
     UnsupportedFormatError,
 )
-from imagepipeline.imaging.color import ColorSpace
+from imagepipeline.imaging.color import STRIP_ROWS, ColorSpace
 from imagepipeline.imaging.drawing import Drawn, clean, fill, percent
 
 EXPORT_ADVICE = "export it as PNG"
@@ -36,11 +39,13 @@ class Picture:
         image: in mode L, LA, RGB, RGBA, CMYK or LAB, with 8 bits a channel.
         duration_ms: how long it is shown, if it is a frame of an animation.
         flaw: what is missing or wrong, in words; None if nothing is.
+        extent: how many columns and rows show the picture, if of the last ones only a part does.
     """
 
     image: Image.Image
     duration_ms: int = 0
     flaw: str | None = None
+    extent: tuple[float, float] | None = None
 
 
 @dataclass(frozen=True)
@@ -54,7 +59,7 @@ class Source:
             the picture must be rotated by 90 or 270 degrees.
         space: colour space.
         exif: EXIF, empty if there is none.
-        is_turned_by_exif: whether the caller must apply the orientation in `exif`.
+        orientation: how the caller must turn the picture, as in EXIF (1..8).
         count_plays: returns how often an animation is shown, 0 for ever; call it after `load`.
     """
 
@@ -63,7 +68,7 @@ class Source:
     load: Callable[[bool], Iterator[Picture]]
     space: ColorSpace = field(default_factory=ColorSpace)
     exif: Image.Exif = field(default_factory=Image.Exif)
-    is_turned_by_exif: bool = True
+    orientation: int = 1
     count_plays: Callable[[], int] = lambda: 0
 
 
@@ -103,9 +108,41 @@ def open_image(content: bytes, format_: str) -> ImageFile.ImageFile:
     return Image.open(io.BytesIO(content), formats=[format_])
 
 
+def to_eight_bits(values: NDArray[np.uint16], bits: int = 16) -> NDArray[np.uint8]:
+    """Reduces samples of that many bits, at most 16, to eight, rounded."""
+    steps = 2**bits - 1
+    table = (np.arange(steps + 1, dtype=np.uint32) * 255 + steps // 2) // steps
+    reduced: NDArray[np.uint8] = table.astype(np.uint8)[values]
+    return reduced
+
+
+def join_bytes(upper: Image.Image, lower: Image.Image, table: NDArray[np.uint8]) -> Image.Image:
+    """Reduces RGB or RGBA of 16 bits, given as two images of bytes, by a table; alpha is not.
+
+    It works in strips, and in the first image, because a third one would be as large as they are.
+    """
+    for top in range(0, upper.height, STRIP_ROWS):
+        box = 0, top, upper.width, min(top + STRIP_ROWS, upper.height)
+        pixels = np.array(upper.crop(box))
+        values = pixels[..., :3].astype(np.uint16) << 8 | np.asarray(lower.crop(box))[..., :3]
+        pixels[..., :3] = table[values]
+        upper.paste(Image.fromarray(pixels), box)
+    return upper
+
+
 def to_picture(drawn: Drawn, duration_ms: int = 0) -> Picture:
-    """Converts a drawn image to one of the modes of `Picture`."""
+    """Converts a drawn image to one of the modes of `Picture`.
+
+    Raises:
+        UnsupportedFormatError: it is grey of 32 bits or floats, whose white only its reader knows.
+    """
     image = drawn.image
+    if image.mode.startswith("I;16"):  # Pillow would clip it: all above 255 would be white
+        image = Image.fromarray(to_eight_bits(np.asarray(image)))
+    elif image.mode in ("I", "F"):
+        raise UnsupportedFormatError(
+            f"the original is grey of 32 bits, which cannot be read here: {EXPORT_ADVICE}"
+        )
     if image.has_transparency_data and image.mode not in ("RGBA", "LA"):
         image = image.convert("RGBA")
     elif image.mode not in ("RGB", "RGBA", "L", "LA", "CMYK", "LAB"):

@@ -1,17 +1,20 @@
 """TIFF: the first page, with the samples that Pillow reads but does not convert."""
 
-from collections.abc import Iterator
+import sys
+from collections.abc import Iterator, Mapping
+from types import MappingProxyType
+from typing import Any
 
 import numpy as np
 import simplejpeg
-from PIL import Image, TiffImagePlugin, UnidentifiedImageError
+from PIL import Image, ImageFile, TiffImagePlugin, UnidentifiedImageError
 
 from imagepipeline.errors import (
     UnreadableImageError,
     UnsupportedFormatError,
 )
 from imagepipeline.imaging import jpeg, tiff
-from imagepipeline.imaging.color import ColorSpace
+from imagepipeline.imaging.color import ColorSpace, Reduction, plan_reduction
 from imagepipeline.imaging.drawing import Drawn, draw
 from imagepipeline.imaging.formats import RAW_ADVICE
 from imagepipeline.imaging.limits import Rules, check_profile, check_size
@@ -19,10 +22,22 @@ from imagepipeline.imaging.readers.source import (
     EXPORT_ADVICE,
     Picture,
     Source,
+    join_bytes,
     miss_start,
     open_image,
+    to_eight_bits,
     to_picture,
 )
+
+# Pillow's names of RGB of 16 bits, and of the same read as if its lower bytes were its upper ones.
+NATIVE = "L" if sys.byteorder == "little" else "B"
+LOWER_BYTES = {
+    f"{mode};16{order}": f"{mode};16{'B' if (NATIVE if order == 'N' else order) == 'L' else 'L'}"
+    for mode in ("RGB", "RGBA")
+    for order in "LBN"
+}
+# Pillow's names of big-endian signed and floating-point samples, and of the same in native order.
+IN_NATIVE_ORDER = {"I;16BS": "I;16NS", "I;32BS": "I;32NS", "F;32BF": "F;32NF"}
 
 
 def read_tiff(content: bytes, rules: Rules) -> Source:
@@ -50,6 +65,11 @@ def read_tiff(content: bytes, rules: Rules) -> Source:
     check_size(*header.size, rules)
     profile = check_profile(header.info.get("icc_profile"), rules)
 
+    space, reduction = ColorSpace(profile), None
+    is_grey = header.mode.startswith("I;16") and page.first(tiff.BITS, 1) == 16
+    if is_grey or all(_get_raw_mode(tile) in LOWER_BYTES for tile in header.tile):
+        reduction = plan_reduction(space, is_grey)
+
     def load(_: bool) -> Iterator[Picture]:
         if (
             page.first(tiff.COMPRESSION, tiff.RAW) == tiff.JPEG
@@ -59,7 +79,7 @@ def read_tiff(content: bytes, rules: Rules) -> Source:
             _check_jpeg_pieces(content, page)
         try:
             drawn = draw(
-                lambda: open_image(content, "TIFF"),
+                lambda: _open_page(content),
                 "TIFF",
                 is_cut,
                 False,
@@ -73,14 +93,44 @@ def read_tiff(content: bytes, rules: Rules) -> Source:
             raise
         image = drawn.image
         if image.mode.startswith(("I", "F")):
-            image = _to_eight_bits(image, page)
+            image = _reduce_depth(image, page, reduction)
+        elif reduction:
+            lower = draw(
+                lambda: _open_page(content, LOWER_BYTES),
+                "TIFF",
+                is_cut,
+                False,
+                rules.is_truncated_accepted,
+            ).image
+            image = join_bytes(image, lower, reduction.table)
         elif image.mode == "La":
             image = _unmultiply(image)
         yield to_picture(Drawn(image, drawn.missing, drawn.flaw))
 
-    exif = header.getexif()
     # Pillow applies the orientation of a TIFF itself.
-    return Source(*header.size, load, ColorSpace(profile), exif, is_turned_by_exif=False)
+    return Source(*header.size, load, reduction.space if reduction else space, header.getexif())
+
+
+def _open_page(
+    content: bytes, raw_modes: Mapping[str, str] = MappingProxyType({})
+) -> ImageFile.ImageFile:
+    """Opens a TIFF whose samples are then read in the byte order in which they come, or in others.
+
+    libtiff, which unpacks compressed ones, gives them in that of the machine. Pillow knows this of
+    only some kinds.
+    """
+    image = open_image(content, "TIFF")
+    for index, tile in enumerate(image.tile):
+        raw_mode = _get_raw_mode(tile)
+        known = raw_modes or (IN_NATIVE_ORDER if tile.codec_name == "libtiff" else {})
+        if raw_mode in known and isinstance(tile.args, tuple):
+            image.tile[index] = tile._replace(args=(known[raw_mode], *tile.args[1:]))
+    return image
+
+
+def _get_raw_mode(tile: Any) -> str:
+    """Pillow's name of how the samples of a strip or tile are stored."""
+    return str(tile.args[0]) if isinstance(tile.args, tuple) else ""
 
 
 def _is_known(page: tiff.Tiff) -> bool:
@@ -124,16 +174,17 @@ def _unmultiply(image: Image.Image) -> Image.Image:
     )
 
 
-def _to_eight_bits(image: Image.Image, page: tiff.Tiff) -> Image.Image:
-    """Reduces grey of 12 or 16 bits to its upper eight bits.
+def _reduce_depth(image: Image.Image, page: tiff.Tiff, reduction: Reduction | None) -> Image.Image:
+    """Reduces grey of 12 or 16 bits to eight.
 
     Grey of 32 bits or floats has no agreed white, so its range is stretched from black to white.
     """
     values = np.asarray(image)
     is_inverted = page.first(tiff.PHOTOMETRIC, tiff.BLACK_IS_ZERO) == tiff.WHITE_IS_ZERO
+    if reduction:
+        return Image.fromarray(reduction.table[~values if is_inverted else values])
     if image.mode.startswith("I;16"):
-        bits = page.first(tiff.BITS, 16)
-        grey = (values >> (bits - 8)).astype(np.uint8)
+        grey = to_eight_bits(values, page.first(tiff.BITS, 16))
     else:
         if (
             image.mode == "I"

@@ -40,5 +40,12 @@ def read_webp(content: bytes, rules: Rules) -> Source:
             raise
 
     plays = int(header.info.get("loop") or 0)
-    tags = exif.parse(header.info.get("exif", b""))
-    return Source(*header.size, load, ColorSpace(profile), tags, count_plays=lambda: plays)
+    tags = header.info.get("exif", b"")
+    return Source(
+        *header.size,
+        load,
+        ColorSpace(profile),
+        exif.parse(tags),
+        exif.find_orientation(tags),
+        count_plays=lambda: plays,
+    )
