@@ -1,5 +1,7 @@
 """The catalogue keeps its guarantees on both SQLite and Postgres."""
 
+import threading
+import time
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from datetime import UTC, datetime, timedelta
@@ -33,9 +35,10 @@ from imagepipeline.models import (
     build_variant_specs,
     place_variants,
 )
-from imagepipeline.stores import migrations
+from imagepipeline.stores import events, migrations
 from imagepipeline.stores.catalogue import Catalogue
 from imagepipeline.stores.database import Database, create_sqlite_engine
+from imagepipeline.stores.erasures import Erasures
 from imagepipeline.stores.failures import FailedImages
 from imagepipeline.stores.ledger import Ledger
 from imagepipeline.stores.migrations import VERSION_TABLE
@@ -565,3 +568,27 @@ def test_reads_do_not_wait_for_a_writer(catalogue, catalogue_url):
         connection.exec_driver_sql("UPDATE images SET priority = 7")
         with ThreadPoolExecutor() as pool:  # a read of its own connection sees the last commit
             assert pool.submit(catalogue.get, "cat").result(timeout=20)["priority"] == 0
+
+
+@pytest.mark.parametrize("accept", [Catalogue.accept, Catalogue.accept_imported])
+def test_a_push_during_an_erasure_goes_on_from_its_numbers(
+    catalogue, catalogue_url, accept, monkeypatch
+):
+    catalogue.accept([Upload("b"), Upload("a")])
+    catalogue.cancel("a", "it is being erased")
+    fence = catalogue.get("a")["fence"]
+    finish, is_about_to_end = events.replace_by_erased, threading.Event()
+
+    def finish_late(*arguments):
+        is_about_to_end.set()
+        time.sleep(1)  # the push waits for the erasure meanwhile
+        return finish(*arguments)
+
+    monkeypatch.setattr(events, "replace_by_erased", finish_late)
+    with ThreadPoolExecutor() as pool:
+        erasure = pool.submit(Erasures(catalogue_url, Clock()).remove, "a", fence, [])
+        assert is_about_to_end.wait(20)
+        accept(catalogue, [Upload("b"), Upload("a")])
+        assert erasure.result()["images"] == 1
+    row = catalogue.get("a")
+    assert (row["status"], row["generation"], row["fence"]) == ("pending", 2, fence)
