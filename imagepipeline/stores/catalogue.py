@@ -549,10 +549,13 @@ class Catalogue(Reader):
 
     def fail_pending(self, pending: Pending, reason: str, error: str) -> bool:
         """Ends a pending image as `failed`; False if it was claimed meanwhile."""
-        claim = self.claim(pending.image_id, pending.generation, reason)
-        if claim is None:
-            return False
-        self.fail(claim, reason, error)
+        of_generation = images.c.generation == pending.generation
+        with self._database.transaction() as connection:
+            self._take(connection, reason, images.c.id == pending.image_id, of_generation)
+            claim = self._claim_of(connection, pending.image_id, reason)
+            if claim is None:
+                return False
+            self._fail(connection, claim, reason, error)
         return True
 
     def cancel(self, image_id: str, error: str) -> Status | None:
@@ -601,8 +604,10 @@ class Catalogue(Reader):
             images.c.updated_at >= since,
             images.c.discarded_at.is_(None),
         )
+        # Locked, so that no run claims one meanwhile; in the order in which `accept` locks.
+        found = sa.select(images.c.id).where(failures).order_by(images.c.id).with_for_update()
         with self._database.transaction() as connection:
-            image_ids = connection.execute(sa.select(images.c.id).where(failures)).scalars().all()
+            image_ids = connection.execute(found).scalars().all()
             for image_id in image_ids:
                 outbox.withdraw_unsent(connection, image_id)
                 connection.execute(

@@ -42,7 +42,7 @@ from imagepipeline.stores.erasures import Erasures
 from imagepipeline.stores.failures import FailedImages
 from imagepipeline.stores.ledger import Ledger
 from imagepipeline.stores.migrations import VERSION_TABLE
-from imagepipeline.stores.outbox import Outbox
+from imagepipeline.stores.outbox import Outbox, withdraw_unsent
 from imagepipeline.stores.reader import State
 from imagepipeline.stores.tables import schema
 
@@ -592,3 +592,49 @@ def test_a_push_during_an_erasure_goes_on_from_its_numbers(
         assert erasure.result()["images"] == 1
     row = catalogue.get("a")
     assert (row["status"], row["generation"], row["fence"]) == ("pending", 2, fence)
+
+
+def test_failures_are_reopened_before_they_are_pushed_or_not_at_all(
+    catalogue, catalogue_url, monkeypatch
+):
+    for image_id in "ab":
+        catalogue.accept([Upload(image_id)])
+        catalogue.fail(catalogue.claim(image_id, 1, "run"), "provider_unavailable", "down")
+    pushes = []
+
+    def push():
+        other = Catalogue(catalogue_url, Clock())
+        other.accept([Upload("b")])
+        return other.claim("b", 2, "living run")
+
+    def withdraw_late(connection, image_id):
+        if image_id == "a":
+            pushes.append(pool.submit(push))
+            time.sleep(1)  # time for a push and a claim
+        withdraw_unsent(connection, image_id)
+
+    monkeypatch.setattr("imagepipeline.stores.outbox.withdraw_unsent", withdraw_late)
+    with ThreadPoolExecutor() as pool:
+        assert catalogue.reopen("provider_unavailable", datetime(2026, 1, 1, tzinfo=UTC)) == 2
+    assert catalogue.holds(pushes[0].result())  # a run that has claimed the image keeps it
+    assert [line["event"] for line in catalogue.get("b")["history"]] == [
+        *("accepted", "claimed", "failed"),
+        *("reopened", "claimed"),
+    ]
+
+
+def test_a_pending_image_fails_in_one_step(catalogue, monkeypatch):
+    catalogue.accept([Upload("a")])
+    [pending] = catalogue.list_pending(1)
+
+    def die(*_):
+        raise RuntimeError("the process is killed here")
+
+    with monkeypatch.context() as patch:
+        patch.setattr("imagepipeline.stores.outbox.add", die)
+        with pytest.raises(RuntimeError):
+            catalogue.fail_pending(pending, "cancelled", "by a person")
+    assert catalogue.get("a")["status"] == "pending"
+    assert catalogue.fail_pending(pending, "cancelled", "by a person")
+    assert not catalogue.fail_pending(pending, "cancelled", "by a person")
+    assert catalogue.get("a")["status"] == "failed"
