@@ -638,3 +638,32 @@ def test_a_pending_image_fails_in_one_step(catalogue, monkeypatch):
     assert catalogue.fail_pending(pending, "cancelled", "by a person")
     assert not catalogue.fail_pending(pending, "cancelled", "by a person")
     assert catalogue.get("a")["status"] == "failed"
+
+
+def test_a_description_is_of_the_picture_that_was_asked_about(catalogue):
+    def describe(text, input_sha256):
+        claim = catalogue.claim_anew("twin", f"run for {text}")
+        said = METADATA.model_copy(update={"description": text})
+        catalogue.save_metadata(claim, said, RECIPE, input_sha256)
+        catalogue.hand_back(claim, "it has been described")
+
+    def replace(_):  # as soon as a transaction has read something
+        describe("another picture", "2" * 64)
+
+    describe("a cat", "1" * 64)
+    sa.event.listen(catalogue._database.engine, "commit", replace, once=True)
+    found = catalogue.find_twin_metadata(RECIPE, "1" * 64)
+    assert found.description == "a cat"
+    assert catalogue.find_twin_metadata(RECIPE, "1" * 64) is None
+    assert catalogue.find_twin_metadata(RECIPE, "2" * 64).description == "another picture"
+
+
+def test_a_description_of_an_earlier_kind_is_passed_over(catalogue):
+    images = schema.tables["images"]
+    for image_id in "ab":
+        catalogue.accept([Upload(image_id)])
+        claim = catalogue.claim(image_id, 1, "run")
+        catalogue.save_metadata(claim, METADATA, RECIPE, "1" * 64)
+    with catalogue._database.transaction() as connection:
+        connection.execute(sa.update(images).where(images.c.id == "a").values(metadata={"x": 1}))
+    assert catalogue.find_twin_metadata(RECIPE, "1" * 64) == METADATA
