@@ -3,6 +3,7 @@
 import io
 import os
 import shutil
+import stat
 import sys
 import tempfile
 import threading
@@ -330,6 +331,34 @@ def storage(request: pytest.FixtureRequest, tmp_path: Path) -> Storage:
 @pytest.fixture
 def index(tmp_path: Path) -> EmbeddingIndex:
     return EmbeddingIndex(str(tmp_path / "lancedb"))
+
+
+@pytest.fixture
+def check_durable(monkeypatch: pytest.MonkeyPatch) -> Callable[[Path], None]:
+    """A function that checks that all in a folder is as it was when it was synced last."""
+    synced: dict[tuple[int, int], object] = {}
+    sync = os.fsync
+
+    def find_key(state: os.stat_result) -> tuple[int, int]:
+        return state.st_dev, state.st_ino
+
+    def look(place: int | Path) -> object:
+        state = os.stat(place)
+        return sorted(os.listdir(place)) if stat.S_ISDIR(state.st_mode) else state.st_size
+
+    def note(descriptor: int) -> None:
+        sync(descriptor)
+        synced[find_key(os.fstat(descriptor))] = look(descriptor)
+
+    def check_durable(folder: Path) -> None:
+        # LanceDB manages without its hint.
+        places = [folder, *(path for path in folder.rglob("*") if "_hint" not in path.name)]
+        assert {path: synced.get(find_key(path.stat())) for path in places} == {
+            path: look(path) for path in places
+        }
+
+    monkeypatch.setattr(os, "fsync", note)
+    return check_durable
 
 
 @pytest.fixture

@@ -1,5 +1,6 @@
 """An attempt at one asset of one image: its claim, and what a failure means to Dagster and us."""
 
+import logging
 import re
 import socket
 import threading
@@ -32,6 +33,7 @@ MAX_ATTEMPTS = 3
 # For unclassified errors. Dagster waits (2^n - 1) x delay: 1 s, then 3 s.
 RETRY_POLICY = dg.RetryPolicy(max_retries=MAX_ATTEMPTS - 1, delay=1, backoff=dg.Backoff.EXPONENTIAL)
 BEAT_SECONDS = 10
+log = logging.getLogger(__name__)
 # A run that is terminated by force is CANCELED at once.
 CANCELLED = (dg.DagsterRunStatus.CANCELING, dg.DagsterRunStatus.CANCELED)
 
@@ -257,6 +259,9 @@ def _beat(catalogue: Catalogue, claim: Claim, ended: threading.Event) -> None:
             return
         except PostponedError:
             continue
+        except Exception as error:  # without heartbeats, a healthy run would lose its image
+            # Without the error's text, which may name an address.
+            log.warning("a heartbeat of %s failed: %s", claim.image_id, type(error).__name__)
 
 
 def _is_last_asset(context: dg.AssetExecutionContext) -> bool:

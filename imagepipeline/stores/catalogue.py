@@ -105,11 +105,11 @@ class Catalogue(Reader):
         For an image that is pending or processing, the push is counted. If its run has started, the
         image begins another generation when that run ends.
         """
-        # In the order of their IDs, so that two calls at once cannot lock each other out.
-        pushes = sorted(_merge(uploads, self._clock()), key=lambda push: push["image_id"])
+        pushes = _merge(uploads, self._clock())
         if not pushes:
             return set()
         with self._database.transaction() as connection:
+            self._lock(connection, pushes)
             begun = self._begin(connection, pushes)
             history.record_all(connection, begun, event, self._clock())
             if others := [push for push in pushes if push["image_id"] not in begun]:
@@ -123,6 +123,7 @@ class Catalogue(Reader):
             return
         insert = self._insert().on_conflict_do_nothing().returning(images.c.id)
         with self._database.transaction() as connection:
+            self._lock(connection, rows)
             begun = set(connection.execute(insert, rows).scalars())
             history.record_all(connection, begun, "imported", self._clock())
 
@@ -580,10 +581,13 @@ class Catalogue(Reader):
 
     def fail_pending(self, pending: Pending, reason: str, error: str) -> bool:
         """Ends a pending image as `failed`; False if it was claimed meanwhile."""
-        claim = self.claim(pending.image_id, pending.generation, reason)
-        if claim is None:
-            return False
-        self.fail(claim, reason, error)
+        of_generation = images.c.generation == pending.generation
+        with self._database.transaction() as connection:
+            self._take(connection, reason, images.c.id == pending.image_id, of_generation)
+            claim = self._claim_of(connection, pending.image_id, reason)
+            if claim is None:
+                return False
+            self._fail(connection, claim, reason, error)
         return True
 
     def cancel(self, image_id: str, error: str) -> Status | None:
@@ -632,8 +636,10 @@ class Catalogue(Reader):
             images.c.updated_at >= since,
             images.c.discarded_at.is_(None),
         )
+        # Locked, so that no run claims one meanwhile; in the order in which `accept` locks.
+        found = sa.select(images.c.id).where(failures).order_by(images.c.id).with_for_update()
         with self._database.transaction() as connection:
-            image_ids = connection.execute(sa.select(images.c.id).where(failures)).scalars().all()
+            image_ids = connection.execute(found).scalars().all()
             for image_id in image_ids:
                 outbox.withdraw_unsent(connection, image_id)
                 connection.execute(
@@ -786,6 +792,16 @@ class Catalogue(Reader):
         outbox.add(connection, claim.image_id, self._clock())
         return Status.FAILED
 
+    def _lock(self, connection: sa.Connection, pushes: Sequence[Mapping[str, Any]]) -> None:
+        """Waits for whoever changes one of these images, and stops others until the commit.
+
+        Without it, an insert could wait for an erasure and not see the numbers that this has kept:
+        on Postgres, a statement sees what was committed when it began.
+        """
+        ids = [push["image_id"] for push in pushes]
+        known = sa.select(images.c.id).where(images.c.id.in_(ids)).order_by(images.c.id)
+        connection.execute(known.with_for_update())
+
     def _begin(self, connection: sa.Connection, pushes: Sequence[Mapping[str, Any]]) -> set[str]:
         """Begins a generation of those images that are unknown or have ended; gives their IDs."""
         insert = self._insert()
@@ -869,7 +885,10 @@ def _store_focus(upload: Upload) -> dict[str, float] | None:
 
 
 def _merge(uploads: Iterable[Upload], now: datetime) -> list[dict[str, Any]]:
-    """One row of parameters for each image, however often it was pushed."""
+    """One row of parameters for each image, however often it was pushed.
+
+    They are in the order of their IDs, so that two calls at once cannot lock each other out.
+    """
     rows: dict[str, dict[str, Any]] = {}
     for position, upload in enumerate(uploads):
         row = rows.setdefault(
@@ -889,7 +908,7 @@ def _merge(uploads: Iterable[Upload], now: datetime) -> list[dict[str, Any]]:
         row["last_path"] = upload.path
         row["of_tenant"] = upload.tenant or row["of_tenant"]
         row["last_focus"] = _store_focus(upload) or row["last_focus"]
-    return list(rows.values())
+    return [rows[image_id] for image_id in sorted(rows)]
 
 
 def _prefer(tenant: sa.ColumnElement[str]) -> sa.ColumnElement[str]:

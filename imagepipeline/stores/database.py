@@ -19,8 +19,12 @@ OUTLAST_SECONDS, OUTLAST_INTERVAL_SECONDS = 30, 1.0
 MAX_JSON_CHARACTERS = 1_000_000  # the metadata of an image may have 20,000
 POSTGRES_OPTIONS: dict[str, Any] = {
     "pool_pre_ping": True,
-    "pool_size": 1,  # a run's heartbeat and its work seldom overlap
-    "max_overflow": 4,  # the code server's sensors do
+    # One stays open. The others are opened when two threads of a process ask at once, and closed
+    # when they are given back: at rest, each slot has one. They are as many as the threads of a run
+    # of many images: four at work, four heartbeats and the main thread. With fewer, heartbeats of
+    # images in good hands would wait in line after the server has stood still.
+    "pool_size": 1,
+    "max_overflow": 8,
     "connect_args": {
         "connect_timeout": 10,
         # A run that is frozen in a transaction may lock a row that its successor needs.
@@ -76,9 +80,13 @@ class Database:
             with engine.begin() as connection:
                 yield connection
         except (sa.exc.OperationalError, sa.exc.InterfaceError) as error:
-            raise CatalogueDownError(
-                f"the catalogue does not answer ({type(error.orig).__name__})"
-            ) from None
+            raise _say_down(error.orig) from None
+        except sa.exc.TimeoutError as error:  # others had all connections, and got no answer
+            raise _say_down(error) from None
+
+
+def _say_down(cause: BaseException | None) -> CatalogueDownError:
+    return CatalogueDownError(f"the catalogue does not answer ({type(cause).__name__})")
 
 
 def outlast(ask: Callable[[], T]) -> T:

@@ -19,6 +19,7 @@ from pathlib import Path
 
 from imagepipeline.errors import DiskFullError, MissingOriginalError, UnsafePathError
 from imagepipeline.models import IMAGE_ID_PATTERN, StoredFile, check_image_id
+from imagepipeline.stores.durability import sync
 
 SETTLED_SECONDS, LEFTOVER_SECONDS = 60, 3600
 # Tried first, because to list a folder of a million files takes a second.
@@ -97,7 +98,7 @@ class FileStore:
         return path
 
     def write(self, path: str, content: bytes) -> None:
-        """See `Storage.write`: a temporary file beside it is synced, then renamed."""
+        """See `Storage.write`: a temporary file beside it is synced, renamed, its folder synced."""
         self._write(path, content, os.rename)
 
     def create(self, path: str, content: bytes) -> bool:
@@ -144,6 +145,7 @@ class FileStore:
                 finally:
                     with contextlib.suppress(FileNotFoundError):
                         os.unlink(beside, dir_fd=folder)
+                os.fsync(folder)  # before the only other copy may be deleted
         except OSError as error:
             if error.errno in (errno.ENOSPC, errno.EDQUOT):
                 raise DiskFullError(f"no room below the storage root for {path}") from error
@@ -157,7 +159,9 @@ class FileStore:
         """See `Storage.delete`."""
         *parents, name = Path(path).parts
         with contextlib.suppress(FileNotFoundError), self._open_folder(parents) as folder:
-            os.unlink(name, dir_fd=folder)
+            with contextlib.suppress(FileNotFoundError):
+                os.unlink(name, dir_fd=folder)
+            os.fsync(folder)  # also if a killed process has deleted it, and not synced
 
     def locate(self, path: str) -> str:
         """The file's absolute path."""
@@ -251,23 +255,27 @@ def _rename_new(source: str, name: str, *, src_dir_fd: int, dst_dir_fd: int) -> 
             os.lstat(name, dir_fd=dst_dir_fd)
             raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST), name) from None
         os.rename(source, name, src_dir_fd=src_dir_fd, dst_dir_fd=dst_dir_fd)
-    os.fsync(dst_dir_fd)  # before the only other copy may be deleted
 
 
 def _make_entry(name: str, parent: int) -> bool:
-    """Creates a folder; returns False if it exists."""
+    """Creates a folder, durably; returns False if it exists."""
     try:
         os.mkdir(name, 0o700, dir_fd=parent)
     except FileExistsError:
         return False
+    os.fsync(parent)
     return True
 
 
 def _make_folder(path: Path) -> None:
-    """Creates a folder and its parents with the modes of theirs, but writable only by us."""
+    """Creates a folder and its parents, durably.
+
+    They have the modes of their parents, but are writable only by us.
+    """
     if path.is_dir():
         return
     _make_folder(path.parent)
     with contextlib.suppress(FileExistsError):
         path.mkdir(mode=0o700)
         path.chmod(path.parent.stat().st_mode & ~WRITE & ~stat.S_ISVTX & 0o7777 | 0o700)
+        sync(path.parent)

@@ -341,25 +341,31 @@ class Reader:
 
     def find_twins(self, asset: str, recipe: Recipe, input_sha256: str, limit: int) -> list[str]:
         """Up to `limit` images for which this recipe has made the asset of the same input."""
+        query = self._select_twins(asset, recipe, input_sha256)
+        with self._database.reading() as connection:
+            return list(connection.execute(query.limit(limit)).scalars())
+
+    def find_twin_metadata(self, recipe: Recipe, input_sha256: str) -> ImageMetadata | None:
+        """What this recipe has said of another image with the same original, if that is stored."""
+        # In one statement: the twin may be given another original at any moment.
+        query = self._select_twins("metadata", recipe, input_sha256).join(
+            images, images.c.id == image_results.c.image_id
+        )
+        query = query.with_only_columns(images.c.metadata).limit(MAX_TWINS)
+        with self._database.reading() as connection:
+            stored = connection.execute(query).scalars().all()
+        return next(filter(None, map(ImageMetadata.read, stored)), None)
+
+    def _select_twins(self, asset: str, recipe: Recipe, input_sha256: str) -> sa.Select[tuple[str]]:
         made = image_results.c
-        query = (
+        return (
             sa.select(made.image_id)
             .where(sa.text(f"{INPUT_KEY} = substr(:sha256, 1, 16)").bindparams(sha256=input_sha256))
             # As expressions, lest SQLite read all that the recipe has made.
             .where((made.input_sha256 + "") == input_sha256, (made.asset + "") == asset)
             .where(made.provider == recipe.provider, made.model == recipe.model)
             .where(made.settings == recipe.settings)
-            .limit(limit)
         )
-        with self._database.reading() as connection:
-            return list(connection.execute(query).scalars())
-
-    def find_twin_metadata(self, recipe: Recipe, input_sha256: str) -> ImageMetadata | None:
-        """What this recipe has said of another image with the same original, if that is stored."""
-        for image_id in self.find_twins("metadata", recipe, input_sha256, MAX_TWINS):
-            if known := ImageMetadata.read((self.get(image_id) or {}).get("metadata")):
-                return known
-        return None
 
     def list_processing(self) -> list[Processing]:
         """All images that a run holds."""

@@ -109,6 +109,7 @@ def test_nothing_scans(catalogue_url, queue, instance, limiter, tasks):
         ledger.find_last_usage("openai", "a-model")
         ledger.count_unanswered("metadata")
         catalogue.find_twins("metadata", Recipe("local", "a-model"), "f" * 64, 3)
+        catalogue.find_twin_metadata(Recipe("local", "a-model"), "f" * 64)
         # Pages and commands.
         assert catalogue.get("made-7")["id"] == "made-7"
         catalogue.sum_cost_usd("made-7")

@@ -1,5 +1,7 @@
 """The catalogue keeps its guarantees on both SQLite and Postgres."""
 
+import threading
+import time
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from datetime import UTC, datetime, timedelta
@@ -33,13 +35,14 @@ from imagepipeline.models import (
     build_variant_specs,
     place_variants,
 )
-from imagepipeline.stores import migrations
+from imagepipeline.stores import events, migrations
 from imagepipeline.stores.catalogue import Catalogue
 from imagepipeline.stores.database import Database, create_sqlite_engine
+from imagepipeline.stores.erasures import Erasures
 from imagepipeline.stores.failures import FailedImages
 from imagepipeline.stores.ledger import Ledger
 from imagepipeline.stores.migrations import VERSION_TABLE
-from imagepipeline.stores.outbox import Outbox
+from imagepipeline.stores.outbox import Outbox, withdraw_unsent
 from imagepipeline.stores.reader import State
 from imagepipeline.stores.tables import schema
 
@@ -565,3 +568,102 @@ def test_reads_do_not_wait_for_a_writer(catalogue, catalogue_url):
         connection.exec_driver_sql("UPDATE images SET priority = 7")
         with ThreadPoolExecutor() as pool:  # a read of its own connection sees the last commit
             assert pool.submit(catalogue.get, "cat").result(timeout=20)["priority"] == 0
+
+
+@pytest.mark.parametrize("accept", [Catalogue.accept, Catalogue.accept_imported])
+def test_a_push_during_an_erasure_goes_on_from_its_numbers(
+    catalogue, catalogue_url, accept, monkeypatch
+):
+    catalogue.accept([Upload("b"), Upload("a")])
+    catalogue.cancel("a", "it is being erased")
+    fence = catalogue.get("a")["fence"]
+    finish, is_about_to_end = events.replace_by_erased, threading.Event()
+
+    def finish_late(*arguments):
+        is_about_to_end.set()
+        time.sleep(1)  # the push waits for the erasure meanwhile
+        return finish(*arguments)
+
+    monkeypatch.setattr(events, "replace_by_erased", finish_late)
+    with ThreadPoolExecutor() as pool:
+        erasure = pool.submit(Erasures(catalogue_url, Clock()).remove, "a", fence, [])
+        assert is_about_to_end.wait(20)
+        accept(catalogue, [Upload("b"), Upload("a")])
+        assert erasure.result()["images"] == 1
+    row = catalogue.get("a")
+    assert (row["status"], row["generation"], row["fence"]) == ("pending", 2, fence)
+
+
+def test_failures_are_reopened_before_they_are_pushed_or_not_at_all(
+    catalogue, catalogue_url, monkeypatch
+):
+    for image_id in "ab":
+        catalogue.accept([Upload(image_id)])
+        catalogue.fail(catalogue.claim(image_id, 1, "run"), "provider_unavailable", "down")
+    pushes = []
+
+    def push():
+        other = Catalogue(catalogue_url, Clock())
+        other.accept([Upload("b")])
+        return other.claim("b", 2, "living run")
+
+    def withdraw_late(connection, image_id):
+        if image_id == "a":
+            pushes.append(pool.submit(push))
+            time.sleep(1)  # time for a push and a claim
+        withdraw_unsent(connection, image_id)
+
+    monkeypatch.setattr("imagepipeline.stores.outbox.withdraw_unsent", withdraw_late)
+    with ThreadPoolExecutor() as pool:
+        assert catalogue.reopen("provider_unavailable", datetime(2026, 1, 1, tzinfo=UTC)) == 2
+    assert catalogue.holds(pushes[0].result())  # a run that has claimed the image keeps it
+    assert [line["event"] for line in catalogue.get("b")["history"]] == [
+        *("accepted", "claimed", "failed"),
+        *("reopened", "claimed"),
+    ]
+
+
+def test_a_pending_image_fails_in_one_step(catalogue, monkeypatch):
+    catalogue.accept([Upload("a")])
+    [pending] = catalogue.list_pending(1)
+
+    def die(*_):
+        raise RuntimeError("the process is killed here")
+
+    with monkeypatch.context() as patch:
+        patch.setattr("imagepipeline.stores.outbox.add", die)
+        with pytest.raises(RuntimeError):
+            catalogue.fail_pending(pending, "cancelled", "by a person")
+    assert catalogue.get("a")["status"] == "pending"
+    assert catalogue.fail_pending(pending, "cancelled", "by a person")
+    assert not catalogue.fail_pending(pending, "cancelled", "by a person")
+    assert catalogue.get("a")["status"] == "failed"
+
+
+def test_a_description_is_of_the_picture_that_was_asked_about(catalogue):
+    def describe(text, input_sha256):
+        claim = catalogue.claim_anew("twin", f"run for {text}")
+        said = METADATA.model_copy(update={"description": text})
+        catalogue.save_metadata(claim, said, RECIPE, input_sha256)
+        catalogue.hand_back(claim, "it has been described")
+
+    def replace(_):  # as soon as a transaction has read something
+        describe("another picture", "2" * 64)
+
+    describe("a cat", "1" * 64)
+    sa.event.listen(catalogue._database.engine, "commit", replace, once=True)
+    found = catalogue.find_twin_metadata(RECIPE, "1" * 64)
+    assert found.description == "a cat"
+    assert catalogue.find_twin_metadata(RECIPE, "1" * 64) is None
+    assert catalogue.find_twin_metadata(RECIPE, "2" * 64).description == "another picture"
+
+
+def test_a_description_of_an_earlier_kind_is_passed_over(catalogue):
+    images = schema.tables["images"]
+    for image_id in "ab":
+        catalogue.accept([Upload(image_id)])
+        claim = catalogue.claim(image_id, 1, "run")
+        catalogue.save_metadata(claim, METADATA, RECIPE, "1" * 64)
+    with catalogue._database.transaction() as connection:
+        connection.execute(sa.update(images).where(images.c.id == "a").values(metadata={"x": 1}))
+    assert catalogue.find_twin_metadata(RECIPE, "1" * 64) == METADATA

@@ -16,6 +16,7 @@ from imagepipeline.errors import (
     UnsafePathError,
 )
 from imagepipeline.models import Claim, Embedding
+from imagepipeline.stores.files import FileStore
 from imagepipeline.stores.objects import ObjectStore
 from imagepipeline.stores.vectors import EmbeddingIndex
 
@@ -253,3 +254,25 @@ def test_create_without_hard_links(files, monkeypatch):
     monkeypatch.setattr(os, "link", refuse)
     test_create_never_replaces_a_file(files)
     assert not files.list_leftovers()
+
+
+def test_what_was_written_or_deleted_is_durable(tmp_path, check_durable):
+    top = tmp_path / "top"
+    top.mkdir()
+    files = FileStore(top / "new" / "storage")
+    files.write("variants/a/b.webp", b"new")
+    check_durable(top / "new")
+    files.write("variants/a/b.webp", b"newer")
+    assert files.create("original/a.jpg", b"x")
+    check_durable(top / "new")
+    assert files.link("original/b.jpg", files.root / "original" / "a.jpg")
+    files.delete("variants/a/b.webp")
+    files.delete("variants/none/b.webp")
+    check_durable(top)
+
+
+def test_a_deletion_that_was_not_durable_is_so_when_it_is_repeated(files, check_durable):
+    files.write("variants/b.webp", b"x")
+    (files.root / "variants" / "b.webp").unlink()  # by a process that was killed before it synced
+    files.delete("variants/b.webp")
+    check_durable(files.root)

@@ -104,6 +104,36 @@ def test_after_the_last_write_an_index_is_a_few_files(tmp_path, monkeypatch):
     assert len(index.nearest(embedding(1.0, 0.0), 99)) == 25
 
 
+def test_what_an_index_has_stored_or_erased_is_durable(tmp_path, check_durable, monkeypatch):
+    top = tmp_path / "top"
+    top.mkdir()
+    index = EmbeddingIndex(str(top / "lancedb"))
+    for image_id in "abab":
+        index.upsert(claim(image_id), embedding(1.0, 0.0))
+        check_durable(top)
+    monkeypatch.setattr(vectors, "SETTLE_SECONDS", 0)
+    index.erase(["a"])
+    check_durable(top)
+
+
+def test_compaction_removes_no_file_before_its_own_files_are_durable(
+    tmp_path, check_durable, monkeypatch
+):
+    monkeypatch.setattr(vectors, "READERS_PATIENCE", timedelta(milliseconds=100))
+    monkeypatch.setattr(BatchingIndex, "_tidy_later", lambda _: None)
+    index = BatchingIndex(str(tmp_path / "lancedb"))
+    for number in range(6):
+        index.upsert(claim(f"image-{number}"), embedding(float(number), 1.0))
+    written = set(tmp_path.rglob("data/*"))
+    for are_left in (True, False):
+        time.sleep(0.3)  # so that nobody reads them any more
+        index._tidy()
+        found = set(tmp_path.rglob("data/*"))
+        assert (found > written) if are_left else (len(found) == 1)
+        check_durable(tmp_path / "lancedb")
+    assert len(index.nearest(embedding(1.0, 0.0), 99)) == 6
+
+
 def write(uri, number, begin, log_path):
     """Writes like the resident of a machine: its own images, and shared ones with its own fence."""
     logging.basicConfig(filename=log_path, level=logging.WARNING)
