@@ -1,6 +1,8 @@
-"""Resizing with a Lanczos filter, and a background for what is transparent."""
+"""Resizing with a Lanczos filter, and what is behind and in transparent pixels."""
 
-from PIL import Image
+from collections.abc import Sequence
+
+from PIL import Image, ImageStat
 
 try:
     from cykooz_resizer import CropBox, FilterType, ResizeAlg, ResizeOptions, Resizer
@@ -12,6 +14,8 @@ else:
     SIMD_MODES = ("L", "RGB", "RGBA", "CMYK")
     LANCZOS = ResizeAlg.convolution(FilterType.lanczos3)
     _resizer = Resizer()
+
+BLOCK_PX, EDGE_ALPHA = 8, 8  # a block of this size is at an edge if its mean alpha is in between
 
 
 def resize(
@@ -39,3 +43,24 @@ def put_on_white(image: Image.Image) -> Image.Image:
     if image.mode == "RGBA":
         image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
     return image.convert("RGB")
+
+
+def fill_clear(frames: Sequence[Image.Image]) -> Sequence[Image.Image]:
+    """The frames, with one colour in all pixels that are wholly transparent.
+
+    Nobody sees it, but an encoder that knows no transparency spends bytes on the edge to it, and
+    blurs the edge that is seen. So it is the colour that is most common there in the first frame.
+    """
+    if frames[0].mode != "RGBA":
+        return frames
+    blocks = frames[0].reduce(BLOCK_PX)
+    alpha = blocks.getchannel("A")
+    edge = alpha.point([255 * (EDGE_ALPHA <= value <= 255 - EDGE_ALPHA) for value in range(256)])
+    visible = edge if edge.getbbox() else alpha
+    color = tuple(int(value) for value in ImageStat.Stat(blocks.convert("RGB"), visible).median)
+    filled = []
+    for frame in frames:
+        clear = frame.getchannel("A").point([255] + [0] * 255)
+        filled.append(frame.copy())
+        filled[-1].paste((*color, 0), mask=clear)
+    return filled

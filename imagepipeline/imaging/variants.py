@@ -14,7 +14,7 @@ from imagepipeline.imaging.cropping import find_region
 from imagepipeline.imaging.decoding import Decoded
 from imagepipeline.imaging.inspection import Inspection, choose_compared, inspect
 from imagepipeline.imaging.sandbox import Session, Usage
-from imagepipeline.imaging.scaling import put_on_white, resize
+from imagepipeline.imaging.scaling import fill_clear, put_on_white, resize
 from imagepipeline.imaging.verification import (
     ImpossibleAnswerError,
     verify_inspections,
@@ -317,6 +317,8 @@ def _encode(frames: Sequence[Image.Image], spec: VariantSpec, options: dict[str,
         options = {name: value for name, value in options.items() if name == "exif"}
     if not format_.has_alpha:
         frames = [put_on_white(frame) for frame in frames]
+    elif spec.format == "avif":  # WebP's encoder flattens them itself
+        frames = fill_clear(frames)
     if len(frames) > 1:
         options = options | {"append_images": list(frames[1:])}
     if spec.quality is not None:

@@ -6,9 +6,10 @@ import struct
 
 import numpy as np
 import pytest
-from PIL import ExifTags, Image
+from PIL import ExifTags, Image, ImageDraw, ImageFilter
 
 from imagepipeline.imaging.decoding import Decoded, Rules, decode
+from imagepipeline.imaging.scaling import fill_clear
 from imagepipeline.imaging.variants import (
     build_recipe,
     render,
@@ -242,3 +243,57 @@ def test_each_format_shows_what_is_transparent_and_moves_if_it_can():
 
 def test_a_wide_original_is_decoded_at_the_width_of_the_widest_variant():
     assert Rules().max_width_px == max(spec.width_px for spec in SPECS)
+
+
+def logo():
+    image = Image.new("RGBA", (640, 640))
+    drawing = ImageDraw.Draw(image)
+    drawing.ellipse((60, 60, 580, 580), outline=(255, 0, 0, 255), width=150)
+    return image.resize((320, 320))
+
+
+def cut_out(blur_px):
+    image = Image.open(PHOTOS / "cat.jpg").convert("RGB")
+    mask = Image.new("L", image.size)
+    box = [round(side * share) for share in (0.15, 0.85) for side in image.size]
+    ImageDraw.Draw(mask).ellipse(box, fill=255)
+    image.putalpha(mask.filter(ImageFilter.GaussianBlur(blur_px)))
+    clear = image.getchannel("A").point([255] + [0] * 255)
+    image.paste((0, 0, 0, 0), mask=clear)
+    return image
+
+
+@pytest.mark.parametrize(
+    ("image", "share"),
+    [(logo(), 0.5), (cut_out(0), 1), (cut_out(4), 1)],
+    ids=["logo", "hard", "soft"],
+)
+def test_what_is_transparent_costs_an_avif_few_bytes_and_gives_it_no_fringe(
+    image, share, monkeypatch
+):
+    spec = VariantSpec("", image.width, "avif", 80)
+    (filled,) = render(decoded_from(image), [spec])
+    monkeypatch.setattr("imagepipeline.imaging.variants.fill_clear", lambda frames: frames)
+    (plain,) = render(decoded_from(image), [spec])
+    assert len(filled.content) < share * len(plain.content)
+    for ground in ("white", "black"):
+        shown, wanted = (
+            np.asarray(Image.alpha_composite(Image.new("RGBA", image.size, ground), one)).astype(
+                int
+            )
+            for one in (reopened(filled).convert("RGBA"), image)
+        )
+        assert abs(shown - wanted).max() <= 60
+
+
+def test_only_wholly_transparent_pixels_are_filled():
+    clear = Image.new("RGBA", (20, 20), (9, 9, 9, 0))
+    assert [frame.getextrema()[3] for frame in fill_clear([clear])] == [(0, 0)]
+    pixels = np.random.default_rng(1).integers(0, 256, (40, 60, 4), dtype=np.uint8)
+    pixels[..., 3] *= pixels[..., 3] > 99
+    found = np.asarray(fill_clear([Image.fromarray(pixels)])[0])
+    is_clear = pixels[..., 3] == 0
+    assert (found[~is_clear] == pixels[~is_clear]).all()
+    assert len(np.unique(found[is_clear], axis=0)) == 1
+    opaque = [Image.new("RGB", (20, 20))]
+    assert fill_clear(opaque) is opaque
