@@ -43,6 +43,10 @@ WITH_ONE_STACK = (
 PHOTOS = Path(__file__).parent.parent / "imagepipeline" / "demo_photos"
 
 
+def pytest_configure() -> None:
+    os.umask(0o077)  # for what is made once for all tests; see below
+
+
 @pytest.hookimpl(tryfirst=True)  # before -m selects
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
