@@ -130,11 +130,12 @@ def upload_sensor(
         room = max(0, limit - len(taken))
         pictures = list_pictures(catalogue, room, held, tenants, taken)
     try:
+        is_scarce = affordable is not None and affordable < MAX_BATCH_RUNS * IMAGES_AT_ONCE
         batches = request_batches(
             catalogue,
             context.instance,
             tenants,
-            applier.recipes["variants"] if must_wait else None,
+            applier.recipes["variants"] if pauses or is_scarce or tenants.list_spent() else None,
             pauses,
             is_upload_tried=bool(chosen or in_flight.full_count),
         )
