@@ -36,7 +36,10 @@ CANCELLABLE = [
     dg.DagsterRunStatus.STARTING,
     dg.DagsterRunStatus.STARTED,
 ]
-HOLDING_A_SLOT = [
+# A run is NOT_STARTED for milliseconds, or for ever: if Dagster's database dies in a tick between
+# creating a run and queueing it, nobody queues it later.
+WITHOUT_AN_IMAGE_AT_FIRST = [
+    dg.DagsterRunStatus.NOT_STARTED,
     dg.DagsterRunStatus.STARTING,
     dg.DagsterRunStatus.STARTED,
     dg.DagsterRunStatus.CANCELING,
@@ -75,7 +78,7 @@ def reconciler(
     """Repairs what crashes leave behind, every 15 s, and logs each repair.
 
     An image whose run is gone becomes pending again; the third time it fails as `poison`. A run
-    that holds no image is ended, which frees its slot.
+    that holds no image is ended, which frees its slot, and so is one that was never queued.
     """
     try:
         lines = reconcile(catalogue, context.instance, tasks, watch)
@@ -109,8 +112,10 @@ def reconcile(
         if run.tags.get(TASK_ID_TAG) in waiting:  # for a worker, or for a free slot
             watch.measure_seconds(run.run_id, "waits for a worker")
         elif watch.measure_seconds(run.run_id, "holds no image") >= UNCLAIMED_SECONDS:
-            end_run(instance, run, "it holds no image")
-            lines.append(f"Run {run.run_id} was ended: it held a slot and no image.")
+            is_queued = run.status != dg.DagsterRunStatus.NOT_STARTED
+            cause = "it held a slot and no image" if is_queued else "it was never queued"
+            end_run(instance, run, cause)
+            lines.append(f"Run {run.run_id} was ended: {cause}.")
     watch.forget_all_but(watched)
     # Last, so that an image whose run was just ended need not wait for the next tick.
     # Of each tenant, as the sensor chooses them.
@@ -148,8 +153,8 @@ def _cancel_runs(catalogue: Catalogue, instance: dg.DagsterInstance) -> list[str
 
 
 def _list_idle_runs(instance: dg.DagsterInstance, owners: set[str]) -> list[dg.DagsterRun]:
-    """The runs that hold a slot but no image."""
-    records = instance.get_run_records(dg.RunsFilter(statuses=HOLDING_A_SLOT))
+    """The runs that should hold an image by now or soon, and hold none."""
+    records = instance.get_run_records(dg.RunsFilter(statuses=WITHOUT_AN_IMAGE_AT_FIRST))
     runs = [record.dagster_run for record in records if record.dagster_run.run_id not in owners]
     return [
         run

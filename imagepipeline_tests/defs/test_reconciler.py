@@ -171,6 +171,20 @@ def test_a_run_with_a_slot_but_no_image_is_ended(recover, catalogue, start_run, 
     assert instance.get_run_by_id(run.run_id).status == dg.DagsterRunStatus.FAILURE
 
 
+def test_an_image_whose_run_was_created_and_never_queued_gets_another(
+    recover, catalogue, start_run, instance
+):
+    """Dagster's database died in the tick, between the two."""
+    catalogue.accept([Upload("a")])
+    run = start_run("a", status=dg.DagsterRunStatus.NOT_STARTED)
+    assert recover() == []
+    ended, renewed = recover(after_seconds=UNCLAIMED_SECONDS)
+    assert "never queued" in ended
+    assert "requested again" in renewed
+    assert instance.get_run_by_id(run.run_id).status == dg.DagsterRunStatus.FAILURE
+    assert catalogue.get("a")["generation"] == 2
+
+
 def test_a_tick_reports_what_it_did(catalogue, instance, tasks, start_run):
     def tick():
         resources = {"catalogue": catalogue, "tasks": tasks}
