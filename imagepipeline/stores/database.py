@@ -79,8 +79,12 @@ class Database:
         try:
             with engine.begin() as connection:
                 yield connection
-        except (sa.exc.OperationalError, sa.exc.InterfaceError) as error:
-            raise _say_down(error.orig) from None
+        except sa.exc.DBAPIError as error:
+            # psycopg2 raises its DatabaseError, too, if the server dies in a statement.
+            is_lost = isinstance(error, sa.exc.OperationalError | sa.exc.InterfaceError)
+            if is_lost or error.connection_invalidated:
+                raise _say_down(error.orig) from None
+            raise
         except sa.exc.TimeoutError as error:  # others had all connections, and got no answer
             raise _say_down(error) from None
 

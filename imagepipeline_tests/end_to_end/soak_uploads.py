@@ -31,7 +31,7 @@ KINDS = {
     "unreadable": 2,  # an entry that is no upload
     "erased": 2,
 }
-UNREADABLE = (b"../etc/passwd%d", b"\xff\xfe%d", b"{%d", b"a b %d", b'{"imageId": %d}')
+UNREADABLE = (b"../etc/passwd%d", b"\xff\xfe%d", b"{%d", b"a b %d", b'{"imageId": [%d]}')
 PATIENCE_SECONDS = 300
 
 

@@ -66,6 +66,17 @@ def test_a_lost_image_is_found():
     assert list(history.find_lost(replace(GOOD, rows={}))) == ["a has no row"]
 
 
+def test_an_image_fails_rightly_if_all_attempts_met_faults_of_the_provider():
+    failed = {"status": "failed", "reason": "bad_output", "error": "x"}
+    for count, is_right in ((2, False), (3, True)):
+        calls = [
+            replace(GOOD.calls[0], number=number, fault="html", answered=None)
+            for number in range(count)
+        ]
+        seen = replace(GOOD, rows={"a": failed}, calls=calls)
+        assert (list(history.find_lost(seen)) == []) is is_right
+
+
 def test_two_owners_at_once_are_found():
     events = [*GOOD.history["a"]]
     events.insert(2, happened("claimed", 2, run="r2"))

@@ -8,6 +8,7 @@ from datetime import UTC, datetime, timedelta
 from functools import partial
 from pathlib import Path
 
+import psycopg2
 import pytest
 import sqlalchemy as sa
 from alembic import command
@@ -491,6 +492,24 @@ def test_a_catalogue_that_is_down_postpones_without_showing_its_password(tmp_pat
             call()
         assert "canary" not in str(caught.value)
         assert caught.value.__suppress_context__  # not in a traceback either
+
+
+@pytest.mark.parametrize("kind", [psycopg2.OperationalError, psycopg2.DatabaseError])
+def test_a_server_that_dies_in_a_statement_does_not_answer(postgres_catalogue_url, kind):
+    """As in a soak with crashes of Postgres; which of its errors psycopg2 raises is a race."""
+    catalogue = Catalogue(postgres_catalogue_url)
+    engine = catalogue._database.engine
+
+    def die(*_):
+        raise kind("server closed the connection unexpectedly")
+
+    sa.event.listen(engine, "do_execute", die)
+    try:
+        with pytest.raises(CatalogueDownError, match=kind.__name__):
+            catalogue.accept([Upload("a")])
+    finally:
+        sa.event.remove(engine, "do_execute", die)
+    assert catalogue.accept([Upload("a")]) == {"a"}
 
 
 def test_the_catalogue_reconnects_after_the_database_restarts(postgres_url, postgres_catalogue_url):
