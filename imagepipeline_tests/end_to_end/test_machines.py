@@ -64,9 +64,8 @@ def test_two_machines_share_the_work_its_limits_and_its_results(pair_in, bucket_
         pair.wait_until_completed(PATIENCE_SECONDS)
         pair.provider.refuses = True
         pair.push("refused", 8)
-        pair.wait_until(
-            lambda: '"paused": "auth' in pair.beta.run("status", "--json"), PATIENCE_SECONDS
-        )
+        pair.wait_until(lambda: "auth" in pair.list_pauses(), PATIENCE_SECONDS)
+        assert '"paused": "auth' in pair.beta.run("status", "--json")
         pair.wait_until(lambda: pair.count()["processing"] == 0, PATIENCE_SECONDS)
         assert 0 < pair.provider.refused <= MAX_RUNS  # then neither machine asks again
         pair.provider.refuses = False
@@ -75,9 +74,8 @@ def test_two_machines_share_the_work_its_limits_and_its_results(pair_in, bucket_
         pair.check()
 
         spent = pair.push("spent", 12)
-        pair.wait_until(
-            lambda: '"paused": "budget' in pair.beta.run("status", "--json"), PATIENCE_SECONDS
-        )
+        pair.wait_until(lambda: "budget" in pair.list_pauses(), PATIENCE_SECONDS)
+        assert '"paused": "budget' in pair.beta.run("status", "--json")
         # The others get their pictures, which cost nothing.
         pair.wait_until(
             lambda: all(len(pair.catalogue.get(one)["variants"]) == 6 for one in spent),

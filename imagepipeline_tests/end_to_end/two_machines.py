@@ -37,6 +37,7 @@ from imagepipeline.runtime import services
 from imagepipeline.settings import Settings
 from imagepipeline.storage import open_storage
 from imagepipeline.stores.catalogue import Catalogue
+from imagepipeline.stores.ledger import Ledger
 from imagepipeline.stores.uploads import UploadQueue
 from imagepipeline.stores.vectors import EmbeddingIndex
 from imagepipeline_tests.conftest import postgres_database, redis_server
@@ -367,6 +368,11 @@ class Pair:
     def count(self) -> dict[str, int]:
         """Returns the number of images by status."""
         return {str(status): number for status, number in self.catalogue.count().items()}
+
+    def list_pauses(self) -> list[str]:
+        """Returns the reasons why paid work is paused."""
+        ledger = Ledger(self.alpha.settings.database_url)
+        return [pause.reason for pause in ledger.list_pauses()]
 
     def wait_until(self, condition: Callable[[], Any], seconds: float) -> float:
         """Waits until the condition holds; returns the seconds."""
