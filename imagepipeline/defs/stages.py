@@ -286,7 +286,8 @@ def _render_variants(
     # A file of a larger original, of an earlier path or version must not be served any more.
     earlier = {one["path"] for one in row["variants"]}
     unused = earlier.union(spec.path_for(original.path) for spec in missing) - {*placed.values()}
-    with _changing(claim, catalogue, files, unused.union(contents)):
+    written = {path: len(content) for path, content in contents.items()}
+    with _changing(claim, catalogue, files, original.sha256, written, unused):
         for path, content in contents.items():
             files.write(path, content)
         for path in catalogue.find_free_paths(unused) if unused else ():
@@ -318,7 +319,7 @@ def remove_others(
     if not others:
         return
     unused = set(others.values()) - paths
-    with _changing(claim, catalogue, files, unused):
+    with _changing(claim, catalogue, files, "", {}, unused):
         for path in unused:
             files.delete(path)
     catalogue.remove_variants(claim, others)
@@ -326,23 +327,57 @@ def remove_others(
 
 @contextmanager
 def _changing(
-    claim: Claim, catalogue: Catalogue, files: Storage, paths: Collection[str]
+    claim: Claim,
+    catalogue: Catalogue,
+    files: Storage,
+    sha256: str,
+    written: Mapping[str, int],
+    deleted: Collection[str],
 ) -> Iterator[None]:
-    """Repairs what the body did to files at these paths if the image had been taken over by then.
+    """Repairs what the body did to files if the image had been taken over by then.
 
     Files have no fence: a process that was frozen in a write goes on where it was, even hours after
     another run has completed the image.
 
+    Args:
+        claim: on the image.
+        catalogue: knows whether it still holds, and whose the paths are.
+        files: what is changed.
+        sha256: of the original that the written files are of.
+        written: the number of bytes of each written file, by path.
+        deleted: the paths of files that are deleted.
+
     Raises:
-        StaleClaimError: the image was taken over, and its variants will be made again.
+        StaleClaimError: the image was taken over. Its variants will be made again, unless all files
+            are what they should be.
     """
     try:
         yield
     finally:
         if not outlast(partial(catalogue.holds, claim)):
-            for path in outlast(partial(catalogue.distrust_files, claim.image_id, paths)):
-                files.delete(path)
+            outlast(partial(_repair, claim, catalogue, files, sha256, written, deleted))
             raise StaleClaimError(f"{claim.image_id} was taken over while its files were written")
+
+
+def _repair(
+    claim: Claim,
+    catalogue: Catalogue,
+    files: Storage,
+    sha256: str,
+    written: Mapping[str, int],
+    deleted: Collection[str],
+) -> None:
+    row = catalogue.get(claim.image_id)
+    sizes = {one["path"]: one["size"] for one in row["variants"]} if row else {}
+    is_same = row is not None and row["original_sha256"] == sha256
+    if (
+        is_same  # the run that took over has made the same files
+        and all(sizes.get(path) == size for path, size in written.items())
+        and catalogue.find_free_paths(deleted) == set(deleted)
+    ):
+        return
+    for path in catalogue.distrust_files(claim.image_id, {*written, *deleted}):
+        files.delete(path)
 
 
 def make_embedding(

@@ -5,6 +5,7 @@ lancedb and pyarrow are imported where they are used: they take two seconds and 
 
 import contextlib
 import errno
+import fcntl
 import functools
 import logging
 import math
@@ -18,7 +19,7 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future
 from datetime import datetime, timedelta
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import IO, Any, TypeVar
 
 from imagepipeline.errors import (
     DiskFullError,
@@ -49,6 +50,10 @@ READERS_PATIENCE = timedelta(minutes=2)
 # the resident. LanceDB's 30 s are too short for a busy machine.
 WRITE_PATIENCE = timedelta(minutes=4)
 log = logging.getLogger(__name__)
+
+
+# How long an erasure waits for a compaction to end, before it goes on all the same.
+MAINTENANCE_SECONDS, LOCK_INTERVAL_SECONDS = 30, 0.05
 
 
 class EmbeddingIndex:
@@ -148,6 +153,10 @@ class EmbeddingIndex:
         Others may read and write meanwhile. A file that a killed writer left, and that never became
         part of a version, is removed after a week by compaction.
         """
+        with self._maintaining(MAINTENANCE_SECONDS):
+            self._erase(image_ids)
+
+    def _erase(self, image_ids: Sequence[str]) -> None:
         names = self._table_names()
         for name in names:
             _repeat_if_overtaken(functools.partial(self._rewrite, name, image_ids))
@@ -223,6 +232,21 @@ class EmbeddingIndex:
             .limit(len(rows))
         )
         return {row["image_id"]: row["fence"] for row in query.to_list()}
+
+    @contextlib.contextmanager
+    def _maintaining(self, patience_seconds: float) -> Iterator[bool]:
+        """Whether no other process compacts the index or erases from it; in a bucket, nobody knows.
+
+        A compaction that loses to an erasure leaves a file with the erased rows, for a week.
+        """
+        if "://" in self._uri or not Path(self._uri).is_dir():
+            yield True
+            return
+        deadline = time.monotonic() + patience_seconds
+        with Path(self._uri, ".maintenance").open("w") as file:
+            while not (is_alone := _try_lock(file)) and time.monotonic() < deadline:
+                time.sleep(LOCK_INTERVAL_SECONDS)
+            yield is_alone
 
     def _sync(self) -> None:
         """Makes all changes in a folder durable, because LanceDB syncs nothing; a bucket does.
@@ -349,6 +373,11 @@ class BatchingIndex(EmbeddingIndex):
                     self._tidy_later()
 
     def _compact(self, was_written: bool) -> None:
+        with self._maintaining(0) as is_alone:
+            if is_alone:  # otherwise the next commit tries again
+                self._compact_all(was_written)
+
+    def _compact_all(self, was_written: bool) -> None:
         self._commits = 0
         for name in self._table_names():
             try:
@@ -421,6 +450,14 @@ def create_table(uri: str, name: str, schema: Any) -> None:
                     mode="create",
                     use_multipart=False,
                 )
+
+
+def _try_lock(file: IO[str]) -> bool:
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    return True
 
 
 @contextlib.contextmanager
