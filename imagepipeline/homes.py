@@ -8,7 +8,6 @@ as the operator made it (`stores.files`).
 """
 
 import contextlib
-import fcntl
 import logging
 import os
 import stat
@@ -45,20 +44,6 @@ def make_home(settings: Settings) -> None:
         # A real write, because permission bits do not tell root that a file system is read-only.
         with tempfile.TemporaryFile(dir=settings.home):
             pass
-
-
-def hold_lock(path: Path) -> int | None:
-    """Locks a file and returns its descriptor, or None if another process holds the lock.
-
-    The lock lasts until this process and all children that inherit the descriptor have closed it.
-    """
-    lock = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
-    try:
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        os.close(lock)
-        return None
-    return lock
 
 
 def make_socket_folder(settings: Settings) -> None:

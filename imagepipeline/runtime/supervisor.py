@@ -24,7 +24,8 @@ from types import FrameType, TracebackType
 from typing import Any, Self
 
 from imagepipeline.errors import StackError
-from imagepipeline.homes import hold_lock, make_home
+from imagepipeline.homes import make_home
+from imagepipeline.locks import hold_lock
 from imagepipeline.runtime import processes, services, valkey
 from imagepipeline.settings import Settings, adopt_environment, is_secret
 from imagepipeline.stores.files import FileStore

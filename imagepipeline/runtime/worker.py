@@ -32,8 +32,8 @@ from dagster_celery.config import TASK_EXECUTE_JOB_NAME
 from dagster_celery.make_app import make_app
 
 from imagepipeline import machines
-from imagepipeline.homes import hold_lock
 from imagepipeline.imaging.sandbox import DECODERS
+from imagepipeline.locks import hold_lock
 from imagepipeline.runtime import services
 from imagepipeline.runtime.processes import rename
 from imagepipeline.settings import Settings

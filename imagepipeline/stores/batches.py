@@ -1,6 +1,5 @@
 """Batches: which questions were sent to a provider at once, until their answers are kept."""
 
-import fcntl
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -11,6 +10,7 @@ from typing import Any
 import sqlalchemy as sa
 
 from imagepipeline.errors import BatchBusyError
+from imagepipeline.locks import trying_lock
 from imagepipeline.models import PaidCall, Recipe, now_utc
 from imagepipeline.stores.database import Database
 from imagepipeline.stores.ledger import write_call
@@ -58,7 +58,7 @@ class Batches:
         """
         url = self._database.engine.url
         lock = (
-            _lock_file(str(url.database))
+            trying_lock(Path(f"{url.database}.batches"))
             if self._database.engine.dialect.name == "sqlite"
             else self._lock_session()
         )
@@ -209,15 +209,3 @@ class Batches:
         )
         with self._database.reading() as connection:
             return float(connection.execute(query).scalar_one() or 0)
-
-
-@contextmanager
-def _lock_file(database: str) -> Iterator[bool]:
-    """Whether the lock beside an SQLite file is ours; the system releases it when we die."""
-    with Path(f"{database}.batches").open("w") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            yield False
-            return
-        yield True

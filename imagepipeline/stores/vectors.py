@@ -5,7 +5,6 @@ lancedb and pyarrow are imported where they are used: they take two seconds and 
 
 import contextlib
 import errno
-import fcntl
 import functools
 import logging
 import math
@@ -19,7 +18,7 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future
 from datetime import datetime, timedelta
 from pathlib import Path
-from typing import IO, Any, TypeVar
+from typing import Any, TypeVar
 
 from imagepipeline.errors import (
     DiskFullError,
@@ -27,6 +26,7 @@ from imagepipeline.errors import (
     ProviderRejectedError,
     StaleClaimError,
 )
+from imagepipeline.locks import trying_lock
 from imagepipeline.models import Claim, Embedding, Neighbour, check_image_id
 from imagepipeline.stores.durability import sync
 from imagepipeline.stores.objects import open_bucket
@@ -53,7 +53,7 @@ log = logging.getLogger(__name__)
 
 
 # How long an erasure waits for a compaction to end, before it goes on all the same.
-MAINTENANCE_SECONDS, LOCK_INTERVAL_SECONDS = 30, 0.05
+MAINTENANCE_SECONDS = 30
 
 
 class EmbeddingIndex:
@@ -242,10 +242,7 @@ class EmbeddingIndex:
         if "://" in self._uri or not Path(self._uri).is_dir():
             yield True
             return
-        deadline = time.monotonic() + patience_seconds
-        with Path(self._uri, ".maintenance").open("w") as file:
-            while not (is_alone := _try_lock(file)) and time.monotonic() < deadline:
-                time.sleep(LOCK_INTERVAL_SECONDS)
+        with trying_lock(Path(self._uri, ".maintenance"), patience_seconds) as is_alone:
             yield is_alone
 
     def _sync(self) -> None:
@@ -373,25 +370,25 @@ class BatchingIndex(EmbeddingIndex):
                     self._tidy_later()
 
     def _compact(self, was_written: bool) -> None:
-        with self._maintaining(0) as is_alone:
-            if is_alone:  # otherwise the next commit tries again
-                self._compact_all(was_written)
-
-    def _compact_all(self, was_written: bool) -> None:
-        self._commits = 0
         for name in self._table_names():
             try:
-                patience = READERS_PATIENCE
-                if was_written:  # the newest version stays until the compacted files are durable
-                    newest = self._database.open_table(name).list_versions()[-1]["timestamp"]
-                    patience += max(datetime.now() - newest, timedelta(0))
-                self._database.open_table(name).optimize(cleanup_older_than=patience)
-                self._sync()
+                with self._maintaining(0) as is_alone:
+                    if is_alone:  # otherwise the next commit tries again
+                        self._commits = 0
+                        self._compact_table(name, was_written)
             except Exception as error:  # no image depends on it, and it will be tried again
                 # A conflict: another process has written meanwhile.
                 is_conflict = "commit conflict" in str(error)
                 level = logging.DEBUG if is_conflict else logging.WARNING
                 log.log(level, "index compaction failed: %s", make_printable(str(error)))
+
+    def _compact_table(self, name: str, was_written: bool) -> None:
+        patience = READERS_PATIENCE
+        if was_written:  # the newest version stays until the compacted files are durable
+            newest = self._database.open_table(name).list_versions()[-1]["timestamp"]
+            patience += max(datetime.now() - newest, timedelta(0))
+        self._database.open_table(name).optimize(cleanup_older_than=patience)
+        self._sync()
 
 
 def measure_files(uri: str) -> dict[str, int]:
@@ -450,14 +447,6 @@ def create_table(uri: str, name: str, schema: Any) -> None:
                     mode="create",
                     use_multipart=False,
                 )
-
-
-def _try_lock(file: IO[str]) -> bool:
-    try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return False
-    return True
 
 
 @contextlib.contextmanager
