@@ -217,7 +217,7 @@ class Batch:
     def _show_outcome(self, claim: Claim, changed: Sequence[str], is_made: bool) -> None:
         """Has Dagster record what became of an image; of one that is made in part, that part."""
         with suppress(PostponedError):  # the row has it
-            if self.catalogue.get(claim.image_id) is None:  # it was erased meanwhile
+            if not self.catalogue.get_states([claim.image_id]):  # it was erased meanwhile
                 return
             if len(changed) == len(ASSETS) or not is_made:
                 thumbnail = self.originals.find_thumbnail(claim)

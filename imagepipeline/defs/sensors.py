@@ -123,8 +123,7 @@ def upload_sensor(
     most = limit if affordable is None else min(limit, affordable)
     chosen = pending[: count_room(pauses, most, in_flight.full_count)]
     pictures = []
-    must_wait = bool(pauses) or affordable is not None or tenants.has_budgets
-    if must_wait:
+    if pauses or affordable is not None or tenants.has_budgets:
         taken = in_flight.images | {(image.image_id, image.generation) for image in chosen}
         held.update(image.tenant for image in chosen)
         room = max(0, limit - len(taken))
@@ -317,20 +316,21 @@ def request_batches(
     waiting = catalogue.count_bulk()["pending"]
     if not waiting:
         return []
+    unfinished = count_batches(instance)
     most = min(MAX_BATCH_RUNS, -(-waiting // IMAGES_AT_ONCE))
-    room = most - count_batches(instance, "planned", "pictures")
+    room = most - unfinished["planned"] - unfinished["pictures"]
     requests = []
     if (
         lacking is not None
         and room > 0
-        and not count_batches(instance, "pictures")
+        and not unfinished["pictures"]
         and catalogue.has_next(None, tenants.find_max_runs, lacking)
     ):
         requests.append(_request_batch("pictures", pictures_only=True))
     room -= len(requests)
     if pauses:
         is_probation = all(pause.is_over for pause in pauses)
-        is_busy = is_upload_tried or count_batches(instance, "planned")
+        is_busy = is_upload_tried or unfinished["planned"]
         room = int(is_probation and not is_busy)
     if room > 0 and catalogue.has_next(None, tenants.find_max_paid_runs):
         config = {"max_images": 1} if pauses else {}
@@ -358,14 +358,14 @@ def request_backlog_batches(
         uploads_left, tenants.find_max_paid_runs
     ):
         return []
-    count = min(MAX_BATCH_RUNS, slots // 2) - count_batches(instance, "backlog")
+    count = min(MAX_BATCH_RUNS, slots // 2) - count_batches(instance)["backlog"]
     return [_request_batch("backlog", BATCH_PRIORITY, uploads_left=uploads_left)] * count
 
 
-def count_batches(instance: dg.DagsterInstance, *works: str) -> int:
-    """How many runs of the bulk lane for such work have not ended."""
+def count_batches(instance: dg.DagsterInstance) -> Counter[str | None]:
+    """How many runs of the bulk lane have not ended, by their work."""
     runs = list_unfinished(instance, process_batch.name)
-    return sum(run.tags.get(WORK_TAG) in works for run in runs)
+    return Counter(run.tags.get(WORK_TAG) for run in runs)
 
 
 def explain_idleness(is_waiting: bool, unfinished_count: int) -> str:

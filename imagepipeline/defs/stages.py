@@ -3,7 +3,7 @@
 The work itself is elsewhere; Dagster sees it through `assets` and `batches`.
 """
 
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
@@ -287,7 +287,8 @@ def _render_variants(
     earlier = {one["path"] for one in row["variants"]}
     unused = earlier.union(spec.path_for(original.path) for spec in missing) - {*placed.values()}
     written = {path: len(content) for path, content in contents.items()}
-    with _changing(claim, catalogue, files, original.sha256, written, unused):
+    repair = partial(_repair, claim, catalogue, files, original.sha256, written, unused)
+    with _changing(claim, catalogue, repair):
         for path, content in contents.items():
             files.write(path, content)
         for path in catalogue.find_free_paths(unused) if unused else ():
@@ -319,43 +320,27 @@ def remove_others(
     if not others:
         return
     unused = set(others.values()) - paths
-    with _changing(claim, catalogue, files, "", {}, unused):
+    with _changing(claim, catalogue, partial(_repair, claim, catalogue, files, "", {}, unused)):
         for path in unused:
             files.delete(path)
     catalogue.remove_variants(claim, others)
 
 
 @contextmanager
-def _changing(
-    claim: Claim,
-    catalogue: Catalogue,
-    files: Storage,
-    sha256: str,
-    written: Mapping[str, int],
-    deleted: Collection[str],
-) -> Iterator[None]:
+def _changing(claim: Claim, catalogue: Catalogue, repair: Callable[[], None]) -> Iterator[None]:
     """Repairs what the body did to files if the image had been taken over by then.
 
     Files have no fence: a process that was frozen in a write goes on where it was, even hours after
     another run has completed the image.
 
-    Args:
-        claim: on the image.
-        catalogue: knows whether it still holds, and whose the paths are.
-        files: what is changed.
-        sha256: of the original that the written files are of.
-        written: the number of bytes of each written file, by path.
-        deleted: the paths of files that are deleted.
-
     Raises:
-        StaleClaimError: the image was taken over. Its variants will be made again, unless all files
-            are what they should be.
+        StaleClaimError: the image was taken over.
     """
     try:
         yield
     finally:
         if not outlast(partial(catalogue.holds, claim)):
-            outlast(partial(_repair, claim, catalogue, files, sha256, written, deleted))
+            outlast(repair)
             raise StaleClaimError(f"{claim.image_id} was taken over while its files were written")
 
 
@@ -367,6 +352,16 @@ def _repair(
     written: Mapping[str, int],
     deleted: Collection[str],
 ) -> None:
+    """Has variants made again, unless all files that were changed are what they should be.
+
+    Args:
+        claim: the one that was lost.
+        catalogue: knows whose the paths are by now.
+        files: what was changed.
+        sha256: of the original that the written files are of.
+        written: the number of bytes of each written file, by path.
+        deleted: the paths of files that were deleted.
+    """
     row = catalogue.get(claim.image_id)
     sizes = {one["path"]: one["size"] for one in row["variants"]} if row else {}
     is_same = row is not None and row["original_sha256"] == sha256
