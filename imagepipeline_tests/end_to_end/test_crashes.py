@@ -8,10 +8,8 @@ processes it again.
 import io
 import os
 import signal
-import subprocess
-import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +22,6 @@ from PIL import Image
 from imagepipeline.defs.reconciler import STALL_SECONDS, StandstillWatch, reconcile
 from imagepipeline.models import (
     ImageMetadata,
-    Status,
     Upload,
     VariantSpec,
     build_variant_specs,
@@ -38,7 +35,6 @@ from imagepipeline.stores.ledger import Ledger
 from imagepipeline.stores.vectors import EmbeddingIndex
 from imagepipeline_tests.conftest import PHOTOS, count_answers
 from imagepipeline_tests.end_to_end.one_run import CONTEXT, EFFECTS, execute
-from imagepipeline_tests.end_to_end.processes import find_children, find_port, find_service
 
 pytestmark = pytest.mark.drills
 
@@ -258,65 +254,3 @@ def test_a_frozen_run_that_continues_after_its_replacement_changes_nothing(world
         path: path.stat().st_size for path in (world.files.root / "variants").iterdir()
     } == files
     world.check()
-
-
-def test_killed_and_frozen_runs_workers_and_code_servers_lose_nothing(
-    tmp_path, monkeypatch, sqlite_catalogue_url
-):
-    """On Postgres, `test_compose.py` kills the services and the tests above the runs."""
-    home = tmp_path / "home"
-    monkeypatch.setenv("IMAGEPIPELINE_HOME", str(home))
-    # Other tests run stacks at the same time.
-    monkeypatch.setenv("IMAGEPIPELINE_WEBSERVER_PORT", str(find_port()))
-    monkeypatch.setenv("DATABASE_URL", sqlite_catalogue_url)
-    command = Path(sys.executable).parent / "imagepipeline"
-    catalogue = Catalogue(sqlite_catalogue_url)
-
-    def wait_until(condition: Callable[[dict], bool]) -> float:
-        began = time.monotonic()
-        # The `status` command would take longer to start than five images to process.
-        while not condition(catalogue.count()):
-            assert time.monotonic() - began < 240, catalogue.count()
-            time.sleep(0.02)
-        return time.monotonic() - began
-
-    def push_and_wait_for_work(quality: int) -> None:
-        for photo in PHOTOS.glob("*.jpg"):  # the same pictures would be reused, not processed
-            Image.open(photo).save(tmp_path / photo.name, quality=quality)
-        subprocess.run(
-            [command, "push", *map(str, tmp_path.glob("*.jpg"))],
-            check=True,
-            stdout=subprocess.DEVNULL,
-        )
-        wait_until(lambda counts: counts["processing"] >= 2)
-
-    with subprocess.Popen(
-        [command, "up", "--json"], stdout=subprocess.PIPE, stderr=subprocess.DEVNULL
-    ) as stack:
-        try:
-            assert stack.stdout.readline()
-            push_and_wait_for_work(95)
-            frozen, killed = find_children(find_service(home, "worker"), b"run\n")[:2]
-            os.kill(frozen, signal.SIGSTOP)
-            os.kill(killed, signal.SIGKILL)
-            seconds = wait_until(lambda counts: counts["completed"] == 5)
-            print(f"one run killed, one frozen: all five images completed {seconds:.0f} s later")
-            # Its image may have been complete before it was stopped.
-            wait_until(lambda _: not Path(f"/proc/{frozen}").exists())
-
-            push_and_wait_for_work(90)
-            lost = catalogue.count()["processing"]  # of five new images: other bytes, other IDs
-            os.kill(find_service(home, "worker"), signal.SIGKILL)  # all its runs end with it
-            os.kill(find_service(home, "code-server"), signal.SIGKILL)
-            seconds = wait_until(lambda counts: counts["completed"] == 10)
-            print(
-                f"{lost} runs killed with worker and code server: "
-                f"all five images completed {seconds:.0f} s later"
-            )
-            assert catalogue.count()["failed"] == 0
-        finally:
-            stack.send_signal(signal.SIGTERM)
-            stack.wait(60)
-    for row in catalogue.list_ended(Status.COMPLETED):
-        events = [event["event"] for event in catalogue.get(row["id"])["history"]]
-        assert events.count("completed") == events.count("accepted") == 1

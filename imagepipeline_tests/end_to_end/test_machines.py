@@ -11,10 +11,10 @@ from imagepipeline_tests.end_to_end.two_machines import MAX_RUNS, can_set_host_n
 
 pytestmark = pytest.mark.drills
 
-LIMIT = 6
+FIRST, LIMIT = 8, 4
 PATIENCE_SECONDS = 240
 CALL_USD = (800 * 0.15 + 60 * 0.60) / 1_000_000  # what the provider reports of a description
-PAID_CALLS = 12 + LIMIT + 4 + 8 + 2
+PAID_CALLS = FIRST + LIMIT + 2 + 6 + 2
 # The month's budget, as a day may end during the test; both are the same sum over other times.
 BUDGET = {"IMAGEPIPELINE_MONTHLY_BUDGET_USD": f"{PAID_CALLS * CALL_USD:.6f}"}
 
@@ -36,25 +36,25 @@ def read_findings(machine, code=0):
 def test_two_machines_share_the_work_its_limits_and_its_results(pair_in, bucket_url):
     with pair_in(bucket_url) as pair:
         pair.provider.hold()
-        pair.push("first", 12)
+        pair.push("first", FIRST)
         # One machine has fewer slots.
         pair.wait_until(lambda: pair.provider.at_once == MAX_RUNS, PATIENCE_SECONDS)
-        assert pair.count()["pending"] == 12 - MAX_RUNS
+        assert pair.count()["pending"] == FIRST - MAX_RUNS
         pair.provider.release()
         pair.wait_until_completed(PATIENCE_SECONDS)
         assert pair.provider.peak == MAX_RUNS
-        assert list(pair.provider.calls.values()) == [1] * 12
+        assert list(pair.provider.calls.values()) == [1] * FIRST
         hosts = Counter(run.tags[MACHINE_TAG] for run in pair.list_runs())
         assert set(hosts) == {"alpha", "beta"}
-        assert hosts.total() == 12
+        assert hosts.total() == FIRST
         pair.check()
 
         assert "alpha (3 slots), beta (3 slots)" in read_findings(pair.alpha)["workers"]["sentence"]
 
         calls = pair.provider.calls.total()
         pair.alpha.run("limit", f"metadata={LIMIT}/hour")
-        pair.push("limited", LIMIT + 4)
-        pair.wait_until(lambda: pair.count()["completed"] == 12 + LIMIT, PATIENCE_SECONDS)
+        pair.push("limited", LIMIT + 2)
+        pair.wait_until(lambda: pair.count()["completed"] == FIRST + LIMIT, PATIENCE_SECONDS)
         pair.wait_until(
             lambda: "rate_limit" in pair.alpha.run("status", "--json"), PATIENCE_SECONDS
         )
@@ -63,7 +63,7 @@ def test_two_machines_share_the_work_its_limits_and_its_results(pair_in, bucket_
         pair.alpha.run("limit", "--reset")
         pair.wait_until_completed(PATIENCE_SECONDS)
         pair.provider.refuses = True
-        pair.push("refused", 8)
+        pair.push("refused", 6)
         pair.wait_until(lambda: "auth" in pair.list_pauses(), PATIENCE_SECONDS)
         assert '"paused": "auth' in pair.beta.run("status", "--json")
         pair.wait_until(lambda: pair.count()["processing"] == 0, PATIENCE_SECONDS)
@@ -73,7 +73,7 @@ def test_two_machines_share_the_work_its_limits_and_its_results(pair_in, bucket_
         pair.wait_until_completed(PATIENCE_SECONDS)
         pair.check()
 
-        spent = pair.push("spent", 12)
+        spent = pair.push("spent", 8)
         pair.wait_until(lambda: "budget" in pair.list_pauses(), PATIENCE_SECONDS)
         assert '"paused": "budget' in pair.beta.run("status", "--json")
         # The others get their pictures, which cost nothing.

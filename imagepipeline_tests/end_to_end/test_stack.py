@@ -24,6 +24,7 @@ from imagepipeline.stores.retention import Retention
 from imagepipeline.stores.vectors import EmbeddingIndex
 from imagepipeline_tests.conftest import PHOTOS
 from imagepipeline_tests.end_to_end.processes import find_port, find_process, find_service
+from imagepipeline_tests.end_to_end.secrets_in_memory import SECRETS, check_secrets
 
 pytestmark = pytest.mark.stack
 
@@ -228,6 +229,11 @@ def test_from_a_plain_push_to_a_search_and_a_clean_stop(home):
 
 
 def test_a_stopped_stack_continues_later_prunes_beside_its_work_and_restores(home, monkeypatch):
+    local = {"IMAGEPIPELINE_VISION": "local", "IMAGEPIPELINE_EMBEDDING": "local"}
+    for name, value in (SECRETS | local).items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setenv("IMAGEPIPELINE_WEBHOOK_URL", "https://127.0.0.1:9/hook")
+
     def start():
         stack = subprocess.Popen([COMMAND, "up"], stdout=subprocess.PIPE, stderr=subprocess.PIPE)
         assert stack.stdout.readline()
@@ -240,6 +246,8 @@ def test_a_stopped_stack_continues_later_prunes_beside_its_work_and_restores(hom
 
     stack = start()
     try:
+        if sys.platform == "linux":
+            check_secrets(stack.pid)
         webserver = find_service(home, "webserver")
         os.kill(webserver, signal.SIGKILL)  # restarted without a message
         wait_until(lambda: is_up() and find_service(home, "webserver") != webserver)

@@ -18,6 +18,8 @@ def test_faults_cause_no_image_to_be_lost_processed_twice_or_paid_twice():
             "cancelled_while_it_works",
             "cancelled_by_force",
             "killed_child",
+            "frozen_child",
+            "killed_worker_and_code_server",
             "killed_redis",
         ):
             seconds = perform(name, stack)

@@ -106,6 +106,14 @@ def killed_worker(stack: Drill) -> float:
     return stack.measure_completion(time.monotonic())
 
 
+def killed_worker_and_code_server(stack: Drill) -> float:
+    """Kills the worker, and the process that evaluates the sensors, at once."""
+    stack.push(6)
+    stack.wait_until_working(3)
+    stack.tell(signal.SIGKILL, stack.worker, stack.find("code-server"))
+    return stack.measure_completion(time.monotonic())
+
+
 def killed_redis(stack: Drill) -> float:
     """Kills the local Valkey, which the supervisor restarts."""
     stack.push(8)
@@ -239,6 +247,7 @@ DRILLS: dict[str, Callable[[Drill], float]] = {
         cancelled_by_force,
         killed_child,
         killed_worker,
+        killed_worker_and_code_server,
         killed_redis,
         restarted_redis,
         frozen_redis,
