@@ -120,12 +120,15 @@ class Zygote:
         """
         return self._control.fileno() if self._control else None
 
-    def fork(self, memory_bytes: int, cpu_seconds: int) -> tuple[socket.socket, socket.socket, int]:
+    def fork(
+        self, memory_bytes: int, cpu_seconds: int, niceness: int
+    ) -> tuple[socket.socket, socket.socket, int]:
         """Forks a child.
 
         Args:
             memory_bytes: memory the child may use.
             cpu_seconds: CPU time the child may use.
+            niceness: as in `Sandbox`.
 
         Returns:
             The socket to talk to the child; the socket on which the zygote reports the child's
@@ -136,7 +139,7 @@ class Zygote:
         """
         from imagepipeline.imaging.zygote import PROCESS, REQUEST
 
-        request = REQUEST.pack(memory_bytes, cpu_seconds)
+        request = REQUEST.pack(memory_bytes, cpu_seconds, niceness)
         for _ in range(2):  # if the zygote has died, a second one is started
             self.prepare()
             session, theirs = socket.socketpair()
@@ -215,7 +218,8 @@ class Sandbox:
         cpu_seconds: CPU time over a child's life.
         wall_seconds: elapsed time of one call.
         is_confinement_required: decode nothing if the kernel cannot filter system calls.
-        niceness: how far the child yields the CPU to other processes, 0 to 19.
+        niceness: how far the child yields the CPU to other processes, 1 to 19; 0 if it yields only
+            to children that were forked before it.
         zygote: the zygote that forks the children.
     """
 
@@ -260,11 +264,8 @@ class Session(Generic[T]):
     def __init__(self, sandbox: Sandbox) -> None:
         self._sandbox = sandbox
         self._connection, self._life, self.process_id = sandbox.zygote.fork(
-            sandbox.memory_bytes, sandbox.cpu_seconds
+            sandbox.memory_bytes, sandbox.cpu_seconds, sandbox.niceness
         )
-        if sandbox.niceness:
-            with contextlib.suppress(ProcessLookupError):  # the first call says how it ended
-                os.setpriority(os.PRIO_PROCESS, self.process_id, sandbox.niceness)
         self._stream = TimedStream(self._connection, sandbox.wall_seconds)
         self._begun: tuple[Any, ...] | None = None
         self._is_open = True

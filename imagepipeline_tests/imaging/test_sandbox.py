@@ -4,7 +4,7 @@ import os
 import signal
 import threading
 import time
-from contextlib import closing, contextmanager
+from contextlib import ExitStack, closing, contextmanager
 from pathlib import Path
 
 import pytest
@@ -34,6 +34,13 @@ def assert_ends(process):
     deadline = time.monotonic() + SECONDS
     while not has_ended(process):
         assert time.monotonic() < deadline, f"process {process} is still running"
+        time.sleep(0.01)
+
+
+def wait_until_reaped(process):
+    deadline = time.monotonic() + SECONDS
+    while Path(f"/proc/{process}").exists():
+        assert time.monotonic() < deadline, f"process {process} is still there"
         time.sleep(0.01)
 
 
@@ -219,6 +226,26 @@ def test_a_busy_child_ends_with_its_run_and_no_other_child_does(zygote):
             assert not has_ended(child)
         assert_ends(child)
         assert other.call(ops.get, 0)[0] == 1
+
+
+def test_children_yield_the_cpu_to_older_ones_and_never_as_far_as_the_bulk_lane():
+    def open_child(**limits):
+        return stack.enter_context(open_session(zygote, **limits))
+
+    def list_niceness(sessions):
+        return [os.getpriority(os.PRIO_PROCESS, session.process_id) - own for session in sessions]
+
+    own = os.getpriority(os.PRIO_PROCESS, 0)
+    with closing(Zygote(OPERATIONS)) as zygote, ExitStack() as stack:
+        bulk = [open_child(niceness=19) for _ in range(2)]
+        uploads = [open_child() for _ in range(6)]
+        assert list_niceness(uploads) == [0, 3, 6, 9, 12, 12]
+        assert list_niceness(bulk) == [19 - own, 19 - own]
+        for session in uploads[:5]:
+            session.close()
+            assert_ends(session.process_id)
+        wait_until_reaped(uploads[4].process_id)
+        assert list_niceness([open_child()]) == [3]
 
 
 def test_a_stopped_run_does_not_hold_up_others(zygote):
