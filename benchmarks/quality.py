@@ -7,12 +7,14 @@ packages pyvips[binary] and ssimulacra2, and matplotlib for the picture.
 """
 
 import argparse
+import functools
 import io
 import json
 import statistics
 import subprocess
 import tempfile
 import time
+from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -101,11 +103,8 @@ def encode_with_pillow(
 
 def summarize(pngs: list[Path], contents: list[bytes], seconds: float) -> dict[str, Any]:
     """Returns the mean SSIMULACRA2 score against the PNGs, total bytes and CPU seconds."""
-    scores = []
-    with tempfile.NamedTemporaryFile(suffix=".png") as decoded:
-        for png, content in zip(pngs, contents, strict=True):
-            pyvips.Image.new_from_buffer(content, "").write_to_file(decoded.name, compression=0)
-            scores.append(ssimulacra2.compute_ssimulacra2(str(png), decoded.name))
+    with ProcessPoolExecutor() as pool:
+        scores = list(pool.map(score, pngs, contents))
     return {
         "score": statistics.mean(scores),
         "bytes": sum(map(len, contents)),
@@ -113,14 +112,26 @@ def summarize(pngs: list[Path], contents: list[bytes], seconds: float) -> dict[s
     }
 
 
-def match(pngs: list[Path], name: str, options: dict[str, Any], score: float) -> dict[str, Any]:
-    """Finds the lowest quality setting that reaches the score, by bisection."""
+def score(png: Path, content: bytes) -> float:
+    """Returns the SSIMULACRA2 score of an encoded picture against its PNG; 100 is the same."""
+    with tempfile.NamedTemporaryFile(suffix=".png") as decoded:
+        pyvips.Image.new_from_buffer(content, "").write_to_file(decoded.name, compression=0)
+        return float(ssimulacra2.compute_ssimulacra2(str(png), decoded.name))
+
+
+def match(pngs: list[Path], name: str, options: dict[str, Any], wanted: float) -> dict[str, Any]:
+    """Finds the lowest quality setting that reaches a score, by bisection."""
+
+    @functools.cache
+    def encode(quality: int) -> dict[str, Any]:
+        return encode_with_pillow(pngs, name, quality, options)
+
     low, high = QUALITIES.start, QUALITIES.stop - 1
     while low < high:
         middle = (low + high) // 2
-        reached = encode_with_pillow(pngs, name, middle, options)["score"] >= score - TOLERANCE
+        reached = encode(middle)["score"] >= wanted - TOLERANCE
         low, high = (low, middle) if reached else (middle + 1, high)
-    return {"quality": low} | encode_with_pillow(pngs, name, low, options)
+    return {"quality": low} | encode(low)
 
 
 def measure(folder: Path, count: int, has_frontier: bool) -> dict[str, Any]:

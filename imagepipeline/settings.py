@@ -290,6 +290,11 @@ class Settings(BaseModel):
         description="How many uploads one worker processes at the same time. Unset: "
         "`IMAGEPIPELINE_MAX_RUNS`.",
     )
+    max_run_seconds: Annotated[int, Field(ge=10, le=86_400)] = Field(
+        900,
+        description="How long a run may take. Then its worker ends it, and another run takes the "
+        "image.",
+    )
     explicit_broker_url: Annotated[SecretStr, AfterValidator(_check_redis_url)] | None = Field(
         None,
         alias="IMAGEPIPELINE_BROKER_URL",

@@ -75,7 +75,7 @@ GROUPS: tuple[tuple[str, str, tuple[str, ...]], ...] = (
     (
         "Concurrency",
         "How much happens at the same time.",
-        ("max_runs", "worker_slots", "batch_size"),
+        ("max_runs", "worker_slots", "max_run_seconds", "batch_size"),
     ),
     (
         "Variants",

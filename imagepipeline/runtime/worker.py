@@ -83,6 +83,7 @@ def main() -> None:
             *(
                 f"--concurrency={settings.slots}",
                 f"--max-tasks-per-child={RUNS_PER_CHILD}",
+                f"--time-limit={settings.max_run_seconds}",
                 "--loglevel=WARNING",
             ),
             *("--without-gossip", "--without-mingle", "--without-heartbeat", "-O", "fair"),

@@ -4,7 +4,12 @@ import pytest
 
 from imagepipeline_tests.end_to_end import bounds
 from imagepipeline_tests.end_to_end.drill import drill
-from imagepipeline_tests.end_to_end.worker_drills import LIMIT_SECONDS, databases, perform
+from imagepipeline_tests.end_to_end.worker_drills import (
+    LIMIT_SECONDS,
+    SHORT_RUNS,
+    databases,
+    perform,
+)
 
 pytestmark = pytest.mark.drills
 
@@ -27,7 +32,8 @@ def test_faults_cause_no_image_to_be_lost_processed_twice_or_paid_twice():
             assert seconds <= LIMIT_SECONDS
 
 
-def test_connections_and_keys_do_not_grow_with_the_number_of_runs():
-    slots = {"IMAGEPIPELINE_WORKER_SLOTS": "2", "IMAGEPIPELINE_MAX_RUNS": "2"}
+def test_connections_and_keys_do_not_grow_and_a_run_that_hangs_is_replaced():
+    slots = {"IMAGEPIPELINE_WORKER_SLOTS": "2", "IMAGEPIPELINE_MAX_RUNS": "2"} | SHORT_RUNS
     with databases(True) as urls, drill(call_seconds=0.05, **slots, **urls) as stack:
         bounds.check(bounds.process(stack, images=16), *bounds.kill_worker(stack))
+        assert perform("hanging_run", stack) <= LIMIT_SECONDS

@@ -26,6 +26,8 @@ LIMIT_SECONDS = 90
 FROZEN_SECONDS = 100
 FULL_SECONDS = 20
 NO_WORKER_SECONDS = 300
+MAX_RUN_SECONDS = 30
+SHORT_RUNS = {"IMAGEPIPELINE_MAX_RUN_SECONDS": str(MAX_RUN_SECONDS)}
 REPORT_SECONDS = 90  # the queue is reported every minute
 
 
@@ -152,6 +154,17 @@ def frozen_child(stack: Drill) -> float:
     return seconds
 
 
+def hanging_run(stack: Drill) -> float:
+    """Holds back an answer of the provider for longer than a run may take; needs `SHORT_RUNS`."""
+    answers_after = stack.provider.call_seconds
+    stack.provider.call_seconds = MAX_RUN_SECONDS + 20
+    stack.push(1)
+    stack.wait_until_working(1)
+    stack.wait_for(lambda: stack.provider.calls)
+    stack.provider.call_seconds = answers_after
+    return stack.measure_completion(time.monotonic())
+
+
 def frozen_worker(stack: Drill) -> float:
     """Freezes the worker and all its processes for 100 s."""
     stack.push(6)
@@ -252,6 +265,7 @@ DRILLS: dict[str, Callable[[Drill], float]] = {
         restarted_redis,
         frozen_redis,
         frozen_child,
+        hanging_run,
         frozen_worker,
         drained_worker,
         full_redis,
@@ -296,6 +310,8 @@ def main() -> None:
     for name in options.names or DRILLS:
         # Fewer slots than the five runs, so two of them wait for a worker.
         slots = {"IMAGEPIPELINE_WORKER_SLOTS": "3"}
+        if name == "hanging_run":
+            slots |= SHORT_RUNS
         with (
             databases(options.postgres) as urls,
             drill(has_services=name == "no_worker", **slots, **urls) as stack,
