@@ -52,7 +52,7 @@ FAILED_TO_CONFINE = 71  # exit code
 # How far a child yields the CPU for each older one: else those of a burst all end at the same time,
 # and the first image takes as long as five. Bounded, so that one core still gives it a fifth beside
 # a stream of younger ones, and its call ends within its minute; and above the bulk lane's 19.
-YIELD_TO_OLDER, MAX_YIELD = 2, 8
+YIELD_TO_OLDER, MAX_YIELD = 4, 8
 
 
 def main() -> None:
