@@ -50,8 +50,8 @@ MAX_DESCRIPTORS = 1024  # one per child
 MAX_REQUEST_BYTES = 2**40  # no real limit, because the run is trusted
 FAILED_TO_CONFINE = 71  # exit code
 # How far a child yields the CPU for each older one: else those of a burst all end at the same time,
-# and the first image takes as long as five. Bounded, so that one core still gives it a fifth beside
-# a stream of younger ones, and its call ends within its minute; and above the bulk lane's 19.
+# and the first image takes as long as five. Bounded, so that a single core still gives it a quarter
+# beside a stream of younger ones, and its call ends within a minute; the bulk lane yields by 19.
 YIELD_TO_OLDER, MAX_YIELD = 4, 8
 
 
