@@ -31,6 +31,10 @@ from imagepipeline.stores.vectors import EmbeddingIndex
 # Jsonschema's check of international URLs, which none of our schemas has, takes each process five
 # seconds to import.
 sys.modules["rfc3987_syntax"] = None  # type: ignore[assignment]
+# Containers often forbid Python to store what it compiles. Then each of the hundreds of processes
+# that tests start would compile our modules again.
+sys.dont_write_bytecode = False
+os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
 IS_CI = bool(os.environ.get("CI"))
 # Modules whose tests share one stack, and run in their order, in one process.
 WITH_ONE_STACK = (
