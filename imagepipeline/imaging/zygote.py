@@ -148,8 +148,7 @@ class Zygote:
         except OSError:  # the run sees the end of the connection
             process = -1
         if process == 0:
-            os.nice(niceness)
-            self._become_child(session, parent, memory_bytes, cpu_seconds)
+            self._become_child(session, parent, memory_bytes, cpu_seconds, niceness)
         os.close(session)
         if process < 0:
             watched.close()
@@ -189,9 +188,10 @@ class Zygote:
             watched.send(message)
 
     def _become_child(
-        self, session: int, parent: int, memory_bytes: int, cpu_seconds: int
+        self, session: int, parent: int, memory_bytes: int, cpu_seconds: int, niceness: int
     ) -> NoReturn:
         try:
+            os.nice(niceness)
             stream = _isolate(session, parent)
             if confine(memory_bytes, cpu_seconds) != self._confinement:
                 os._exit(FAILED_TO_CONFINE)  # never run with less than the probe found

@@ -38,7 +38,6 @@ from imagepipeline_tests.end_to_end.one_run import CONTEXT, EFFECTS, execute
 
 pytestmark = pytest.mark.drills
 
-ROOT = Path(__file__).parent.parent.parent
 # Runs die at each effect on SQLite; where a claim changes hands, also on Postgres.
 CHANGES_OF_THE_CLAIM = ("claim", "final status")
 # Runs freeze where the catalogue changes on Postgres, and elsewhere on SQLite.

@@ -9,7 +9,7 @@ import sys
 
 import pytest
 
-from imagepipeline_tests.end_to_end.test_crashes import ROOT
+from imagepipeline_tests.end_to_end.composed import ROOT
 
 pytestmark = pytest.mark.drills
 

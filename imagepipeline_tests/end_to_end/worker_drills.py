@@ -158,11 +158,15 @@ def hanging_run(stack: Drill) -> float:
     """Holds back an answer of the provider for longer than a run may take; needs `SHORT_RUNS`."""
     answers_after = stack.provider.call_seconds
     stack.provider.call_seconds = MAX_RUN_SECONDS + 20
-    stack.push(1)
-    stack.wait_until_working(1)
-    stack.wait_for(lambda: stack.provider.calls)
+    [image_id] = stack.push(1)
+    hanging = stack.run_of(image_id, "STARTED")
+    began = time.monotonic()
+    assert stack.run_of(image_id, "FAILURE") == hanging
     stack.provider.call_seconds = answers_after
-    return stack.measure_completion(time.monotonic())
+    seconds = stack.measure_completion(began)
+    [end] = [run["end"] for run in stack.runs() if run["id"] == hanging]
+    assert "The process that executed the run died" in end
+    return seconds
 
 
 def frozen_worker(stack: Drill) -> float:

@@ -30,16 +30,13 @@ def has_ended(process):
         return True
 
 
-def assert_ends(process):
-    deadline = time.monotonic() + SECONDS
-    while not has_ended(process):
-        assert time.monotonic() < deadline, f"process {process} is still running"
-        time.sleep(0.01)
+def is_reaped(process):
+    return not Path(f"/proc/{process}").exists()
 
 
-def wait_until_reaped(process):
+def assert_ends(process, is_gone=has_ended):
     deadline = time.monotonic() + SECONDS
-    while Path(f"/proc/{process}").exists():
+    while not is_gone(process):
         assert time.monotonic() < deadline, f"process {process} is still there"
         time.sleep(0.01)
 
@@ -243,8 +240,7 @@ def test_children_yield_the_cpu_to_older_ones_and_never_as_far_as_the_bulk_lane(
         assert list_niceness(bulk) == [19 - own, 19 - own]
         for session in uploads[:5]:
             session.close()
-            assert_ends(session.process_id)
-        wait_until_reaped(uploads[4].process_id)
+            assert_ends(session.process_id, is_reaped)
         assert list_niceness([open_child()]) == [4]
 
 
