@@ -432,6 +432,20 @@ def transparent_colors() -> Iterator[Case]:
             _png_chunks(SIZE, bits, 2, data, (b"tRNS", clear)),
             colors=_with_transparent_corner(CORNERS),
         )
+    grey = _rows_of([0, 85, 170, 255], 8)
+    clear = (b"tRNS", struct.pack(">H", 0x5AFF))
+    yield Case(
+        "grey of 8 bits, stated in 16",
+        _png_chunks(SIZE, 8, 0, grey, clear),
+        colors=((0,) * 3, (85,) * 3, (170,) * 3, (0,) * 4),
+    )
+    data = b"".join(b"\0" + row.tobytes() for row in np.asarray(picture()))
+    clear = (b"tRNS", struct.pack(">3H", *(0x5A00 | value for value in CORNERS[3])))
+    yield Case(
+        "RGB of 8 bits, stated in 16",
+        _png_chunks(SIZE, 8, 2, data, clear),
+        colors=_with_transparent_corner(CORNERS),
+    )
     near = np.asarray(picture()).astype(np.uint16) * 257
     # Differs from the colour in the lowest bit only.
     clear = struct.pack(">3H", *(int(value) ^ 1 for value in near[-1, -1]))
