@@ -92,7 +92,7 @@ def plan_reduction(space: ColorSpace, is_grey: bool) -> Reduction | None:
     if space.codes and space.codes[1] in (PQ, HLG):
         return None
     profile = space.profile or _build_profile(space)
-    if profile is None or (space.profile and is_grey != (profile[16:20] == b"GRAY")):
+    if profile is None or (not is_grey and profile[16:20] == b"GRAY"):
         return None
     linear = icc.read_curve(profile)
     if linear is None or not linear[0] < FLAT_LIGHT < linear[icc.STEPS // 10]:
@@ -275,6 +275,8 @@ def _s15(*values: float) -> bytes:
 
 
 def _convert_profile(image: Image.Image, profile: bytes) -> Image.Image:
+    if image.mode == "L" and profile[16:20] == b"RGB ":  # grey is a colour, too
+        image = image.convert("RGB")
     try:
         source = ImageCms.ImageCmsProfile(io.BytesIO(profile))
         converted = ImageCms.profileToProfile(image, source, SRGB, outputMode="RGB")

@@ -20,7 +20,7 @@ from imagepipeline.imaging.color import (
     tone_map,
 )
 from imagepipeline.imaging.decoding import decode
-from imagepipeline_tests.imaging.odd_files import png_of_16_bits
+from imagepipeline_tests.imaging.odd_files import encode, png_of_16_bits
 
 GREYS = (33, 66, 132, 197, 255)
 # GREYS as Chromium 156 shows them in a PNG with cICP. PQ and HLG have the primaries of BT.2020.
@@ -149,6 +149,14 @@ def test_the_peak_is_read_from_the_file():
     assert read_nclx(nclx((255, 255)), None, None) == ColorSpace()
 
 
+@pytest.mark.parametrize("space", [b"RGB ", b"GRAY"])
+@pytest.mark.parametrize("mode", ["L", "LA"])
+def test_a_profile_of_rgb_describes_grey_too(space, mode):
+    grey = Image.new(mode, (8, 8), 50 if mode == "L" else (50, 128))
+    decoded = decode(encode(grey, "PNG", icc_profile=linear_profile(space)))
+    assert decoded.image.convert("RGB").getpixel((0, 0)) == (122, 122, 122)
+
+
 # ---- linear light in 16 bits
 
 LEVELS = np.arange(256, dtype=np.uint8).reshape(8, 32)
@@ -207,9 +215,15 @@ LINEAR_FILES = {
     "PNG, grey, profile": lambda: png_of_16_bits(
         linear(LEVELS), packed_profile(linear_profile(b"GRAY"))
     ),
+    "PNG, grey, profile of RGB": lambda: png_of_16_bits(
+        linear(LEVELS), packed_profile(linear_profile())
+    ),
     "TIFF": lambda: tiff(linear(RAMPS), linear_profile(), "none"),
     "TIFF, compressed": lambda: tiff(linear(RAMPS), linear_profile(), "deflate"),
     "TIFF, grey": lambda: tiff(linear(LEVELS), linear_profile(b"GRAY"), "lzw"),
+    "TIFF, grey, profile of RGB": lambda: encode(
+        Image.fromarray(linear(LEVELS)), "TIFF", icc_profile=linear_profile()
+    ),
 }
 
 
