@@ -57,7 +57,8 @@ class ColorSpace:
 
     Attributes:
         profile: ICC profile.
-        codes: code points of the primaries and the transfer characteristics (ITU-T H.273).
+        codes: code points of the primaries and the transfer characteristics (ITU-T H.273); with a
+            profile only those of HDR, which it states and cannot describe otherwise.
         gamma: exponent from stored to linear values.
         chromaticities: x and y of red, green, blue and white; used with `gamma`.
         peak_nits: brightness of the brightest pixel of a PQ picture.
@@ -109,13 +110,21 @@ def to_srgb(image: Image.Image, space: ColorSpace) -> Image.Image:
     if image.mode == "LAB":
         lab = ImageCms.ImageCmsProfile(ImageCms.createProfile("LAB")).tobytes()
         return _convert_profile(image, lab).convert("RGB")
+    # HDR is never in CMYK, whatever a profile of other colours says.
+    if space.codes and space.codes[1] in (PQ, HLG) and image.mode != "CMYK":
+        return _map_tones(image.convert("RGB"), *space.codes, space.peak_nits)
     if space.profile:
         return _convert_profile(image, space.profile).convert("RGB")
     image = image.convert("RGB")
-    if space.codes and space.codes[1] in (PQ, HLG):
-        return _map_tones(image, *space.codes, space.peak_nits)
     profile = _build_profile(space)
     return _convert_profile(image, profile) if profile else image
+
+
+def read_icc(profile: bytes | None) -> ColorSpace:
+    """Returns the colour space that an ICC profile describes; None describes sRGB."""
+    codes = icc.read_codes(profile) if profile else None
+    is_hdr = codes is not None and codes[1] in (PQ, HLG) and _is_known(*codes)
+    return ColorSpace(profile, codes if is_hdr else None)
 
 
 def read_png_space(chunks: Mapping[bytes, bytes], profile: bytes | None) -> ColorSpace:
@@ -126,7 +135,7 @@ def read_png_space(chunks: Mapping[bytes, bytes], profile: bytes | None) -> Colo
         brightest = _number(levels[:4]) / 10_000 or _number(mastering[16:20]) / 10_000
         return ColorSpace(codes=(coded[0], coded[1]), peak_nits=brightest or DEFAULT_PEAK_NITS)
     if profile:
-        return ColorSpace(profile)
+        return read_icc(profile)
     gamma, chromaticities = _number(chunks.get(b"gAMA", b"")), chunks.get(b"cHRM", b"")
     if b"sRGB" in chunks or not gamma:
         return ColorSpace()

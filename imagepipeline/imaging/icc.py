@@ -1,4 +1,4 @@
-"""Reads and replaces the curve of an ICC profile (ICC.1:2022): how its values stand for light."""
+"""Reads an ICC profile's code points, and reads and replaces its curve (ICC.1:2022)."""
 
 import struct
 
@@ -21,6 +21,17 @@ def read_curve(profile: bytes) -> NDArray[np.float64] | None:
         return None
     contents = {profile[start : start + size] for start, size in map(tags.__getitem__, names)}
     return _evaluate(contents.pop()) if len(contents) == 1 else None
+
+
+def read_codes(profile: bytes) -> tuple[int, int] | None:
+    """The code points of primaries and curve (ITU-T H.273) in a profile of RGB (9.2.17, 10.3).
+
+    None if it has none, or none of full-range RGB.
+    """
+    start, size = _read_tags(profile).get(b"cicp", (0, 0))
+    content = profile[start : start + size]
+    is_rgb = profile[16:20] == b"RGB " and content[:4] == b"cicp" and content[10:12] == b"\0\1"
+    return (content[8], content[9]) if is_rgb else None
 
 
 def replace_curve(profile: bytes, linear: NDArray[np.floating]) -> bytes:

@@ -367,6 +367,13 @@ def stated_colors() -> Iterator[Case]:
                 _with_nclx(encode(picture(), "AVIF", subsampling="4:4:4"), *codes),
                 colors=colors,
             )
+        if codes[1] in (16, 18):
+            profile = _with_codes(wide_profile(), *codes)
+            for format_ in ("PNG", "JPEG", "WEBP", "AVIF", "TIFF"):
+                content = encode(picture(), format_, icc_profile=profile, quality=100)
+                yield Case(f"{format_} with a profile of {name}", content, colors=colors)
+            cmyk = encode(picture("CMYK"), "JPEG", icc_profile=profile)
+            yield Case(f"CMYK JPEG with a profile of {name}", cmyk)
     gamma = struct.pack(">I", 100_000)
     wide = struct.pack(">8I", 31270, 32900, 68000, 32000, 26500, 69000, 15000, 6000)
     linear = tuple(tuple(_code_srgb(value / 255) for value in color) for color in CORNERS)
@@ -975,6 +982,20 @@ def wide_profile() -> bytes:
     header += s15(0.9642) + s15(1.0) + s15(0.8249)
     profile = header.ljust(128, b"\0") + table + data
     return len(profile).to_bytes(4, "big") + profile[4:]
+
+
+def _with_codes(profile: bytes, primaries: int, transfer: int) -> bytes:
+    """Adds the tag `cicp` to an ICC profile (ICC.1:2022, 9.2.17)."""
+    count = int.from_bytes(profile[128:132], "big")
+    table, data = b"", profile[132 + 12 * count :]
+    for at in range(132, 132 + 12 * count, 12):
+        name, start, size = struct.unpack_from(">4sII", profile, at)
+        table += struct.pack(">4sII", name, start + 12, size)
+    size = 144 + 12 * count + len(data)
+    table += struct.pack(">4sII", b"cicp", size, 12)
+    data += b"cicp" + bytes([0, 0, 0, 0, primaries, transfer, 0, 1])
+    header = struct.pack(">I", size + 12) + profile[4:128]
+    return header + struct.pack(">I", count + 1) + table + data
 
 
 def _p3_to_srgb(color: tuple[int, ...]) -> tuple[int, ...]:

@@ -10,7 +10,7 @@ from imagepipeline.errors import (
     UnsupportedFormatError,
 )
 from imagepipeline.imaging import bmp
-from imagepipeline.imaging.color import ColorSpace
+from imagepipeline.imaging.color import read_icc
 from imagepipeline.imaging.drawing import draw, fill, percent
 from imagepipeline.imaging.limits import Rules, check_profile, check_size
 from imagepipeline.imaging.readers.source import (
@@ -58,7 +58,7 @@ def read_bmp(content: bytes, rules: Rules) -> Source:
         )
         yield to_picture(drawn)
 
-    return Source(header.width, header.height, load, ColorSpace(profile))
+    return Source(header.width, header.height, load, read_icc(profile))
 
 
 def _read_fields(content: bytes, header: bmp.Bmp, rules: Rules) -> Picture:

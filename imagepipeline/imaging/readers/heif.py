@@ -10,7 +10,7 @@ from PIL import ExifTags, UnidentifiedImageError
 from imagepipeline.errors import UnreadableImageError
 from imagepipeline.imaging import exif
 from imagepipeline.imaging.boxes import Item, find_end, read_primary_item
-from imagepipeline.imaging.color import ColorSpace, read_nclx
+from imagepipeline.imaging.color import ColorSpace, read_icc, read_nclx
 from imagepipeline.imaging.drawing import Drawn
 from imagepipeline.imaging.formats import AVIF_BRANDS, HEIF_BRANDS
 from imagepipeline.imaging.limits import Rules, check_frames, check_profile, check_size
@@ -129,7 +129,7 @@ def _with_brand(content: bytes, known: tuple[bytes, ...]) -> bytes:
 def _read_space(item: Item, profile: bytes | None, rules: Rules) -> ColorSpace:
     profile = check_profile(profile, rules)
     if profile:
-        return ColorSpace(profile)
+        return read_icc(profile)
     nclx = next(
         (box for kind, box in item.properties if kind == b"colr" and box.startswith(b"nclx")), None
     )

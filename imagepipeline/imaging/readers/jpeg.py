@@ -15,7 +15,7 @@ from imagepipeline.errors import (
     UnreadableImageError,
 )
 from imagepipeline.imaging import exif, jpeg
-from imagepipeline.imaging.color import ColorSpace
+from imagepipeline.imaging.color import read_icc
 from imagepipeline.imaging.drawing import Drawn, draw
 from imagepipeline.imaging.limits import (
     MAX_JPEG_REDUCTION,
@@ -50,7 +50,7 @@ def read_jpeg(content: bytes, rules: Rules) -> Source:
         yield replace(picture, extent=_find_extent(width, height, picture.image.size))
 
     orientation = exif.find_orientation(found.exif)
-    return Source(width, height, load, ColorSpace(profile), exif.parse(found.exif), orientation)
+    return Source(width, height, load, read_icc(profile), exif.parse(found.exif), orientation)
 
 
 def _choose_size(width: int, height: int, is_on_its_side: bool, rules: Rules) -> tuple[int, int]:

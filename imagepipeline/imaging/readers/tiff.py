@@ -14,7 +14,7 @@ from imagepipeline.errors import (
     UnsupportedFormatError,
 )
 from imagepipeline.imaging import jpeg, tiff
-from imagepipeline.imaging.color import ColorSpace, Reduction, plan_reduction
+from imagepipeline.imaging.color import Reduction, plan_reduction, read_icc
 from imagepipeline.imaging.drawing import Drawn, draw
 from imagepipeline.imaging.formats import RAW_ADVICE
 from imagepipeline.imaging.limits import Rules, check_profile, check_size
@@ -65,7 +65,7 @@ def read_tiff(content: bytes, rules: Rules) -> Source:
     check_size(*header.size, rules)
     profile = check_profile(header.info.get("icc_profile"), rules)
 
-    space, reduction = ColorSpace(profile), None
+    space, reduction = read_icc(profile), None
     is_grey = header.mode.startswith("I;16") and page.first(tiff.BITS, 1) == 16
     if is_grey or all(_get_raw_mode(tile) in LOWER_BYTES for tile in header.tile):
         reduction = plan_reduction(space, is_grey)

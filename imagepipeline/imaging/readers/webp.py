@@ -6,7 +6,7 @@ from imagepipeline.errors import (
     UnreadableImageError,
 )
 from imagepipeline.imaging import exif
-from imagepipeline.imaging.color import ColorSpace
+from imagepipeline.imaging.color import read_icc
 from imagepipeline.imaging.formats import measure_webp
 from imagepipeline.imaging.limits import Rules, check_frames, check_profile, check_size
 from imagepipeline.imaging.readers.source import Picture, Source, load_frames, miss_end, open_image
@@ -44,7 +44,7 @@ def read_webp(content: bytes, rules: Rules) -> Source:
     return Source(
         *header.size,
         load,
-        ColorSpace(profile),
+        read_icc(profile),
         exif.parse(tags),
         exif.find_orientation(tags),
         count_plays=lambda: plays,
