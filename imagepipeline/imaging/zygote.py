@@ -47,6 +47,9 @@ STATUS = struct.Struct("!i")  # the report of a child's end: the status from wai
 READY = struct.Struct("!?i")  # sent once the zygote is ready: the fields of Confinement
 MAX_FAILURE_BYTES = 1000
 MAX_DESCRIPTORS = 1024  # one per child
+# HEIC takes a few threads. They count as processes of the whole machine, which can run out of them,
+# and no limit of the kernel holds for one child.
+MAX_THREADS, WATCH_SECONDS = 32, 0.2
 MAX_REQUEST_BYTES = 2**40  # no real limit, because the run is trusted
 FAILED_TO_CONFINE = 71  # exit code
 # How far a child yields the CPU for each older one: else those of a burst all end at the same time,
@@ -62,7 +65,7 @@ def main() -> None:
         module = importlib.import_module(sys.argv[1])
         operations = Operations.of(module.MAKERS, module.CALLS)
         module.warm_up()
-        if _count_threads() > 1:
+        if _count_threads(os.getpid()) > 1:
             raise RuntimeError("the warm-up started a thread, so forking is not safe")
     except Exception as error:
         control.send(f"{type(error).__name__}: {error}".encode()[:MAX_FAILURE_BYTES])
@@ -121,8 +124,11 @@ class Zygote:
         )
         self._control.setblocking(False)
         while True:
-            for key, _ in self._selector.select():
+            for key, _ in self._selector.select(WATCH_SECONDS if self._watched else None):
                 key.data()
+            for process in self._watched:
+                if _count_threads(process) > MAX_THREADS:
+                    os.kill(process, signal.SIGKILL)
 
     def _accept(self) -> None:
         try:
@@ -269,8 +275,11 @@ def _probe() -> Confinement:
     )
 
 
-def _count_threads() -> int:
-    return len(os.listdir("/proc/self/task")) if os.path.isdir("/proc/self/task") else 1
+def _count_threads(process: int) -> int:
+    try:
+        return len(os.listdir(f"/proc/{process}/task"))
+    except OSError:  # it is no Linux, or the process has just ended
+        return 1
 
 
 def _ignore(_number: int, _frame: FrameType | None) -> None:

@@ -92,6 +92,14 @@ def start_threads(held: list[int], count: int) -> int:
     return len(done)
 
 
+def keep_threads(held: list[int], count: int, seconds: float) -> int:
+    """Starts threads that sleep, and sleeps as long."""
+    for _ in range(count):
+        threading.Thread(target=time.sleep, args=(seconds,), daemon=True).start()
+    time.sleep(seconds)
+    return count
+
+
 # ---- lies
 
 
@@ -269,6 +277,7 @@ CALLS = (
         give_lock,
         shout,
         start_threads,
+        keep_threads,
     ),
     *(say, dribble, raise_named, claim_usage, attack, call_foreign),
 )

@@ -93,6 +93,13 @@ def test_threads_can_be_started(attacked):
         assert session.call(sandbox_operations.start_threads, 8)[0] == 8
 
 
+def test_a_process_with_many_threads_is_killed(attacked):
+    with open_session(attacked) as session:
+        assert session.call(sandbox_operations.keep_threads, 30, 1)[0] == 30
+    with open_session(attacked) as session, pytest.raises(SandboxLostError, match="SIGKILL"):
+        session.call(sandbox_operations.keep_threads, 60, 10)
+
+
 def test_the_filters_of_both_architectures_allow_the_same_calls():
     lengths = {name: len(build_filter(name, 1)) for name in ARCHITECTURES}
     assert lengths["x86_64"] - lengths["aarch64"] == 16  # two instructions for x32
