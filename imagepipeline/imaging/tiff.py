@@ -11,10 +11,10 @@ WIDTH, HEIGHT = 256, 257
 VALUE_BYTES = {3: 2, 4: 4, 5: 8, 8: 2, 9: 4, 10: 8, 11: 4, 12: 8, 13: 4, 16: 8, 17: 8, 18: 8}
 MAX_VALUES = 200_000  # per tag; further values are ignored
 RAW, JPEG = 1, 7
-JPEG_TABLES, SUBSAMPLING = 347, 530
+COLORS, JPEG_TABLES, SUBSAMPLING = 320, 347, 530
 KEPT_TAGS = (
     *(WIDTH, HEIGHT, NEW_SUBFILE_TYPE, BITS, COMPRESSION, PHOTOMETRIC, SAMPLES, PLANES),
-    *(EXTRA_SAMPLES, SAMPLE_FORMAT, JPEG_TABLES, SUBSAMPLING),
+    *(EXTRA_SAMPLES, SAMPLE_FORMAT, COLORS, JPEG_TABLES, SUBSAMPLING),
 )
 WHITE_IS_ZERO, BLACK_IS_ZERO, RGB, PALETTE, CMYK, YCBCR = 0, 1, 2, 3, 5, 6
 UNSIGNED, SIGNED, FLOAT = 1, 2, 3
@@ -82,6 +82,14 @@ class Tiff:
     def is_preview(self) -> bool:
         """Whether the page is a reduced copy of another, as in camera raw files."""
         return bool(self.first(NEW_SUBFILE_TYPE, 0) & 1)
+
+    @property
+    def has_bytes_as_colors(self) -> bool:
+        """Whether its palette has values of 8 bits, as old writers left it, instead of 16."""
+        colors = self.tags.get(COLORS, ())
+        return (
+            self.first(PHOTOMETRIC, BLACK_IS_ZERO) == PALETTE and 0 < max(colors, default=0) < 256
+        )
 
     def find_refusal(self) -> str | None:
         """Returns a description of the page if it would be decoded wrongly or not at all."""

@@ -522,6 +522,11 @@ def kinds_of_tiff() -> Iterator[Case]:
                     _tiff_in_order(grey.astype(order + kind), sample_format, is_packed),
                     colors=_stretched(_grey()),
                 )
+    content = bytearray(encode(picture("P"), "TIFF"))
+    entry = content.index(struct.pack("<HHI", 320, 3, 768))
+    at = int.from_bytes(content[entry + 8 : entry + 12], "little")
+    content[at : at + 1536] = (np.frombuffer(content, "<u2", 768, at) >> 8).tobytes()
+    yield Case("a palette of bytes", bytes(content))
     planes = b"".join(rgb[:, :, channel].astype("<u2").tobytes() for channel in range(3))
     half = np.concatenate([rgb, grey[:, :, None]], axis=2)
     refused = {

@@ -105,6 +105,8 @@ def read_tiff(content: bytes, rules: Rules) -> Source:
             image = join_bytes(image, lower, reduction.table)
         elif image.mode == "La":
             image = _unmultiply(image)
+        elif page.has_bytes_as_colors:
+            image.putpalette(bytes(page.tags[tiff.COLORS]), "RGB;L")
         yield to_picture(Drawn(image, drawn.missing, drawn.flaw))
 
     # Pillow applies the orientation of a TIFF itself.
