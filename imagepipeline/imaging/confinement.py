@@ -20,6 +20,7 @@ PR_SET_PDEATHSIG, PR_SET_SECCOMP, PR_SET_NO_NEW_PRIVS = 1, 22, 38  # linux/prctl
 SECCOMP_MODE_FILTER = 2
 # linux/seccomp.h. An errno is added to REFUSE.
 KILL_PROCESS, REFUSE, ALLOW = 0x80000000, 0x00050000, 0x7FFF0000
+FORBID = REFUSE | errno.EPERM
 LANDLOCK_CREATE_RULESET, LANDLOCK_RESTRICT_SELF = 444, 446  # the same on all architectures
 LANDLOCK_VERSION = 1  # LANDLOCK_CREATE_RULESET_VERSION: return the version instead of a ruleset
 # AUDIT_ARCH_X86_64 and AUDIT_ARCH_AARCH64 of linux/audit.h, by their names in `platform`.
@@ -144,15 +145,15 @@ def build_filter(architecture: str, process: int) -> bytes:
     for numbers in (MMAP, MPROTECT):
         program += [
             *(_jump_if(numbers[column], 0, 4), _load(16 + 8 * 2)),  # the third argument
-            *(_jump_if_any(PROT_EXEC, 0, 1), _decide(REFUSE | errno.EPERM), _decide(ALLOW)),
+            *(_jump_if_any(PROT_EXEC, 0, 1), _decide(FORBID), _decide(ALLOW)),
         ]
     program += [
         *(_jump_if(CLONE[column], 0, 5), _load(16), _and(~UNUSED_THREAD_FLAG & 0xFFFFFFFF)),
-        *(_jump_if(THREAD_FLAGS, 0, 1), _decide(ALLOW), _decide(REFUSE | errno.EPERM)),
+        *(_jump_if(THREAD_FLAGS, 0, 1), _decide(ALLOW), _decide(FORBID)),
         *(_jump_if(TGKILL[column], 0, 4), _load(16)),
-        *(_jump_if(process, 0, 1), _decide(ALLOW), _decide(REFUSE | errno.EPERM)),
+        *(_jump_if(process, 0, 1), _decide(ALLOW), _decide(FORBID)),
         *(_jump_if(CLONE3[column], 0, 1), _decide(REFUSE | errno.ENOSYS)),
-        _decide(REFUSE | errno.EPERM),
+        _decide(FORBID),
     ]
     return b"".join(program)
 

@@ -5,11 +5,8 @@ a background of another. A pixel that shows both backgrounds was not written. Th
 pictures of any colours.
 """
 
-import os
 import re
-import tempfile
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
@@ -17,6 +14,7 @@ from numpy.typing import NDArray
 from PIL import Image, ImageFile
 
 from imagepipeline.errors import TruncatedImageError, UnreadableImageError
+from imagepipeline.imaging.complaints import capture
 
 # The two backgrounds, by mode.
 BACKGROUNDS: dict[str, tuple[float, float]] = {
@@ -69,8 +67,10 @@ def draw(
     """
     error: Exception | None = None
     try:
-        with capture_libtiff_errors() as complaints:
+        with capture() as lines:
             image = _load(open_image(), 0)
+        texts = (clean(line, 100) for line in lines if not ABOUT_TAGS.search(line))
+        complaints = [text for text in texts if text]
         if complaints and not is_part_kept:
             raise UnreadableImageError(f"the {format_} data is damaged: {complaints[0]}")
         if not _may_be_missing(image):
@@ -97,27 +97,6 @@ def draw(
     if not is_part_kept:
         raise _explain(format_, is_cut, flaw) from error
     return Drawn(first, missing, flaw)
-
-
-@contextmanager
-def capture_libtiff_errors() -> Iterator[list[str]]:
-    """Collects the errors that libtiff prints in the block; the list is filled when it ends.
-
-    libtiff reports damaged pixels on standard error alone, and goes on.
-    """
-    complaints: list[str] = []
-    saved = os.dup(2)
-    with tempfile.TemporaryFile() as captured:
-        os.dup2(captured.fileno(), 2)
-        try:
-            yield complaints
-        finally:
-            os.dup2(saved, 2)
-            os.close(saved)
-            captured.seek(0)
-            lines = captured.read(4096).decode(errors="replace").splitlines()
-            texts = (clean(line, 100) for line in lines if not ABOUT_TAGS.search(line))
-            complaints += [text for text in texts if text]
 
 
 def percent(share: float) -> str:

@@ -30,6 +30,7 @@ from typing import Any, NoReturn, Self
 # variable for C libraries only.
 os.putenv("OPENBLAS_NUM_THREADS", "1")
 
+from imagepipeline.imaging import complaints
 from imagepipeline.imaging.confinement import Confinement, confine, end_with_parent
 from imagepipeline.malloc import keep_freed_memory
 from imagepipeline.wire import (
@@ -242,7 +243,8 @@ def serve(stream: io.FileIO, operations: Operations) -> None:
 def _isolate(session: int, parent: int) -> io.FileIO:
     """Cuts a child's ties to the zygote, except that the child ends when the zygote does.
 
-    Descriptor 0 becomes the session's socket, 1 and 2 remain /dev/null, and all others are closed.
+    Descriptor 0 becomes the session's socket, 1 remains /dev/null, 2 becomes a pipe to the child
+    itself, and all others are closed.
     """
     signal.set_wakeup_fd(-1)
     for number in (signal.SIGCHLD, signal.SIGTERM, signal.SIGINT, signal.SIGXCPU):
@@ -252,6 +254,7 @@ def _isolate(session: int, parent: int) -> io.FileIO:
     gc.disable()
     os.dup2(session, 0)
     os.closerange(3, MAX_DESCRIPTORS)
+    complaints.redirect()
     return io.FileIO(0, "r+", closefd=False)
 
 

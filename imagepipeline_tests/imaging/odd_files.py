@@ -878,6 +878,10 @@ def harmless_flaws() -> Iterator[Case]:
 def damaged() -> Iterator[Case]:
     """Yields files that are damaged after an intact start."""
     yield Case("nothing", b"", "empty")
+    image = Image.open(PHOTO).convert("1")
+    fax = bytearray(encode(image, "TIFF", compression="group4"))
+    fax[len(fax) // 2 : len(fax) // 2 + 20] = b"\x55" * 20
+    yield Case("fax with a hole", bytes(fax), "corrupt", sentence="Bad code word")
     png = bytearray(photo_as("PNG"))
     png[2000:2100] = bytes(100)
     yield Case("PNG with a hole", bytes(png), "corrupt")

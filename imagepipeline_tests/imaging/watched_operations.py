@@ -1,13 +1,13 @@
-"""The operations of the sandbox; a child that imports a module after the warm-up ends at once.
+"""The operations of the sandbox; a child ends at once if it imports a module or is refused a call.
 
-In a sandbox, no file can be opened, so an import fails where somebody may catch the error.
+In a sandbox, no file can be opened, so these fail where somebody may catch the error.
 """
 
 import os
 import sys
 from typing import NoReturn
 
-from imagepipeline.imaging import operations
+from imagepipeline.imaging import confinement, operations
 
 MAKERS, CALLS = operations.MAKERS, operations.CALLS
 
@@ -21,6 +21,7 @@ class Watch:
 
 
 def warm_up() -> None:
-    """Does what the operations do, then allows no further import."""
+    """Does what the operations do, then allows no further import and no refused system call."""
     operations.warm_up()
+    confinement.FORBID = confinement.KILL_PROCESS
     sys.meta_path.insert(0, Watch())  # type: ignore[arg-type]
