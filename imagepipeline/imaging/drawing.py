@@ -76,7 +76,7 @@ def draw(
         if not _may_be_missing(image):
             flaw = f"some of the picture is wrong: {complaints[0]}" if complaints else None
             return Drawn(image, flaw=flaw)
-    except UnreadableImageError:
+    except (UnreadableImageError, MemoryError):
         raise
     except Exception as one:  # decoders raise errors of any type
         error = one
@@ -147,6 +147,8 @@ def _load_partly(
     ImageFile.LOAD_TRUNCATED_IMAGES = True
     try:
         return _load(open_image(), background)
+    except MemoryError:
+        raise
     except Exception:  # decoders raise errors of any type
         return None
     finally:

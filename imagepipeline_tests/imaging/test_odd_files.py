@@ -1,16 +1,19 @@
 """Every odd file ends with the right picture, or fails for the right reason.
 
-None of them needs an import after the sandbox's warm-up.
+None of them needs an import after the sandbox's warm-up, or a system call that is refused.
 """
 
 import io
 from contextlib import closing
+from dataclasses import replace
 
 import pytest
 from PIL import Image
 
+from imagepipeline.errors import LimitError
+from imagepipeline.imaging.decoding import Rules, decode
 from imagepipeline.imaging.sandbox import Sandbox, Zygote
-from imagepipeline_tests.imaging.odd_files import list_groups, process
+from imagepipeline_tests.imaging.odd_files import encode, list_groups, process
 
 pytestmark = pytest.mark.stack
 
@@ -64,3 +67,11 @@ def assert_shows(picture, colors):
                 found,
                 expected,
             )
+
+
+@pytest.mark.parametrize("format_", ["PNG", "GIF", "TIFF"])
+def test_too_little_memory_is_no_damage(sandbox, format_):
+    options = {"compression": "tiff_lzw"} if format_ == "TIFF" else {}
+    content = encode(Image.new("L", (7000, 7000)), format_, **options)
+    with pytest.raises(LimitError, match=r"40 MB.*IMAGEPIPELINE_MAX_MEMORY_BYTES"):
+        replace(sandbox, memory_bytes=40_000_000).open(decode, content, Rules())
