@@ -6,7 +6,7 @@ from typing import Literal
 
 NEW_SUBFILE_TYPE, BITS, COMPRESSION, PHOTOMETRIC, SAMPLES = 254, 258, 259, 262, 277
 PLANES, EXTRA_SAMPLES, SAMPLE_FORMAT, STRIPS, TILES = 284, 338, 339, (273, 279), (324, 325)
-WIDTH, HEIGHT = 256, 257
+WIDTH, HEIGHT, TILE_WIDTH = 256, 257, 322
 # Bytes per value, by type; all other types take one.
 VALUE_BYTES = {3: 2, 4: 4, 5: 8, 8: 2, 9: 4, 10: 8, 11: 4, 12: 8, 13: 4, 16: 8, 17: 8, 18: 8}
 MAX_VALUES = 200_000  # per tag; further values are ignored
@@ -14,7 +14,7 @@ RAW, JPEG = 1, 7
 COLORS, JPEG_TABLES, SUBSAMPLING = 320, 347, 530
 KEPT_TAGS = (
     *(WIDTH, HEIGHT, NEW_SUBFILE_TYPE, BITS, COMPRESSION, PHOTOMETRIC, SAMPLES, PLANES),
-    *(EXTRA_SAMPLES, SAMPLE_FORMAT, COLORS, JPEG_TABLES, SUBSAMPLING),
+    *(EXTRA_SAMPLES, SAMPLE_FORMAT, COLORS, JPEG_TABLES, SUBSAMPLING, TILE_WIDTH, STRIPS[0]),
 )
 WHITE_IS_ZERO, BLACK_IS_ZERO, RGB, PALETTE, CMYK, YCBCR = 0, 1, 2, 3, 5, 6
 UNSIGNED, SIGNED, FLOAT = 1, 2, 3
@@ -107,6 +107,8 @@ class Tiff:
         is_subsampled = (self.tags.get(SUBSAMPLING) or (2, 2)) != (1, 1)
         if photometric == YCBCR and compression == RAW and is_subsampled:
             return f"{self.describe()}, whose colours have fewer samples than its brightness"
+        if compression == RAW and {TILE_WIDTH, STRIPS[0]} <= self.tags.keys():
+            return f"{self.describe()}, whose tiles are listed as strips"
         if self.first(PLANES, 1) == 2 and self.first(SAMPLES, 1) > 1:
             # Pillow reads uncompressed planes as if they had 8 bits and no alpha, and never reads
             # planes of grey with alpha correctly.

@@ -569,6 +569,10 @@ def kinds_of_tiff() -> Iterator[Case]:
         ),
         "WebP inside": (_tiff(8, 3, bytes(99), {259: (3, 50001)}), "compressed as WebP"),
         "JPEG XL inside": (_tiff(8, 3, bytes(99), {259: (3, 50002)}), "compressed as JPEG XL"),
+        "tiles listed as strips": (
+            _tiff(8, 3, bytes(96 * 64 * 3), {322: (3, 96), 323: (3, 64)}),
+            "RGB TIFF with 3 x 8-bit samples, whose tiles",
+        ),
         "a big-endian BigTIFF": (_big_tiff(">"), "BigTIFF in big-endian"),
     }
     for name, (content, sentence) in refused.items():
