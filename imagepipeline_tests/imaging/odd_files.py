@@ -446,6 +446,11 @@ def transparent_colors() -> Iterator[Case]:
         _png_chunks(SIZE, 8, 0, grey, clear),
         colors=((0,) * 3, (85,) * 3, (170,) * 3, (0,) * 4),
     )
+    yield Case(
+        "grey of 2 bits, stated in 8",
+        _png_chunks(SIZE, 2, 0, _rows_of([0, 1, 2, 3], 2), (b"tRNS", b"\0\xff")),
+        colors=((0,) * 3, (85,) * 3, (170,) * 3, (255,) * 3),
+    )
     data = b"".join(b"\0" + row.tobytes() for row in np.asarray(picture()))
     clear = (b"tRNS", struct.pack(">3H", *(0x5A00 | value for value in CORNERS[3])))
     yield Case(

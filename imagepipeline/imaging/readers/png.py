@@ -155,14 +155,14 @@ def _with_clear_color(image: Image.Image, found: png.Png, lower: Image.Image | N
     clear = found.chunks.get(b"tRNS", b"")
     if found.color_type in (png.GREY, png.RGB):
         image.info.pop("transparency", None)  # Pillow compares it at the wrong bit depth
-    # Of the two bytes, only as many bits count as a sample has.
-    steps = 2**found.bits - 1
+    # As in browsers, the upper byte counts only if samples have one.
+    used = 0xFFFF if found.bits == 16 else 0xFF
     values = [
-        int.from_bytes(clear[at : at + 2], "big") & steps for at in range(0, len(clear) - 1, 2)
+        int.from_bytes(clear[at : at + 2], "big") & used for at in range(0, len(clear) - 1, 2)
     ]
     if found.color_type == png.GREY and len(values) == 1 and image.mode in ("1", "L", "I;16", "I"):
         stored = np.asarray(image.convert("L") if image.mode == "1" else image)
-        value = values[0] if found.bits == 16 else values[0] * 255 // steps
+        value = values[0] if found.bits == 16 else values[0] * 255 // (2**found.bits - 1)
         grey = to_eight_bits(stored) if found.bits == 16 else stored
         alpha = np.where(stored == value, 0, 255).astype(np.uint8)
         return Image.merge("LA", (Image.fromarray(grey), Image.fromarray(alpha)))
