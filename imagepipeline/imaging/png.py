@@ -48,6 +48,12 @@ class Png:
     animation: tuple[tuple[bytes, bytes], ...] = ()
     chunks: dict[bytes, bytes] = field(default_factory=dict)
 
+    @property
+    def has_fallback(self) -> bool:
+        """Whether the picture for viewers without animation is no frame of the animation."""
+        kinds = [kind for kind, _ in self.animation if kind in (b"fcTL", b"IDAT")]
+        return kinds[:1] == [b"IDAT"]
+
 
 @dataclass(frozen=True)
 class PngFrame:

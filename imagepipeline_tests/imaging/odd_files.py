@@ -685,6 +685,12 @@ def kept_animations() -> Iterator[Case]:
         )
         content = encode(other, format_, save_all=True, append_images=[clear], duration=100, loop=3)
         yield Case(f"{format_}, opaque then transparent", content, colors=None, rules=KEEP)
+    fallback, black = Image.new("RGB", SIZE), ((0, 0, 0),) * 4
+    content = encode(
+        fallback, "PNG", save_all=True, default_image=True, append_images=[picture()], duration=100
+    )
+    yield Case("PNG of a fallback and one frame", content, rules=KEEP)
+    yield Case("PNG of a fallback and one frame, only one kept", content, colors=black)
     frames = [Image.new("RGB", SIZE, (index * 2, 0, 0)) for index in range(99)]
     for format_ in ("GIF", "PNG", "WEBP"):
         content = encode(picture(), format_, save_all=True, append_images=frames)

@@ -68,10 +68,10 @@ def read_png(content: bytes, rules: Rules) -> Source:
         reduction = plan_reduction(space, is_grey=found.color_type == png.GREY)
 
     def load(_: bool) -> Iterator[Picture]:
-        if frame_count <= 1:
-            yield _draw_png(found, rules, reduction)
-        else:
+        if frame_count > 1 or (frame_count and found.has_fallback):
             yield from _compose(found, frame_count, rules, reduction)
+        else:
+            yield _draw_png(found, rules, reduction)
 
     plays = int.from_bytes(found.chunks.get(b"acTL", b"")[4:8], "big")
     tags = found.chunks.get(b"eXIf", b"")
