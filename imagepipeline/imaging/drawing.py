@@ -66,6 +66,7 @@ def draw(
             be read, or libtiff reported damage.
     """
     error: Exception | None = None
+    wrong: str | None = None
     try:
         with capture() as lines:
             image = _load(open_image(), 0)
@@ -73,9 +74,9 @@ def draw(
         complaints = [text for text in texts if text]
         if complaints and not is_part_kept:
             raise UnreadableImageError(f"the {format_} data is damaged: {complaints[0]}")
+        wrong = f"some of the picture is wrong: {complaints[0]}" if complaints else None
         if not _may_be_missing(image):
-            flaw = f"some of the picture is wrong: {complaints[0]}" if complaints else None
-            return Drawn(image, flaw=flaw)
+            return Drawn(image, flaw=wrong)
     except (UnreadableImageError, MemoryError):
         raise
     except Exception as one:  # decoders raise errors of any type
@@ -87,7 +88,7 @@ def draw(
         raise _explain(format_, is_cut, "no row could be read") from error
     missing = _is_background(first, 0) & _is_background(second, 1)
     if not missing.any():
-        return Drawn(first)
+        return Drawn(first, flaw=wrong)
     if missing.all():
         raise _explain(format_, is_cut, "no row could be read") from error
     if is_interlaced:

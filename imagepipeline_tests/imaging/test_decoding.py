@@ -106,6 +106,17 @@ def test_the_error_for_a_truncated_progressive_jpeg_counts_its_scans(scans, perc
     assert decoded.image.size == decode(whole).image.size
 
 
+@pytest.mark.parametrize("margin", ["white", "black"])
+def test_a_damaged_fax_is_kept_with_a_flaw_if_the_rules_accept_it(margin):
+    image = Image.open(PHOTO).convert("1")
+    image.paste(margin, (image.width - 16, 0, *image.size))
+    fax = bytearray(encode(image, "TIFF", compression="group4"))
+    fax[len(fax) // 2 : len(fax) // 2 + 20] = b"\x55" * 20
+    with pytest.raises(UnreadableImageError, match="Bad code word"):
+        decode(bytes(fax))
+    assert "wrong" in decode(bytes(fax), Rules(is_truncated_accepted=True)).flaw
+
+
 def test_a_damaged_jpeg_is_kept_with_a_flaw_if_the_rules_accept_it():
     whole = photo_as("JPEG")
     middle = len(whole) // 2
