@@ -10,7 +10,7 @@ from functools import partial
 from typing import TYPE_CHECKING, Any, Literal
 
 from imagepipeline.errors import ImagePipelineError, InvalidUploadError, StackError, list_reasons
-from imagepipeline.models import Status, Upload
+from imagepipeline.models import PRIORITY_LIMIT, Status, Upload
 
 if TYPE_CHECKING:
     from imagepipeline.stores.catalogue import Catalogue
@@ -114,7 +114,9 @@ class Failures:
 
         def retry() -> None:
             # Built only now: an ID from an earlier version may be invalid, and stops only this one.
-            upload = Upload(image["id"], image["requested_path"], image["priority"])
+            # One of the bulk lane leaves it: only uploads are accepted.
+            priority = max(image["priority"], -PRIORITY_LIMIT)
+            upload = Upload(image["id"], image["requested_path"], priority)
             self._catalogue.accept([upload], "retried")
 
         return Failure(row, retry, partial(self._images.discard, image["id"]))

@@ -480,6 +480,14 @@ def test_a_retry_begins_a_new_generation_but_a_dry_run_does_not(invoke, catalogu
     assert catalogue.get("a")["status"] == "failed"
 
 
+def test_failed_images_of_the_bulk_lane_can_be_retried(invoke, catalogue):
+    catalogue.accept_imported([Upload("imported")])
+    catalogue.fail(catalogue.claim_next("run"), "provider_unavailable", "it was down")
+    answer = invoke("failed", "retry", "imported", "--json")
+    assert outcomes(answer) == {"imported": "retried"}
+    assert [one.image_id for one in catalogue.list_pending(9)] == ["imported"]
+
+
 def test_failures_that_a_retry_cannot_help_are_left_alone(invoke, catalogue):
     for reason, can_be_retried in list_reasons().items():
         fail(catalogue, reason, reason)
