@@ -44,6 +44,7 @@ from imagepipeline.stores.tables import (
     image_results,
     image_variants,
     images,
+    select_at_paths,
 )
 from imagepipeline.text import hash_text
 
@@ -400,14 +401,15 @@ class Catalogue(Reader):
         Returns:
             Those of the paths at which no image has a variant.
         """
-        others = sa.select(image_variants.c.image_id).where(image_variants.c.path.in_(paths))
-        touched = (
-            sa.select(images.c.id, images.c.status)
-            .where(sa.or_(images.c.id == image_id, images.c.id.in_(others)))
-            .order_by(images.c.id)
-            .with_for_update()
-        )
+        others = select_at_paths(image_variants.c.image_id, paths)
         with self._database.transaction() as connection:
+            image_ids = {image_id, *connection.execute(others).scalars()}
+            touched = (
+                sa.select(images.c.id, images.c.status)
+                .where(images.c.id.in_(image_ids))
+                .order_by(images.c.id)
+                .with_for_update()
+            )
             for row in connection.execute(touched).all():
                 self._forget_recipes(connection, row.id)
                 self._mark_stale(connection, row.id, image_results.c.asset == "variants")
@@ -421,7 +423,7 @@ class Catalogue(Reader):
                     connection.execute(of_image.values(again))
                 cause = "a run that had lost an image wrote over its variants"
                 self._record(connection, row.id, "reopened", cause)
-            known = sa.select(image_variants.c.path).where(image_variants.c.path.in_(paths))
+            known = select_at_paths(image_variants.c.path, paths)
             return set(paths) - set(connection.execute(known).scalars())
 
     def remove_variants(self, claim: Claim, row_ids: Collection[str]) -> None:

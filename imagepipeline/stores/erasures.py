@@ -15,6 +15,7 @@ from imagepipeline.stores.tables import (
     images,
     provider_calls,
     schema,
+    select_at_paths,
 )
 from imagepipeline.stores.tables import events as events_table
 
@@ -31,19 +32,15 @@ class Erasures:
 
     def find_foreign(self, image_id: str, paths: Collection[str]) -> set[str]:
         """Those of the paths at which other images have their original or a variant."""
-        others = (
-            (images.c.path, images.c.id),
-            (images.c.requested_path, images.c.id),
-            (image_variants.c.path, image_variants.c.image_id),
+        variants = select_at_paths(
+            image_variants.c.path, paths, image_variants.c.image_id != image_id
         )
         with self._database.reading() as connection:
-            return {
-                path
-                for column, owner in others
-                for path in connection.execute(
-                    sa.select(column).where(column.in_(paths), owner != image_id)
-                ).scalars()
-            }
+            found = set(connection.execute(variants).scalars())
+            for column in (images.c.path, images.c.requested_path):
+                originals = sa.select(column).where(column.in_(paths), images.c.id != image_id)
+                found.update(connection.execute(originals).scalars())
+        return found
 
     def count(self, image_id: str) -> dict[str, int]:
         """The number of rows about an image, by table, without those that are kept."""

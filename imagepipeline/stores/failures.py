@@ -40,8 +40,9 @@ class FailedImages:
             if len(rows) < page_rows:
                 return
             last = rows[-1]
-            is_older = (images.c.updated_at == last["updated_at"]) & (images.c.id < last["id"])
-            page = query.where((images.c.updated_at < last["updated_at"]) | is_older)
+            is_older = (images.c.updated_at < last["updated_at"]) | (images.c.id < last["id"])
+            # The first condition for the index: it would not see the bound in the second.
+            page = query.where(images.c.updated_at <= last["updated_at"], is_older)
 
     def count_retries(self, image_id: str, since: datetime) -> int:
         """How often an administrator has retried an image since then."""

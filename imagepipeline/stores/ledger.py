@@ -13,6 +13,7 @@ from imagepipeline.stores.tables import (
     answers,
     applies,
     call_sums,
+    equals,
     erasures,
     images,
     pauses,
@@ -133,7 +134,8 @@ class Ledger:
         calls = provider_calls.c
         query = (
             sa.select(calls.tokens_in.is_not(None), calls.cost_usd)
-            .where(calls.provider == provider, calls.model == model, calls.outcome == "answered")
+            .where(calls.provider == provider, calls.model == model)
+            .where(equals(calls.outcome, "answered"))
             .where(calls.at >= self._clock() - MEMORY)
             .order_by(calls.at.desc(), calls.seq.desc())
         )
@@ -150,7 +152,8 @@ class Ledger:
         share = sa.case((calls.batch.is_not(None), BATCH_PRICE_SHARE), else_=1.0)
         recent = (
             sa.select(calls.tokens_in, calls.tokens_out, (calls.cost_usd / share).label("cost_usd"))
-            .where(calls.stage == stage, calls.model == model, calls.outcome == "answered")
+            .where(calls.stage == stage, calls.model == model)
+            .where(equals(calls.outcome, "answered"))
             .where(calls.at >= self._clock() - MEMORY)
             .order_by(calls.at.desc())
             .limit(MEAN_CALLS)

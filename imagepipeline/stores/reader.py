@@ -33,6 +33,7 @@ from imagepipeline.stores.tables import (
     image_variants,
     images,
     provider_calls,
+    select_at_paths,
 )
 
 K = TypeVar("K")
@@ -405,7 +406,7 @@ class Reader:
 
     def find_free_paths(self, paths: Collection[str]) -> set[str]:
         """Those of the paths at which no image has a variant."""
-        query = sa.select(image_variants.c.path).where(image_variants.c.path.in_(paths))
+        query = select_at_paths(image_variants.c.path, paths)
         with self._database.reading() as connection:
             return set(paths) - set(connection.execute(query).scalars())
 

@@ -1,5 +1,6 @@
 """The tables of the catalogue. A change needs a migration; a test compares the two."""
 
+from collections.abc import Collection
 from datetime import UTC, datetime
 from typing import Any
 
@@ -149,7 +150,17 @@ image_variants = sa.Table(
         sqlite_where=sa.text("NOT is_alias"),
         postgresql_where=sa.text("NOT is_alias"),
     ),
+    _index_part("ix_image_variants_alias_path", "is_alias", "path"),
 )
+
+
+def select_at_paths(
+    column: sa.Column[str], paths: Collection[str], *conditions: sa.ColumnElement[bool]
+) -> sa.CompoundSelect[tuple[str]]:
+    """A column of the variants at these paths, from each of the two indexes by path."""
+    found = sa.select(column).where(image_variants.c.path.in_(paths), *conditions)
+    return sa.union_all(*(found.where(sa.text(part)) for part in ("NOT is_alias", "is_alias")))
+
 
 INPUT_KEY = "substr(input_sha256, 1, 16)"  # enough to find the few rows with the same input
 
@@ -298,6 +309,7 @@ provider_calls = sa.Table(
     sa.Column("waited_seconds", sa.Float, nullable=False),
     sa.Column("batch", sa.Integer),  # provider_batches.seq, if it was made in one
     sa.Index(None, "image_id", "generation"),
+    _index_part("ix_provider_calls_answered", "outcome = 'answered'", "model", "at"),
 )
 
 # What the calls of each day cost, written with each call: it outlives the calls.

@@ -18,6 +18,7 @@ from imagepipeline.stores.applies import Applies
 from imagepipeline.stores.batches import Batches
 from imagepipeline.stores.catalogue import Catalogue
 from imagepipeline.stores.database import Database
+from imagepipeline.stores.erasures import Erasures
 from imagepipeline.stores.events import EventLog
 from imagepipeline.stores.failures import FailedImages
 from imagepipeline.stores.ledger import Ledger
@@ -54,19 +55,24 @@ class Statements:
         The indexes `ix_events_for_…` have only what must still be sent.
         """
         is_sqlite = self.engine.dialect.name == "sqlite"
-        prefix = "EXPLAIN QUERY PLAN " if is_sqlite else "EXPLAIN "
         scan = re.compile(
             r"SCAN (\w+)(?! USING INDEX ix_events_for_)" if is_sqlite else r"Seq Scan on (\w+)"
         )
-        found = set()
+        return {
+            f"{table}: {plan}"
+            for plan in self.explain()
+            for table in scan.findall(plan)
+            if table in LARGE
+        }
+
+    def explain(self):
+        """Each statement with its plan."""
+        is_sqlite = self.engine.dialect.name == "sqlite"
+        prefix = "EXPLAIN QUERY PLAN " if is_sqlite else "EXPLAIN "
         with self.engine.connect() as connection:
             for statement, parameters in self.seen:
                 rows = connection.exec_driver_sql(prefix + statement, parameters)
-                plan = "\n".join(str(row[-1]) for row in rows)
-                found |= {
-                    f"{table}: {statement} {plan}" for table in scan.findall(plan) if table in LARGE
-                }
-        return found
+                yield "\n".join([statement, *(str(row[-1]) for row in rows)])
 
 
 @pytest.mark.stack
@@ -133,3 +139,25 @@ def test_nothing_scans(catalogue_url, queue, instance, limiter, tasks):
         retention.prune_notices(now, ["mail"], 50)
         statements.stop()
         assert statements.find_scans() == set()
+
+
+def test_what_is_rare_is_not_looked_for_in_all_rows(sqlite_catalogue_url):
+    catalogue, ledger = Catalogue(sqlite_catalogue_url), Ledger(sqlite_catalogue_url)
+    catalogue.accept([Upload("a"), Upload("b")])
+    for image_id in ("a", "b"):
+        catalogue.fail(catalogue.claim(image_id, 1, "run"), "poison", "it kills")
+    statements = Statements(sqlite_catalogue_url)
+    ledger.find_last_usage("openai", "not answered yet")
+    ledger.find_mean_usage("metadata", "not answered yet")
+    assert [plan for plan in statements.explain() if "ix_provider_calls_answered" not in plan] == []
+    statements.seen.clear()
+    catalogue.find_free_paths(["variants/a.webp"])
+    catalogue.distrust_files("a", ["variants/a.webp"])
+    Erasures(sqlite_catalogue_url).find_foreign("a", ["variants/a.webp"])
+    assert [plan for plan in statements.explain() if "SCAN" in plan] == []
+    statements.seen.clear()
+    assert len([*FailedImages(sqlite_catalogue_url).iterate(page_rows=1)]) == 2
+    _, *later = statements.explain()
+    assert [plan for plan in later if "updated_at<?" not in plan] == []
+    statements.stop()
+    catalogue.close()
