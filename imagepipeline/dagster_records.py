@@ -42,6 +42,7 @@ FINISHED = [
     dg.DagsterRunStatus.FAILURE,
     dg.DagsterRunStatus.CANCELED,
 ]
+FEW_RUNS = 20  # removing one takes about 30 ms
 # What a materialization keeps when its run is removed; the rest is in the catalogue.
 KEPT_METADATA = {
     *("status", "reason", "error", "next", "waits_because", "flaw", "problems"),
@@ -86,6 +87,14 @@ class DagsterRecords:
         for run in runs:
             self.remove_run(run.run_id)
         return len(runs)
+
+    def thin_runs(self, image_id: str) -> None:
+        """Removes the oldest of an image's finished runs, if there are many; its results stay."""
+        finished = dg.RunsFilter(tags={PARTITION_TAG: image_id}, statuses=FINISHED)
+        while (excess := self.instance.get_runs_count(finished) - FEW_RUNS) > 0:
+            limit = min(excess, FEW_RUNS)
+            for run in self.instance.get_runs(finished, limit=limit, ascending=True):
+                self.remove_run_without_results(run.run_id)
 
     def list_finished(self, job_name: str, before: datetime, limit: int) -> list[str]:
         """The IDs of up to `limit` runs of a job that ended before then, oldest first."""
@@ -136,8 +145,8 @@ class DagsterRecords:
             _free(connection, kept)
             _delete(connection, [event.id for event in found if event.id not in kept])
 
-    def remove_run_of_many(self, run_id: str) -> None:
-        """Removes a run of many images; what it made last of any image stays as `detach` does it.
+    def remove_run_without_results(self, run_id: str) -> None:
+        """Removes a run; what it made last of any image stays as `detach` does it.
 
         A later run may have made only some of an image's results anew, or none.
         """

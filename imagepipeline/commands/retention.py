@@ -20,7 +20,7 @@ from imagepipeline.text import to_json
 LABELS = {
     "partitions": "images left Dagster, with their runs",
     "summaries": "images kept a summary of their runs",
-    "runs": "runs of many images",
+    "runs": "other runs",
     "reports": "reports of sensors",
     "calls": "paid calls, whose sums stay",
     "notices": "sent notices",

@@ -14,6 +14,7 @@ import dagster as dg
 
 from imagepipeline.dagster_records import DagsterRecords
 from imagepipeline.defs.batches import apply_plan, process_batch
+from imagepipeline.defs.jobs import process_upload
 from imagepipeline.errors import PostponedError
 from imagepipeline.stores.outbox import WINDOW
 from imagepipeline.stores.retention import AS_SUMMARY, GONE, WITH_RUNS, Ended, Retention
@@ -22,6 +23,7 @@ IMAGES_AT_ONCE = 50  # looked up at once; each is pruned by itself
 ROWS_AT_ONCE = 500
 INTERVAL_SECONDS, TICK_SECONDS = 30, 10  # a third of one core at most
 OF_MANY = (process_batch.name, apply_plan.name)  # jobs whose runs are not about one image
+OF_ONE = (process_upload.name, "__ASSET_JOB")  # the latter: runs that a person starts
 # One prune at a time in this process; two processes do no harm, as each image is held.
 _pruning = Lock()
 
@@ -48,7 +50,8 @@ class Pruned:
     Attributes:
         partitions: images that left Dagster, with their runs and events.
         summaries: images whose runs were replaced by a summary of their results.
-        runs: runs of many images that were removed, with their events.
+        runs: other old runs that were removed, with their events: of many images, or of an image
+            that later runs have taken, too. The latter are not counted in a dry run.
         reports: events of sensors, such as how long the queue was; not counted in a dry run.
         calls: rows of paid calls; their sums stay.
         notices: sent notices.
@@ -123,7 +126,7 @@ class Pruner:
         done.partitions = repeat(lambda: self._prune_partitions(records))
         done.summaries = repeat(lambda: self._prune_runs_of_images(records))
         done.waits_because = _explain_wait(records)
-        done.runs = repeat(lambda: self._prune_runs_of_many(records))
+        done.runs = repeat(lambda: self._prune_other_runs(records))
         done.reports = repeat(lambda: self._prune_reports(records))
         return done
 
@@ -151,6 +154,7 @@ class Pruner:
         """Removes an image from Dagster, unless it is at work again."""
         if records.is_backfilling() or records.has_unfinished_runs(image.image_id):
             return False
+        records.thin_runs(image.image_id)  # before: all that write would wait meanwhile
         with self.retention.holding(image, GONE) as is_held:
             if is_held:
                 records.remove_runs(image.image_id)
@@ -165,23 +169,26 @@ class Pruner:
         """Removes an image's runs, and keeps a short form of their results."""
         if records.is_backfilling() or records.has_unfinished_runs(image.image_id):
             return False
+        records.thin_runs(image.image_id)
         with self.retention.holding(image, AS_SUMMARY) as is_held:
             if is_held:
                 records.detach(image.image_id)
                 records.remove_runs(image.image_id)
         return is_held
 
-    def _prune_runs_of_many(self, records: DagsterRecords) -> int:
+    def _prune_other_runs(self, records: DagsterRecords) -> int:
+        """Removes old runs of many images, and those of images that later runs have taken."""
         before = self._find_cutoff(self.kept.runs_days)
         if before is None:
             return 0
+        names = OF_MANY if records.is_backfilling() else (*OF_MANY, *OF_ONE)
         found = [
             run_id
-            for name in OF_MANY
+            for name in names
             for run_id in records.list_finished(name, before, IMAGES_AT_ONCE)
         ]
         for run_id in found:
-            records.remove_run_of_many(run_id)
+            records.remove_run_without_results(run_id)
         return len(found)
 
     def _prune_reports(self, records: DagsterRecords) -> int:

@@ -11,8 +11,9 @@ import yaml
 from dagster._core.execution.backfill import BulkActionStatus, PartitionBackfill
 from dagster._core.storage.event_log import SqliteEventLogStorage
 
-from imagepipeline import overview
+from imagepipeline import dagster_records, overview
 from imagepipeline.dagster_records import DagsterRecords
+from imagepipeline.defs import retention
 from imagepipeline.defs.attempts import GENERATION_TAG
 from imagepipeline.defs.batches import process_batch
 from imagepipeline.defs.outcomes import build_outcome
@@ -315,7 +316,7 @@ def test_what_is_at_work_is_left_alone(world, monkeypatch):
         asset_selection=[dg.AssetKey("metadata")],
     )
     world.instance.add_backfill(backfill)
-    everything = {"partitions_days": 1, "partitions": 1}
+    everything = {"partitions_days": 1, "partitions": 1, "runs_days": 0}
     done = world.prune(**everything)
     assert (done.total, done.waits_because != "") == (0, True)
     world.instance.update_backfill(backfill.with_status(BulkActionStatus.COMPLETED_SUCCESS))
@@ -338,12 +339,42 @@ def test_what_is_at_work_is_left_alone(world, monkeypatch):
     assert world.prune(**everything).partitions == 1
 
 
+@pytest.mark.stack
+@pytest.mark.parametrize("world", ["sqlite", "postgres"], indirect=True)
+def test_an_image_that_is_pushed_again_and_again_keeps_only_its_newer_runs(world, monkeypatch):
+    monkeypatch.setattr(retention, "OF_ONE", ("__ephemeral_asset_job__",))
+    assert world.run("again").success
+    between = world.now = now_utc()
+    assert world.run("again").success
+    world.now = between + timedelta(days=7)
+    assert world.prune().runs == 1
+    assert world.records.count_runs("again") == 1
+    assert world.catalogue.get("again")["in_dagster"] == "runs"
+    assert world.list_shown("again") == set(SHOWN)
+
+    # While the row is locked, only a few runs are removed.
+    counts = []
+    original = DagsterRecords.remove_runs
+
+    def count_first(records, image_id):
+        counts.append(records.count_runs(image_id))
+        return original(records, image_id)
+
+    for _ in range(2):
+        assert world.run("again").success
+    monkeypatch.setattr(dagster_records, "FEW_RUNS", 1)
+    monkeypatch.setattr(DagsterRecords, "remove_runs", count_first)
+    world.now += timedelta(days=2)
+    assert world.prune(partitions_days=1, runs_days=0).partitions == 1
+    assert counts == [1]
+
+
 @pytest.mark.parametrize("url", ["sqlite_catalogue_url", "postgres_catalogue_url"])
 def test_sums_of_costs_outlive_their_calls_and_unsent_notices_stay(url, request):
     url = request.getfixturevalue(url)
     now = [now_utc()]
     catalogue, ledger = Catalogue(url, lambda: now[0]), Ledger(url, lambda: now[0])
-    retention, outbox = Retention(url, lambda: now[0]), Outbox(url, lambda: now[0])
+    kept, outbox = Retention(url, lambda: now[0]), Outbox(url, lambda: now[0])
     catalogue.accept([Upload("paid"), Upload("sent"), Upload("unsent")])
     for image_id in ("paid", None, "paid"):
         ledger.record(PaidCall(image_id, 1, "metadata", "p", "m", "answered", 9, 1, 0.5, 1, 0))
@@ -366,7 +397,7 @@ def test_sums_of_costs_outlive_their_calls_and_unsent_notices_stay(url, request)
 
     before = sum_all()
     assert before[-2:] == [1.25, None]
-    pruner = Pruner(retention, KEPT)
+    pruner = Pruner(kept, KEPT)
     with dg.DagsterInstance.ephemeral() as instance:
         planned, done = pruner.plan(instance), pruner.prune(instance)
         assert (planned.calls, planned.notices) == (done.calls, done.notices) == (3, 1)
