@@ -49,6 +49,7 @@ from imagepipeline.stores.tables import (
 from imagepipeline.text import hash_text
 
 CANDIDATES = 16  # more than there are threads of batch runs, each of which takes one
+RESTORE_RAISES = 1_000_000  # all fences (docs/operations.md); an image is not claimed so often
 POISON_RECOVERIES, POISON_WINDOW = 3, timedelta(hours=72)
 
 
@@ -919,12 +920,19 @@ def _prefer(tenant: sa.ColumnElement[str]) -> sa.ColumnElement[str]:
 
 
 def _first_generation(now: Any, image_id: Any) -> dict[str, Any]:
-    """Column values of an unknown image; one that was erased goes on with its numbers."""
+    """Column values of an unknown image; one that was erased goes on with its numbers.
+
+    The fence begins where a restore has raised all others to: if the image came after the backup,
+    the index knows the numbers it had.
+    """
     erased = [
         sa.select(column).where(erasures.c.image_id == image_id).scalar_subquery()
         for column in (erasures.c.generation, erasures.c.fence)
     ]
-    generation, fence = (sa.func.coalesce(number, 0) for number in erased)
+    known = images.alias()
+    raised = sa.select(known.c.fence - known.c.fence % RESTORE_RAISES).order_by(known.c.id).limit(1)
+    generation = sa.func.coalesce(erased[0], 0)
+    fence = sa.func.coalesce(erased[1], raised.scalar_subquery(), 0)
     return {
         "status": Status.PENDING,
         "generation": generation + 1,

@@ -613,6 +613,20 @@ def test_a_push_during_an_erasure_goes_on_from_its_numbers(
     assert (row["status"], row["generation"], row["fence"]) == ("pending", 2, fence)
 
 
+def test_an_image_that_came_after_a_backup_gets_a_fence_above_those_it_had(
+    catalogue, catalogue_url
+):
+    catalogue.accept([Upload("in-the-backup")])
+    with sa.create_engine(catalogue_url).begin() as connection:  # as docs/operations.md says
+        connection.exec_driver_sql("UPDATE images SET fence = fence + 1000000")
+    catalogue.claim("in-the-backup", 1, "run")
+    catalogue.accept([Upload("later")])
+    assert catalogue.claim("later", 1, "run").fence == 1_000_001
+    assert catalogue.claim_anew("by-a-person", "run").fence == 1_000_001
+    catalogue.accept_imported([Upload("imported")])
+    assert catalogue.claim("imported", 1, "run").fence == 1_000_001
+
+
 def test_failures_are_reopened_before_they_are_pushed_or_not_at_all(
     catalogue, catalogue_url, monkeypatch
 ):
