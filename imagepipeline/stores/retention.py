@@ -145,6 +145,9 @@ class Retention:
             of_images[row.image_id].append(row.seq)
         for image_id, seqs in of_images.items():  # each holds one image for a moment
             with self._database.transaction() as connection:
+                # First the image and then its calls, as an erasure does.
+                of_image = sa.select(images.c.id).where(images.c.id == image_id)
+                connection.execute(of_image.with_for_update())
                 deleted = connection.execute(
                     sa.delete(provider_calls)
                     .where(calls.seq.in_(seqs))

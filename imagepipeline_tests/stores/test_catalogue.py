@@ -28,6 +28,7 @@ from imagepipeline.models import (
     ASSETS,
     ImageMetadata,
     OriginalFacts,
+    PaidCall,
     Recipe,
     Status,
     Upload,
@@ -45,6 +46,7 @@ from imagepipeline.stores.ledger import Ledger
 from imagepipeline.stores.migrations import VERSION_TABLE
 from imagepipeline.stores.outbox import Outbox, withdraw_unsent
 from imagepipeline.stores.reader import State
+from imagepipeline.stores.retention import Retention
 from imagepipeline.stores.tables import schema
 
 VERSIONS = Path(migrations.__file__).parent / "versions"
@@ -625,6 +627,28 @@ def test_an_image_that_came_after_a_backup_gets_a_fence_above_those_it_had(
     assert catalogue.claim_anew("by-a-person", "run").fence == 1_000_001
     catalogue.accept_imported([Upload("imported")])
     assert catalogue.claim("imported", 1, "run").fence == 1_000_001
+
+
+def test_calls_are_pruned_while_their_image_is_erased(postgres_catalogue_url):
+    """Both lock the image first; otherwise, Postgres would end one of them."""
+    catalogue = Catalogue(postgres_catalogue_url)
+    catalogue.accept([Upload("a")])
+    Ledger(postgres_catalogue_url).record(
+        PaidCall("a", 1, "metadata", "p", "m", "answered", 9, 1, 0.5, 1, 0)
+    )
+    retention = Retention(postgres_catalogue_url)
+    with (
+        ThreadPoolExecutor() as pool,
+        sa.create_engine(postgres_catalogue_url).begin() as erasure,
+    ):
+        erasure.exec_driver_sql("SELECT id FROM images WHERE id = 'a' FOR UPDATE")
+        pruned = pool.submit(retention.prune_calls, datetime.now(UTC) + timedelta(days=1), 9)
+        time.sleep(0.5)
+        erasure.exec_driver_sql("UPDATE provider_calls SET image_id = NULL WHERE image_id = 'a'")
+        erasure.commit()
+        assert pruned.result() == 1
+    assert catalogue.sum_cost_usd("a") is None
+    catalogue.close()
 
 
 def test_failures_are_reopened_before_they_are_pushed_or_not_at_all(
