@@ -10,6 +10,7 @@ from imagepipeline.stores.tables import UtcDateTime, image_history, images
 from imagepipeline.text import make_printable
 
 FIELDS = ("at", "event", "generation", "fence", "run_id", "detail")
+MAX_READ = 1000  # lines of an image
 MAX_CHARACTERS = 300  # of a detail, and of an image's `error`: what their columns hold
 
 
@@ -56,14 +57,18 @@ def _insert(
 
 
 def read(connection: sa.Connection, image_id: str) -> list[dict[str, Any]]:
-    """All events of an image, oldest first, each with the run that had the last claim then."""
+    """The latest events of an image, oldest first, each with the run that had the last claim then.
+
+    An image that is pushed every minute has a million lines in a few months.
+    """
     query = (
         sa.select(*(image_history.c[name] for name in FIELDS))
         .where(image_history.c.image_id == image_id)
-        .order_by(image_history.c.seq)
+        .order_by(image_history.c.seq.desc())
+        .limit(MAX_READ)
     )
     story, run_id = [], None
-    for event in connection.execute(query).mappings():
+    for event in connection.execute(query).mappings().all()[::-1]:
         run_id = event["run_id"] or run_id
         story.append({**event, "run_id": run_id})
     return story

@@ -37,7 +37,7 @@ from imagepipeline.models import (
     build_variant_specs,
     place_variants,
 )
-from imagepipeline.stores import events, migrations
+from imagepipeline.stores import events, history, migrations
 from imagepipeline.stores.catalogue import Catalogue
 from imagepipeline.stores.database import Database, create_sqlite_engine
 from imagepipeline.stores.erasures import Erasures
@@ -649,6 +649,18 @@ def test_calls_are_pruned_while_their_image_is_erased(postgres_catalogue_url):
         assert pruned.result() == 1
     assert catalogue.sum_cost_usd("a") is None
     catalogue.close()
+
+
+def test_of_a_long_history_the_latest_lines_are_read(catalogue, monkeypatch):
+    monkeypatch.setattr(history, "MAX_READ", 2)
+    for number in range(3):
+        catalogue.accept([Upload("a")])
+        catalogue.fail(catalogue.claim("a", number + 1, f"run-{number}"), "poison", "it kills")
+    lines = catalogue.get("a")["history"]
+    assert [(line["event"], line["run_id"]) for line in lines] == [
+        ("claimed", "run-2"),
+        ("failed", "run-2"),
+    ]
 
 
 def test_failures_are_reopened_before_they_are_pushed_or_not_at_all(
