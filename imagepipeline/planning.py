@@ -234,7 +234,13 @@ class Applier:
         if room <= 0:
             return True
         recipes = {asset: self.recipes[asset] for asset in apply.recipes}
-        found = self._plans.list_outdated(recipes, apply.last_id, room, apply.where, spent)
+        until_id = self._plans.find_later(apply.last_id)
+        found = self._plans.list_outdated(
+            recipes, apply.last_id, room, apply.where, spent, until_id
+        )
+        if not found and until_id is not None:  # the next tick looks further
+            self._applies.pass_over(apply.id, until_id)
+            return True
         chosen = found
         if self._paid and apply.budget_usd is not None and not apply.spent_usd:
             free = [*takewhile(self._is_free, found)]

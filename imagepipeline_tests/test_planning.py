@@ -10,8 +10,10 @@ import pytest
 
 from imagepipeline import planning
 from imagepipeline.errors import ApplyBusyError, BatchBusyError, StackError, UnknownCostError
+from imagepipeline.filters import Filter
 from imagepipeline.models import ImageMetadata, OriginalFacts, PaidCall, Recipe, Upload, now_utc
 from imagepipeline.planning import Applier
+from imagepipeline.stores import plans as stored_plans
 from imagepipeline.stores.applies import Applies
 from imagepipeline.stores.batches import Batches
 from imagepipeline.stores.catalogue import Catalogue
@@ -253,6 +255,21 @@ def test_applying_a_plan_makes_what_is_outdated_and_nothing_else(
     assert plans.count_outdated(recipes) == []
     assert [event["event"] for event in catalogue.get("image-0")["history"]].count("planned") == 1
     assert applies.find_open() is None
+
+
+def test_a_tick_looks_through_some_images_and_the_next_goes_on(
+    applies, plans, build_applier, library, catalogue, monkeypatch
+):
+    monkeypatch.setattr(stored_plans, "LOOKED_THROUGH", 2)
+    recipes = change("metadata", Recipe("openai", "m2", "prompt-1"))
+    where = Filter.parse([f"id={library[4]}"])
+    assert list(plans.iterate_outdated(recipes, where)) == [library[4]]
+    applies.start(recipes, where=where)
+    applier = build_applier(recipes)
+    for _ in range(2):
+        assert (applier.feed(), list_waiting(catalogue)) == (None, [])
+    assert (applier.feed(), list_waiting(catalogue)) == (None, [library[4]])
+    assert "done" in applier.feed()
 
 
 def test_an_apply_that_is_stopped_is_continued_by_the_next_one(

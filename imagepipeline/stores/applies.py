@@ -29,7 +29,8 @@ class Apply:
         recipes: the versions of the recipes that were planned, by asset.
         conditions: which images it may begin: JSON of `Filter.to_list`.
         begun_count: the images begun so far.
-        last_id: the last of them; images begin in the order of their IDs.
+        last_id: the last of them, or one up to which no other is left; images begin in the order
+            of their IDs.
         spent_usd: what paid calls for its images have cost so far, in batches before, too.
     """
 
@@ -175,6 +176,13 @@ class Applies:
                 sa.update(applies)
                 .where(applies.c.id == apply_id, applies.c.ended_at.is_(None))
                 .values(ended_at=self._clock(), end_reason=reason)
+            )
+
+    def pass_over(self, apply_id: int, last_id: str) -> None:
+        """Records that no image up to this ID need be begun."""
+        with self._database.transaction() as connection:
+            connection.execute(
+                sa.update(applies).where(applies.c.id == apply_id).values(last_id=last_id)
             )
 
     def measure(self, apply_id: int) -> ApplyProgress:

@@ -71,6 +71,8 @@ class Catalogue(Reader):
             Path(self._database.engine.url.database).parent.mkdir(parents=True, exist_ok=True)
         with self._database.engine.begin() as connection:
             if self._database.engine.dialect.name == "postgresql":
+                # Another migration, or an index of a large table, may take minutes.
+                connection.exec_driver_sql("SET LOCAL statement_timeout = 0")
                 connection.execute(
                     sa.select(sa.func.pg_advisory_xact_lock(sa.func.hashtext("imagepipeline")))
                 )

@@ -16,6 +16,7 @@ T = TypeVar("T")
 
 # Less than the time after which a run counts as stalled.
 OUTLAST_SECONDS, OUTLAST_INTERVAL_SECONDS = 30, 1.0
+PATIENCE_MS = 600_000
 MAX_JSON_CHARACTERS = 1_000_000  # the metadata of an image may have 20,000
 POSTGRES_OPTIONS: dict[str, Any] = {
     "pool_pre_ping": True,
@@ -65,13 +66,18 @@ class Database:
         return self.engine.dialect.name != "sqlite" or truncate_sqlite_log(self.engine)
 
     @contextmanager
-    def reading(self) -> Iterator[sa.Connection]:
+    def reading(self, is_patient: bool = False) -> Iterator[sa.Connection]:
         """A transaction that only reads: on SQLite, it neither waits for writers nor stops them.
+
+        With `is_patient`, a statement may take minutes on Postgres: for commands that count all
+        images.
 
         Raises:
             CatalogueDownError: the database does not answer.
         """
         with self._begin(self.engine.execution_options(is_reading=True)) as connection:
+            if is_patient and self.engine.dialect.name == "postgresql":
+                connection.exec_driver_sql(f"SET LOCAL statement_timeout = {PATIENCE_MS}")
             yield connection
 
     @contextmanager

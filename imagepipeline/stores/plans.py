@@ -17,6 +17,7 @@ from imagepipeline.stores.tables import image_results, images
 
 MADE = image_results.c
 READ_TOGETHER = 500  # IDs
+LOOKED_THROUGH = 50_000  # images, by one statement of a tick: about 0.2 s
 
 
 @dataclass(frozen=True)
@@ -41,7 +42,7 @@ class Plans:
         if conditions := self._build(where):
             query = query.join(images, images.c.id == MADE.image_id).where(*conditions)
             count = count.where(*conditions)
-        with self._database.reading() as connection:
+        with self._database.reading(is_patient=True) as connection:
             groups = connection.execute(query).mappings().all()
             total = connection.execute(count).scalar_one()
         found = []
@@ -57,7 +58,7 @@ class Plans:
     ) -> list[Outdated]:
         """Counts what the images that `list_outdated` lists for some recipes need of other ones."""
         begun = self._select_outdated(recipes, where)
-        with self._database.reading() as connection:
+        with self._database.reading(is_patient=True) as connection:
             query = _count_results().where(MADE.image_id.in_(begun), MADE.asset.in_([*others]))
             groups = connection.execute(query).mappings().all()
         return [
@@ -68,7 +69,7 @@ class Plans:
 
     def count_all(self) -> int:
         """The number of images, whatever their status."""
-        with self._database.reading() as connection:
+        with self._database.reading(is_patient=True) as connection:
             return connection.execute(sa.select(sa.func.count()).select_from(images)).scalar_one()
 
     def list_outdated(
@@ -78,8 +79,12 @@ class Plans:
         limit: int,
         where: Filter = ALL,
         except_tenants: Sequence[str] = (),
+        until_id: str | None = None,
     ) -> list[str]:
-        """Up to `limit` completed images that need one of these assets, by ID, after one ID."""
+        """Up to `limit` completed images that need one of these assets, by ID, after one ID.
+
+        If few of many images do, it reads all those up to `until_id`; see `find_later`.
+        """
         query = (
             self._select_outdated(recipes, where)
             .where(MADE.image_id > after_id)
@@ -88,17 +93,30 @@ class Plans:
         )
         if except_tenants:
             query = query.where(images.c.tenant.not_in(except_tenants))
+        if until_id is not None:
+            query = query.where(MADE.image_id <= until_id)
         with self._database.reading() as connection:
             return list(connection.execute(query).scalars())
+
+    def find_later(self, after_id: str) -> str | None:
+        """The ID up to which one statement looks for outdated images; None if it is the last."""
+        query = sa.select(images.c.id).where(images.c.id > after_id).order_by(images.c.id)
+        with self._database.reading() as connection:
+            return connection.execute(query.offset(LOOKED_THROUGH - 1).limit(1)).scalar()
 
     def iterate_outdated(
         self, recipes: Mapping[str, Recipe], where: Filter = ALL, except_tenants: Sequence[str] = ()
     ) -> Iterator[str]:
         """All images that `list_outdated` lists, read a few hundred at a time."""
-        last_id = ""
-        while found := self.list_outdated(recipes, last_id, READ_TOGETHER, where, except_tenants):
-            yield from found
-            last_id = found[-1]
+        last_id: str | None = ""
+        while last_id is not None:
+            until_id = self.find_later(last_id)
+            while found := self.list_outdated(
+                recipes, last_id, READ_TOGETHER, where, except_tenants, until_id
+            ):
+                yield from found
+                last_id = found[-1]
+            last_id = until_id
 
     def count_images(self, recipes: Mapping[str, Recipe], where: Filter = ALL) -> int:
         """How many images `list_outdated` lists."""
@@ -124,7 +142,7 @@ class Plans:
         return count - self._count(unended)
 
     def _count(self, query: sa.Select[tuple[str]]) -> int:
-        with self._database.reading() as connection:
+        with self._database.reading(is_patient=True) as connection:
             counted = sa.select(sa.func.count()).select_from(query.subquery())
             return connection.execute(counted).scalar_one()
 
@@ -145,7 +163,7 @@ class Plans:
             .where(numbered.c.position.in_(drawn))
             .order_by(numbered.c.image_id)
         )
-        with self._database.reading() as connection:
+        with self._database.reading(is_patient=True) as connection:
             return list(connection.execute(query).scalars())
 
     def _select_outdated(

@@ -122,6 +122,20 @@ def make_tables_of_0_1_0(url):
         connection.exec_driver_sql(f"DROP TABLE {VERSION_TABLE}")
 
 
+def test_migrations_and_counts_of_all_images_may_take_minutes(postgres_catalogue_url, monkeypatch):
+    limits = []
+
+    def note(connection):
+        limits.append(connection.exec_driver_sql("SHOW statement_timeout").scalar_one())
+
+    monkeypatch.setattr(migrations, "upgrade", note)
+    Catalogue(postgres_catalogue_url).migrate()
+    for is_patient in (True, False):
+        with Database(postgres_catalogue_url).reading(is_patient) as connection:
+            note(connection)
+    assert limits == ["0", "10min", "30s"]
+
+
 def test_small_images_of_an_earlier_version_keep_their_files_and_are_published_once(
     bare_database_url,
 ):
