@@ -178,10 +178,14 @@ class DagsterRecords:
             batches = {event.run_id for event in found} - {""}
             if is_logged and batches:
                 # Lines of a batch's log begin with the ID of their image.
-                lines = [f'%"user_message": "{image_id}{mark}%' for mark in (" ", ":")]
+                lines = [f'"user_message": "{image_id}{mark}' for mark in (" ", ":")]
+                # Not LIKE, for which `_` is any character, and on SQLite `a` is `A`.
+                has_line = (
+                    sa.func.replace(EVENTS.event, line, "") != EVENTS.event for line in lines
+                )
                 connection.execute(
                     sa.delete(SqlEventLogStorageTable).where(
-                        EVENTS.run_id.in_(batches), sa.or_(*map(EVENTS.event.like, lines))
+                        EVENTS.run_id.in_(batches), sa.or_(*has_line)
                     )
                 )
 

@@ -8,6 +8,7 @@ import dagster as dg
 import pytest
 import sqlalchemy as sa
 import yaml
+from dagster._core.events.log import EventLogEntry
 from dagster._core.execution.backfill import BulkActionStatus, PartitionBackfill
 from dagster._core.storage.event_log import SqliteEventLogStorage
 
@@ -337,6 +338,26 @@ def test_what_is_at_work_is_left_alone(world, monkeypatch):
         assert world.records.count_runs(image_id) >= 1
     world.instance.report_run_failed(unfinished)
     assert world.prune(**everything).partitions == 1
+
+
+@pytest.mark.stack
+@pytest.mark.parametrize("world", ["sqlite", "postgres"], indirect=True)
+def test_an_erased_image_takes_no_lines_of_images_with_similar_names_along(world):
+    world.run_together("a_b", "axb", "A_B")
+    [run] = world.instance.get_runs()
+    names = ["a_b", "axb", "A_B"]
+    for name in names:
+        line = EventLogEntry(
+            error_info=None,
+            level=20,
+            user_message=f"{name}: attempt 1 failed",
+            run_id=run.run_id,
+            timestamp=1.0,
+        )
+        world.instance.handle_new_event(line)
+    world.records.remove_events("a_b", is_logged=True)
+    lines = [entry.user_message for entry in world.instance.all_logs(run.run_id)]
+    assert [name for name in names if f"{name}: attempt 1 failed" in lines] == ["axb", "A_B"]
 
 
 @pytest.mark.stack
