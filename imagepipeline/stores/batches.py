@@ -159,8 +159,9 @@ class Batches:
                 ).scalar()
                 if image_id is None:  # it was collected before, or was not asked
                     continue
+                answer = one.answer if image_id else None  # of an erased image, only the cost stays
                 call = PaidCall(
-                    image_id=image_id,
+                    image_id=image_id or None,
                     generation=None,
                     stage=sent["stage"],
                     provider=sent["provider"],
@@ -172,10 +173,8 @@ class Batches:
                     seconds=0.0,
                     waited_seconds=0.0,
                 )
-                write_call(
-                    self._database, connection, self._clock(), call, one.key, one.answer, seq
-                )
-                column = batches.failed if one.answer is None else batches.answered
+                write_call(self._database, connection, self._clock(), call, one.key, answer, seq)
+                column = batches.failed if answer is None else batches.answered
                 connection.execute(
                     sa.update(provider_batches)
                     .where(batches.seq == seq)

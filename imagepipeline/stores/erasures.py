@@ -10,6 +10,7 @@ from imagepipeline.stores import events
 from imagepipeline.stores.database import Database
 from imagepipeline.stores.tables import (
     answers,
+    batch_requests,
     erasures,
     image_variants,
     images,
@@ -20,7 +21,7 @@ from imagepipeline.stores.tables import (
 from imagepipeline.stores.tables import events as events_table
 
 # All others with the column `image_id` lose the image's rows.
-KEPT = (provider_calls, erasures, events_table)
+KEPT = (provider_calls, batch_requests, erasures, events_table)
 
 
 class Erasures:
@@ -93,6 +94,12 @@ class Erasures:
                 sa.update(provider_calls)
                 .where(provider_calls.c.image_id == image_id)
                 .values(image_id=None, generation=None)
+            )
+            # Its answer will come, and what it costs counts.
+            connection.execute(
+                sa.update(batch_requests)
+                .where(batch_requests.c.image_id == image_id)
+                .values(image_id="")
             )
             connection.execute(sa.delete(answers).where(answers.c.key.in_(answer_keys)))
             if row:

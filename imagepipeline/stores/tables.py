@@ -355,7 +355,7 @@ batch_requests = sa.Table(
     sa.Column(
         "batch", sa.Integer, sa.ForeignKey("provider_batches.seq"), nullable=False, index=True
     ),
-    sa.Column("image_id", sa.String(64), nullable=False),
+    sa.Column("image_id", sa.String(64), nullable=False),  # empty: it was erased since
 )
 
 # What stops all paid work: a bad key, no credit, a budget; or all work: a person. Open while

@@ -20,6 +20,8 @@ from imagepipeline.originals import build_originals
 from imagepipeline.providers import build_recipes, build_vision, build_vision_recipe
 from imagepipeline.settings import Settings
 from imagepipeline.stores.batches import Answered, Batches
+from imagepipeline.stores.catalogue import Catalogue
+from imagepipeline.stores.erasures import Erasures
 from imagepipeline.stores.ledger import Ledger
 from imagepipeline.stores.tables import batch_requests, provider_calls
 from imagepipeline_tests.batch_server import BatchServer
@@ -382,3 +384,18 @@ def test_an_answer_is_collected_once(batches, catalogue_url):
     other = batches.begin("metadata", recipe, {"b" * 64: "dog"})
     batches.drop(other)
     assert not batches.is_asked("b" * 64)
+
+
+def test_of_an_image_that_was_erased_while_a_batch_asked_only_the_cost_is_kept(
+    batches, catalogue_url
+):
+    catalogue = Catalogue(catalogue_url)
+    catalogue.accept([Upload("cat")])
+    catalogue.cancel("cat", "it is being erased")
+    seq = batches.begin("metadata", Recipe("openai", "m"), {"a" * 64: "cat"})
+    Erasures(catalogue_url).remove("cat", catalogue.get("cat")["fence"], [])
+    batches.collect(seq, [Answered("a" * 64, "answered", 800, 60, 0.1, "{}")])
+    assert [call[:2] for call in read_calls(catalogue_url)] == [(None, "answered")]
+    assert batches.sum_cost_usd([seq]) == 0.1
+    assert Ledger(catalogue_url).find_answer("a" * 64) is None
+    catalogue.close()
