@@ -164,7 +164,9 @@ def _remove(stores: Stores, receipt: Receipt) -> None:
     else:
         raise StackError(f"{image_id} is pushed again and again: stop that, then erase it again")
     # A run that was cancelled by force may have lived until now, and may have written a variant or
-    # a vector before it looked for its claim.
+    # a vector before it looked for its claim. A tick may have brought the image back to Dagster.
+    if not stores.catalogue.get_states([image_id]):
+        stores.orchestrator.remove(image_id)
     _delete(stores, receipt, variants)
     if stores.index.count_rows_of([image_id]):
         stores.index.erase([image_id])

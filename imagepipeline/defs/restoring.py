@@ -32,9 +32,13 @@ def restore(instance: dg.DagsterInstance, catalogue: Catalogue, image_id: str) -
     Raises:
         PostponedError: the catalogue does not answer.
     """
-    DagsterRecords(instance).add_partition(image_id)
+    records = DagsterRecords(instance)
+    records.add_partition(image_id)
     for made in _build_materializations(catalogue, image_id):
         instance.report_runless_asset_event(relate(instance, made))
+    if not catalogue.get_states([image_id]):  # it was erased meanwhile
+        records.remove_events(image_id)
+        records.remove_partition(image_id)
 
 
 def _build_materializations(

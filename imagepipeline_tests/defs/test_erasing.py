@@ -19,6 +19,7 @@ from imagepipeline.defs.attempts import GENERATION_TAG
 from imagepipeline.defs.batches import process_batch
 from imagepipeline.defs.jobs import process_upload
 from imagepipeline.defs.outcomes import build_outcome
+from imagepipeline.defs.restoring import restore
 from imagepipeline.errors import StackError, StaleClaimError
 from imagepipeline.imaging.decoding import Rules
 from imagepipeline.imaging.sandbox import Sandbox
@@ -266,6 +267,22 @@ def test_an_erased_image_is_found_nowhere_and_may_be_pushed_again(world):
 
 
 @pytest.mark.stack
+@pytest.mark.parametrize("world", ["one machine"], indirect=True)
+def test_what_is_restored_until_the_rows_are_gone_is_removed_again(world, monkeypatch):
+    world.run("victim", "coffee.jpg")
+    remove = Erasures.remove
+
+    def restore_first(*arguments):
+        restore(world.instance, world.stores.catalogue, "victim")
+        return remove(*arguments)
+
+    monkeypatch.setattr(Erasures, "remove", restore_first)
+    erase(world, "victim")
+    assert not world.stores.orchestrator.has_partition("victim")
+    assert world.instance.get_materialized_partitions(dg.AssetKey("metadata")) == set()
+
+
+@pytest.mark.stack
 def test_what_an_image_shares_with_others_loses_its_part_alone(world):
     """Events of a batch, events without a run, and the stream of events for apps."""
     world.run_together("coffee.jpg", "cat.jpg")
@@ -317,7 +334,7 @@ def test_a_run_under_way_can_write_nothing_more(world):
 @pytest.mark.parametrize("world", ["one machine"], indirect=True)
 def test_an_image_that_is_pushed_while_it_is_erased_is_erased_again(world):
     world.run("victim", "cat.jpg")
-    dagster, pushes = world.stores.orchestrator, iter([True, False])
+    dagster, pushes = world.stores.orchestrator, iter([True, False, False])
 
     class Pushed:
         count_runs, end_runs = dagster.count_runs, dagster.end_runs

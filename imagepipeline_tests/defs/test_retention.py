@@ -40,6 +40,7 @@ from imagepipeline.services.embedder import LocalEmbedder
 from imagepipeline.services.vision import LocalVision
 from imagepipeline.stores.catalogue import Catalogue
 from imagepipeline.stores.database import Database
+from imagepipeline.stores.erasures import Erasures
 from imagepipeline.stores.ledger import Ledger
 from imagepipeline.stores.outbox import Outbox
 from imagepipeline.stores.retention import Retention
@@ -338,6 +339,26 @@ def test_what_is_at_work_is_left_alone(world, monkeypatch):
         assert world.records.count_runs(image_id) >= 1
     world.instance.report_run_failed(unfinished)
     assert world.prune(**everything).partitions == 1
+
+
+@pytest.mark.stack
+@pytest.mark.parametrize("world", ["sqlite", "postgres"], indirect=True)
+def test_an_image_that_is_erased_while_it_is_restored_stays_away(world, monkeypatch):
+    assert world.run("victim").success
+    get = world.catalogue.get
+
+    def erase_after(image_id):
+        if row := get(image_id):
+            world.records.remove_runs(image_id)
+            world.records.remove_events(image_id)
+            world.records.remove_partition(image_id)
+            assert Erasures(world.url).remove(image_id, row["fence"], [])
+        return row
+
+    monkeypatch.setattr(world.catalogue, "get", erase_after)
+    restore(world.instance, world.catalogue, "victim")
+    assert not world.records.has_partition("victim")
+    assert world.list_shown("victim") == set()
 
 
 @pytest.mark.stack
