@@ -1,6 +1,7 @@
 """Tenants: customers whose uploads share a stack, what each may use, and what it has used."""
 
 import math
+import time
 from collections.abc import Callable, Mapping
 from datetime import datetime
 from typing import Any
@@ -10,6 +11,7 @@ from imagepipeline.stores.catalogue import Catalogue
 from imagepipeline.stores.ledger import Ledger
 
 OTHERS = "*"
+KNOWN_SECONDS = 1.0
 
 
 class Tenants:
@@ -36,6 +38,8 @@ class Tenants:
         self._max_runs = max_runs
         self._daily_budgets_usd = daily_budgets_usd
         self._clock = clock
+        self._spent: set[str] = set()
+        self._known_until = 0.0
 
     @property
     def has_budgets(self) -> bool:
@@ -48,8 +52,15 @@ class Tenants:
         return math.inf if limit is None else limit
 
     def find_max_paid_runs(self, tenant: str) -> float:
-        """How many of its images may be in runs that make paid calls: none without a budget."""
-        return 0 if self.explain_spent(tenant) else self.find_max_runs(tenant)
+        """How many of its images may be in runs that make paid calls: none without a budget.
+
+        What is spent was looked up for all tenants at once, a second ago at most; each paid call
+        looks again.
+        """
+        if time.monotonic() >= self._known_until:
+            self._spent = {*self.list_spent()}
+            self._known_until = time.monotonic() + KNOWN_SECONDS
+        return 0 if tenant in self._spent else self.find_max_runs(tenant)
 
     def explain_spent(self, tenant: str) -> str | None:
         """Why its paid work must wait, as a sentence; None if today's budget is not used up."""

@@ -1,6 +1,7 @@
 """Tenants take turns, keep to their limits and budgets, and see what they have used."""
 
 import json
+import math
 import uuid
 
 import dagster as dg
@@ -164,6 +165,18 @@ def test_batches_serve_tenants_in_turn_and_keep_to_limits(catalogue_url, uploads
 def spend(ledger, image_id, cost_usd):
     call = PaidCall(image_id, 1, "metadata", "openai", "m", "answered", 1, 1, cost_usd, 1.0, 0.0)
     ledger.record(call)
+
+
+def test_what_is_spent_is_looked_up_once_for_all_tenants(catalogue, ledger, monkeypatch):
+    tenants = Tenants(catalogue, ledger, {"*": 2}, {"*": 1.0})
+    push(catalogue, "acme", 1)
+    spend(ledger, "acme-0", 1.5)
+    monkeypatch.setattr(ledger, "sum_cost_usd", None)
+    summarize, asked = ledger.summarize, []
+    monkeypatch.setattr(ledger, "summarize", lambda *what: asked.append(what) or summarize(*what))
+    names = ("acme", "other", "")
+    assert [tenants.find_max_paid_runs(name) for name in names] == [0, 2, math.inf]
+    assert len(asked) == 1
 
 
 def test_a_tenant_whose_budget_is_spent_gets_its_pictures_and_waits_for_the_rest(
