@@ -106,6 +106,11 @@ class Questions:
                 self._next = self._ask(image_id)
         return self._next
 
+    def look_again(self) -> None:
+        """Asks the next question anew: it may have been sent or answered since it was seen."""
+        if self._next is not None:
+            self._next = self._ask(self._next.image_id)
+
     def take(self) -> None:
         """Goes on after the question that `peek` gave."""
         self._next = None
@@ -298,7 +303,10 @@ class BatchCalls:
             PostponedError: paid work is paused, and no batch is open that could be waited for.
         """
         under_way = self._list_open()
-        if len(under_way) >= MAX_OPEN or questions.peek() is None:
+        if len(under_way) >= MAX_OPEN:
+            return False
+        questions.look_again()
+        if questions.peek() is None:
             return False
         try:
             self._paid_calls.check(self._recipe)

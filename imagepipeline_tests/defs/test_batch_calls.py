@@ -216,6 +216,17 @@ def test_a_great_plan_is_sent_in_several_batches(fetch, provider, library, monke
     assert set(provider.charged.values()) == {1}
 
 
+def test_equal_pictures_that_do_not_fit_into_one_file_are_asked_about_once(
+    fetch, provider, catalogue, files, monkeypatch
+):
+    for image_id in ("first", "second"):
+        complete(catalogue, files, image_id, "cat")
+    monkeypatch.setattr(batch_calls, "MAX_FILE_BYTES", 80_000)  # one picture
+    last = fetch()
+    assert (last.images, last.requests, last.answered) == (2, 1, 1)
+    assert max(provider.sizes) > 40_000
+
+
 def test_a_batch_that_is_too_much_waits_for_the_others(fetch, provider, library, monkeypatch):
     monkeypatch.setattr(batch_calls, "MAX_REQUESTS", 2)
     advance = provider.advance
