@@ -272,11 +272,10 @@ class Catalogue(Reader):
                 .with_for_update()
             ).first()
             if known is None:
-                connection.execute(
-                    sa.insert(images).values(
-                        id=image_id, priority=0, **_first_generation(now, image_id)
-                    )
+                insert = self._database.insert(images).values(
+                    id=image_id, priority=0, **_first_generation(now, image_id)
                 )
+                connection.execute(insert.on_conflict_do_nothing())  # another may just do it
             elif known.status in ENDED:
                 connection.execute(
                     sa.update(images).where(images.c.id == image_id).values(_new_generation(now))

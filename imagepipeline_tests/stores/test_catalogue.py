@@ -643,6 +643,25 @@ def test_an_image_that_came_after_a_backup_gets_a_fence_above_those_it_had(
     assert catalogue.claim("imported", 1, "run").fence == 1_000_001
 
 
+def test_an_unknown_image_that_is_pushed_and_started_by_a_person_at_once_is_claimed(
+    postgres_catalogue_url,
+):
+    catalogue = Catalogue(postgres_catalogue_url)
+    with (
+        ThreadPoolExecutor() as pool,
+        sa.create_engine(postgres_catalogue_url).begin() as push,
+    ):
+        push.exec_driver_sql(
+            "INSERT INTO images (id, status, generation, fence, priority, attempts, beat, "
+            "accepted_at, updated_at) VALUES ('a', 'pending', 1, 0, 0, 0, 0, now(), now())"
+        )
+        claimed = pool.submit(catalogue.claim_anew, "a", "run")
+        time.sleep(0.5)
+        push.commit()
+        assert claimed.result().fence == 1
+    catalogue.close()
+
+
 def test_calls_are_pruned_while_their_image_is_erased(postgres_catalogue_url):
     """Both lock the image first; otherwise, Postgres would end one of them."""
     catalogue = Catalogue(postgres_catalogue_url)
