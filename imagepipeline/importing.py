@@ -154,7 +154,8 @@ def plan(source: Source, files: Storage, catalogue: Catalogue, progress: Progres
     planned = Plan()
     planned.note(find_images(source, progress))
     planned.note(_find_same_ids(planned.select(State.NEW), source))
-    planned.stored = files.list_originals(with_new=True)
+    originals = files.list_originals(with_new=True)
+    planned.stored = {image_id: file.path for image_id, file in originals.items()}
     new = planned.select(State.NEW)
     for portion in _divide(new, LOOKED_UP_TOGETHER):
         planned.note(_compare(portion, source, files, catalogue, planned.stored))

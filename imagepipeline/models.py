@@ -274,11 +274,15 @@ def _read_id(value: object) -> Any:
 
 @dataclass(frozen=True)
 class StoredFile:
-    """A file in a storage: its path, its size in bytes, and why it cannot be read, if so."""
+    """A file in a storage: its path, its size in bytes, and why it cannot be read, if so.
+
+    `changed_at`, which not all lists have, is when it was written.
+    """
 
     path: str
     size: int
     fault: str | None = None
+    changed_at: datetime | None = None
 
 
 @dataclass(frozen=True)

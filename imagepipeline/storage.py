@@ -89,8 +89,8 @@ class Storage(Protocol):
     def locate(self, path: str) -> str:
         """Where a file is, as people write it: an absolute path or a URL without credentials."""
 
-    def list_originals(self, with_new: bool = False) -> dict[str, str]:
-        """The path of each `original/<image_id>.<extension>`, by image ID.
+    def list_originals(self, with_new: bool = False) -> dict[str, StoredFile]:
+        """Each `original/<image_id>.<extension>`, with `changed_at`, by image ID.
 
         Left out are files in folders, names that are not image IDs, and unless `with_new`, files
         that were written within the last minute: their uploader may be about to push them.

@@ -75,22 +75,25 @@ class Swept:
 
 
 def sweep(settings: Settings, is_dry_run: bool, report: Report) -> Swept:
-    """Enqueues originals the catalogue does not know, and deletes half-written files.
+    """Enqueues originals that are new to the catalogue, and deletes half-written files.
 
     `report` is told what is left alone and why. A dry run returns what would be done.
     """
     files, queue = open_storage(settings.storage), open_queue(settings)
     originals = files.list_originals()
-    for image_id, path in list(originals.items()):
+    for image_id, file in list(originals.items()):
         try:
-            check_original_path(path)
+            check_original_path(file.path)
         except InvalidUploadError as error:
             report(str(error))
             del originals[image_id]
-    unknown = open_catalogue(settings).find_unknown(originals)
+    paths = {image_id: file.path for image_id, file in originals.items()}
+    catalogue = open_catalogue(settings)
+    lost = catalogue.find_unknown(paths)
+    lost |= {image_id: paths[image_id] for image_id in catalogue.find_replaced(originals)}
     leftovers = files.list_leftovers()
     if not is_dry_run:
-        for image_id, path in unknown.items():
+        for image_id, path in lost.items():
             queue.enqueue(image_id, path)
         for leftover in list(leftovers):
             try:
@@ -98,4 +101,4 @@ def sweep(settings: Settings, is_dry_run: bool, report: Report) -> Swept:
             except OSError as error:
                 report(f"{leftover} cannot be deleted: {error.strerror}")
                 leftovers.remove(leftover)
-    return Swept(sorted(unknown), [files.locate(path) for path in leftovers])
+    return Swept(sorted(lost), [files.locate(path) for path in leftovers])

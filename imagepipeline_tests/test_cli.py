@@ -6,9 +6,11 @@ import subprocess
 import sys
 import time
 from contextlib import closing
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
 import pytest
+import sqlalchemy as sa
 from click.testing import CliRunner
 from PIL import Image
 
@@ -22,6 +24,7 @@ from imagepipeline.stores.catalogue import Catalogue
 from imagepipeline.stores.events import EventLog
 from imagepipeline.stores.failures import FailedImages
 from imagepipeline.stores.ledger import Ledger
+from imagepipeline.stores.tables import images
 from imagepipeline.stores.vectors import EmbeddingIndex
 from imagepipeline_tests.conftest import PHOTOS
 
@@ -639,6 +642,29 @@ def test_a_sweep_enqueues_lost_originals_and_deletes_leftovers(invoke, catalogue
         Upload("lost", "original/lost.jpg")
     ]
     assert sorted(path.name for path in (storage / "variants").iterdir()) == [".b.webp.0.tmp"]
+
+
+def test_a_sweep_enqueues_originals_that_were_replaced_after_the_last_push(
+    invoke, catalogue, queue, tmp_path
+):
+    folder = tmp_path / "home" / "storage" / "original"
+    folder.mkdir(parents=True)
+    names = ("same", "longer", "later", "by_path", "elsewhere")
+    catalogue.accept([Upload(name) for name in names[:-1]])
+    catalogue.accept([Upload("elsewhere", "original/2026/a.jpg")])
+    for name in names:
+        path = "original/2026/b.jpg" if name == "by_path" else f"original/{name}.jpg"
+        facts = OriginalFacts(path, 1, "a" * 64, 8, 8, "data:", "#000000")
+        catalogue.save_original(catalogue.claim(name, 1, "run"), facts)
+        (folder / f"{name}.jpg").write_bytes(b"xx" if name == "longer" else b"x")
+        at = time.time() + (-7200 if name in ("same", "longer") else -100)
+        os.utime(folder / f"{name}.jpg", (at, at))
+    with sa.create_engine(f"sqlite:///{tmp_path / 'home' / 'catalogue.sqlite'}").begin() as writer:
+        at = datetime.now(UTC) - timedelta(hours=1)
+        writer.execute(sa.update(images).values(accepted_at=at, status="completed"))
+    assert json.loads(invoke("sweep", "--json")[1])["enqueued"] == ["by_path", "later", "longer"]
+    catalogue.accept([Upload.from_entry(entry) for entry in queue.read(9)])
+    assert json.loads(invoke("sweep", "--json")[1])["enqueued"] == []
 
 
 @pytest.fixture

@@ -279,8 +279,8 @@ def test_an_import_killed_three_times_takes_each_image_once(world, site, catalog
         )
         assert killed.returncode == -signal.SIGKILL, killed.stderr
         assert all(  # also of those that were just being written
-            storage.read(path) == contents[image_id]
-            for image_id, path in storage.list_originals(with_new=True).items()
+            storage.read(file.path) == contents[image_id]
+            for image_id, file in storage.list_originals(with_new=True).items()
         )
     ended = subprocess.run(
         [sys.executable, "-m", "imagepipeline.cli", *words],

@@ -15,6 +15,7 @@ import stat
 import time
 import uuid
 from collections.abc import Callable, Iterable, Iterator
+from datetime import UTC, datetime
 from pathlib import Path
 
 from imagepipeline.errors import DiskFullError, MissingOriginalError, UnsafePathError
@@ -173,7 +174,7 @@ class FileStore:
         made = next(folder for folder in (self.root, *self.root.parents) if folder.exists())
         return shutil.disk_usage(made).free
 
-    def list_originals(self, with_new: bool = False) -> dict[str, str]:
+    def list_originals(self, with_new: bool = False) -> dict[str, StoredFile]:
         """See `Storage.list_originals`."""
         before = time.time() - SETTLED_SECONDS
         found = {}
@@ -187,7 +188,10 @@ class FileStore:
                     is_settled = with_new or state.st_mtime < before
                     is_original = stat.S_ISREG(state.st_mode) and is_settled
                     if is_original and "." in name and IMAGE_ID_PATTERN.fullmatch(Path(name).stem):
-                        found[Path(name).stem] = f"original/{name}"
+                        changed_at = datetime.fromtimestamp(state.st_mtime, UTC)
+                        found[Path(name).stem] = StoredFile(
+                            f"original/{name}", state.st_size, changed_at=changed_at
+                        )
         except FileNotFoundError:
             return found
         return found

@@ -88,7 +88,7 @@ class ObjectStore:
         """The object's URL."""
         return f"{self._url}/{path}"
 
-    def list_originals(self, with_new: bool = False) -> dict[str, str]:
+    def list_originals(self, with_new: bool = False) -> dict[str, StoredFile]:
         """See `Storage.list_originals`."""
         before = datetime.now(UTC) - SETTLED
         found = {}
@@ -97,7 +97,9 @@ class ObjectStore:
             is_direct = len(name.parts) == 2 and name.suffix
             is_settled = with_new or entry["last_modified"] < before
             if is_direct and is_settled and IMAGE_ID_PATTERN.fullmatch(name.stem):
-                found[name.stem] = entry["path"]
+                found[name.stem] = StoredFile(
+                    entry["path"], entry["size"], changed_at=entry["last_modified"]
+                )
         return found
 
     def list_files(self) -> Iterator[StoredFile]:

@@ -15,6 +15,7 @@ from imagepipeline.models import (
     ImageMetadata,
     Recipe,
     Status,
+    StoredFile,
     Upload,
     find_named_image,
     now_utc,
@@ -517,6 +518,31 @@ class Reader:
                     for known in connection.execute(of_paths).scalars():
                         unknown.pop(paths[known], None)
         return unknown
+
+    def find_replaced(self, originals: Mapping[str, StoredFile]) -> list[str]:
+        """Those images whose original (by ID) was written after their last push.
+
+        A file that was moved keeps its time: then its size tells. Left out are images whose last
+        push named another file.
+        """
+        replaced, all_ids = [], list(originals)
+        columns = (
+            *(images.c.id, images.c.status, images.c.accepted_at, images.c.requested_path),
+            *(images.c.path, images.c.original_bytes),
+        )
+        with self._database.reading() as connection:
+            for start in range(0, len(all_ids), LOOKED_UP_TOGETHER):
+                ids = all_ids[start : start + LOOKED_UP_TOGETHER]
+                query = sa.select(*columns).where(images.c.id.in_(ids))
+                for row in connection.execute(query):
+                    file = originals[row.id]
+                    is_later = file.changed_at is not None and file.changed_at > row.accepted_at
+                    is_other = row.path == file.path and row.original_bytes != file.size
+                    if row.requested_path in (None, file.path) and (
+                        is_later or (is_other and row.status == Status.COMPLETED)
+                    ):
+                        replaced.append(row.id)
+        return replaced
 
     def count(self) -> dict[str, int]:
         """The number of images in each status."""

@@ -11,7 +11,7 @@ import sqlalchemy as sa
 from imagepipeline.defs import reconciler as reconciling
 from imagepipeline.defs.checks import Recent
 from imagepipeline.defs.sensors import upload_sensor
-from imagepipeline.models import Recipe, Upload, now_utc
+from imagepipeline.models import Recipe, StoredFile, Upload, now_utc
 from imagepipeline.paid_calls import PaidCalls
 from imagepipeline.planning import Applier
 from imagepipeline.stores.applies import Applies
@@ -121,6 +121,8 @@ def test_nothing_scans(catalogue_url, queue, instance, limiter, tasks):
         catalogue.sum_cost_usd("made-7")
         catalogue.find_owners({0: Upload("x", "original/made-9.jpg")})
         catalogue.find_unknown({"made-1": "original/made-1.jpg", "y": "original/y.jpg"})
+        file = StoredFile("original/made-1.jpg", 1, changed_at=now)
+        assert catalogue.find_replaced({"made-1": file}) == ["made-1"]
         catalogue.list_ended("completed", now - timedelta(hours=1))
         catalogue.list_ended("failed", limit=50)
         catalogue.list_unended("pending", 50)

@@ -4,7 +4,7 @@ import contextlib
 import errno
 import os
 from concurrent.futures import ThreadPoolExecutor
-from datetime import timedelta
+from datetime import UTC, datetime, timedelta
 
 import pytest
 
@@ -98,7 +98,12 @@ def test_only_originals_that_are_not_recent_are_listed(storage, monkeypatch):
     assert storage.list_originals() == {}
     monkeypatch.setattr("imagepipeline.stores.files.SETTLED_SECONDS", -60)
     monkeypatch.setattr("imagepipeline.stores.objects.SETTLED", timedelta(seconds=-60))
-    assert storage.list_originals() == {"a": "original/a.jpg", "b": "original/b.png"}
+    found = storage.list_originals()
+    assert {key: file.path for key, file in found.items()} == {
+        "a": "original/a.jpg",
+        "b": "original/b.png",
+    }
+    assert abs((datetime.now(UTC) - found["a"].changed_at).total_seconds()) < 60
     assert storage.list_leftovers() == []
 
 
