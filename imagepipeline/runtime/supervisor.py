@@ -127,7 +127,7 @@ class Stack:
             {name: value for name, value in environments["daemon"].items() if not is_secret(name)}
         )
         if "://" not in settings.storage:
-            FileStore(Path(settings.storage)).make_root()
+            FileStore(Path(settings.storage)).make_folder_of_originals()
         if not settings.has_own_redis:
             services.check_redis(settings)
         else:

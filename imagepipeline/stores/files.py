@@ -45,6 +45,10 @@ class FileStore:
         """Creates the root with the permissions of its parent, but writable only by us."""
         _make_folder(self.root)
 
+    def make_folder_of_originals(self) -> None:
+        """Creates `original`, for apps that store the first file themselves."""
+        _make_folder(self.root / "original")
+
     def find_originals_of(self, image_id: str) -> list[str]:
         """See `Storage.find_originals_of`."""
         found: dict[tuple[int, int], str] = {}

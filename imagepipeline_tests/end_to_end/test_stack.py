@@ -133,7 +133,6 @@ def test_from_a_plain_push_to_a_search_and_a_clean_stop(home):
             addresses = json.loads(stack.stdout.readline())
             assert run("up", check=False).returncode == 4  # the home is in use
 
-            originals.mkdir(parents=True)
             (originals / "cat.jpg").write_bytes((PHOTOS / "cat.jpg").read_bytes())
             (originals / "deep").mkdir()
             (originals / "deep" / "espresso.jpeg").write_bytes((PHOTOS / "coffee.jpg").read_bytes())
