@@ -132,13 +132,20 @@ def test_images_are_counted_once_whatever_they_need(plans, library, catalogue, p
     assert plans.count_images(newer) == 2
 
 
-def test_images_that_failed_or_wait_are_counted_as_missing(plans, library, catalogue):
-    catalogue.accept([Upload("new"), Upload("bad")])
-    catalogue.fail(catalogue.claim("bad", 1, "run"), "corrupt", "damaged")
-    assert plans.count_outdated(RECIPES) == [
-        Outdated(asset, "missing", 2) for asset in ("metadata", "variants", "embedding")
-    ]
+def test_images_that_wait_are_counted_as_missing_but_none_that_failed(plans, library, catalogue):
+    catalogue.accept([Upload("new"), Upload("bad"), Upload(library[0])])
+    for image_id, generation in (("bad", 1), (library[0], 2)):
+        catalogue.fail(catalogue.claim(image_id, generation, "run"), "corrupt", "damaged")
+    missing = [Outdated(asset, "missing", 1) for asset in ("metadata", "variants", "embedding")]
+    assert plans.count_planned(RECIPES) == missing
+    assert plans.count_planned(RECIPES, Filter.parse(["status=failed"])) == missing
     assert plans.list_outdated(RECIPES, "", 9) == []  # the queue and `failed retry` make them
+    newer = RECIPES | {"metadata": Recipe("local", "newer")}
+    assert plans.count_images(newer) == 4
+    assert plans.count_planned(newer)[:2] == [
+        Outdated("metadata", "missing", 1),
+        Outdated("metadata", "model", 4),
+    ]
 
 
 def test_another_original_makes_results_stale_until_they_are_made_of_it(

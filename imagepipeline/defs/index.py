@@ -91,11 +91,12 @@ def index_sensor(
     now = now_utc()
     try:
         image_count, found = plans.count_all(), plans.count_outdated(recipes)
+        planned = plans.count_planned(recipes)
     except PostponedError as error:
         return dg.SkipReason(str(error))
     assets = {
         "index": describe_index(image_count, found, recipes["embedding"], measure_files(index_uri)),
-        "outdated": describe_outdated(found, recipes),
+        "outdated": describe_outdated(planned, recipes),
     }
     reported = Reported.model_validate_json(context.cursor) if context.cursor else Reported()
     if assets == reported.assets and now - reported.at < REPORT_EVERY:

@@ -3,12 +3,12 @@
 import random
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import sqlalchemy as sa
 
-from imagepipeline.filters import ALL, Filter
+from imagepipeline.filters import ALL, Condition, Filter
 from imagepipeline.models import Recipe, Status
 from imagepipeline.needs import MISSING, find_cause
 from imagepipeline.stores.database import Database
@@ -52,6 +52,24 @@ class Plans:
                 found.append(Outdated(asset, MISSING, missing))
             found += _sum_by_cause(asset, recipe, made)
         return found
+
+    def count_planned(self, recipes: Mapping[str, Recipe], where: Filter = ALL) -> list[Outdated]:
+        """As `count_outdated`, but without images that have failed, unless `where` names a status.
+
+        Only `failed retry` or another push makes these.
+        """
+        counted = self.count_outdated(recipes, where)
+        if any(condition.field == "status" for condition in where.conditions):
+            return counted
+        have_failed = Filter((*where.conditions, Condition("status", Status.FAILED)))
+        failed = {
+            (one.asset, one.cause): one.images for one in self.count_outdated(recipes, have_failed)
+        }
+        left = [
+            replace(one, images=one.images - failed.get((one.asset, one.cause), 0))
+            for one in counted
+        ]
+        return [one for one in left if one.images > 0]
 
     def count_others(
         self, others: Mapping[str, Recipe], recipes: Mapping[str, Recipe], where: Filter = ALL
