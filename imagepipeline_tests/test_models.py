@@ -121,7 +121,7 @@ def test_an_object_stores_message_of_a_new_object_is_an_upload(message):
         ({"Records": [{}]}, "one new object"),
         ({"Records": 5}, "one new object"),
         ([], "one new object"),
-        ({"Service": "Amazon S3", "Event": "s3:TestEvent"}, "None is not an image ID"),
+        ({"Service": "Amazon S3", "Event": "s3:TestEvent"}, "the entry has no imageId, but"),
     ],
     ids=lambda value: str(value)[:30],
 )

@@ -73,7 +73,7 @@ class FileStore:
             return []
         except OSError as error:
             raise MissingOriginalError(
-                f"the folder original cannot be read: {error.strerror}"
+                f"the folder original cannot be read: {_explain(error)}"
             ) from None
 
     def read(self, path: str, max_bytes: int | None = None) -> bytes:
@@ -86,7 +86,7 @@ class FileStore:
                     name, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK, dir_fd=folder
                 )
         except OSError as error:
-            reason = error.strerror or type(error).__name__
+            reason = _explain(error)
             raise MissingOriginalError(
                 f"{path} cannot be opened below the storage root: {reason}"
             ) from None
@@ -245,6 +245,15 @@ class FileStore:
             yield folder
         finally:
             os.close(folder)
+
+
+def _explain(error: OSError) -> str:
+    """Why a file cannot be opened. Of a link, the system says `Not a directory`, or `Too many`."""
+    if error.errno in (errno.ELOOP, errno.ENOTDIR):
+        return (
+            "it, or a folder in its path, is a symbolic link, which is not followed, or no folder"
+        )
+    return error.strerror or type(error).__name__
 
 
 def _set_mode(descriptor: int, mode: int) -> None:

@@ -193,8 +193,10 @@ def test_links_are_followed_neither_for_writing_nor_for_listing(files, tmp_path,
         files.write(f"{folder}/a.jpg", b"ours")
     assert (outside / "a.jpg").read_bytes() == b"theirs"
     if folder == "original":
-        with pytest.raises(MissingOriginalError, match="cannot be read"):
+        with pytest.raises(MissingOriginalError, match="is a symbolic link, which is not followed"):
             files.list_originals_of("a")
+        with pytest.raises(MissingOriginalError, match="is a symbolic link, which is not followed"):
+            files.read("original/a.jpg")
 
 
 def test_a_file_deleted_during_a_listing_does_not_affect_the_others(files, monkeypatch):
