@@ -87,6 +87,14 @@ def test_a_dry_run_counts_what_it_does_not_list(invoke, catalogue, monkeypatch):
     assert json.loads(invoke("apply", "--dry-run", "--json", "--where", "id=x").stdout) == []
 
 
+def test_an_apply_does_not_wait_for_a_stack_that_does_not_run(invoke, catalogue, monkeypatch):
+    complete(catalogue, "cat", "animal")
+    monkeypatch.setenv("REDIS_URL", "unix:///nowhere.sock")
+    refused = invoke("apply", "--asset", "variants")
+    assert refused.exit_code != 0
+    assert "start the stack with `imagepipeline up`" in str(refused.exception)
+
+
 def test_a_second_apply_says_at_once_who_holds_it(invoke, catalogue, tmp_path, monkeypatch, capsys):
     applies = Applies(f"sqlite:///{tmp_path / 'home' / 'catalogue.sqlite'}")
     of_ui = applies.start({})

@@ -30,7 +30,7 @@ from imagepipeline.errors import (
 )
 from imagepipeline.filters import FIELDS, Filter
 from imagepipeline.models import ASSETS, MAX_COUNT, Recipe
-from imagepipeline.opening import open_catalogue
+from imagepipeline.opening import open_catalogue, open_queue
 from imagepipeline.prices import MAX_USD
 from imagepipeline.settings import Settings
 from imagepipeline.text import to_json
@@ -262,6 +262,7 @@ def apply(
     if dry_run:
         list_planned(plans, recipes, where, limit, as_json)
         return
+    open_queue(settings).count()  # no stack runs without Redis, and this would wait for one
     if batch and "metadata" not in recipes:
         raise click.UsageError("--batch asks about pictures, so it needs --asset metadata, too")
     await_turn(applies)

@@ -166,5 +166,7 @@ def _answering() -> Iterator[None]:
     try:
         yield
     except redis.RedisError as error:
-        problem = f"Redis, which counts the paid calls, does not answer ({type(error).__name__})"
-        raise PostponedError(problem) from None
+        raise PostponedError(
+            f"Redis, which counts the paid calls, does not answer ({type(error).__name__}): start "
+            "the stack with `imagepipeline up`, or check REDIS_URL"
+        ) from None
