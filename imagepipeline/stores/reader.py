@@ -130,6 +130,11 @@ class Reader:
             with self._database.engine.connect() as connection:
                 connection.execute(sa.select(image_history.c.seq).limit(1))
         except sa.exc.DBAPIError as error:
+            if isinstance(error, sa.exc.ProgrammingError) or "no such table" in str(error.orig):
+                raise StackError(
+                    "the database has none of the catalogue's tables: run `imagepipeline migrate` "
+                    "or `imagepipeline up`, or check DATABASE_URL"
+                ) from None
             raise StackError(
                 f"the catalogue does not answer ({type(error.orig).__name__}): start the stack "
                 "with `imagepipeline up`, or check DATABASE_URL"
