@@ -22,7 +22,7 @@ from imagepipeline.errors import (
     StackError,
 )
 from imagepipeline.homes import find_faults
-from imagepipeline.models import PixelFacts
+from imagepipeline.models import PixelFacts, Recipe
 from imagepipeline.settings import Settings
 
 MAX_CLOCK_SKEW_SECONDS = 2
@@ -363,14 +363,38 @@ def _has_index(settings: Settings) -> bool:
 
 def _examine_index(settings: Settings) -> Finding:
     from imagepipeline.index import open_index
+    from imagepipeline.providers import build_recipes
 
-    if not _has_index(settings):
+    recipe = build_recipes(settings)["embedding"]
+    embedded_count = _count_embedded(settings, recipe)  # first, as more may follow
+    has_index = _has_index(settings)
+    count = open_index(settings.index_uri).count_rows(recipe.version) if has_index else 0
+    if count < embedded_count:
+        return Finding(
+            "index",
+            False,
+            f"search misses {embedded_count - count} of {embedded_count} images: their vectors are "
+            "not in it",
+            "give all workers the same index (IMAGEPIPELINE_INDEX_ROOT), or restore it; then "
+            "materialize `embedding` of all images in the UI, which makes only what is missing",
+        )
+    if not has_index:
         return Finding("index", True, "it does not exist yet; the first upload creates it")
-    return Finding(
-        "index",
-        True,
-        f"it is readable; {open_index(settings.index_uri).count_rows()} embeddings",
-    )
+    return Finding("index", True, f"it is readable; {count} embeddings of today's model")
+
+
+def _count_embedded(settings: Settings, recipe: Recipe) -> int:
+    """How many images have a current vector by the catalogue; 0 if that does not answer."""
+    from imagepipeline.stores.catalogue import Catalogue
+    from imagepipeline.stores.plans import Plans
+
+    try:
+        Catalogue(settings.database_url).check()
+        plans = Plans(settings.database_url)
+        outdated = sum(one.images for one in plans.count_outdated({"embedding": recipe}))
+        return plans.count_all() - outdated
+    except (StackError, PostponedError):  # the check of the database says so
+        return 0
 
 
 def _examine_clock(settings: Settings) -> Finding:

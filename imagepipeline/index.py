@@ -59,8 +59,8 @@ class SearchIndex(EmbeddingStore, Protocol):
     def list_dimensions(self, version: str) -> list[int]:
         """The lengths of the vectors of that version: none, one, or more if its model changed."""
 
-    def count_rows(self) -> int:
-        """The number of rows, of all versions."""
+    def count_rows(self, version: str | None = None) -> int:
+        """The number of rows of a version, or of all."""
 
 
 def open_index(uri: str) -> SearchIndex:

@@ -10,13 +10,15 @@ import pytest
 from imagepipeline.doctor import examine
 from imagepipeline.errors import RedisClusterError
 from imagepipeline.homes import secure_home
-from imagepipeline.models import now_utc
+from imagepipeline.models import Embedding, Upload, now_utc
+from imagepipeline.providers import build_recipes
 from imagepipeline.runtime import services
 from imagepipeline.settings import Settings
 from imagepipeline.stores import uploads
 from imagepipeline.stores.catalogue import Catalogue
 from imagepipeline.stores.events import EventLog
 from imagepipeline.stores.uploads import UploadQueue
+from imagepipeline.stores.vectors import EmbeddingIndex
 from imagepipeline_tests.conftest import redis_server
 from imagepipeline_tests.services.test_embedder import answer_of
 from imagepipeline_tests.services.test_vision import METADATA, coded, completion
@@ -70,6 +72,27 @@ def test_a_healthy_local_pipeline_has_no_problems(environment):
         "pauses",
         "events",
     ]
+
+
+def test_vectors_that_the_index_misses_are_a_problem(environment):
+    settings = Settings.load(environment)
+    recipe = build_recipes(settings)["embedding"]
+    with closing(Catalogue(settings.database_url)) as catalogue:
+        catalogue.accept([Upload("a"), Upload("waits")])
+        claim = catalogue.claim("a", 1, "run")
+        catalogue.record_result(claim, "embedding", recipe, "0" * 64)
+    found = problems(environment)["index"]
+    assert found.sentence == "search misses 1 of 1 images: their vectors are not in it"
+    assert "IMAGEPIPELINE_INDEX_ROOT" in found.advice
+    index = EmbeddingIndex(settings.index_uri)
+    index.upsert(claim, Embedding("a text", (1.0, 0.0), "an-earlier-model"))
+    assert "index" in problems(environment)
+    index.upsert(claim, Embedding("a text", (1.0, 0.0), recipe.version))
+    found = findings(environment)["index"]
+    assert (found.is_well, found.sentence) == (
+        True,
+        "it is readable; 1 embeddings of today's model",
+    )
 
 
 def test_events_that_do_not_reach_the_app_are_a_problem(environment):

@@ -137,9 +137,10 @@ class EmbeddingIndex:
             if name.startswith(prefix)
         ]
 
-    def count_rows(self) -> int:
+    def count_rows(self, version: str | None = None) -> int:
         """See `SearchIndex.count_rows`."""
-        tables = [self._open(name) for name in self._table_names()]
+        prefix = _table_prefix(version) if version else ""
+        tables = [self._open(name) for name in self._table_names() if name.startswith(prefix)]
         return sum(table.count_rows() for table in tables if table)
 
     def count_rows_of(self, image_ids: Sequence[str]) -> int:
