@@ -171,7 +171,7 @@ class Catalogue(Reader):
         gets more than `find_limit` gives for it. With `lacking`, only images without variants by
         that recipe.
         """
-        for tenant in self._take_turns(find_limit):
+        for tenant in self._take_turns(find_limit, uploads_left is None):
             if claim := self._claim_next_of(tenant, run_id, uploads_left, lacking):
                 return claim
         return None
@@ -183,7 +183,7 @@ class Catalogue(Reader):
         lacking: Recipe | None = None,
     ) -> bool:
         """Whether there is an image that `claim_next` would claim."""
-        for tenant in self._take_turns(find_limit):
+        for tenant in self._take_turns(find_limit, uploads_left is None):
             query = self._select_next(tenant, uploads_left, lacking)
             query = query.offset(uploads_left or 0).limit(1)
             with self._database.reading() as connection:
@@ -191,8 +191,8 @@ class Catalogue(Reader):
                     return True
         return False
 
-    def _take_turns(self, find_limit: Callable[[str], float]) -> Iterator[str]:
-        tenants = self.list_waiting_tenants()
+    def _take_turns(self, find_limit: Callable[[str], float], in_bulk_lane: bool) -> Iterator[str]:
+        tenants = self.list_waiting_tenants(in_bulk_lane)
         held = self.count_by_tenant(Status.PROCESSING) if any(tenants) else {}
         random.shuffle(tenants)  # so that none of many is always last
         for tenant in sorted(tenants, key=lambda tenant: held.get(tenant, 0)):

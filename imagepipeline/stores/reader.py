@@ -268,8 +268,11 @@ class Reader:
             found = [Pending(*row) for row in rows if (row.id, row.generation) not in known]
         return found[:limit]
 
-    def list_waiting_tenants(self) -> list[str]:
-        """The tenants of pending images; the empty one stands for images without a tenant."""
+    def list_waiting_tenants(self, in_bulk_lane: bool | None = None) -> list[str]:
+        """The tenants of pending images; the empty one stands for images without a tenant.
+
+        If `in_bulk_lane` is given, only images there, or only uploads, count.
+        """
         # One look into the index for each tenant, however many images wait.
         first = sa.select(sa.func.min(images.c.tenant)).where(
             equals(images.c.status, Status.PENDING)
@@ -279,6 +282,14 @@ class Reader:
         following = first.where(images.c.tenant > known.c.tenant).scalar_subquery()
         known = known.union_all(sa.select(following).where(known.c.tenant.is_not(None)))
         query = sa.select(known.c.tenant).where(known.c.tenant.is_not(None))
+        if in_bulk_lane is not None:
+            is_bulk = images.c.priority == BULK_PRIORITY
+            of_lane = sa.select(images.c.id).where(
+                equals(images.c.status, Status.PENDING),
+                images.c.tenant == known.c.tenant,
+                is_bulk if in_bulk_lane else images.c.priority > BULK_PRIORITY,
+            )
+            query = query.where(of_lane.exists())
         with self._database.reading() as connection:
             return list(connection.execute(query).scalars())
 

@@ -163,3 +163,15 @@ def test_what_is_rare_is_not_looked_for_in_all_rows(sqlite_catalogue_url):
     assert [plan for plan in later if "updated_at<?" not in plan] == []
     statements.stop()
     catalogue.close()
+
+
+def test_a_claim_asks_only_tenants_whose_images_are_in_its_lane(catalogue_url):
+    with closing(Catalogue(catalogue_url)) as catalogue:
+        catalogue.accept([Upload(f"image-{n}", None, 0, f"tenant-{n}") for n in range(20)])
+        catalogue.accept_imported([Upload("planned", None, 0, "another")])
+        statements = Statements(catalogue_url)
+        assert catalogue.claim_next("run").image_id == "planned"
+        assert not catalogue.has_next(None, lambda tenant: 1)
+        statements.stop()
+        of_tenants = [one for one, _ in statements.seen if "images.tenant =" in one]
+        assert len(of_tenants) < 5
