@@ -17,6 +17,7 @@
     │   ├── CatalogueDownError
     │   ├── ResidentDownError
     │   ├── SandboxMissingError
+    │   ├── SandboxDownError
     │   ├── PausedError             all paid work is paused
     │   │   └── ForbiddenError      perhaps for this image only
     │   ├── RateLimitError
@@ -155,6 +156,13 @@ class SandboxMissingError(PostponedError):
     """The kernel cannot confine decoders here, and a setting forbids decoding without that."""
 
     reason = "sandbox_missing"
+
+
+class SandboxDownError(PostponedError):
+    """No process that decodes can be started: the machine lacks memory, or runs too many."""
+
+    reason = "sandbox_down"
+    wait_seconds = 5
 
 
 class PausedError(PostponedError):

@@ -22,6 +22,7 @@ from pydantic import Field
 from imagepipeline.errors import (
     EmptyOriginalError,
     LimitError,
+    SandboxDownError,
     SandboxLostError,
     SandboxMissingError,
     TooLargeError,
@@ -101,7 +102,7 @@ class Zygote:
         """Starts the zygote if it is not running; returns the confinement of its children.
 
         Raises:
-            SandboxLostError: the zygote could not be started.
+            SandboxDownError: the zygote could not be started.
         """
         with self._lock:
             if self._control is None:
@@ -135,7 +136,7 @@ class Zygote:
             exit status, and whose closing makes the zygote kill the child; the child's process ID.
 
         Raises:
-            SandboxLostError: no child could be forked.
+            SandboxDownError: no child could be forked.
         """
         from imagepipeline.imaging.zygote import PROCESS, REQUEST
 
@@ -155,7 +156,7 @@ class Zygote:
             session.close()
             life.close()
             self.close()
-        raise SandboxLostError(
+        raise SandboxDownError(
             "the process that decodes and encodes images could not be forked: is memory low?"
         )
 
@@ -194,7 +195,7 @@ class Zygote:
             self._process.kill()
             self._process.wait()
             reason = answer.decode(errors="replace") or "it ended without a message"
-            raise SandboxLostError(
+            raise SandboxDownError(
                 f"the process that decodes images could not be started: {reason}"
             )
         self._control, self._confinement = ours, Confinement(*READY.unpack(answer))
@@ -234,6 +235,7 @@ class Sandbox:
         """Opens a session whose child computes and holds `make(...)`.
 
         Raises:
+            SandboxDownError: no child can be started.
             SandboxMissingError: confinement is required, but the kernel does not support it.
             ImagePipelineError: any error that `Session.call` raises.
         """

@@ -9,7 +9,12 @@ from pathlib import Path
 
 import pytest
 
-from imagepipeline.errors import LimitError, SandboxLostError, UnreadableImageError
+from imagepipeline.errors import (
+    LimitError,
+    SandboxDownError,
+    SandboxLostError,
+    UnreadableImageError,
+)
 from imagepipeline.imaging.sandbox import Sandbox, Zygote
 from imagepipeline_tests.imaging import sandbox_operations as ops
 
@@ -295,7 +300,7 @@ def test_a_zygote_serves_forked_processes_and_ends_with_the_last():
 
 
 def test_a_zygote_that_cannot_start_says_why():
-    with pytest.raises(SandboxLostError, match="ModuleNotFoundError: No module named 'nothing'"):
+    with pytest.raises(SandboxDownError, match="ModuleNotFoundError: No module named 'nothing'"):
         Zygote("nothing").prepare()
 
 
