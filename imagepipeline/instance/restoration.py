@@ -52,8 +52,9 @@ def restore_one(
     elif DRY_RUN in sys.argv:
         outcome = "would be restored"
     else:
-        restore(instance, catalogue, image_id)
+        # First, so that it is pruned again even if this process is killed before the end.
         retention.note_restored(image_id)
+        restore(instance, catalogue, image_id)
         outcome = "restored"
     return {"id": image_id, "is_known": row is not None, "outcome": outcome}
 
