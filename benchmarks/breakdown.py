@@ -16,7 +16,7 @@ STAGES = (
     ("taken in by the sensor", "pushed", "accepted"),
     ("run requested", "accepted", "PIPELINE_ENQUEUED"),
     ("waits in the queue", "PIPELINE_ENQUEUED", "PIPELINE_STARTING"),
-    ("process forked", "PIPELINE_STARTING", "PIPELINE_START"),
+    ("taken by a worker", "PIPELINE_STARTING", "PIPELINE_START"),
     ("Dagster prepares the run", "PIPELINE_START", "STEP_START metadata"),
     ("metadata: decode, ask the model", "STEP_START metadata", "STEP_SUCCESS metadata"),
     ("variants: store what was made meanwhile", "STEP_SUCCESS metadata", "STEP_SUCCESS variants"),
