@@ -4,6 +4,7 @@ Dagster can wipe partitions and old events only in its hosted product. So some r
 are deleted here; nothing else in the package touches them.
 """
 
+import time
 from collections.abc import Iterable, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
@@ -88,13 +89,20 @@ class DagsterRecords:
             self.remove_run(run.run_id)
         return len(runs)
 
-    def thin_runs(self, image_id: str) -> None:
-        """Removes the oldest of an image's finished runs, if there are many; its results stay."""
+    def thin_runs(self, image_id: str, until: float) -> bool:
+        """Removes the oldest of an image's finished runs, if there are many; its results stay.
+
+        Returns:
+            Whether few are left; False if it was `until`, by the monotonic clock, before.
+        """
         finished = dg.RunsFilter(tags={PARTITION_TAG: image_id}, statuses=FINISHED)
         while (excess := self.instance.get_runs_count(finished) - FEW_RUNS) > 0:
+            if time.monotonic() >= until:
+                return False
             limit = min(excess, FEW_RUNS)
             for run in self.instance.get_runs(finished, limit=limit, ascending=True):
                 self.remove_run_without_results(run.run_id)
+        return True
 
     def list_finished(self, job_name: str, before: datetime, limit: int) -> list[str]:
         """The IDs of up to `limit` runs of a job that ended before then, oldest first."""

@@ -97,7 +97,9 @@ def build_resources(settings: Settings) -> dict[str, dg.ResourceDefinition]:
         ),
         "catalogue": resources.made(lambda: Catalogue(database), "The SQL record of all images."),
         "ledger": resources.made(lambda: Ledger(database), "What paid calls cost, and the pauses."),
-        "plans": resources.made(lambda: Plans(database), "Finds what images need."),
+        "plans": resources.made(
+            lambda: Plans(database, is_patient=False), "Finds what images need."
+        ),
         "recipes": resources.made(
             lambda: build_recipes(settings), "What would make each asset today."
         ),

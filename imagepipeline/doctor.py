@@ -375,8 +375,8 @@ def _examine_index(settings: Settings) -> Finding:
             False,
             f"search misses {embedded_count - count} of {embedded_count} images: their vectors are "
             "not in it",
-            "give all workers the same index (IMAGEPIPELINE_INDEX_ROOT), or restore it; then "
-            "materialize `embedding` of all images in the UI, which makes only what is missing",
+            "give all workers the same index (IMAGEPIPELINE_INDEX_ROOT), or restore it; then push "
+            "the images again, which makes what is missing, and what is outdated",
         )
     if not has_index:
         return Finding("index", True, "it does not exist yet; the first upload creates it")

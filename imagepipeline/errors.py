@@ -162,7 +162,6 @@ class SandboxDownError(PostponedError):
     """No process that decodes can be started: the machine lacks memory, or runs too many."""
 
     reason = "sandbox_down"
-    wait_seconds = 5
 
 
 class PausedError(PostponedError):

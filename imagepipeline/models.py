@@ -208,7 +208,7 @@ class Upload:
         given: dict[str, Any] = {"imageId": value} if isinstance(value, str) else value
         fields = {name: content for name, content in given.items() if content is not None}
         if "imageId" not in fields:
-            raise InvalidUploadError(f"the entry has no imageId, but {sorted(given)!r:.80}")
+            raise InvalidUploadError(f"the entry has no imageId, but {sorted(fields)!r:.80}")
         ignored = tuple(sorted(given.keys() - FIELDS))
         return cls(
             _read_id(fields.get("imageId")),

@@ -66,7 +66,7 @@ def plan(
     """
     chosen = select_recipes(recipes, assets)
     others = {asset: recipe for asset, recipe in recipes.items() if asset not in chosen}
-    counted = plans.count_planned(chosen, where)
+    counted = plans.leave_out_failed(plans.count_outdated(chosen, where), chosen, where)
     if others:
         counted += plans.count_others(others, chosen, where)
     return [

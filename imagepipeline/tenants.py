@@ -60,7 +60,9 @@ class Tenants:
         if time.monotonic() >= self._known_until:
             self._spent = {*self.list_spent()}
             self._known_until = time.monotonic() + KNOWN_SECONDS
-        return 0 if tenant in self._spent else self.find_max_runs(tenant)
+        # A budget of 0 is used up before the first call.
+        is_spent = tenant in self._spent or not self._find_budget_usd(tenant)
+        return 0 if is_spent else self.find_max_runs(tenant)
 
     def explain_spent(self, tenant: str) -> str | None:
         """Why its paid work must wait, as a sentence; None if today's budget is not used up."""

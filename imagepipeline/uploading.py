@@ -6,7 +6,12 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from imagepipeline.errors import InvalidUploadError, PostponedError, StackError
+from imagepipeline.errors import (
+    InvalidUploadError,
+    MissingOriginalError,
+    PostponedError,
+    StackError,
+)
 from imagepipeline.models import check_original_path, choose_extension
 from imagepipeline.opening import open_catalogue, open_queue
 from imagepipeline.settings import Settings
@@ -90,7 +95,10 @@ def sweep(settings: Settings, is_dry_run: bool, report: Report) -> Swept:
     paths = {image_id: file.path for image_id, file in originals.items()}
     catalogue = open_catalogue(settings)
     lost = catalogue.find_unknown(paths)
-    lost |= {image_id: paths[image_id] for image_id in catalogue.find_replaced(originals)}
+    replaced = catalogue.find_replaced(originals)
+    for image_id, known in catalogue.find_known(replaced).items():
+        if not _is_original(files, image_id, paths[image_id], *known):
+            lost[image_id] = paths[image_id]
     leftovers = files.list_leftovers()
     if not is_dry_run:
         for image_id, path in lost.items():
@@ -102,3 +110,18 @@ def sweep(settings: Settings, is_dry_run: bool, report: Report) -> Swept:
                 report(f"{leftover} cannot be deleted: {error.strerror}")
                 leftovers.remove(leftover)
     return Swept(sorted(lost), [files.locate(path) for path in leftovers])
+
+
+def _is_original(
+    files: Storage, image_id: str, path: str, known_path: str | None, sha256: str | None
+) -> bool:
+    """Whether the image was made of that file, or of another one that is still there.
+
+    A copied file looks new: only its content tells.
+    """
+    if known_path not in (None, path) and known_path in files.find_originals_of(image_id):
+        return True
+    try:
+        return sha256 is not None and hashlib.sha256(files.read(path)).hexdigest() == sha256
+    except MissingOriginalError:  # it has just gone
+        return True

@@ -1,5 +1,6 @@
 """The command line, as used by people and by scripts."""
 
+import hashlib
 import json
 import os
 import subprocess
@@ -649,12 +650,13 @@ def test_a_sweep_enqueues_originals_that_were_replaced_after_the_last_push(
 ):
     folder = tmp_path / "home" / "storage" / "original"
     folder.mkdir(parents=True)
-    names = ("same", "longer", "later", "by_path", "elsewhere")
+    names = ("same", "longer", "later", "copied", "by_path", "elsewhere")
     catalogue.accept([Upload(name) for name in names[:-1]])
     catalogue.accept([Upload("elsewhere", "original/2026/a.jpg")])
     for name in names:
         path = "original/2026/b.jpg" if name == "by_path" else f"original/{name}.jpg"
-        facts = OriginalFacts(path, 1, "a" * 64, 8, 8, "data:", "#000000")
+        sha256 = hashlib.sha256(b"x").hexdigest() if name == "copied" else "a" * 64
+        facts = OriginalFacts(path, 1, sha256, 8, 8, "data:", "#000000")
         catalogue.save_original(catalogue.claim(name, 1, "run"), facts)
         (folder / f"{name}.jpg").write_bytes(b"xx" if name == "longer" else b"x")
         at = time.time() + (-7200 if name in ("same", "longer") else -100)

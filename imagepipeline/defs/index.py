@@ -91,7 +91,7 @@ def index_sensor(
     now = now_utc()
     try:
         image_count, found = plans.count_all(), plans.count_outdated(recipes)
-        planned = plans.count_planned(recipes)
+        planned = plans.leave_out_failed(found, recipes)
     except PostponedError as error:
         return dg.SkipReason(str(error))
     assets = {

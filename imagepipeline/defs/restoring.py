@@ -33,9 +33,9 @@ def restore(instance: dg.DagsterInstance, catalogue: Catalogue, image_id: str) -
         PostponedError: the catalogue does not answer.
     """
     records = DagsterRecords(instance)
-    records.add_partition(image_id)
     for made in _build_materializations(catalogue, image_id):
         instance.report_runless_asset_event(relate(instance, made))
+    records.add_partition(image_id)  # last: an image with a partition counts as restored
     if not catalogue.get_states([image_id]):  # it was erased meanwhile
         records.remove_events(image_id)
         records.remove_partition(image_id)

@@ -123,14 +123,14 @@ class Pruner:
 
         done.calls = repeat(self._prune_calls)
         done.notices = repeat(self._prune_notices)
-        done.partitions = repeat(lambda: self._prune_partitions(records))
-        done.summaries = repeat(lambda: self._prune_runs_of_images(records))
+        done.partitions = repeat(lambda: self._prune_partitions(records, until))
+        done.summaries = repeat(lambda: self._prune_runs_of_images(records, until))
         done.waits_because = _explain_wait(records)
         done.runs = repeat(lambda: self._prune_other_runs(records))
         done.reports = repeat(lambda: self._prune_reports(records))
         return done
 
-    def _prune_partitions(self, records: DagsterRecords) -> int:
+    def _prune_partitions(self, records: DagsterRecords, until: float) -> int:
         kept = self.kept
         images: dict[str, Ended] = {}
         if kept.partitions:
@@ -141,20 +141,22 @@ class Pruner:
         if before := self._find_cutoff(kept.partitions_days):
             oldest = self.retention.list_oldest(IMAGES_AT_ONCE, before=before)
             images |= {image.image_id: image for image in oldest}
-        return sum(self._remove(records, image) for image in images.values())
+        return sum(self._remove(records, image, until) for image in images.values())
 
-    def _prune_runs_of_images(self, records: DagsterRecords) -> int:
+    def _prune_runs_of_images(self, records: DagsterRecords, until: float) -> int:
         before = self._find_cutoff(self.kept.runs_days)
         if before is None:
             return 0
         oldest = self.retention.list_oldest(IMAGES_AT_ONCE, (WITH_RUNS,), before)
-        return sum(self._summarize(records, image) for image in oldest)
+        return sum(self._summarize(records, image, until) for image in oldest)
 
-    def _remove(self, records: DagsterRecords, image: Ended) -> bool:
-        """Removes an image from Dagster, unless it is at work again."""
+    def _remove(self, records: DagsterRecords, image: Ended, until: float) -> bool:
+        """Removes an image from Dagster, unless it is at work again or the time is over."""
         if records.is_backfilling() or records.has_unfinished_runs(image.image_id):
             return False
-        records.thin_runs(image.image_id)  # before: all that write would wait meanwhile
+        # Before the image is held: all that write would wait meanwhile.
+        if not records.thin_runs(image.image_id, until):
+            return False
         with self.retention.holding(image, GONE) as is_held:
             if is_held:
                 records.remove_runs(image.image_id)
@@ -165,11 +167,12 @@ class Pruner:
                     records.add_partition(image.image_id)
         return is_held
 
-    def _summarize(self, records: DagsterRecords, image: Ended) -> bool:
+    def _summarize(self, records: DagsterRecords, image: Ended, until: float) -> bool:
         """Removes an image's runs, and keeps a short form of their results."""
         if records.is_backfilling() or records.has_unfinished_runs(image.image_id):
             return False
-        records.thin_runs(image.image_id)
+        if not records.thin_runs(image.image_id, until):
+            return False
         with self.retention.holding(image, AS_SUMMARY) as is_held:
             if is_held:
                 records.detach(image.image_id)

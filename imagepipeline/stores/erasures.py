@@ -90,16 +90,17 @@ class Erasures:
                 table.name: connection.execute(sa.delete(table).where(column == image_id)).rowcount
                 for table, column in _list_columns()
             }
-            connection.execute(
-                sa.update(provider_calls)
-                .where(provider_calls.c.image_id == image_id)
-                .values(image_id=None, generation=None)
-            )
-            # Its answer will come, and what it costs counts.
+            # Its answer will come, and what it costs counts. If the answer is just being stored,
+            # this waits for it, so the calls come next.
             connection.execute(
                 sa.update(batch_requests)
                 .where(batch_requests.c.image_id == image_id)
                 .values(image_id="")
+            )
+            connection.execute(
+                sa.update(provider_calls)
+                .where(provider_calls.c.image_id == image_id)
+                .values(image_id=None, generation=None)
             )
             connection.execute(sa.delete(answers).where(answers.c.key.in_(answer_keys)))
             if row:

@@ -251,7 +251,8 @@ def _explain(error: OSError) -> str:
     """Why a file cannot be opened. Of a link, the system says `Not a directory`, or `Too many`."""
     if error.errno in (errno.ELOOP, errno.ENOTDIR):
         return (
-            "it, or a folder in its path, is a symbolic link, which is not followed, or no folder"
+            "it or a folder in its path is a symbolic link, which is not followed, or a file is "
+            "where a folder should be"
         )
     return error.strerror or type(error).__name__
 

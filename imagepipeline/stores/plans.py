@@ -32,8 +32,9 @@ class Outdated:
 class Plans:
     """Reads what the images in the catalogue's database need."""
 
-    def __init__(self, url: str) -> None:
+    def __init__(self, url: str, is_patient: bool = True) -> None:
         self._database = Database(url)
+        self._is_patient = is_patient  # not in a tick, which Dagster gives up after a minute
 
     def count_outdated(self, recipes: Mapping[str, Recipe], where: Filter = ALL) -> list[Outdated]:
         """Counts results by asset and cause; all images count, whatever their status."""
@@ -42,7 +43,7 @@ class Plans:
         if conditions := self._build(where):
             query = query.join(images, images.c.id == MADE.image_id).where(*conditions)
             count = count.where(*conditions)
-        with self._database.reading(is_patient=True) as connection:
+        with self._database.reading(self._is_patient) as connection:
             groups = connection.execute(query).mappings().all()
             total = connection.execute(count).scalar_one()
         found = []
@@ -53,12 +54,13 @@ class Plans:
             found += _sum_by_cause(asset, recipe, made)
         return found
 
-    def count_planned(self, recipes: Mapping[str, Recipe], where: Filter = ALL) -> list[Outdated]:
-        """As `count_outdated`, but without images that have failed, unless `where` names a status.
+    def leave_out_failed(
+        self, counted: list[Outdated], recipes: Mapping[str, Recipe], where: Filter = ALL
+    ) -> list[Outdated]:
+        """What `count_outdated` counted without failed images, unless `where` names a status.
 
         Only `failed retry` or another push makes these.
         """
-        counted = self.count_outdated(recipes, where)
         if any(condition.field == "status" for condition in where.conditions):
             return counted
         have_failed = Filter((*where.conditions, Condition("status", Status.FAILED)))
@@ -76,7 +78,7 @@ class Plans:
     ) -> list[Outdated]:
         """Counts what the images that `list_outdated` lists for some recipes need of other ones."""
         begun = self._select_outdated(recipes, where)
-        with self._database.reading(is_patient=True) as connection:
+        with self._database.reading(self._is_patient) as connection:
             query = _count_results().where(MADE.image_id.in_(begun), MADE.asset.in_([*others]))
             groups = connection.execute(query).mappings().all()
         return [
@@ -87,7 +89,7 @@ class Plans:
 
     def count_all(self) -> int:
         """The number of images, whatever their status."""
-        with self._database.reading(is_patient=True) as connection:
+        with self._database.reading(self._is_patient) as connection:
             return connection.execute(sa.select(sa.func.count()).select_from(images)).scalar_one()
 
     def list_outdated(
@@ -104,7 +106,7 @@ class Plans:
         If few of many images do, it reads all those up to `until_id`; see `find_later`.
         """
         query = (
-            self._select_outdated(recipes, where)
+            self._select_outdated(recipes, where, is_by_id=True)
             .where(MADE.image_id > after_id)
             .order_by(MADE.image_id)
             .limit(limit)
@@ -160,7 +162,7 @@ class Plans:
         return count - self._count(unended)
 
     def _count(self, query: sa.Select[tuple[str]]) -> int:
-        with self._database.reading(is_patient=True) as connection:
+        with self._database.reading(self._is_patient) as connection:
             counted = sa.select(sa.func.count()).select_from(query.subquery())
             return connection.execute(counted).scalar_one()
 
@@ -181,18 +183,23 @@ class Plans:
             .where(numbered.c.position.in_(drawn))
             .order_by(numbered.c.image_id)
         )
-        with self._database.reading(is_patient=True) as connection:
+        with self._database.reading(self._is_patient) as connection:
             return list(connection.execute(query).scalars())
 
     def _select_outdated(
-        self, recipes: Mapping[str, Recipe], where: Filter
+        self, recipes: Mapping[str, Recipe], where: Filter, is_by_id: bool = False
     ) -> sa.Select[tuple[str]]:
-        """The completed images that need one of these assets."""
+        """The completed images that need one of these assets.
+
+        With `is_by_id`, only the index of IDs is used: SQLite would read all completed images by
+        that of the status.
+        """
+        status = images.c.status + "" if is_by_id else images.c.status
         return (
             sa.select(MADE.image_id)
             .distinct()
             .join(images, images.c.id == MADE.image_id)
-            .where(_is_outdated(recipes), images.c.status == Status.COMPLETED, *self._build(where))
+            .where(_is_outdated(recipes), status == Status.COMPLETED, *self._build(where))
         )
 
     def _build(self, where: Filter) -> list[sa.ColumnElement[bool]]:

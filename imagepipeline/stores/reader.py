@@ -130,7 +130,8 @@ class Reader:
             with self._database.engine.connect() as connection:
                 connection.execute(sa.select(image_history.c.seq).limit(1))
         except sa.exc.DBAPIError as error:
-            if isinstance(error, sa.exc.ProgrammingError) or "no such table" in str(error.orig):
+            is_bare = type(error.orig).__name__ == "UndefinedTable"  # psycopg2's
+            if is_bare or "no such table" in str(error.orig):
                 raise StackError(
                     "the database has none of the catalogue's tables: run `imagepipeline migrate` "
                     "or `imagepipeline up`, or check DATABASE_URL"
@@ -536,10 +537,10 @@ class Reader:
         return unknown
 
     def find_replaced(self, originals: Mapping[str, StoredFile]) -> list[str]:
-        """Those images whose original (by ID) was written after their last push.
+        """Those images whose original (by ID) may have been replaced after their last push.
 
-        A file that was moved keeps its time: then its size tells. Left out are images whose last
-        push named another file.
+        It was written later or, as a file that was moved keeps its time, has another size. Left
+        out are images whose last push named another file.
         """
         replaced, all_ids = [], list(originals)
         columns = (

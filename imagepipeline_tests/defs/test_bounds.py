@@ -161,6 +161,9 @@ def test_what_is_rare_is_not_looked_for_in_all_rows(sqlite_catalogue_url):
     assert len([*FailedImages(sqlite_catalogue_url).iterate(page_rows=1)]) == 2
     _, *later = statements.explain()
     assert [plan for plan in later if "updated_at<?" not in plan] == []
+    statements.seen.clear()
+    Plans(sqlite_catalogue_url).list_outdated(RECIPES, "a", 9, until_id="b")
+    assert [plan for plan in statements.explain() if "images USING INDEX ix" in plan] == []
     statements.stop()
     catalogue.close()
 

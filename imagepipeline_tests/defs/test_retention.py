@@ -3,11 +3,13 @@
 import uuid
 from contextlib import closing
 from datetime import timedelta
+from unittest.mock import Mock
 
 import dagster as dg
 import pytest
 import sqlalchemy as sa
 import yaml
+from dagster._core.definitions.assets.job.asset_job import IMPLICIT_ASSET_JOB_NAME
 from dagster._core.events.log import EventLogEntry
 from dagster._core.execution.backfill import BulkActionStatus, PartitionBackfill
 from dagster._core.storage.event_log import SqliteEventLogStorage
@@ -384,7 +386,8 @@ def test_an_erased_image_takes_no_lines_of_images_with_similar_names_along(world
 @pytest.mark.stack
 @pytest.mark.parametrize("world", ["sqlite", "postgres"], indirect=True)
 def test_an_image_that_is_pushed_again_and_again_keeps_only_its_newer_runs(world, monkeypatch):
-    monkeypatch.setattr(retention, "OF_ONE", ("__ephemeral_asset_job__",))
+    assert IMPLICIT_ASSET_JOB_NAME in retention.OF_ONE
+    monkeypatch.setattr(retention, "OF_ONE", ("__ephemeral_asset_job__",))  # of `world.run`
     assert world.run("again").success
     between = world.now = now_utc()
     assert world.run("again").success
@@ -462,7 +465,7 @@ def test_what_is_restored_of_a_failed_image_says_why_it_failed(world):
 
 @pytest.mark.stack
 @pytest.mark.parametrize("world", ["sqlite", "postgres"], indirect=True)
-def test_what_backups_of_different_ages_disagree_on_is_told_and_repaired(world, tasks):
+def test_what_backups_of_different_ages_disagree_on_is_told_and_repaired(world, tasks, monkeypatch):
     def reconcile_all():
         return sorted(reconcile(world.catalogue, world.instance, tasks, StandstillWatch()))
 
@@ -510,6 +513,11 @@ def test_what_backups_of_different_ages_disagree_on_is_told_and_repaired(world, 
         world.records.remove_partition(image_id)
     [line] = reconcile_all()
     assert line.startswith("gone was recovered and is pending: its run was deleted (run ")
+    with monkeypatch.context() as patch:
+        killed = Mock(side_effect=ConnectionError)
+        patch.setattr(world.instance, "report_runless_asset_event", killed)
+        with pytest.raises(ConnectionError):
+            restore_one(world.instance, world.catalogue, world.retention, "done")
     restored = restore_one(world.instance, world.catalogue, world.retention, "done")
     assert restored["outcome"] == "restored"
     assert world.list_shown("done") == set(SHOWN)

@@ -177,6 +177,8 @@ def test_what_is_spent_is_looked_up_once_for_all_tenants(catalogue, ledger, monk
     names = ("acme", "other", "")
     assert [tenants.find_max_paid_runs(name) for name in names] == [0, 2, math.inf]
     assert len(asked) == 1
+    without = Tenants(catalogue, ledger, {}, {"free": 0.0})
+    assert [without.find_max_paid_runs(name) for name in ("free", "other")] == [0, math.inf]
 
 
 def test_a_tenant_whose_budget_is_spent_gets_its_pictures_and_waits_for_the_rest(
