@@ -269,6 +269,8 @@ def test_a_run_cancelled_in_the_ui_is_cancelled(stack):
     user = ("admin", stack.read_secret("ui_password"))
     assert "TerminateRunSuccess" in ask(stack.site + "/graphql", cancel, user, Origin=stack.site)[1]
     wait_for(stack, failed=1, processing=0, pending=0)
+    while list_runs(stack, "CANCELING"):  # the image has ended, and its run is about to
+        time.sleep(0.02)
     assert list_runs(stack, "CANCELED") == runs
     awaited = json.loads(stack.call("worker", ["imagepipeline", "status", "awaited", "--json"]))
     assert awaited["reason"] == "cancelled"
