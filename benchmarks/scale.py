@@ -198,7 +198,7 @@ def measure_work(stack: Stack, count: int) -> dict[str, Any]:
             name: round((spent - before.get(name, 0)) / len(ended), 3)
             for name, spent in sorted(used.items())
         },
-        "memory_mb": memory_bytes // 1_000_000,
+        "memory_mb": sum(memory_bytes.values()) // 1_000_000,
         "of_one": weigh_run(urls["event_log"], run_id),
     }
 
