@@ -10,6 +10,7 @@ import argparse
 import functools
 import io
 import json
+import multiprocessing
 import statistics
 import subprocess
 import tempfile
@@ -103,13 +104,18 @@ def encode_with_pillow(
 
 def summarize(pngs: list[Path], contents: list[bytes], seconds: float) -> dict[str, Any]:
     """Returns the mean SSIMULACRA2 score against the PNGs, total bytes and CPU seconds."""
-    with ProcessPoolExecutor() as pool:
-        scores = list(pool.map(score, pngs, contents))
+    scores = list(_start_scorers().map(score, pngs, contents))
     return {
         "score": statistics.mean(scores),
         "bytes": sum(map(len, contents)),
         "cpu_seconds": seconds,
     }
+
+
+@functools.cache
+def _start_scorers() -> ProcessPoolExecutor:
+    # Spawned: libvips has threads by now, and in forked processes it would wait for them for ever.
+    return ProcessPoolExecutor(mp_context=multiprocessing.get_context("spawn"))
 
 
 def score(png: Path, content: bytes) -> float:
@@ -175,13 +181,18 @@ def draw(result: dict[str, Any], picture: Path) -> None:
 
     figure, plots = plt.subplots(1, 2, figsize=(11, 4), layout="constrained")
     for name, plot in zip(("avif", "webp"), plots, strict=True):
-        for label, row in result[name].items():
+        for number, (label, row) in enumerate(result[name].items()):
             if label == "ours at 80":  # not at matched quality
                 continue
-            point = (row["cpu_ratio"], row["bytes_ratio"])
             is_ours = label == "ours, matched"
-            plot.plot(*point, "o", color="tab:red" if is_ours else "tab:blue")
-            plot.annotate(label, point, xytext=(5, 4), textcoords="offset points", fontsize=8)
+            plot.plot(
+                *(row["cpu_ratio"], row["bytes_ratio"], "*" if is_ours else "osD^vPX"[number % 7]),
+                color=f"C{number}",
+                markersize=12 if is_ours else 8,
+                zorder=3 if is_ours else 2,
+                label=label,
+            )
+        plot.legend(fontsize=8, frameon=False)
         plot.set(
             title=name.upper(),
             xscale="log",
