@@ -6,7 +6,6 @@ Dagster's events go; the rows go last, because they say where the rest is.
 """
 
 import contextlib
-import hashlib
 import itertools
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
@@ -23,7 +22,7 @@ from imagepipeline.models import (
     check_image_id,
 )
 from imagepipeline.paid_calls import Kept
-from imagepipeline.storage import Storage
+from imagepipeline.storage import Storage, hash_original
 from imagepipeline.stores.catalogue import Catalogue
 from imagepipeline.stores.erasures import Erasures
 from imagepipeline.stores.uploads import UploadQueue
@@ -214,8 +213,8 @@ def _list_answer_keys(stores: Stores, row: Mapping[str, Any] | None) -> list[str
     if row["original_sha256"]:
         inputs["metadata"].add(row["original_sha256"])
     for path in filter(None, (row["path"], row["requested_path"])):
-        if _exists(stores.files, path):
-            inputs["metadata"].add(hashlib.sha256(stores.files.read(path)).hexdigest())
+        if sha256 := hash_original(stores.files, path):
+            inputs["metadata"].add(sha256)
     if metadata := ImageMetadata.read(row["metadata"]):
         inputs["embedding"].add(hash_text(metadata.embedding_text))
     recipes = {asset: {recipe} for asset, recipe in stores.recipes.items()}

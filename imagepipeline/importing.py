@@ -23,7 +23,7 @@ from imagepipeline.errors import (
 )
 from imagepipeline.imaging.formats import identify
 from imagepipeline.models import StoredFile, Upload, check_image_id, choose_extension
-from imagepipeline.storage import Storage
+from imagepipeline.storage import Storage, hash_original
 from imagepipeline.stores.catalogue import Catalogue
 from imagepipeline.stores.files import FileStore
 
@@ -300,7 +300,7 @@ class _Comparison:
             content = self.source.read(file.name, self.source.max_bytes)
         except MissingOriginalError as error:
             return file.fail(State.UNREADABLE, str(error))
-        if _hash(content) != (sha256 or _hash_stored(self.files, path)):
+        if _hash(content) != (sha256 or (path and hash_original(self.files, path))):
             other = f"{image_id} has another original ({path or 'which is missing'})"
             return file.fail(State.OTHER_BYTES, f"{other}: `push --id` replaces it")
         return replace(file, state=State.KNOWN) if is_known else file
@@ -314,7 +314,7 @@ def _store(file: File, planned: Plan, source: Source, files: Storage, mode: Mode
     path = f"original/{image_id}.{choose_extension(file.name)}"
     path = planned.stored.setdefault(image_id, path)
     if mode is not Mode.COPY and _link(file, path, source.files, files):
-        if source.id_from != "hash" or _hash_stored(files, path) == image_id:
+        if source.id_from != "hash" or hash_original(files, path) == image_id:
             return replace(file, state=State.IMPORTED)
         files.delete(path)
     try:
@@ -324,7 +324,7 @@ def _store(file: File, planned: Plan, source: Source, files: Storage, mode: Mode
     is_changed = source.id_from == "hash" and _hash(content) != image_id
     if is_changed or len(content) != file.size:
         return file.fail(State.CHANGED, "it has changed: import it again")
-    if not files.create(path, content) and _hash_stored(files, path) != _hash(content):
+    if not files.create(path, content) and hash_original(files, path) != _hash(content):
         return file.fail(State.OTHER_BYTES, f"{path} was written by somebody else meanwhile")
     return replace(file, state=State.IMPORTED)
 
@@ -346,19 +346,12 @@ def _is_stored(file: File, planned: Plan, source: Source, files: Storage) -> boo
         content = source.read(file.name, source.max_bytes)
     except MissingOriginalError:
         return False
-    return _hash_stored(files, planned.stored.get(str(file.image_id))) == _hash(content)
+    path = planned.stored.get(str(file.image_id))
+    return path is not None and hash_original(files, path) == _hash(content)
 
 
 def _hash(content: bytes) -> str:
     return hashlib.sha256(content).hexdigest()
-
-
-def _hash_stored(files: Storage, path: str | None) -> str | None:
-    """The hash of a stored original; None if it is missing."""
-    try:
-        return _hash(files.read(path)) if path else None
-    except MissingOriginalError:
-        return None
 
 
 def _explain_size(size: int, max_bytes: int) -> str:

@@ -3,10 +3,12 @@
 `FileStore` (a folder) and `ObjectStore` (a bucket) are the two there are.
 """
 
+import hashlib
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Protocol
 
+from imagepipeline.errors import MissingOriginalError
 from imagepipeline.models import StoredFile
 from imagepipeline.stores.files import FileStore
 from imagepipeline.stores.objects import ObjectStore
@@ -111,3 +113,11 @@ def open_storage(root: str) -> Storage:
     if "://" in root and not root.startswith("file://"):
         return ObjectStore(root)
     return FileStore(Path(root.removeprefix("file://")))
+
+
+def hash_original(files: Storage, path: str) -> str | None:
+    """The SHA-256 of a stored original, as hexadecimal digits; None if it is missing."""
+    try:
+        return hashlib.sha256(files.read(path)).hexdigest()
+    except MissingOriginalError:
+        return None

@@ -6,16 +6,11 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from imagepipeline.errors import (
-    InvalidUploadError,
-    MissingOriginalError,
-    PostponedError,
-    StackError,
-)
+from imagepipeline.errors import InvalidUploadError, PostponedError, StackError
 from imagepipeline.models import check_original_path, choose_extension
 from imagepipeline.opening import open_catalogue, open_queue
 from imagepipeline.settings import Settings
-from imagepipeline.storage import Storage, open_storage
+from imagepipeline.storage import Storage, hash_original, open_storage
 
 Report = Callable[[str], None]
 
@@ -121,7 +116,5 @@ def _is_original(
     """
     if known_path not in (None, path) and known_path in files.find_originals_of(image_id):
         return True
-    try:
-        return sha256 is not None and hashlib.sha256(files.read(path)).hexdigest() == sha256
-    except MissingOriginalError:  # it has just gone
-        return True
+    # It has no hash if it has just gone.
+    return sha256 is not None and hash_original(files, path) in (sha256, None)
