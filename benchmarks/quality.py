@@ -186,7 +186,9 @@ def draw(result: dict[str, Any], picture: Path) -> None:
                 continue
             is_ours = label == "ours, matched"
             plot.plot(
-                *(row["cpu_ratio"], row["bytes_ratio"], "*" if is_ours else "osD^vPX"[number % 7]),
+                row["cpu_ratio"],
+                row["bytes_ratio"],
+                "*" if is_ours else "osD^vPX"[number % 7],
                 color=f"C{number}",
                 markersize=12 if is_ours else 8,
                 zorder=3 if is_ours else 2,

@@ -246,9 +246,9 @@ def prioritize(settings: Settings, image_id: str, priority: int, as_json: bool) 
 def sweep(settings: Settings, dry_run: bool, as_json: bool) -> None:
     """Enqueue originals whose push was lost, and delete temporary files of crashes.
 
-    Use it if the Redis list was lost, or after a restore. It takes every file
-    `original/<id>.<ext>` for an upload that is not in the catalogue, or was written after the
-    last push of its image.
+    Use it if the Redis list was lost, or after a restore. It takes each file
+    `original/<id>.<ext>` for an upload whose ID is not in the catalogue, or whose content has
+    changed since the last push of its image.
     """
     swept = uploading.sweep(settings, dry_run, note)
     would = "would be " if dry_run else ""
