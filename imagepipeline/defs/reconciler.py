@@ -11,7 +11,6 @@ from collections.abc import Callable, Hashable
 from functools import partial
 
 import dagster as dg
-from dagster_celery.tags import DAGSTER_CELERY_TASK_ID_TAG as TASK_ID_TAG
 
 from imagepipeline.defs.attempts import GENERATION_TAG, read_generation
 from imagepipeline.defs.batches import process_batch
@@ -106,10 +105,10 @@ def reconcile(
         lines += repaired
     idle = _list_idle_runs(instance, owners={row.run_id for row in processing})
     lines += _cancel_runs(catalogue, instance)
-    waiting = tasks.list_waiting() if any(TASK_ID_TAG in run.tags for run in idle) else set()
+    waiting = tasks.list_waiting() if idle else set()
     for run in idle:
         watched.add(run.run_id)
-        if run.tags.get(TASK_ID_TAG) in waiting:  # for a worker, or for a free slot
+        if run.run_id in waiting:  # for a worker, or for a free slot
             watch.measure_seconds(run.run_id, "waits for a worker")
         elif watch.measure_seconds(run.run_id, "holds no image") >= UNCLAIMED_SECONDS:
             is_queued = run.status != dg.DagsterRunStatus.NOT_STARTED

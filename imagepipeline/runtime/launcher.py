@@ -4,6 +4,7 @@
 """
 
 import functools
+from typing import Any
 
 import dagster_celery.launcher
 from celery import states
@@ -11,7 +12,6 @@ from celery.result import AsyncResult
 from dagster import DagsterRun
 from dagster._core.launcher import CheckRunHealthResult, WorkerStatus
 from dagster_celery.launcher import CeleryRunLauncher
-from dagster_celery.tags import DAGSTER_CELERY_TASK_ID_TAG as TASK_ID_TAG
 from dagster_celery.tasks import create_execute_job_task
 
 # Without the cache, each launch registers the task again, which logs a warning and leaks memory.
@@ -19,7 +19,16 @@ vars(dagster_celery.launcher)["create_execute_job_task"] = functools.cache(creat
 
 
 class RunLauncher(CeleryRunLauncher):
-    """Launches runs as Celery tasks and leaves recovery to the reconciler."""
+    """Launches runs as Celery tasks and leaves recovery to the reconciler.
+
+    A task has the ID of its run. Celery would choose another one, which Dagster learns only after
+    the task was sent: until then, a run that has begun could not be cancelled.
+    """
+
+    def _launch_celery_task_run(
+        self, run: DagsterRun, task_signature: Any, routing_key: str
+    ) -> None:
+        super()._launch_celery_task_run(run, task_signature.set(task_id=run.run_id), routing_key)
 
     @property
     def supports_resume_run(self) -> bool:
@@ -32,10 +41,10 @@ class RunLauncher(CeleryRunLauncher):
         Dagster is told first; otherwise the run would record the signal as a crash.
         """
         run = self._instance.get_run_by_id(run_id)
-        if run is None or run.is_finished or TASK_ID_TAG not in run.tags:
+        if run is None or run.is_finished:
             return False
         self._instance.report_run_canceling(run)
-        self._find_result(run).revoke(terminate=True)
+        self._find_result(run_id).revoke(terminate=True)
         return True
 
     def check_run_worker_health(self, run: DagsterRun) -> CheckRunHealthResult:
@@ -43,7 +52,7 @@ class RunLauncher(CeleryRunLauncher):
 
         All other losses are found by the reconciler.
         """
-        if TASK_ID_TAG in run.tags and self._find_result(run).state == states.FAILURE:
+        if self._find_result(run.run_id).state == states.FAILURE:
             return CheckRunHealthResult(
                 WorkerStatus.FAILED, "The process that executed the run died."
             )
@@ -54,5 +63,5 @@ class RunLauncher(CeleryRunLauncher):
     ) -> None:
         """Returns None: all that Celery knows about a run that has not started is that it waits."""
 
-    def _find_result(self, run: DagsterRun) -> AsyncResult:
-        return self.celery.AsyncResult(run.tags[TASK_ID_TAG])
+    def _find_result(self, run_id: str) -> AsyncResult:
+        return self.celery.AsyncResult(run_id)

@@ -165,7 +165,7 @@ def hanging_run(stack: Drill) -> float:
     stack.provider.call_seconds = answers_after
     seconds = stack.measure_completion(began)
     [end] = [run["end"] for run in stack.runs() if run["id"] == hanging]
-    assert "The process that executed the run died" in end
+    assert "The process that executed the run died" in end, end
     return seconds
 
 

@@ -15,12 +15,12 @@ import dagster as dg
 import dagster_celery.config
 import pytest
 from celery import states
-from dagster._core.launcher import CheckRunHealthResult, WorkerStatus
+from dagster._core.code_pointer import ModuleCodePointer
+from dagster._core.launcher import CheckRunHealthResult, LaunchRunContext, WorkerStatus
+from dagster._core.origin import JobPythonOrigin, RepositoryPythonOrigin
 from dagster._core.storage.sqlite import SQLITE_BUSY_TIMEOUT_SECONDS
 from dagster_celery.launcher import CeleryRunLauncher
-from dagster_celery.tags import DAGSTER_CELERY_TASK_ID_TAG
 
-from imagepipeline.defs.reconciler import TASK_ID_TAG
 from imagepipeline.runtime import daemon, services, webserver, worker
 from imagepipeline.runtime.launcher import RunLauncher
 from imagepipeline.settings import Settings
@@ -117,22 +117,20 @@ def test_preloading_starts_no_thread_and_builds_the_parser_that_each_child_needs
     subprocess.run([sys.executable, "-c", code], check=True, env=environment)
 
 
-def launch(instance, redis_url):
-    """Launches a run for any worker; returns it as stored by Dagster."""
-    run = instance.create_run_for_job(dg.GraphDefinition("g").to_job())
-    launcher = instance.run_launcher
-    task = launcher.celery.tasks.get(TASK) or dagster_celery.tasks.create_execute_job_task(
-        launcher.celery
-    )
-    launcher._launch_celery_task_run(run, task.si(execute_job_args_packed={}), TASK)
-    return instance.get_run_by_id(run.run_id)
+def launch(instance):
+    """Launches a run for any worker; returns it as it was before."""
+    pointer = ModuleCodePointer("imagepipeline.definitions", "defs")
+    origin = JobPythonOrigin("g", RepositoryPythonOrigin(sys.executable, pointer))
+    run = instance.create_run_for_job(dg.GraphDefinition("g").to_job(), job_code_origin=origin)
+    instance.run_launcher.launch_run(LaunchRunContext(run, workspace=None))
+    return run
 
 
 def test_a_run_that_waits_for_a_worker_is_listed_and_healthy(settings, instance, redis_url):
     assert isinstance(instance.run_launcher, RunLauncher)
-    run = launch(instance, redis_url)
+    run = launch(instance)
     with closing(TaskQueue(redis_url, settings.queue_prefix)) as tasks:
-        assert tasks.list_waiting() == {run.tags[TASK_ID_TAG]}
+        assert tasks.list_waiting() == {run.run_id}
         tasks._redis.delete(f"{settings.queue_prefix}:runs:{broker.QUEUE}")
         assert tasks.list_waiting() == set()
     healthy = CheckRunHealthResult(WorkerStatus.RUNNING)
@@ -141,23 +139,25 @@ def test_a_run_that_waits_for_a_worker_is_listed_and_healthy(settings, instance,
         instance.run_launcher.check_run_worker_health(run.with_status(dg.DagsterRunStatus.STARTED))
         == healthy
     )
-    untagged = instance.create_run_for_job(dg.GraphDefinition("h").to_job())
-    assert instance.run_launcher.check_run_worker_health(untagged) == healthy
+    unsent = instance.create_run_for_job(dg.GraphDefinition("h").to_job())
+    assert instance.run_launcher.check_run_worker_health(unsent) == healthy
     assert not instance.run_launcher.supports_resume_run
 
 
-def test_a_run_whose_worker_reports_its_death_has_failed(settings, instance, redis_url):
-    run = launch(instance, redis_url)
+def test_a_run_whose_worker_reports_its_death_has_failed(settings, instance):
+    run = launch(instance)
     backend = instance.run_launcher.celery.backend
-    backend.store_result(run.tags[TASK_ID_TAG], RuntimeError("signal 9"), states.FAILURE)
+    backend.store_result(run.run_id, RuntimeError("signal 9"), states.FAILURE)
     health = instance.run_launcher.check_run_worker_health(run)
     assert health.status == WorkerStatus.FAILED
-    key = backend.get_key_for_task(run.tags[TASK_ID_TAG])
+    key = backend.get_key_for_task(run.run_id)
     assert 0 < backend.client.ttl(key) <= broker.KEEP_FAILURES_SECONDS
 
 
-def test_a_cancelled_run_is_marked_in_dagster(settings, instance, redis_url):
-    run = launch(instance, redis_url)
+def test_a_cancelled_run_is_marked_in_dagster(settings, instance, monkeypatch):
+    # A fast worker has begun a run before the launcher stores anything about the task.
+    monkeypatch.setattr(instance, "add_run_tags", lambda *_: None)
+    run = launch(instance)
     assert instance.run_launcher.terminate(run.run_id)
     assert instance.get_run_by_id(run.run_id).status == dg.DagsterRunStatus.CANCELING
     instance.report_run_canceled(run)
@@ -166,7 +166,6 @@ def test_a_cancelled_run_is_marked_in_dagster(settings, instance, redis_url):
 
 def test_dagster_celery_has_the_parts_that_launcher_and_worker_use(settings):
     assert dagster_celery.config.TASK_EXECUTE_JOB_NAME == TASK
-    assert DAGSTER_CELERY_TASK_ID_TAG == TASK_ID_TAG
     assert "celery" in CeleryRunLauncher.__annotations__
     assert issubclass(RunLauncher, CeleryRunLauncher)
     assert "create_execute_job_task(" in inspect.getsource(CeleryRunLauncher)
