@@ -293,7 +293,7 @@ class Settings(BaseModel):
     max_run_seconds: Annotated[int, Field(ge=10, le=86_400)] = Field(
         900,
         description="How long a run may take. Then its worker ends it, and another run takes the "
-        "image.",
+        "image; the third time, the image fails as `poison`.",
     )
     explicit_broker_url: Annotated[SecretStr, AfterValidator(_check_redis_url)] | None = Field(
         None,

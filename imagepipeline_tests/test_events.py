@@ -202,7 +202,7 @@ def test_each_end_of_a_generation_writes_one_event_and_a_replaced_run_writes_non
     save_pictures(catalogue, stale)
     save_rest(catalogue, stale)
     [processing] = catalogue.list_processing()
-    catalogue.recover(processing, "its process died")
+    catalogue.recover(processing.claim, "its process died")
     for write in (
         lambda: catalogue.finish(stale),
         lambda: catalogue.fail(stale, "unexpected", "x"),

@@ -33,6 +33,7 @@ MAX_ATTEMPTS = 3
 # For unclassified errors. Dagster waits (2^n - 1) x delay: 1 s, then 3 s.
 RETRY_POLICY = dg.RetryPolicy(max_retries=MAX_ATTEMPTS - 1, delay=1, backoff=dg.Backoff.EXPONENTIAL)
 BEAT_SECONDS = 10
+STOPPED = "its run was stopped (SIGTERM, as after IMAGEPIPELINE_MAX_RUN_SECONDS)"
 log = logging.getLogger(__name__)
 # A run that is terminated by force is CANCELED at once.
 CANCELLED = (dg.DagsterRunStatus.CANCELING, dg.DagsterRunStatus.CANCELED)
@@ -198,11 +199,19 @@ def settle(
 def interrupt_work(
     context: dg.OpExecutionContext | dg.AssetExecutionContext, catalogue: Catalogue, claim: Claim
 ) -> Verdict:
-    """Fails the image if a person cancelled the run; any other stop hands the image back."""
+    """Fails the image if a person cancelled the run; any other stop counts as a lost run.
+
+    Otherwise, an image that always takes too long would be tried, and paid for, without end.
+    """
     run = context.instance.get_run_by_id(context.run.run_id)
     if run is not None and run.status in CANCELLED:
         return _fail(catalogue, claim, "cancelled", f"run {run.run_id} was cancelled")
-    return _hand_back(catalogue, claim, "the run was stopped", 0, "stopped")
+    try:
+        status = catalogue.recover(claim, STOPPED)
+    except (StaleClaimError, PostponedError) as problem:  # the reconciler recovers it
+        return Verdict(f"{STOPPED}; {problem}.")
+    reason = "poison" if status == Status.FAILED else "stopped"
+    return Verdict(f"{STOPPED}; {claim.image_id} is {status}.", status=status, reason=reason)
 
 
 def _claim(context: dg.AssetExecutionContext, catalogue: Catalogue) -> Claim | None:

@@ -200,7 +200,7 @@ def _recover_if_lost(
         if run is not None and run.status == dg.DagsterRunStatus.CANCELED:
             catalogue.fail(row.claim, "cancelled", f"run {row.run_id} was cancelled")
             return [f"{row.image_id} has failed: its run {row.run_id} was cancelled."]
-        status = catalogue.recover(row, cause)
+        status = catalogue.recover(row.claim, cause)
     except StaleClaimError:  # it ended or was taken over meanwhile
         return []
     if run is not None and not run.is_finished:

@@ -34,7 +34,7 @@ from imagepipeline.models import (
     check_image_id,
 )
 from imagepipeline.stores import events, history, outbox, retention
-from imagepipeline.stores.reader import Pending, Processing, Reader
+from imagepipeline.stores.reader import Pending, Reader
 from imagepipeline.stores.retention import ENDED
 from imagepipeline.stores.tables import (
     applies,
@@ -526,8 +526,8 @@ class Catalogue(Reader):
         with self._database.transaction() as connection:
             self._hand_back(connection, claim, cause, wait_seconds)
 
-    def recover(self, lost: Processing, cause: str) -> Status:
-        """Takes an image from a run that is gone: `pending` again, or `failed` the third time.
+    def recover(self, claim: Claim, cause: str) -> Status:
+        """Takes an image from a run that is lost: `pending` again, or `failed` the third time.
 
         Counts the recoveries since the image was accepted, within 72 hours: an image that loses its
         run again and again probably kills it.
@@ -537,16 +537,15 @@ class Catalogue(Reader):
         """
         since = self._clock() - POISON_WINDOW
         count = sa.select(sa.func.count()).where(
-            image_history.c.image_id == lost.image_id,
+            image_history.c.image_id == claim.image_id,
             image_history.c.event == "recovered",
-            image_history.c.at >= history.accepted_at(lost.image_id),
+            image_history.c.at >= history.accepted_at(claim.image_id),
             image_history.c.at >= since,
         )
-        claim = lost.claim
         with self._database.transaction() as connection:
             earlier = connection.execute(count).scalar_one()
             self._update(connection, claim)
-            self._record(connection, lost.image_id, "recovered", cause)
+            self._record(connection, claim.image_id, "recovered", cause)
             if earlier + 1 >= POISON_RECOVERIES:
                 return self._fail(
                     connection,
@@ -557,7 +556,7 @@ class Catalogue(Reader):
             self._hand_back(connection, claim, cause, 0)
             # It leaves the bulk lane: if it kills its process, it kills no others' work again.
             alone = sa.update(images).where(
-                images.c.id == lost.image_id, images.c.priority == BULK_PRIORITY
+                images.c.id == claim.image_id, images.c.priority == BULK_PRIORITY
             )
             connection.execute(alone.values(priority=BULK_PRIORITY + 1))
             return Status.PENDING

@@ -19,8 +19,9 @@ from pydantic import ValidationError
 
 from imagepipeline.definitions import NICEST, defs
 from imagepipeline.defs import batches
+from imagepipeline.defs.attempts import STOPPED
 from imagepipeline.defs.batches import ApplyConfig, apply_plan, process_batch
-from imagepipeline.defs.outcomes import ORIGINAL
+from imagepipeline.defs.outcomes import ORIGINAL, REASON_TAG, STATUS_TAG
 from imagepipeline.errors import ApplyBusyError, ProviderUnavailableError
 from imagepipeline.imaging.decoding import Rules, decode
 from imagepipeline.imaging.sandbox import Sandbox
@@ -188,26 +189,41 @@ def test_a_batch_takes_no_images_once_a_person_has_paused_all_work(
     assert catalogue.get("a")["status"] == "pending"
 
 
-def test_a_batch_that_is_stopped_hands_its_images_back(run_batch, push, catalogue):
-    class Stopped(LocalVision):
-        """Stops the process as Celery and Dagster do."""
+class Stopped(LocalVision):
+    """Stops the process as Celery and Dagster do."""
 
-        def describe(self, preview, facts):
-            os.kill(os.getpid(), signal.SIGINT)
-            time.sleep(30)
+    def describe(self, preview, facts):
+        os.kill(os.getpid(), signal.SIGINT)
+        time.sleep(30)
 
+
+def test_the_images_of_a_batch_that_is_stopped_get_runs_of_their_own(run_batch, push, catalogue):
     push("a")
     assert not run_batch(vision=Stopped()).success
     row = catalogue.get("a")
     assert (row["status"], row["generation"]) == ("pending", 2)
-    assert row["history"][-1]["detail"] == "the run was stopped"
+    assert row["history"][-1]["detail"] == STOPPED
+    assert catalogue.claim_next("other") is None
+
+
+def test_an_image_whose_runs_are_stopped_three_times_fails(run, instance, catalogue, cat):
+    catalogue.accept([Upload(cat)])
+    for generation, status in ((1, "pending"), (2, "pending"), (3, "failed")):
+        result = run(cat, generation, vision=Stopped())
+        assert not result.success
+        row = catalogue.get(cat)
+        assert (row["status"], row["fence"]) == (status, 2 * generation - (status == "failed"))
+    assert row["reason"] == "poison"
+    assert row["error"] == f"its run was lost 3 times, the last time because {STOPPED}"
+    tags = instance.get_run_by_id(result.run_id).tags
+    assert (tags[STATUS_TAG], tags[REASON_TAG]) == ("failed", "poison")
 
 
 def test_an_image_whose_batch_died_gets_a_run_of_its_own(push, catalogue):
     push("a")
     catalogue.claim_next("run")
     [lost] = catalogue.list_processing()
-    assert catalogue.recover(lost, "its process died") == "pending"
+    assert catalogue.recover(lost.claim, "its process died") == "pending"
     assert catalogue.claim_next("other") is None
     assert [pending.image_id for pending in catalogue.list_pending(9)] == ["a"]
 
