@@ -6,6 +6,7 @@ length, for `grep` and `awk`.
 
 import contextlib
 import io
+import math
 import re
 import sys
 import time
@@ -44,6 +45,8 @@ if TYPE_CHECKING:  # they decode images
     from imagepipeline.sampling import Sample, Trial
 
 POLL_SECONDS = 0.3
+STILL_SECONDS = 60
+STILL_NOTE = f"Nothing has changed for {STILL_SECONDS} s: `imagepipeline doctor` may say why."
 COLOR = re.compile(r"#[0-9a-f]{6}\b")
 MAX_ID_COLUMNS = 32  # longer IDs may be folded
 PIPE_COLUMNS = 10_000
@@ -63,6 +66,23 @@ STYLES = {
 out = Console()
 
 
+class Patience:
+    """Tells a person who waits where to look, once each time that nothing changes for a minute."""
+
+    def __init__(self) -> None:
+        self._value: object = None
+        self._due_seconds = math.inf
+
+    def look_at(self, value: object) -> None:
+        """Notes what is shown now; says on stderr if it has been the same for too long."""
+        now_seconds = time.monotonic()
+        if value != self._value:
+            self._value, self._due_seconds = value, now_seconds + STILL_SECONDS
+        elif now_seconds >= self._due_seconds:
+            self._due_seconds = math.inf
+            console.err.print(STILL_NOTE, soft_wrap=True)
+
+
 def follow(
     catalogue: Catalogue, awaited: Mapping[str, int], pause: Callable[[float], None]
 ) -> None:
@@ -78,6 +98,7 @@ def follow(
         MofNCompleteColumn(),
         TimeElapsedColumn(),
     ]
+    patience = Patience()
     with Progress(*columns, console=console.err) as progress:
         bar = progress.add_task("waiting", total=len(awaited))
         while waiting:
@@ -96,6 +117,7 @@ def follow(
             progress.update(
                 bar, completed=len(awaited) - len(waiting), description=counts or "waiting"
             )
+            patience.look_at(counts)
             if waiting:
                 pause(POLL_SECONDS)
 
@@ -109,13 +131,15 @@ def follow_apply(steps: Iterable[ApplyProgress], total: int) -> Iterator[ApplyPr
         TimeElapsedColumn(),
         TimeRemainingColumn(),
         TextColumn("{task.fields[spent]}"),
-        console=Console(stderr=True),
+        console=console.err,
     )
+    patience = Patience()
     with bar:
         task = bar.add_task("applying", total=total, spent="")
         for step in steps:
             done = step.completed + step.failed
             bar.update(task, completed=done, spent=f"{step.spent_usd:.4f} USD")
+            patience.look_at(step)
             yield step
 
 
@@ -151,7 +175,7 @@ def follow_batches(steps: Iterable["Fetched"]) -> Iterator["Fetched"]:
         MofNCompleteColumn(),
         TimeElapsedColumn(),
         TextColumn("{task.fields[open]} open batches; Ctrl-C leaves them open"),
-        console=Console(stderr=True),
+        console=console.err,
     )
     with bar:
         task = bar.add_task("fetching", total=None, open=0)

@@ -12,10 +12,11 @@ import threading
 from contextlib import closing
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
-from imagepipeline import overview
+from imagepipeline import display, overview
 from imagepipeline.models import (
     ASSETS,
     ImageMetadata,
@@ -25,6 +26,7 @@ from imagepipeline.models import (
     Variant,
     VariantSpec,
 )
+from imagepipeline.stores.applies import ApplyProgress
 from imagepipeline.stores.catalogue import Catalogue
 from imagepipeline_tests.conftest import PHOTOS
 
@@ -212,3 +214,24 @@ def test_the_status_tells_throughput_time_left_and_failures_by_reason(sqlite_cat
         "95.2 kB",
         "1 MB",
     ]
+
+
+def test_who_waits_for_an_apply_that_stands_still_is_told_once_where_to_look(monkeypatch, capsys):
+    now_seconds = [0.0]
+    monkeypatch.setattr(display, "time", SimpleNamespace(monotonic=lambda: now_seconds[0]))
+
+    def stand_still(completed):
+        for _ in range(5):
+            yield ApplyProgress(9, completed, 0, 0.0)
+            now_seconds[0] += display.STILL_SECONDS / 2
+
+    def count_notes():
+        return capsys.readouterr().err.count(display.STILL_NOTE)
+
+    list(display.follow_apply([ApplyProgress(9, one, 0, 0.0) for one in range(9)], total=9))
+    assert count_notes() == 0
+    list(display.follow_apply(stand_still(completed=0), total=9))
+    assert count_notes() == 1
+    moving = (step for completed in (1, 2, 3) for step in stand_still(completed))
+    list(display.follow_apply(moving, total=9))
+    assert count_notes() == 3
