@@ -36,7 +36,7 @@ BEAT_SECONDS = 10
 STOPPED = "its run was stopped (SIGTERM, as after IMAGEPIPELINE_MAX_RUN_SECONDS)"
 log = logging.getLogger(__name__)
 # A run that is terminated by force is CANCELED at once.
-CANCELLED = (dg.DagsterRunStatus.CANCELING, dg.DagsterRunStatus.CANCELED)
+CANCELLED_STATUSES = (dg.DagsterRunStatus.CANCELING, dg.DagsterRunStatus.CANCELED)
 
 
 @dataclass(frozen=True)
@@ -204,7 +204,7 @@ def interrupt_work(
     Otherwise, an image that always takes too long would be tried, and paid for, without end.
     """
     run = context.instance.get_run_by_id(context.run.run_id)
-    if run is not None and run.status in CANCELLED:
+    if run is not None and run.status in CANCELLED_STATUSES:
         return _fail(catalogue, claim, "cancelled", f"run {run.run_id} was cancelled")
     try:
         status = catalogue.recover(claim, STOPPED)

@@ -12,7 +12,7 @@ from functools import partial
 
 import dagster as dg
 
-from imagepipeline.defs.attempts import GENERATION_TAG, read_generation
+from imagepipeline.defs.attempts import CANCELLED_STATUSES, GENERATION_TAG, read_generation
 from imagepipeline.defs.batches import process_batch
 from imagepipeline.defs.jobs import process_upload
 from imagepipeline.defs.outcomes import build_outcome, report_outcome
@@ -197,15 +197,17 @@ def _recover_if_lost(
     else:
         return []
     try:
-        if run is not None and run.status == dg.DagsterRunStatus.CANCELED:
+        if run is not None and run.status in CANCELLED_STATUSES:
             catalogue.fail(row.claim, "cancelled", f"run {row.run_id} was cancelled")
-            return [f"{row.image_id} has failed: its run {row.run_id} was cancelled."]
-        status = catalogue.recover(row.claim, cause)
+            line = f"{row.image_id} has failed: its run {row.run_id} was cancelled."
+        else:
+            status = catalogue.recover(row.claim, cause)
+            line = f"{row.image_id} was recovered and is {status}: {cause} (run {row.run_id})."
     except StaleClaimError:  # it ended or was taken over meanwhile
         return []
     if run is not None and not run.is_finished:
         end_run(instance, run, cause)
-    return [f"{row.image_id} was recovered and is {status}: {cause} (run {row.run_id})."]
+    return [line]
 
 
 def _renew_if_run_ended(
@@ -238,4 +240,7 @@ def end_run(instance: dg.DagsterInstance, run: dg.DagsterRun, cause: str) -> Non
     Its process is not asked to stop: asking a frozen one would block the whole code server, and a
     live one finds its claim gone at its next write and ends by itself.
     """
-    instance.report_run_failed(run, f"Ended by the reconciler: {cause}.")
+    # The process of a cancelled run may be frozen or dead: it still ends as cancelled.
+    is_cancelled = run.status in CANCELLED_STATUSES
+    report = instance.report_run_canceled if is_cancelled else instance.report_run_failed
+    report(run, f"Ended by the reconciler: {cause}.")

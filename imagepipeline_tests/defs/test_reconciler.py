@@ -132,6 +132,23 @@ def test_the_image_of_a_cancelled_run_fails(recover, catalogue, start_run):
     assert (catalogue.get("a")["status"], catalogue.get("a")["reason"]) == ("failed", "cancelled")
 
 
+def test_a_frozen_run_that_a_person_has_cancelled_ends_as_cancelled(
+    recover, catalogue, start_run, instance
+):
+    runs = [start_run(image_id) for image_id in ("working", "unclaimed")]
+    accept_claimed(catalogue, "working", runs[0])
+    catalogue.accept([Upload("unclaimed")])
+    for run in runs:
+        instance.report_run_canceling(run)
+    assert recover() == []
+    assert len(recover(after_seconds=STALL_SECONDS)) == 3  # two images, and the run without one
+    for run in runs:
+        assert instance.get_run_by_id(run.run_id).status == dg.DagsterRunStatus.CANCELED
+    for image_id in ("working", "unclaimed"):
+        row = catalogue.get(image_id)
+        assert (row["status"], row["reason"]) == ("failed", "cancelled")
+
+
 def test_an_image_whose_run_ended_before_its_claim_gets_another_run(recover, catalogue, start_run):
     catalogue.accept([Upload("a")])
     start_run("a", status=dg.DagsterRunStatus.FAILURE)
