@@ -240,13 +240,13 @@ class PaidCalls:
     ) -> tuple[A, Receipt]:
         """Makes a call and records it, whatever its outcome, and keeps its answer."""
         started = time.monotonic()
-        outcome, usage, content = "answered", None, None
+        outcome, usage, content = "unexpected", None, None  # as if the run is stopped meanwhile
         try:
             answer = call()
-            usage = answer.usage
+            outcome, usage = "answered", answer.usage
             content = dump_answer(answer) if kept else None
         except ImagePipelineError as error:
-            reason = getattr(error, "reason", "unexpected")
+            reason = getattr(error, "reason", outcome)
             outcome, usage = (
                 getattr(error, "outcome", None) or reason,
                 getattr(error, "usage", None),

@@ -332,6 +332,15 @@ def test_a_forbidden_search_does_not_pause_other_calls(ledger, clock):
     assert ledger.list_pauses() == []
 
 
+def test_a_call_whose_run_is_stopped_does_not_count_as_answered(make, ledger):
+    with pytest.raises(KeyboardInterrupt):
+        make(fail(KeyboardInterrupt()), daily_budget_usd=1.0)
+    assert ledger.find_last_usage("openai", "priced-model") is None
+    [row] = ledger.summarize("model")
+    assert (row["calls"], row["answered"]) == (1, 0)
+    make(lambda: Answer(CallUsage(1, 1)), daily_budget_usd=1.0)  # no usage is missed
+
+
 def test_a_call_that_timed_out_counts_as_unanswered(make, ledger, sqlite_catalogue_url):
     with pytest.raises(ProviderTimedOutError):
         make(fail(ProviderTimedOutError("too long")))
