@@ -231,7 +231,10 @@ class BadAnswerError(RetryableError):
     """The answer does not fit the schema. `usage` is what the provider charges for it."""
 
     reason = "bad_output"
-    usage: CallUsage | None = None
+
+    def __init__(self, message: str, usage: CallUsage | None = None) -> None:
+        super().__init__(message)
+        self.usage = usage
 
 
 class FormatRefusedError(BadAnswerError):

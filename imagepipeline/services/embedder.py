@@ -51,7 +51,6 @@ class OpenRouterEmbedder:
 
         from imagepipeline.services.openai_client import read_usage
 
-        usage = None
         with self._provider.call() as ask:
             # Raw, because the client would check the type of each of the thousands of numbers.
             raw = ask(
@@ -60,11 +59,12 @@ class OpenRouterEmbedder:
                 )
             )
             answer = CreateEmbeddingResponse.model_validate_json(raw.content)
-            numbers = answer.data[0].embedding
+            usage = read_usage(answer.usage)
+            numbers = answer.data[0].embedding if answer.data else []
             length = math.sqrt(sum(number * number for number in numbers))
             if not length or not math.isfinite(length):
-                raise BadAnswerError("the embedding model sent a vector of zero or infinite length")
-            usage = read_usage(answer.usage)
+                unusable = "the embedding model sent a vector of zero or infinite length"
+                raise BadAnswerError(unusable, usage)
         return Embedding(
             text, tuple(number / length for number in numbers), self.recipe.version, usage
         )

@@ -122,7 +122,7 @@ UNREADABLE = (
         httpx2.HTTPError,
         ValueError,
         TypeError,
-        IndexError,
+        LookupError,
         AttributeError,
         RecursionError,
     ),
@@ -199,9 +199,7 @@ class ProviderClient:
                 f"{self._name} did not answer: {type(error).__name__}"
             ) from None
         except UNREADABLE as error:
-            raise BadAnswerError(
-                f"{self._name} sent an answer that cannot be read: {type(error).__name__}"
-            ) from None
+            raise BadAnswerError(explain_unreadable(self._name, error)) from None
 
     def _ask(self, request: Callable[[openai.OpenAI], A]) -> A:
         """Makes a request and returns the answer, if it arrives in time.
@@ -219,6 +217,11 @@ class ProviderClient:
         if error := _find_error(raw):
             raise _classify(self._name, error)
         return raw
+
+
+def explain_unreadable(name: str, error: Exception) -> str:
+    """Returns a sentence about a body that cannot be read; it quotes nothing of it."""
+    return f"{name} sent an answer that cannot be read: {type(error).__name__}"
 
 
 def _open_client(api_key: str, base_url: str, max_answer_bytes: int) -> openai.OpenAI:
@@ -398,5 +401,5 @@ def read_retry_after(headers: Mapping[str, str]) -> float | None:
         asked = email.utils.parsedate_to_datetime(headers.get("retry-after") or "")
         answered = email.utils.parsedate_to_datetime(headers.get("date") or "")
         return max(0.0, (asked - answered).total_seconds())
-    except (ValueError, TypeError):
+    except (ValueError, TypeError, OverflowError):
         return None

@@ -64,9 +64,10 @@ FORMAT_INSTRUCTION = (
 )
 LANGUAGES_INSTRUCTION = "Answer with one JSON object and nothing else, by this JSON schema: "
 # A typical answer has about 150 a language, but reasoning models need more. The limit doubles each
-# time an answer is cut off.
+# time an answer is cut off, up to eightfold.
 MAX_ANSWER_TOKENS = 2000
 MAX_LANGUAGE_TOKENS = 1000
+MOST_TIMES = 8
 MIN_LABEL_PROBABILITY = 0.30
 MIN_GROUP_PROBABILITY = 0.50
 SAID_COLORS = 3
@@ -164,6 +165,7 @@ class OpenAIVision:
         )
         self._length_parameter = "max_completion_tokens"
         self._max_tokens = max(MAX_ANSWER_TOKENS, MAX_LANGUAGE_TOKENS * len(options.languages))
+        self._most_tokens = MOST_TIMES * self._max_tokens
         self._has_detail = options.detail != "auto"
 
     def describe(self, preview: bytes, facts: PixelFacts) -> VisionAnswer:
@@ -217,15 +219,15 @@ class OpenAIVision:
     def _ask(
         self, build: Callable[[], dict[str, Any]], parse: Callable[[str], ImageMetadata]
     ) -> VisionAnswer:
+        request = build()
         try:
             with self._provider.call() as ask:
-                request = build()
                 raw = ask(
                     lambda client: client.chat.completions.with_raw_response.create(**request)
                 )
                 return self.read(raw.parse(), parse)
         except FormatRefusedError as error:
-            self._drop_parameter(error.parameter)
+            self._drop_parameter(error.parameter, request)
             raise
 
     def read(
@@ -237,25 +239,25 @@ class OpenAIVision:
             BadAnswerError: It does not fit; `usage` says what it cost.
             RefusedError: The model refused; likewise.
         """
-        from imagepipeline.services.openai_client import read_usage
+        from imagepipeline.services.openai_client import UNREADABLE, explain_unreadable, read_usage
 
-        usage = read_usage(completion.usage)
+        usage = read_usage(getattr(completion, "usage", None))
         try:
             metadata = (parse or self._parse)(self._read_text(completion.choices[0]))
         except (BadAnswerError, RefusedError) as error:
             error.usage = usage
             raise
+        except UNREADABLE as error:
+            unreadable = explain_unreadable("the vision model", error)
+            raise BadAnswerError(unreadable, usage) from None
         return VisionAnswer(metadata, usage)
 
     def read_body(self, body: Any) -> VisionAnswer:
         """Returns the answer in the JSON of a chat completion; raises what `read` raises."""
         from openai.types.chat import ChatCompletion
-        from pydantic import ValidationError
 
-        try:
-            return self.read(ChatCompletion.model_validate(body))
-        except (ValidationError, IndexError):
-            raise BadAnswerError("the vision model sent an answer that cannot be read") from None
+        fields = body if isinstance(body, dict) else {}
+        return self.read(ChatCompletion.construct(**fields))  # as lenient as the client
 
     def _parse(self, text: str) -> ImageMetadata:
         if self._options.languages == DEFAULT:
@@ -313,18 +315,20 @@ class OpenAIVision:
         if str(choice.finish_reason).lower().startswith(POLICY_FINISH_REASONS):
             raise RefusedError("the vision model's content policy stopped the answer")
         if choice.finish_reason == "length":
-            self._max_tokens *= 2
+            self._max_tokens = min(2 * self._max_tokens, self._most_tokens)
             raise BadAnswerError("the vision model's answer was cut off")
         return choice.message.content or ""
 
-    def _drop_parameter(self, parameter: str) -> None:
+    def _drop_parameter(self, parameter: str, request: Mapping[str, Any]) -> None:
+        """Does without what a request was refused for, unless another thread already does."""
+        name, formats = self._length_parameter, self._formats
         if parameter == "detail":
             self._has_detail = False
         elif parameter in ("max_tokens", "max_completion_tokens"):
-            other = {"max_completion_tokens": "max_tokens", "max_tokens": ""}
-            self._length_parameter = other.get(self._length_parameter, "")
-        elif len(self._formats) > 1:
-            del self._formats[0]
+            if name in request:
+                self._length_parameter = "max_tokens" if name == "max_completion_tokens" else ""
+        elif request.get("response_format", {}).get("type") == formats[0]:
+            self._formats = formats[1:] or formats
 
 
 class LocalVision:

@@ -62,3 +62,12 @@ def test_every_kind_of_failure_raises_one_of_our_errors(httpserver, embedder, st
     with pytest.raises(error):
         embedder.embed("a cat")
     assert len(httpserver.log) == 1
+
+
+@pytest.mark.parametrize("data", [[], answer_of([0.0])["data"]])
+def test_an_unusable_answer_is_still_charged(httpserver, embedder, data):
+    answer = answer_of([]) | {"data": data}
+    httpserver.expect_request("/api/v1/embeddings").respond_with_json(answer)
+    with pytest.raises(BadAnswerError) as caught:
+        embedder.embed("a cat")
+    assert caught.value.usage == CallUsage(4, 0, 0.0001)

@@ -7,12 +7,14 @@ import json
 import socket
 import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from datetime import UTC, datetime, timedelta
 from email.utils import format_datetime
 
 import pytest
 from PIL import Image
+from pytest_httpserver import HTTPServer
 from werkzeug import Request, Response
 
 from imagepipeline.errors import (
@@ -30,7 +32,13 @@ from imagepipeline.imaging.decoding import decode
 from imagepipeline.imaging.palette import measure
 from imagepipeline.imaging.variants import render_square
 from imagepipeline.models import ImageMetadata, PixelFacts, Wording
-from imagepipeline.services.vision import LocalVision, OpenAIVision, VisionOptions, openai_recipe
+from imagepipeline.services.vision import (
+    MAX_ANSWER_TOKENS,
+    LocalVision,
+    OpenAIVision,
+    VisionOptions,
+    openai_recipe,
+)
 from imagepipeline.settings import Settings
 from imagepipeline.usage import CallUsage
 from imagepipeline_tests.conftest import PHOTOS
@@ -133,6 +141,7 @@ def test_several_languages_are_asked_for_by_schema_or_else_in_words(httpserver):
     assert "#123456" not in part["text"]
 
 
+FAR_EAST = "Mon, 23 Nov 2026 22:00:00 +99999999999999"
 SECRET = {"message": "secret body", "type": "t"}
 ERROR = {"error": SECRET}
 
@@ -170,6 +179,7 @@ PROVIDER_TABLE = [
     (429, ERROR, {"Retry-After": "inf"}, ProviderUnavailableError, None),
     (429, ERROR, {"Retry-After": "-5"}, ProviderUnavailableError, None),
     (429, ERROR, {"Retry-After": "soon"}, ProviderUnavailableError, None),
+    (429, ERROR, {"Retry-After": FAR_EAST}, ProviderUnavailableError, None),
     (429, ERROR, {}, ProviderUnavailableError, None),
     (503, ERROR, {"Retry-After": "20"}, ProviderUnavailableError, 20),
     (429, coded("insufficient_quota"), {"Retry-After": "1"}, PausedError, 600),
@@ -450,6 +460,22 @@ def test_an_unusable_answer_is_still_charged(httpserver, vision):
     assert caught.value.usage == CallUsage(800, 60)
 
 
+@pytest.mark.parametrize("choices", [None, [], ["cat"], [{}], [{"message": {"content": [1]}}]])
+def test_half_an_answer_is_still_charged(httpserver, vision, choices):
+    answer = completion("") | {"choices": choices}
+    httpserver.expect_request("/v1/chat/completions").respond_with_json(answer)
+    for ask in (lambda: vision.describe(b"x", FACTS), lambda: vision.read_body(answer)):
+        with pytest.raises(BadAnswerError, match="cannot be read") as caught:
+            ask()
+        assert caught.value.usage == CallUsage(800, 60)
+
+
+@pytest.mark.parametrize("body", [None, "prose", [], {}, {"usage": 5}])
+def test_a_body_that_is_no_answer_is_told_from_one(vision, body):
+    with pytest.raises(BadAnswerError, match="cannot be read"):
+        vision.read_body(body)
+
+
 def test_a_compressed_answer_is_decompressed(httpserver, vision):
     packed = gzip.compress(json.dumps(completion(METADATA)).encode())
     response = Response(packed, 200, {"Content-Encoding": "gzip"}, content_type="application/json")
@@ -530,6 +556,29 @@ def test_options_unknown_to_a_provider_are_left_out_of_the_next_attempt(httpserv
     assert "keys: description, tags" in bodies[-1]["messages"][0]["content"][0]["text"]
 
 
+@pytest.mark.parametrize("refused", ["response_format", "max_completion_tokens"])
+def test_an_option_that_several_threads_are_refused_at_once_is_left_out_once(refused):
+    """The images of a batch run share a model, and are asked about at the same time."""
+    all_have_asked = threading.Barrier(4)
+
+    def refuse(request):
+        all_have_asked.wait(60)
+        error = coded("x", param=refused)
+        return Response(json.dumps(error), 400, content_type="application/json")
+
+    with HTTPServer(threaded=True) as server, ThreadPoolExecutor(4) as pool:
+        server.expect_request("/v1/chat/completions").respond_with_handler(refuse)
+        options = VisionOptions()
+        vision = OpenAIVision("k", server.url_for("/v1"), "m", "Describe it.", options)
+        asked = [pool.submit(vision.describe, b"x", FACTS) for _ in range(4)]
+        assert {type(one.exception(60)) for one in asked} == {FormatRefusedError}
+    request = vision.build_request(b"x")
+    if refused == "response_format":
+        assert request["response_format"]["type"] == "json_object"
+    else:
+        assert request["max_tokens"] == MAX_ANSWER_TOKENS
+
+
 def test_after_a_truncated_answer_the_token_limit_is_doubled(httpserver, vision):
     bodies = []
 
@@ -544,6 +593,12 @@ def test_after_a_truncated_answer_the_token_limit_is_doubled(httpserver, vision)
         with pytest.raises(BadAnswerError, match="cut off"):
             vision.describe(b"x", FACTS)
     assert bodies[1] == 2 * bodies[0]
+    for _ in range(20):  # as in a batch with many long answers
+        with pytest.raises(BadAnswerError, match="cut off"):
+            vision.read_body(completion("{", finish_reason="length"))
+    with pytest.raises(BadAnswerError, match="cut off"):
+        vision.describe(b"x", FACTS)
+    assert bodies[2] == 8 * bodies[0]
 
 
 def test_the_vocabulary_is_requested_and_enforced(httpserver):
