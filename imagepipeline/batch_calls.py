@@ -13,6 +13,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager, suppress
 from dataclasses import dataclass
+from datetime import timedelta
 from itertools import islice
 from typing import IO, Any
 
@@ -20,16 +21,15 @@ from imagepipeline.describing import find_source
 from imagepipeline.errors import (
     BadAnswerError,
     BatchError,
+    FormatRefusedError,
     ImagePipelineError,
     PermanentError,
     PostponedError,
-    ProviderRejectedError,
-    ProviderUnavailableError,
     RefusedError,
     RetryableError,
 )
 from imagepipeline.filters import ALL, Filter
-from imagepipeline.models import Recipe, VisionAnswer
+from imagepipeline.models import Recipe, VisionAnswer, now_utc
 from imagepipeline.originals import Originals, build_originals
 from imagepipeline.paid_calls import Kept, PaidCalls, dump_answer
 from imagepipeline.providers import build_batch_api, build_tenants, build_vision, open_paid_calls
@@ -46,7 +46,9 @@ from imagepipeline.usage import CallUsage
 STAGE = "metadata"
 MAX_OPEN = 10  # batches at once
 POLL_SECONDS = 15.0
+GIVEN_UP = timedelta(days=2)  # after a batch was sent; it ends within one
 COLLECTED = 500  # answers kept in one transaction
+REFUSED = (PermanentError, FormatRefusedError)  # by the provider, which will not change its mind
 NOT_ANSWERED = "not_answered"  # the outcome of a request that the provider has failed
 
 
@@ -252,7 +254,7 @@ class BatchCalls:
             if batch.file_id is None:
                 self._batches.drop(batch.seq)
                 continue
-            state = self._api.find(batch.file_id) or self._api.create(batch.file_id)
+            state = self._api.find(batch.file_id) or self._create(batch.seq, batch.file_id)
             self._batches.note(batch.seq, batch_id=state.batch_id, state=state.status)
 
     def _list_questions(
@@ -323,9 +325,22 @@ class BatchCalls:
             file.seek(0)
             file_id = self._api.upload(file)
         self._batches.note(seq, file_id=file_id)
-        state = self._api.create(file_id)
+        state = self._create(seq, file_id)
         self._batches.note(seq, batch_id=state.batch_id, state=state.status)
         return True
+
+    def _create(self, seq: int, file_id: str) -> BatchState:
+        """Has an uploaded file answered; a batch that the provider refuses is forgotten.
+
+        Raises:
+            BatchError: it refuses it.
+        """
+        try:
+            return self._api.create(file_id)
+        except REFUSED as error:
+            self._batches.drop(seq)
+            self._delete(file_id)
+            raise BatchError(f"the provider refused a batch, which cost nothing: {error}") from None
 
     def _count_affordable(self, followed: Followed, budget_usd: float | None) -> int:
         """How many requests the budgets allow beside those that are under way."""
@@ -348,25 +363,48 @@ class BatchCalls:
         return int(min(MAX_REQUESTS + under_way, affordable)) - under_way
 
     def _look(self, batch: SentBatch) -> BatchState | None:
-        """What the provider says of a batch; None if it does not answer now."""
+        """What the provider says of a batch; None if it says nothing that can be read now."""
         try:
             return self._api.retrieve(str(batch.batch_id))
-        except ProviderUnavailableError:
-            return None
-        except ProviderRejectedError:
+        except REFUSED:
             raise BatchError(
                 f"the provider does not know the batch {batch.batch_id}: "
                 "use the key and the address with which it was sent"
             ) from None
+        except RetryableError:
+            return None
 
     def _collect(self, batch: SentBatch, state: BatchState) -> None:
-        """Keeps the answers of a batch that has ended, and deletes its files at the provider."""
+        """Keeps the answers of a batch that has ended, and deletes its files at the provider.
+
+        Raises:
+            BatchError: the provider does not give the answers.
+        """
+        lost = None
         for file_id in state.files:
             answered = map(self._read, self._api.read(file_id))
-            while chunk := list(islice(answered, COLLECTED)):
-                self._batches.collect(batch.seq, [one for one in chunk if one])
+            try:
+                while chunk := list(islice(answered, COLLECTED)):
+                    self._batches.collect(batch.seq, [one for one in chunk if one])
+            except REFUSED as error:
+                lost = error
+        if lost and now_utc() - batch.created_at < GIVEN_UP:
+            raise BatchError(
+                f"the provider does not give the answers of the batch {state.batch_id}: {lost}. "
+                f"`apply --batch` tries again, and gives them up {GIVEN_UP.days} days after the "
+                "batch was sent"
+            )
         self._batches.end(batch.seq, state.status)
-        for file_id in (state.file_id, *state.files):
+        self._delete(state.file_id, *state.files)
+        if lost:
+            raise BatchError(
+                f"the provider has no answers of the batch {state.batch_id} any more: they are "
+                "given up, and the next `apply` asks again"
+            )
+
+    def _delete(self, *file_ids: str) -> None:
+        """Deletes files at the provider, if it may."""
+        for file_id in file_ids:
             with suppress(ImagePipelineError):  # the provider deletes them after a month itself
                 self._api.delete(file_id)
 

@@ -29,13 +29,14 @@ class BatchServer:
         states: what a new batch goes through, one step each time it is looked at.
         faults: how requests fail, by their position in a file: a status, or `expired`.
         kills: when to kill the client: a route, and `before` or `after` it has had its effect.
+        answers: what routes answer, without any effect, instead of what they should.
     """
 
     def __init__(self, server):
         self.files, self.batches, self.sizes = {}, {}, []
         self.charged, self.calls = Counter(), Counter()
         self.states = ["validating", "in_progress", "finalizing", "completed"]
-        self.faults, self.kills = {}, []
+        self.faults, self.kills, self.answers = {}, [], {}
         self.error_code = "token_limit_exceeded"
         self.client_pid = None
         server.expect_request(re.compile("/v1/(files|batches).*")).respond_with_handler(self)
@@ -45,7 +46,7 @@ class BatchServer:
         self.calls[route] += 1
         if self.kill(route, "before"):
             return Response("", 500)
-        answer = handle()
+        answer = self.answers[route] if route in self.answers else handle()
         self.kill(route, "after")
         return answer
 

@@ -60,13 +60,11 @@ class BatchApi:
             BatchError: it has none.
         """
         try:
-            is_known = isinstance(self._list_page(1, None).get("data"), list)
+            self._list_page(1, None)
         except (ProviderRejectedError, BadAnswerError):
-            is_known = False
-        if not is_known:
             raise BatchError(
                 f"the provider of {self._name} has no Batch API: run `apply` without --batch"
-            )
+            ) from None
 
     def upload(self, file: IO[bytes]) -> str:
         """Uploads a file of requests; gives its ID."""
@@ -100,12 +98,11 @@ class BatchApi:
         """The batch that was created from a file; only the newest 2,000 are looked through."""
         after = None
         for _ in range(MAX_PAGES):
-            page = self._list_page(PAGE_SIZE, after)
-            states = [_read_state(one) for one in page["data"]]
+            states, has_more = self._list_page(PAGE_SIZE, after)
             for state in states:
                 if state.file_id == file_id:
                     return state
-            if not states or not page.get("has_more"):
+            if not states or not has_more:
                 break
             after = states[-1].batch_id
         return None
@@ -128,14 +125,13 @@ class BatchApi:
         with self._provider.call() as ask:
             ask(lambda client: client.files.with_raw_response.delete(file_id))
 
-    def _list_page(self, size: int, after: str | None) -> Mapping[str, Any]:
+    def _list_page(self, size: int, after: str | None) -> tuple[list[BatchState], bool]:
+        """Some batches, newest first, and whether there are more."""
         query = {"limit": size} | ({"after": after} if after else {})
         with self._provider.call() as ask:
             raw = ask(lambda client: client.batches.with_raw_response.list(extra_query=query))
             page = json.loads(raw.content)
-            if not isinstance(page, dict):
-                raise BadAnswerError(f"{self._name} sent a list of batches that cannot be read")
-            return page
+            return [_read_state(one) for one in page["data"]], bool(page.get("has_more"))
 
 
 def _read_state(batch: Mapping[str, Any]) -> BatchState:

@@ -28,6 +28,7 @@ class SentBatch:
     file_id: str | None
     batch_id: str | None
     requests: int
+    created_at: datetime
 
 
 @dataclass(frozen=True)
@@ -122,8 +123,9 @@ class Batches:
     def list_open(self, stage: str, recipe: Recipe) -> list[SentBatch]:
         """The batches of a stage and model that have not ended, oldest first."""
         batches = provider_batches.c
+        names = ("seq", "file_id", "batch_id", "requests", "created_at")
         query = (
-            sa.select(batches.seq, batches.file_id, batches.batch_id, batches.requests)
+            sa.select(*(batches[name] for name in names))
             .where(batches.ended_at.is_(None), batches.stage == stage)
             .where(batches.provider == recipe.provider, batches.model == recipe.model)
             .order_by(batches.seq)

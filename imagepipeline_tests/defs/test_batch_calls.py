@@ -13,9 +13,15 @@ from werkzeug import Response
 from imagepipeline import batch_calls, planning
 from imagepipeline.batch_calls import open_batch_calls
 from imagepipeline.cli import cli
-from imagepipeline.errors import BatchBusyError, BatchError, PausedError
+from imagepipeline.errors import (
+    BadAnswerError,
+    BatchBusyError,
+    BatchError,
+    PausedError,
+    ProviderUnavailableError,
+)
 from imagepipeline.filters import Filter
-from imagepipeline.models import ImageMetadata, OriginalFacts, PaidCall, Recipe, Upload
+from imagepipeline.models import ImageMetadata, OriginalFacts, PaidCall, Recipe, Upload, now_utc
 from imagepipeline.originals import build_originals
 from imagepipeline.providers import build_recipes, build_vision, build_vision_recipe
 from imagepipeline.settings import Settings
@@ -23,7 +29,7 @@ from imagepipeline.stores.batches import Answered, Batches
 from imagepipeline.stores.catalogue import Catalogue
 from imagepipeline.stores.erasures import Erasures
 from imagepipeline.stores.ledger import Ledger
-from imagepipeline.stores.tables import batch_requests, provider_calls
+from imagepipeline.stores.tables import batch_requests, provider_batches, provider_calls
 from imagepipeline_tests.batch_server import BatchServer
 from imagepipeline_tests.conftest import PHOTOS, count_answers
 
@@ -252,6 +258,60 @@ def test_a_batch_that_is_refused_says_so(fetch, provider, library, sqlite_catalo
     provider.states = ["validating", "completed"]
     with pytest.raises(BatchError, match="none of 4 requests was answered"):
         fetch()
+
+
+def test_a_batch_that_is_refused_at_once_is_forgotten(
+    fetch, provider, library, sqlite_catalogue_url
+):
+    error = {"message": "no batches of this model", "code": "model_not_found"}
+    provider.answers["create"] = provider.answer({"error": error}, 400)
+    with pytest.raises(BatchError, match=r"refused a batch, which cost nothing: .* answered 400"):
+        fetch()
+    assert set(provider.files.values()) == {None}  # deleted
+    provider.answers["create"] = provider.answer({"error": error}, 500)
+    with pytest.raises(ProviderUnavailableError):
+        fetch()
+    assert count_asked(sqlite_catalogue_url) == 4  # it may have been created
+    provider.answers["create"] = provider.answer({"error": error}, 404)  # the file is gone
+    with pytest.raises(BatchError, match=r"refused a batch"):
+        fetch()
+    assert count_asked(sqlite_catalogue_url) == 0
+    provider.answers.clear()
+    assert fetch().answered == 4
+
+
+def test_answers_that_the_provider_does_not_give_are_given_up_after_two_days(
+    fetch, provider, library, sqlite_catalogue_url
+):
+    error = {"message": "no such file"}
+    provider.answers["content"] = provider.answer({"error": error}, 404)
+    with pytest.raises(BatchError, match="does not give the answers of the batch batch_1"):
+        fetch()
+    assert count_asked(sqlite_catalogue_url) == 4
+    early = now_utc() - batch_calls.GIVEN_UP
+    with sa.create_engine(sqlite_catalogue_url).begin() as connection:
+        connection.execute(sa.update(provider_batches).values(created_at=early))
+    with pytest.raises(BatchError, match="has no answers of the batch batch_1 any more"):
+        fetch()
+    assert count_asked(sqlite_catalogue_url) == 0
+    provider.answers.clear()
+    assert fetch().answered == 4
+
+
+def test_odd_answers_about_a_batch_lose_nothing(fetch, provider, library, sqlite_catalogue_url):
+    advance, looks = provider.advance, []
+
+    def answer_oddly(batch):
+        looks.append(batch)
+        return {"id": "batch_1"} if len(looks) == 1 else advance(batch)
+
+    provider.advance = answer_oddly
+    provider.answers["upload"] = provider.answer({"object": "file"})
+    with pytest.raises(BadAnswerError, match="cannot be read"):
+        fetch()
+    provider.answers.clear()
+    assert fetch().answered == 4
+    assert set(provider.charged.values()) == {1}
 
 
 def test_a_budget_limits_what_is_sent(fetch, provider, library, sqlite_catalogue_url, monkeypatch):
