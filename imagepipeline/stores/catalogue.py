@@ -799,8 +799,12 @@ class Catalogue(Reader):
         """Waits for whoever changes one of these images, and stops others until the commit.
 
         Without it, an insert could wait for an erasure and not see the numbers that this has kept:
-        on Postgres, a statement sees what was committed when it began.
+        on Postgres, a statement sees what was committed when it began. Nor do two calls insert at
+        once, as one could wait for an image that the other has locked when it was known already.
         """
+        if self._database.engine.dialect.name == "postgresql":
+            key = sa.func.hashtext("imagepipeline accept")
+            connection.execute(sa.select(sa.func.pg_advisory_xact_lock(key)))
         ids = [push["image_id"] for push in pushes]
         known = sa.select(images.c.id).where(images.c.id.in_(ids)).order_by(images.c.id)
         connection.execute(known.with_for_update())

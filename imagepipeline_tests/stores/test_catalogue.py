@@ -664,6 +664,47 @@ def test_an_unknown_image_that_is_pushed_and_started_by_a_person_at_once_is_clai
     catalogue.close()
 
 
+def test_calls_that_accept_the_same_images_do_not_lock_each_other_out(postgres_catalogue_url):
+    catalogue, gates = Catalogue(postgres_catalogue_url), threading.local()
+    engine = Database(postgres_catalogue_url).engine
+
+    def stop_at_gate(connection, cursor, statement, parameters, context, is_many):
+        if statement.startswith("INSERT INTO images") and (own := vars(gates).pop("own", None)):
+            own.wait(60)  # it is here
+            own.wait(60)  # it may go on
+
+    def accept(gate, *names):
+        gates.own = gate
+        return catalogue.accept([Upload(name) for name in names])
+
+    def await_a_lock_or(is_over):
+        with engine.connect() as connection:
+            lock = sa.text("SELECT 1 FROM pg_locks WHERE NOT granted")
+            while not (is_over() or connection.execute(lock).first()):
+                pass
+
+    sa.event.listen(engine, "before_cursor_execute", stop_at_gate)
+    gate, later_gate = threading.Barrier(2), threading.Barrier(2)
+    with ThreadPoolExecutor(3) as pool:
+        accepted = [pool.submit(accept, gate, "a", "b")]
+        gate.wait(60)  # it has found neither image
+        between = pool.submit(catalogue.accept, [Upload("b")])
+        await_a_lock_or(between.done)
+        accepted.append(pool.submit(accept, later_gate, "a", "b"))
+        if is_at_once := between.done():
+            later_gate.wait(60)  # it has found and locked b
+        gate.wait(60)
+        if is_at_once:
+            await_a_lock_or(accepted[0].done)  # a is inserted, and b waits
+        else:
+            later_gate.wait(60)
+        later_gate.wait(60)
+        begun = [one.result(60) for one in (*accepted, between)]
+    assert begun == [{"a", "b"}, set(), set()]
+    sa.event.remove(engine, "before_cursor_execute", stop_at_gate)
+    catalogue.close()
+
+
 def test_calls_are_pruned_while_their_image_is_erased(postgres_catalogue_url):
     """Both lock the image first; otherwise, Postgres would end one of them."""
     catalogue = Catalogue(postgres_catalogue_url)
