@@ -23,7 +23,7 @@ from imagepipeline.defs.showing import (
     tabulate,
 )
 from imagepipeline.describing import find_source
-from imagepipeline.errors import MissingMetadataError, StaleClaimError
+from imagepipeline.errors import MissingMetadataError, ProviderRejectedError, StaleClaimError
 from imagepipeline.imaging.palette import with_visible_colors
 from imagepipeline.imaging.sandbox import Usage
 from imagepipeline.imaging.variants import Renderer
@@ -417,7 +417,11 @@ def make_embedding(
         # A call may take minutes, and the index cannot refuse a row that was erased meanwhile.
         if not catalogue.holds(claim):
             raise StaleClaimError(f"{claim.image_id} was taken over while its text was embedded")
-        index.upsert(claim, result)
+        try:
+            index.upsert(claim, result)
+        except ProviderRejectedError:  # kept, the vector would be refused again after a retry
+            paid_calls.forget(kept)
+            raise
         catalogue.record_result(claim, "embedding", embedder.recipe, input_sha256)
     paid_calls.forget(kept)
     return Made(

@@ -26,6 +26,7 @@ SUMS = ("calls", "answered", "tokens_in", "tokens_out", "cost_usd", "unpriced")
 NO_ANSWER = ("provider_unavailable", "timed_out")
 STREAK = timedelta(hours=1)
 MEMORY = timedelta(days=31)
+NEWS = timedelta(days=7)  # as long as a notice of a failure waits for its channel
 ANSWERS_KEPT = timedelta(days=31)  # an `apply` of a great plan takes weeks at a low rate limit
 MEAN_CALLS = 1000
 BATCH_PRICE_SHARE = 0.5  # of the price of an ordinary call
@@ -72,7 +73,7 @@ class Ledger:
         while it was asked about, the cost stays, but neither its ID nor the answer.
         """
         with self._database.transaction() as connection:
-            if call.image_id and _is_erased(connection, call.image_id):
+            if _is_erased(connection, call):
                 call, answer = replace(call, image_id=None, generation=None), None
             write_call(self._database, connection, at or self._clock(), call, key, answer)
             if call.cost_usd and call.image_id:
@@ -306,8 +307,9 @@ class Ledger:
         return next(iter(self._find_pauses(open_one)), None)
 
     def list_untold(self, channel: str) -> list[Pause]:
-        """The pauses, also ended ones, of which `webhook` or `mail` was not notified yet."""
-        return self._find_pauses(pauses.c[f"{channel}_sent_at"].is_(None))
+        """The pauses of which `webhook` or `mail` was not notified: open ones, or of this week."""
+        is_news = sa.or_(pauses.c.ended_at.is_(None), pauses.c.since >= self._clock() - NEWS)
+        return self._find_pauses(sa.and_(pauses.c[f"{channel}_sent_at"].is_(None), is_news))
 
     def mark_told(self, channel: str, told: Iterable[Pause]) -> None:
         """Records that a channel was notified of these pauses."""
@@ -334,9 +336,13 @@ class Ledger:
         ]
 
 
-def _is_erased(connection: sa.Connection, image_id: str) -> bool:
-    is_known = sa.exists().where(images.c.id == image_id)
-    erased = sa.select(erasures.c.image_id).where(erasures.c.image_id == image_id, ~is_known)
+def _is_erased(connection: sa.Connection, call: PaidCall) -> bool:
+    """Whether its image was erased since; if it was pushed again, that is another generation."""
+    if call.image_id is None:
+        return False
+    erased = sa.select(erasures.c.image_id).where(
+        erasures.c.image_id == call.image_id, erasures.c.generation >= call.generation
+    )
     return connection.execute(erased).first() is not None
 
 

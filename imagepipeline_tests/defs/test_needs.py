@@ -159,6 +159,24 @@ def test_an_answer_is_kept_until_its_result_is_in_place(
     assert count_answers(sqlite_catalogue_url) == 0
 
 
+def test_a_vector_that_the_index_refuses_is_not_kept(
+    run, process, cat, catalogue, files, sqlite_catalogue_url
+):
+    class ShortEmbedder(RemoteEmbedder):
+        def embed(self, text):
+            return replace(super().embed(text), vector=(1.0, 0.0))
+
+    files.put_original("first", (PHOTOS / "coffee.jpg").read_bytes(), "jpg")
+    process("first", ScriptedVision(ANSWER))
+    other = replace(ANSWER, metadata=ANSWER.metadata.model_copy(update={"mood": "wild"}))
+    catalogue.accept([Upload(cat)])
+    run(cat, generation=1, vision=ScriptedVision(other), embedder=ShortEmbedder())
+    assert catalogue.get(cat)["reason"] == "provider_rejected"
+    assert count_answers(sqlite_catalogue_url) == 0
+    process(cat, ScriptedVision())
+    assert catalogue.get(cat)["status"] == "completed"
+
+
 def test_pictures_alone_leave_the_rest_to_a_later_run(run, cat, catalogue):
     catalogue.accept([Upload(cat)])
     assert [one.image_id for one in catalogue.list_pending(9, has_no_variants=True)] == [cat]

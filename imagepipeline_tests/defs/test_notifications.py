@@ -1,10 +1,14 @@
 """Administrators get one message per failure, or a digest; none is lost while a channel is down."""
 
+from datetime import timedelta
+
 import dagster as dg
 import pytest
 
 from imagepipeline.defs.notifications import DIGEST_ABOVE, notification_sensor
 from imagepipeline.errors import NoticeRefusedError, NotificationError
+from imagepipeline.models import now_utc
+from imagepipeline.stores.ledger import Ledger
 
 
 class ScriptedNotifier:
@@ -99,6 +103,21 @@ def test_a_pause_is_sent_once_on_every_channel(tick, ledger):
     for _ in range(2):
         tick(webhook, mail)
     assert (webhook.sent, mail.sent) == (["quota"], ["quota"])
+
+
+def test_a_new_channel_is_told_of_no_pause_that_ended_long_ago(tick, sqlite_catalogue_url):
+    now = [now_utc() - timedelta(days=8)]
+    ledger = Ledger(sqlite_catalogue_url, lambda: now[0])
+    ledger.pause("budget", "used up", 600)
+    ledger.resume()
+    ledger.pause("auth", "a bad key", None)
+    now[0] = now_utc()
+    ledger.pause("quota", "no credit", 600)
+    ledger.resume("quota")
+    webhook = ScriptedNotifier()
+    tick(webhook)
+    assert webhook.sent == ["auth", "quota"]
+    ledger.close()
 
 
 def test_a_refused_message_is_retried_without_delaying_others(tick, fail, ledger):

@@ -4,7 +4,9 @@ from datetime import UTC, datetime, timedelta
 
 import pytest
 
-from imagepipeline.models import PaidCall
+from imagepipeline.models import PaidCall, Upload
+from imagepipeline.stores.catalogue import Catalogue
+from imagepipeline.stores.erasures import Erasures
 from imagepipeline.stores.ledger import Ledger
 
 NOON = datetime(2026, 11, 23, 12, tzinfo=UTC)
@@ -72,6 +74,30 @@ def test_days_are_in_utc_whatever_the_sessions_time_zone(postgres_catalogue_url,
     ledger.record(call())
     assert [row["day"] for row in ledger.summarize("day")] == ["2026-11-23"]
     ledger.close()
+
+
+def test_of_an_erased_image_only_the_cost_is_recorded_also_if_it_is_back(catalogue_url, ledger):
+    catalogue = Catalogue(catalogue_url)
+
+    def record(generation):
+        numbers = (800, 60, 0.25, 2.0, 0.0)
+        ledger.record(
+            PaidCall("a", generation, "metadata", "openai", "m", "answered", *numbers),
+            f"key-{generation}",
+            f"answer {generation}",
+        )
+
+    catalogue.accept([Upload("a")])
+    claim = catalogue.claim("a", 1, "run")
+    catalogue.cancel("a", "it is being erased")
+    Erasures(catalogue_url).remove("a", claim.fence, [])
+    catalogue.accept([Upload("a")])
+    record(1)
+    assert (ledger.find_answer("key-1"), catalogue.sum_cost_usd("a")) == (None, None)
+    record(catalogue.get("a")["generation"])
+    assert (ledger.find_answer("key-2"), catalogue.sum_cost_usd("a")) == ("answer 2", 0.25)
+    assert ledger.summarize("model")[0]["cost_usd"] == 0.5
+    catalogue.close()
 
 
 def test_a_pause_is_over_after_its_time_but_stays_until_it_is_resumed(ledger, clock):
