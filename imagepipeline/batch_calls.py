@@ -10,7 +10,7 @@ removed in the transaction that keeps their answers.
 import json
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import closing, contextmanager, suppress
 from dataclasses import dataclass
 from datetime import timedelta
@@ -29,7 +29,7 @@ from imagepipeline.errors import (
     RetryableError,
 )
 from imagepipeline.filters import ALL, Filter
-from imagepipeline.models import Recipe, VisionAnswer, now_utc
+from imagepipeline.models import Recipe, TenantSet, VisionAnswer, now_utc
 from imagepipeline.originals import Originals, build_originals
 from imagepipeline.paid_calls import Kept, PaidCalls, dump_answer
 from imagepipeline.providers import build_batch_api, build_tenants, build_vision, open_paid_calls
@@ -149,7 +149,7 @@ class BatchCalls:
         vision: builds the requests and reads the answers.
         api: sends them.
         paid_calls: knows pauses, budgets and prices.
-        list_spent: gives the tenants whose budget is used up; their images are passed over.
+        find_spent: gives the tenants whose budget is used up; their images are passed over.
     """
 
     def __init__(
@@ -162,7 +162,7 @@ class BatchCalls:
         vision: OpenAIVision,
         api: BatchApi,
         paid_calls: PaidCalls,
-        list_spent: Callable[[], Sequence[str]],
+        find_spent: Callable[[], TenantSet],
     ) -> None:
         self._catalogue = catalogue
         self._plans = plans
@@ -173,7 +173,7 @@ class BatchCalls:
         self._recipe = vision.recipe
         self._api = api
         self._paid_calls = paid_calls
-        self._list_spent = list_spent
+        self._find_spent = find_spent
 
     def fetch(
         self,
@@ -260,7 +260,7 @@ class BatchCalls:
     def _list_questions(
         self, recipes: Mapping[str, Recipe], where: Filter, limit: int | None
     ) -> Questions:
-        planned = self._plans.iterate_outdated(recipes, where, self._list_spent())
+        planned = self._plans.iterate_outdated(recipes, where, self._find_spent())
         return Questions(islice(planned, limit), self._ask)
 
     def _ask(self, image_id: str) -> Question | None:
@@ -479,5 +479,5 @@ def open_batch_calls(settings: Settings, catalogue: Catalogue) -> Iterator[Batch
             vision,
             build_batch_api(settings),
             paid_calls,
-            build_tenants(settings).list_spent,
+            build_tenants(settings).find_spent,
         )

@@ -21,6 +21,7 @@
     │   ├── PausedError             all paid work is paused
     │   │   └── ForbiddenError      perhaps for this image only
     │   ├── RateLimitError
+    │   ├── TenantSpentError
     │   ├── StorageDownError
     │   └── DiskFullError
     ├── RetryableError              another attempt may succeed
@@ -189,6 +190,13 @@ class RateLimitError(PostponedError):
     reason = "rate_limit"
     needs_operator = False
     wait_seconds = 0  # no run starts without a permit, so a raised limit takes effect at once
+
+
+class TenantSpentError(PostponedError):
+    """The tenant's budget of today is used up."""
+
+    reason = "tenant_budget"
+    needs_operator = False
 
 
 class StorageDownError(PostponedError):

@@ -70,6 +70,23 @@ def check_tenant(value: object) -> str:
     return value
 
 
+@dataclass(frozen=True)
+class TenantSet:
+    """Some tenants: those named or, with `is_all_but`, all others."""
+
+    names: frozenset[str] = frozenset()
+    is_all_but: bool = False
+
+    def __contains__(self, tenant: str) -> bool:
+        return bool(tenant) and (tenant in self.names) != self.is_all_but
+
+    def __bool__(self) -> bool:
+        return bool(self.names) or self.is_all_but
+
+
+NO_TENANTS = TenantSet()
+
+
 def is_image_id(value: str) -> bool:
     """Whether it is a valid image ID."""
     return IMAGE_ID_PATTERN.fullmatch(value) is not None

@@ -18,6 +18,7 @@ from imagepipeline.errors import (
     ProviderUnavailableError,
     RateLimitError,
     RefusedError,
+    TenantSpentError,
 )
 from imagepipeline.models import Claim, PaidCall, Pause, Recipe, now_utc
 from imagepipeline.prices import FREE, explain_missing_usage, explain_unpriced, find_price
@@ -154,8 +155,8 @@ class PaidCalls:
         Raises:
             PausedError: Paid work is paused.
             RateLimitError: The rate limit did not permit the call within `MAX_WAIT_SECONDS`.
-            PostponedError: A budget is set but the price is unknown, the tenant's budget is used
-                up, or Redis does not answer.
+            TenantSpentError: The tenant's budget of today is used up.
+            PostponedError: A budget is set but the price is unknown, or Redis does not answer.
             ImagePipelineError: Whatever the call raises.
         """
         if recipe.provider == "local":
@@ -164,7 +165,7 @@ class PaidCalls:
             return earlier, Receipt()
         self.check(recipe)
         if claim and self._tenants and (spent := self._tenants.explain_spent(claim.tenant)):
-            raise PostponedError(spent)
+            raise TenantSpentError(spent)
         waited_seconds = self._wait(stage, report, bool(claim and claim.is_planned))
         try:
             return self._ask(claim, stage, recipe, call, waited_seconds, kept)

@@ -9,7 +9,7 @@ from typing import Any
 
 from imagepipeline.errors import BatchBusyError, StackError, UnknownCostError
 from imagepipeline.filters import ALL, Filter
-from imagepipeline.models import ASSETS, Recipe
+from imagepipeline.models import ASSETS, Recipe, TenantSet
 from imagepipeline.prices import FREE, find_price
 from imagepipeline.providers import build_recipes, build_tenants
 from imagepipeline.rates import parse_limits
@@ -113,7 +113,7 @@ class Applier:
         batches: know what is asked of the provider and not answered yet.
         recipes: what the stack would make today, by asset.
         prices: US dollars per million tokens in and out, by model.
-        list_spent: gives the tenants whose budget is used up. Their images are passed over, and
+        find_spent: gives the tenants whose budget is used up. Their images are passed over, and
             those that have begun take no room.
     """
 
@@ -126,9 +126,9 @@ class Applier:
         batches: Batches,
         recipes: Mapping[str, Recipe],
         prices: Mapping[str, tuple[float, float]] = NO_PRICES,
-        list_spent: Callable[[], Sequence[str]] = tuple,
+        find_spent: Callable[[], TenantSet] = TenantSet,
     ) -> None:
-        self._list_spent = list_spent
+        self._find_spent = find_spent
         self._applies = applies
         self._plans = plans
         self._catalogue = catalogue
@@ -224,7 +224,7 @@ class Applier:
         With a budget, those that need paid calls begin one at a time, until one has cost something:
         one whose answer is kept, or that fails, says nothing of the others.
         """
-        spent = self._list_spent()
+        spent = self._find_spent()
         in_flight = sum(self._catalogue.count_bulk(apply.id, spent).values())
         room = MAX_IN_FLIGHT - in_flight
         if apply.max_images is not None:
@@ -264,7 +264,7 @@ def build_applier(settings: Settings) -> Applier:
         Batches(url),
         build_recipes(settings),
         settings.all_prices,
-        build_tenants(settings).list_spent,
+        build_tenants(settings).find_spent,
     )
 
 

@@ -131,7 +131,7 @@ def open_paid_calls(settings: Settings) -> Iterator[PaidCalls]:
             *budgets,
             recipes=recipes,
             tenants=tenants,
-            has_uploads=lambda: catalogue.has_uploads(tenants.list_spent()),
+            has_uploads=lambda: catalogue.has_uploads(tenants.find_spent()),
         )
 
 

@@ -2,11 +2,12 @@
 
 import math
 import time
+from collections import Counter
 from collections.abc import Callable, Mapping
 from datetime import datetime
 from typing import Any
 
-from imagepipeline.models import Status, now_utc
+from imagepipeline.models import NO_TENANTS, Status, TenantSet, now_utc
 from imagepipeline.stores.catalogue import Catalogue
 from imagepipeline.stores.ledger import Ledger
 
@@ -38,7 +39,7 @@ class Tenants:
         self._max_runs = max_runs
         self._daily_budgets_usd = daily_budgets_usd
         self._clock = clock
-        self._spent: set[str] = set()
+        self._spent = NO_TENANTS
         self._known_until = 0.0
 
     @property
@@ -58,11 +59,9 @@ class Tenants:
         looks again.
         """
         if time.monotonic() >= self._known_until:
-            self._spent = {*self.list_spent()}
+            self._spent = self.find_spent()
             self._known_until = time.monotonic() + KNOWN_SECONDS
-        # A budget of 0 is used up before the first call.
-        is_spent = tenant in self._spent or not self._find_budget_usd(tenant)
-        return 0 if is_spent else self.find_max_runs(tenant)
+        return 0 if tenant in self._spent else self.find_max_runs(tenant)
 
     def explain_spent(self, tenant: str) -> str | None:
         """Why its paid work must wait, as a sentence; None if today's budget is not used up."""
@@ -77,16 +76,20 @@ class Tenants:
             f"({spent_usd:.2f} USD): its paid work resumes at midnight UTC"
         )
 
-    def list_spent(self) -> list[str]:
-        """The tenants whose paid work must wait until midnight UTC."""
+    def find_spent(self) -> TenantSet:
+        """The tenants whose paid work must wait until midnight UTC.
+
+        A budget of 0 is used up before the first call, also that of tenants nobody knows yet.
+        """
         if not self.has_budgets:
-            return []
+            return NO_TENANTS
         calls = self._ledger.summarize("tenant", self._find_midnight())
-        return [
-            row["tenant"]
-            for row in calls
-            if row["cost_usd"] >= self._find_budget_usd(row["tenant"])
-        ]
+        costs = Counter({row["tenant"]: row["cost_usd"] for row in calls})
+        names = {*costs, *self._daily_budgets_usd} - {"", OTHERS}
+        spent = frozenset(name for name in names if costs[name] >= self._find_budget_usd(name))
+        if self._daily_budgets_usd.get(OTHERS) == 0:
+            return TenantSet(frozenset(names) - spent, is_all_but=True)
+        return TenantSet(spent)
 
     def list_used(self) -> list[dict[str, Any]]:
         """A row for each tenant with images that have not completed, or with paid calls today.

@@ -11,7 +11,16 @@ import pytest
 from imagepipeline import planning
 from imagepipeline.errors import ApplyBusyError, BatchBusyError, StackError, UnknownCostError
 from imagepipeline.filters import Filter
-from imagepipeline.models import ImageMetadata, OriginalFacts, PaidCall, Recipe, Upload, now_utc
+from imagepipeline.models import (
+    NO_TENANTS,
+    ImageMetadata,
+    OriginalFacts,
+    PaidCall,
+    Recipe,
+    TenantSet,
+    Upload,
+    now_utc,
+)
 from imagepipeline.planning import Applier
 from imagepipeline.stores import plans as stored_plans
 from imagepipeline.stores.applies import Applies
@@ -333,27 +342,31 @@ def test_an_apply_that_stood_still_ends_if_another_has_begun(catalogue_url, cata
     assert applies.find_open().id == other.id
 
 
+@pytest.mark.parametrize(
+    "budgets",
+    [TenantSet(frozenset({"poor"})), TenantSet(frozenset({"rich"}), is_all_but=True)],
+)
 def test_images_of_a_tenant_without_budget_keep_no_others_waiting(
-    applies, build_applier, library, catalogue, carry_out, monkeypatch
+    applies, build_applier, library, catalogue, carry_out, monkeypatch, budgets
 ):
     monkeypatch.setattr(planning, "MAX_IN_FLIGHT", 2)
     catalogue.accept([Upload(image_id, None, 0, "poor") for image_id in library[:3]])
     for image_id in library[:3]:
         catalogue.finish(catalogue.claim(image_id, 2, "run"))
     recipes = change("variants", Recipe("local", "pillow", "other"))
-    spent = []
-    applier = build_applier(recipes, list_spent=lambda: spent)
+    spent = [NO_TENANTS]
+    applier = build_applier(recipes, find_spent=lambda: spent[0])
     applies.start(recipes)
     applier.feed()
     assert list_waiting(catalogue) == library[:2]  # the lane is full
-    spent.append("poor")
+    spent[0] = budgets
     applier.feed()
     assert list_waiting(catalogue) == [library[0], library[1], library[3], library[4]]
     for image_id in library[3:]:
         claim = catalogue.claim(image_id, catalogue.get(image_id)["generation"], "run")
         catalogue.fail(claim, "corrupt", "damaged")
     assert "(done)" in applier.feed()
-    spent.clear()
+    spent[0] = NO_TENANTS
     _, made = carry_out(applies.start(recipes), recipes)
     assert sorted(made) == library[:3]
 

@@ -134,7 +134,7 @@ def upload_sensor(
             catalogue,
             context.instance,
             tenants,
-            applier.recipes["variants"] if pauses or is_scarce or tenants.list_spent() else None,
+            applier.recipes["variants"] if pauses or is_scarce or tenants.find_spent() else None,
             pauses,
             is_upload_tried=bool(chosen or in_flight.full_count),
         )

@@ -6,12 +6,20 @@ import sqlalchemy as sa
 from sqlalchemy.dialects.postgresql import JSONB
 
 from imagepipeline.filters import Condition, Filter
+from imagepipeline.models import TenantSet
 from imagepipeline.stores.tables import images
 
 
 def build_conditions(where: Filter, is_postgres: bool) -> list[sa.ColumnElement[bool]]:
     """Conditions on the table `images`, which must all hold."""
     return [_build(condition, is_postgres) for condition in where.conditions]
+
+
+def leave_out(tenants: TenantSet) -> sa.ColumnElement[bool]:
+    """A condition on the table `images`: they are of none of these tenants."""
+    if tenants.is_all_but:
+        return images.c.tenant.in_({"", *tenants.names})
+    return images.c.tenant.not_in(tenants.names) if tenants else sa.true()
 
 
 def _build(condition: Condition, is_postgres: bool) -> sa.ColumnElement[bool]:

@@ -2,17 +2,17 @@
 
 import random
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
 import sqlalchemy as sa
 
 from imagepipeline.filters import ALL, Condition, Filter
-from imagepipeline.models import Recipe, Status
+from imagepipeline.models import NO_TENANTS, Recipe, Status, TenantSet
 from imagepipeline.needs import MISSING, find_cause
 from imagepipeline.stores.database import Database
-from imagepipeline.stores.filters import build_conditions
+from imagepipeline.stores.filters import build_conditions, leave_out
 from imagepipeline.stores.tables import image_results, images
 
 MADE = image_results.c
@@ -98,7 +98,7 @@ class Plans:
         after_id: str,
         limit: int,
         where: Filter = ALL,
-        except_tenants: Sequence[str] = (),
+        except_tenants: TenantSet = NO_TENANTS,
         until_id: str | None = None,
     ) -> list[str]:
         """Up to `limit` completed images that need one of these assets, by ID, after one ID.
@@ -107,12 +107,10 @@ class Plans:
         """
         query = (
             self._select_outdated(recipes, where, is_by_id=True)
-            .where(MADE.image_id > after_id)
+            .where(MADE.image_id > after_id, leave_out(except_tenants))
             .order_by(MADE.image_id)
             .limit(limit)
         )
-        if except_tenants:
-            query = query.where(images.c.tenant.not_in(except_tenants))
         if until_id is not None:
             query = query.where(MADE.image_id <= until_id)
         with self._database.reading() as connection:
@@ -125,7 +123,10 @@ class Plans:
             return connection.execute(query.offset(LOOKED_THROUGH - 1).limit(1)).scalar()
 
     def iterate_outdated(
-        self, recipes: Mapping[str, Recipe], where: Filter = ALL, except_tenants: Sequence[str] = ()
+        self,
+        recipes: Mapping[str, Recipe],
+        where: Filter = ALL,
+        except_tenants: TenantSet = NO_TENANTS,
     ) -> Iterator[str]:
         """All images that `list_outdated` lists, read a few hundred at a time."""
         last_id: str | None = ""

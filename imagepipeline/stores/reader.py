@@ -11,11 +11,13 @@ import sqlalchemy as sa
 from imagepipeline.errors import PathTakenError, StackError
 from imagepipeline.models import (
     BULK_PRIORITY,
+    NO_TENANTS,
     Claim,
     ImageMetadata,
     Recipe,
     Status,
     StoredFile,
+    TenantSet,
     Upload,
     find_named_image,
     now_utc,
@@ -23,6 +25,7 @@ from imagepipeline.models import (
 from imagepipeline.needs import find_cause
 from imagepipeline.stores import history
 from imagepipeline.stores.database import Database
+from imagepipeline.stores.filters import leave_out
 from imagepipeline.stores.tables import (
     INPUT_KEY,
     UNENDED,
@@ -317,14 +320,14 @@ class Reader:
         return {asset: find_cause(made.get(asset), recipe) for asset, recipe in recipes.items()}
 
     def count_bulk(
-        self, apply_id: int | None = None, except_tenants: Sequence[str] = ()
+        self, apply_id: int | None = None, except_tenants: TenantSet = NO_TENANTS
     ) -> dict[str, int]:
         """How many images of the bulk lane are pending and due, and processing; 1,000 at most.
 
         With `apply_id`, only images that this apply has begun.
         """
         of_apply = sa.true() if apply_id is None else images.c.apply_id == apply_id
-        counted = images.c.tenant.not_in(except_tenants) if except_tenants else sa.true()
+        counted = leave_out(except_tenants)
         counts = {}
         conditions = {
             "pending": self._is_due(),
@@ -346,11 +349,10 @@ class Reader:
         with self._database.reading() as connection:
             return int(connection.execute(query).scalar_one())
 
-    def has_uploads(self, except_tenants: Sequence[str] = ()) -> bool:
+    def has_uploads(self, except_tenants: TenantSet = NO_TENANTS) -> bool:
         """Whether a run works on an upload, or one is due, of other tenants than these."""
-        upload = sa.select(images.c.id).where(images.c.priority > BULK_PRIORITY)
-        if except_tenants:
-            upload = upload.where(images.c.tenant.not_in(except_tenants))
+        is_upload = images.c.priority > BULK_PRIORITY
+        upload = sa.select(images.c.id).where(is_upload, leave_out(except_tenants))
         states = (self._is_due(), equals(images.c.status, Status.PROCESSING))
         with self._database.reading() as connection:
             return any(

@@ -341,13 +341,15 @@ def record(ledger, image_id, cost_usd):
     )
 
 
+@pytest.mark.parametrize("budgets", ['{"acme": 0.01}', '{"acme": 0}', '{"*": 0}'])
 def test_images_of_a_tenant_whose_budget_is_spent_are_passed_over(
-    fetch, provider, catalogue, library, sqlite_catalogue_url, monkeypatch
+    fetch, provider, catalogue, library, sqlite_catalogue_url, monkeypatch, budgets
 ):
     catalogue.accept([Upload("cat", tenant="acme")])
     catalogue.finish(catalogue.claim("cat", 2, "run"))
-    monkeypatch.setenv("IMAGEPIPELINE_TENANT_DAILY_BUDGETS_USD", '{"acme": 0.01}')
-    record(Ledger(sqlite_catalogue_url), "cat", 0.02)
+    monkeypatch.setenv("IMAGEPIPELINE_TENANT_DAILY_BUDGETS_USD", budgets)
+    if "0.01" in budgets:
+        record(Ledger(sqlite_catalogue_url), "cat", 0.02)
     last = fetch()
     assert (last.images, last.requests) == (3, 3)
     assert {call[0] for call in read_calls(sqlite_catalogue_url) if call[3]} == {*NAMES} - {"cat"}

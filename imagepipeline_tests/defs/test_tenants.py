@@ -17,7 +17,7 @@ from imagepipeline.defs.sensors import (
     upload_sensor,
 )
 from imagepipeline.defs.sharing import TENANT_TAG, InFlight
-from imagepipeline.errors import InvalidUploadError, PostponedError
+from imagepipeline.errors import InvalidUploadError, TenantSpentError
 from imagepipeline.models import BULK_PRIORITY, PaidCall, Recipe, Upload, now_utc
 from imagepipeline.paid_calls import PaidCalls
 from imagepipeline.stores.catalogue import Catalogue
@@ -177,8 +177,25 @@ def test_what_is_spent_is_looked_up_once_for_all_tenants(catalogue, ledger, monk
     names = ("acme", "other", "")
     assert [tenants.find_max_paid_runs(name) for name in names] == [0, 2, math.inf]
     assert len(asked) == 1
-    without = Tenants(catalogue, ledger, {}, {"free": 0.0})
-    assert [without.find_max_paid_runs(name) for name in ("free", "other")] == [0, math.inf]
+
+
+def test_a_budget_of_zero_is_used_up_before_the_first_call(catalogue, ledger):
+    names = ("none", "acme", "other", "")
+    for budgets, limits in (
+        ({"none": 0.0}, [0, math.inf, math.inf, math.inf]),
+        ({"*": 0.0, "acme": 1.0, "none": 0.0}, [0, math.inf, 0, math.inf]),
+    ):
+        tenants = Tenants(catalogue, ledger, {}, budgets)
+        assert [tenants.find_max_paid_runs(name) for name in names] == limits
+        spent = [name for name in names if name in tenants.find_spent()]
+        assert spent == [name for name, limit in zip(names, limits, strict=True) if not limit]
+    push(catalogue, "acme", 1)
+    spend(ledger, "acme-0", 1.5)
+    assert all(name in tenants.find_spent() for name in names[:3])
+    push(catalogue, "other", 1)
+    assert not catalogue.has_uploads(tenants.find_spent())
+    push(catalogue, "", 1)
+    assert catalogue.has_uploads(tenants.find_spent())
 
 
 def test_a_tenant_whose_budget_is_spent_gets_its_pictures_and_waits_for_the_rest(
@@ -196,7 +213,7 @@ def test_a_tenant_whose_budget_is_spent_gets_its_pictures_and_waits_for_the_rest
     assert full == {"other-0", "other-1"}
     assert {one.partition_key for one in requests} - full == {"acme-0", "acme-1"}
     claim = catalogue.claim("acme-0", 1, "run")
-    with pytest.raises(PostponedError, match="the daily budget of 1 USD of the tenant acme is"):
+    with pytest.raises(TenantSpentError, match="the daily budget of 1 USD of the tenant acme is"):
         paid_calls.make(claim, "metadata", REMOTE["metadata"], lambda: None)
     assert catalogue.claim_next("run", 0, tenants.find_max_paid_runs).tenant == "other"
 
