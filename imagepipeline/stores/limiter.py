@@ -12,21 +12,34 @@ from imagepipeline.errors import PostponedError
 from imagepipeline.rates import CallLimit, parse_limits
 from imagepipeline.stores.connection import connect
 
-# One key for each limit, with its number of calls and its window in milliseconds; the last argument
-# names the call. Either counts the call under all limits and returns 0, or under none and returns
-# the milliseconds until there may be a permit. It uses the server's clock: by the callers' clocks,
-# a late one would not see every call, and let one too many pass.
-TAKE = """
+# How many permits of a limit are used, and the milliseconds until there may be another. It uses the
+# server's clock: by the callers' clocks, a late one would not see every call, and let one too many
+# pass. Calls that are later than now were made before that clock was set back; they count from now.
+LOOK = """
 local time = redis.call('TIME')
 local now_ms = time[1] * 1000 + math.floor(time[2] / 1000)
+local function look(key, limit, window_ms)
+    redis.call('ZREMRANGEBYSCORE', key, '-inf', now_ms - window_ms)
+    for _, call in ipairs(redis.call('ZRANGEBYSCORE', key, '(' .. now_ms, '+inf')) do
+        redis.call('ZADD', key, now_ms, call)
+    end
+    local used = redis.call('ZCARD', key)
+    if used < limit then
+        return used, 0
+    end
+    local last_in_the_way = redis.call('ZRANGE', key, -limit, -limit, 'WITHSCORES')
+    return used, last_in_the_way[2] + window_ms - now_ms
+end
+"""
+LOOK_AT_ONE = f"{LOOK} return {{look(KEYS[1], tonumber(ARGV[1]), tonumber(ARGV[2]))}}"
+# One key for each limit, with its number of calls and its window in milliseconds; the last argument
+# names the call. Either counts the call under all limits and returns 0, or under none and returns
+# the milliseconds until there may be a permit.
+TAKE = f"""{LOOK}
 local wait_ms = 0
 for i, key in ipairs(KEYS) do
-    local limit, window_ms = tonumber(ARGV[2 * i - 1]), tonumber(ARGV[2 * i])
-    redis.call('ZREMRANGEBYSCORE', key, '-inf', now_ms - window_ms)
-    if redis.call('ZCARD', key) >= limit then
-        local last_in_the_way = redis.call('ZRANGE', key, -limit, -limit, 'WITHSCORES')
-        wait_ms = math.max(wait_ms, last_in_the_way[2] + window_ms - now_ms)
-    end
+    local _, wait_for_it_ms = look(key, tonumber(ARGV[2 * i - 1]), tonumber(ARGV[2 * i]))
+    wait_ms = math.max(wait_ms, wait_for_it_ms)
 end
 if wait_ms == 0 then
     for i, key in ipairs(KEYS) do
@@ -66,7 +79,9 @@ class CallLimiter:
 
     def __init__(self, url: str, prefix: str, default: str) -> None:
         self._redis = connect(url)
-        self._script = self._redis.register_script(TAKE)  # sent again to a restarted Redis
+        # Sent again to a restarted Redis.
+        self._script = self._redis.register_script(TAKE)
+        self._look = self._redis.register_script(LOOK_AT_ONE)
         self._key = f"{prefix}:rate-limit"
         self._default = default
         parse_limits(default)
@@ -125,16 +140,8 @@ class CallLimiter:
         """How many permits one limit has left, and the seconds until the next."""
         key = f"{self._key}:{limit.stage or 'all'}:{limit.seconds}"
         with _answering():
-            seconds, microseconds = self._redis.time()
-            start_ms = seconds * 1000 + microseconds // 1000 - limit.seconds * 1000
-            with self._redis.pipeline(transaction=True) as pipe:
-                pipe.zremrangebyscore(key, "-inf", start_ms)
-                pipe.zcard(key)
-                pipe.zrange(key, -limit.count, -limit.count, withscores=True)
-                _, used, last_in_the_way = pipe.execute()
-        if used < limit.count:
-            return limit.count - used, 0.0
-        return 0, (last_in_the_way[0][1] - start_ms) / 1000
+            used, wait_ms = self._look([key], [limit.count, limit.seconds * 1000])
+        return max(0, limit.count - used), wait_ms / 1000
 
     def acquire(self, stage: str, timeout_seconds: float) -> bool:
         """Waits up to `timeout_seconds` for a permit for one call; returns whether it got one.

@@ -72,6 +72,18 @@ def test_a_new_limit_takes_effect_at_once_in_every_process(limiter, redis_url):
     other.close()
 
 
+def test_after_the_servers_clock_is_set_back_calls_count_for_one_window(limiter, queue):
+    limiter.set_limits("2/minute")
+    assert [limiter.acquire("metadata", 0) for _ in range(3)] == [True, True, False]
+    key = "test:rate-limit:all:60"
+    for call in queue.redis.zrange(key, 0, -1):
+        queue.redis.zincrby(key, 3_600_000, call)  # as if the clock had been an hour ahead
+    assert not limiter.acquire("metadata", 0)
+    permits = limiter.look("metadata")
+    assert permits.left == 0
+    assert 0 < permits.wait_seconds <= 60
+
+
 def test_counting_continues_after_the_server_loses_its_scripts(limiter):
     limiter.acquire("metadata", 1)
     limiter._redis.script_flush()
