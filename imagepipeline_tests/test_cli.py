@@ -18,7 +18,15 @@ from PIL import Image
 from imagepipeline import cli
 from imagepipeline.commands.events import follow_events
 from imagepipeline.errors import StaleClaimError, list_reasons
-from imagepipeline.models import ASSETS, ImageMetadata, OriginalFacts, PaidCall, Recipe, Upload
+from imagepipeline.models import (
+    ASSETS,
+    Claim,
+    ImageMetadata,
+    OriginalFacts,
+    PaidCall,
+    Recipe,
+    Upload,
+)
 from imagepipeline.services.embedder import LocalEmbedder
 from imagepipeline.stores import uploads
 from imagepipeline.stores.catalogue import Catalogue
@@ -433,6 +441,17 @@ def test_search_finds_by_meaning(invoke, catalogue, tmp_path):
     assert rows[0].keys() == {"image_id", "score", "description"}
     assert rows[0]["score"] > rows[1]["score"]
     assert "kitten" in invoke("search", "a cat")[1]
+
+
+def test_search_finds_no_image_that_the_catalogue_does_not_know(invoke, catalogue, tmp_path):
+    complete(catalogue, "pet", "A kitten asleep on a sofa", tmp_path / "home")
+    index = EmbeddingIndex(str(tmp_path / "home" / "lancedb"))
+    for name in ("erased", "also-erased"):
+        index.upsert(Claim(name, 1, 1, None), LocalEmbedder().embed("a cat"))
+    rows = json.loads(invoke("search", "a cat", "-k", "1", "--json")[1])
+    assert [row["image_id"] for row in rows] == ["pet"]
+    rows = json.loads(invoke("search", "a cat", "--json")[1])
+    assert [row["image_id"] for row in rows] == ["pet"]
 
 
 def test_search_in_an_empty_index_says_so(invoke, catalogue):

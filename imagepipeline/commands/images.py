@@ -281,9 +281,16 @@ def search(settings: Settings, text: str, count: int, as_json: bool) -> None:
     if not text.strip():
         raise click.UsageError("TEXT is empty: say what to look for")
     catalogue = open_catalogue(settings)
-    neighbours = open_index(settings.index_uri).nearest(
-        embed_query(settings, text, console.report), count
-    )
+    index, query = open_index(settings.index_uri), embed_query(settings, text, console.report)
+    asked = count
+    while True:
+        found = index.nearest(query, asked)
+        # A vector may outlive its image, such as one that a frozen run writes after an erasure.
+        known = catalogue.find_known([neighbour.image_id for neighbour in found])
+        neighbours = [neighbour for neighbour in found if neighbour.image_id in known][:count]
+        if len(neighbours) == count or len(found) < asked:
+            break
+        asked *= 2
     display.show_neighbours(catalogue, neighbours, as_json)
 
 
