@@ -425,12 +425,13 @@ class BatchCalls:
         self, key: str, outcome: str, usage: CallUsage | None, answer: str | None
     ) -> Answered:
         cost_usd = self._paid_calls.price(self._recipe.model, usage)
+        is_reported = usage is not None and usage.cost_usd  # then it is what the batch costs
         return Answered(
             key,
             outcome,
             usage.tokens_in if usage else None,
             usage.tokens_out if usage else None,
-            None if cost_usd is None else cost_usd * BATCH_PRICE_SHARE,
+            cost_usd if cost_usd is None or is_reported else cost_usd * BATCH_PRICE_SHARE,
             answer,
         )
 

@@ -30,8 +30,10 @@ from imagepipeline.stores.catalogue import Catalogue
 from imagepipeline.stores.erasures import Erasures
 from imagepipeline.stores.ledger import Ledger
 from imagepipeline.stores.tables import batch_requests, provider_batches, provider_calls
+from imagepipeline_tests import batch_server
 from imagepipeline_tests.batch_server import BatchServer
 from imagepipeline_tests.conftest import PHOTOS, count_answers
+from imagepipeline_tests.services.test_vision import METADATA, completion
 
 pytestmark = pytest.mark.stack
 
@@ -258,6 +260,18 @@ def test_a_batch_that_is_refused_says_so(fetch, provider, library, sqlite_catalo
     provider.states = ["validating", "completed"]
     with pytest.raises(BatchError, match="none of 4 requests was answered"):
         fetch()
+
+
+def test_a_cost_that_the_provider_reports_is_what_the_batch_costs(
+    fetch, provider, library, sqlite_catalogue_url, monkeypatch
+):
+    reported = completion(METADATA)
+    reported["usage"]["cost"] = 0.25
+    monkeypatch.setattr(batch_server, "completion", lambda answer: reported)
+    assert fetch().spent_usd == 1
+    assert {call[2] for call in read_calls(sqlite_catalogue_url)} == {0.25}
+    usage = Ledger(sqlite_catalogue_url).find_mean_usage("metadata", Settings.load().vision_model)
+    assert usage.cost_usd == 0.5  # of an ordinary call
 
 
 def test_a_batch_that_is_refused_at_once_is_forgotten(
