@@ -45,6 +45,7 @@ REFERENCE_WHITE_NITS = 203  # of HDR pictures, ITU-R BT.2408
 DEFAULT_PEAK_NITS = 1000  # the usual peak of PQ pictures, and the one HLG is defined for
 KNEE = 0.65  # how sharply the tone curve bends at reference white
 SRGB_GAMMA = 45_455  # the gAMA of an sRGB picture
+SRGB_GAMMA_TOLERANCE = 0.05  # writers round; Chromium takes all that is as near as sRGB
 MAX_S15 = 32_000  # a little below the largest s15Fixed16Number of an ICC profile
 STRIP_ROWS = 128
 # A curve is flat in the darks if a tenth of its range is more light than this; sRGB's is 0.010.
@@ -144,7 +145,8 @@ def read_png_space(chunks: Mapping[bytes, bytes], profile: bytes | None) -> Colo
             value / 100_000 for value in struct.unpack(">8I", chromaticities)
         )
         return ColorSpace(gamma=100_000 / gamma, chromaticities=(*colors, white_x, white_y))
-    return ColorSpace() if gamma == SRGB_GAMMA else ColorSpace(gamma=100_000 / gamma)
+    is_srgb = abs(gamma / SRGB_GAMMA - 1) <= SRGB_GAMMA_TOLERANCE
+    return ColorSpace() if is_srgb else ColorSpace(gamma=100_000 / gamma)
 
 
 def read_nclx(colr: bytes, clli: bytes | None, mdcv: bytes | None) -> ColorSpace:

@@ -4,6 +4,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 LOOPS = (b"NETSCAPE2.0", b"ANIMEXTS1.0")
+RESTORE = (3, 4)  # disposals; some old encoders write 4, and browsers take it as 3
 
 
 @dataclass(frozen=True)
@@ -18,7 +19,8 @@ class GifFrame:
         height: pixels.
         is_interlaced: its rows are stored in four passes.
         clear_index: index of the transparent palette entry.
-        disposal: 2 to clear its area before the next frame, 3 to restore what was there before.
+        disposal: 2 to clear its area before the next frame; one of RESTORE to restore what was
+            there before.
         duration_ms: how long it is shown.
         is_cut: the file ends within it.
     """

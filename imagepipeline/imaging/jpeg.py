@@ -87,7 +87,8 @@ def read_jpeg(content: bytes) -> Jpeg | None:
     parts: list[bytes | memoryview] = [b"\xff\xd8"]
     view = memoryview(content)
     frame: tuple[int, int, int, int] | None = None
-    exif, profiles = b"", {}
+    exif = b""
+    profiles: dict[int, bytes] = {}  # by number: a part of the ICC profile
     scan_count, position, has_end = 0, 2, False
     unsent: dict[int, int] = {}  # by component: bit mask of coefficients not yet sent in full
     while True:
@@ -120,7 +121,8 @@ def read_jpeg(content: bytes) -> Jpeg | None:
         if marker == APP1 and segment.startswith(b"Exif\0\0"):
             exif = exif or segment
         elif marker == APP2 and segment.startswith(b"ICC_PROFILE\0") and len(segment) > 14:
-            profiles[segment[12]] = segment[13:]  # the number of parts, then this part
+            # The number of parts, then this part. As in browsers, the first profile counts.
+            profiles.setdefault(segment[12], segment[13:])
         elif marker in FRAMES or marker in (DQT, DHT, DRI) or _describes_colors(marker, segment):
             parts.append(b"\xff" + bytes([marker]))
             parts.append(view[position : position + length])

@@ -1286,7 +1286,7 @@ def png_of_16_bits(
     values: "np.ndarray[tuple[int, ...], np.dtype[np.uint16]]", *chunks: tuple[bytes, bytes]
 ) -> bytes:
     """Builds a PNG of values [height, width] or [height, width, channels], and further chunks."""
-    color_type = 0 if values.ndim == 2 else {3: 2, 4: 6}[values.shape[2]]
+    color_type = 0 if values.ndim == 2 else {2: 4, 3: 2, 4: 6}[values.shape[2]]
     data = b"".join(b"\0" + row.tobytes() for row in values.astype(">u2"))
     return _png_chunks(values.shape[1::-1], 16, color_type, data, *chunks)
 

@@ -20,7 +20,12 @@ from imagepipeline.imaging.color import (
     tone_map,
 )
 from imagepipeline.imaging.decoding import decode
-from imagepipeline_tests.imaging.odd_files import encode, png_of_16_bits
+from imagepipeline_tests.imaging.odd_files import (
+    encode,
+    picture,
+    png_of_16_bits,
+    wide_profile,
+)
 
 GREYS = (33, 66, 132, 197, 255)
 # GREYS as Chromium 156 shows them in a PNG with cICP. PQ and HLG have the primaries of BT.2020.
@@ -124,6 +129,15 @@ def test_the_most_precise_colour_chunk_of_a_png_counts():
     assert read_png_space({b"cHRM": wide}, None) == ColorSpace()
 
 
+@pytest.mark.parametrize(
+    ("gamma", "is_srgb"),
+    [(43_180, False), (43_185, True), (45_454, True), (47_725, True), (47_730, False)],
+)
+def test_a_gamma_near_that_of_srgb_stands_for_srgb_as_in_chromium(gamma, is_srgb):
+    found = read_png_space({b"gAMA": struct.pack(">I", gamma)}, None)
+    assert (found == ColorSpace()) == is_srgb
+
+
 @pytest.mark.parametrize("codes", [b"\xff\xff\0\1", b"\0\0\0\1", b"\x0c\x0d\1\1", b"\x0c"])
 def test_unknown_code_points_are_taken_as_srgb(codes):
     assert read_png_space({b"cICP": codes}, None) == ColorSpace()
@@ -155,6 +169,16 @@ def test_a_profile_of_rgb_describes_grey_too(space, mode):
     grey = Image.new(mode, (8, 8), 50 if mode == "L" else (50, 128))
     decoded = decode(encode(grey, "PNG", icc_profile=linear_profile(space)))
     assert decoded.image.convert("RGB").getpixel((0, 0)) == (122, 122, 122)
+
+
+def test_of_two_profiles_in_a_jpeg_the_first_counts():
+    whole = encode(picture(), "JPEG", icc_profile=wide_profile())
+    later = encode(picture(), "JPEG", icc_profile=linear_profile())
+    start = later.index(b"\xff\xe2")
+    end = start + 2 + int.from_bytes(later[start + 2 : start + 4], "big")
+    at = whole.index(b"\xff\xdb")
+    both = whole[:at] + later[start:end] + whole[at:]
+    assert decode(both).image.tobytes() == decode(whole).image.tobytes()
 
 
 # ---- linear light in 16 bits
@@ -232,6 +256,14 @@ def test_16_bits_of_linear_light_keep_their_darks(name):
     found = np.asarray(decode(LINEAR_FILES[name]()).image).astype(int)
     wanted = np.repeat(LEVELS[..., None], 3, axis=2) if "grey" in name else RAMPS
     assert abs(found - wanted).max() <= 1
+
+
+def test_grey_with_alpha_of_16_linear_bits_is_shown_as_its_upper_bytes():
+    values = np.dstack([linear(LEVELS), ALPHA - 1000])
+    found = np.asarray(decode(png_of_16_bits(values, GAMMA)).image)[..., 0].astype(int)
+    upper = (linear(LEVELS) >> 8) / 255
+    coded = np.where(upper <= 0.0031308, 12.92 * upper, 1.055 * upper ** (1 / 2.4) - 0.055) * 255
+    assert abs(found - coded).max() <= 1
 
 
 def test_a_transparent_colour_of_16_linear_bits_is_kept():

@@ -41,7 +41,7 @@ def read_gif(content: bytes, rules: Rules) -> Source:
         shown = Image.new("RGBA", (width, height))
         walk = gif.read_gif(content)
         for frame in walk[1] if walk else ():
-            below = shown.copy() if frame.disposal == 3 else None
+            below = shown.copy() if frame.disposal in gif.RESTORE else None
             flaw = _draw_gif(frame, shown, rules)
             yield Picture(shown.copy(), frame.duration_ms, flaw)
             if not rules.is_animation_kept:

@@ -64,7 +64,8 @@ def read_png(content: bytes, rules: Rules) -> Source:
             check_frames(found.width, found.height, frame_count, rules)
     space = read_png_space(found.chunks, profile)
     reduction = None
-    if found.bits == 16:
+    # Of grey with alpha, Pillow reads the upper bytes alone.
+    if found.bits == 16 and found.color_type in (png.GREY, *LOWER_BYTES):
         reduction = plan_reduction(space, is_grey=found.color_type == png.GREY)
 
     def load(_: bool) -> Iterator[Picture]:
