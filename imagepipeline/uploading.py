@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from imagepipeline.errors import InvalidUploadError, PostponedError, StackError
+from imagepipeline.errors import ImagePipelineError, InvalidUploadError, PostponedError, StackError
 from imagepipeline.models import check_original_path, choose_extension
 from imagepipeline.opening import open_catalogue, open_queue
 from imagepipeline.settings import Settings
@@ -18,7 +18,13 @@ Report = Callable[[str], None]
 def build_image_id(photo: Path) -> str:
     """A readable ID: the file name and 8 digits of the content's SHA-256, which make it unique."""
     name = re.sub(r"[^A-Za-z0-9]+", "-", photo.stem).strip("-")[:50] or "image"
-    return f"{name}-{hashlib.sha256(photo.read_bytes()).hexdigest()[:8]}"
+    return f"{name}-{hashlib.sha256(_read(photo)).hexdigest()[:8]}"
+
+
+def _read(photo: Path) -> bytes:
+    if not photo.is_file():  # a pipe would block, and a device may never end
+        raise ImagePipelineError(f"{photo} is not a plain file: save it as one, and push that")
+    return photo.read_bytes()
 
 
 def enqueue(
@@ -37,7 +43,7 @@ def enqueue(
     queue = open_queue(settings)
     files = open_storage(settings.storage)
     for image_id, photo in images.items():
-        path = files.put_original(image_id, photo.read_bytes(), choose_extension(photo.name))
+        path = files.put_original(image_id, _read(photo), choose_extension(photo.name))
         _replace_others(settings, files, image_id, path, report)
         try:
             queue.enqueue(image_id, path, priority, tenant, focus)

@@ -153,6 +153,14 @@ def test_push_takes_the_images_of_a_folder(invoke, tmp_path, queue):
     assert (code, err) == (1, "Error: there is no image to push\n")
 
 
+@pytest.mark.parametrize("options", [(), ("--id", "tom")])
+def test_push_refuses_what_is_not_a_plain_file(invoke, queue, options):
+    code, _, err = invoke("push", os.devnull, *options)  # others would block, or never end
+    assert code == 1
+    assert err == "Error: /dev/null is not a plain file: save it as one, and push that\n"
+    assert queue.count()["waiting"] == 0
+
+
 def test_import_says_what_it_does(invoke, tmp_path, catalogue):
     site = tmp_path / "site"
     site.mkdir()
