@@ -539,7 +539,8 @@ class Settings(BaseModel):
     )
     definitions: Annotated[str, Field(pattern=r"^[A-Za-z_][\w.]*$")] = Field(
         "imagepipeline.definitions",
-        description="The Python module with the Dagster definitions, which may add to ours.",
+        description="The Python module with the Dagster definitions, which may add to ours. It "
+        "must be installed or on PYTHONPATH.",
     )
     code_socket: Path | None = Field(
         None,

@@ -41,8 +41,17 @@ class Stack:
             "OPENAI_BASE_URL": f"http://127.0.0.1:{provider_port}/v1",
             "PYTHONPATH": str(EXAMPLES),
         }
+        # A stack imports nothing from the folder in which it is started.
+        folder = Path(home) / "elsewhere"
+        folder.mkdir()
+        for name in ("imagepipeline", "numpy", "own_checks"):
+            (folder / f"{name}.py").write_text("raise RuntimeError('from the current folder')")
         self.process = subprocess.Popen(
-            [COMMAND, "up", "--json"], stdout=subprocess.PIPE, text=True, env=self.environment
+            [COMMAND, "up", "--json"],
+            stdout=subprocess.PIPE,
+            text=True,
+            cwd=folder,
+            env=self.environment,
         )
         addresses = json.loads(self.process.stdout.readline())
         self.redis_socket, self.url = addresses["redis"], addresses["webserver_url"]

@@ -81,6 +81,7 @@ def build_command(settings: Settings, name: str) -> list[str]:
         "code-server": [
             *("dagster", "api", "grpc", "--socket", _quote_for_grpc(settings.code_address)),
             *("--max-workers", CODE_SERVER_THREADS, "-m", settings.definitions),
+            "--empty-working-directory",  # otherwise Dagster imports from the current folder
         ],
         "worker": ["imagepipeline.runtime.worker"],
         "daemon": ["imagepipeline.runtime.daemon", "run", "--log-level", "warning", *workspace],
@@ -120,6 +121,7 @@ def build_environment(settings: Settings, name: str) -> dict[str, str]:
         DAGSTER_HOME=str(_dagster_home(settings)),
         IMAGEPIPELINE_CODE_SOCKET=str(settings.code_address),
         DAGSTER_DAEMON_HEARTBEAT_TOLERANCE=str(HEARTBEAT_TOLERANCE_SECONDS),
+        PYTHONSAFEPATH="1",  # otherwise `python -m` imports what lies in the current folder
         OPENBLAS_NUM_THREADS="1",  # five runs share the machine
         # When two machines compact the index at once, one fails and logs a harmless warning.
         LANCEDB_LOG="warn,lance::dataset::optimize=error",

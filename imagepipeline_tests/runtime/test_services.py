@@ -5,6 +5,7 @@ import os
 import subprocess
 import sys
 from contextlib import closing
+from pathlib import Path
 
 import dagster as dg
 import pytest
@@ -51,6 +52,18 @@ def test_tables_are_created_once_by_simultaneous_migrations(postgres_url, tmp_pa
                 connection.exec_driver_sql("SELECT count(*) FROM alembic_version").scalar_one() == 1
             )
             assert connection.exec_driver_sql("SELECT count(*) FROM runs").scalar_one() == 0
+
+
+@pytest.mark.stack
+def test_a_command_imports_nothing_from_the_current_folder(tmp_path):
+    (tmp_path / "imagepipeline.py").write_text("raise RuntimeError('from the current folder')")
+    command = [Path(sys.executable).parent / "imagepipeline", "migrate", "--json"]
+    environment = os.environ | {"IMAGEPIPELINE_HOME": str(tmp_path / "home")}
+    done = subprocess.run(
+        command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout)["databases"]["catalogue"] == "SQLite"
 
 
 @pytest.mark.stack
