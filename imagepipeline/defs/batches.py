@@ -103,7 +103,10 @@ class Batch:
     _deadline: float = 0
 
     def run(self) -> Iterator["Event"]:
-        """Processes images until enough are taken, time is over, or none waits; yields events."""
+        """Processes images until enough are taken, time is over, or none waits; yields events.
+
+        It takes no more, too, once paid work must wait.
+        """
         self._deadline = time.monotonic() + MAX_SECONDS
         threads = [
             threading.Thread(target=self._work, name=f"image {number}", daemon=True)
@@ -197,6 +200,8 @@ class Batch:
             except Exception as error:
                 verdict = settle(self.catalogue, claim, asset, number, error)
                 self._report(verdict.text)
+                if isinstance(error, PostponedError) and not error.wait_seconds:
+                    self._deadline = 0  # or it would take the same image at once, again and again
                 if verdict.wait_seconds is None:
                     return None
                 self._stopping.wait(verdict.wait_seconds)

@@ -137,6 +137,7 @@ def upload_sensor(
             applier.recipes["variants"] if pauses or is_scarce or tenants.find_spent() else None,
             pauses,
             is_upload_tried=bool(chosen or in_flight.full_count),
+            is_rate_used_up=bool(problem_of_rates),
         )
         if not pauses and affordable is None:
             batches += request_backlog_batches(catalogue, context.instance, slots, tenants)
@@ -307,11 +308,13 @@ def request_batches(
     lacking: Recipe | None,
     pauses: Sequence[Pause],
     is_upload_tried: bool,
+    is_rate_used_up: bool,
 ) -> list[dg.RunRequest]:
     """Runs of the bulk lane for planned images: one for each `IMAGES_AT_ONCE` that wait.
 
     While paid calls must wait, one of them makes variants alone, of images without variants by the
-    recipe `lacking`. When pauses are over, one image is tried, unless it is an upload.
+    recipe `lacking`; the other starts only if the rate limit permits its calls in time. When pauses
+    are over, one image is tried, unless it is an upload.
     """
     waiting = catalogue.count_bulk()["pending"]
     if not waiting:
@@ -332,7 +335,7 @@ def request_batches(
         is_probation = all(pause.is_over for pause in pauses)
         is_busy = is_upload_tried or unfinished["planned"]
         room = int(is_probation and not is_busy)
-    if room > 0 and catalogue.has_next(None, tenants.find_max_paid_runs):
+    if room > 0 and not is_rate_used_up and catalogue.has_next(None, tenants.find_max_paid_runs):
         config = {"max_images": 1} if pauses else {}
         requests += [_request_batch("planned", **config)] * room
     return requests

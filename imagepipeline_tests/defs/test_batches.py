@@ -20,9 +20,19 @@ from pydantic import ValidationError
 from imagepipeline.definitions import NICEST, defs
 from imagepipeline.defs import batches
 from imagepipeline.defs.attempts import STOPPED
-from imagepipeline.defs.batches import ApplyConfig, apply_plan, process_batch
+from imagepipeline.defs.batches import (
+    IMAGES_AT_ONCE,
+    ApplyConfig,
+    apply_plan,
+    process_batch,
+)
 from imagepipeline.defs.outcomes import ORIGINAL, REASON_TAG, STATUS_TAG
-from imagepipeline.errors import ApplyBusyError, ProviderUnavailableError
+from imagepipeline.errors import (
+    ApplyBusyError,
+    PausedError,
+    ProviderUnavailableError,
+    RateLimitError,
+)
 from imagepipeline.imaging.decoding import Rules, decode
 from imagepipeline.imaging.sandbox import Sandbox
 from imagepipeline.imaging.variants import Renderer
@@ -187,6 +197,22 @@ def test_a_batch_takes_no_images_once_a_person_has_paused_all_work(
     ledger.pause(BY_PERSON, "the disk is being moved", None)
     assert run_batch().success
     assert catalogue.get("a")["status"] == "pending"
+
+
+@pytest.mark.parametrize(
+    "error", [PausedError("credits", "no credit is left", None), RateLimitError("used up")]
+)
+def test_a_batch_takes_no_more_images_once_paid_work_must_wait(run_batch, push, catalogue, error):
+    class Waiting(LocalVision):
+        def describe(self, preview, facts):
+            raise error
+
+    push(*(f"i{number}" for number in range(IMAGES_AT_ONCE)))
+    assert run_batch(vision=Waiting()).success
+    rows = [catalogue.get(f"i{number}") for number in range(IMAGES_AT_ONCE)]
+    assert {row["status"] for row in rows} == {"pending"}
+    events = [line["event"] for row in rows for line in row["history"]]
+    assert 1 <= events.count("handed_back") <= IMAGES_AT_ONCE  # once in each thread, not on and on
 
 
 class Stopped(LocalVision):

@@ -657,4 +657,8 @@ def test_behind_the_rate_limit_planned_images_get_variants(tick, catalogue, remo
     assert limiter.acquire("metadata", 0)
     catalogue.accept_imported([Upload(f"i{number}") for number in range(10)])
     works = [work for work, _ in configs(tick(paid_calls=remote_calls))]
-    assert works == ["pictures", "planned"]
+    assert works == ["pictures"]  # another would end at once, and be requested again
+    limiter.set_limits("1/minute")
+    assert limiter.acquire("metadata", 0)
+    works = [work for work, _ in configs(tick(paid_calls=remote_calls))]
+    assert works == ["pictures", "planned"]  # it waits for its permit

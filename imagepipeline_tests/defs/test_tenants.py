@@ -221,7 +221,7 @@ def test_a_tenant_whose_budget_is_spent_gets_its_pictures_and_waits_for_the_rest
     catalogue.prioritize("many-0", BULK_PRIORITY)
     for spent_by, count in ((tenants, 0), (Tenants(catalogue, ledger, {}, {}), 3)):
         requests = [
-            *request_batches(catalogue, instance, spent_by, None, [], False),
+            *request_batches(catalogue, instance, spent_by, None, [], False, False),
             *request_backlog_batches(catalogue, instance, DEFAULT_SLOTS, spent_by),
         ]
         assert len(requests) == count
