@@ -223,11 +223,14 @@ class Housekeeper:
         elif now_seconds - self._idle_since_seconds >= IDLE_SECONDS:
             self._idle_since_seconds = math.inf
             children, count = billiard.active_children(), pool.num_processes
-            pool.shrink(count)
+            try:
+                pool.shrink(count)
+            except ValueError:  # a cancelled run has not ended yet; Celery has forgotten it already
+                children = []  # the pool lets the idle ones end by themselves
             for child in children:
                 os.kill(child.pid, signal.SIGKILL)  # a shutdown by the pool takes a second longer
                 child.join()
-            pool.grow(count)
+            pool.grow(count - pool.num_processes)
             pool.maintain_pool()
 
     def _kill_stopped(self) -> None:

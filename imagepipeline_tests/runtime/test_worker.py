@@ -8,6 +8,7 @@ import subprocess
 import sys
 import threading
 import time
+from collections import Counter
 from contextlib import closing
 
 import billiard
@@ -15,6 +16,7 @@ import dagster as dg
 import dagster_celery.config
 import pytest
 from celery import states
+from celery.concurrency.prefork import TaskPool
 from dagster._core.code_pointer import ModuleCodePointer
 from dagster._core.launcher import CheckRunHealthResult, LaunchRunContext, WorkerStatus
 from dagster._core.origin import JobPythonOrigin, RepositoryPythonOrigin
@@ -89,6 +91,48 @@ def test_a_child_stopped_in_a_transaction_is_killed_before_others_time_out(
             connection.execute("BEGIN IMMEDIATE")
         assert worker.STOPPED_SECONDS < SQLITE_BUSY_TIMEOUT_SECONDS
     finally:
+        keeper._resident.kill()
+        keeper._resident.wait()
+        keeper._resident.stdin.close()
+
+
+def read(fifo: str) -> None:
+    with open(fifo, "rb") as source:
+        source.read()
+
+
+def test_a_cancelled_run_that_does_not_end_costs_no_other_slot(settings, tmp_path, monkeypatch):
+    app = worker.build_app(settings)
+    monkeypatch.setattr(worker.state, "total_count", Counter(["a run"]))
+    monkeypatch.setattr(
+        worker, "RESIDENT_COMMAND", [sys.executable, "-c", "import sys; sys.stdin.read()"]
+    )
+    now = [0.0]
+    monkeypatch.setattr(worker.time, "monotonic", lambda: now[0])
+    keeper = worker.Housekeeper(settings)
+    fifos = [str(tmp_path / name) for name in "abc"]
+    for fifo in fifos:
+        os.mkfifo(fifo)
+    pool = TaskPool(3, app=app, initargs=(app, "test"), threads=True)
+    pool.start()
+    try:
+        children = {child.pid for child in billiard.active_children()}
+        has_begun = threading.Event()
+        # Celery counts a cancelled run as ended at once.
+        pool.apply_async(read, (fifos[0],), accept_callback=lambda *_: has_begun.set())
+        assert has_begun.wait(30)
+        keeper.check(pool)
+        now[0] = worker.IDLE_SECONDS
+        keeper.check(pool)
+        assert pool.num_processes == 3
+        for fifo in fifos[1:]:
+            pool.apply_async(read, (fifo,))
+        for fifo in fifos[1:]:
+            open(fifo, "wb").close()  # waits for a child
+        assert len(children & {child.pid for child in billiard.active_children()}) == 1
+    finally:
+        open(fifos[0], "wb").close()
+        pool.stop()
         keeper._resident.kill()
         keeper._resident.wait()
         keeper._resident.stdin.close()
