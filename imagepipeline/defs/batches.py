@@ -12,6 +12,7 @@ from enum import Enum
 from functools import partial
 
 import dagster as dg
+from dagster._core.errors import DagsterExecutionInterruptedError
 from pydantic import Field
 
 from imagepipeline.dagster_records import DagsterRecords
@@ -356,10 +357,13 @@ def process_images(
                 report_outcome(context.instance, context.run, materialization)
             elif event.image_id:
                 finished += 1
-    finally:
+    except DagsterExecutionInterruptedError:
         batch.stop()
-        for claim in list(batch.claims.values()):  # the run is being stopped
+        for claim in list(batch.claims.values()):
             context.log.warning(interrupt_work(context, catalogue, claim).text)
+        raise
+    finally:
+        batch.stop()  # after another error, the reconciler recovers its images
     context.log.info(f"{finished} images are made.")
 
 

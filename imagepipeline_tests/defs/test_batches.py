@@ -27,6 +27,7 @@ from imagepipeline.defs.batches import (
     process_batch,
 )
 from imagepipeline.defs.outcomes import ORIGINAL, REASON_TAG, STATUS_TAG
+from imagepipeline.defs.reconciler import StandstillWatch, reconcile
 from imagepipeline.errors import (
     ApplyBusyError,
     PausedError,
@@ -230,6 +231,25 @@ def test_the_images_of_a_batch_that_is_stopped_get_runs_of_their_own(run_batch, 
     assert (row["status"], row["generation"]) == ("pending", 2)
     assert row["history"][-1]["detail"] == STOPPED
     assert catalogue.claim_next("other") is None
+
+
+def test_a_batch_that_dagster_fails_does_not_say_that_it_was_stopped(
+    run_batch, push, catalogue, instance, tasks, monkeypatch
+):
+    def restore(*_):
+        raise OSError("Dagster's database does not answer")
+
+    monkeypatch.setattr(batches, "restore", restore)
+    push("a")
+    result = run_batch()
+    assert not result.success
+    assert catalogue.get("a")["run_id"] == result.run_id
+    reconcile(catalogue, instance, tasks, StandstillWatch())
+    row = catalogue.get("a")
+    assert (row["status"], row["history"][-1]["detail"]) == (
+        "pending",
+        "its run ended without a result",
+    )
 
 
 def test_an_image_whose_runs_are_stopped_three_times_fails(run, instance, catalogue, cat):
