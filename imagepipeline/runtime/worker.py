@@ -68,7 +68,7 @@ def main() -> None:
         SystemExit: Another worker already uses this home.
     """
     settings = Settings.load()
-    acquire_lock(settings)
+    hold_home(settings)
     settings.publish_resident_socket()
     preload(settings.definitions)
     build_app(settings).worker_main(
@@ -103,6 +103,24 @@ def preload(definitions: str) -> None:
     # Each child calls billiard's `set_pdeathsig`, for which cffi builds a parser of 6 MB. This call
     # builds it here, once, for all children to share.
     billiard.util.get_pdeathsig()
+
+
+def hold_home(settings: Settings) -> None:
+    """Locks the home for this worker until this process ends.
+
+    Its children do not hold the lock. They end with it, but a little later: the next worker would
+    be refused meanwhile.
+
+    Raises:
+        SystemExit: Another worker already uses this home.
+    """
+    lock, worker = acquire_lock(settings), os.getpid()
+
+    def release() -> None:
+        if os.getppid() == worker:  # in a child of a child, the number may be another file's
+            os.close(lock)
+
+    os.register_at_fork(after_in_child=release)
 
 
 def acquire_lock(settings: Settings) -> int:

@@ -148,6 +148,27 @@ def test_a_home_has_one_worker(settings):
     os.close(worker.acquire_lock(settings))
 
 
+def test_a_worker_can_start_while_the_children_of_a_killed_one_still_end(settings):
+    code = (
+        "import os, signal\n"
+        "from imagepipeline.runtime import worker\n"
+        "from imagepipeline.settings import Settings\n"
+        "worker.hold_home(Settings.load())\n"
+        "if os.fork():\n"
+        "    signal.pause()\n"
+        "print('here', flush=True)\n"
+        "input()"
+    )
+    environment = services.build_environment(settings, "worker")
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
+    with subprocess.Popen([sys.executable, "-c", code], env=environment, **pipes) as killed:
+        assert killed.stdout.readline() == b"here\n"
+        killed.kill()
+        assert killed.wait() == -signal.SIGKILL
+        os.close(worker.acquire_lock(settings))
+        killed.stdin.write(b"\n")
+
+
 def test_preloading_starts_no_thread_and_builds_the_parser_that_each_child_needs(settings):
     code = (
         "import sys, threading\n"
