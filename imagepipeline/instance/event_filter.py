@@ -17,7 +17,6 @@ UNREAD_TYPES = {
 # How the engine's events of every run begin. If a new version of Dagster words them differently,
 # they are stored again, and a test fails.
 UNREAD_MESSAGES = (
-    "[RunLauncher] ",
     "Executing steps in process",
     "Finished steps in process",
     "Process for run exited",

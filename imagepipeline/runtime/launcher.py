@@ -3,32 +3,26 @@
 `dagster.yaml` names this class. The daemon launches runs with it, and the webserver cancels them.
 """
 
-import functools
-from typing import Any
-
-import dagster_celery.launcher
 from celery import states
 from celery.result import AsyncResult
 from dagster import DagsterRun
-from dagster._core.launcher import CheckRunHealthResult, WorkerStatus
+from dagster._core.launcher import CheckRunHealthResult, LaunchRunContext, WorkerStatus
+from dagster_celery.config import TASK_EXECUTE_JOB_NAME
 from dagster_celery.launcher import CeleryRunLauncher
-from dagster_celery.tasks import create_execute_job_task
-
-# Without the cache, each launch registers the task again, which logs a warning and leaks memory.
-vars(dagster_celery.launcher)["create_execute_job_task"] = functools.cache(create_execute_job_task)
 
 
 class RunLauncher(CeleryRunLauncher):
-    """Launches runs as Celery tasks and leaves recovery to the reconciler.
+    """Launches runs as Celery tasks and leaves recovery to the reconciler."""
 
-    A task has the ID of its run. Celery would choose another one, which Dagster learns only after
-    the task was sent: until then, a run that has begun could not be cancelled.
-    """
+    def launch_run(self, context: LaunchRunContext) -> None:
+        """Sends a task, which any worker may take.
 
-    def _launch_celery_task_run(
-        self, run: DagsterRun, task_signature: Any, routing_key: str
-    ) -> None:
-        super()._launch_celery_task_run(run, task_signature.set(task_id=run.run_id), routing_key)
+        It has the run's ID. dagster-celery lets Celery choose one, and stores it in a tag after the
+        task was sent: until then, a run that has begun could not be cancelled, and the tags that
+        the run itself sets could be lost.
+        """
+        run_id = context.dagster_run.run_id
+        self.celery.send_task(TASK_EXECUTE_JOB_NAME, (run_id,), task_id=run_id, ignore_result=True)
 
     @property
     def supports_resume_run(self) -> bool:

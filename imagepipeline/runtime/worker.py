@@ -26,8 +26,6 @@ from celery.worker import state
 from celery.worker.control import inspect_command
 from dagster import DagsterEventType, DagsterInstance, DagsterRunStatus
 from dagster._cli.api import _execute_run_command_body  # what `dagster api execute_run` calls
-from dagster._grpc.types import ExecuteRunArgs
-from dagster._serdes import unpack_value
 from dagster_celery.config import TASK_EXECUTE_JOB_NAME
 from dagster_celery.make_app import make_app
 
@@ -182,29 +180,33 @@ def build_app(settings: Settings) -> Celery:
     return app
 
 
-def execute_run(execute_job_args_packed: Any) -> None:
+def execute_run(run_id: str) -> None:
     """Executes a run like dagster-celery's own task, but reuses one Dagster instance per child.
 
     A new instance for each run would take 80 ms and leave three Postgres connections open.
     """
-    run_id = unpack_value(execute_job_args_packed, as_type=ExecuteRunArgs).run_id
     instance = open_instance()
+    if keep_canceled(instance, run_id):
+        return
     _execute_run_command_body(
         run_id, instance, write_stream_fn=lambda _: None, set_exit_code_on_failure=False
     )
     keep_canceled(instance, run_id)
 
 
-def keep_canceled(instance: DagsterInstance, run_id: str) -> None:
-    """Marks a run as canceled again that a person canceled by force.
+def keep_canceled(instance: DagsterInstance, run_id: str) -> bool:
+    """Marks a run as canceled again that was canceled before; returns whether it was.
 
-    That sets its status at once, while it still runs; when it then ends, Dagster sets another one.
+    A cancel sets the run's status at once. Dagster may set another one later: when it queues or
+    launches the run at that moment, or when a run ends that was canceled by force.
     """
     run = instance.get_run_by_id(run_id)
-    if run is not None and run.status == DagsterRunStatus.FAILURE:
-        canceled = instance.get_records_for_run(run_id, of_type=DagsterEventType.RUN_CANCELED)
-        if canceled.records:
-            instance.report_run_canceled(run, "It was canceled by force while it ran.")
+    if run is None or run.status in (DagsterRunStatus.CANCELED, DagsterRunStatus.SUCCESS):
+        return False
+    canceled = instance.get_records_for_run(run_id, of_type=DagsterEventType.RUN_CANCELED, limit=1)
+    if canceled.records:
+        instance.report_run_canceled(run, "It was canceled before.")
+    return bool(canceled.records)
 
 
 @functools.cache

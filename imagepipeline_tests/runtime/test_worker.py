@@ -18,6 +18,7 @@ import pytest
 from celery import states
 from celery.concurrency.prefork import TaskPool
 from dagster._core.code_pointer import ModuleCodePointer
+from dagster._core.events import DagsterEvent
 from dagster._core.launcher import CheckRunHealthResult, LaunchRunContext, WorkerStatus
 from dagster._core.origin import JobPythonOrigin, RepositoryPythonOrigin
 from dagster._core.storage.sqlite import SQLITE_BUSY_TIMEOUT_SECONDS
@@ -219,9 +220,7 @@ def test_a_run_whose_worker_reports_its_death_has_failed(settings, instance):
     assert 0 < backend.client.ttl(key) <= broker.KEEP_FAILURES_SECONDS
 
 
-def test_a_cancelled_run_is_marked_in_dagster(settings, instance, monkeypatch):
-    # A fast worker has begun a run before the launcher stores anything about the task.
-    monkeypatch.setattr(instance, "add_run_tags", lambda *_: None)
+def test_a_cancelled_run_is_marked_in_dagster(settings, instance):
     run = launch(instance)
     assert instance.run_launcher.terminate(run.run_id)
     assert instance.get_run_by_id(run.run_id).status == dg.DagsterRunStatus.CANCELING
@@ -233,7 +232,6 @@ def test_dagster_celery_has_the_parts_that_launcher_and_worker_use(settings):
     assert dagster_celery.config.TASK_EXECUTE_JOB_NAME == TASK
     assert "celery" in CeleryRunLauncher.__annotations__
     assert issubclass(RunLauncher, CeleryRunLauncher)
-    assert "create_execute_job_task(" in inspect.getsource(CeleryRunLauncher)
     app = worker.build_app(settings)
     assert TASK in app.tasks
     assert app.conf.task_queues[0].name == broker.QUEUE
@@ -305,3 +303,15 @@ def test_a_run_canceled_by_force_stays_canceled_when_it_ends(is_forced):
         worker.keep_canceled(instance, run.run_id)
         status = instance.get_run_by_id(run.run_id).status
         assert (status == dg.DagsterRunStatus.CANCELED) == is_forced
+
+
+def test_a_run_canceled_in_the_moment_that_dagster_launched_it_is_not_executed(monkeypatch):
+    with dg.DagsterInstance.ephemeral() as instance:
+        run = instance.add_run(dg.DagsterRun(job_name="job"))
+        instance.report_run_canceled(run)
+        starting = DagsterEvent(dg.DagsterEventType.RUN_STARTING.value, run.job_name)
+        instance.report_dagster_event(starting, run.run_id)
+        assert instance.get_run_by_id(run.run_id).status == dg.DagsterRunStatus.STARTING
+        monkeypatch.setattr(worker, "open_instance", lambda: instance)
+        worker.execute_run(run.run_id)  # it would fail, as it has no code
+        assert instance.get_run_by_id(run.run_id).status == dg.DagsterRunStatus.CANCELED
