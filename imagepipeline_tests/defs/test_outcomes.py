@@ -7,10 +7,13 @@ from imagepipeline.defs.outcomes import ORIGINAL, REASON_TAG, STATUS_TAG
 from imagepipeline.errors import BadAnswerError, PausedError, RateLimitError
 from imagepipeline.models import Upload
 from imagepipeline.services.embedder import LocalEmbedder
+from imagepipeline.usage import CallUsage
 from imagepipeline_tests.conftest import PHOTOS
 from imagepipeline_tests.defs.test_assets import ANSWER, ScriptedVision
 
 pytestmark = pytest.mark.stack
+
+PROSE = BadAnswerError("prose", CallUsage(10, cost_usd=0.01))
 
 
 @pytest.fixture
@@ -71,7 +74,7 @@ def test_the_run_of_a_rejected_upload_succeeds_and_the_page_says_what_the_row_sa
 
 
 def test_what_an_operator_must_mend_is_red_and_on_the_page(process, cat):
-    vision = ScriptedVision(*(BadAnswerError("prose", 0.01) for _ in range(3)))
+    vision = ScriptedVision(PROSE, PROSE, PROSE)
     run_record, row, shown = process(cat, vision=vision)
     assert run_record.status == dg.DagsterRunStatus.FAILURE
     assert read_tags(run_record) == ("failed", "bad_output")
@@ -89,7 +92,10 @@ def test_a_run_that_a_person_starts_retries_a_failed_image(run, cat, catalogue, 
         catalogue.accept([Upload(cat)])
         catalogue.cancel(cat, "a person cancelled it")
     else:
-        run(cat, vision=ScriptedVision(*(BadAnswerError("prose", 0.01) for _ in range(3))))
+        run(
+            cat,
+            vision=ScriptedVision(PROSE, PROSE, PROSE),
+        )
     assert catalogue.get(cat)["reason"] == reason
     generation = catalogue.get(cat)["generation"]
     result = run(cat, vision=ScriptedVision(ANSWER))
@@ -104,7 +110,7 @@ def test_a_re_execution_does_not_keep_the_verdict_of_the_run_it_repeats(run, cat
     inherited = {STATUS_TAG: "failed", REASON_TAG: "corrupt"}
     result = run(cat, tags=inherited, vision=ScriptedVision(ANSWER))
     assert read_tags(instance.get_run_by_id(result.run_id)) == ("completed", "none")
-    vision = ScriptedVision(*(BadAnswerError("prose", 0.01) for _ in range(3)))
+    vision = ScriptedVision(PROSE, PROSE, PROSE)
     result = run(cat, tags=inherited, vision=vision, anew="metadata")
     assert read_tags(instance.get_run_by_id(result.run_id)) == ("failed", "bad_output")
 
