@@ -235,6 +235,8 @@ def test_children_yield_the_cpu_to_older_ones_and_never_as_far_as_the_bulk_lane(
         return stack.enter_context(open_session(zygote, **limits))
 
     def list_niceness(sessions):
+        for session in sessions:
+            session.call(ops.identity)  # a child yields before it answers
         return [os.getpriority(os.PRIO_PROCESS, session.process_id) - own for session in sessions]
 
     own = os.getpriority(os.PRIO_PROCESS, 0)
